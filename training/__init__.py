@@ -1,0 +1,1 @@
+"""Train Vision Transformers whose keys and values are compressed; `python -m training --help` is the manual."""

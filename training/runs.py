@@ -1,0 +1,185 @@
+"""A run's folder: the artefacts of training and the seam to export.
+
+    runs/<name>/run.json          resolved recipe, variant, git commit, library versions, data fingerprint
+                metrics.csv       a row an epoch; the same in TensorBoard's format under tensorboard/
+                last.pt           all state to resume; only ever read back with weights_only=True
+                final/model.safetensors + model.json: the finished model, all that export and evaluate read
+
+Files are replaced in one step, so that a killed run leaves the old or the new file, never half of one.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+from safetensors.torch import load_file, save_file
+
+from training.models import Architecture, Classifier, StrideViT
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.csv"
+LAST_FILE = "last.pt"
+FINAL_FOLDER = "final"
+WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "model.json"
+
+
+class Preprocessing(BaseModel):
+    """How an image becomes the model's input, before normalisation.
+
+    The shorter side is resized to `resize`, then the centre `crop` × `crop` is taken. `mean` and `std` are per channel, in
+    units of the 0..1 range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    resize: PositiveInt
+    crop: PositiveInt
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class Accuracy(BaseModel):
+    """Fractions of `n` images of a split whose label is the first, or among the first five, of the model's answer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    split: str
+    n: PositiveInt
+    top1: float
+    top5: float
+
+
+class ModelCard(BaseModel):
+    """`final/model.json`: what the weights beside it are and how to use them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    name: str
+    architecture: Architecture
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]
+    accuracy: Accuracy | None
+    dataset: str
+    recipe: str
+    seed: NonNegativeInt
+    epochs: PositiveInt
+    git_commit: str | None
+    weights_sha256: str
+
+
+class RunError(Exception):
+    """A run's folder cannot be used; the message says why and what to do."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, make it durable, then put it in place of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write `values` as indented JSON, atomically."""
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
+
+
+def write_metrics(path: Path, rows: list[dict[str, float | int]]) -> None:
+    """Write the rows of all epochs so far as CSV, atomically."""
+
+    def write(partial: Path) -> None:
+        with partial.open("w", newline="", encoding="utf-8") as stream:
+            table = csv.DictWriter(stream, fieldnames=list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+
+    write_atomically(path, write)
+
+
+def save_final(folder: Path, model: StrideViT, card: Callable[[str], ModelCard]) -> None:
+    """Write `final/`: the weights, then the card that `card` makes from their sha256."""
+    weights = folder / FINAL_FOLDER / WEIGHTS_FILE
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(weights, lambda partial: save_file(state, partial))
+    write_json(folder / FINAL_FOLDER / CARD_FILE, card(sha256_file(weights)).model_dump(mode="json"))
+
+
+def load_final(folder: Path) -> tuple[Classifier, ModelCard]:
+    """The finished model of a run, in evaluation mode, and its card. Raises RunError."""
+    final = folder / FINAL_FOLDER
+    card_file, weights = final / CARD_FILE, final / WEIGHTS_FILE
+    if not card_file.is_file() or not weights.is_file():
+        raise RunError(f"{final} has no finished model: train it to the end first (python -m training train)")
+    card = ModelCard.model_validate_json(card_file.read_text(encoding="utf-8"))
+    if (digest := sha256_file(weights)) != card.weights_sha256:
+        raise RunError(f"{weights} has sha256 {digest}, but its card says {card.weights_sha256}")
+    model = StrideViT(card.architecture)
+    model.load_state_dict(load_file(weights))
+    classifier = Classifier(model, mean=card.preprocessing.mean, std=card.preprocessing.std)
+    return classifier.eval(), card
+
+
+def save_last(folder: Path, state: dict[str, Any]) -> None:
+    """Write the state to resume from, atomically."""
+    write_atomically(folder / LAST_FILE, lambda partial: torch.save(state, partial))
+
+
+def load_last(folder: Path) -> dict[str, Any]:
+    """The state to resume from. Raises RunError where there is none."""
+    path = folder / LAST_FILE
+    if not path.is_file():
+        raise RunError(f"{folder} has no {LAST_FILE} to resume from: start it without --resume")
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    return state
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def git_commit() -> str | None:
+    """The commit this code runs from, with `-dirty` where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],  # noqa: S607
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+def environment() -> dict[str, Any]:
+    """Library versions and the machine, for run.json."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        **{name: version(name) for name in ("torch", "torchvision", "timm", "numpy", "pillow")},
+    }
