@@ -118,9 +118,12 @@ class LocalSRA(CompressedAttention):
         """(B,N,r) -> (B, ceil(N/R), r); padded slots get no weight."""
         B, N, r = c_BNr.shape
         M, R = self.padded_MR.shape
-        c_BMRr = F.pad(c_BNr, (0, 0, 0, M * R - N)).view(B, M, R, r)
+        padding = M * R - N
+        c_BMRr = (F.pad(c_BNr, (0, 0, 0, padding)) if padding else c_BNr).view(B, M, R, r)
         logit_BMR = (c_BMRr @ self.gate_weight + self.gate_bias).float()
-        weight_BMR = logit_BMR.masked_fill(self.padded_MR, float("-inf")).softmax(dim=-1).to(c_BMRr.dtype)
+        if padding:
+            logit_BMR = logit_BMR.masked_fill(self.padded_MR, float("-inf"))
+        weight_BMR = logit_BMR.softmax(dim=-1).to(c_BMRr.dtype)
         return (weight_BMR.unsqueeze(2) @ c_BMRr).squeeze(2)
 
 

@@ -1,0 +1,72 @@
+"""`python -m export`: publish finished runs as bundles."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from export.bundles import export_run
+from export.graph import ExportError
+from service.bundle import MODEL_FILE, read_bundle
+from service.errors import BundleError, EngineError
+from training.data import DataError
+from training.runs import RunError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="""Export trained models to bundles: plain ONNX with uint8 input, normalisation inside and a dynamic batch,
+    proven against torch on real images before anything is published.""",
+)
+console = Console(stderr=True)
+
+
+@app.callback()
+def _subcommands() -> None:
+    """Keep `run` a subcommand although it is the only one."""
+
+
+@app.command()
+def run(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    repository: Annotated[Path, typer.Option(help="Folder of bundles to publish into.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="STRIDEVIT_DATA",
+            help="The data set's folder: its test images prove the export. Not needed for `digits`.",
+        ),
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option(help="Models that may stand in for each other. [the data set's name]")
+    ] = None,
+) -> None:
+    """Publish a run as the next version of `<family>-<variant>`.
+
+    Example: `python -m export run runs/digits-csra-r2 --repository models`
+    """
+    # The exporter reports its own progress at length; what matters is checked and raised as an error.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch")
+    try:
+        with console.status(f"exporting {folder}"):
+            published = export_run(folder, repository, data=data, family=family)
+    except (ExportError, RunError, DataError, BundleError, EngineError, ValidationError) as error:
+        console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    manifest = read_bundle(published).manifest
+    size = (published / MODEL_FILE).stat().st_size
+    typer.echo(
+        f"{published}: {manifest.variant}, {manifest.kv_tokens} of {manifest.tokens} K/V tokens, "
+        f"{manifest.parameters:,} parameters, {size / 1e6:.1f} MB, "
+        f"largest difference from torch {manifest.parity.max_abs_logit:g} in a logit on {manifest.parity.images} images"
+    )
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m export")

@@ -1,0 +1,97 @@
+"""From a finished run to a published bundle."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import get_args
+
+from export.golden import draw_golden
+from export.graph import INPUT, OPSET, OUTPUTS, ExportError, op_types, serialise, to_onnx
+from export.parity import MAX_ABS_LOGIT, MAX_ABS_PROBABILITY, check_parity
+from service.bundle import (
+    Accuracy,
+    Manifest,
+    Preprocessing,
+    Source,
+    Tensor,
+    Tolerance,
+    publish,
+    read_bundle,
+)
+from service.cores import available_cores
+from service.engine import Engine
+from service.golden import check_golden
+from training.data import load_dataset
+from training.models import StrideViT, count_macs, count_parameters
+from training.recipes import DatasetName
+from training.runs import load_final
+from training.variants import parse_variant
+
+PARITY_IMAGES = 256
+
+
+def export_run(run: Path, repository: Path, *, data: Path | None = None, family: str | None = None) -> Path:
+    """Export `run` as the next version of `<family>-<variant>` in `repository` and return the bundle's folder.
+
+    The family defaults to the data set, whose test images prove the export against torch. Raises ExportError if they do not
+    agree or the graph is not plain, RunError or DataError if the run or the data cannot be read.
+    """
+    classifier, card = load_final(run)
+    model = classifier.model
+    if not isinstance(model, StrideViT):
+        raise ExportError(f"{run} holds a {type(model).__name__}, not a StrideViT")
+    spec = card.architecture
+    variant = parse_variant(spec.variant)
+    dataset_name = next((name for name in get_args(DatasetName) if name == card.dataset), None)
+    if dataset_name is None:
+        raise ExportError(
+            f"{run} was trained on {card.dataset!r}, which cannot be loaded to prove the export"
+        )
+    images = load_dataset(dataset_name, data).test.images[:PARITY_IMAGES]
+
+    macs = count_macs(model)
+    graph = to_onnx(classifier, image_size=spec.image_size)
+    serialised = serialise(graph)
+    parity = check_parity(classifier, Engine(serialised, threads=available_cores()), images)
+    preprocessing = Preprocessing.model_validate(card.preprocessing.model_dump())
+    tolerance = Tolerance(max_abs_logit=MAX_ABS_LOGIT, max_abs_probability=MAX_ABS_PROBABILITY)
+    side, classes = spec.image_size, spec.classes
+    manifest = Manifest(
+        name=f"{family or card.dataset}-{spec.variant}",
+        family=family or card.dataset,
+        variant=spec.variant,
+        stride=variant.stride,
+        block_size=variant.block_size,
+        rank=None if variant.kind == "mha" else spec.rank,
+        tokens=spec.grid[0] * spec.grid[1],
+        kv_tokens=spec.kv_tokens,
+        preset=spec.preset,
+        parameters=count_parameters(model),
+        macs=macs,
+        precision="fp32",
+        opset=OPSET,
+        op_types=op_types(graph),
+        preprocessing=preprocessing,
+        input=Tensor(name=INPUT, datatype="UINT8", shape=(-1, side, side, 3)),
+        outputs=tuple(Tensor(name=name, datatype="FP32", shape=(-1, classes)) for name in OUTPUTS),
+        classes=classes,
+        accuracy=Accuracy.model_validate(card.accuracy.model_dump()) if card.accuracy else None,
+        parity=parity,
+        tolerance=tolerance,
+        devices=("cpu", "cuda", "tensorrt"),
+        source=Source(
+            checkpoint_sha256=card.weights_sha256,
+            git_commit=card.git_commit,
+            exporter={name: version(name) for name in ("torch", "timm", "onnx", "onnxscript")},
+        ),
+    )
+    folder = publish(
+        repository,
+        manifest,
+        model=serialised,
+        labels=card.labels,
+        golden=draw_golden(classifier, preprocessing, tolerance),
+    )
+    # What was just written is read back the way the service will read it.
+    bundle = read_bundle(folder)
+    check_golden(bundle, Engine(bundle.model_path, threads=available_cores()))
+    return folder

@@ -1,0 +1,107 @@
+"""The engine: one ONNX Runtime session for one model on one device. Fails loud, never falls back silently."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from service.errors import EngineError
+
+Device = Literal["cpu", "cuda", "tensorrt"]
+
+_INSTALL = "install exactly one engine: pip install 'stridevit[cpu]' or pip install 'stridevit[gpu]'"
+
+
+def require_one_engine() -> str:
+    """The one ONNX Runtime distribution that is installed. Raises EngineError for none or two.
+
+    `onnxruntime` and `onnxruntime-gpu` unpack into the same folder, so with both the last one installed wins by chance.
+    """
+    found = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
+    if not found:
+        raise EngineError(f"ONNX Runtime is not installed: {_INSTALL}")
+    if len(found) > 1:
+        raise EngineError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
+            f"pip uninstall both, then {_INSTALL}"
+        )
+    return found[0]
+
+
+def resolve_device(asked: str) -> tuple[Device, int]:
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `tensorrt` as (device, GPU number). Raises EngineError if it cannot be had."""
+    require_one_engine()
+    import onnxruntime as ort  # noqa: PLC0415 (after the check, so that its absence is a clear error)
+
+    kind, _, number = asked.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "tensorrt") or (number and not number.isdecimal()):
+        raise EngineError(f"unknown device {asked!r}: use auto, cpu, cuda, cuda:N or tensorrt")
+    available = ort.get_available_providers()
+    if kind == "auto":
+        has_gpu = "CUDAExecutionProvider" in available and Path("/proc/driver/nvidia/version").exists()
+        kind = "cuda" if has_gpu else "cpu"
+    if kind == "cpu":
+        return "cpu", 0
+    device: Device = "cuda" if kind == "cuda" else "tensorrt"
+    if _PROVIDERS[device] not in available:
+        raise EngineError(
+            f"device {asked!r} was asked for, but this ONNX Runtime has only {', '.join(available)}: "
+            "pip install 'stridevit[gpu]', or use --device cpu"
+        )
+    return device, int(number or 0)
+
+
+_PROVIDERS: dict[Device, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+
+class Engine:
+    """Runs one ONNX file. `run` may be called from one thread at a time."""
+
+    def __init__(
+        self, model: Path | bytes, *, device: Device = "cpu", number: int = 0, threads: int = 1
+    ) -> None:
+        """Load a model. Raises EngineError if the device does not take every node of it."""
+        import onnxruntime as ort  # noqa: PLC0415
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        provider_options: dict[str, Any] = {}
+        if device != "cpu":
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            provider_options["device_id"] = str(number)
+        provider = _PROVIDERS[device]
+        try:
+            self._session = ort.InferenceSession(
+                model if isinstance(model, bytes) else str(model),
+                sess_options=options,
+                providers=[(provider, provider_options)],
+            )
+        except Exception as error:  # ONNX Runtime raises classes of its own that share only Exception.
+            raise EngineError(f"ONNX Runtime cannot load the model on {device}: {error}") from error
+        if provider not in self._session.get_providers():
+            raise EngineError(
+                f"ONNX Runtime left {device} for {', '.join(self._session.get_providers())}; see its log above"
+            )
+        self._session.disable_fallback()
+        self.device = device
+
+    def run(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """uint8 images (n,H,W,3) -> logits and probabilities, float32 (n, classes)."""
+        logits, probabilities = self._session.run(["logits", "probabilities"], {"image": images})
+        return logits, probabilities
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,77 @@
+"""Everything that can go wrong in the service, without HTTP in it (`service.problems` maps it once).
+
+ServiceError
+├── StartError              the service cannot start as it was asked to
+│   └── EngineError         no or two ONNX Runtimes, or a device that cannot be had
+├── BundleError             a bundle that must not take traffic
+└── RequestError            one request cannot be answered; nobody else's is lost
+    ├── BadRequest          malformed in itself
+    ├── BodyTooLarge
+    ├── ImageError
+    │   ├── BadImage        damaged
+    │   ├── UnsupportedImage
+    │   └── TooManyPixels
+    ├── UnknownModel
+    ├── NotReady            loading or draining; safe to retry
+    └── Busy                the queue is full; safe to retry after `retry_after_s`
+"""
+
+
+class ServiceError(Exception):
+    """Base of all errors of this package. The message is for people and names the fix where there is one."""
+
+
+class StartError(ServiceError):
+    """The service cannot start as it was asked to."""
+
+
+class EngineError(StartError):
+    """No inference engine as asked for."""
+
+
+class BundleError(ServiceError):
+    """A bundle that must not take traffic."""
+
+
+class RequestError(ServiceError):
+    """One request, or one image of it, cannot be answered."""
+
+
+class BadRequest(RequestError):
+    """The request is malformed."""
+
+
+class BodyTooLarge(RequestError):
+    """The body exceeds the byte limit."""
+
+
+class ImageError(RequestError):
+    """One image cannot be used."""
+
+
+class BadImage(ImageError):
+    """The image is damaged."""
+
+
+class UnsupportedImage(ImageError):
+    """Not an image, or of a format that is not accepted."""
+
+
+class TooManyPixels(ImageError):
+    """The image is larger than the pixel limit. Nothing of it was decoded."""
+
+
+class UnknownModel(RequestError):
+    """No such model."""
+
+
+class NotReady(RequestError):
+    """The service is loading or draining."""
+
+
+class Busy(RequestError):
+    """The queue is full."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
