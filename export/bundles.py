@@ -32,8 +32,8 @@ PARITY_IMAGES = 256
 def export_run(run: Path, repository: Path, *, data: Path | None = None, family: str | None = None) -> Path:
     """Export `run` as the next version of `<family>-<variant>` in `repository` and return the bundle's folder.
 
-    The family defaults to the data set, whose test images prove the export against torch. Raises ExportError if they do not
-    agree or the graph is not plain, RunError or DataError if the run or the data cannot be read.
+    The family defaults to the data set, whose test images prove the export against torch. Raises ExportError if they
+    do not agree or the graph is not plain, RunError or DataError if the run or the data cannot be read.
     """
     classifier, card = load_final(run)
     model = classifier.model
@@ -43,9 +43,7 @@ def export_run(run: Path, repository: Path, *, data: Path | None = None, family:
     variant = parse_variant(spec.variant)
     dataset_name = next((name for name in get_args(DatasetName) if name == card.dataset), None)
     if dataset_name is None:
-        raise ExportError(
-            f"{run} was trained on {card.dataset!r}, which cannot be loaded to prove the export"
-        )
+        raise ExportError(f"{run} was trained on {card.dataset!r}, which cannot be loaded to prove the export")
     images = load_dataset(dataset_name, data).test.images[:PARITY_IMAGES]
 
     macs = count_macs(model)

@@ -1,7 +1,7 @@
 """Golden examples: images drawn from a seed, and the outputs that torch gives for them.
 
-Drawn, not taken from a data set, so that a bundle carries nobody's pictures; PNG, because its decoding is exact everywhere.
-They check that this file on that machine computes what torch computed here. Accuracy is measured elsewhere.
+Drawn, not taken from a data set, so that a bundle carries nobody's pictures; PNG, because its decoding is exact
+everywhere. They check that this file on that machine computes what torch computed here. Accuracy is measured elsewhere.
 """
 
 import io

@@ -1,6 +1,5 @@
 """A trained classifier as one plain ONNX graph: standard operators, dynamic batch, no trace of where it was made."""
 
-import io
 from collections import Counter
 from typing import cast
 
@@ -50,9 +49,7 @@ def to_onnx(classifier: Classifier, *, image_size: int) -> onnx.ModelProto:
     )
     if program is None:
         raise ExportError("torch.onnx.export gave no program")
-    buffer = io.BytesIO()
-    program.save(buffer)
-    model = onnx.load_model_from_string(buffer.getvalue())
+    model = program.model_proto
     _strip(model)
     check_standard(model)
     return model
@@ -69,7 +66,7 @@ def serialise(model: onnx.ModelProto) -> bytes:
 
 
 def check_standard(model: onnx.ModelProto) -> None:
-    """Raise ExportError unless the graph is plain: standard domain, no functions, valid, the agreed names and shapes."""
+    """Raise ExportError unless the graph is plain: standard domain, no functions, valid, agreed names and shapes."""
     foreign = sorted({f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain})
     domains = sorted({entry.domain for entry in model.opset_import if entry.domain})
     if foreign or domains or model.functions:

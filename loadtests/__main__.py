@@ -85,9 +85,7 @@ def compare(
     except (PayloadError, ServerError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        console.print(
-            "\nstopped; the services of this comparison are gone, and nothing was written but their logs"
-        )
+        console.print("\nstopped; the services of this comparison are gone, and nothing was written but their logs")
         raise typer.Exit(130) from None
     report.write_json(comparison, out / "results.json")
     report.write_html(comparison, out / "report.html")

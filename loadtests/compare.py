@@ -155,10 +155,7 @@ def _read_samples(
     path: Path,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     with path.open(encoding="utf-8") as stream:
-        rows = [
-            (float(row["start_s"]), float(row["latency_ms"]), row["ok"] == "1")
-            for row in csv.DictReader(stream)
-        ]
+        rows = [(float(row["start_s"]), float(row["latency_ms"]), row["ok"] == "1") for row in csv.DictReader(stream)]
     starts = np.array([row[0] for row in rows], dtype=np.float64)
     latencies = np.array([row[1] for row in rows], dtype=np.float64)
     return starts, latencies, np.array([row[2] for row in rows], dtype=np.bool_)

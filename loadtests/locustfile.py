@@ -4,8 +4,9 @@
 
     STRIDEVIT_LOAD_IMAGES=photos STRIDEVIT_LOAD_MODEL=cifar100-mha locust -f loadtests/locustfile.py --host http://127.0.0.1:8000
 
-Environment: STRIDEVIT_LOAD_IMAGES, a folder of image files, sent in order of name, round and round; STRIDEVIT_LOAD_MODEL;
-STRIDEVIT_LOAD_SAMPLES, a CSV file to write (start in Unix seconds, latency in ms, ok as 0 or 1), none without it.
+Environment: STRIDEVIT_LOAD_IMAGES, a folder of image files, sent in order of name, round and round;
+STRIDEVIT_LOAD_MODEL; STRIDEVIT_LOAD_SAMPLES, a CSV file to write (start in Unix seconds, latency in ms, ok as 0 or
+1), none without it.
 """
 
 from locust import FastHttpUser, events, task  # first: it patches the standard library for gevent  # isort: skip
@@ -32,11 +33,11 @@ class Classify(FastHttpUser):
     @task
     def classify(self) -> None:
         """One image."""
-        self.client.post(self.path, data=next(self.images), name=self.path)
+        self.client.post(self.path, data=next(self.images), name=self.path)  # type: ignore[arg-type]  # takes bytes too
 
 
-@events.test_start.add_listener
-def _load_images(environment: Environment, **_: Any) -> None:
+@events.test_start.add_listener  # type: ignore[untyped-decorator]
+def _load_images(**_: Any) -> None:
     folder = Path(os.environ["STRIDEVIT_LOAD_IMAGES"])
     images = [file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()]
     if not images:
@@ -45,12 +46,12 @@ def _load_images(environment: Environment, **_: Any) -> None:
     Classify.path = f"/v1/classify?model={quote(os.environ['STRIDEVIT_LOAD_MODEL'])}"
 
 
-@events.request.add_listener
+@events.request.add_listener  # type: ignore[untyped-decorator]
 def _keep(start_time: float, response_time: float, exception: BaseException | None, **_: Any) -> None:
     _samples.append((start_time, response_time, int(exception is None)))
 
 
-@events.quitting.add_listener
+@events.quitting.add_listener  # type: ignore[untyped-decorator]
 def _write(environment: Environment, **_: Any) -> None:
     target = os.environ.get("STRIDEVIT_LOAD_SAMPLES")
     if target:

@@ -19,8 +19,8 @@ class PayloadError(Exception):
 def write_payloads(data: Path | None, folder: Path, *, seed: int = 0) -> str:
     """Fill `folder` with up to 1,000 images in the order in which they will be sent, and say in words what they are.
 
-    `data` is a folder of image files, or of parquet files with a column `img` or `image` of encoded bytes (the test split if
-    there is one); without it, 64 JPEGs of about 100 kB are generated.
+    `data` is a folder of image files, or of parquet files with a column `img` or `image` of encoded bytes (the test
+    split if there is one); without it, 64 JPEGs of about 100 kB are generated.
     """
     if data is None:
         images, what = list(_generated(64, seed)), "generated JPEGs"
@@ -44,9 +44,7 @@ def _from_folder(data: Path) -> tuple[list[bytes], str]:
         return [file.read_bytes() for file in files], f"files of {data.name}/"
     tables = sorted(data.glob("test-*.parquet")) or sorted(data.glob("*.parquet"))
     if not tables:
-        raise PayloadError(
-            f"{data} holds neither image files ({', '.join(IMAGE_SUFFIXES)}) nor parquet files"
-        )
+        raise PayloadError(f"{data} holds neither image files ({', '.join(IMAGE_SUFFIXES)}) nor parquet files")
     schema = pq.read_schema(tables[0])
     column = next((name for name in ("img", "image") if name in schema.names), None)
     if column is None:

@@ -259,8 +259,8 @@ _PAGE = """<!doctype html>
 <p>images/s is the median of the blocks, with the slowest and the fastest in brackets: where two models' ranges overlap,
 this run shows no difference between them. Latencies are pooled over blocks and count from the moment of sending; in a
 closed loop an overloaded server slows its own users down, so they say nothing about a fixed rate of arrivals. A
-percentile with fewer than five samples beyond it is not shown. Peak memory is of the service's process tree (PSS where the system tells it);
-“under load” is what it adds to the idle service.
+percentile with fewer than five samples beyond it is not shown. Peak memory is of the service's process tree (PSS
+where the system tells it); “under load” is what it adds to the idle service.
 Top-1 is the manifest's{% if top1_of %} ({{ top1_of | join("; ") }}){% endif %}.</p>
 {% for plot in plots %}{{ plot | safe }}
 {% endfor %}

@@ -87,7 +87,7 @@ def running_server(repository: Path, model: str, *, log: Path) -> Iterator[Serve
 
 
 def tree_bytes(pid: int) -> int:
-    """Memory of a process and its children: PSS where the system tells it, else the memory unique to each; 0 if gone."""
+    """Memory of a process and its children: PSS where the system tells it, else the memory unique to each."""
     total = 0
     try:
         root = psutil.Process(pid)

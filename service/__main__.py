@@ -22,9 +22,7 @@ console = Console(stderr=True)
 
 @app.command()
 def serve(
-    repository: Annotated[
-        Path | None, typer.Option(help="Folder of bundles, <name>/<version>/. [models]")
-    ] = None,
+    repository: Annotated[Path | None, typer.Option(help="Folder of bundles, <name>/<version>/. [models]")] = None,
     models: Annotated[
         str | None, typer.Option(help="Serve only these, names separated by commas. [all in the repository]")
     ] = None,
@@ -32,9 +30,7 @@ def serve(
         str | None, typer.Option(help="Answers requests that name no model. [the most accurate]")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. [127.0.0.1]")] = None,
-    port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Port; 0 for any free one. [8000]")
-    ] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 0 for any free one. [8000]")] = None,
     device: Annotated[
         str | None,
         typer.Option(help="auto, cpu, cuda, cuda:N or tensorrt; never falls back silently. [auto]"),
@@ -49,8 +45,8 @@ def serve(
     """Serve image classification models over HTTP.
 
     A page is at `/`, the API's documentation at `/docs`, metrics at `/metrics`. Every setting can also be given as
-    `STRIDEVIT_<NAME>` in the environment (flags win); `service/settings.py` lists all of them. SIGTERM or Ctrl-C finishes
-    the accepted requests, then exits.
+    `STRIDEVIT_<NAME>` in the environment (flags win); `service/settings.py` lists all of them. SIGTERM or Ctrl-C
+    finishes the accepted requests, then exits.
 
     Example: `python -m service --repository models --port 8000`, then
     `curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/classify?model=cifar100-csra-r2'`

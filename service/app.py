@@ -84,9 +84,7 @@ class _Observe:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        offered = next(
-            (value.decode("latin-1") for key, value in scope["headers"] if key == b"x-request-id"), ""
-        )
+        offered = next((value.decode("latin-1") for key, value in scope["headers"] if key == b"x-request-id"), "")
         request_id = offered if _REQUEST_ID.fullmatch(offered) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         status = 500

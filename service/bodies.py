@@ -1,6 +1,6 @@
 """Request bodies, read under a byte limit: raw image bytes, or multipart with one or many files."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
@@ -52,7 +52,7 @@ async def _read_multipart(request: Request, *, max_bytes: int, max_images: int) 
         await form.close()
 
 
-async def _limited(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
+async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
     received = 0
     try:
         async for chunk in request.stream():

@@ -209,9 +209,7 @@ def read_bundle(folder: Path) -> Bundle:
     return Bundle(folder=folder, version=int(folder.name), manifest=manifest, labels=labels)
 
 
-def publish(
-    repository: Path, manifest: Manifest, *, model: bytes, labels: tuple[str, ...], golden: Golden
-) -> Path:
+def publish(repository: Path, manifest: Manifest, *, model: bytes, labels: tuple[str, ...], golden: Golden) -> Path:
     """Write a bundle as the next free version of its name and return its folder."""
     parent = repository / manifest.name
     parent.mkdir(parents=True, exist_ok=True)
@@ -221,10 +219,7 @@ def publish(
         (staging / MODEL_FILE).write_bytes(model)
         (staging / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (staging / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-        arrays = {
-            f"image_{number}": np.frombuffer(image, dtype=np.uint8)
-            for number, image in enumerate(golden.images)
-        }
+        arrays = {f"image_{number}": np.frombuffer(image, dtype=np.uint8) for number, image in enumerate(golden.images)}
         np.savez(
             staging / GOLDEN_FILE,
             allow_pickle=False,
@@ -232,9 +227,7 @@ def publish(
             probabilities=golden.probabilities,
             **arrays,
         )
-        sums = [
-            f"{hashlib.sha256((staging / file).read_bytes()).hexdigest()}  {file}\n" for file in CONTENT_FILES
-        ]
+        sums = [f"{hashlib.sha256((staging / file).read_bytes()).hexdigest()}  {file}\n" for file in CONTENT_FILES]
         (staging / SUMS_FILE).write_text("".join(sums), encoding="utf-8")
         return _rename_to_next_version(staging, parent)
     finally:

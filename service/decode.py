@@ -51,9 +51,7 @@ def decode(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) -> npt
     with image:
         width, height = image.size
         if width * height > max_pixels:
-            raise TooManyPixels(
-                f"the image is {width} × {height}; the limit is {max_pixels:,} pixels: make it smaller"
-            )
+            raise TooManyPixels(f"the image is {width} × {height}; the limit is {max_pixels:,} pixels: make it smaller")
         try:
             return _resize_and_crop(_to_rgb(image), preprocessing)
         except Image.DecompressionBombError as error:

@@ -63,9 +63,7 @@ _PROVIDERS: dict[Device, str] = {
 class Engine:
     """Runs one ONNX file. `run` may be called from one thread at a time."""
 
-    def __init__(
-        self, model: Path | bytes, *, device: Device = "cpu", number: int = 0, threads: int = 1
-    ) -> None:
+    def __init__(self, model: Path | bytes, *, device: Device = "cpu", number: int = 0, threads: int = 1) -> None:
         """Load a model. Raises EngineError if the device does not take every node of it."""
         import onnxruntime as ort  # noqa: PLC0415
 

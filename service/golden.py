@@ -16,8 +16,8 @@ _MAX_GOLDEN_PIXELS = 4_000_000
 def check_golden(bundle: Bundle, engine: Engine) -> None:
     """Decode the golden images, run them as one batch, and compare.
 
-    Raises BundleError naming the file, the largest difference and the CPU if an output is beyond the manifest's tolerance or
-    a top-1 differs.
+    Raises BundleError naming the file, the largest difference and the CPU if an output is beyond the manifest's
+    tolerance or a top-1 differs.
     """
     golden, manifest = bundle.golden(), bundle.manifest
     path = bundle.folder / GOLDEN_FILE

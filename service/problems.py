@@ -52,9 +52,7 @@ def install(app: FastAPI) -> None:
 
     async def on_invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)  # noqa: S101
-        detail = "; ".join(
-            f"{'.'.join(str(place) for place in item['loc'])}: {item['msg']}" for item in error.errors()
-        )
+        detail = "; ".join(f"{'.'.join(str(place) for place in item['loc'])}: {item['msg']}" for item in error.errors())
         status = HTTPStatus.UNPROCESSABLE_ENTITY
         body = {
             "type": "urn:stridevit:invalid-parameter",

@@ -75,9 +75,7 @@ def load_models(settings: Settings, scheduler: Scheduler, *, threads: int) -> Re
     return Registry(models, failed, settings.default_model or _most_accurate(models))
 
 
-def _load(
-    settings: Settings, scheduler: Scheduler, name: str, *, device: Device, number: int, threads: int
-) -> Model:
+def _load(settings: Settings, scheduler: Scheduler, name: str, *, device: Device, number: int, threads: int) -> Model:
     published = versions(settings.repository, name)
     if not published:
         raise BundleError(f"no version of it in {settings.repository}")

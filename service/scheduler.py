@@ -91,10 +91,8 @@ class Scheduler:
         return sum(len(queue.waiting) * queue.seconds_per_image for queue in self._queues)
 
     async def submit(self, queue: Queue, pixels: Pixels) -> Output:
-        """Answer one image. A caller that is cancelled takes its image out of the queue, and out of no one else's batch."""
-        entry = _Entry(
-            pixels=pixels, answer=asyncio.get_running_loop().create_future(), since=time.perf_counter()
-        )
+        """Answer one image. A cancelled caller takes its own image out of the queue and no other."""
+        entry = _Entry(pixels=pixels, answer=asyncio.get_running_loop().create_future(), since=time.perf_counter())
         queue.waiting.append(entry)
         self._wake.set()
         return await entry.answer
@@ -122,9 +120,7 @@ class Scheduler:
                 raise
             seconds = time.perf_counter() - started
             per_image = seconds / len(batch)
-            queue.seconds_per_image += (per_image - queue.seconds_per_image) * (
-                0.1 if queue.seconds_per_image else 1.0
-            )
+            queue.seconds_per_image += (per_image - queue.seconds_per_image) * (0.1 if queue.seconds_per_image else 1.0)
             self._on_batch(queue.name, len(batch), seconds)
             for row, entry in enumerate(batch):
                 if not entry.answer.done():

@@ -99,9 +99,7 @@ _BODY = {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "properties": {
-                        "image": {"type": "array", "items": {"type": "string", "format": "binary"}}
-                    },
+                    "properties": {"image": {"type": "array", "items": {"type": "string", "format": "binary"}}},
                 }
             },
         },

@@ -89,9 +89,7 @@ def router(classifier: Classifier, *, version: str) -> APIRouter:
                 raise BadRequest(f"malformed inference request: {place}: {first['msg']}") from error
             pixels = _pixels(model, asked, max_images=settings.max_images)
             with classifier.admit(len(pixels) - 1):
-                outputs = await asyncio.gather(
-                    *(classifier.scheduler.submit(model.queue, image) for image in pixels)
-                )
+                outputs = await asyncio.gather(*(classifier.scheduler.submit(model.queue, image) for image in pixels))
         tensors = {
             "logits": np.stack([output.logits for output in outputs]),
             "probabilities": np.stack([output.probabilities for output in outputs]),

@@ -22,8 +22,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="""Train Vision Transformers with compressed keys and values.
 
-    A **recipe** names the preset, the data and the schedule; a **variant** is the attention: `mha`, `lsra-rR` or `csra-rR`.
-    All variants of a recipe start from equal weights outside attention and see equal data in equal order.
+    A **recipe** names the preset, the data and the schedule; a **variant** is the attention: `mha`, `lsra-rR` or
+    `csra-rR`. All variants of a recipe start from equal weights outside attention and see equal data in equal order.
     """,
 )
 console = Console(stderr=True)

@@ -85,9 +85,7 @@ class ConvolutionalSRA(CompressedAttention):
 
     def __init__(self, dim: int, num_heads: int = 8, **kwargs: object) -> None:
         super().__init__(dim, num_heads, **kwargs)  # type: ignore[arg-type]
-        self.conv = nn.Conv2d(
-            self.rank, self.rank, kernel_size=3, stride=self.reduction, padding=1, groups=self.rank
-        )
+        self.conv = nn.Conv2d(self.rank, self.rank, kernel_size=3, stride=self.reduction, padding=1, groups=self.rank)
 
     def reduce(self, c_BNr: Tensor) -> Tensor:
         """(B,h·w,r) -> (B, ceil(h/R)·ceil(w/R), r)."""

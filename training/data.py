@@ -75,9 +75,7 @@ def split_holdout(train: Split, size: int) -> tuple[Split, Split]:
     """Split `train` into (fit, held out), `size` images stratified by class in the second. The same for every seed."""
     if size == 0:
         return train, train.take(np.empty(0, dtype=np.int64))
-    fit, held = train_test_split(
-        np.arange(len(train)), test_size=size, random_state=_SPLIT_SEED, stratify=train.labels
-    )
+    fit, held = train_test_split(np.arange(len(train)), test_size=size, random_state=_SPLIT_SEED, stratify=train.labels)
     return train.take(np.sort(fit)), train.take(np.sort(held))
 
 
@@ -91,9 +89,7 @@ def _load_digits() -> Dataset:
         ]
     )
     labels = bunch.target.astype(np.int64)
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=360, random_state=_SPLIT_SEED, stratify=labels
-    )
+    train, test = train_test_split(np.arange(len(labels)), test_size=360, random_state=_SPLIT_SEED, stratify=labels)
     everything = Split(images=images, labels=labels)
     return _dataset("digits", tuple("0123456789"), everything.take(train), everything.take(test))
 

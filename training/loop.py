@@ -3,11 +3,12 @@
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch.utils.tensorboard import SummaryWriter
@@ -18,6 +19,8 @@ from training.data import Dataset, split_holdout
 from training.evaluate import evaluate
 from training.models import Classifier, StrideViT, architecture, count_parameters
 from training.recipes import Recipe
+
+MetricsRow = dict[str, float | int]
 
 
 class TrainingError(Exception):
@@ -40,58 +43,193 @@ def train(
     loss that is not finite.
     """
     console = console or Console(stderr=True)
-    spec = architecture(recipe.preset, variant, classes=len(dataset.classes))
-    fit, held_out = split_holdout(dataset.train, recipe.holdout)
-    model = StrideViT(spec, seed=recipe.seed, drop_path_rate=recipe.drop_path)
-    classifier = Classifier(model, mean=dataset.mean, std=dataset.std).to(device)
-    optimizer = create_optimizer_v2(
-        model, opt="adamw", lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay
-    )
-    steps_per_epoch = len(fit) // recipe.schedule.batch_size
-    if not steps_per_epoch:
-        raise TrainingError(f"batch size {recipe.schedule.batch_size} exceeds the {len(fit)} train images")
-    scheduler = CosineLRScheduler(
-        optimizer,
-        t_initial=recipe.schedule.epochs * steps_per_epoch,
-        warmup_t=round(recipe.schedule.warmup_epochs * steps_per_epoch),
-        warmup_lr_init=recipe.schedule.min_lr,
-        lr_min=recipe.schedule.min_lr,
-        warmup_prefix=False,
-        t_in_epochs=False,
-    )
-    identity = {
-        "recipe": recipe.model_dump(mode="json"),
-        "variant": spec.variant,
-        "architecture": spec.model_dump(mode="json"),
-        "data_fingerprint": dataset.fingerprint(),
-    }
-    rows: list[dict[str, float | int]] = []
+    run = _Run(recipe, variant, dataset, out, device=device)
     if resume:
-        state = runs.load_last(out)
-        if state["identity"] != identity:
-            raise runs.RunError(
-                f"{out} was trained with another recipe, variant or data: choose another --out"
-            )
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        rows = state["rows"]
-        console.print(f"resuming {out} after epoch {len(rows)}")
+        run.restore()
+        console.print(f"resuming {out} after epoch {len(run.rows)}")
     elif (out / runs.RUN_FILE).exists():
         raise runs.RunError(f"{out} holds a run already: continue it with --resume or choose another --out")
-    commit = runs.git_commit()
-    record = {
-        **identity,
-        "seed": recipe.seed,
-        "git_commit": commit,
-        "environment": runs.environment(),
-        "parameters": count_parameters(model),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    runs.write_json(out / runs.RUN_FILE, record)
+    run.record()
+    with _progress(console) as progress, SummaryWriter(str(out / "tensorboard"), purge_step=len(run.rows)) as board:
+        bar = progress.add_task(
+            run.spec.variant,
+            total=recipe.schedule.epochs * run.steps_per_epoch,
+            completed=len(run.rows) * run.steps_per_epoch,
+            loss=float("nan"),
+            rate=0.0,
+        )
+        for number in range(len(run.rows), recipe.schedule.epochs):
+            row = run.train_epoch(number, progress, bar)
+            for key, value in row.items():
+                board.add_scalar(key, value, number + 1)
+            run.save()
+            console.print("  ".join(f"{key} {value}" for key, value in row.items()))
+    card = run.finish()
+    if card.accuracy:
+        top1, top5 = card.accuracy.top1, card.accuracy.top5
+        console.print(f"{out}: test top-1 {top1:.2%}, top-5 {top5:.2%} of {card.accuracy.n}")
+    return card
 
-    forward = torch.compile(classifier) if recipe.compile else classifier
-    first_epoch = len(rows)
-    progress = Progress(
+
+class _Run:
+    """The state of one run: model, optimiser, schedule, and a row of metrics for each epoch done."""
+
+    def __init__(self, recipe: Recipe, variant: str, dataset: Dataset, out: Path, *, device: torch.device) -> None:
+        self.recipe = recipe
+        self.dataset = dataset
+        self.out = out
+        self.device = device
+        self.spec = architecture(recipe.preset, variant, classes=len(dataset.classes))
+        self.fit, self.held_out = split_holdout(dataset.train, recipe.holdout)
+        self.steps_per_epoch = len(self.fit) // recipe.schedule.batch_size
+        if not self.steps_per_epoch:
+            raise TrainingError(f"batch size {recipe.schedule.batch_size} exceeds the {len(self.fit)} train images")
+        self.model = StrideViT(self.spec, seed=recipe.seed, drop_path_rate=recipe.drop_path)
+        self.classifier = Classifier(self.model, mean=dataset.mean, std=dataset.std).to(device)
+        self.forward = torch.compile(self.classifier) if recipe.compile else self.classifier
+        self.optimizer = create_optimizer_v2(
+            self.model, opt="adamw", lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay
+        )
+        self.scheduler = CosineLRScheduler(
+            self.optimizer,
+            t_initial=recipe.schedule.epochs * self.steps_per_epoch,
+            warmup_t=round(recipe.schedule.warmup_epochs * self.steps_per_epoch),
+            warmup_lr_init=recipe.schedule.min_lr,
+            lr_min=recipe.schedule.min_lr,
+            t_in_epochs=False,
+        )
+        self.rows: list[MetricsRow] = []
+        self.started = datetime.now(UTC)
+        self.commit = runs.git_commit()
+        self.identity: dict[str, Any] = {
+            "recipe": recipe.model_dump(mode="json"),
+            "variant": self.spec.variant,
+            "architecture": self.spec.model_dump(mode="json"),
+            "data_fingerprint": dataset.fingerprint(),
+        }
+
+    def record(self, **more: str) -> None:
+        """Write run.json."""
+        runs.write_json(
+            self.out / runs.RUN_FILE,
+            {
+                **self.identity,
+                "seed": self.recipe.seed,
+                "git_commit": self.commit,
+                "environment": runs.environment(),
+                "parameters": count_parameters(self.model),
+                "started": self.started.isoformat(timespec="seconds"),
+                **more,
+            },
+        )
+
+    def restore(self) -> None:
+        """Go on from last.pt. Raises RunError if there is none, or if it is of another run."""
+        state = runs.load_last(self.out)
+        if state["identity"] != self.identity:
+            raise runs.RunError(f"{self.out} was trained with another recipe, variant or data: choose another --out")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rows = state["rows"]
+
+    def save(self) -> None:
+        """Write metrics.csv and last.pt."""
+        runs.write_metrics(self.out / runs.METRICS_FILE, self.rows)
+        runs.save_last(
+            self.out,
+            {
+                "identity": self.identity,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "rows": self.rows,
+            },
+        )
+
+    def train_epoch(self, number: int, progress: Progress, bar: TaskID) -> MetricsRow:
+        """Train the epoch `number` (from 0), evaluate on the held-out images, and return the new row."""
+        # Drop-path draws from the global generator: a function of (seed, epoch) too, so that a resumed run agrees.
+        torch.manual_seed(self.recipe.seed * 100_003 + number)
+        epoch = Epoch(
+            self.fit,
+            self.recipe.augment,
+            classes=len(self.dataset.classes),
+            seed=self.recipe.seed,
+            epoch=number,
+        )
+        batch_size = self.recipe.schedule.batch_size
+        self.classifier.train()
+        started, total_loss = time.perf_counter(), 0.0
+        for step in range(self.steps_per_epoch):
+            self.scheduler.step_update(number * self.steps_per_epoch + step)
+            images, targets = epoch.batch(epoch.order[step * batch_size : (step + 1) * batch_size])
+            loss = self._step(images, targets)
+            if not loss < float("inf"):
+                raise TrainingError(
+                    f"loss is {loss} in epoch {number + 1}: lower optim.lr; {runs.LAST_FILE} keeps the last good epoch"
+                )
+            total_loss += loss
+            rate = (step + 1) * batch_size / (time.perf_counter() - started)
+            progress.update(bar, advance=1, loss=total_loss / (step + 1), rate=rate)
+        seconds = time.perf_counter() - started
+        row: MetricsRow = {
+            "epoch": number + 1,
+            "step": (number + 1) * self.steps_per_epoch,
+            "lr": round(self.optimizer.param_groups[0]["lr"], 8),
+            "train_loss": round(total_loss / self.steps_per_epoch, 5),
+        }
+        if len(self.held_out):
+            held = evaluate(self.classifier, self.held_out, device=self.device)
+            row |= {
+                "holdout_loss": round(held.loss, 5),
+                "holdout_top1": round(held.top1, 5),
+                "holdout_top5": round(held.top5, 5),
+            }
+        row |= {"seconds": round(seconds, 1), "images_per_s": round(len(self.fit) / seconds, 1)}
+        self.rows.append(row)
+        return row
+
+    def _step(self, images: torch.Tensor, targets: torch.Tensor) -> float:
+        """One optimiser step; its loss. A loss that is not finite changes no weight."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            logits = self.forward(images.to(self.device, non_blocking=True))
+        loss = F.cross_entropy(logits.float(), targets.to(self.device), label_smoothing=self.recipe.label_smoothing)
+        value = loss.item()
+        if value < float("inf"):
+            self.optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip_norm)
+            self.optimizer.step()
+        return value
+
+    def finish(self) -> runs.ModelCard:
+        """Evaluate on the full test split, once, and write `final/`."""
+        test = evaluate(self.classifier, self.dataset.test, device=self.device)
+        size, dataset = self.spec.image_size, self.dataset
+
+        def card(weights_sha256: str) -> runs.ModelCard:
+            return runs.ModelCard(
+                name=self.out.name,
+                architecture=self.spec,
+                preprocessing=runs.Preprocessing(resize=size, crop=size, mean=dataset.mean, std=dataset.std),
+                labels=dataset.classes,
+                accuracy=runs.Accuracy(
+                    dataset=dataset.name, split="test", n=len(dataset.test), top1=test.top1, top5=test.top5
+                ),
+                dataset=dataset.name,
+                recipe=self.recipe.name,
+                seed=self.recipe.seed,
+                epochs=self.recipe.schedule.epochs,
+                git_commit=self.commit,
+                weights_sha256=weights_sha256,
+            )
+
+        runs.save_final(self.out, self.model, card)
+        self.record(finished=datetime.now(UTC).isoformat(timespec="seconds"))
+        return runs.load_final(self.out)[1]
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -99,97 +237,3 @@ def train(
         TimeRemainingColumn(),
         console=console,
     )
-    with progress, SummaryWriter(str(out / "tensorboard"), purge_step=first_epoch) as board:
-        bar = progress.add_task(
-            spec.variant,
-            total=recipe.schedule.epochs * steps_per_epoch,
-            completed=first_epoch * steps_per_epoch,
-            loss=float("nan"),
-            rate=0.0,
-        )
-        for number in range(first_epoch, recipe.schedule.epochs):
-            # Drop-path draws from the global generator: a function of (seed, epoch) too, so that a resumed run agrees.
-            torch.manual_seed(recipe.seed * 100_003 + number)
-            epoch = Epoch(fit, recipe.augment, classes=len(dataset.classes), seed=recipe.seed, epoch=number)
-            classifier.train()
-            started, total_loss = time.perf_counter(), 0.0
-            for step in range(steps_per_epoch):
-                scheduler.step_update(number * steps_per_epoch + step)
-                begin = step * recipe.schedule.batch_size
-                images, targets = epoch.batch(epoch.order[begin : begin + recipe.schedule.batch_size])
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
-                    logits = forward(images.to(device, non_blocking=True))
-                loss = F.cross_entropy(
-                    logits.float(), targets.to(device), label_smoothing=recipe.label_smoothing
-                )
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_norm)
-                loss_value = loss.item()
-                if not torch.isfinite(loss):
-                    raise TrainingError(
-                        f"loss is {loss_value} in epoch {number + 1}: lower optim.lr; {runs.LAST_FILE} keeps the last good epoch"
-                    )
-                optimizer.step()
-                optimizer.zero_grad()
-                total_loss += loss_value
-                rate = (step + 1) * recipe.schedule.batch_size / (time.perf_counter() - started)
-                progress.update(bar, advance=1, loss=total_loss / (step + 1), rate=rate)
-            seconds = time.perf_counter() - started
-            row: dict[str, float | int] = {
-                "epoch": number + 1,
-                "step": (number + 1) * steps_per_epoch,
-                "lr": round(optimizer.param_groups[0]["lr"], 8),
-                "train_loss": round(total_loss / steps_per_epoch, 5),
-            }
-            if len(held_out):
-                held = evaluate(classifier, held_out, device=device)
-                row |= {
-                    "holdout_loss": round(held.loss, 5),
-                    "holdout_top1": round(held.top1, 5),
-                    "holdout_top5": round(held.top5, 5),
-                }
-            for key, value in row.items():
-                board.add_scalar(key, value, number + 1)
-            row |= {"seconds": round(seconds, 1), "images_per_s": round(len(fit) / seconds, 1)}
-            rows.append(row)
-            runs.write_metrics(out / runs.METRICS_FILE, rows)
-            runs.save_last(
-                out,
-                {
-                    "identity": identity,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "rows": rows,
-                },
-            )
-            console.print("  ".join(f"{key} {value}" for key, value in row.items()))
-
-    test = evaluate(classifier, dataset.test, device=device)
-    accuracy = runs.Accuracy(
-        dataset=dataset.name, split="test", n=len(dataset.test), top1=test.top1, top5=test.top5
-    )
-
-    def card(weights_sha256: str) -> runs.ModelCard:
-        return runs.ModelCard(
-            name=out.name,
-            architecture=spec,
-            preprocessing=runs.Preprocessing(
-                resize=spec.image_size, crop=spec.image_size, mean=dataset.mean, std=dataset.std
-            ),
-            labels=dataset.classes,
-            accuracy=accuracy,
-            dataset=dataset.name,
-            recipe=recipe.name,
-            seed=recipe.seed,
-            epochs=recipe.schedule.epochs,
-            git_commit=commit,
-            weights_sha256=weights_sha256,
-        )
-
-    runs.save_final(out, model, card)
-    runs.write_json(
-        out / runs.RUN_FILE, {**record, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
-    )
-    _, finished = runs.load_final(out)
-    console.print(f"{out}: test top-1 {test.top1:.2%}, top-5 {test.top5:.2%} of {len(dataset.test)}")
-    return finished

@@ -79,11 +79,11 @@ def architecture(
     )
 
 
-class StrideViT(VisionTransformer):  # type: ignore[misc]  # timm publishes no types
+class StrideViT(VisionTransformer):
     """timm's Vision Transformer with fixed 2-D sin-cos positions, no class token and average pooling.
 
-    Each module draws its first weights from a generator of its own, seeded by (`seed`, module name), in the scheme of the
-    original ViT (Xavier-uniform matrices, zero head). So for one seed all variants start equal outside attention.
+    Each module draws its first weights from a generator of its own, seeded by (`seed`, module name), in the scheme of
+    the original ViT (Xavier-uniform matrices, zero head). So for one seed all variants start equal outside attention.
     """
 
     def __init__(self, spec: Architecture, *, seed: int = 0, drop_path_rate: float = 0.0) -> None:

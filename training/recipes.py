@@ -111,9 +111,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     Raises ValueError for an unknown recipe or key (naming the nearest), and for a value of the wrong type.
     """
     if name not in RECIPES:
-        raise ValueError(
-            f"unknown recipe {name!r}{_nearest(name, list(RECIPES))}: one of {', '.join(RECIPES)}"
-        )
+        raise ValueError(f"unknown recipe {name!r}{_nearest(name, list(RECIPES))}: one of {', '.join(RECIPES)}")
     values = RECIPES[name]().model_dump()
     known = _leaf_keys(values)
     for override in overrides or []:

@@ -36,8 +36,8 @@ CARD_FILE = "model.json"
 class Preprocessing(BaseModel):
     """How an image becomes the model's input, before normalisation.
 
-    The shorter side is resized to `resize`, then the centre `crop` × `crop` is taken. `mean` and `std` are per channel, in
-    units of the 0..1 range.
+    The shorter side is resized to `resize`, then the centre `crop` × `crop` is taken. `mean` and `std` are per
+    channel, in units of the 0..1 range.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -100,7 +100,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write `values` as indented JSON, atomically."""
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
+    write_atomically(path, _text_writer(text))
+
+
+def _text_writer(text: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    return write
 
 
 def write_metrics(path: Path, rows: list[dict[str, float | int]]) -> None:

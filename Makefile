@@ -1,0 +1,84 @@
+# The commands one must know. `make help` lists them.
+PYTHON ?= python3
+DEV := .venv
+SERVE := .venv-serve
+UV := .venv-lock/bin/uv
+ENGINE := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)
+DEMO := demo
+DEMO_VARIANTS := mha lsra-r2 csra-r2
+LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help serve demo test check format lock image-test clean
+
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+serve: $(SERVE)/.$(ENGINE) ## Serve models/ on http://127.0.0.1:8000 (no torch; takes a GPU where there is one)
+	@echo "serving models/ on http://127.0.0.1:8000: page at /, API at /docs; Ctrl-C stops"
+	@exec $(SERVE)/bin/python -m service --repository models
+
+demo: $(DEV)/.installed ## Train three variants on digits, export, serve and compare them (about 5 minutes on 2 cores)
+	@rm -rf $(DEMO)
+	@for variant in $(DEMO_VARIANTS); do \
+	  echo "== train and export $$variant on scikit-learn's digits" && \
+	  $(DEV)/bin/python -m training train --recipe digits --variant $$variant --out $(DEMO)/runs/digits-$$variant && \
+	  $(DEV)/bin/python -m export run $(DEMO)/runs/digits-$$variant --repository $(DEMO)/models || exit 1; \
+	done
+	@echo "== serve and compare them under load"
+	@$(DEV)/bin/python -m training images --dataset digits --out $(DEMO)/images
+	@$(DEV)/bin/python -m loadtests compare --repository $(DEMO)/models --data $(DEMO)/images --out $(DEMO) \
+	  --models digits-mha,digits-lsra-r2,digits-csra-r2 \
+	  --seconds 5 --warmup 2 --rounds 2
+
+test: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run all tests (those on real data need STRIDEVIT_DATA)
+	@echo "running the tests; real data: $${STRIDEVIT_DATA:-none, set STRIDEVIT_DATA to use it}"
+	@STRIDEVIT_SERVICE_PYTHON=$(CURDIR)/$(SERVE)/bin/python $(DEV)/bin/python -m pytest $(ARGS)
+
+check: $(DEV)/.installed ## Lint, format check, types and import rules
+	@echo "ruff, ruff format, mypy --strict, import-linter"
+	@$(DEV)/bin/ruff check .
+	@$(DEV)/bin/ruff format --check .
+	@$(DEV)/bin/mypy
+	@$(DEV)/bin/lint-imports
+
+format: $(DEV)/.installed ## Format the code and mend what ruff can
+	@$(DEV)/bin/ruff check --fix-only --quiet .
+	@$(DEV)/bin/ruff format .
+
+lock: $(UV) ## Resolve pyproject.toml anew into lock/ (exact versions and hashes)
+	@echo "resolving lock/dev.txt, then the service's locks within it"
+	@$(LOCK) pyproject.toml lock/build.in -c lock/pins.in -o lock/dev.txt \
+	  --extra cpu --extra train --extra export --extra loadtest --extra dev
+	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-cpu.txt --extra cpu
+	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-gpu.txt --extra gpu
+
+image-test: ## Build the container image and ask a running container for a photo
+	@bash deploy/image-test.sh
+
+clean: ## Remove environments, caches and the demo
+	@rm -rf .venv .venv-serve .venv-lock $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# An environment is made anew when its lock or pyproject.toml changes; the marker's name says which engine is inside.
+$(DEV)/.installed: lock/dev.txt pyproject.toml
+	@echo "setting up $(DEV) for development (torch and all; several GB, some minutes)"
+	@$(call new-environment,$(DEV),lock/dev.txt)
+	@touch $@
+
+$(SERVE)/.cpu $(SERVE)/.gpu: $(SERVE)/.%: lock/service-%.txt pyproject.toml
+	@echo "setting up $(SERVE) for the service on $* (no torch)"
+	@rm -rf $(SERVE)
+	@$(call new-environment,$(SERVE),lock/service-$*.txt)
+	@touch $@
+
+$(UV):
+	@$(PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/pip install --quiet --disable-pip-version-check uv
+
+define new-environment
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ...")' && \
+$(PYTHON) -m venv $(1) && \
+$(1)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(2) && \
+$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+endef
