@@ -1,0 +1,49 @@
+"""What several packages' tests share: real data where there is some, and one small trained model for the session."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from export.bundles import export_run
+from training.data import load_dataset
+from training.loop import train
+from training.recipes import load_recipe
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    """The tests' tensors are small: more threads only wait for each other, above all on a machine that is shared."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data that STRIDEVIT_DATA names; the test is skipped if it is unset, and fails if it is wrong."""
+    named = os.environ.get("STRIDEVIT_DATA")
+    if not named:
+        pytest.skip("needs real data: set STRIDEVIT_DATA to the folder that holds cifar100/, photos/ and odd/")
+    folder = Path(named)
+    missing = [name for name in ("cifar100", "photos", "odd") if not (folder / name).is_dir()]
+    assert not missing, f"STRIDEVIT_DATA={named} has no {', '.join(missing)}"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A C-SRA model trained on digits for two epochs: real weights, some seconds."""
+    out = tmp_path_factory.mktemp("runs") / "digits-csra-r2"
+    recipe = load_recipe("digits", ["schedule.epochs=2", "optim.lr=2e-3", "schedule.warmup_epochs=0.5"])
+    quiet = Console(quiet=True)
+    train(recipe, "csra-r2", load_dataset("digits"), out, device=torch.device("cpu"), console=quiet)
+    return out
+
+
+@pytest.fixture(scope="session")
+def repository(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository that holds `digits-csra-r2`, version 1. Shared: copy it before you change it."""
+    folder = tmp_path_factory.mktemp("models")
+    export_run(digits_run, folder)
+    return folder

@@ -1,0 +1,70 @@
+"""Augmentation is a pure function of (seed, epoch, sample index)."""
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.augment import Epoch
+from training.data import Split
+from training.recipes import Augment
+
+N, CLASSES = 24, 5
+SPLIT = Split(
+    images=np.random.default_rng(0).integers(0, 256, size=(N, 8, 8, 3), dtype=np.uint8),
+    labels=np.arange(N) % CLASSES,
+)
+FULL = Augment(crop_padding=2, flip=True, mixup_alpha=0.4)
+
+
+def epoch(augment: Augment = FULL, *, seed: int = 0, number: int = 0) -> Epoch:
+    return Epoch(SPLIT, augment, classes=CLASSES, seed=seed, epoch=number)
+
+
+@given(index=st.lists(st.integers(0, N - 1), min_size=1, max_size=10), seed=st.integers(0, 5), number=st.integers(0, 5))
+def test_a_sample_does_not_depend_on_its_batch(index: list[int], seed: int, number: int) -> None:
+    images, targets = epoch(seed=seed, number=number).batch(np.array(index))
+    for row, sample in enumerate(index):
+        torch.rand(1)  # The global generator must not matter.
+        image, target = epoch(seed=seed, number=number).batch(np.array([sample]))
+        assert torch.equal(image[0], images[row])
+        assert torch.equal(target[0], targets[row])
+
+
+def test_epochs_and_seeds_differ() -> None:
+    everything = np.arange(N)
+    pictures = [epoch(seed=s, number=e).batch(everything)[0] for s, e in ((0, 0), (0, 1), (1, 0))]
+    assert not any(torch.equal(pictures[0], other) for other in pictures[1:])
+    assert sorted(epoch().order) == list(range(N))
+    assert not np.array_equal(epoch(number=0).order, epoch(number=1).order)
+
+
+def test_without_augmentation_images_are_untouched() -> None:
+    images, targets = epoch(Augment()).batch(np.arange(N))
+    assert np.array_equal(images.numpy(), SPLIT.images)
+    assert targets.argmax(dim=1).tolist() == SPLIT.labels.tolist()
+
+
+def test_a_crop_is_a_shift_with_zeros_around() -> None:
+    images, _ = epoch(Augment(crop_padding=2)).batch(np.arange(N))
+    padded = np.pad(SPLIT.images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    for image, source in zip(images.numpy(), padded, strict=True):
+        windows = [source[top : top + 8, left : left + 8] for top in range(5) for left in range(5)]
+        assert any(np.array_equal(image, window) for window in windows)
+
+
+def test_flips_happen_to_about_half() -> None:
+    images, _ = epoch(Augment(flip=True)).batch(np.arange(N))
+    flipped = [
+        np.array_equal(image, source[:, ::-1]) for image, source in zip(images.numpy(), SPLIT.images, strict=True)
+    ]
+    kept = [np.array_equal(image, source) for image, source in zip(images.numpy(), SPLIT.images, strict=True)]
+    assert sum(flipped) + sum(kept) == N
+    assert 4 <= sum(flipped) <= N - 4
+
+
+def test_mixup_mixes_images_and_targets_by_one_weight() -> None:
+    _, targets = epoch(Augment(mixup_alpha=1.0)).batch(np.arange(N))
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(N))
+    assert ((targets > 0).sum(dim=1) <= 2).all()
+    assert ((targets > 0).sum(dim=1) == 2).any()

@@ -1,0 +1,67 @@
+"""Presets, parameter counts and initial weights."""
+
+import pytest
+import torch
+
+from training.models import PRESETS, Classifier, StrideViT, architecture, count_macs, count_parameters
+
+VARIANTS = ["mha", "lsra-r2", "lsra-r4", "csra-r2", "csra-r4"]
+
+
+def test_vit_s16_has_the_known_number_of_parameters() -> None:
+    mha = count_parameters(StrideViT(architecture("vit-s16", "mha", classes=1000)))
+    csra = count_parameters(StrideViT(architecture("vit-s16", "csra-r2", classes=1000)))
+    assert mha == 21_974_632
+    assert round((mha - csra) / 1e6, 1) == 3.3
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_start_equal_outside_attention_for_one_seed(variant: str) -> None:
+    mha = StrideViT(architecture("vit-xs", "mha", classes=10), seed=3).state_dict()
+    other = StrideViT(architecture("vit-xs", variant, classes=10), seed=3).state_dict()
+    shared = [name for name in mha if ".attn." not in name]
+    assert shared == [name for name in other if ".attn." not in name]
+    assert all(torch.equal(mha[name], other[name]) for name in shared)
+
+
+def test_initial_weights_follow_the_seed_and_nothing_else() -> None:
+    spec = architecture("vit-xs", "csra-r2", classes=10)
+    first = StrideViT(spec, seed=1).state_dict()
+    torch.manual_seed(99)
+    torch.rand(5)
+    before = torch.random.get_rng_state()
+    again = StrideViT(spec, seed=1).state_dict()
+    assert torch.equal(torch.random.get_rng_state(), before), "building a model must not draw from the global generator"
+    other = StrideViT(spec, seed=2).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    weights = [name for name in first if name.endswith(("proj.weight", "fc1.weight", "latent.weight", "conv.weight"))]
+    assert weights
+    assert not any(torch.equal(first[name], other[name]) for name in weights)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("preset", ["vit-cifar", "vit-xs"])
+def test_presets_answer_uint8_images(preset: str, variant: str) -> None:
+    model = StrideViT(architecture(preset, variant, classes=7))
+    classifier = Classifier(model, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2)).eval()
+    assert classifier(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).shape == (2, 7)
+
+
+def test_classifier_normalises_by_mean_and_std() -> None:
+    seen = torch.nn.Identity()
+    classifier = Classifier(seen, mean=(0.5, 0.25, 0.0), std=(0.5, 0.5, 1.0))
+    white = torch.full((1, 2, 2, 3), 255, dtype=torch.uint8)
+    torch.testing.assert_close(classifier(white)[0, :, 0, 0], torch.tensor([1.0, 1.5, 1.0]))
+
+
+def test_fewer_kv_tokens_cost_fewer_macs() -> None:
+    macs = {v: count_macs(StrideViT(architecture("vit-xs", v, classes=100))) for v in VARIANTS}
+    assert macs["csra-r4"] < macs["csra-r2"] < macs["lsra-r2"] < macs["mha"]
+    # By hand: per block 4·N·D² + 2·N²·D for attention and 4·N·D² for the MLP (ratio 2), patches, and the head.
+    n, d, depth = 64, 128, 6
+    assert macs["mha"] == depth * (8 * n * d * d + 2 * n * n * d) + n * 48 * d + d * 100
+
+
+def test_unknown_preset_names_those_there_are() -> None:
+    with pytest.raises(ValueError, match=", ".join(PRESETS)):
+        architecture("vit-xl", "mha", classes=10)
