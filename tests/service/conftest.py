@@ -1,0 +1,34 @@
+"""A service in this process, over the repository of the session's small model."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from service.app import create_app
+from service.settings import Settings
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    """An image as a file's bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int = 40, height: int = 30, *, seed: int = 0) -> Image.Image:
+    """Random colours, blurred."""
+    coarse = np.random.default_rng(seed).integers(0, 256, size=(4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def client(repository: Path) -> Iterator[TestClient]:
+    """HTTP in this process, without a socket."""
+    settings = Settings(repository=repository, max_body_bytes=200_000, max_pixels=1_000_000, max_images=4, threads=1)
+    with TestClient(create_app(settings), raise_server_exceptions=False) as session:
+        yield session

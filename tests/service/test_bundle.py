@@ -1,0 +1,132 @@
+"""Bundles: what is wrong in one is found and named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from service.bundle import CONTENT_FILES, SUMS_FILE, Golden, model_names, publish, read_bundle, versions
+from service.engine import Engine
+from service.errors import BundleError
+from service.golden import check_golden
+
+
+@pytest.fixture
+def bundle(repository: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    copy = tmp_path / "digits-csra-r2" / "1"
+    shutil.copytree(repository / "digits-csra-r2" / "1", copy)
+    return copy
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(file=st.sampled_from(CONTENT_FILES), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_one_flipped_bit_in_any_file_is_found_and_named(bundle: Path, file: str, place: float, bit: int) -> None:
+    path = bundle / file
+    intact = path.read_bytes()
+    damaged = bytearray(intact)
+    damaged[int(place * len(intact))] ^= 1 << bit
+    path.write_bytes(damaged)
+    with pytest.raises(BundleError, match=rf"{file}: sha256"):
+        read_bundle(bundle)
+    path.write_bytes(intact)
+    read_bundle(bundle)
+
+
+@pytest.mark.parametrize("file", [*CONTENT_FILES, SUMS_FILE])
+def test_a_missing_file_is_named(bundle: Path, file: str) -> None:
+    (bundle / file).unlink()
+    with pytest.raises(BundleError, match=file):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "garbage\n", "00  model.onnx\n", "0" * 64 + "  ../../etc/passwd\n", "0" * 64 + " model.onnx\n"],
+)
+def test_a_malformed_sums_file_is_an_error(bundle: Path, text: str) -> None:
+    (bundle / SUMS_FILE).write_text(text)
+    with pytest.raises(BundleError, match=SUMS_FILE):
+        read_bundle(bundle)
+
+
+def resum(bundle: Path) -> None:
+    """Make the digests right again, as somebody who edits a bundle would."""
+    import hashlib
+
+    lines = [f"{hashlib.sha256((bundle / file).read_bytes()).hexdigest()}  {file}\n" for file in CONTENT_FILES]
+    (bundle / SUMS_FILE).write_text("".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("schema_version", 2), ("surprise", 1), ("precision", "fp7"), ("name", "../x"), ("opset", None)]
+)
+def test_a_manifest_against_the_schema_is_refused(bundle: Path, key: str, value: object) -> None:
+    manifest = bundle / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), key: value}))
+    resum(bundle)
+    with pytest.raises(BundleError, match=key):
+        read_bundle(bundle)
+
+
+def test_a_bundle_under_another_name_is_refused(bundle: Path) -> None:
+    moved = bundle.parent.parent / "digits-mha" / "1"
+    shutil.copytree(bundle, moved)
+    with pytest.raises(BundleError, match="names 'digits-csra-r2'"):
+        read_bundle(moved)
+
+
+def test_golden_outputs_that_do_not_come_out_are_refused_with_the_difference(bundle: Path) -> None:
+    loaded = read_bundle(bundle)
+    engine = Engine(loaded.model_path)
+    check_golden(loaded, engine)
+    golden = loaded.golden()
+    logits = golden.logits.copy()
+    logits[2, 5] += 0.25
+    arrays = {f"image_{n}": np.frombuffer(image, dtype=np.uint8) for n, image in enumerate(golden.images)}
+    np.savez(bundle / "golden.npz", allow_pickle=False, logits=logits, probabilities=golden.probabilities, **arrays)
+    resum(bundle)
+    with pytest.raises(BundleError, match=r"golden\.npz: .* differ .* by 0\.25 in a logit .*CPU"):
+        check_golden(read_bundle(bundle), engine)
+
+
+def test_golden_files_are_never_unpickled(bundle: Path) -> None:
+    np.savez(bundle / "golden.npz", logits=np.array([{"a": 1}], dtype=object))
+    resum(bundle)
+    with pytest.raises(BundleError, match=r"golden\.npz: cannot be read"):
+        read_bundle(bundle).golden()
+
+
+def test_publishing_takes_the_next_version_and_leaves_nothing_else(bundle: Path, tmp_path: Path) -> None:
+    source = read_bundle(bundle)
+    target = tmp_path / "elsewhere"
+    for expected in ("1", "2", "3"):
+        folder = publish(
+            target,
+            source.manifest,
+            model=source.model_path.read_bytes(),
+            labels=source.labels,
+            golden=source.golden(),
+        )
+        assert folder.name == expected
+        assert read_bundle(folder).manifest == source.manifest
+    assert versions(target, "digits-csra-r2") == [1, 2, 3]
+    assert sorted(entry.name for entry in (target / "digits-csra-r2").iterdir()) == ["1", "2", "3"]
+    assert model_names(target) == ["digits-csra-r2"]
+
+
+def test_a_publication_that_fails_leaves_no_version(bundle: Path, tmp_path: Path) -> None:
+    source = read_bundle(bundle)
+    broken = Golden(images=("not bytes",), logits=source.golden().logits, probabilities=source.golden().probabilities)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        publish(tmp_path / "x", source.manifest, model=b"", labels=source.labels, golden=broken)
+    assert list((tmp_path / "x" / "digits-csra-r2").iterdir()) == []
+
+
+def test_a_repository_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="--repository"):
+        model_names(tmp_path / "nowhere")

@@ -1,0 +1,61 @@
+"""Exactly one ONNX Runtime, a device as asked for, and as many threads as the process may use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from service import cores, engine
+from service.engine import Engine, require_one_engine, resolve_device
+from service.errors import EngineError
+
+
+@pytest.mark.parametrize(
+    ("installed", "message"),
+    [(set(), "not installed"), ({"onnxruntime", "onnxruntime-gpu"}, "both installed")],
+)
+def test_none_or_two_runtimes_are_an_error_that_names_the_extras(
+    installed: set[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_installed", installed.__contains__)
+    with pytest.raises(EngineError, match=message) as caught:
+        require_one_engine()
+    assert "stridevit[cpu]" in str(caught.value)
+    assert "stridevit[gpu]" in str(caught.value)
+
+
+def test_the_one_that_is_installed_is_found() -> None:
+    assert require_one_engine() in ("onnxruntime", "onnxruntime-gpu")
+
+
+@pytest.mark.parametrize("asked", ["cuda", "cuda:1", "tensorrt"])
+def test_a_device_that_cannot_be_had_is_an_error(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(EngineError, match=f"'{asked}' was asked for"):
+        resolve_device(asked)
+
+
+@pytest.mark.parametrize("asked", ["gpu", "cuda:x", "", "cpu2"])
+def test_an_unknown_device_names_those_there_are(asked: str) -> None:
+    with pytest.raises(EngineError, match="use auto, cpu, cuda, cuda:N or tensorrt"):
+        resolve_device(asked)
+
+
+def test_a_file_that_is_no_model_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"not a model")
+    with pytest.raises(EngineError, match="cannot load the model"):
+        Engine(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("max 100000", 4), ("150000 100000", 1), ("50000 100000", 1), ("300000 100000", 3)]
+)
+def test_threads_follow_the_container_s_quota(
+    text: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quota = tmp_path / "cpu.max"
+    quota.write_text(text)
+    monkeypatch.setattr(cores, "_CGROUP_V2", quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    assert cores.available_cores() == expected

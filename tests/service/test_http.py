@@ -1,0 +1,293 @@
+"""The HTTP API: answers, errors, and that one bad input harms no other."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from service.app import create_app
+from service.bundle import read_bundle
+from service.decode import decode
+from service.engine import Engine
+from service.errors import StartError
+from service.settings import Settings
+from tests.service.conftest import encoded, noise
+
+PNG = encoded(noise(32, 32))
+
+
+def test_an_image_gets_ranked_labels_and_timings(client: TestClient, repository: Path) -> None:
+    answer = client.post("/v1/classify?model=digits-csra-r2&top_k=3", content=PNG)
+    assert answer.status_code == 200
+    body = answer.json()
+    assert list(body) == ["model", "version", "requested", "results", "choice", "timings_ms", "request_id"]
+    assert (body["model"], body["version"], body["requested"], body["choice"]) == (
+        "digits-csra-r2",
+        1,
+        body["model"],
+        None,
+    )
+    assert {"read", "decode", "queue", "inference", "total"} == set(body["timings_ms"])
+    assert body["timings_ms"]["total"] >= body["timings_ms"]["inference"] > 0
+
+    bundle = read_bundle(repository / "digits-csra-r2" / "1")
+    pixels = decode(PNG, bundle.manifest.preprocessing, max_pixels=10_000)
+    _, probabilities = Engine(bundle.model_path).run(pixels[None])
+    order = np.argsort(-probabilities[0])[:3]
+    predictions = body["results"][0]["predictions"]
+    assert [p["index"] for p in predictions] == order.tolist()
+    assert [p["label"] for p in predictions] == [bundle.labels[index] for index in order]
+    np.testing.assert_allclose([p["probability"] for p in predictions], probabilities[0][order], atol=1e-5)
+
+
+def test_without_a_model_the_default_answers(client: TestClient) -> None:
+    body = client.post("/v1/classify", content=PNG).json()
+    assert (body["model"], body["requested"]) == ("digits-csra-r2", None)
+    assert len(body["results"][0]["predictions"]) == 5
+
+
+@pytest.mark.parametrize(
+    "content_type", [None, "image/jpeg", "application/x-www-form-urlencoded", "text/plain; charset=x", "nonsense"]
+)
+def test_the_content_type_of_a_raw_body_is_ignored(client: TestClient, content_type: str | None) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    assert client.post("/v1/classify", content=PNG, headers=headers).status_code == 200
+
+
+def test_multipart_answers_every_file_in_order(client: TestClient) -> None:
+    pictures = [encoded(noise(32, 32, seed=seed)) for seed in range(3)]
+    files = [("image", (f"{n}.png", picture, "image/png")) for n, picture in enumerate(pictures)]
+    together = client.post("/v1/classify", files=files).json()["results"]
+    alone = [client.post("/v1/classify", content=picture).json()["results"][0] for picture in pictures]
+    for a, b in zip(together, alone, strict=True):
+        assert [p["index"] for p in a["predictions"]] == [p["index"] for p in b["predictions"]]
+        probabilities = [[p["probability"] for p in result["predictions"]] for result in (a, b)]
+        np.testing.assert_allclose(*probabilities, atol=1e-5)
+
+
+def test_one_bad_image_fails_alone(client: TestClient) -> None:
+    files = [("a", ("a.png", PNG)), ("b", ("b.png", b"not an image")), ("c", ("c.png", PNG[:100]))]
+    answer = client.post("/v1/classify", files=files)
+    assert answer.status_code == 200
+    good, text, cut = answer.json()["results"]
+    assert good["predictions"]
+    assert text["error"]["status"] == 415
+    assert cut["error"]["status"] == 400
+
+
+def test_a_request_fails_only_if_every_image_does(client: TestClient) -> None:
+    answer = client.post("/v1/classify", files=[("a", ("a", b"x")), ("b", ("b", PNG[:100]))])
+    assert answer.status_code == 415
+
+
+@pytest.mark.parametrize(
+    ("query", "body", "status", "detail"),
+    [
+        ("", b"", 400, "curl --data-binary"),
+        ("", b"plain text", 415, "JPEG, PNG, WEBP"),
+        ("", PNG[: len(PNG) // 2], 400, "damaged"),
+        ("", encoded(Image.new("1", (1001, 1000))), 422, "1001 × 1000"),
+        ("", bytes(200_001), 413, "200,000"),
+        ("?model=no-such", PNG, 404, "digits-csra-r2"),
+        ("?model=../../etc/passwd", PNG, 404, "no model"),
+        ("?top_k=0", PNG, 422, "top_k"),
+        ("?top_k=many", PNG, 422, "top_k"),
+    ],
+)
+def test_bad_input_is_a_clear_4xx(client: TestClient, query: str, body: bytes, status: int, detail: str) -> None:
+    answer = client.post(f"/v1/classify{query}", content=body)
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert problem["status"] == status
+    assert detail in problem["detail"]
+    assert problem["request_id"] == answer.headers["x-request-id"]
+
+
+def test_a_body_of_unstated_length_is_stopped_at_the_limit(client: TestClient) -> None:
+    sent = 0
+
+    def endless() -> object:
+        nonlocal sent
+        for _ in range(1000):
+            sent += 1
+            yield bytes(1000)
+
+    assert client.post("/v1/classify", content=endless()).status_code == 413  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body"),
+    [
+        ("multipart/form-data", b"x"),
+        ("multipart/form-data; boundary=b", b"x"),
+        ("multipart/form-data; boundary=b", b"--b\r\n\r\n"),
+        ("multipart/form-data; boundary=b", b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\nx\r\n--b--\r\n'),
+        ("multipart/form-data; boundary=" + "b" * 500, b"--b--"),
+        ("multipart/form-data; boundary=\xff", b"--\xff--"),
+    ],
+)
+def test_malformed_multipart_is_a_400(client: TestClient, content_type: str, body: bytes) -> None:
+    answer = client.post("/v1/classify", content=body, headers={"Content-Type": content_type.encode("latin-1")})  # type: ignore[dict-item]
+    assert answer.status_code == 400
+    assert "multipart" in answer.json()["detail"]
+
+
+def test_too_many_images_are_a_400(client: TestClient) -> None:
+    answer = client.post("/v1/classify", files=[("a", (f"{n}.png", PNG)) for n in range(5)])
+    assert answer.status_code == 400
+
+
+def test_a_full_service_says_when_to_come_back(repository: Path) -> None:
+    app = create_app(Settings(repository=repository, max_pending=1, threads=1))
+    with TestClient(app) as client:
+        files = [("a", ("a.png", PNG)), ("b", ("b.png", PNG))]
+        busy = client.post("/v1/classify", files=files)
+        assert busy.status_code == 429
+        assert int(busy.headers["Retry-After"]) >= 1
+        assert client.post("/v1/classify", content=PNG).status_code == 200, "the places must be free again"
+
+
+def test_many_clients_get_their_own_answers(client: TestClient) -> None:
+    pictures = [encoded(noise(32, 32, seed=seed)) for seed in range(12)]
+    alone = [client.post("/v1/classify", content=picture).json() for picture in pictures]
+    barrier = threading.Barrier(12)
+
+    def ask(number: int) -> None:
+        barrier.wait(10)
+        for _ in range(5):
+            together = client.post("/v1/classify", content=pictures[number]).json()
+            expected, got = (r["results"][0]["predictions"] for r in (alone[number], together))
+            assert [p["index"] for p in got] == [p["index"] for p in expected]
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(ask, range(12)))
+
+
+@pytest.mark.parametrize("offered", ["abc-1.2_3:4", "x" * 128])
+def test_a_request_id_is_echoed(client: TestClient, offered: str) -> None:
+    answer = client.post("/v1/classify", content=PNG, headers={"X-Request-ID": offered})
+    assert answer.headers["x-request-id"] == offered
+    assert answer.json()["request_id"] == offered
+
+
+@pytest.mark.parametrize("offered", ["", "with space", "x" * 129, "<script>"])
+def test_an_odd_request_id_is_replaced(client: TestClient, offered: str) -> None:
+    given = client.get("/healthz", headers={"X-Request-ID": offered}).headers["x-request-id"]
+    assert given != offered
+    assert len(given) == 32
+
+
+def test_models_are_listed_with_what_they_are(client: TestClient) -> None:
+    (model,) = client.get("/v1/models").json()["models"]
+    assert (model["name"], model["state"], model["default"]) == ("digits-csra-r2", "ready", True)
+    assert (model["kv_tokens"], model["tokens"], model["variant"]) == (16, 64, "csra-r2")
+    assert model["accuracy"]["n"] == 360
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"])
+def test_the_other_pages_answer(client: TestClient, path: str) -> None:
+    assert client.get(path).status_code == 200
+
+
+def test_openapi_describes_the_answer_and_its_errors(client: TestClient) -> None:
+    operation = client.get("/openapi.json").json()["paths"]["/v1/classify"]["post"]
+    assert {"200", "400", "404", "413", "415", "422", "429", "503"} <= set(operation["responses"])
+    assert {"image/*", "multipart/form-data"} == set(operation["requestBody"]["content"])
+
+
+def test_metrics_count_by_route_and_not_by_path(client: TestClient) -> None:
+    client.post("/v1/classify", content=PNG)
+    client.get("/made-up-1")
+    client.get("/made-up-2")
+    text = client.get("/metrics").text
+    assert 'stridevit_images_total{model="digits-csra-r2",outcome="ok"}' in text
+    assert 'stridevit_requests_total{method="POST",route="/v1/classify",status="200"}' in text
+    assert 'stridevit_batch_size_count{model="digits-csra-r2"}' in text
+    assert 'route="other"' in text
+    assert "made-up" not in text
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nowhere", 404), ("GET", "/v1/classify", 405)])
+def test_unknown_routes_are_problems_too(client: TestClient, method: str, path: str, status: int) -> None:
+    answer = client.request(method, path)
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_a_broken_model_is_left_out_and_says_why(repository: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "models"
+    shutil.copytree(repository, copy)
+    shutil.copytree(copy / "digits-csra-r2", copy / "digits-broken")
+    with TestClient(create_app(Settings(repository=copy, threads=1))) as client:
+        listed = {model["name"]: model for model in client.get("/v1/models").json()["models"]}
+        assert listed["digits-csra-r2"]["state"] == "ready"
+        assert listed["digits-broken"]["state"] == "unavailable"
+        assert "names 'digits-csra-r2'" in listed["digits-broken"]["reason"]
+        missing = client.post("/v1/classify?model=digits-broken", content=PNG)
+        assert (missing.status_code, "unavailable" in missing.json()["detail"]) == (404, True)
+    with pytest.raises(StartError, match="digits-broken"):
+        create_app(Settings(repository=copy, models=("digits-broken",), threads=1))
+    (copy / "digits-csra-r2" / "1" / "model.onnx").write_bytes(b"x")
+    with pytest.raises(StartError, match="no model can be served"):
+        create_app(Settings(repository=copy, threads=1))
+
+
+def test_a_default_model_that_is_not_there_is_an_error(repository: Path) -> None:
+    with pytest.raises(StartError, match="default_model 'x'"):
+        create_app(Settings(repository=repository, default_model="x", threads=1))
+
+
+def infer_body(shape: list[int], data: list[object], **changes: object) -> str:
+    tensor = {"name": "image", "datatype": "UINT8", "shape": shape, "data": data, **changes}
+    return json.dumps({"id": "7", "inputs": [tensor]})
+
+
+def test_v2_infers_like_v1(client: TestClient) -> None:
+    pixels = np.asarray(noise(32, 32))
+    metadata = client.get("/v2/models/digits-csra-r2").json()
+    assert metadata["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": [-1, 32, 32, 3]}]
+    flat = pixels.ravel().tolist()
+    answer = client.post("/v2/models/digits-csra-r2/infer", content=infer_body([2, 32, 32, 3], flat + flat))
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert (body["id"], body["model_name"], body["model_version"]) == ("7", "digits-csra-r2", "1")
+    tensors = {tensor["name"]: np.array(tensor["data"]).reshape(tensor["shape"]) for tensor in body["outputs"]}
+    assert tensors["logits"].shape == (2, 10)
+    best = client.post("/v1/classify?top_k=1", content=PNG).json()["results"][0]["predictions"][0]
+    np.testing.assert_allclose(tensors["probabilities"].max(axis=1), best["probability"], atol=1e-5)
+    assert client.get("/v2/health/ready").json() == {"ready": True}
+    assert client.get("/v2/health/live").json() == {"live": True}
+
+
+@pytest.mark.parametrize(
+    ("body", "detail"),
+    [
+        ("", "empty"),
+        ("{", "malformed"),
+        ("[]", "malformed"),
+        (infer_body([1, 32, 32, 3], [0]), "3072 whole numbers"),
+        (infer_body([1, 2, 2, 3], [0] * 12), "[n,32,32,3]"),
+        (infer_body([0, 32, 32, 3], []), "1 to 4 images"),
+        (infer_body([10**6, 32, 32, 3], []), "1 to 4 images"),
+        (infer_body([1, 32, 32, 3], [256] * 3072), "0 to 255"),
+        (infer_body([1, 32, 32, 3], ["a"] * 3072), "whole numbers"),
+        (infer_body([1, 32, 32, 3], [[1], [2, 3]]), "whole numbers"),
+        (infer_body([1, 32, 32, 3], [0] * 3072, datatype="FP32"), "UINT8"),
+    ],
+)
+def test_v2_errors_are_what_its_clients_parse(client: TestClient, body: str, detail: str) -> None:
+    answer = client.post("/v2/models/digits-csra-r2/infer", content=body)
+    assert answer.status_code == 400
+    assert list(answer.json()) == ["error"]
+    assert detail in answer.json()["error"]
+    assert client.get("/v2/models/none").json()["error"].startswith("no model 'none'")
+    assert client.get("/v2/nowhere").status_code == 404
+    assert list(client.get("/v2/nowhere").json()) == ["error"]

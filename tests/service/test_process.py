@@ -1,0 +1,101 @@
+"""The service as its users run it: a process and a socket."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.processes import ROOT, serving
+from tests.service.conftest import encoded, noise
+
+PNG = encoded(noise(32, 32))
+
+
+def test_every_odd_file_gets_an_answer_or_a_4xx_and_the_service_lives(repository: Path, data_dir: Path) -> None:
+    files = sorted(file for file in (data_dir / "odd").iterdir() if file.suffix != ".csv")
+    assert files
+    with serving(repository) as (url, process), httpx.Client(base_url=url, timeout=30) as client:
+        statuses: dict[str, int] = {}
+        for file in files:
+            answer = client.post("/v1/classify", content=file.read_bytes())
+            statuses[file.name] = answer.status_code
+            assert answer.json(), file.name
+        assert process.poll() is None
+        assert client.post("/v1/classify", content=PNG).status_code == 200
+    wrong = {name: status for name, status in statuses.items() if status != 200 and not 400 <= status < 500}
+    assert wrong == {}
+    assert {200, 400, 415, 422} <= set(statuses.values())
+
+
+def test_every_photo_gets_five_classes(repository: Path, data_dir: Path) -> None:
+    photos = sorted((data_dir / "photos").glob("*.jpg"))
+    assert photos
+    with serving(repository) as (url, _), httpx.Client(base_url=url, timeout=30) as client:
+        for photo in photos:
+            answer = client.post("/v1/classify?model=digits-csra-r2", content=photo.read_bytes())
+            assert answer.status_code == 200, photo.name
+            assert len(answer.json()["results"][0]["predictions"]) == 5
+
+
+def test_sigterm_finishes_what_was_accepted_and_exits_with_0(repository: Path) -> None:
+    big = encoded(noise(4000, 3000), "JPEG")
+    with serving(repository) as (url, process), ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(httpx.post, url + "/v1/classify", content=big, timeout=30) for _ in range(6)]
+        deadline = time.monotonic() + 20
+        while "stridevit_pending_images 0" in httpx.get(url + "/metrics").text:
+            assert time.monotonic() < deadline
+        process.send_signal(signal.SIGTERM)
+        # Those whose connection was open are answered; one that had not connected yet is refused, never cut off.
+        outcomes = [future.exception() or future.result().status_code for future in answers]
+        assert process.wait(20) == 0
+    assert 200 in outcomes
+    assert all(outcome == 200 or isinstance(outcome, httpx.ConnectError) for outcome in outcomes), outcomes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repository", "no-such-folder"], "no model repository at no-such-folder: name one with --repository"),
+        (["--device", "cuda"], "device 'cuda' was asked for"),
+        (["--models", "no-such-model"], "no version of it"),
+        (["--log-level", "loud"], "unknown log level 'loud'"),
+    ],
+)
+def test_a_start_that_cannot_be_ends_with_a_line_that_names_the_fix(
+    arguments: list[str], message: str, repository: Path
+) -> None:
+    command = [sys.executable, "-m", "service", "--repository", str(repository), "--port", "0", *arguments]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_port_in_use_is_an_error(repository: Path) -> None:
+    with serving(repository) as (url, _):
+        command = [sys.executable, "-m", "service", "--repository", str(repository), "--port", url.rsplit(":", 1)[1]]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "address already in use" in ended.stderr
+
+
+def test_the_service_imports_neither_torch_nor_our_other_packages() -> None:
+    forbidden = ["torch", "torchvision", "timm", "onnx", "locust", "training", "export", "loadtests"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({forbidden!r})); import service.__main__"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_service_runs_in_an_environment_without_torch(repository: Path) -> None:
+    python = os.environ.get("STRIDEVIT_SERVICE_PYTHON")
+    if not python:
+        pytest.skip("needs the service's own environment: run `make test`, or set STRIDEVIT_SERVICE_PYTHON")
+    missing = subprocess.run([python, "-c", "import torch"], cwd=ROOT, capture_output=True, text=True)
+    assert "No module named 'torch'" in missing.stderr
+    with serving(repository, python=python) as (url, _):
+        assert httpx.post(url + "/v1/classify", content=PNG).status_code == 200
