@@ -21,7 +21,7 @@ def _one_torch_thread() -> None:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of real data that STRIDEVIT_DATA names; the test is skipped if it is unset, and fails if it is wrong."""
+    """The folder of real data that STRIDEVIT_DATA names; skips the test if unset, fails it if wrong."""
     named = os.environ.get("STRIDEVIT_DATA")
     if not named:
         pytest.skip("needs real data: set STRIDEVIT_DATA to the folder that holds cifar100/, photos/ and odd/")

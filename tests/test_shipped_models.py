@@ -68,6 +68,6 @@ def test_served_answers_agree_with_torch(test_images: tuple[list[bytes], torch.T
                 served += [result["predictions"][0]["index"] for result in answer.json()["results"]]
             model, _ = released(newest(name))
             with torch.inference_mode():
-                expected = torch.cat([model(chunk) for chunk in pixels.split(250)]).argmax(dim=1)
+                expected = torch.cat([model(chunk) for chunk in torch.split(pixels, 250)]).argmax(dim=1)
             differences = int((np.array(served) != expected.numpy()).sum())
             assert differences <= 2, f"{name}: {differences} of {IMAGES} top-1 differ from torch"

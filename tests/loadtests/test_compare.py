@@ -22,7 +22,7 @@ def command(repository: Path, out: Path, *arguments: str) -> list[str]:
 def test_compare_measures_and_reports(repository: Path, tmp_path: Path) -> None:
     arguments = ["--models", "digits-csra-r2", "--rounds", "2"]
     ended = subprocess.run(
-        command(repository, tmp_path, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=120
+        command(repository, tmp_path, *arguments), cwd=ROOT, check=False, capture_output=True, text=True, timeout=120
     )
     assert ended.returncode == 0, ended.stderr
     assert "digits-csra-r2" in ended.stdout
@@ -41,7 +41,12 @@ def test_compare_measures_and_reports(repository: Path, tmp_path: Path) -> None:
 
 def test_a_model_that_does_not_load_ends_with_the_service_s_own_words(repository: Path, tmp_path: Path) -> None:
     ended = subprocess.run(
-        command(repository, tmp_path, "--models", "no-such-model"), cwd=ROOT, capture_output=True, text=True, timeout=60
+        command(repository, tmp_path, "--models", "no-such-model"),
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert ended.returncode == 1
     assert "no version of it" in ended.stderr

@@ -13,10 +13,10 @@ from service.app import create_app
 from service.settings import Settings
 
 
-def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     """An image as a file's bytes."""
     buffer = io.BytesIO()
-    image.save(buffer, format=format, **options)
+    image.save(buffer, format=kind, **options)
     return buffer.getvalue()
 
 

@@ -31,17 +31,17 @@ def test_an_image_of_the_right_size_is_not_touched() -> None:
     assert np.array_equal(pixels(encoded(image)), np.asarray(image))
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
-def test_every_accepted_format_is_read(format: str) -> None:
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
+def test_every_accepted_format_is_read(kind: str) -> None:
     image = noise(32, 32)
-    difference = pixels(encoded(image, format)).astype(int) - np.asarray(image)
+    difference = pixels(encoded(image, kind)).astype(int) - np.asarray(image)
     assert np.abs(difference).mean() < 12
 
 
-@pytest.mark.parametrize("format", ["ICO", "PPM", "JPEG2000", "TGA"])
-def test_other_formats_are_refused_with_a_list_of_those_accepted(format: str) -> None:
+@pytest.mark.parametrize("kind", ["ICO", "PPM", "JPEG2000", "TGA"])
+def test_other_formats_are_refused_with_a_list_of_those_accepted(kind: str) -> None:
     with pytest.raises(UnsupportedImage, match="JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF"):
-        pixels(encoded(noise(32, 32), format))
+        pixels(encoded(noise(32, 32), kind))
 
 
 def test_the_shorter_side_is_resized_and_the_centre_cropped() -> None:
@@ -124,12 +124,12 @@ def test_empty_and_truncated_images_are_bad() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    format=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]),
+    kind=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]),
     damage=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
     keep=st.floats(0.05, 1),
 )
-def test_damaged_bytes_give_pixels_or_an_image_error(format: str, damage: list[tuple[float, int]], keep: float) -> None:
-    data = bytearray(encoded(noise(24, 24), format))
+def test_damaged_bytes_give_pixels_or_an_image_error(kind: str, damage: list[tuple[float, int]], keep: float) -> None:
+    data = bytearray(encoded(noise(24, 24), kind))
     for place, value in damage:
         data[int(place * len(data))] = value
     try:

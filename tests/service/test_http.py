@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_multipart_answers_every_file_in_order(client: TestClient) -> None:
     for a, b in zip(together, alone, strict=True):
         assert [p["index"] for p in a["predictions"]] == [p["index"] for p in b["predictions"]]
         probabilities = [[p["probability"] for p in result["predictions"]] for result in (a, b)]
-        np.testing.assert_allclose(*probabilities, atol=1e-5)
+        np.testing.assert_allclose(probabilities[0], probabilities[1], atol=1e-5)
 
 
 def test_one_bad_image_fails_alone(client: TestClient) -> None:
@@ -112,13 +113,13 @@ def test_bad_input_is_a_clear_4xx(client: TestClient, query: str, body: bytes, s
 def test_a_body_of_unstated_length_is_stopped_at_the_limit(client: TestClient) -> None:
     sent = 0
 
-    def endless() -> object:
+    def endless() -> Iterator[bytes]:
         nonlocal sent
         for _ in range(1000):
             sent += 1
             yield bytes(1000)
 
-    assert client.post("/v1/classify", content=endless()).status_code == 413  # type: ignore[arg-type]
+    assert client.post("/v1/classify", content=endless()).status_code == 413
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_a_body_of_unstated_length_is_stopped_at_the_limit(client: TestClient) -
     ],
 )
 def test_malformed_multipart_is_a_400(client: TestClient, content_type: str, body: bytes) -> None:
-    answer = client.post("/v1/classify", content=body, headers={"Content-Type": content_type.encode("latin-1")})  # type: ignore[dict-item]
+    answer = client.post("/v1/classify", content=body, headers={b"Content-Type": content_type.encode("latin-1")})
     assert answer.status_code == 400
     assert "multipart" in answer.json()["detail"]
 

@@ -71,7 +71,7 @@ def test_a_start_that_cannot_be_ends_with_a_line_that_names_the_fix(
     arguments: list[str], message: str, repository: Path
 ) -> None:
     command = [sys.executable, "-m", "service", "--repository", str(repository), "--port", "0", *arguments]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -80,7 +80,7 @@ def test_a_start_that_cannot_be_ends_with_a_line_that_names_the_fix(
 def test_a_port_in_use_is_an_error(repository: Path) -> None:
     with serving(repository) as (url, _):
         command = [sys.executable, "-m", "service", "--repository", str(repository), "--port", url.rsplit(":", 1)[1]]
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     assert "address already in use" in ended.stderr
 
@@ -95,7 +95,7 @@ def test_the_service_runs_in_an_environment_without_torch(repository: Path) -> N
     python = os.environ.get("STRIDEVIT_SERVICE_PYTHON")
     if not python:
         pytest.skip("needs the service's own environment: run `make test`, or set STRIDEVIT_SERVICE_PYTHON")
-    missing = subprocess.run([python, "-c", "import torch"], cwd=ROOT, capture_output=True, text=True)
+    missing = subprocess.run([python, "-c", "import torch"], cwd=ROOT, check=False, capture_output=True, text=True)
     assert "No module named 'torch'" in missing.stderr
     with serving(repository, python=python) as (url, _):
         assert httpx.post(url + "/v1/classify", content=PNG).status_code == 200

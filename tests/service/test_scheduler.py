@@ -62,7 +62,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def drive(scenario: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scenario(), 20))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(scenario(), 20))
 
 
 def test_a_lone_image_starts_at_once_and_what_waits_meanwhile_is_one_batch() -> None:

@@ -41,7 +41,7 @@ def test_lsra_reduce_is_a_softmax_weighted_mean_of_each_block(grid: tuple[int, i
                 math.exp(float(member @ attention.gate_weight + attention.gate_bias[position]))
                 for position, member in enumerate(members)
             ]
-            expected[b, block] = sum(w * m for w, m in zip(weights, members, strict=True)) / sum(weights)  # type: ignore[assignment]
+            expected[b, block] = sum(w * m for w, m in zip(weights, members, strict=True)) / sum(weights)
     torch.testing.assert_close(attention.reduce(c_BNr), expected)
 
 
