@@ -65,7 +65,8 @@ class Engine:
 
     def __init__(self, model: Path | bytes, *, device: Device = "cpu", number: int = 0, threads: int = 1) -> None:
         """Load a model. Raises EngineError if the device does not take every node of it."""
-        import onnxruntime as ort  # noqa: PLC0415
+        require_one_engine()
+        import onnxruntime as ort  # noqa: PLC0415 (after the check, as above)
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
