@@ -1,6 +1,7 @@
 """The engine: one ONNX Runtime session for one model on one device. Fails loud, never falls back silently."""
 
 import importlib.metadata
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,9 +33,7 @@ def require_one_engine() -> str:
 
 def resolve_device(asked: str) -> tuple[Device, int]:
     """`auto`, `cpu`, `cuda`, `cuda:N` or `tensorrt` as (device, GPU number). Raises EngineError if it cannot be had."""
-    require_one_engine()
-    import onnxruntime as ort  # noqa: PLC0415 (after the check, so that its absence is a clear error)
-
+    ort = _onnxruntime()
     kind, _, number = asked.partition(":")
     if kind not in ("auto", "cpu", "cuda", "tensorrt") or (number and not number.isdecimal()):
         raise EngineError(f"unknown device {asked!r}: use auto, cpu, cuda, cuda:N or tensorrt")
@@ -65,15 +64,15 @@ class Engine:
 
     def __init__(self, model: Path | bytes, *, device: Device = "cpu", number: int = 0, threads: int = 1) -> None:
         """Load a model. Raises EngineError if the device does not take every node of it."""
-        require_one_engine()
-        import onnxruntime as ort  # noqa: PLC0415 (after the check, as above)
-
+        ort = _onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         provider_options: dict[str, Any] = {}
         if device != "cpu":
+            # CUDA and cuDNN come as wheels of their own, where the loader does not look by itself.
+            ort.preload_dlls()
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             provider_options["device_id"] = str(number)
         provider = _PROVIDERS[device]
@@ -96,6 +95,18 @@ class Engine:
         """uint8 images (n,H,W,3) -> logits and probabilities, float32 (n, classes)."""
         logits, probabilities = self._session.run(["logits", "probabilities"], {"image": images})
         return logits, probabilities
+
+
+def _onnxruntime() -> Any:
+    """Import ONNX Runtime after the check, so that its absence is a clear error, and with its telemetry off.
+
+    The published wheels report usage to their maker on every platform unless this variable says no.
+    """
+    require_one_engine()
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime  # noqa: PLC0415
+
+    return onnxruntime
 
 
 def _installed(distribution: str) -> bool:

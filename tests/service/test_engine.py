@@ -1,6 +1,8 @@
 """Exactly one ONNX Runtime, a device as asked for, and as many threads as the process may use."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from service import cores, engine
 from service.engine import Engine, require_one_engine, resolve_device
 from service.errors import EngineError
+from tests.processes import ROOT
 
 
 @pytest.mark.parametrize(
@@ -39,6 +42,16 @@ def test_a_device_that_cannot_be_had_is_an_error(asked: str, monkeypatch: pytest
 def test_an_unknown_device_names_those_there_are(asked: str) -> None:
     with pytest.raises(EngineError, match="use auto, cpu, cuda, cuda:N or tensorrt"):
         resolve_device(asked)
+
+
+def test_the_runtime_s_telemetry_is_off(repository: Path) -> None:
+    code = (
+        "import os, sys; os.environ.pop('ORT_DISABLE_TELEMETRY', None); from service.engine import Engine;"
+        "Engine(sys.argv[1]); print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    )
+    model = repository / "digits-csra-r2" / "1" / "model.onnx"
+    ended = subprocess.run([sys.executable, "-c", code, model], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert ended.stdout.strip() == "1"
 
 
 def test_a_file_that_is_no_model_is_an_error(tmp_path: Path) -> None:

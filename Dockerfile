@@ -1,0 +1,75 @@
+# The service as an image: ONNX Runtime, no torch, no build tools, no root.
+#
+#   DOCKER_BUILDKIT=1 docker build --target cpu --tag stridevit:cpu .
+#   docker run --rm --read-only --tmpfs /tmp --cap-drop ALL --publish 127.0.0.1:8000:8000 stridevit:cpu
+#
+# Flags of `python -m service` may follow the image's name. Stop it with at least `--time 35`: accepted requests have
+# STRIDEVIT_DRAIN_SECONDS (30) to finish.
+#
+# Behind a mirror or a TLS proxy pip takes two secrets, neither of which ends up in the image. Both are optional:
+#   --secret id=pip_conf,src=pip.conf           with `cert = /run/secrets/ca_bundle` if the other one is given too
+#   --secret id=ca_bundle,src=ca-certificates.crt
+
+FROM python:3.11-slim-bookworm AS build
+ENV PATH=/venv/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /venv
+WORKDIR /source
+
+# The engine is all that differs: what the lock file says, then the project, then what only the build needed goes.
+FROM build AS build-cpu
+COPY lock/service-cpu.txt lock/
+RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
+    --mount=type=secret,id=ca_bundle,target=/run/secrets/ca_bundle \
+    --mount=type=cache,target=/root/.cache/pip \
+    pip install --quiet --require-hashes --only-binary :all: --requirement lock/service-cpu.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY service service
+RUN pip install --quiet --no-cache-dir --no-index --no-build-isolation --no-deps . \
+    && pip uninstall --quiet --yes hatchling editables pathspec pluggy tomlkit trove-classifiers setuptools pip
+
+FROM build AS build-gpu
+COPY lock/service-gpu.txt lock/
+RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
+    --mount=type=secret,id=ca_bundle,target=/run/secrets/ca_bundle \
+    --mount=type=cache,target=/root/.cache/pip \
+    pip install --quiet --require-hashes --only-binary :all: --requirement lock/service-gpu.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY service service
+RUN pip install --quiet --no-cache-dir --no-index --no-build-isolation --no-deps . \
+    && pip uninstall --quiet --yes hatchling editables pathspec pluggy tomlkit trove-classifiers setuptools pip
+
+FROM python:3.11-slim-bookworm AS runtime
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="StrideViT" \
+      org.opencontainers.image.description="Image classification with Vision Transformers whose keys and values are compressed." \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.revision="$REVISION" \
+      org.opencontainers.image.base.name="docker.io/library/python:3.11-slim-bookworm"
+# ONNX Runtime's wheels report to their maker unless told not to.
+ENV PATH=/venv/bin:$PATH \
+    ORT_DISABLE_TELEMETRY=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    STRIDEVIT_HOST=0.0.0.0 \
+    STRIDEVIT_PORT=8000 \
+    STRIDEVIT_REPOSITORY=/models
+# Readable for the service whatever umask the bundles were made under, and owned by root: it cannot change them.
+COPY --chmod=755 models /models
+USER 10001:10001
+EXPOSE 8000
+# It listens only once all models are loaded and proven. The empty ProxyHandler keeps a proxy of the environment out of this.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 CMD ["python", "-c", "import os, urllib.request as r; r.build_opener(r.ProxyHandler({})).open('http://127.0.0.1:%s/healthz' % os.environ['STRIDEVIT_PORT'], timeout=2)"]
+# The exec form makes Python process 1, so SIGTERM reaches it.
+ENTRYPOINT ["python", "-m", "service"]
+
+# Needs the NVIDIA container toolkit (`docker run --gpus all`); without a GPU it refuses to start. Built, not run on a GPU.
+FROM runtime AS gpu
+ENV STRIDEVIT_DEVICE=cuda \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    LD_LIBRARY_PATH=/venv/lib/python3.11/site-packages/nvidia/cu13/lib:/venv/lib/python3.11/site-packages/nvidia/cudnn/lib
+COPY --from=build-gpu /venv /venv
+
+# Last, so that it is what a build without --target makes.
+FROM runtime AS cpu
+COPY --from=build-cpu /venv /venv
