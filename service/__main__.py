@@ -68,7 +68,8 @@ def serve(
         application = create_app(settings)
     except ValidationError as error:
         for item in error.errors():
-            console.print(f"[red]error:[/] setting {'.'.join(map(str, item['loc']))}: {item['msg']}")
+            place = ".".join(map(str, item["loc"])) or "combination"
+            console.print(f"[red]error:[/] setting {place}: {item['msg']}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except StartError as error:
         console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)

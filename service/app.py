@@ -43,6 +43,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
+    app.state.classifier = classifier
     problems.install(app)
     app.include_router(v1.router(classifier))
     app.include_router(v2.router(classifier, version=app.version))

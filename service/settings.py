@@ -1,9 +1,9 @@
 """Settings of the service. Each can be set as STRIDEVIT_<NAME> in the environment; the common ones are flags too."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -40,3 +40,12 @@ class Settings(BaseSettings):
     """After SIGTERM, how long accepted requests may take to finish."""
     log_level: str = "info"
     """debug, info, warning or error."""
+
+    @model_validator(mode="after")
+    def _largest_request_fits(self) -> Self:
+        if self.max_images > self.max_pending:
+            raise ValueError(
+                f"max_images ({self.max_images}) exceeds max_pending ({self.max_pending}): "
+                "the largest request could never be admitted"
+            )
+        return self

@@ -131,6 +131,7 @@ class _Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.rows = state["rows"]
+        self.started = runs.read_started(self.out)
 
     def save(self) -> None:
         """Write metrics.csv and last.pt."""

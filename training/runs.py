@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -157,6 +158,12 @@ def load_last(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder} has no {LAST_FILE} to resume from: start it without --resume")
     state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     return state
+
+
+def read_started(folder: Path) -> datetime:
+    """When the run was first started, from its run.json."""
+    record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    return datetime.fromisoformat(record["started"])
 
 
 def sha256_file(path: Path) -> str:

@@ -145,13 +145,20 @@ def test_too_many_images_are_a_400(client: TestClient) -> None:
 
 
 def test_a_full_service_says_when_to_come_back(repository: Path) -> None:
-    app = create_app(Settings(repository=repository, max_pending=1, threads=1))
+    app = create_app(Settings(repository=repository, max_pending=3, max_images=3, threads=1))
+    two = [("a", ("a.png", PNG)), ("b", ("b.png", PNG))]
     with TestClient(app) as client:
-        files = [("a", ("a.png", PNG)), ("b", ("b.png", PNG))]
-        busy = client.post("/v1/classify", files=files)
-        assert busy.status_code == 429
-        assert int(busy.headers["Retry-After"]) >= 1
-        assert client.post("/v1/classify", content=PNG).status_code == 200, "the places must be free again"
+        with app.state.classifier.admit(2):
+            assert client.post("/v1/classify", content=PNG).status_code == 200, "one place is left"
+            busy = client.post("/v1/classify", files=two)
+            assert busy.status_code == 429
+            assert int(busy.headers["Retry-After"]) >= 1
+        assert client.post("/v1/classify", files=two).status_code == 200, "the places must be free again"
+
+
+def test_a_limit_that_no_request_could_meet_is_an_error() -> None:
+    with pytest.raises(ValueError, match="could never be admitted"):
+        Settings(max_images=3, max_pending=2)
 
 
 def test_many_clients_get_their_own_answers(client: TestClient) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,8 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(
         patch.setattr(runs, "save_last", save_then_stop)
         with pytest.raises(KeyboardInterrupt):
             train(chosen, "csra-r2", few_digits, stopped, device=CPU, console=QUIET)
+    started = json.loads((stopped / "run.json").read_text())["started"]
+    time.sleep(1.1)  # run.json counts in seconds
     train(chosen, "csra-r2", few_digits, stopped, device=CPU, console=QUIET, resume=True)
 
     def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -87,6 +90,7 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(
             return [row["train_loss"] for row in csv.DictReader(stream)]
 
     assert losses(whole) == losses(stopped)
+    assert json.loads((stopped / "run.json").read_text())["started"] == started
 
 
 def test_a_folder_with_a_run_is_not_overwritten(few_digits: Dataset, tmp_path: Path) -> None:
