@@ -22,7 +22,7 @@ console = Console(stderr=True)
 
 @app.command()
 def serve(
-    repository: Annotated[Path | None, typer.Option(help="Folder of bundles, <name>/<version>/. [models]")] = None,
+    repository: Annotated[Path | None, typer.Option(help="Folder of bundles, `NAME/VERSION/`. [models]")] = None,
     models: Annotated[
         str | None, typer.Option(help="Serve only these, names separated by commas. [all in the repository]")
     ] = None,
@@ -53,7 +53,7 @@ def serve(
     """
     flags: dict[str, Any] = {
         "repository": repository,
-        "models": tuple(models.split(",")) if models else None,
+        "models": models,
         "default_model": default_model,
         "host": host,
         "port": port,

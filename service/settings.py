@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -15,7 +15,7 @@ class Settings(BaseSettings):
     repository: Path = Path("models")
     """Folder of bundles: <name>/<version>/."""
     models: Annotated[tuple[str, ...], NoDecode] = ()
-    """Names of the models to serve; empty for all in the repository."""
+    """Names of the models to serve, separated by commas; empty for all in the repository."""
     default_model: str | None = None
     """What answers a request that names no model; unset: the one with the highest top-1."""
     host: str = "127.0.0.1"
@@ -40,6 +40,11 @@ class Settings(BaseSettings):
     """After SIGTERM, how long accepted requests may take to finish."""
     log_level: str = "info"
     """debug, info, warning or error."""
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _split_names(cls, names: object) -> object:
+        return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else names
 
     @model_validator(mode="after")
     def _largest_request_fits(self) -> Self:

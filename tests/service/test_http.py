@@ -156,11 +156,6 @@ def test_a_full_service_says_when_to_come_back(repository: Path) -> None:
         assert client.post("/v1/classify", files=two).status_code == 200, "the places must be free again"
 
 
-def test_a_limit_that_no_request_could_meet_is_an_error() -> None:
-    with pytest.raises(ValueError, match="could never be admitted"):
-        Settings(max_images=3, max_pending=2)
-
-
 def test_many_clients_get_their_own_answers(client: TestClient) -> None:
     pictures = [encoded(noise(32, 32, seed=seed)) for seed in range(12)]
     alone = [client.post("/v1/classify", content=picture).json() for picture in pictures]
