@@ -80,6 +80,12 @@ class _Run:
         self.out = out
         self.device = device
         self.spec = architecture(recipe.preset, variant, classes=len(dataset.classes))
+        height, width = dataset.train.images.shape[1:3]
+        if (height, width) != (self.spec.image_size, self.spec.image_size):
+            raise TrainingError(
+                f"preset {recipe.preset} takes {self.spec.image_size} px images, but {dataset.name} has "
+                f"{width} × {height}: choose another --preset"
+            )
         self.fit, self.held_out = split_holdout(dataset.train, recipe.holdout)
         self.steps_per_epoch = len(self.fit) // recipe.schedule.batch_size
         if not self.steps_per_epoch:

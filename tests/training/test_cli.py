@@ -17,6 +17,8 @@ from training.__main__ import app
         (["--recipe", "digit", "--variant", "mha"], "did you mean"),
         (["--recipe", "digits", "--variant", "mha", "--set", "optim.rate=1"], "no key 'optim.rate'"),
         (["--recipe", "digits", "--variant", "mha", "--preset", "vit-xl"], "unknown preset 'vit-xl'"),
+        (["--recipe", "digits", "--variant", "mha", "--preset", "vit-s16"], "takes 224 px images, but digits has 32"),
+        (["--recipe", "digits", "--variant", "mha", "--set", "holdout=1437"], "error: "),
         (["--recipe", "digits", "--variant", "mha", "--device", "tpu9"], "unknown device"),
         (["--recipe", "cifar100-xs", "--variant", "mha", "--data", "nowhere"], "uoft-cs/cifar100"),
     ],
