@@ -63,6 +63,7 @@ clean: ## Remove environments, caches and the demo
 # An environment is made anew when its lock or pyproject.toml changes; the marker's name says which engine is inside.
 $(DEV)/.installed: lock/dev.txt pyproject.toml
 	@echo "setting up $(DEV) for development (torch and all; several GB, some minutes)"
+	@rm -rf $(DEV)
 	@$(call new-environment,$(DEV),lock/dev.txt)
 	@touch $@
 

@@ -8,6 +8,7 @@ from export.golden import draw_golden
 from export.graph import INPUT, OPSET, OUTPUTS, ExportError, op_types, serialise, to_onnx
 from export.parity import MAX_ABS_LOGIT, MAX_ABS_PROBABILITY, check_parity
 from service.bundle import (
+    GOLDEN_FILE,
     Accuracy,
     Manifest,
     Preprocessing,
@@ -15,7 +16,6 @@ from service.bundle import (
     Tensor,
     Tolerance,
     publish,
-    read_bundle,
 )
 from service.cores import available_cores
 from service.engine import Engine
@@ -49,7 +49,8 @@ def export_run(run: Path, repository: Path, *, data: Path | None = None, family:
     macs = count_macs(model)
     graph = to_onnx(classifier, image_size=spec.image_size)
     serialised = serialise(graph)
-    parity = check_parity(classifier, Engine(serialised, threads=available_cores()), images)
+    engine = Engine(serialised, threads=available_cores())
+    parity = check_parity(classifier, engine, images)
     preprocessing = Preprocessing.model_validate(card.preprocessing.model_dump())
     tolerance = Tolerance(max_abs_logit=MAX_ABS_LOGIT, max_abs_probability=MAX_ABS_PROBABILITY)
     side, classes = spec.image_size, spec.classes
@@ -82,14 +83,6 @@ def export_run(run: Path, repository: Path, *, data: Path | None = None, family:
             exporter={name: version(name) for name in ("torch", "timm", "onnx", "onnxscript")},
         ),
     )
-    folder = publish(
-        repository,
-        manifest,
-        model=serialised,
-        labels=card.labels,
-        golden=draw_golden(classifier, preprocessing, tolerance),
-    )
-    # What was just written is read back the way the service will read it.
-    bundle = read_bundle(folder)
-    check_golden(bundle, Engine(bundle.model_path, threads=available_cores()))
-    return folder
+    golden = draw_golden(classifier, preprocessing, tolerance)
+    check_golden(golden, manifest, engine, path=Path(GOLDEN_FILE))
+    return publish(repository, manifest, model=serialised, labels=card.labels, golden=golden)

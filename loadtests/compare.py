@@ -114,19 +114,35 @@ def _measure(plan: Plan, model: str, payloads: Path, log: Path) -> Block:
             raise ServerError(f"the service for {model} died under load; its log is {log}")
         starts, latencies, ok = _read_samples(samples)
         idle, peak = server.idle_bytes, server.peak_bytes
-    begin = starts.min(initial=np.inf) + plan.warmup_seconds
-    ends = starts + latencies / 1000
-    measured = (starts >= begin) & (ends <= begin + plan.seconds)
-    answered = measured & ok
+    begin = float(starts.min(initial=np.inf)) + plan.warmup_seconds
+    throughput, measured = within(starts, latencies, ok, begin=begin, seconds=plan.seconds)
     return Block(
         model=model,
-        throughput=float(answered.sum() / plan.seconds),
-        latencies_ms=latencies[answered],
+        throughput=throughput,
+        latencies_ms=latencies[measured & ok],
         errors=int((measured & ~ok).sum()),
         idle_bytes=idle,
         peak_bytes=peak,
         info=info,
     )
+
+
+def within(
+    starts: npt.NDArray[np.float64],
+    latencies_ms: npt.NDArray[np.float64],
+    ok: npt.NDArray[np.bool_],
+    *,
+    begin: float,
+    seconds: float,
+) -> tuple[float, npt.NDArray[np.bool_]]:
+    """Throughput of a window, and which samples count for its latencies. `starts` and `begin` are in seconds.
+
+    Throughput counts the answers that *ended* in the window; latencies are of the requests that *started* in it,
+    whenever they ended. To ask for both would leave out the slowest, and those of a slow server most.
+    """
+    ends = starts + latencies_ms / 1000
+    answered = ok & (ends > begin) & (ends <= begin + seconds)
+    return float(answered.sum() / seconds), (starts >= begin) & (starts < begin + seconds)
 
 
 def _run_locust(plan: Plan, model: str, url: str, payloads: Path, samples: Path) -> None:

@@ -1,6 +1,9 @@
 """`python -m service`: serve a repository of bundles over HTTP."""
 
+import asyncio
 import logging
+import signal
+import socket
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from service.app import create_app
+from service.classify import Classifier
 from service.errors import StartError
 from service.settings import Settings
 
@@ -74,7 +78,7 @@ def serve(
     except StartError as error:
         console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             application,
             host=settings.host,
@@ -82,11 +86,28 @@ def serve(
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=settings.drain_seconds,
-        )
+        ),
+        application.state.classifier,
     )
+    # Once it has shut down, uvicorn raises again the signal that stopped it: by then all is done, and it ends with 0.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     server.run()
     if not server.started:
         raise typer.Exit(1)
+
+
+class _Server(uvicorn.Server):
+    """Says that it is not ready, serves on for the grace period, then stops accepting and finishes what it accepted."""
+
+    def __init__(self, config: uvicorn.Config, classifier: Classifier) -> None:
+        super().__init__(config)
+        self._classifier = classifier
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._classifier.ready = False
+        await asyncio.sleep(self._classifier.settings.grace_seconds)
+        await super().shutdown(sockets)
 
 
 def _configure_logging(level: str) -> None:

@@ -1,5 +1,6 @@
 """Request bodies, read under a byte limit: raw image bytes, or multipart with one or many files."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 
 from fastapi import Request
@@ -7,14 +8,23 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from service.errors import BadRequest, BodyTooLarge
+from service.errors import BadRequest, BodyTooLarge, BodyTooSlow
 
 
-async def read_images(request: Request, *, max_bytes: int, max_images: int) -> list[bytes]:
+async def read_images(request: Request, *, max_bytes: int, max_images: int, seconds: float) -> list[bytes]:
     """The images of a request: its files if it is multipart, else its whole body, whatever Content-Type says.
 
-    Raises BodyTooLarge before more than `max_bytes` are held, and BadRequest for a malformed or empty body.
+    Raises BodyTooLarge before more than `max_bytes` are held, BodyTooSlow if they take more than `seconds` to arrive,
+    and BadRequest for a malformed or empty body.
     """
+    try:
+        async with asyncio.timeout(seconds):
+            return await _read(request, max_bytes=max_bytes, max_images=max_images)
+    except TimeoutError as error:
+        raise BodyTooSlow(f"the body did not arrive within {seconds:g} s: send it again") from error
+
+
+async def _read(request: Request, *, max_bytes: int, max_images: int) -> list[bytes]:
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise BodyTooLarge(f"the body has {int(declared):,} bytes; the limit is {max_bytes:,}")

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -159,11 +160,14 @@ class Bundle:
         """Read `golden.npz`. Raises BundleError."""
         path = self.folder / GOLDEN_FILE
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 logits, probabilities = arrays["logits"], arrays["probabilities"]
                 images = tuple(arrays[f"image_{number}"].tobytes() for number in range(len(logits)))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise BundleError(f"{path}: cannot be read ({error})") from error
+        expected = (len(images), self.manifest.classes)
+        if not images or logits.shape != expected or probabilities.shape != expected:
+            raise BundleError(f"{path}: outputs of shape {logits.shape} and {probabilities.shape}, not {expected}")
         return Golden(images=images, logits=logits, probabilities=probabilities)
 
 
@@ -193,15 +197,21 @@ def read_bundle(folder: Path) -> Bundle:
         path = folder / file
         if not path.is_file():
             raise BundleError(f"{path}: missing")
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        try:
+            with path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read ({error})") from error
         if digest != sums[file]:
             raise BundleError(f"{path}: sha256 is {digest}, but {SUMS_FILE} says {sums[file]}")
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
     except ValidationError as error:
         raise BundleError(f"{folder / MANIFEST_FILE}: {error}") from error
-    labels = tuple((folder / LABELS_FILE).read_text(encoding="utf-8").splitlines())
+    try:
+        labels = tuple((folder / LABELS_FILE).read_text(encoding="utf-8").splitlines())
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{folder / LABELS_FILE}: not UTF-8 text ({error})") from error
     if len(labels) != manifest.classes:
         raise BundleError(f"{folder / LABELS_FILE}: {len(labels)} labels for {manifest.classes} classes")
     if folder.parent.name != manifest.name:

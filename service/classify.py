@@ -3,11 +3,12 @@
 import asyncio
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from service.metrics import Metrics
 from service.registry import Model, Registry, load_models
 from service.scheduler import Output, Scheduler
 from service.settings import Settings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +81,10 @@ class Classifier:
             self._pending -= images
             self.metrics.pending.set(self._pending)
 
+    async def in_decoder(self, work: Callable[[], T]) -> T:
+        """Do `work` in the decode pool, off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+
     async def classify(self, model: Model, images: list[bytes]) -> list[Classified | RequestError]:
         """Answer each image, in order; one that cannot be used gives its error and harms no other."""
         return list(await asyncio.gather(*(self._classify_one(model, image) for image in images)))
@@ -86,9 +93,8 @@ class Classifier:
         name, metrics = model.manifest.name, self.metrics
         started = time.perf_counter()
         try:
-            pixels = await asyncio.get_running_loop().run_in_executor(
-                self._decoders,
-                partial(decode, image, model.manifest.preprocessing, max_pixels=self.settings.max_pixels),
+            pixels = await self.in_decoder(
+                partial(decode, image, model.manifest.preprocessing, max_pixels=self.settings.max_pixels)
             )
         except RequestError as error:
             metrics.images.labels(name, type(error).__name__).inc()

@@ -6,6 +6,7 @@ The rules, for all formats: first frame of an animation, EXIF orientation applie
 
 import io
 import struct
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,10 @@ _DAMAGED = (
 
 _BACKGROUND = (255, 255, 255)
 
+_JPEG_SCAN = b"\xff\xda"
+_MAX_JPEG_SCANS = 100
+"""Encoders write about ten."""
+
 
 def decode(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) -> npt.NDArray[np.uint8]:
     """Encoded image -> uint8 (crop, crop, 3). Raises UnsupportedImage, TooManyPixels or BadImage."""
@@ -52,37 +57,48 @@ def decode(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) -> npt
         width, height = image.size
         if width * height > max_pixels:
             raise TooManyPixels(f"the image is {width} × {height}; the limit is {max_pixels:,} pixels: make it smaller")
+        # Each scan of a progressive JPEG is a pass over all pixels: a small file can ask for thousands. The count is an
+        # upper bound, since compressed data never holds this marker.
+        if image.format in ("JPEG", "MPO") and data.count(_JPEG_SCAN) > _MAX_JPEG_SCANS:
+            raise BadImage(f"the image is damaged: more than {_MAX_JPEG_SCANS} JPEG scans")
         try:
-            return _resize_and_crop(_to_rgb(image), preprocessing)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb_crop(image, preprocessing)
         except Image.DecompressionBombError as error:
             raise TooManyPixels(f"a frame of the image exceeds the limit of {max_pixels:,} pixels") from error
         except _DAMAGED as error:
             raise BadImage(f"the image is damaged: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image.load()
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
-    if upright.mode in ("I", "F"):
-        return Image.fromarray(_scale_to_8_bits(np.asarray(upright))).convert("RGB")
-    if upright.has_transparency_data:
-        layer = upright.convert("RGBA")
+def _to_rgb_crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Resize first, so that what follows works on few pixels: a large image must not be held several times over."""
+    if image.mode.startswith("I;16"):
+        # Pillow clips 16-bit grey to white where it should scale it.
+        grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return _resize_and_crop(grey.convert("RGB"), preprocessing)
+    if image.mode in ("I", "F"):
+        scale = _scale_to_8_bits(image)
+        small = np.nan_to_num(_resize_and_crop(image.convert("F"), preprocessing), posinf=0.0, neginf=0.0)
+        grey = Image.fromarray((small * scale).clip(0, 255).round().astype(np.uint8))
+        return np.asarray(grey.convert("RGB"))
+    if image.has_transparency_data:
+        # Pillow weighs colours by alpha when it resizes RGBA, so what cannot be seen does not bleed into the rest.
+        layer = Image.fromarray(_resize_and_crop(image.convert("RGBA"), preprocessing))
         background = Image.new("RGBA", layer.size, (*_BACKGROUND, 255))
-        return Image.alpha_composite(background, layer).convert("RGB")
-    return upright.convert("RGB")
+        return np.asarray(Image.alpha_composite(background, layer).convert("RGB"))
+    return _resize_and_crop(image if image.mode == "RGB" else image.convert("RGB"), preprocessing)
 
 
-def _scale_to_8_bits(values: npt.NDArray[np.int32] | npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+def _scale_to_8_bits(image: Image.Image) -> float:
     """32-bit grey has no agreed range: 0..1 as floats, 0..255 where it fits, else 0..65535."""
-    finite = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    top = finite.max(initial=0.0)
-    scale = 255.0 if top <= 1.0 and values.dtype.kind == "f" else 1.0 if top <= 255 else 255 / 65535
-    return (finite * scale).clip(0, 255).round().astype(np.uint8)
+    _, top = cast(tuple[float, float], image.getextrema())
+    if image.mode == "F" and top <= 1.0:
+        return 255.0
+    return 1.0 if top <= 255 else 255 / 65535
 
 
-def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[Any]:
     """Shorter side to `resize`, then the centre `crop` × `crop`, in one resampling of just the region needed."""
     width, height = image.size
     crop = preprocessing.crop
@@ -95,4 +111,4 @@ def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> npt.ND
             Image.Resampling[preprocessing.interpolation.upper()],
             box=(max(0.0, left), max(0.0, top), min(width, left + side), min(height, top + side)),
         )
-    return np.asarray(image, dtype=np.uint8)
+    return np.asarray(image)

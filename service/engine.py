@@ -92,8 +92,11 @@ class Engine:
         self.device = device
 
     def run(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """uint8 images (n,H,W,3) -> logits and probabilities, float32 (n, classes)."""
-        logits, probabilities = self._session.run(["logits", "probabilities"], {"image": images})
+        """uint8 images (n,H,W,3) -> logits and probabilities, float32 (n, classes). Raises EngineError."""
+        try:
+            logits, probabilities = self._session.run(["logits", "probabilities"], {"image": images})
+        except Exception as error:  # as above
+            raise EngineError(f"ONNX Runtime cannot run the model on {self.device}: {error}") from error
         return logits, probabilities
 
 

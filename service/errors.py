@@ -7,6 +7,7 @@ ServiceError
 └── RequestError            one request cannot be answered; nobody else's is lost
     ├── BadRequest          malformed in itself
     ├── BodyTooLarge
+    ├── BodyTooSlow         safe to retry: nothing was done
     ├── ImageError
     │   ├── BadImage        damaged
     │   ├── UnsupportedImage
@@ -43,6 +44,10 @@ class BadRequest(RequestError):
 
 class BodyTooLarge(RequestError):
     """The body exceeds the byte limit."""
+
+
+class BodyTooSlow(RequestError):
+    """The body did not arrive in time."""
 
 
 class ImageError(RequestError):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from service.bundle import GOLDEN_FILE, Bundle
+from service.bundle import GOLDEN_FILE, Bundle, Golden, Manifest
 from service.decode import decode
 from service.engine import Engine
 from service.errors import BundleError, ImageError
@@ -13,14 +13,12 @@ from service.errors import BundleError, ImageError
 _MAX_GOLDEN_PIXELS = 4_000_000
 
 
-def check_golden(bundle: Bundle, engine: Engine) -> None:
-    """Decode the golden images, run them as one batch, and compare.
+def check_golden(golden: Golden, manifest: Manifest, engine: Engine, *, path: Path) -> None:
+    """Decode the golden images of the file `path`, run them as one batch, and compare.
 
     Raises BundleError naming the file, the largest difference and the CPU if an output is beyond the manifest's
     tolerance or a top-1 differs.
     """
-    golden, manifest = bundle.golden(), bundle.manifest
-    path = bundle.folder / GOLDEN_FILE
     try:
         pixels = np.stack(
             [decode(image, manifest.preprocessing, max_pixels=_MAX_GOLDEN_PIXELS) for image in golden.images]
@@ -28,6 +26,8 @@ def check_golden(bundle: Bundle, engine: Engine) -> None:
     except ImageError as error:
         raise BundleError(f"{path}: {error}") from error
     logits, probabilities = engine.run(pixels)
+    if logits.shape != golden.logits.shape:
+        raise BundleError(f"{path}: the model gives {logits.shape[1:]} outputs, not {golden.logits.shape[1:]}")
     logit_error = float(np.abs(logits - golden.logits).max())
     probability_error = float(np.abs(probabilities - golden.probabilities).max())
     flips = int((logits.argmax(axis=1) != golden.logits.argmax(axis=1)).sum())
@@ -43,6 +43,11 @@ def check_golden(bundle: Bundle, engine: Engine) -> None:
             f"(allowed {manifest.tolerance.max_abs_probability:g}), and in {flips} top-1 of {len(logits)}; "
             f"engine {engine.device}, CPU {cpu_features()}"
         )
+
+
+def prove(bundle: Bundle, engine: Engine) -> None:
+    """Check a bundle on disk against its own golden file. Raises BundleError."""
+    check_golden(bundle.golden(), bundle.manifest, engine, path=bundle.folder / GOLDEN_FILE)
 
 
 def cpu_features() -> str:

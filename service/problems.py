@@ -16,6 +16,7 @@ STATUS: dict[type[errors.RequestError], HTTPStatus] = {
     errors.BadImage: HTTPStatus.BAD_REQUEST,
     errors.UnsupportedImage: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     errors.TooManyPixels: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.BodyTooSlow: HTTPStatus.REQUEST_TIMEOUT,
     errors.BodyTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     errors.UnknownModel: HTTPStatus.NOT_FOUND,
     errors.NotReady: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -63,14 +64,16 @@ def install(app: FastAPI) -> None:
         return _answer(request, body)
 
     async def on_bug(request: Request, error: Exception) -> JSONResponse:
-        log.error("unhandled error", path=request.url.path, exc_info=error)
+        request_id = request.scope["state"]["request_id"]
+        log.error("unhandled error", path=request.url.path, request_id=request_id, exc_info=error)
         body = {
             "type": "about:blank",
             "title": "Internal Server Error",
             "status": 500,
             "detail": "a fault of the service: its log has the details under this request's id",
         }
-        return _answer(request, body)
+        # This answer is sent from outside the middleware that adds the header to all others.
+        return _answer(request, body, {"X-Request-ID": request_id})
 
     app.add_exception_handler(errors.RequestError, on_request_error)
     app.add_exception_handler(HTTPException, on_http_error)

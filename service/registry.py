@@ -8,7 +8,7 @@ import structlog
 from service.bundle import Bundle, Manifest, model_names, read_bundle, versions
 from service.engine import Device, Engine, resolve_device
 from service.errors import BundleError, EngineError, StartError, UnknownModel
-from service.golden import check_golden
+from service.golden import prove
 from service.scheduler import Queue, Scheduler
 from service.settings import Settings
 
@@ -64,7 +64,8 @@ def load_models(settings: Settings, scheduler: Scheduler, *, threads: int) -> Re
         except (BundleError, EngineError) as error:
             if name in settings.models:
                 raise StartError(f"model {name!r}: {error}") from error
-            failed[name] = str(error)
+            # Clients read the reason: where the repository lies is none of their business.
+            failed[name] = str(error).replace(f"{settings.repository}/", "")
             log.error("model unavailable", model=name, reason=str(error))
     if not models:
         raise StartError(f"no model can be served from {settings.repository}: see the log above")
@@ -83,7 +84,7 @@ def _load(settings: Settings, scheduler: Scheduler, name: str, *, device: Device
     if device not in bundle.manifest.devices:
         raise BundleError(f"{bundle.folder}: made for {', '.join(bundle.manifest.devices)}, not for {device}")
     engine = Engine(bundle.model_path, device=device, number=number, threads=threads)
-    check_golden(bundle, engine)
+    prove(bundle, engine)
     _, height, width, channels = bundle.manifest.input.shape
     # The largest batch first, so that the memory arena grows once.
     for size in (settings.max_batch, 1):

@@ -34,8 +34,12 @@ class Settings(BaseSettings):
     """Largest request body."""
     max_images: PositiveInt = 32
     """Images in one multipart request, at most."""
-    max_pixels: PositiveInt = 50_000_000
-    """Largest image, checked before decoding."""
+    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 50_000_000
+    """Largest image, checked before decoding. Pillow itself refuses more than 178,956,970 pixels."""
+    read_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """How long a client may take to send its body, before it gets 408."""
+    grace_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """After SIGTERM, how long to serve on while /readyz says 503, so that load balancers can turn away first."""
     drain_seconds: PositiveInt = 30
     """After SIGTERM, how long accepted requests may take to finish."""
     log_level: str = "info"

@@ -113,6 +113,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "Damaged image or malformed body",
         404: "Unknown model",
+        408: "The body took too long to arrive: safe to retry",
         413: "Body too large",
         415: "Not an image of an accepted format",
         422: "Too many pixels, or an invalid parameter",
@@ -142,6 +143,7 @@ def router(classifier: Classifier) -> APIRouter:
                 request,
                 max_bytes=classifier.settings.max_body_bytes,
                 max_images=classifier.settings.max_images,
+                seconds=classifier.settings.read_seconds,
             )
             read_ms = (time.perf_counter() - started) * 1000
             with classifier.admit(len(images) - 1):

@@ -4,7 +4,9 @@ https://github.com/kserve/open-inference-protocol. Binary tensors and the extens
 """
 
 import asyncio
-from typing import Annotated, Any
+import math
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -27,12 +29,18 @@ class InferInput(BaseModel):
     data: list[Any]
 
 
+class InferOutput(BaseModel):
+    """An output that is asked for."""
+
+    name: Literal["logits", "probabilities"]
+
+
 class InferRequest(BaseModel):
     """The body of an inference request."""
 
     id: str | None = None
     inputs: list[InferInput]
-    outputs: list[dict[str, Any]] | None = None
+    outputs: list[InferOutput] | None = None
 
 
 def router(classifier: Classifier, *, version: str) -> APIRouter:
@@ -80,23 +88,18 @@ def router(classifier: Classifier, *, version: str) -> APIRouter:
         model = classifier.registry.find(name)
         settings = classifier.settings
         with classifier.admit():
-            body = (await read_images(request, max_bytes=settings.max_body_bytes, max_images=1))[0]
-            try:
-                asked = InferRequest.model_validate_json(body)
-            except ValidationError as error:
-                first = error.errors()[0]
-                place = ".".join(str(step) for step in first["loc"])
-                raise BadRequest(f"malformed inference request: {place}: {first['msg']}") from error
-            pixels = _pixels(model, asked, max_images=settings.max_images)
+            body = await read_images(
+                request, max_bytes=settings.max_body_bytes, max_images=1, seconds=settings.read_seconds
+            )
+            # Megabytes of JSON would hold up every other request on the event loop.
+            asked, pixels = await classifier.in_decoder(partial(_parse, model, body[0], max_images=settings.max_images))
             with classifier.admit(len(pixels) - 1):
                 outputs = await asyncio.gather(*(classifier.scheduler.submit(model.queue, image) for image in pixels))
         tensors = {
             "logits": np.stack([output.logits for output in outputs]),
             "probabilities": np.stack([output.probabilities for output in outputs]),
         }
-        wanted = [str(output.get("name")) for output in asked.outputs or []] or list(tensors)
-        if unknown := sorted(set(wanted) - set(tensors)):
-            raise BadRequest(f"no output {', '.join(unknown)}; there are: {', '.join(tensors)}")
+        wanted: list[str] = [output.name for output in asked.outputs or []] or list(tensors)
         return JSONResponse(
             {
                 "model_name": name,
@@ -121,6 +124,16 @@ def _tensor(tensor: Tensor) -> dict[str, Any]:
     return {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
 
 
+def _parse(model: Model, body: bytes, *, max_images: int) -> tuple[InferRequest, np.ndarray[Any, np.dtype[np.uint8]]]:
+    try:
+        asked = InferRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(step) for step in first["loc"])
+        raise BadRequest(f"malformed inference request: {place}: {first['msg']}") from error
+    return asked, _pixels(model, asked, max_images=max_images)
+
+
 def _pixels(model: Model, asked: InferRequest, *, max_images: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     _, *image_shape = model.manifest.input.shape
     expected = f"one input 'image', datatype UINT8, shape [n,{','.join(map(str, image_shape))}]"
@@ -131,12 +144,16 @@ def _pixels(model: Model, asked: InferRequest, *, max_images: int) -> np.ndarray
         raise BadRequest(f"expected {expected}; got {tensor.name!r} {tensor.datatype} {tensor.shape}")
     if not 1 <= tensor.shape[0] <= max_images:
         raise BadRequest(f"a request carries 1 to {max_images} images; got {tensor.shape[0]}")
+    needed = math.prod(tensor.shape)
+    whole_numbers = f"input 'image': data must be {needed} whole numbers from 0 to 255"
+    if len(tensor.data) > needed:
+        raise BadRequest(f"{whole_numbers}, got {len(tensor.data)}")
     try:
-        values = np.array(tensor.data, dtype=np.int64)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise BadRequest("input 'image': data must be whole numbers from 0 to 255") from error
-    if values.size != np.prod(tensor.shape) or (values.size and (values.min() < 0 or values.max() > 255)):
-        raise BadRequest(
-            f"input 'image': expected {np.prod(tensor.shape)} whole numbers from 0 to 255, got {values.size}"
-        )
+        values = np.array(tensor.data)
+    except ValueError as error:  # ragged lists
+        raise BadRequest(whole_numbers) from error
+    if values.size != needed:
+        raise BadRequest(f"{whole_numbers}, got {values.size}")
+    if values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 255:
+        raise BadRequest(whole_numbers)
     return values.astype(np.uint8).reshape(tensor.shape)

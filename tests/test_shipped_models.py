@@ -10,7 +10,7 @@ import torch
 
 from service.bundle import Bundle, model_names, read_bundle, versions
 from service.engine import Engine
-from service.golden import check_golden
+from service.golden import prove
 from tests.processes import ROOT, serving
 from training.data import load_dataset
 from training.runs import ModelCard, load_final
@@ -40,7 +40,7 @@ def test_all_variants_are_shipped() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_model_proves_itself_and_says_what_its_run_says(name: str) -> None:
     bundle = newest(name)
-    check_golden(bundle, Engine(bundle.model_path))
+    prove(bundle, Engine(bundle.model_path))
     _, card = released(bundle)
     assert bundle.manifest.accuracy
     assert card.accuracy

@@ -67,7 +67,10 @@ def train(
     except (ValueError, DataError, TrainingError, runs.RunError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        console.print(f"\nstopped; continue with: --out {out} --resume")
+        how = (
+            f"continue with: --out {out} --resume" if runs.can_resume(out) else "no epoch was finished: start it again"
+        )
+        console.print(f"\nstopped; {how}")
         raise typer.Exit(130) from None
 
 

@@ -47,7 +47,7 @@ def train(
     if resume:
         run.restore()
         console.print(f"resuming {out} after epoch {len(run.rows)}")
-    elif (out / runs.RUN_FILE).exists():
+    elif runs.can_resume(out) or (out / runs.FINAL_FOLDER).exists():
         raise runs.RunError(f"{out} holds a run already: continue it with --resume or choose another --out")
     run.record()
     with _progress(console) as progress, SummaryWriter(str(out / "tensorboard"), purge_step=len(run.rows)) as board:
@@ -172,7 +172,8 @@ class _Run:
             loss = self._step(images, targets)
             if not loss < float("inf"):
                 raise TrainingError(
-                    f"loss is {loss} in epoch {number + 1}: lower optim.lr; {runs.LAST_FILE} keeps the last good epoch"
+                    f"loss is {loss} in epoch {number + 1}: lower optim.lr"
+                    + (f"; {runs.LAST_FILE} keeps the last good epoch" if number else "")
                 )
             total_loss += loss
             rate = (step + 1) * batch_size / (time.perf_counter() - started)
@@ -191,7 +192,7 @@ class _Run:
                 "holdout_top1": round(held.top1, 5),
                 "holdout_top5": round(held.top5, 5),
             }
-        row |= {"seconds": round(seconds, 1), "images_per_s": round(len(self.fit) / seconds, 1)}
+        row |= {"seconds": round(seconds, 1), "images_per_s": round(self.steps_per_epoch * batch_size / seconds, 1)}
         self.rows.append(row)
         return row
 

@@ -151,12 +151,16 @@ def save_last(folder: Path, state: dict[str, Any]) -> None:
     write_atomically(folder / LAST_FILE, lambda partial: torch.save(state, partial))
 
 
+def can_resume(folder: Path) -> bool:
+    """Whether an epoch was finished in `folder` that a run can continue from."""
+    return (folder / LAST_FILE).is_file()
+
+
 def load_last(folder: Path) -> dict[str, Any]:
     """The state to resume from. Raises RunError where there is none."""
-    path = folder / LAST_FILE
-    if not path.is_file():
+    if not can_resume(folder):
         raise RunError(f"{folder} has no {LAST_FILE} to resume from: start it without --resume")
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    state: dict[str, Any] = torch.load(folder / LAST_FILE, weights_only=True, map_location="cpu")
     return state
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loadtests.compare import Block, Comparison, Plan
+from loadtests.compare import Block, Comparison, Plan, within
 from loadtests.report import percentile, rows, write_html, write_json
 
 INFO = {"variant": "mha", "tokens": 64, "kv_tokens": 64, "accuracy": None}
@@ -61,6 +61,18 @@ def test_rows_take_medians_pools_and_maxima(comparison: Comparison) -> None:
     assert a.peak_bytes == 170_000_000
     assert (a.top1, b.top1) == (0.5, None)
     assert (b.p50_ms, b.p95_ms, b.errors) == (None, None, 4)
+
+
+def test_a_slow_server_s_throughput_and_slowest_answers_are_not_cut_off() -> None:
+    # A closed loop of 16 users at exactly one second an answer: 16 images a second, whatever the window.
+    starts = np.concatenate([np.arange(12) + user / 16 for user in range(16)])
+    latencies = np.full(len(starts), 1000.0)
+    ok = np.ones(len(starts), dtype=bool)
+    throughput, measured = within(starts, latencies, ok, begin=2.5, seconds=5)
+    assert throughput == 16
+    assert measured.sum() == 80
+    throughput, measured = within(starts, latencies, ~ok, begin=2.5, seconds=5)
+    assert (throughput, measured.sum()) == (0, 80)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Decoding: every kind of image becomes the pixels that a person would expect."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 from service.bundle import Preprocessing
 from service.decode import decode
 from service.errors import BadImage, ImageError, TooManyPixels, UnsupportedImage
+from tests.processes import ROOT
 from tests.service.conftest import encoded, noise
 
 
@@ -112,6 +115,41 @@ def test_too_many_pixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
     with pytest.raises(TooManyPixels, match="2000 × 1000"):
         pixels(data)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_at_once() -> None:
+    whole = encoded(noise(64, 64), "JPEG", progressive=True)
+    assert pixels(whole).shape == (32, 32, 3)
+    last_scan = whole[whole.rfind(b"\xff\xda") : -2]
+    with pytest.raises(BadImage, match="scans"):
+        pixels(whole[:-2] + last_scan * 200 + whole[-2:])
+
+
+def test_transparent_colours_do_not_bleed_into_what_can_be_seen() -> None:
+    image = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (32, 0, 64, 64))
+    edge = pixels(encoded(image))[16]
+    assert edge[:, 1].tolist() == edge[:, 0].tolist(), "between white and blue, red and green fall alike"
+
+
+def test_a_large_image_is_not_held_many_times_over() -> None:
+    code = """
+import io, resource, sys
+from PIL import Image
+from service.bundle import Preprocessing
+from service.decode import decode
+mode = sys.argv[1]
+buffer = io.BytesIO()
+Image.new(mode, (4000, 4000)).save(buffer, "TIFF", compression="tiff_lzw")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+size = Preprocessing(resize=224, crop=224, interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1))
+decode(buffer.getvalue(), size, max_pixels=16_000_000)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 16e6)
+"""
+    for mode in ("RGB", "RGBA", "F"):
+        ended = subprocess.run([sys.executable, "-c", code, mode], cwd=ROOT, check=True, capture_output=True, text=True)
+        # The image that was encoded counts too, in `before`: Pillow frees and takes 4 bytes a pixel.
+        assert float(ended.stdout) < 10, f"{mode}: {ended.stdout} bytes a pixel"
 
 
 def test_empty_and_truncated_images_are_bad() -> None:

@@ -1,8 +1,9 @@
 """The HTTP API: answers, errors, and that one bad input harms no other."""
 
+import asyncio
 import json
+import shutil
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
+from starlette.types import Message
+from structlog.testing import capture_logs
 
 from service.app import create_app
 from service.bundle import read_bundle
@@ -17,7 +20,7 @@ from service.decode import decode
 from service.engine import Engine
 from service.errors import StartError
 from service.settings import Settings
-from tests.service.conftest import encoded, noise
+from tests.service.conftest import encoded, noise, resum
 
 PNG = encoded(noise(32, 32))
 
@@ -111,15 +114,63 @@ def test_bad_input_is_a_clear_4xx(client: TestClient, query: str, body: bytes, s
 
 
 def test_a_body_of_unstated_length_is_stopped_at_the_limit(client: TestClient) -> None:
-    sent = 0
+    received, answer = 0, []
 
-    def endless() -> Iterator[bytes]:
-        nonlocal sent
-        for _ in range(1000):
-            sent += 1
-            yield bytes(1000)
+    async def receive() -> Message:
+        nonlocal received
+        received += 1
+        return {"type": "http.request", "body": bytes(1000), "more_body": received < 1000}
 
-    assert client.post("/v1/classify", content=endless()).status_code == 413
+    async def send(message: Message) -> None:
+        answer.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/classify",
+        "query_string": b"",
+        "headers": [(b"transfer-encoding", b"chunked")],
+    }
+    assert client.portal
+    client.portal.call(client.app, scope, receive, send)
+    assert answer[0]["status"] == 413
+    assert received == 201, "200 chunks fit, and the next one is too much"
+
+
+def test_a_body_that_does_not_arrive_gives_its_place_back(repository: Path) -> None:
+    async def receive() -> Message:
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    answer: list[Message] = []
+
+    async def send(message: Message) -> None:
+        answer.append(message)
+
+    app = create_app(Settings(repository=repository, max_pending=1, max_images=1, read_seconds=0.05, threads=1))
+    scope = {"type": "http", "method": "POST", "path": "/v1/classify", "query_string": b"", "headers": []}
+    with TestClient(app) as client:
+        assert client.portal
+        client.portal.call(app, scope, receive, send)
+        assert answer[0]["status"] == 408
+        assert client.post("/v1/classify", content=PNG).status_code == 200
+
+
+def test_a_fault_of_the_service_is_a_500_whose_id_is_in_the_log(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr("service.classify.Classifier.classify", fail)
+    with capture_logs() as logs:
+        answer = client.post("/v1/classify", content=PNG)
+    assert answer.status_code == 500
+    assert answer.headers["x-request-id"] == answer.json()["request_id"]
+    assert "planted" not in answer.text
+    (entry,) = [entry for entry in logs if entry["log_level"] == "error"]
+    assert entry["request_id"] == answer.json()["request_id"]
+    assert str(entry["exc_info"]) == "planted"
 
 
 @pytest.mark.parametrize(
@@ -224,8 +275,6 @@ def test_unknown_routes_are_problems_too(client: TestClient, method: str, path: 
 
 
 def test_a_broken_model_is_left_out_and_says_why(repository: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "models"
     shutil.copytree(repository, copy)
     shutil.copytree(copy / "digits-csra-r2", copy / "digits-broken")
@@ -234,6 +283,7 @@ def test_a_broken_model_is_left_out_and_says_why(repository: Path, tmp_path: Pat
         assert listed["digits-csra-r2"]["state"] == "ready"
         assert listed["digits-broken"]["state"] == "unavailable"
         assert "names 'digits-csra-r2'" in listed["digits-broken"]["reason"]
+        assert str(tmp_path) not in str(listed)
         missing = client.post("/v1/classify?model=digits-broken", content=PNG)
         assert (missing.status_code, "unavailable" in missing.json()["detail"]) == (404, True)
     with pytest.raises(StartError, match="digits-broken"):
@@ -241,6 +291,32 @@ def test_a_broken_model_is_left_out_and_says_why(repository: Path, tmp_path: Pat
     (copy / "digits-csra-r2" / "1" / "model.onnx").write_bytes(b"x")
     with pytest.raises(StartError, match="no model can be served"):
         create_app(Settings(repository=copy, threads=1))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("golden.npz", b"PK\x03\x04garbage"),
+        ("golden.npz", b""),
+        ("labels.txt", b"\xff\n" * 10),
+        ("model.onnx", b"not a model"),
+        ("manifest.json", b"{}"),
+    ],
+)
+def test_a_bundle_broken_with_right_digests_is_left_out_too(
+    file: str, content: bytes, repository: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "models"
+    shutil.copytree(repository, copy)
+    shutil.copytree(copy / "digits-csra-r2", copy / "other")
+    (copy / "digits-csra-r2" / "1" / file).write_bytes(content)
+    resum(copy / "digits-csra-r2" / "1")
+    manifest = copy / "other" / "1" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"name": "digits-csra-r2"', '"name": "other"'))
+    resum(copy / "other" / "1")
+    with TestClient(create_app(Settings(repository=copy, threads=1))) as client:
+        states = {model["name"]: model["state"] for model in client.get("/v1/models").json()["models"]}
+        assert states == {"digits-csra-r2": "unavailable", "other": "ready"}
 
 
 def test_a_default_model_that_is_not_there_is_an_error(repository: Path) -> None:
@@ -280,6 +356,12 @@ def test_v2_infers_like_v1(client: TestClient) -> None:
         (infer_body([1, 2, 2, 3], [0] * 12), "[n,32,32,3]"),
         (infer_body([0, 32, 32, 3], []), "1 to 4 images"),
         (infer_body([10**6, 32, 32, 3], []), "1 to 4 images"),
+        (infer_body([1, 32, 32, 3], [0] * 3073), "3072 whole numbers"),
+        (infer_body([1, 32, 32, 3], [1.9] * 3072), "whole numbers"),
+        (infer_body([1, 32, 32, 3], [True] * 3072), "whole numbers"),
+        (infer_body([1, 32, 32, 3], ["7"] * 3072), "whole numbers"),
+        (infer_body([1, 32, 32, 3], [10**30] * 3072), "whole numbers"),
+        (json.dumps({"inputs": [], "outputs": [{"name": "secret"}]}), "outputs.0.name"),
         (infer_body([1, 32, 32, 3], [256] * 3072), "0 to 255"),
         (infer_body([1, 32, 32, 3], ["a"] * 3072), "whole numbers"),
         (infer_body([1, 32, 32, 3], [[1], [2, 3]]), "whole numbers"),

@@ -105,6 +105,20 @@ def test_a_folder_with_a_run_is_not_overwritten(few_digits: Dataset, tmp_path: P
         train(one_epoch, "mha", few_digits, tmp_path / "new", device=CPU, console=QUIET, resume=True)
 
 
+def test_a_run_stopped_in_its_first_epoch_can_be_started_again(
+    few_digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.loop._Run.train_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(), "mha", few_digits, tmp_path / "x", device=CPU, console=QUIET)
+    assert not runs.can_resume(tmp_path / "x")
+    train(recipe("schedule.epochs=1"), "mha", few_digits, tmp_path / "x", device=CPU, console=QUIET)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(
     few_digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
