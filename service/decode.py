@@ -40,6 +40,9 @@ _JPEG_SCAN = b"\xff\xda"
 _MAX_JPEG_SCANS = 100
 """Encoders write about ten."""
 
+_MAX_STRETCH = 8
+"""Images whose sides differ by more than this factor are not resized as a whole."""
+
 
 def decode(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) -> npt.NDArray[np.uint8]:
     """Encoded image -> uint8 (crop, crop, 3). Raises UnsupportedImage, TooManyPixels or BadImage."""
@@ -99,16 +102,18 @@ def _scale_to_8_bits(image: Image.Image) -> float:
 
 
 def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[Any]:
-    """Shorter side to `resize`, then the centre `crop` × `crop`, in one resampling of just the region needed."""
-    width, height = image.size
-    crop = preprocessing.crop
-    if (width, height) != (crop, crop) or preprocessing.resize != crop:
-        # The crop's side in pixels of the original image.
-        side = min(width, height) * crop / preprocessing.resize
-        left, top = (width - side) / 2, (height - side) / 2
-        image = image.resize(
-            (crop, crop),
-            Image.Resampling[preprocessing.interpolation.upper()],
-            box=(max(0.0, left), max(0.0, top), min(width, left + side), min(height, top + side)),
-        )
+    """Shorter side to `resize`, then the centre `crop` × `crop`: torchvision's Resize and CenterCrop, to the pixel."""
+    crop, shorter = preprocessing.crop, min(image.size)
+    width, height = (int(preprocessing.resize * side / shorter) for side in image.size)
+    left, top = round((width - crop) / 2), round((height - crop) / 2)
+    filter_ = Image.Resampling[preprocessing.interpolation.upper()]
+    if max(width, height) <= _MAX_STRETCH * preprocessing.resize:
+        if image.size != (width, height):
+            image = image.resize((width, height), filter_)
+        image = image.crop((left, top, left + crop, top + crop))
+    else:
+        # A strip of one pixel by a million would be huge when resized as a whole: take the same region only, which
+        # differs by rounding.
+        x, y = image.width / width, image.height / height
+        image = image.resize((crop, crop), filter_, box=(left * x, top * y, (left + crop) * x, (top + crop) * y))
     return np.asarray(image)
