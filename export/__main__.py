@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 
 from export.bundles import export_run
 from export.graph import ExportError
@@ -57,7 +58,7 @@ def run(
         with console.status(f"exporting {folder}"):
             published = export_run(folder, repository, data=data, family=family)
     except (ExportError, RunError, DataError, BundleError, EngineError, ValidationError) as error:
-        console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     manifest = read_bundle(published).manifest
     size = (published / MODEL_FILE).stat().st_size

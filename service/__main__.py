@@ -14,6 +14,7 @@ import typer
 import uvicorn
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 
 from service.app import create_app
 from service.classify import Classifier
@@ -73,10 +74,10 @@ def serve(
     except ValidationError as error:
         for item in error.errors():
             place = ".".join(map(str, item["loc"])) or "combination"
-            console.print(f"[red]error:[/] setting {place}: {item['msg']}", highlight=False, soft_wrap=True)
+            console.print(f"[red]error:[/] setting {place}: {escape(item['msg'])}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except StartError as error:
-        console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     server = _Server(
         uvicorn.Config(

@@ -8,6 +8,7 @@ import torch
 import typer
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 
 from training import runs
 from training.data import DataError, load_dataset
@@ -134,7 +135,7 @@ def _device(name: str) -> torch.device:
 
 
 def _fail(message: str) -> NoReturn:
-    console.print(f"[red]error:[/] {message}", highlight=False)
+    console.print(f"[red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(1)
 
 

@@ -25,6 +25,14 @@ def test_none_or_two_runtimes_are_an_error_that_names_the_extras(
         require_one_engine()
     assert "stridevit[cpu]" in str(caught.value)
     assert "stridevit[gpu]" in str(caught.value)
+    code = (
+        f"from service import engine; engine._installed = {installed!r}.__contains__;"
+        "from service.__main__ import app; app(['--repository', 'models'])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert message in ended.stderr
+    assert "pip install 'stridevit[cpu]'" in ended.stderr, "brackets must survive on the way to the terminal"
 
 
 def test_the_one_that_is_installed_is_found() -> None:
