@@ -66,7 +66,7 @@ def compare(
     estimate = len(names) * rounds * (seconds + warmup + _START_STOP_SECONDS)
     console.print(f"{len(names) * rounds} blocks, about {estimate / 60:.1f} minutes")
     # A terminated comparison must take its servers along, as an interrupted one does.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -60,13 +60,22 @@ def test_an_interrupted_comparison_leaves_no_process(repository: Path, tmp_path:
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests run in the background, SIGINT is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no threads here)
     )
-    deadline = time.monotonic() + 60
-    while len(family := psutil.Process(process.pid).children(recursive=True)) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(end)
-    _, errors = process.communicate(timeout=40)
+    family: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 60
+        while len(family) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+            family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(end)
+        _, errors = process.communicate(timeout=40)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
     assert process.returncode == 130
     assert "stopped" in errors
     assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
