@@ -1,7 +1,7 @@
 """From encoded bytes to the model's pixels. Every limit is checked before anything is decoded.
 
 The rules, for all formats: first frame of an animation, EXIF orientation applied, alpha over white, 16-bit grey scaled
-(not clipped) to 8 bits, everything to RGB; then the shorter side is resized and the centre cropped.
+(not clipped) to 8 bits, the shorter side resized and the centre cropped, all as RGB.
 """
 
 import io
@@ -37,8 +37,8 @@ _DAMAGED = (
 _BACKGROUND = (255, 255, 255)
 
 _JPEG_SCAN = b"\xff\xda"
-_MAX_JPEG_SCANS = 100
-"""Encoders write about ten."""
+_MAX_JPEG_WORK = 4_000_000_000
+"""Pixels times scans of a JPEG: some seconds of decoding. Encoders write about ten scans."""
 
 _MAX_STRETCH = 8
 """Images whose sides differ by more than this factor are not resized as a whole."""
@@ -60,10 +60,10 @@ def decode(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) -> npt
         width, height = image.size
         if width * height > max_pixels:
             raise TooManyPixels(f"the image is {width} × {height}; the limit is {max_pixels:,} pixels: make it smaller")
-        # Each scan of a progressive JPEG is a pass over all pixels: a small file can ask for thousands. The count is an
-        # upper bound, since compressed data never holds this marker.
-        if image.format in ("JPEG", "MPO") and data.count(_JPEG_SCAN) > _MAX_JPEG_SCANS:
-            raise BadImage(f"the image is damaged: more than {_MAX_JPEG_SCANS} JPEG scans")
+        # Each scan of a progressive JPEG is a pass over all pixels, and a small file can ask for thousands. The count
+        # is an upper bound: compressed data never holds this marker, but metadata or a film behind the picture may.
+        if image.format in ("JPEG", "MPO") and data.count(_JPEG_SCAN) * width * height > _MAX_JPEG_WORK:
+            raise BadImage("the image is damaged: too many JPEG scans for its size")
         try:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)

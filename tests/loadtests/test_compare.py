@@ -32,9 +32,10 @@ def test_compare_measures_and_reports(repository: Path, tmp_path: Path) -> None:
     assert row["errors"] == 0
     assert row["answered"] > 20
     assert 0 < row["p50_ms"] < row["p95_ms"]
-    # What was counted in the measured seconds is what the throughput says.
+    # Latencies are of requests that start in the window, throughput of answers that end in it: they differ by no more
+    # than the requests under way at its two ends, one a user.
     for block in document["blocks"]:
-        assert block["throughput"] == pytest.approx(block["answered"] / 1.5)
+        assert abs(block["throughput"] * 1.5 - block["answered"]) <= 2 * 4
         assert block["peak_bytes"] >= block["idle_bytes"] > 30_000_000
     assert (tmp_path / "report.html").stat().st_size > 10_000
 

@@ -109,12 +109,20 @@ def test_too_many_pixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyP
         pixels(data)
 
 
-def test_a_jpeg_of_thousands_of_scans_is_refused_at_once() -> None:
-    whole = encoded(noise(64, 64), "JPEG", progressive=True)
-    assert pixels(whole).shape == (32, 32, 3)
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = encoded(noise(2000, 2000), "JPEG", progressive=True)
     last_scan = whole[whole.rfind(b"\xff\xda") : -2]
+    size = preprocessing()
+    decode(whole, size, max_pixels=4_000_000)
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
     with pytest.raises(BadImage, match="scans"):
-        pixels(whole[:-2] + last_scan * 200 + whole[-2:])
+        decode(whole[:-2] + last_scan * 1000 + whole[-2:], size, max_pixels=4_000_000)
+
+
+def test_a_photo_with_a_film_behind_it_is_read() -> None:
+    film = np.random.default_rng(0).bytes(8_000_000)
+    assert film.count(b"\xff\xda") > 100
+    assert pixels(encoded(noise(1000, 1000), "JPEG") + film).shape == (32, 32, 3)
 
 
 def test_transparent_colours_do_not_bleed_into_what_can_be_seen() -> None:
