@@ -2,10 +2,9 @@
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
 
 from export.golden import draw_golden
-from export.graph import INPUT, OPSET, OUTPUTS, ExportError, op_types, serialise, to_onnx
+from export.graph import OPSET, ExportError, op_types, serialise, to_onnx
 from export.parity import MAX_ABS_LOGIT, MAX_ABS_PROBABILITY, check_parity
 from service.bundle import (
     GOLDEN_FILE,
@@ -18,11 +17,10 @@ from service.bundle import (
     publish,
 )
 from service.cores import available_cores
-from service.engine import Engine
+from service.engine import INPUT, OUTPUTS, Engine
 from service.golden import check_golden
 from training.data import load_dataset
 from training.models import StrideViT, count_macs, count_parameters
-from training.recipes import DatasetName
 from training.runs import load_final
 from training.variants import parse_variant
 
@@ -41,10 +39,7 @@ def export_run(run: Path, repository: Path, *, data: Path | None = None, family:
         raise ExportError(f"{run} holds a {type(model).__name__}, not a StrideViT")
     spec = card.architecture
     variant = parse_variant(spec.variant)
-    dataset_name = next((name for name in get_args(DatasetName) if name == card.dataset), None)
-    if dataset_name is None:
-        raise ExportError(f"{run} was trained on {card.dataset!r}, which cannot be loaded to prove the export")
-    images = load_dataset(dataset_name, data).test.images[:PARITY_IMAGES]
+    images = load_dataset(card.dataset, data).test.images[:PARITY_IMAGES]
 
     macs = count_macs(model)
     graph = to_onnx(classifier, image_size=spec.image_size)

@@ -13,10 +13,10 @@ from PIL import Image
 
 from service.bundle import Golden, Preprocessing, Tolerance
 from service.decode import decode
+from service.golden import MAX_GOLDEN_PIXELS
 from training.models import Classifier
 
 COUNT = 8
-_MAX_PIXELS = 4_000_000
 
 
 def draw_golden(classifier: Classifier, preprocessing: Preprocessing, tolerance: Tolerance) -> Golden:
@@ -26,7 +26,7 @@ def draw_golden(classifier: Classifier, preprocessing: Preprocessing, tolerance:
     candidates = _drawings(preprocessing.crop)
     # An untrained model may be clear about nothing: then take what there is, after many tries.
     for attempt, image in enumerate(candidates):
-        pixels = torch.from_numpy(decode(image, preprocessing, max_pixels=_MAX_PIXELS).copy()).unsqueeze(0)
+        pixels = torch.from_numpy(decode(image, preprocessing, max_pixels=MAX_GOLDEN_PIXELS).copy()).unsqueeze(0)
         with torch.inference_mode():
             answer = classifier(pixels)[0]
         first, second = answer.topk(2).values.tolist()

@@ -7,14 +7,11 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from service.engine import INPUT, OUTPUTS
 from training.models import Classifier
 
 OPSET = 23
 """The first opset with a standard `Attention` operator, which needs less memory than its parts."""
-
-# What the export writes; `service.bundle` checks the same names.
-INPUT = "image"
-OUTPUTS = ("logits", "probabilities")
 
 
 class ExportError(Exception):

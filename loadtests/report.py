@@ -160,16 +160,17 @@ def write_json(comparison: Comparison, path: Path) -> None:
 
 def write_html(comparison: Comparison, path: Path) -> None:
     """A page that needs no other file."""
+    table_rows = rows(comparison)
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
     path.write_text(
         page.render(
             conditions=conditions(comparison),
             finished=f"{comparison.finished:%Y-%m-%d %H:%M} UTC",
             headings=HEADINGS,
-            rows=rows(comparison),
-            plots=[_latency_plot(comparison), _ladder_plot(comparison)],
+            rows=table_rows,
+            plots=[_latency_plot(comparison), _ladder_plot(table_rows)],
             environment=comparison.environment,
-            top1_of=sorted({row.top1_of for row in rows(comparison) if row.top1_of}),
+            top1_of=sorted({row.top1_of for row in table_rows if row.top1_of}),
         ),
         encoding="utf-8",
     )
@@ -193,11 +194,10 @@ def _latency_plot(comparison: Comparison) -> str:
     return _svg(figure)
 
 
-def _ladder_plot(comparison: Comparison) -> str:
+def _ladder_plot(table_rows: list[Row]) -> str:
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     left, right = figure.subplots(1, 2)
-    data = rows(comparison)
-    for row in data:
+    for row in table_rows:
         low, high = row.throughput_range
         error = [[row.throughput - low], [high - row.throughput]]
         left.barh(row.model, row.throughput, xerr=error, error_kw={"ecolor": "#444", "capsize": 3})

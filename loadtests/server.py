@@ -68,7 +68,7 @@ class Server:
 @contextmanager
 def running_server(repository: Path, model: str, *, log: Path) -> Iterator[Server]:
     """Serve one model of `repository` in a fresh process until the block ends. Raises ServerError."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "service", "--repository", str(repository), "--models", model]
     with log.open("wb") as stream:
         process = subprocess.Popen(  # noqa: S603 (our own command)
@@ -118,7 +118,8 @@ def _tail(log: Path, lines: int = 15) -> str:
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

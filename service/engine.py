@@ -12,6 +12,10 @@ from service.errors import EngineError
 
 Device = Literal["cpu", "cuda", "tensorrt"]
 
+INPUT = "image"
+OUTPUTS = ("logits", "probabilities")
+"""The names that every graph has; export writes them."""
+
 _INSTALL = "install exactly one engine: pip install 'stridevit[cpu]' or pip install 'stridevit[gpu]'"
 
 
@@ -94,7 +98,7 @@ class Engine:
     def run(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """uint8 images (n,H,W,3) -> logits and probabilities, float32 (n, classes). Raises EngineError."""
         try:
-            logits, probabilities = self._session.run(["logits", "probabilities"], {"image": images})
+            logits, probabilities = self._session.run(OUTPUTS, {INPUT: images})
         except Exception as error:  # as above
             raise EngineError(f"ONNX Runtime cannot run the model on {self.device}: {error}") from error
         return logits, probabilities

@@ -10,7 +10,7 @@ from service.decode import decode
 from service.engine import Engine
 from service.errors import BundleError, ImageError
 
-_MAX_GOLDEN_PIXELS = 4_000_000
+MAX_GOLDEN_PIXELS = 4_000_000
 
 
 def check_golden(golden: Golden, manifest: Manifest, engine: Engine, *, path: Path) -> None:
@@ -21,7 +21,7 @@ def check_golden(golden: Golden, manifest: Manifest, engine: Engine, *, path: Pa
     """
     try:
         pixels = np.stack(
-            [decode(image, manifest.preprocessing, max_pixels=_MAX_GOLDEN_PIXELS) for image in golden.images]
+            [decode(image, manifest.preprocessing, max_pixels=MAX_GOLDEN_PIXELS) for image in golden.images]
         )
     except ImageError as error:
         raise BundleError(f"{path}: {error}") from error

@@ -27,7 +27,6 @@ class Output:
     probabilities: npt.NDArray[np.float32]
     queue_ms: float
     inference_ms: float
-    batch_size: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -130,7 +129,6 @@ class Scheduler:
                             probabilities=probabilities[row],
                             queue_ms=(started - entry.since) * 1000,
                             inference_ms=seconds * 1000,
-                            batch_size=len(batch),
                         )
                     )
 

@@ -84,8 +84,7 @@ def evaluate(
     """Top-1 and top-5 of a finished run over the full test split of its data set."""
     try:
         model, card = runs.load_final(run)
-        name = next(name for name in get_args(DatasetName) if name == card.dataset)
-        dataset = load_dataset(name, data)
+        dataset = load_dataset(card.dataset, data)
         where = _device(device)
     except (ValueError, DataError, runs.RunError) as error:
         _fail(str(error))
@@ -105,10 +104,7 @@ def images(
 ) -> None:
     """Write test images as PNG files with a labels.csv, to ask a service about or to load-test it with."""
     try:
-        name = next((name for name in get_args(DatasetName) if name == dataset), None)
-        if name is None:
-            raise DataError(f"unknown data set {dataset!r}: one of {', '.join(get_args(DatasetName))}")
-        loaded = load_dataset(name, data)
+        loaded = load_dataset(dataset, data)
     except DataError as error:
         _fail(str(error))
     out.mkdir(parents=True, exist_ok=True)

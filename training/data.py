@@ -8,6 +8,7 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -62,8 +63,10 @@ class Dataset:
         return digest.hexdigest()
 
 
-def load_dataset(name: DatasetName, folder: Path | None = None) -> Dataset:
-    """Load a data set; `folder` is needed for all but `digits`. Raises DataError."""
+def load_dataset(name: str, folder: Path | None = None) -> Dataset:
+    """Load a data set; `folder` is needed for all but `digits`. Raises DataError, also for a name it does not know."""
+    if name not in get_args(DatasetName):
+        raise DataError(f"unknown data set {name!r}: one of {', '.join(get_args(DatasetName))}")
     if name == "digits":
         return _load_digits()
     if folder is None:

@@ -28,6 +28,10 @@ def noise(width: int = 40, height: int = 30, *, seed: int = 0) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
+PNG = encoded(noise(32, 32))
+"""A picture of the model's own size."""
+
+
 def resum(bundle: Path) -> None:
     """Make the digests right again, as somebody who edits a bundle would."""
     lines = [f"{hashlib.sha256((bundle / file).read_bytes()).hexdigest()}  {file}\n" for file in CONTENT_FILES]

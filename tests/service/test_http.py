@@ -1,8 +1,6 @@
 """The HTTP API: answers, errors, and that one bad input harms no other."""
 
 import asyncio
-import json
-import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,11 +16,8 @@ from service.app import create_app
 from service.bundle import read_bundle
 from service.decode import decode
 from service.engine import Engine
-from service.errors import StartError
 from service.settings import Settings
-from tests.service.conftest import encoded, noise, resum
-
-PNG = encoded(noise(32, 32))
+from tests.service.conftest import PNG, encoded, noise
 
 
 def test_an_image_gets_ranked_labels_and_timings(client: TestClient, repository: Path) -> None:
@@ -272,107 +267,3 @@ def test_unknown_routes_are_problems_too(client: TestClient, method: str, path: 
     answer = client.request(method, path)
     assert answer.status_code == status
     assert answer.headers["content-type"] == "application/problem+json"
-
-
-def test_a_broken_model_is_left_out_and_says_why(repository: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "models"
-    shutil.copytree(repository, copy)
-    shutil.copytree(copy / "digits-csra-r2", copy / "digits-broken")
-    with TestClient(create_app(Settings(repository=copy, threads=1))) as client:
-        listed = {model["name"]: model for model in client.get("/v1/models").json()["models"]}
-        assert listed["digits-csra-r2"]["state"] == "ready"
-        assert listed["digits-broken"]["state"] == "unavailable"
-        assert "names 'digits-csra-r2'" in listed["digits-broken"]["reason"]
-        assert str(tmp_path) not in str(listed)
-        missing = client.post("/v1/classify?model=digits-broken", content=PNG)
-        assert (missing.status_code, "unavailable" in missing.json()["detail"]) == (404, True)
-    with pytest.raises(StartError, match="digits-broken"):
-        create_app(Settings(repository=copy, models=("digits-broken",), threads=1))
-    (copy / "digits-csra-r2" / "1" / "model.onnx").write_bytes(b"x")
-    with pytest.raises(StartError, match="no model can be served"):
-        create_app(Settings(repository=copy, threads=1))
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("golden.npz", b"PK\x03\x04garbage"),
-        ("golden.npz", b""),
-        ("labels.txt", b"\xff\n" * 10),
-        ("model.onnx", b"not a model"),
-        ("manifest.json", b"{}"),
-    ],
-)
-def test_a_bundle_broken_with_right_digests_is_left_out_too(
-    file: str, content: bytes, repository: Path, tmp_path: Path
-) -> None:
-    copy = tmp_path / "models"
-    shutil.copytree(repository, copy)
-    shutil.copytree(copy / "digits-csra-r2", copy / "other")
-    (copy / "digits-csra-r2" / "1" / file).write_bytes(content)
-    resum(copy / "digits-csra-r2" / "1")
-    manifest = copy / "other" / "1" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"name": "digits-csra-r2"', '"name": "other"'))
-    resum(copy / "other" / "1")
-    with TestClient(create_app(Settings(repository=copy, threads=1))) as client:
-        states = {model["name"]: model["state"] for model in client.get("/v1/models").json()["models"]}
-        assert states == {"digits-csra-r2": "unavailable", "other": "ready"}
-
-
-def test_a_default_model_that_is_not_there_is_an_error(repository: Path) -> None:
-    with pytest.raises(StartError, match="default_model 'x'"):
-        create_app(Settings(repository=repository, default_model="x", threads=1))
-
-
-def infer_body(shape: list[int], data: list[object], **changes: object) -> str:
-    tensor = {"name": "image", "datatype": "UINT8", "shape": shape, "data": data, **changes}
-    return json.dumps({"id": "7", "inputs": [tensor]})
-
-
-def test_v2_infers_like_v1(client: TestClient) -> None:
-    pixels = np.asarray(noise(32, 32))
-    metadata = client.get("/v2/models/digits-csra-r2").json()
-    assert metadata["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": [-1, 32, 32, 3]}]
-    flat = pixels.ravel().tolist()
-    answer = client.post("/v2/models/digits-csra-r2/infer", content=infer_body([2, 32, 32, 3], flat + flat))
-    assert answer.status_code == 200, answer.text
-    body = answer.json()
-    assert (body["id"], body["model_name"], body["model_version"]) == ("7", "digits-csra-r2", "1")
-    tensors = {tensor["name"]: np.array(tensor["data"]).reshape(tensor["shape"]) for tensor in body["outputs"]}
-    assert tensors["logits"].shape == (2, 10)
-    best = client.post("/v1/classify?top_k=1", content=PNG).json()["results"][0]["predictions"][0]
-    np.testing.assert_allclose(tensors["probabilities"].max(axis=1), best["probability"], atol=1e-5)
-    assert client.get("/v2/health/ready").json() == {"ready": True}
-    assert client.get("/v2/health/live").json() == {"live": True}
-
-
-@pytest.mark.parametrize(
-    ("body", "detail"),
-    [
-        ("", "empty"),
-        ("{", "malformed"),
-        ("[]", "malformed"),
-        (infer_body([1, 32, 32, 3], [0]), "3072 whole numbers"),
-        (infer_body([1, 2, 2, 3], [0] * 12), "[n,32,32,3]"),
-        (infer_body([0, 32, 32, 3], []), "1 to 4 images"),
-        (infer_body([10**6, 32, 32, 3], []), "1 to 4 images"),
-        (infer_body([1, 32, 32, 3], [0] * 3073), "3072 whole numbers"),
-        (infer_body([1, 32, 32, 3], [1.9] * 3072), "whole numbers"),
-        (infer_body([1, 32, 32, 3], [True] * 3072), "whole numbers"),
-        (infer_body([1, 32, 32, 3], ["7"] * 3072), "whole numbers"),
-        (infer_body([1, 32, 32, 3], [10**30] * 3072), "whole numbers"),
-        (json.dumps({"inputs": [], "outputs": [{"name": "secret"}]}), "outputs.0.name"),
-        (infer_body([1, 32, 32, 3], [256] * 3072), "0 to 255"),
-        (infer_body([1, 32, 32, 3], ["a"] * 3072), "whole numbers"),
-        (infer_body([1, 32, 32, 3], [[1], [2, 3]]), "whole numbers"),
-        (infer_body([1, 32, 32, 3], [0] * 3072, datatype="FP32"), "UINT8"),
-    ],
-)
-def test_v2_errors_are_what_its_clients_parse(client: TestClient, body: str, detail: str) -> None:
-    answer = client.post("/v2/models/digits-csra-r2/infer", content=body)
-    assert answer.status_code == 400
-    assert list(answer.json()) == ["error"]
-    assert detail in answer.json()["error"]
-    assert client.get("/v2/models/none").json()["error"].startswith("no model 'none'")
-    assert client.get("/v2/nowhere").status_code == 404
-    assert list(client.get("/v2/nowhere").json()) == ["error"]

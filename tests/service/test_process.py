@@ -12,9 +12,7 @@ import httpx
 import pytest
 
 from tests.processes import ROOT, serving
-from tests.service.conftest import encoded, noise
-
-PNG = encoded(noise(32, 32))
+from tests.service.conftest import PNG, encoded, noise
 
 
 def test_every_odd_file_gets_an_answer_or_a_4xx_and_the_service_lives(repository: Path, data_dir: Path) -> None:

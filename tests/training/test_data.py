@@ -68,6 +68,11 @@ def test_missing_data_says_what_to_put_where(tmp_path: Path) -> None:
         load_dataset("cifar100")
 
 
+def test_an_unknown_data_set_names_those_there_are() -> None:
+    with pytest.raises(DataError, match="unknown data set 'imagenet': one of cifar100, digits"):
+        load_dataset("imagenet")
+
+
 def test_an_unreadable_image_is_named_by_file_and_row(tmp_path: Path) -> None:
     small_cifar(tmp_path)
     write_parquet(tmp_path / "train-00001-of-00002.parquet", [png(1), png(2)[:60]])
