@@ -54,6 +54,9 @@ def train(
         typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's value: optim.lr=5e-4."),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue a stopped run after its last full epoch.")] = False,
+    test: Annotated[
+        bool, typer.Option(help="Evaluate on the test split at the end; `--no-test` for runs that decide something.")
+    ] = True,
     device: DeviceOption = "auto",
 ) -> None:
     """Train one variant; the folder then holds `final/`, which export and evaluate read.
@@ -64,7 +67,7 @@ def train(
     try:
         resolved = load_recipe(recipe, chosen + (overrides or []))
         dataset = load_dataset(resolved.dataset, data)
-        train_run(resolved, variant, dataset, out, device=_device(device), resume=resume, console=console)
+        train_run(resolved, variant, dataset, out, device=_device(device), resume=resume, test=test, console=console)
     except (ValueError, DataError, TrainingError, runs.RunError) as error:
         _fail(str(error))
     except KeyboardInterrupt:

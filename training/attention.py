@@ -13,7 +13,7 @@ The constructors take what timm's `Block` passes to its `attn_layer`; `attention
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
-from timm.layers import Attention
+from timm.layers import Attention, use_fused_attn
 from torch import Tensor, nn
 
 from training.variants import Variant
@@ -52,6 +52,7 @@ class CompressedAttention(nn.Module):
         norm = norm_layer or nn.LayerNorm
         self.num_heads = num_heads
         self.attn_drop = attn_drop
+        self.fused_attn = use_fused_attn()
         self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
         self.latent = nn.Linear(dim, self.rank, bias=qkv_bias, **factory)
         self.norm = norm(self.rank, **factory)
@@ -72,9 +73,12 @@ class CompressedAttention(nn.Module):
         c_BMr = self.norm(self.reduce(self.latent(x_BND)))
         kv_2BHMd = self.kv(c_BMr).view(B, c_BMr.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         k_BHMd, v_BHMd = kv_2BHMd.unbind(0)
-        y_BHNd = F.scaled_dot_product_attention(
-            q_BHNd, k_BHMd, v_BHMd, dropout_p=self.attn_drop if self.training else 0.0
-        )
+        dropout = self.attn_drop if self.training else 0.0
+        if self.fused_attn:
+            y_BHNd = F.scaled_dot_product_attention(q_BHNd, k_BHMd, v_BHMd, dropout_p=dropout)
+        else:
+            score_BHNM = (q_BHNd * q_BHNd.shape[-1] ** -0.5) @ k_BHMd.transpose(-2, -1)
+            y_BHNd = F.dropout(score_BHNM.softmax(dim=-1), dropout) @ v_BHMd
         y_BND = y_BHNd.transpose(1, 2).reshape(B, N, D)
         out: Tensor = self.proj_drop(self.proj(y_BND))
         return out
@@ -91,8 +95,14 @@ class ConvolutionalSRA(CompressedAttention):
         """(B,h·w,r) -> (B, ceil(h/R)·ceil(w/R), r)."""
         B, _, r = c_BNr.shape
         c_Brhw = c_BNr.transpose(1, 2).reshape(B, r, *self.grid)
-        pooled: Tensor = self.conv(c_Brhw).flatten(2).transpose(1, 2)
-        return pooled
+        if torch.is_autocast_enabled(c_BNr.device.type):
+            # The backward pass of a depthwise bf16 convolution takes a CPU 25 times as long as the float32 one.
+            with torch.autocast(c_BNr.device.type, enabled=False):
+                pooled_Brhw = self.conv(c_Brhw.float())
+        else:
+            pooled_Brhw = self.conv(c_Brhw)
+        pooled_BMr: Tensor = pooled_Brhw.flatten(2).transpose(1, 2)
+        return pooled_BMr
 
 
 class LocalSRA(CompressedAttention):

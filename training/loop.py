@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from timm.layers import Attention
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from training import runs
+from training.attention import CompressedAttention
 from training.augment import Epoch
 from training.data import Dataset, split_holdout
 from training.evaluate import evaluate
@@ -35,9 +38,12 @@ def train(
     *,
     device: torch.device,
     resume: bool = False,
+    test: bool = True,
     console: Console | None = None,
 ) -> runs.ModelCard:
     """Train one variant by `recipe` into the folder `out` and return the card of the finished model.
+
+    Without `test` the test split stays untouched and the card has no accuracy: for runs that decide something.
 
     Raises RunError if `out` holds a run already (unless `resume`), or one of another recipe, and TrainingError for a
     loss that is not finite.
@@ -64,7 +70,7 @@ def train(
                 board.add_scalar(key, value, number + 1)
             run.save()
             console.print("  ".join(f"{key} {value}" for key, value in row.items()))
-    card = run.finish()
+    card = run.finish(test=test)
     if card.accuracy:
         top1, top5 = card.accuracy.top1, card.accuracy.top5
         console.print(f"{out}: test top-1 {top1:.2%}, top-5 {top5:.2%} of {card.accuracy.n}")
@@ -92,9 +98,11 @@ class _Run:
             raise TrainingError(f"batch size {recipe.schedule.batch_size} exceeds the {len(self.fit)} train images")
         self.model = StrideViT(self.spec, seed=recipe.seed, drop_path_rate=recipe.drop_path)
         self.classifier = Classifier(self.model, mean=dataset.mean, std=dataset.std).to(device)
+        if device.type == "cpu":
+            use_plain_attention(self.model)
         self.forward = torch.compile(self.classifier) if recipe.compile else self.classifier
         self.optimizer = create_optimizer_v2(
-            self.model, opt="adamw", lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay
+            self.model, opt="adamw", lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay, fused=True
         )
         self.scheduler = CosineLRScheduler(
             self.optimizer,
@@ -209,10 +217,15 @@ class _Run:
             self.optimizer.step()
         return value
 
-    def finish(self) -> runs.ModelCard:
-        """Evaluate on the full test split, once, and write `final/`."""
-        test = evaluate(self.classifier, self.dataset.test, device=self.device)
+    def finish(self, *, test: bool) -> runs.ModelCard:
+        """Evaluate on the full test split, once, if at all, and write `final/`."""
         size, dataset = self.spec.image_size, self.dataset
+        accuracy = None
+        if test:
+            result = evaluate(self.classifier, dataset.test, device=self.device)
+            accuracy = runs.Accuracy(
+                dataset=dataset.name, split="test", n=len(dataset.test), top1=result.top1, top5=result.top5
+            )
 
         def card(weights_sha256: str) -> runs.ModelCard:
             return runs.ModelCard(
@@ -220,9 +233,7 @@ class _Run:
                 architecture=self.spec,
                 preprocessing=runs.Preprocessing(resize=size, crop=size, mean=dataset.mean, std=dataset.std),
                 labels=dataset.classes,
-                accuracy=runs.Accuracy(
-                    dataset=dataset.name, split="test", n=len(dataset.test), top1=test.top1, top5=test.top5
-                ),
+                accuracy=accuracy,
                 dataset=dataset.name,
                 recipe=self.recipe.name,
                 seed=self.recipe.seed,
@@ -234,6 +245,16 @@ class _Run:
         runs.save_final(self.out, self.model, card)
         self.record(finished=datetime.now(UTC).isoformat(timespec="seconds"))
         return runs.load_final(self.out)[1]
+
+
+def use_plain_attention(model: nn.Module) -> None:
+    """Attend by two matrix products and a softmax: the CPU's fused kernel is slow in its backward pass.
+
+    With `vit-xs` it took 38 % of a training step; two products take 10 % (see docs/results.md).
+    """
+    for module in model.modules():
+        if isinstance(module, Attention | CompressedAttention):
+            setattr(module, "fused_attn", False)  # noqa: B010 (timm declares it Final for TorchScript's sake)
 
 
 def _progress(console: Console) -> Progress:

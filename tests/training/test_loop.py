@@ -1,6 +1,7 @@
 """A run from its recipe to `final/`, stopped and resumed."""
 
 import csv
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 from training import runs
 from training.data import Dataset, Split, load_dataset
 from training.evaluate import evaluate
-from training.loop import TrainingError, train
+from training.loop import TrainingError, train, use_plain_attention
 from training.recipes import Recipe, load_recipe
 
 CPU = torch.device("cpu")
@@ -56,6 +57,25 @@ def test_a_run_leaves_the_artefacts_of_the_design(few_digits: Dataset, tmp_path:
     again = evaluate(model, few_digits.test, device=CPU)
     assert card.accuracy
     assert (again.top1, again.top5, card.accuracy.n) == (card.accuracy.top1, card.accuracy.top5, 50)
+
+
+def test_a_run_that_decides_something_leaves_the_test_split_alone(few_digits: Dataset, tmp_path: Path) -> None:
+    empty = Split(images=few_digits.test.images[:0], labels=few_digits.test.labels[:0])
+    blind = dataclasses.replace(few_digits, test=empty)
+    card = train(recipe("schedule.epochs=1"), "mha", blind, tmp_path / "x", device=CPU, test=False, console=QUIET)
+    assert card.accuracy is None
+
+
+@pytest.mark.parametrize("variant", ["mha", "csra-r2"])
+def test_training_attends_like_the_finished_model(few_digits: Dataset, tmp_path: Path, variant: str) -> None:
+    """The CPU trains with plain attention and a float32 convolution; what is shipped uses the fused kernel."""
+    train(recipe("schedule.epochs=1"), variant, few_digits, tmp_path / "x", device=CPU, console=QUIET)
+    fused, _ = runs.load_final(tmp_path / "x")
+    plain, _ = runs.load_final(tmp_path / "x")
+    use_plain_attention(plain)
+    images = torch.from_numpy(few_digits.test.images)
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(images), fused(images), rtol=1e-4, atol=1e-5)
 
 
 def test_a_resumed_run_ends_like_one_that_was_never_stopped(
