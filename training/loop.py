@@ -65,11 +65,14 @@ def train(
             rate=0.0,
         )
         for number in range(len(run.rows), recipe.schedule.epochs):
+            before = run.seconds
             row = run.train_epoch(number, progress, bar)
+            rate = run.steps_per_epoch * recipe.schedule.batch_size / (run.seconds - before)
             for key, value in row.items():
                 board.add_scalar(key, value, number + 1)
+            board.add_scalar("images_per_s", rate, number + 1)
             run.save()
-            console.print("  ".join(f"{key} {value}" for key, value in row.items()))
+            console.print("  ".join(f"{key} {value}" for key, value in row.items()) + f"  {rate:.0f} images/s")
     card = run.finish(test=test)
     if card.accuracy:
         top1, top5 = card.accuracy.top1, card.accuracy.top5
@@ -113,6 +116,8 @@ class _Run:
             t_in_epochs=False,
         )
         self.rows: list[MetricsRow] = []
+        self.seconds = 0.0
+        """Spent in training steps so far, over all resumptions; evaluation not counted."""
         self.started = datetime.now(UTC)
         self.commit = runs.git_commit()
         self.identity: dict[str, Any] = {
@@ -122,7 +127,7 @@ class _Run:
             "data_fingerprint": dataset.fingerprint(),
         }
 
-    def record(self, **more: str) -> None:
+    def record(self, **more: str | float) -> None:
         """Write run.json."""
         runs.write_json(
             self.out / runs.RUN_FILE,
@@ -144,7 +149,7 @@ class _Run:
             raise runs.RunError(f"{self.out} was trained with another recipe, variant or data: choose another --out")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.rows = state["rows"]
+        self.rows, self.seconds = state["rows"], state["seconds"]
         self.started = runs.read_started(self.out)
 
     def save(self) -> None:
@@ -157,6 +162,7 @@ class _Run:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "rows": self.rows,
+                "seconds": self.seconds,
             },
         )
 
@@ -186,7 +192,7 @@ class _Run:
             total_loss += loss
             rate = (step + 1) * batch_size / (time.perf_counter() - started)
             progress.update(bar, advance=1, loss=total_loss / (step + 1), rate=rate)
-        seconds = time.perf_counter() - started
+        self.seconds += time.perf_counter() - started
         row: MetricsRow = {
             "epoch": number + 1,
             "step": (number + 1) * self.steps_per_epoch,
@@ -200,7 +206,6 @@ class _Run:
                 "holdout_top1": round(held.top1, 5),
                 "holdout_top5": round(held.top5, 5),
             }
-        row |= {"seconds": round(seconds, 1), "images_per_s": round(self.steps_per_epoch * batch_size / seconds, 1)}
         self.rows.append(row)
         return row
 
@@ -243,7 +248,7 @@ class _Run:
             )
 
         runs.save_final(self.out, self.model, card)
-        self.record(finished=datetime.now(UTC).isoformat(timespec="seconds"))
+        self.record(finished=datetime.now(UTC).isoformat(timespec="seconds"), train_seconds=round(self.seconds, 1))
         return runs.load_final(self.out)[1]
 
 

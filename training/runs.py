@@ -1,7 +1,8 @@
 """A run's folder: the artefacts of training and the seam to export.
 
     runs/<name>/run.json          resolved recipe, variant, git commit, library versions, data fingerprint
-                metrics.csv       a row an epoch; the same in TensorBoard's format under tensorboard/
+                metrics.csv       a row an epoch, without times: equal runs write equal files; the same and
+                                  the throughput in TensorBoard's format under tensorboard/
                 last.pt           all state to resume; only ever read back with weights_only=True
                 final/model.safetensors + model.json: the finished model, all that export and evaluate read
 
