@@ -1,19 +1,30 @@
-"""Presets and the model: timm's `VisionTransformer` with its attention replaced."""
+"""Presets and the model: timm's `VisionTransformer` with its attention replaced.
+
+Importing this module registers every preset with timm, as MHA and with each compression at R = 2 and 4:
+`timm.create_model("stridevit_s16_csra_r2", img_size=384)`; `timm.list_models("stridevit_*")` lists them.
+"""
 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt, field_validator
-from timm.layers import build_sincos2d_pos_embed
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, field_validator, model_validator
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.layers import build_sincos2d_pos_embed, to_2tuple
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_jax
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.attention import attention_layer
-from training.variants import parse_variant
+from training.variants import REGISTERED, parse_variant
+
+ImageSize = PositiveInt | tuple[PositiveInt, PositiveInt]
+"""Pixels: one number for a square, else (height, width)."""
 
 
 class Architecture(BaseModel):
@@ -23,7 +34,7 @@ class Architecture(BaseModel):
 
     preset: str
     variant: str
-    image_size: PositiveInt
+    image_size: ImageSize
     patch_size: PositiveInt
     width: PositiveInt
     depth: PositiveInt
@@ -31,18 +42,31 @@ class Architecture(BaseModel):
     mlp_ratio: float
     rank: PositiveInt
     """Width r of the latent that keys and values are made from; unused by MHA."""
-    classes: PositiveInt
+    classes: NonNegativeInt
+    """0 leaves the head out, as in timm."""
 
     @field_validator("variant")
     @classmethod
     def _known_variant(cls, name: str) -> str:
         return str(parse_variant(name))
 
+    @model_validator(mode="after")
+    def _whole_patches(self) -> "Architecture":
+        if any(side % self.patch_size for side in self.image_shape):
+            raise ValueError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
+        return self
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Pixels (height, width)."""
+        height, width = to_2tuple(self.image_size)
+        return height, width
+
     @property
     def grid(self) -> tuple[int, int]:
         """Patches (h, w)."""
-        side = self.image_size // self.patch_size
-        return side, side
+        height, width = self.image_shape
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def kv_tokens(self) -> int:
@@ -59,9 +83,12 @@ PRESETS: dict[str, tuple[int, int, int, int, int, float, int]] = {
 
 
 def architecture(
-    preset: str, variant: str, *, classes: int, image_size: int | None = None, rank: int | None = None
+    preset: str, variant: str, *, classes: int, image_size: ImageSize | None = None, rank: int | None = None
 ) -> Architecture:
-    """The architecture of a preset with one variant. Raises ValueError for a preset that does not exist."""
+    """The architecture of a preset with one variant.
+
+    Raises ValueError for a preset that does not exist and an image size that patches do not fill.
+    """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
     default_image, patch, width, depth, heads, mlp_ratio, default_rank = PRESETS[preset]
@@ -84,13 +111,14 @@ class StrideViT(VisionTransformer):
 
     Each module draws its first weights from a generator of its own, seeded by (`seed`, module name), in the scheme of
     the original ViT (Xavier-uniform matrices, zero head). So for one seed all variants start equal outside attention.
+    `timm` takes timm's own arguments that leave the architecture as it is: `in_chans` and the drop rates.
     """
 
-    def __init__(self, spec: Architecture, *, seed: int = 0, drop_path_rate: float = 0.0) -> None:
+    def __init__(self, spec: Architecture, *, seed: int = 0, drop_path_rate: float = 0.0, **timm: Any) -> None:
         self.spec = spec
         with torch.random.fork_rng(devices=[]):
             super().__init__(
-                img_size=spec.image_size,
+                img_size=spec.image_shape,
                 patch_size=spec.patch_size,
                 num_classes=spec.classes,
                 embed_dim=spec.width,
@@ -103,11 +131,16 @@ class StrideViT(VisionTransformer):
                 weight_init="skip",
                 drop_path_rate=drop_path_rate,
                 attn_layer=attention_layer(parse_variant(spec.variant), grid=spec.grid, rank=spec.rank),
+                **timm,
             )
         positions_1ND = build_sincos2d_pos_embed(list(spec.grid), dim=spec.width).unsqueeze(0)
         del self.pos_embed
         self.register_buffer("pos_embed", positions_1ND, persistent=False)
         self.init_from(seed)
+
+    def set_input_size(self, *_: Any, **__: Any) -> None:
+        """Not supported: raises NotImplementedError. The grid of patches is part of the attention layers."""
+        raise NotImplementedError("make the model anew with another image size: its weights fit any")
 
     def init_from(self, seed: int) -> None:
         """Set all weights anew, as a pure function of `seed`."""
@@ -157,7 +190,80 @@ def count_macs(model: StrideViT) -> int:
 
     Counted under the math attention backend: torch's counter does not see the CPU's fused attention.
     """
-    image = torch.zeros(1, 3, model.spec.image_size, model.spec.image_size)
+    image = torch.zeros(1, 3, *model.spec.image_shape)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.eval()(image)
     return int(counter.get_total_flops()) // 2
+
+
+def _timm_model(
+    preset: str,
+    variant: str,
+    *,
+    num_classes: int,
+    img_size: int | tuple[int, int],
+    rank: int | None = None,
+    seed: int = 0,
+    in_chans: int = 3,
+    drop_rate: float = 0.0,
+    pos_drop_rate: float = 0.0,
+    proj_drop_rate: float = 0.0,
+    attn_drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+) -> StrideViT:
+    return StrideViT(
+        architecture(preset, variant, classes=num_classes, image_size=img_size, rank=rank),
+        seed=seed,
+        drop_path_rate=drop_path_rate,
+        in_chans=in_chans,
+        drop_rate=drop_rate,
+        pos_drop_rate=pos_drop_rate,
+        proj_drop_rate=proj_drop_rate,
+        attn_drop_rate=attn_drop_rate,
+    )
+
+
+def _timm_names() -> dict[str, tuple[str, str]]:
+    """Name in timm's registry -> (preset, variant)."""
+    return {
+        f"stridevit_{preset.removeprefix('vit-')}_{variant}".replace("-", "_"): (preset, variant)
+        for preset in PRESETS
+        for variant in REGISTERED
+    }
+
+
+def _timm_cfg(preset: str) -> dict[str, Any]:
+    image_size = PRESETS[preset][0]
+    return {
+        "url": "",
+        "num_classes": 1000 if preset == "vit-s16" else 100,
+        "input_size": (3, image_size, image_size),
+        "fixed_input_size": True,
+        "crop_pct": 0.875 if image_size == 224 else 1.0,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_INCEPTION_MEAN,
+        "std": IMAGENET_INCEPTION_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+
+
+def _register(name: str, preset: str, variant: str) -> None:
+    def create(pretrained: bool = False, **kwargs: Any) -> StrideViT:
+        model: StrideViT = build_model_with_cfg(
+            partial(_timm_model, preset, variant),
+            name,
+            pretrained,
+            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+            **kwargs,
+        )
+        return model
+
+    create.__name__ = name
+    create.__doc__ = f"Preset {preset} with {variant}; takes `img_size`, `num_classes`, `rank`, `seed` and drop rates."
+    globals()[name] = register_model(create)
+
+
+default_cfgs = generate_default_cfgs({name: _timm_cfg(preset) for name, (preset, _) in _timm_names().items()})
+for _name, (_preset, _variant) in _timm_names().items():
+    _register(_name, _preset, _variant)

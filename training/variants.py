@@ -11,6 +11,9 @@ from typing import Literal
 
 Kind = Literal["mha", "lsra", "csra"]
 
+REGISTERED = ("mha", "lsra-r2", "lsra-r4", "csra-r2", "csra-r4")
+"""The variants that tables show and that timm knows by name; any other R works too."""
+
 _NAME = re.compile(r"(?P<kind>lsra|csra)-r(?P<reduction>[1-9]\d{0,3})")
 
 
