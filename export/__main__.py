@@ -14,7 +14,7 @@ from export.bundles import export_run
 from export.graph import ExportError
 from service.bundle import MODEL_FILE, read_bundle
 from service.errors import BundleError, EngineError
-from training.data import DataError
+from training.readers import DataError
 from training.runs import RunError
 
 app = typer.Typer(
@@ -36,10 +36,11 @@ def run(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     repository: Annotated[Path, typer.Option(help="Folder of bundles to publish into.")],
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             envvar="STRIDEVIT_DATA",
-            help="The data set's folder: its test images prove the export. Not needed for `digits`.",
+            metavar="DIR|hub:OWNER/NAME",
+            help="The data set, as in training: its test images prove the export. Not needed for `digits`.",
         ),
     ] = None,
     family: Annotated[

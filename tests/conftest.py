@@ -11,6 +11,7 @@ from export.bundles import export_run
 from training.data import load_dataset
 from training.loop import train
 from training.recipes import load_recipe
+from training.world import World
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,7 +38,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "digits-csra-r2"
     recipe = load_recipe("digits", ["schedule.epochs=2", "optim.lr=2e-3", "schedule.warmup_epochs=0.5"])
     quiet = Console(quiet=True)
-    train(recipe, "csra-r2", load_dataset("digits"), out, device=torch.device("cpu"), console=quiet)
+    train(recipe, "csra-r2", load_dataset("digits"), out, world=World(device=torch.device("cpu")), console=quiet)
     return out
 
 

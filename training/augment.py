@@ -1,52 +1,83 @@
-"""Order, augmentation and mixup as pure functions of (seed, epoch, sample index).
+"""Order and augmentation as pure functions of (seed, epoch, sample index).
 
-Every random number of an epoch stands in a table with one row a sample, drawn from a generator seeded by (seed, epoch).
-So all variants, a resumed run, and any number of processes see the same data, whatever batches they ask for.
-Images stay uint8 and are augmented a batch at a time, which costs 2 % of a training step on a CPU.
+So all variants, a resumed run, and any number of processes see the same data, whatever batches they ask for. Images in
+memory stay uint8 and are augmented a batch at a time, which costs a CPU 5 % of a training step; images on disk are
+decoded and augmented one by one in worker processes.
 """
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from timm.data import create_transform
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 from torchvision.transforms.v2 import functional as F  # noqa: N812 (torchvision's own name for it)
 
-from training.data import Split
+from training.data import Files, Images, Split
+from training.readers import DataError
 from training.recipes import Augment
 
+Batch = tuple[Tensor, Tensor]
+"""uint8 images (B,H,W,3) and int64 labels (B,)."""
+Index = npt.NDArray[np.int64]
 
-class Epoch:
-    """One epoch's view of a train split.
 
-    `order` (n,) is the permutation in which the samples are visited; `batch` gives them augmented.
+def epoch_order(size: int, *, seed: int, epoch: int) -> Index:
+    """The permutation (size,) in which an epoch visits the samples."""
+    return _generator(seed, epoch, 0).permutation(size)
+
+
+def training_batches(
+    images: Images,
+    augment: Augment,
+    index: Sequence[Index],
+    *,
+    image_size: int,
+    seed: int,
+    epoch: int,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """The samples of each `index` (B,), augmented. Raises DataError with the name of an unreadable image."""
+    if isinstance(images, Split):
+        table = InMemoryEpoch(images, augment, seed=seed, epoch=epoch)
+        return (table.batch(part) for part in index)
+    return _read(_Augmented(images, augment, image_size, (seed, epoch)), index, workers)
+
+
+def evaluation_batches(
+    images: Images, *, resize: int, crop: int, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+) -> Iterator[Batch]:
+    """Every `world`-th sample from `rank` on, in order; images on disk are resized and cropped at their centre."""
+    rows = np.arange(rank, len(images), world)
+    index = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    if isinstance(images, Split):
+        return ((torch.from_numpy(images.images[i]), torch.from_numpy(images.labels[i])) for i in index)
+    return _read(_Upright(images, resize, crop), index, workers)
+
+
+class InMemoryEpoch:
+    """One epoch's view of images in memory.
+
+    Every random number of the epoch stands in a table with one row a sample, drawn from a generator seeded by
+    (seed, epoch).
     """
 
-    def __init__(self, split: Split, augment: Augment, *, classes: int, seed: int, epoch: int) -> None:
+    def __init__(self, split: Split, augment: Augment, *, seed: int, epoch: int) -> None:
         self._split = split
         self._padding = augment.crop_padding
-        self._classes = classes
         size = len(split)
-        self.order = _generator(seed, epoch, 0).permutation(size)
         draw = _generator(seed, epoch, 1)
         self._offsets = draw.integers(0, 2 * augment.crop_padding + 1, size=(size, 2))
         self._flip = draw.random(size) < (0.5 if augment.flip else 0.0)
-        mixup = _generator(seed, epoch, 2)
-        self._mixup = augment.mixup_alpha > 0
-        if self._mixup:
-            self._partner = mixup.integers(0, size, size=size)
-            self._weight = mixup.beta(augment.mixup_alpha, augment.mixup_alpha, size=size)
 
-    def batch(self, index: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Samples at `index` (B,): uint8 images (B,H,W,3) and class probabilities float32 (B,C)."""
-        images, targets = self._augmented(index)
-        if not self._mixup:
-            return images, targets
-        other_images, other_targets = self._augmented(self._partner[index])
-        weight = torch.from_numpy(self._weight[index]).float()
-        mixed = torch.lerp(other_images.float(), images.float(), weight.view(-1, 1, 1, 1))
-        return mixed.round().to(torch.uint8), torch.lerp(other_targets, targets, weight.view(-1, 1))
-
-    def _augmented(self, index: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def batch(self, index: Index) -> Batch:
+        """The samples at `index` (B,)."""
         images_BCHW = torch.from_numpy(self._split.images[index]).permute(0, 3, 1, 2)
         if self._padding:
             height, width = images_BCHW.shape[-2:]
@@ -59,9 +90,82 @@ class Epoch:
             )
         flip = torch.from_numpy(self._flip[index])
         images_BCHW = torch.where(flip.view(-1, 1, 1, 1), F.horizontal_flip(images_BCHW), images_BCHW)
-        labels = torch.from_numpy(self._split.labels[index])
-        targets = torch.nn.functional.one_hot(labels, self._classes).float()
-        return images_BCHW.permute(0, 2, 3, 1), targets
+        return images_BCHW.permute(0, 2, 3, 1), torch.from_numpy(self._split.labels[index])
+
+
+class _Augmented(Dataset[tuple[Tensor, int]]):
+    """Pictures from disk through timm's training transforms."""
+
+    def __init__(self, files: Files, augment: Augment, image_size: int, key: tuple[int, ...]) -> None:
+        self._files, self._labels, self._key = files, files.labels, key
+        self._transform = create_transform(
+            image_size,
+            is_training=True,
+            scale=augment.crop_area or (1.0, 1.0),
+            hflip=0.5 if augment.flip else 0.0,
+            color_jitter=0.0,
+            auto_augment=augment.rand_augment,
+            interpolation="bicubic",
+            normalize=False,
+        )
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        picture = self._files.read(row)
+        with _seeded(*self._key, 2, row):
+            image_CHW: Tensor = self._transform(picture)
+        return image_CHW.permute(1, 2, 0), int(self._labels[row])
+
+
+class _Upright(Dataset[tuple[Tensor, int]]):
+    """Pictures from disk as the service prepares them."""
+
+    def __init__(self, files: Files, resize: int, crop: int) -> None:
+        self._files, self._labels = files, files.labels
+        self._transform = Compose([Resize(resize, InterpolationMode.BICUBIC), CenterCrop(crop), PILToTensor()])
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        image_CHW: Tensor = self._transform(self._files.read(row))
+        return image_CHW.permute(1, 2, 0), int(self._labels[row])
+
+
+def _read(dataset: Dataset[tuple[Tensor, int]], index: Sequence[Index], workers: int) -> Iterator[Batch]:
+    loader: DataLoader[tuple[Tensor, int]] = DataLoader(
+        dataset,
+        batch_sampler=[part.tolist() for part in index],
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_one_thread,
+    )
+    try:
+        yield from loader
+    except DataError as error:
+        # torch puts the worker's traceback before the message.
+        raise DataError(str(error).strip().rsplit("DataError: ", 1)[-1]) from None
+
+
+def default_workers() -> int:
+    """Processes that decode images from disk: one a core, up to 16."""
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def _seeded(*key: int) -> Iterator[None]:
+    """Seed every generator that transforms draw from, then put their states back."""
+    python, legacy = random.getstate(), np.random.get_state()
+    first, second, third = np.random.SeedSequence(key).generate_state(3).tolist()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(first)
+        np.random.seed(second)
+        torch.manual_seed(third)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
 
 
 def _generator(*key: int) -> np.random.Generator:

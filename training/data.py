@@ -1,36 +1,37 @@
-"""Data sets, held as uint8 arrays in memory: CIFAR-100 from parquet files, and scikit-learn's digits.
+"""Data sets as a run sees them: small images held as uint8 arrays, large ones read from disk when they are needed.
 
-Nothing is downloaded. An image that cannot be decoded is reported by file and row.
+Nothing is downloaded unless `hub:OWNER/NAME` is asked for. An image that cannot be decoded is reported by name.
 """
 
 import hashlib
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 
-from training.recipes import DatasetName
+from training.readers import EVALUATION, HUB, TRAIN, DataError, Reader, open_split
 
 _SPLIT_SEED = 0
 """Splits are fixed: they do not follow the seed of a run, so that runs of any seed hold out the same images."""
 
-
-class DataError(Exception):
-    """The data is missing or damaged; the message says what to put where."""
+_WHERE_TO_GET = {
+    "cifar100": "get the data set uoft-cs/cifar100 from the Hugging Face hub and name the folder that holds its "
+    "train-*.parquet and test-*.parquet files, or write --data hub:uoft-cs/cifar100",
+    "imagenet": "name a folder with train/ and val/ and a folder a class in them, as image-net.org's archives unpack "
+    "to, or write --data hub:ILSVRC/imagenet-1k after `hf auth login`",
+}
+_ANY_LAYOUT = "python -m training train --help lists the layouts"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Images uint8 (n,H,W,3) and their labels int64 (n,)."""
+    """Images in memory, uint8 (n,H,W,3), and their labels int64 (n,)."""
 
     images: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
@@ -42,44 +43,125 @@ class Split:
         """The samples at `index`."""
         return Split(images=self.images[index], labels=self.labels[index])
 
+    def read(self, index: int) -> Image.Image:
+        """The picture at `index`."""
+        return Image.fromarray(self.images[index])
+
+    def content(self) -> bytes:
+        """All pixels, then all labels."""
+        return np.ascontiguousarray(self.images).tobytes() + _bytes_of(self.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Images of any size that stay on disk: the rows `rows` (n,) of a reader."""
+
+    reader: Reader
+    rows: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Labels int64 (n,)."""
+        return self.reader.labels[self.rows]
+
+    def take(self, index: npt.NDArray[np.int64]) -> "Files":
+        """The samples at `index`."""
+        return Files(reader=self.reader, rows=self.rows[index])
+
+    def read(self, index: int) -> Image.Image:
+        """The picture at `index`, as RGB. Raises DataError with its name if it cannot be decoded."""
+        return _decode(self.reader, int(self.rows[index]))
+
+    def content(self) -> bytes:
+        """The labels alone: to read all pixels of a large data set would take longer than it is worth."""
+        return _bytes_of(self.labels)
+
+
+Images = Split | Files
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """A data set as a run sees it. `mean` and `std` are of the train split, in units of the 0..1 range."""
+    """A data set as a run sees it. `mean` and `std` are a channel's, in units of the 0..1 range."""
 
-    name: DatasetName
+    name: str
     classes: tuple[str, ...]
-    train: Split
-    test: Split
+    train: Images
+    test: Images
+    test_split: str = "test"
+    """What the data set itself calls the split that is evaluated once, at the end."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     def fingerprint(self) -> str:
-        """sha256 over all pixels and labels, train before test."""
-        digest = hashlib.sha256()
-        for split in (self.train, self.test):
-            digest.update(np.ascontiguousarray(split.images).tobytes())
-            digest.update(split.labels.astype("<i8").tobytes())
+        """sha256 over the content of train and test."""
+        digest = hashlib.sha256(self.train.content())
+        digest.update(self.test.content())
         return digest.hexdigest()
 
 
-def load_dataset(name: str, folder: Path | None = None) -> Dataset:
-    """Load a data set; `folder` is needed for all but `digits`. Raises DataError, also for a name it does not know."""
-    if name not in get_args(DatasetName):
-        raise DataError(f"unknown data set {name!r}: one of {', '.join(get_args(DatasetName))}")
+def load_dataset(name: str, source: str | Path | None = None, *, in_memory: bool = True) -> Dataset:
+    """Load a data set from `source`: a folder (or the one above it, where it is called `name`), or hub:OWNER/NAME.
+
+    `digits` needs no source. In memory, mean and std are those of the train split; else 0.5 each. Raises DataError.
+    """
     if name == "digits":
         return _load_digits()
-    if folder is None:
-        raise DataError(f"{name} needs --data DIR (or STRIDEVIT_DATA): {_WHERE_CIFAR}")
-    return _load_cifar100(folder)
+    hint = _WHERE_TO_GET.get(name, _ANY_LAYOUT)
+    if source is None:
+        raise DataError(f"data set {name!r} needs --data DIR (or STRIDEVIT_DATA): {hint}")
+    place = str(source)
+    if not place.startswith(HUB) and (Path(place) / name).is_dir():
+        place = str(Path(place) / name)
+    train, test = open_split(place, TRAIN, hint=hint), open_split(place, EVALUATION, hint=hint)
+    if train.classes != test.classes:
+        raise DataError(f"{place}: {train.split} and {test.split} have different classes")
+    if in_memory:
+        return _in_memory_dataset(name, train.classes, _load(train), _load(test), test.split)
+    return Dataset(
+        name=name,
+        classes=train.classes,
+        train=Files(reader=train, rows=np.arange(len(train.labels))),
+        test=Files(reader=test, rows=np.arange(len(test.labels))),
+        test_split=test.split,
+        mean=IMAGENET_INCEPTION_MEAN,
+        std=IMAGENET_INCEPTION_STD,
+    )
 
 
-def split_holdout(train: Split, size: int) -> tuple[Split, Split]:
+def split_holdout(train: Images, size: int) -> tuple[Images, Images]:
     """Split `train` into (fit, held out), `size` images stratified by class in the second. The same for every seed."""
     if size == 0:
         return train, train.take(np.empty(0, dtype=np.int64))
     fit, held = train_test_split(np.arange(len(train)), test_size=size, random_state=_SPLIT_SEED, stratify=train.labels)
     return train.take(np.sort(fit)), train.take(np.sort(held))
+
+
+def _bytes_of(labels: npt.NDArray[np.int64]) -> bytes:
+    return labels.astype("<i8").tobytes()
+
+
+def _decode(reader: Reader, row: int) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(reader.encoded(row))) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{reader.where(row)}: the image cannot be decoded ({error})") from error
+
+
+def _load(reader: Reader) -> Split:
+    images = [np.asarray(_decode(reader, row)) for row in range(len(reader.labels))]
+    for row, image in enumerate(images):
+        if image.shape != images[0].shape:
+            size, first = (f"{i.shape[1]} × {i.shape[0]}" for i in (image, images[0]))
+            raise DataError(
+                f"{reader.where(row)} is {size}, but the first image {first}: images of several sizes cannot be held "
+                "in memory; choose a recipe with --set augment.crop_area=[0.05,1]"
+            )
+    return Split(images=np.stack(images), labels=reader.labels)
 
 
 def _load_digits() -> Dataset:
@@ -94,58 +176,10 @@ def _load_digits() -> Dataset:
     labels = bunch.target.astype(np.int64)
     train, test = train_test_split(np.arange(len(labels)), test_size=360, random_state=_SPLIT_SEED, stratify=labels)
     everything = Split(images=images, labels=labels)
-    return _dataset("digits", tuple("0123456789"), everything.take(train), everything.take(test))
+    return _in_memory_dataset("digits", tuple("0123456789"), everything.take(train), everything.take(test), "test")
 
 
-_WHERE_CIFAR = (
-    "get the data set uoft-cs/cifar100 from the Hugging Face hub and name the folder that holds its "
-    "train-*.parquet and test-*.parquet files"
-)
-
-
-def _load_cifar100(folder: Path) -> Dataset:
-    if not any(folder.glob("train-*.parquet")) and (folder / "cifar100").is_dir():
-        folder = folder / "cifar100"
-    train, names = _read_parquet(folder, "train")
-    test, _ = _read_parquet(folder, "test")
-    return _dataset("cifar100", names, train, test)
-
-
-def _read_parquet(folder: Path, split: str) -> tuple[Split, tuple[str, ...]]:
-    files = sorted(folder.glob(f"{split}-*.parquet"))
-    if not files:
-        raise DataError(f"no {split}-*.parquet in {folder}: {_WHERE_CIFAR}")
-    images: list[npt.NDArray[np.uint8]] = []
-    labels: list[npt.NDArray[np.int64]] = []
-    for file in files:
-        try:
-            table = pq.read_table(file)
-            encoded = table.column("img").combine_chunks().field("bytes").to_pylist()
-            labels.append(table.column("fine_label").to_numpy().astype(np.int64))
-        except (OSError, KeyError, pa.ArrowException) as error:
-            raise DataError(f"{file} cannot be read ({error}): fetch it again") from error
-        for row, data in enumerate(encoded):
-            try:
-                images.append(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
-            except (OSError, ValueError, SyntaxError) as error:
-                raise DataError(f"{file} row {row}: the image cannot be decoded ({error})") from error
-    names = _class_names(folder, table.schema)
-    return Split(images=np.stack(images), labels=np.concatenate(labels)), names
-
-
-def _class_names(folder: Path, schema: pa.Schema) -> tuple[str, ...]:
-    """From the hub's metadata inside the parquet file, else from classes.json beside it."""
-    hub = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = hub.get("info", {}).get("features", {}).get("fine_label", {}).get("names")
-    beside = folder / "classes.json"
-    if names is None and beside.is_file():
-        names = json.loads(beside.read_text())["fine_label_names"]
-    if names is None:
-        raise DataError(f"no class names in {folder}: neither in the parquet metadata nor in classes.json")
-    return tuple(names)
-
-
-def _dataset(name: DatasetName, classes: tuple[str, ...], train: Split, test: Split) -> Dataset:
+def _in_memory_dataset(name: str, classes: tuple[str, ...], train: Split, test: Split, test_split: str) -> Dataset:
     pixels = train.images.reshape(-1, 3)
     mean = pixels.mean(axis=0, dtype=np.float64) / 255
     # Var = E[x²] - E[x]², exact enough in float64 and without a float copy of all images.
@@ -157,6 +191,7 @@ def _dataset(name: DatasetName, classes: tuple[str, ...], train: Split, test: Sp
         classes=classes,
         train=train,
         test=test,
+        test_split=test_split,
         mean=(round(float(mean[0]), 5), round(float(mean[1]), 5), round(float(mean[2]), 5)),
         std=(round(float(std[0]), 5), round(float(std[1]), 5), round(float(std[2]), 5)),
     )

@@ -11,6 +11,8 @@ from training.variants import parse_variant
 
 CHANNELS = 3
 FLOAT32_BYTES = 4
+ATTENTION_PARTS = ("queries", "keys and values", "reduce", "attention", "projection")
+"""The parts of `Description.macs` in which variants may differ."""
 
 
 class Description(BaseModel):

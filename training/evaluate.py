@@ -1,37 +1,86 @@
-"""Accuracy of a model over a split."""
+"""Accuracy of a model over a split, as a whole and class by class."""
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
-from torch import nn
+from torch import Tensor, nn
 
-from training.data import Split
+from training.augment import evaluation_batches
+from training.data import Images
+from training.runs import Preprocessing
+from training.world import World
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
-    """Mean cross-entropy, and fractions of images whose label is among the first one and five answers."""
+    """What a classifier makes of `n` images.
 
+    `confusion` int64 (C,C) counts images by label (row) and first answer (column). `loss` is the mean cross-entropy;
+    `top1` and `top5` are fractions of images whose label is the first, or among the first five, answers.
+    """
+
+    n: int
     loss: float
-    top1: float
     top5: float
+    confusion: Tensor
+
+    @property
+    def top1(self) -> float:
+        """Share of the diagonal."""
+        return int(self.confusion.diagonal().sum()) / self.n
+
+    def by_class(self) -> list[float]:
+        """Top-1 of each class; NaN for one without images."""
+        return (self.confusion.diagonal() / self.confusion.sum(dim=1)).tolist()
+
+    def worst_pairs(self, count: int) -> list[tuple[int, int, int]]:
+        """The pairs (label, answer, images) that are confused most often, worst first."""
+        wrong = self.confusion.clone().fill_diagonal_(0)
+        values, places = wrong.flatten().sort(descending=True, stable=True)
+        classes = len(wrong)
+        return [
+            (place // classes, place % classes, images)
+            for place, images in zip(places[:count].tolist(), values[:count].tolist(), strict=True)
+            if images
+        ]
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, split: Split, *, device: torch.device, batch_size: int = 256) -> Evaluation:
-    """Run a classifier of uint8 images over all of `split`, in float32. Leaves the model's mode as it was."""
+def evaluate(
+    model: nn.Module,
+    images: Images,
+    *,
+    classes: int,
+    preprocessing: Preprocessing,
+    world: World,
+    batch_size: int = 256,
+    workers: int = 0,
+) -> Evaluation:
+    """Run a classifier of uint8 images over all of `images`, in float32. Leaves the model's mode as it was.
+
+    Each process of `world` takes its share; all get the same result.
+    """
     was_training = model.training
     model.eval()
-    loss, hits1, hits5 = 0.0, 0, 0
-    for start in range(0, len(split), batch_size):
-        batch = split.take(np.arange(start, min(start + batch_size, len(split))))
-        logits = model(torch.from_numpy(batch.images).to(device)).float().cpu()
-        labels = torch.from_numpy(batch.labels)
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
-        hits1 += int(hits[:, 0].sum())
-        hits5 += int(hits.any(dim=1).sum())
+    sums = torch.zeros(2, dtype=torch.float64)
+    confusion = torch.zeros(classes * classes, dtype=torch.int64)
+    for batch, labels in evaluation_batches(
+        images,
+        resize=preprocessing.resize,
+        crop=preprocessing.crop,
+        batch_size=batch_size,
+        rank=world.rank,
+        world=world.size,
+        workers=workers,
+    ):
+        logits = model(batch.to(world.device, non_blocking=True)).float().cpu()
+        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+        best = logits.topk(min(5, classes)).indices
+        sums[1] += (best == labels.unsqueeze(1)).sum()
+        confusion += torch.bincount(labels * classes + best[:, 0], minlength=classes * classes)
     model.train(was_training)
-    return Evaluation(loss=loss / len(split), top1=hits1 / len(split), top5=hits5 / len(split))
+    loss, hits5 = world.sum(sums.to(world.device)).tolist()
+    confusion = world.sum(confusion.to(world.device)).cpu().view(classes, classes)
+    n = len(images)
+    return Evaluation(n=n, loss=loss / n, top5=hits5 / n, confusion=confusion)

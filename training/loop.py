@@ -1,29 +1,25 @@
 """One training run, from its recipe to `final/`."""
 
+import json
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from timm.layers import Attention
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
-from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 from training import runs
-from training.attention import CompressedAttention
-from training.augment import Epoch
-from training.data import Dataset, split_holdout
-from training.evaluate import evaluate
+from training.augment import Batch, epoch_order, training_batches
+from training.checkpoints import LAST_FILE, can_resume, load_checkpoint, save_checkpoint
+from training.data import Dataset, Images, Split, split_holdout
+from training.display import Board, MetricsRow, progress_bar
+from training.evaluate import Evaluation, evaluate
 from training.models import Classifier, StrideViT, architecture, count_parameters
 from training.recipes import Recipe
-
-MetricsRow = dict[str, float | int]
+from training.step import Diverged, Stepper
+from training.stopping import Stopped, StopRequest, stop_requests
+from training.world import World
 
 
 class TrainingError(Exception):
@@ -36,207 +32,267 @@ def train(
     dataset: Dataset,
     out: Path,
     *,
-    device: torch.device,
+    world: World,
     resume: bool = False,
     test: bool = True,
+    checkpoint_steps: int = 500,
+    workers: int = 0,
     console: Console | None = None,
 ) -> runs.ModelCard:
     """Train one variant by `recipe` into the folder `out` and return the card of the finished model.
 
-    Without `test` the test split stays untouched and the card has no accuracy: for runs that decide something.
+    A checkpoint is written every `checkpoint_steps` steps, at the end of each epoch, and before a Stopped is raised for
+    SIGTERM or Ctrl-C. Without `test` the test split stays untouched and the card has no accuracy: for runs that decide
+    something. `workers` processes decode images that are read from disk.
 
     Raises RunError if `out` holds a run already (unless `resume`), or one of another recipe, and TrainingError for a
     loss that is not finite.
     """
-    console = console or Console(stderr=True)
-    run = _Run(recipe, variant, dataset, out, device=device)
+    console = console if world.main and console else Console(stderr=True, quiet=not world.main)
+    run = _Run(recipe, variant, dataset, out, world=world, workers=workers, console=console)
     if resume:
         run.restore()
-        console.print(f"resuming {out} after epoch {len(run.rows)}")
-    elif runs.can_resume(out) or (out / runs.FINAL_FOLDER).exists():
+        console.print(f"resuming {out} at step {run.step} of {run.total_steps}")
+    elif world.decide(lambda: can_resume(out) or (out / runs.FINAL_FOLDER).exists()):
         raise runs.RunError(f"{out} holds a run already: continue it with --resume or choose another --out")
     run.record()
-    with _progress(console) as progress, SummaryWriter(str(out / "tensorboard"), purge_step=len(run.rows)) as board:
-        bar = progress.add_task(
-            run.spec.variant,
-            total=recipe.schedule.epochs * run.steps_per_epoch,
-            completed=len(run.rows) * run.steps_per_epoch,
-            loss=float("nan"),
-            rate=0.0,
-        )
-        for number in range(len(run.rows), recipe.schedule.epochs):
-            before = run.seconds
-            row = run.train_epoch(number, progress, bar)
-            rate = run.steps_per_epoch * recipe.schedule.batch_size / (run.seconds - before)
-            for key, value in row.items():
-                board.add_scalar(key, value, number + 1)
-            board.add_scalar("images_per_s", rate, number + 1)
-            run.save()
-            console.print("  ".join(f"{key} {value}" for key, value in row.items()) + f"  {rate:.0f} images/s")
+    with stop_requests() as stop:
+        run.train(stop, checkpoint_steps)
     card = run.finish(test=test)
     if card.accuracy:
-        top1, top5 = card.accuracy.top1, card.accuracy.top5
-        console.print(f"{out}: test top-1 {top1:.2%}, top-5 {top5:.2%} of {card.accuracy.n}")
+        top1, top5, split = card.accuracy.top1, card.accuracy.top5, card.accuracy.split
+        console.print(f"{out}: {split} top-1 {top1:.2%}, top-5 {top5:.2%} of {card.accuracy.n}")
     return card
 
 
 class _Run:
-    """The state of one run: model, optimiser, schedule, and a row of metrics for each epoch done."""
+    """The state of one run: a Stepper, its position, and a row of metrics for each epoch done."""
 
-    def __init__(self, recipe: Recipe, variant: str, dataset: Dataset, out: Path, *, device: torch.device) -> None:
-        self.recipe = recipe
-        self.dataset = dataset
-        self.out = out
-        self.device = device
-        self.spec = architecture(recipe.preset, variant, classes=len(dataset.classes))
-        height, width = dataset.train.images.shape[1:3]
-        if (height, width) != (self.spec.image_size, self.spec.image_size):
-            raise TrainingError(
-                f"preset {recipe.preset} takes {self.spec.image_size} px images, but {dataset.name} has "
-                f"{width} × {height}: choose another --preset"
-            )
+    def __init__(
+        self,
+        recipe: Recipe,
+        variant: str,
+        dataset: Dataset,
+        out: Path,
+        *,
+        world: World,
+        workers: int,
+        console: Console,
+    ) -> None:
+        self.recipe, self.dataset, self.out, self.world = recipe, dataset, out, world
+        self.workers, self.console = workers, console
+        self.spec = architecture(recipe.preset, variant, classes=len(dataset.classes), image_size=recipe.image_size)
         self.fit, self.held_out = split_holdout(dataset.train, recipe.holdout)
+        self._check_sizes()
         self.steps_per_epoch = len(self.fit) // recipe.schedule.batch_size
-        if not self.steps_per_epoch:
-            raise TrainingError(f"batch size {recipe.schedule.batch_size} exceeds the {len(self.fit)} train images")
-        self.model = StrideViT(self.spec, seed=recipe.seed, drop_path_rate=recipe.drop_path)
-        self.classifier = Classifier(self.model, mean=dataset.mean, std=dataset.std).to(device)
-        if device.type == "cpu":
-            use_plain_attention(self.model)
-        self.forward = torch.compile(self.classifier) if recipe.compile else self.classifier
-        self.optimizer = create_optimizer_v2(
-            self.model, opt="adamw", lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay, fused=True
+        self.total_steps = recipe.schedule.epochs * self.steps_per_epoch
+        crop = self.spec.image_shape[0]
+        self.preprocessing = runs.Preprocessing(
+            resize=round(crop / recipe.eval_crop), crop=crop, mean=dataset.mean, std=dataset.std
         )
-        self.scheduler = CosineLRScheduler(
-            self.optimizer,
-            t_initial=recipe.schedule.epochs * self.steps_per_epoch,
-            warmup_t=round(recipe.schedule.warmup_epochs * self.steps_per_epoch),
-            warmup_lr_init=recipe.schedule.min_lr,
-            lr_min=recipe.schedule.min_lr,
-            t_in_epochs=False,
+        self.model = StrideViT(self.spec, seed=recipe.seed, drop_path_rate=recipe.drop_path)
+        self.stepper = Stepper(
+            Classifier(self.model, mean=dataset.mean, std=dataset.std).to(world.device),
+            recipe,
+            world,
+            classes=self.spec.classes,
+            steps_per_epoch=self.steps_per_epoch,
         )
         self.rows: list[MetricsRow] = []
+        self.step = 0
+        self.epoch_loss = 0.0
+        """Sum over the steps of this epoch so far."""
         self.seconds = 0.0
         """Spent in training steps so far, over all resumptions; evaluation not counted."""
         self.started = datetime.now(UTC)
         self.commit = runs.git_commit()
         self.identity: dict[str, Any] = {
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": json.loads(recipe.model_dump_json()),
             "variant": self.spec.variant,
-            "architecture": self.spec.model_dump(mode="json"),
+            "architecture": json.loads(self.spec.model_dump_json()),
             "data_fingerprint": dataset.fingerprint(),
         }
 
+    def _check_sizes(self) -> None:
+        recipe, spec = self.recipe, self.spec
+        if isinstance(self.fit, Split) and (shape := self.fit.images.shape[1:3]) != spec.image_shape:
+            raise TrainingError(
+                f"preset {recipe.preset} takes {spec.image_size} px images, but {self.dataset.name} has "
+                f"{shape[1]} × {shape[0]}: choose another --preset, or --set image_size={shape[0]}"
+            )
+        parts = self.world.size * recipe.schedule.accumulate
+        if recipe.schedule.batch_size % parts:
+            raise TrainingError(
+                f"batch size {recipe.schedule.batch_size} cannot be divided by {self.world.size} processes × "
+                f"{recipe.schedule.accumulate} micro-batches"
+            )
+        if recipe.schedule.batch_size > len(self.fit):
+            raise TrainingError(f"batch size {recipe.schedule.batch_size} exceeds the {len(self.fit)} train images")
+
     def record(self, **more: str | float) -> None:
         """Write run.json."""
-        runs.write_json(
-            self.out / runs.RUN_FILE,
-            {
-                **self.identity,
-                "seed": self.recipe.seed,
-                "git_commit": self.commit,
-                "environment": runs.environment(),
-                "parameters": count_parameters(self.model),
-                "started": self.started.isoformat(timespec="seconds"),
-                **more,
-            },
-        )
+        if self.world.main:
+            runs.write_json(
+                self.out / runs.RUN_FILE,
+                {
+                    **self.identity,
+                    "seed": self.recipe.seed,
+                    "git_commit": self.commit,
+                    "environment": runs.environment(),
+                    "processes": self.world.size,
+                    "parameters": count_parameters(self.model),
+                    "started": self.started.isoformat(timespec="seconds"),
+                    **more,
+                },
+            )
 
     def restore(self) -> None:
-        """Go on from last.pt. Raises RunError if there is none, or if it is of another run."""
-        state = runs.load_last(self.out)
+        """Go on from the last good checkpoint. Raises RunError if there is none, or if it is of another run."""
+        state, warning = self.world.decide(lambda: load_checkpoint(self.out))
         if state["identity"] != self.identity:
             raise runs.RunError(f"{self.out} was trained with another recipe, variant or data: choose another --out")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.rows, self.seconds = state["rows"], state["seconds"]
-        self.started = runs.read_started(self.out)
+        if warning:
+            self.console.print(f"[yellow]warning:[/] {warning}: going on from the one before", soft_wrap=True)
+        self.stepper.restore(state["stepper"])
+        self.rows, self.step = state["rows"], state["step"]
+        self.epoch_loss, self.seconds = state["epoch_loss"], state["seconds"]
+        self.started = self.world.decide(lambda: runs.read_started(self.out))
 
     def save(self) -> None:
-        """Write metrics.csv and last.pt."""
-        runs.write_metrics(self.out / runs.METRICS_FILE, self.rows)
-        runs.save_last(
-            self.out,
-            {
-                "identity": self.identity,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "rows": self.rows,
-                "seconds": self.seconds,
-            },
+        """Write metrics.csv and a checkpoint. A disk that is full costs a warning, not the run."""
+        if not self.world.main:
+            return
+        try:
+            if self.rows:
+                runs.write_metrics(self.out / runs.METRICS_FILE, self.rows)
+            save_checkpoint(
+                self.out,
+                {
+                    "identity": self.identity,
+                    "stepper": self.stepper.state(),
+                    "rows": self.rows,
+                    "step": self.step,
+                    "epoch_loss": self.epoch_loss,
+                    "seconds": self.seconds,
+                },
+            )
+        except OSError as error:
+            self.console.print(
+                f"[yellow]warning:[/] no checkpoint of step {self.step} in {self.out} ({error}): make room; "
+                "the run goes on and tries again",
+                soft_wrap=True,
+            )
+
+    def train(self, stop: StopRequest, checkpoint_steps: int) -> None:
+        """Take all steps that are left."""
+        with (
+            progress_bar(self.console, disable=not self.world.main) as progress,
+            Board(self.out, self.world, purge_step=len(self.rows)) as board,
+        ):
+            bar = progress.add_task(
+                self.spec.variant, total=self.total_steps, completed=self.step, loss=float("nan"), rate=0.0
+            )
+            while self.step < self.total_steps:
+                taken, before = self.step, self.seconds
+                for loss, seconds in self._rest_of_the_epoch(stop, checkpoint_steps):
+                    progress.update(bar, advance=1, loss=loss, rate=self.recipe.schedule.batch_size / seconds)
+                row = self._end_epoch()
+                rate = (self.step - taken) * self.recipe.schedule.batch_size / (self.seconds - before)
+                board.add({**row, "images_per_s": rate}, epoch=len(self.rows))
+                self.save()
+                self.console.print("  ".join(f"{key} {value}" for key, value in row.items()) + f"  {rate:.0f} images/s")
+
+    def _rest_of_the_epoch(self, stop: StopRequest, checkpoint_steps: int) -> Iterator[tuple[float, float]]:
+        """Train to the end of the epoch; yields (mean loss so far, smoothed seconds of a step) after each step."""
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        self.stepper.classifier.train()
+        batches = self._batches(epoch, first)
+        smoothed = 0.0
+        for done in range(first + 1, self.steps_per_epoch + 1):
+            started = time.perf_counter()
+            try:
+                loss, wants_stop = self.stepper(self.step, batches, stop=bool(stop.signum))
+            except Diverged as error:
+                raise TrainingError(
+                    f"{error} at step {self.step + 1} (epoch {epoch + 1}): start again with a lower optim.lr"
+                    + (f"; {self.out / LAST_FILE} keeps the last good state" if can_resume(self.out) else "")
+                ) from error
+            self.step += 1
+            self.epoch_loss += loss
+            seconds = time.perf_counter() - started
+            self.seconds += seconds
+            smoothed = seconds if not smoothed else 0.95 * smoothed + 0.05 * seconds
+            yield self.epoch_loss / done, smoothed
+            # An epoch that is just full is ended first; a stop is then honoured after the next step.
+            if done < self.steps_per_epoch and (wants_stop or self.step % checkpoint_steps == 0):
+                self.save()
+                if wants_stop:
+                    raise Stopped(f"stopped at step {self.step} of {self.total_steps}", stop.signum)
+
+    def _batches(self, epoch: int, first: int) -> "_MicroBatches":
+        """This process's micro-batches of the epoch, from step `first` on."""
+        schedule, world = self.recipe.schedule, self.world
+        order = epoch_order(len(self.fit), seed=self.recipe.seed, epoch=epoch)
+        # (steps, micro-batches, processes, images)
+        table = order[: self.steps_per_epoch * schedule.batch_size].reshape(
+            self.steps_per_epoch, schedule.accumulate, world.size, -1
+        )
+        index = table[first:, :, world.rank].reshape(-1, table.shape[-1])
+        return _MicroBatches(
+            training_batches(
+                self.fit,
+                self.recipe.augment,
+                list(index),
+                image_size=self.preprocessing.crop,
+                seed=self.recipe.seed,
+                epoch=epoch,
+                workers=self.workers,
+            ),
+            schedule.accumulate,
         )
 
-    def train_epoch(self, number: int, progress: Progress, bar: TaskID) -> MetricsRow:
-        """Train the epoch `number` (from 0), evaluate on the held-out images, and return the new row."""
-        # Drop-path draws from the global generator: a function of (seed, epoch) too, so that a resumed run agrees.
-        torch.manual_seed(self.recipe.seed * 100_003 + number)
-        epoch = Epoch(
-            self.fit,
-            self.recipe.augment,
-            classes=len(self.dataset.classes),
-            seed=self.recipe.seed,
-            epoch=number,
-        )
-        batch_size = self.recipe.schedule.batch_size
-        self.classifier.train()
-        started, total_loss = time.perf_counter(), 0.0
-        for step in range(self.steps_per_epoch):
-            self.scheduler.step_update(number * self.steps_per_epoch + step)
-            images, targets = epoch.batch(epoch.order[step * batch_size : (step + 1) * batch_size])
-            loss = self._step(images, targets)
-            if not loss < float("inf"):
-                raise TrainingError(
-                    f"loss is {loss} in epoch {number + 1}: lower optim.lr"
-                    + (f"; {runs.LAST_FILE} keeps the last good epoch" if number else "")
-                )
-            total_loss += loss
-            rate = (step + 1) * batch_size / (time.perf_counter() - started)
-            progress.update(bar, advance=1, loss=total_loss / (step + 1), rate=rate)
-        self.seconds += time.perf_counter() - started
+    def _end_epoch(self) -> MetricsRow:
         row: MetricsRow = {
-            "epoch": number + 1,
-            "step": (number + 1) * self.steps_per_epoch,
-            "lr": round(self.optimizer.param_groups[0]["lr"], 8),
-            "train_loss": round(total_loss / self.steps_per_epoch, 5),
+            "epoch": len(self.rows) + 1,
+            "step": self.step,
+            "lr": round(self.stepper.lr, 8),
+            "train_loss": round(self.epoch_loss / self.steps_per_epoch, 5),
         }
         if len(self.held_out):
-            held = evaluate(self.classifier, self.held_out, device=self.device)
+            held = self._evaluate(self.held_out)
             row |= {
                 "holdout_loss": round(held.loss, 5),
                 "holdout_top1": round(held.top1, 5),
                 "holdout_top5": round(held.top5, 5),
             }
         self.rows.append(row)
+        self.epoch_loss = 0.0
         return row
 
-    def _step(self, images: torch.Tensor, targets: torch.Tensor) -> float:
-        """One optimiser step; its loss. A loss that is not finite changes no weight."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            logits = self.forward(images.to(self.device, non_blocking=True))
-        loss = F.cross_entropy(logits.float(), targets.to(self.device), label_smoothing=self.recipe.label_smoothing)
-        value = loss.item()
-        if value < float("inf"):
-            self.optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip_norm)
-            self.optimizer.step()
-        return value
+    def _evaluate(self, images: Images) -> Evaluation:
+        return evaluate(
+            self.stepper.evaluated,
+            images,
+            classes=self.spec.classes,
+            preprocessing=self.preprocessing,
+            world=self.world,
+            workers=self.workers,
+        )
 
     def finish(self, *, test: bool) -> runs.ModelCard:
         """Evaluate on the full test split, once, if at all, and write `final/`."""
-        size, dataset = self.spec.image_size, self.dataset
-        accuracy = None
+        dataset, accuracy = self.dataset, None
         if test:
-            result = evaluate(self.classifier, dataset.test, device=self.device)
+            result = self._evaluate(dataset.test)
             accuracy = runs.Accuracy(
-                dataset=dataset.name, split="test", n=len(dataset.test), top1=result.top1, top5=result.top5
+                dataset=dataset.name, split=dataset.test_split, n=result.n, top1=result.top1, top5=result.top5
             )
 
         def card(weights_sha256: str) -> runs.ModelCard:
             return runs.ModelCard(
                 name=self.out.name,
                 architecture=self.spec,
-                preprocessing=runs.Preprocessing(resize=size, crop=size, mean=dataset.mean, std=dataset.std),
+                preprocessing=self.preprocessing,
                 labels=dataset.classes,
                 accuracy=accuracy,
                 dataset=dataset.name,
@@ -247,27 +303,25 @@ class _Run:
                 weights_sha256=weights_sha256,
             )
 
-        runs.save_final(self.out, self.model, card)
-        self.record(finished=datetime.now(UTC).isoformat(timespec="seconds"), train_seconds=round(self.seconds, 1))
-        return runs.load_final(self.out)[1]
+        def write() -> runs.ModelCard:
+            try:
+                runs.save_final(self.out, self.stepper.evaluated.model, card)
+            except OSError as error:
+                raise TrainingError(
+                    f"the finished model cannot be written to {self.out} ({error}): make room, then --resume"
+                ) from error
+            self.record(finished=datetime.now(UTC).isoformat(timespec="seconds"), train_seconds=round(self.seconds, 1))
+            return runs.load_final(self.out)[1]
+
+        return self.world.decide(write)
 
 
-def use_plain_attention(model: nn.Module) -> None:
-    """Attend by two matrix products and a softmax: the CPU's fused kernel is slow in its backward pass.
+class _MicroBatches:
+    """Hands out micro-batches, `count` for each time it is iterated over: one step's share."""
 
-    With `vit-xs` it took 38 % of a training step; two products take 10 % (see docs/results.md).
-    """
-    for module in model.modules():
-        if isinstance(module, Attention | CompressedAttention):
-            setattr(module, "fused_attn", False)  # noqa: B010 (timm declares it Final for TorchScript's sake)
+    def __init__(self, batches: Iterator[Batch], count: int) -> None:
+        self._batches, self._count = batches, count
 
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} images/s"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+    def __iter__(self) -> Iterator[Batch]:
+        for _ in range(self._count):
+            yield next(self._batches)

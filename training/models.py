@@ -164,6 +164,7 @@ class Classifier(nn.Module):
     `mean` and `std` are in units of the 0..1 range, one value a channel.
     """
 
+    model: nn.Module
     mean: Tensor
     std: Tensor
 

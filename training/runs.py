@@ -3,7 +3,7 @@
     runs/<name>/run.json          resolved recipe, variant, git commit, library versions, data fingerprint
                 metrics.csv       a row an epoch, without times: equal runs write equal files; the same and
                                   the throughput in TensorBoard's format under tensorboard/
-                last.pt           all state to resume; only ever read back with weights_only=True
+                last.pt           all state to resume, previous.pt the one before; read with weights_only=True
                 final/model.safetensors + model.json: the finished model, all that export and evaluate read
 
 Files are replaced in one step, so that a killed run leaves the old or the new file, never half of one.
@@ -15,7 +15,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,13 +24,13 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
+from torch import nn
 
 from training.models import Architecture, Classifier, StrideViT
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.csv"
-LAST_FILE = "last.pt"
 FINAL_FOLDER = "final"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "model.json"
@@ -86,30 +87,34 @@ class RunError(Exception):
     """A run's folder cannot be used; the message says why and what to do."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, make it durable, then put it in place of `path`."""
+@contextmanager
+def durably(path: Path, write: Callable[[Path], None]) -> Iterator[Path]:
+    """Let `write` fill a temporary file beside `path` and make it durable; the caller puts it where it belongs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
         write(partial)
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
-        partial.replace(path)
+        yield partial
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file, make it durable, then put it in place of `path`."""
+    with durably(path, write) as partial:
+        partial.replace(path)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write `values` as indented JSON, atomically."""
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, _text_writer(text))
+    write_atomically(path, lambda partial: _write_bytes(partial, text.encode()))
 
 
-def _text_writer(text: str) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
-
-    return write
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
 
 
 def write_metrics(path: Path, rows: list[dict[str, float | int]]) -> None:
@@ -124,16 +129,25 @@ def write_metrics(path: Path, rows: list[dict[str, float | int]]) -> None:
     write_atomically(path, write)
 
 
-def save_final(folder: Path, model: StrideViT, card: Callable[[str], ModelCard]) -> None:
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.csv."""
+    with path.open(newline="", encoding="utf-8") as stream:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
+
+
+def save_final(folder: Path, model: nn.Module, card: Callable[[str], ModelCard]) -> None:
     """Write `final/`: the weights, then the card that `card` makes from their sha256."""
     weights = folder / FINAL_FOLDER / WEIGHTS_FILE
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(weights, lambda partial: save_file(state, partial))
+    write_atomically(weights, lambda partial: _write_bytes(partial, save(state)))
     write_json(folder / FINAL_FOLDER / CARD_FILE, card(sha256_file(weights)).model_dump(mode="json"))
 
 
-def load_final(folder: Path) -> tuple[Classifier, ModelCard]:
-    """The finished model of a run, in evaluation mode, and its card. Raises RunError."""
+def load_final(folder: Path, *, image_size: int | None = None) -> tuple[Classifier, ModelCard]:
+    """The finished model of a run, in evaluation mode, and its card. Raises RunError.
+
+    With `image_size` the same weights see images of another size; the card says how they are to be prepared then.
+    """
     final = folder / FINAL_FOLDER
     card_file, weights = final / CARD_FILE, final / WEIGHTS_FILE
     if not card_file.is_file() or not weights.is_file():
@@ -141,28 +155,26 @@ def load_final(folder: Path) -> tuple[Classifier, ModelCard]:
     card = ModelCard.model_validate_json(card_file.read_text(encoding="utf-8"))
     if (digest := sha256_file(weights)) != card.weights_sha256:
         raise RunError(f"{weights} has sha256 {digest}, but its card says {card.weights_sha256}")
+    if image_size is not None:
+        card = _at_size(card, image_size)
     model = StrideViT(card.architecture)
     model.load_state_dict(load_file(weights))
     classifier = Classifier(model, mean=card.preprocessing.mean, std=card.preprocessing.std)
     return classifier.eval(), card
 
 
-def save_last(folder: Path, state: dict[str, Any]) -> None:
-    """Write the state to resume from, atomically."""
-    write_atomically(folder / LAST_FILE, lambda partial: torch.save(state, partial))
-
-
-def can_resume(folder: Path) -> bool:
-    """Whether an epoch was finished in `folder` that a run can continue from."""
-    return (folder / LAST_FILE).is_file()
-
-
-def load_last(folder: Path) -> dict[str, Any]:
-    """The state to resume from. Raises RunError where there is none."""
-    if not can_resume(folder):
-        raise RunError(f"{folder} has no {LAST_FILE} to resume from: start it without --resume")
-    state: dict[str, Any] = torch.load(folder / LAST_FILE, weights_only=True, map_location="cpu")
-    return state
+def _at_size(card: ModelCard, image_size: int) -> ModelCard:
+    """The card for other images than the model was trained on; resize keeps its ratio to the crop, and no accuracy."""
+    architecture, before = card.architecture, card.preprocessing
+    return card.model_copy(
+        update={
+            "architecture": Architecture.model_validate({**architecture.model_dump(), "image_size": image_size}),
+            "preprocessing": before.model_copy(
+                update={"crop": image_size, "resize": round(image_size * before.resize / before.crop)}
+            ),
+            "accuracy": None,
+        }
+    )
 
 
 def read_started(folder: Path) -> datetime:

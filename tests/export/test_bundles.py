@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import pytest
 import torch
@@ -17,7 +18,7 @@ from export.graph import ExportError, serialise, to_onnx
 from export.parity import check_parity
 from service.bundle import CONTENT_FILES, SUMS_FILE, read_bundle
 from service.engine import Engine
-from training.data import load_dataset
+from training.data import Split, load_dataset
 from training.runs import load_final
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +73,12 @@ def test_a_family_can_be_named(digits_run: Path, tmp_path: Path) -> None:
     assert read_bundle(tmp_path / "numbers-csra-r2" / "1").manifest.family == "numbers"
 
 
+def first_images(count: int) -> npt.NDArray[np.uint8]:
+    test = load_dataset("digits").test
+    assert isinstance(test, Split)
+    return test.images[:count]
+
+
 @pytest.mark.parametrize("change", [0.5, float("nan")])
 def test_a_graph_that_disagrees_with_torch_is_refused(digits_run: Path, change: float) -> None:
     classifier, _ = load_final(digits_run)
@@ -80,7 +87,7 @@ def test_a_graph_that_disagrees_with_torch_is_refused(digits_run: Path, change: 
     values = numpy_helper.to_array(head).copy()
     values[3] += change
     head.CopyFrom(numpy_helper.from_array(values, head.name))
-    images = load_dataset("digits").test.images[:16]
+    images = first_images(16)
     with pytest.raises(ExportError, match=r"disagree at batch 1|not finite"):
         check_parity(classifier, Engine(serialise(graph)), images)
 
@@ -100,7 +107,7 @@ def test_a_top1_flip_is_refused_however_small(digits_run: Path) -> None:
     values[0] += 2e-4
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     with pytest.raises(ExportError, match="top-1 flips"):
-        check_parity(classifier, Engine(serialise(graph)), load_dataset("digits").test.images[:8])
+        check_parity(classifier, Engine(serialise(graph)), first_images(8))
 
 
 def test_an_unfinished_run_says_to_train_it_first(tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
-"""A run from its recipe to `final/`, stopped and resumed."""
+"""A run from its recipe to `final/`."""
 
 import csv
 import dataclasses
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,37 +13,38 @@ from rich.console import Console
 from training import runs
 from training.data import Dataset, Split, load_dataset
 from training.evaluate import evaluate
-from training.loop import TrainingError, train, use_plain_attention
+from training.loop import TrainingError, train
 from training.recipes import Recipe, load_recipe
+from training.step import use_plain_attention
+from training.world import World
 
-CPU = torch.device("cpu")
+HERE = World(device=torch.device("cpu"))
 QUIET = Console(quiet=True)
+
+
+def pixels(dataset: Dataset) -> torch.Tensor:
+    assert isinstance(dataset.test, Split)
+    return torch.from_numpy(dataset.test.images)
 
 
 @pytest.fixture(scope="module")
 def few_digits() -> Dataset:
     digits = load_dataset("digits")
-    return Dataset(
-        name="digits",
-        classes=digits.classes,
-        train=digits.train.take(np.arange(160)),
-        test=digits.test.take(np.arange(50)),
-        mean=digits.mean,
-        std=digits.std,
-    )
+    return dataclasses.replace(digits, train=digits.train.take(np.arange(160)), test=digits.test.take(np.arange(50)))
 
 
 def recipe(*overrides: str) -> Recipe:
-    return load_recipe("digits", ["schedule.epochs=3", "holdout=32", "drop_path=0.1", *overrides])
+    return load_recipe("digits", ["schedule.epochs=3", "holdout=32", *overrides])
 
 
 def test_a_run_leaves_the_artefacts_of_the_design(few_digits: Dataset, tmp_path: Path) -> None:
     out = tmp_path / "x"
-    card = train(recipe(), "lsra-r2", few_digits, out, device=CPU, console=QUIET)
+    card = train(recipe(), "lsra-r2", few_digits, out, world=HERE, console=QUIET)
     record = json.loads((out / "run.json").read_text())
     assert record["variant"] == "lsra-r2"
     assert record["data_fingerprint"] == few_digits.fingerprint()
     assert record["recipe"]["schedule"]["epochs"] == 3
+    assert record["train_seconds"] > 0
     assert {"torch", "timm", "python"} <= set(record["environment"])
     with (out / "metrics.csv").open() as stream:
         rows = list(csv.DictReader(stream))
@@ -54,97 +54,74 @@ def test_a_run_leaves_the_artefacts_of_the_design(few_digits: Dataset, tmp_path:
     assert list((out / "tensorboard").iterdir())
     model, read_back = runs.load_final(out)
     assert read_back == card
-    again = evaluate(model, few_digits.test, device=CPU)
+    again = evaluate(model, few_digits.test, classes=10, preprocessing=card.preprocessing, world=HERE)
     assert card.accuracy
     assert (again.top1, again.top5, card.accuracy.n) == (card.accuracy.top1, card.accuracy.top5, 50)
 
 
 def test_a_run_that_decides_something_leaves_the_test_split_alone(few_digits: Dataset, tmp_path: Path) -> None:
-    empty = Split(images=few_digits.test.images[:0], labels=few_digits.test.labels[:0])
-    blind = dataclasses.replace(few_digits, test=empty)
-    card = train(recipe("schedule.epochs=1"), "mha", blind, tmp_path / "x", device=CPU, test=False, console=QUIET)
+    blind = dataclasses.replace(few_digits, test=few_digits.test.take(np.arange(0)))
+    card = train(recipe("schedule.epochs=1"), "mha", blind, tmp_path / "x", world=HERE, test=False, console=QUIET)
     assert card.accuracy is None
 
 
 @pytest.mark.parametrize("variant", ["mha", "csra-r2"])
 def test_training_attends_like_the_finished_model(few_digits: Dataset, tmp_path: Path, variant: str) -> None:
     """The CPU trains with plain attention and a float32 convolution; what is shipped uses the fused kernel."""
-    train(recipe("schedule.epochs=1"), variant, few_digits, tmp_path / "x", device=CPU, console=QUIET)
+    train(recipe("schedule.epochs=1"), variant, few_digits, tmp_path / "x", world=HERE, console=QUIET)
     fused, _ = runs.load_final(tmp_path / "x")
     plain, _ = runs.load_final(tmp_path / "x")
     use_plain_attention(plain)
-    images = torch.from_numpy(few_digits.test.images)
     with torch.inference_mode():
-        torch.testing.assert_close(plain(images), fused(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(plain(pixels(few_digits)), fused(pixels(few_digits)), rtol=1e-4, atol=1e-5)
 
 
-def test_a_resumed_run_ends_like_one_that_was_never_stopped(
-    few_digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    chosen = recipe("augment.crop_padding=1", "augment.mixup_alpha=0.2")
-    train(chosen, "csra-r2", few_digits, whole, device=CPU, console=QUIET)
-
-    save_last = runs.save_last
-
-    def save_then_stop(folder: Path, state: dict[str, object]) -> None:
-        save_last(folder, state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "save_last", save_then_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(chosen, "csra-r2", few_digits, stopped, device=CPU, console=QUIET)
-    started = json.loads((stopped / "run.json").read_text())["started"]
-    time.sleep(1.1)  # run.json counts in seconds
-    train(chosen, "csra-r2", few_digits, stopped, device=CPU, console=QUIET, resume=True)
-
-    def weights(folder: Path) -> dict[str, torch.Tensor]:
-        return runs.load_final(folder)[0].state_dict()
-
-    first, second = weights(whole), weights(stopped)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-    def losses(folder: Path) -> list[str]:
-        with (folder / "metrics.csv").open() as stream:
-            return [row["train_loss"] for row in csv.DictReader(stream)]
-
-    assert losses(whole) == losses(stopped)
-    assert json.loads((stopped / "run.json").read_text())["started"] == started
+def test_what_is_shipped_is_the_moving_average(few_digits: Dataset, tmp_path: Path) -> None:
+    averaging = recipe("schedule.epochs=1", "optim.ema_decay=0.9")
+    train(averaging, "mha", few_digits, tmp_path / "x", world=HERE, console=QUIET)
+    state = torch.load(tmp_path / "x" / "last.pt", weights_only=True)["stepper"]
+    shipped = runs.load_final(tmp_path / "x")[0].model.state_dict()
+    assert all(torch.equal(shipped[name], state["average"][name]) for name in shipped)
+    assert not torch.equal(shipped["head.weight"], state["model"]["head.weight"])
 
 
 def test_a_folder_with_a_run_is_not_overwritten(few_digits: Dataset, tmp_path: Path) -> None:
     out = tmp_path / "x"
     one_epoch = recipe("schedule.epochs=1")
-    train(one_epoch, "mha", few_digits, out, device=CPU, console=QUIET)
+    train(one_epoch, "mha", few_digits, out, world=HERE, console=QUIET)
     with pytest.raises(runs.RunError, match="--resume"):
-        train(one_epoch, "mha", few_digits, out, device=CPU, console=QUIET)
+        train(one_epoch, "mha", few_digits, out, world=HERE, console=QUIET)
     with pytest.raises(runs.RunError, match="another recipe"):
-        train(recipe("optim.lr=0.1"), "mha", few_digits, out, device=CPU, console=QUIET, resume=True)
+        train(recipe("optim.lr=0.1"), "mha", few_digits, out, world=HERE, console=QUIET, resume=True)
     with pytest.raises(runs.RunError, match="without --resume"):
-        train(one_epoch, "mha", few_digits, tmp_path / "new", device=CPU, console=QUIET, resume=True)
+        train(one_epoch, "mha", few_digits, tmp_path / "new", world=HERE, console=QUIET, resume=True)
 
 
-def test_a_run_stopped_in_its_first_epoch_can_be_started_again(
-    few_digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("schedule.batch_size=129", "exceeds the 128 train images"),
+        ("schedule.accumulate=3", "cannot be divided by 1 processes × 3 micro-batches"),
+        ("image_size=64", "takes 64 px images, but digits has 32 × 32"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(few_digits: Dataset, tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        train(recipe(override), "mha", few_digits, tmp_path / "x", world=HERE, console=QUIET)
 
-    with monkeypatch.context() as patch:
-        patch.setattr("training.loop._Run.train_epoch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe(), "mha", few_digits, tmp_path / "x", device=CPU, console=QUIET)
-    assert not runs.can_resume(tmp_path / "x")
-    train(recipe("schedule.epochs=1"), "mha", few_digits, tmp_path / "x", device=CPU, console=QUIET)
+
+def test_half_precision_is_refused_on_a_cpu(few_digits: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        train(recipe("precision=fp16"), "mha", few_digits, tmp_path / "x", world=HERE, console=QUIET)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    few_digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.nn.functional.cross_entropy", lambda *_, **__: torch.tensor(float("nan")))
-    with pytest.raises(TrainingError, match=r"loss is nan in epoch 1: lower optim\.lr"):
-        train(recipe(), "mha", few_digits, tmp_path / "x", device=CPU, console=QUIET)
+def test_micro_batches_add_up_to_the_batch(few_digits: Dataset, tmp_path: Path) -> None:
+    for parts in (1, 4):
+        chosen = recipe("schedule.epochs=2", f"schedule.accumulate={parts}")
+        train(chosen, "csra-r2", few_digits, tmp_path / str(parts), world=HERE, console=QUIET)
+    whole, parted = (runs.read_metrics(tmp_path / name / "metrics.csv") for name in ("1", "4"))
+    for one, other in zip(whole, parted, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], abs=2e-4)
 
 
 def test_a_changed_weight_file_is_refused(digits_run: Path, tmp_path: Path) -> None:
@@ -160,31 +137,8 @@ def test_a_changed_weight_file_is_refused(digits_run: Path, tmp_path: Path) -> N
         runs.load_final(copy)
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
-    target = tmp_path / "last.pt"
-    target.write_text("old")
-
-    def write_half(path: Path) -> None:
-        path.write_text("ne")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        runs.write_atomically(target, write_half)
-    assert target.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_evaluation_counts_top1_and_top5() -> None:
-    labels = np.array([0, 1, 2, 9])
-    images = np.zeros((4, 1, 1, 3), dtype=np.uint8)
-    images[:, 0, 0, 0] = [0, 3, 9, 9]
-    split = Split(images=images, labels=labels)
-
-    class Near(torch.nn.Module):
-        """Ranks classes by their distance to the red value."""
-
-        def forward(self, image: torch.Tensor) -> torch.Tensor:
-            return -(torch.arange(10) - image[:, 0, 0, :1].float()).abs()
-
-    result = evaluate(Near(), split, device=CPU, batch_size=3)
-    assert (result.top1, result.top5) == (0.5, 0.75)
+def test_the_weights_fit_images_of_another_size(digits_run: Path) -> None:
+    model, card = runs.load_final(digits_run, image_size=48)
+    assert card.architecture.grid == (12, 12)
+    assert (card.preprocessing.resize, card.preprocessing.crop, card.accuracy) == (48, 48, None)
+    assert model(torch.zeros(2, 48, 48, 3, dtype=torch.uint8)).shape == (2, 10)

@@ -1,0 +1,40 @@
+"""Costs by formula, against torch's own counter."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from training.__main__ import app
+from training.describe import describe
+from training.models import PRESETS, architecture
+from training.variants import REGISTERED
+
+
+@pytest.mark.parametrize("variant", [*REGISTERED, "lsra-r3", "csra-r1", "csra-r3", "lsra-r1"])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("size", [None, (96, 160)])
+def test_macs_by_formula_are_those_that_torch_counts(preset: str, variant: str, size: tuple[int, int] | None) -> None:
+    described = describe(architecture(preset, variant, classes=10, image_size=size))
+    assert described.macs_total == described.macs_counted_by_torch
+
+
+def test_scores_take_heads_times_queries_times_keys() -> None:
+    described = describe(architecture("vit-s16", "csra-r2", classes=1000, image_size=384))
+    assert (described.tokens, described.kv_tokens) == (576, 144)
+    assert described.attention_score_bytes == 6 * 576 * 144 * 4
+
+
+def test_the_command_prints_a_table_or_json_for_all_variants() -> None:
+    arguments = ["describe", "--preset", "vit-xs", "--image-size", "64"]
+    table = CliRunner().invoke(app, arguments)
+    assert table.exit_code == 0
+    assert "…" not in table.stdout
+    records = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert [record["architecture"]["variant"] for record in records] == list(REGISTERED)
+    for record in records:
+        assert record["tokens"] == 256
+        assert f"{record['parameters']:,}" in table.stdout
+    refused = CliRunner().invoke(app, ["describe", "--preset", "vit-xs", "--image-size", "30"])
+    assert refused.exit_code == 1
+    assert "30 is not a multiple of the patch size 4" in refused.stderr

@@ -1,0 +1,169 @@
+"""Where encoded images and labels come from: the layouts of a folder, or the Hugging Face hub.
+
+    DIR/train-*.parquet, test-*.parquet     as the hub stores data sets             datasets
+    DIR/train-*.tar, validation-*.tar       WebDataset shards: key.jpg, key.cls     datasets
+    DIR/train/CLASS/*, DIR/val/CLASS/*      a folder a class                        torchvision
+    hub:OWNER/NAME                          by its name on the Hugging Face hub     datasets
+
+All are read by index, so that order, resumption and any number of processes follow from the index alone. For that,
+`datasets` copies tar shards and hub files once into its cache (HF_HOME says where).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from torchvision.datasets import ImageFolder
+
+HUB = "hub:"
+TRAIN, EVALUATION = ("train",), ("validation", "valid", "val", "test")
+"""Names of splits, best first: where a data set has validation and test, as ImageNet does, the test has no labels."""
+
+_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
+_LABEL_COLUMNS = ("fine_label", "label", "labels", "cls")
+
+
+class DataError(Exception):
+    """The data is missing or damaged; the message says what to put where."""
+
+
+class Reader(Protocol):
+    """One split: encoded images by index, and all labels."""
+
+    split: str
+    labels: npt.NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    def encoded(self, row: int) -> bytes:
+        """The image file's bytes."""
+        ...
+
+    def where(self, row: int) -> str:
+        """The image's name in an error message."""
+        ...
+
+
+def open_split(source: str, names: Sequence[str], *, hint: str) -> Reader:
+    """The first split of `names` that `source` (a folder, or hub:OWNER/NAME) has.
+
+    Raises DataError, with `hint` on where to get the data, if there is none or if a file of it is damaged.
+    """
+    if source.startswith(HUB):
+        return _from_hub(source.removeprefix(HUB), names)
+    folder = Path(source)
+    for name in names:
+        if files := sorted(folder.glob(f"{name}-*.parquet")):
+            return _from_parquet(files, name)
+        if files := sorted(folder.glob(f"{name}-*.tar")):
+            return _from_shards(files, name)
+        if (folder / name).is_dir():
+            return _ClassFolders(folder / name, name)
+    wanted = ", ".join(f"{name}-*.parquet" for name in names)
+    raise DataError(f"no {wanted} in {folder}, nor .tar shards or class folders of that name: {hint}")
+
+
+class _Table:
+    """Rows of a `datasets` table; `origin` names the file of each part of it and its number of rows."""
+
+    def __init__(
+        self, table: datasets.Dataset, split: str, origin: list[tuple[str, int]], classes: Path | None
+    ) -> None:
+        self.split = split
+        image = _column(table, _IMAGE_COLUMNS, origin[0][0])
+        label = _column(table, _LABEL_COLUMNS, origin[0][0])
+        self.labels = np.asarray(table.with_format("numpy")[label][:], dtype=np.int64)
+        self.classes = _class_names(table, label, classes) or tuple(map(str, range(int(self.labels.max()) + 1)))
+        self._image = image
+        self._table = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        self._origin = origin
+
+    def encoded(self, row: int) -> bytes:
+        cell = self._table[row][self._image]
+        return cell["bytes"] if cell["bytes"] else Path(cell["path"]).read_bytes()
+
+    def where(self, row: int) -> str:
+        for file, rows in self._origin:
+            if row < rows:
+                return f"{file} row {row}"
+            row -= rows
+        raise IndexError(row)
+
+
+class _ClassFolders:
+    """torchvision's ImageFolder: a folder a class, in alphabetic order."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.split = split
+        try:
+            found = ImageFolder(str(folder))
+        except FileNotFoundError as error:
+            raise DataError(f"{folder} is not laid out as CLASS/picture.jpg: {error}") from error
+        self.classes = tuple(found.classes)
+        self.labels = np.asarray(found.targets, dtype=np.int64)
+        self._files = np.array([path for path, _ in found.samples])
+
+    def encoded(self, row: int) -> bytes:
+        return Path(self._files[row]).read_bytes()
+
+    def where(self, row: int) -> str:
+        return str(self._files[row])
+
+
+def _from_parquet(files: list[Path], split: str) -> Reader:
+    parts = []
+    for file in files:
+        try:
+            parts.append(datasets.Dataset.from_parquet(str(file)))
+        except (OSError, ValueError, DatasetGenerationError) as error:
+            raise DataError(f"{file} cannot be read ({error.__cause__ or error}): fetch it again") from error
+    origin = [(str(file), len(part)) for file, part in zip(files, parts, strict=True)]
+    return _Table(datasets.concatenate_datasets(parts), split, origin, files[0].parent / "classes.json")
+
+
+def _from_shards(files: list[Path], split: str) -> Reader:
+    paths = [str(file) for file in files]
+    try:
+        table = datasets.load_dataset("webdataset", data_files={split: paths}, split=split)
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        raise DataError(
+            f"{files[0].parent}/{split}-*.tar cannot be read as WebDataset shards ({error.__cause__ or error}): "
+            "each sample needs files such as 0001.jpg and 0001.cls"
+        ) from error
+    return _Table(table, split, [(f"{files[0].parent}/{split}-*.tar", len(table))], files[0].parent / "classes.json")
+
+
+def _from_hub(name: str, names: Sequence[str]) -> Reader:
+    try:
+        has = datasets.get_dataset_split_names(name)
+        split = next(wanted for wanted in names if wanted in has)
+        table = datasets.load_dataset(name, split=split)
+    except StopIteration:
+        raise DataError(f"{HUB}{name} has no split {' or '.join(names)}, but {', '.join(has)}") from None
+    except (DatasetNotFoundError, OSError, ValueError, DatasetGenerationError) as error:
+        raise DataError(
+            f"{HUB}{name} cannot be had from the Hugging Face hub ({error}): check the name and the connection, log in "
+            "with `hf auth login` where it is gated, or name a folder that holds its parquet files"
+        ) from error
+    return _Table(table, split, [(f"{HUB}{name} {split}", len(table))], None)
+
+
+def _column(table: datasets.Dataset, known: Sequence[str], origin: str) -> str:
+    for name in known:
+        if name in table.column_names:
+            return name
+    raise DataError(f"{origin} has no column {' or '.join(known)}, but {', '.join(table.column_names)}")
+
+
+def _class_names(table: datasets.Dataset, label: str, beside: Path | None) -> tuple[str, ...]:
+    """From the table's own metadata, else from classes.json beside it (label_names, after the column)."""
+    feature: Any = table.features[label]
+    if isinstance(feature, datasets.ClassLabel):
+        return tuple(feature.names)
+    if beside is not None and beside.is_file():
+        return tuple(json.loads(beside.read_text(encoding="utf-8"))[f"{label}_names"])
+    return ()

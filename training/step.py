@@ -1,0 +1,151 @@
+"""One optimiser step: forward, backward, clipping, update, moving average."""
+
+import math
+import os
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+from timm.layers import Attention
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.v2 import MixUp
+
+from training.attention import CompressedAttention
+from training.augment import Batch
+from training.models import Classifier
+from training.recipes import Recipe
+from training.world import World
+
+_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Diverged(Exception):
+    """The loss or the gradient is not finite; no weight was changed by this step."""
+
+
+class Stepper:
+    """Holds the optimiser and everything else that a step changes beside the weights."""
+
+    def __init__(
+        self, classifier: Classifier, recipe: Recipe, world: World, *, classes: int, steps_per_epoch: int
+    ) -> None:
+        if recipe.precision == "fp16" and world.device.type == "cpu":
+            raise ValueError("precision fp16 needs a GPU: use --set precision=bf16 on a CPU")
+        if recipe.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        if world.device.type == "cpu":
+            use_plain_attention(classifier)
+        self.recipe, self.world, self.classifier = recipe, world, classifier
+        self.optimizer = create_optimizer_v2(
+            classifier.model, opt="adamw", lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay, fused=True
+        )
+        schedule = recipe.schedule
+        warmup = schedule.warmup_steps
+        self.scheduler = CosineLRScheduler(
+            self.optimizer,
+            t_initial=schedule.epochs * steps_per_epoch,
+            warmup_t=round(schedule.warmup_epochs * steps_per_epoch) if warmup is None else warmup,
+            warmup_lr_init=schedule.min_lr,
+            lr_min=schedule.min_lr,
+            t_in_epochs=False,
+        )
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
+        self.average = ModelEmaV3(classifier, decay=recipe.optim.ema_decay) if recipe.optim.ema_decay else None
+        self.mixup = (
+            MixUp(alpha=recipe.augment.mixup_alpha, num_classes=classes) if recipe.augment.mixup_alpha else None
+        )
+        self.distributed: DistributedDataParallel | None = None
+        forward: nn.Module = classifier
+        if world.size > 1:
+            devices = [world.device.index] if world.device.type == "cuda" else None
+            forward = self.distributed = DistributedDataParallel(classifier, device_ids=devices)
+        self.forward = torch.compile(forward) if recipe.compile else forward
+
+    @property
+    def evaluated(self) -> Classifier:
+        """The classifier that is evaluated and shipped: the moving average, where there is one."""
+        if self.average is None:
+            return self.classifier
+        averaged: Classifier = self.average.module
+        return averaged
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the step before."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
+    def __call__(self, step: int, micro_batches: Iterable[Batch], *, stop: bool = False) -> tuple[float, bool]:
+        """Take step number `step` (from 0). Returns its mean loss, and whether any process asked to stop.
+
+        Raises Diverged before a weight is changed.
+        """
+        # Drop-path and mixup draw from the global generator: seeded by the step, so that a resumed run agrees.
+        torch.manual_seed(((self.recipe.seed * 1_000_003 + step) * 1_009 + self.world.rank) % 2**63)
+        self.scheduler.step_update(step)
+        parts = self.recipe.schedule.accumulate
+        total = torch.zeros((), device=self.world.device)
+        for part, batch in enumerate(micro_batches, start=1):
+            wait = self.distributed.no_sync() if self.distributed and part < parts else nullcontext()
+            with wait:
+                loss = self._loss(batch) / parts
+                torch.autograd.backward(self.scaler.scale(loss))
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.classifier.parameters(), self.recipe.optim.clip_norm)
+        summed, wants_stop = self.world.sum(torch.stack([total, torch.full_like(total, stop)])).tolist()
+        mean_loss = summed / self.world.size
+        # The scaler makes infinite gradients on purpose, to find its scale, and leaves such a step out by itself.
+        if not math.isfinite(mean_loss) or not (self.scaler.is_enabled() or math.isfinite(norm.item())):
+            self.optimizer.zero_grad()
+            raise Diverged(f"loss is {mean_loss}, gradient norm {norm.item()}")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.average:
+            self.average.update(self.classifier)
+        return mean_loss, wants_stop > 0
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        images = batch[0].to(self.world.device, non_blocking=True)
+        targets = batch[1].to(self.world.device, non_blocking=True)
+        if self.mixup:
+            images, targets = self.mixup(images.float(), targets)
+        precision = self.recipe.precision
+        with torch.autocast(self.world.device.type, dtype=_AUTOCAST[precision], enabled=precision != "fp32"):
+            logits = self.forward(images)
+        return F.cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
+
+    def state(self) -> dict[str, Any]:
+        """All that a later process needs to go on as if nothing had happened."""
+        return {
+            "model": self.classifier.model.state_dict(),
+            "average": self.evaluated.model.state_dict() if self.average else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state()` gave."""
+        self.classifier.model.load_state_dict(state["model"])
+        if self.average:
+            self.evaluated.model.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def use_plain_attention(model: nn.Module) -> None:
+    """Attend by two matrix products and a softmax: the CPU's fused kernel is slow in its backward pass.
+
+    With `vit-xs` it took 38 % of a training step; two products take 10 % (see docs/results.md).
+    """
+    for module in model.modules():
+        if isinstance(module, Attention | CompressedAttention):
+            setattr(module, "fused_attn", False)  # noqa: B010 (timm declares it Final for TorchScript's sake)
