@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -297,7 +298,8 @@ def _stopped(stop: BaseException, how: str) -> NoReturn:
 
 
 def _fail(message: str) -> NoReturn:
-    console.print(f"[red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    process = f" of process {rank}" if (rank := os.environ.get("RANK")) else ""
+    console.print(f"[red]error{process}:[/] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(1)
 
 

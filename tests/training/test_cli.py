@@ -1,13 +1,16 @@
 """The command line: errors that name the fix, and images as files."""
 
 import csv
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from training.__main__ import app
+from training.runs import load_final
 
 
 @pytest.mark.parametrize(
@@ -18,6 +21,7 @@ from training.__main__ import app
         (["--recipe", "digits", "--variant", "mha", "--set", "optim.rate=1"], "no key 'optim.rate'"),
         (["--recipe", "digits", "--variant", "mha", "--preset", "vit-xl"], "unknown preset 'vit-xl'"),
         (["--recipe", "digits", "--variant", "mha", "--preset", "vit-s16"], "takes 224 px images, but digits has 32"),
+        (["--recipe", "digits", "--variant", "mha", "--set", "precision=fp16", "--device", "cpu"], "fp16 needs a GPU"),
         (["--recipe", "digits", "--variant", "mha", "--set", "holdout=1437"], "error: "),
         (["--recipe", "digits", "--variant", "mha", "--device", "tpu9"], "unknown device"),
         (["--recipe", "cifar100-xs", "--variant", "mha", "--data", "nowhere"], "uoft-cs/cifar100"),
@@ -47,6 +51,37 @@ def test_images_writes_pictures_and_their_labels(tmp_path: Path) -> None:
 
 
 def test_evaluate_repeats_the_accuracy_of_the_card(digits_run: Path) -> None:
-    result = CliRunner().invoke(app, ["evaluate", str(digits_run)])
+    result = CliRunner().invoke(app, ["evaluate", str(digits_run), "--per-class"])
     assert result.exit_code == 0, result.stderr
     assert "on 360 test images of digits" in result.stdout
+    assert "confused most often" in result.stdout
+    record = json.loads(CliRunner().invoke(app, ["evaluate", str(digits_run), "--json"]).stdout)
+    accuracy = load_final(digits_run)[1].accuracy
+    assert accuracy
+    assert (record["top1"], record["top5"], record["n"]) == (accuracy.top1, accuracy.top5, 360)
+    assert sum(record["top1_by_class"].values()) / 10 == pytest.approx(accuracy.top1, abs=0.01)
+
+
+def test_the_imagenet_recipe_runs_on_class_folders(tmp_path: Path) -> None:
+    """Its whole way, at a size for tests: pictures of several sizes, augmented one by one in worker processes."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 6)):
+        for number in range(count):
+            path = tmp_path / "imagenet" / split / f"n0{number % 3}" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(0, 256, (40 + number, 60, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+    small = ["preset=vit-xs", "schedule.epochs=2", "schedule.batch_size=8", "schedule.warmup_steps=2", "holdout=6"]
+    arguments = ["--recipe", "imagenet-s16", "--variant", "csra-r2", "--data", str(tmp_path), "--workers", "2"]
+    out = tmp_path / "run"
+    overrides = [word for override in small for word in ("--set", override)]
+    trained = CliRunner().invoke(app, ["train", *arguments, *overrides, "--out", str(out)])
+    assert trained.exit_code == 0, trained.output
+    card = load_final(out)[1]
+    assert card.labels == ("n00", "n01", "n02")
+    assert (card.preprocessing.resize, card.preprocessing.crop) == (37, 32)
+    assert card.accuracy
+    assert (card.accuracy.split, card.accuracy.n) == ("val", 6)
+    larger = CliRunner().invoke(app, ["evaluate", str(out), "--data", str(tmp_path), "--image-size", "48"])
+    assert larger.exit_code == 0, larger.output
+    assert "on 6 val images of imagenet" in larger.stdout

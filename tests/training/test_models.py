@@ -1,7 +1,11 @@
 """Presets, parameter counts and initial weights."""
 
+from typing import Any
+
 import pytest
+import timm
 import torch
+from timm.data import resolve_data_config
 
 from training.models import PRESETS, Classifier, StrideViT, architecture, count_macs, count_parameters
 
@@ -60,6 +64,42 @@ def test_fewer_kv_tokens_cost_fewer_macs() -> None:
     # By hand: per block 4·N·D² + 2·N²·D for attention and 4·N·D² for the MLP (ratio 2), patches, and the head.
     n, d, depth = 64, 128, 6
     assert macs["mha"] == depth * (8 * n * d * d + 2 * n * n * d) + n * 48 * d + d * 100
+
+
+def from_timm(name: str, **options: Any) -> StrideViT:
+    model = timm.create_model(name, **options)
+    assert isinstance(model, StrideViT)
+    return model
+
+
+@pytest.mark.parametrize("name", timm.list_models("stridevit_*"))
+def test_timm_makes_every_registered_model(name: str) -> None:
+    preset = "vit-" + name.split("_")[1]
+    size = 2 * PRESETS[preset][1]
+    model = from_timm(name, img_size=(size, 3 * size), num_classes=5, drop_path_rate=0.1).eval()
+    assert model(torch.zeros(2, 3, size, 3 * size)).shape == (2, 5)
+    assert model.spec.grid == (2, 6)
+    assert resolve_data_config(model=model)["input_size"][1] == PRESETS[preset][0]  # type: ignore[no-untyped-call]
+
+
+def test_timm_knows_five_variants_of_each_preset() -> None:
+    names = timm.list_models("stridevit_*")
+    assert len(names) == 5 * len(PRESETS)
+    assert {"stridevit_s16_mha", "stridevit_s16_csra_r2", "stridevit_cifar_lsra_r4"} <= set(names)
+    assert count_parameters(timm.create_model("stridevit_s16_mha")) == 21_974_632
+    assert from_timm("stridevit_s16_csra_r2", img_size=384).spec.kv_tokens == 144
+
+
+def test_timm_tools_get_features_and_clear_refusals() -> None:
+    features = timm.create_model("stridevit_xs_csra_r2", features_only=True)(torch.zeros(1, 3, 32, 32))
+    assert [tuple(feature.shape) for feature in features] == [(1, 128, 8, 8)] * 3
+    assert timm.create_model("stridevit_xs_csra_r2", num_classes=0)(torch.zeros(1, 3, 32, 32)).shape == (1, 128)
+    with pytest.raises(RuntimeError, match="No pretrained weights exist"):
+        timm.create_model("stridevit_xs_csra_r2", pretrained=True)
+    with pytest.raises(NotImplementedError, match="make the model anew"):
+        from_timm("stridevit_xs_csra_r2").set_input_size((64, 64))
+    with pytest.raises(ValueError, match="not a multiple of the patch size 4"):
+        timm.create_model("stridevit_xs_csra_r2", img_size=30)
 
 
 def test_unknown_preset_names_those_there_are() -> None:

@@ -22,6 +22,22 @@ def test_overrides_are_typed() -> None:
     )
 
 
+def test_overrides_may_be_lists_null_and_text() -> None:
+    recipe = load_recipe("imagenet-s16", ["augment.crop_area=[0.2, 1]", "schedule.warmup_steps=null", "dataset=mine"])
+    assert (recipe.augment.crop_area, recipe.schedule.warmup_steps, recipe.dataset) == ((0.2, 1.0), None, "mine")
+
+
+def test_the_imagenet_recipe_is_that_of_better_plain_vit_baselines() -> None:
+    """Beyer, Zhai, Kolesnikov, arXiv:2205.01580, section 3, and vit_s16_i1k.py in google-research/big_vision."""
+    recipe = load_recipe("imagenet-s16")
+    schedule, augment = recipe.schedule, recipe.augment
+    assert (recipe.preset, schedule.epochs, schedule.batch_size, schedule.warmup_steps) == ("vit-s16", 90, 1024, 10_000)
+    assert (recipe.optim.lr, recipe.optim.weight_decay, recipe.optim.clip_norm) == (1e-3, 0.1, 1.0)
+    assert (augment.crop_area, augment.rand_augment, augment.mixup_alpha) == ((0.05, 1.0), "rand-m10-n2", 0.2)
+    assert (augment.flip, recipe.label_smoothing, recipe.drop_path, schedule.min_lr) == (True, 0, 0, 0)
+    assert round(224 / recipe.eval_crop) == 256
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -1,0 +1,111 @@
+"""What a recipe's switches do to one step."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.augment import Batch
+from training.models import Classifier, StrideViT, architecture
+from training.recipes import Recipe, load_recipe
+from training.step import Diverged, Stepper
+from training.world import World
+
+HERE = World(device=torch.device("cpu"))
+
+
+def stepper(*overrides: str, variant: str = "csra-r2") -> Stepper:
+    recipe: Recipe = load_recipe("digits", ["schedule.warmup_epochs=0", *overrides])
+    model = StrideViT(architecture("vit-xs", variant, classes=10), drop_path_rate=recipe.drop_path)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.get_parameter("head.weight"), std=0.1)
+    classifier = Classifier(model, mean=(0.5,) * 3, std=(0.25,) * 3)
+    return Stepper(classifier, recipe, HERE, classes=10, steps_per_epoch=10)
+
+
+def batch(seed: int = 0, size: int = 8) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (size, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    return images, torch.arange(size) % 10
+
+
+def weights(step: Stepper) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in step.classifier.model.state_dict().items()}
+
+
+def test_decay_takes_matrices_only() -> None:
+    groups = stepper("optim.weight_decay=0.5").optimizer.param_groups
+    assert {parameter.ndim > 1 for group in groups if group["weight_decay"] for parameter in group["params"]} == {True}
+    assert {parameter.ndim for group in groups if not group["weight_decay"] for parameter in group["params"]} == {1}
+
+
+@pytest.mark.parametrize("override", ["drop_path=0.3", "augment.mixup_alpha=0.4"])
+def test_random_numbers_of_a_step_follow_its_number(override: str) -> None:
+    losses = []
+    for number, disturb in ((3, 0), (3, 7), (4, 0)):
+        step = stepper(override)
+        step.classifier.train()
+        torch.rand(disturb)
+        losses.append(step(number, [batch()])[0])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_mixup_mixes_images_and_labels_alike() -> None:
+    step = stepper("augment.mixup_alpha=1.0")
+    assert step.mixup
+    images, labels = batch()
+    torch.manual_seed(1)
+    mixed, targets = step.mixup(images.float(), labels)
+    weight = float(targets[0, 0])
+    assert 0.01 < weight < 0.99
+    torch.testing.assert_close(mixed[0], weight * images[0].float() + (1 - weight) * images[-1].float())
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(8))
+
+
+def test_the_average_moves_by_the_decay() -> None:
+    step = stepper("optim.ema_decay=0.75")
+    before = weights(step)
+    step(0, [batch()])
+    after, averaged = weights(step), step.evaluated.model.state_dict()
+    torch.testing.assert_close(averaged["head.weight"], 0.75 * before["head.weight"] + 0.25 * after["head.weight"])
+
+
+def test_gradients_are_clipped_to_the_norm() -> None:
+    step = stepper("optim.clip_norm=1e-3")
+    seen: list[float] = []
+
+    def measure(*_: object) -> None:
+        gradients = [p.grad.norm() for p in step.classifier.parameters() if p.grad is not None]
+        seen.append(float(torch.stack(gradients).norm()))
+
+    step.optimizer.register_step_pre_hook(measure)
+    step(0, [batch()])
+    assert seen[0] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_step_that_diverges_changes_no_weight() -> None:
+    step = stepper()
+    with torch.no_grad():
+        step.classifier.model.get_parameter("head.bias")[0] = float("inf")
+    before = weights(step)
+    with pytest.raises(Diverged, match="nan"):
+        step(0, [batch()])
+    after = weights(step)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("variant", ["mha", "lsra-r3", "csra-r2"])
+def test_bf16_stays_near_float32(variant: str) -> None:
+    exact, rounded = (stepper(f"precision={p}", variant=variant)(0, [batch()])[0] for p in ("fp32", "bf16"))
+    assert exact != rounded
+    assert exact == pytest.approx(rounded, rel=0.02)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_step_is_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    plain, compiled = stepper(), stepper("compile=true")
+    for number in range(2):
+        expected = plain(number, [batch(number)])[0]
+        assert compiled(number, [batch(number)])[0] == pytest.approx(expected, rel=1e-4)
