@@ -13,6 +13,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from training import runs
 from training.augment import default_workers
@@ -29,6 +30,7 @@ from training.stopping import Stopped
 from training.study import markdown_table, write_report
 from training.study import study as run_study
 from training.tables import class_table, confusion_table, description_table, evaluation_record
+from training.throughput import measure
 from training.variants import REGISTERED
 from training.world import World, join
 
@@ -239,6 +241,32 @@ def describe(
         typer.echo(json.dumps([one.model_dump(mode="json") for one in described], indent=2))
         return
     Console().print(description_table(described))
+
+
+@app.command()
+def profile(
+    recipe: RecipeOption,
+    variant: Annotated[str, typer.Option(help="`mha`, `lsra-rR` or `csra-rR`, such as csra-r2.")],
+    overrides: OverridesOption = None,
+    steps: Annotated[int, typer.Option(min=5, help="Steps to time, after a warm-up.")] = 30,
+    operators: Annotated[int, typer.Option(min=0, help="How many of the costliest operators to show.")] = 10,
+    device: DeviceOption = "auto",
+) -> None:
+    """Throughput of training on random images, and where a step's time goes: to choose precision, batch and compile.
+
+    Example: `python -m training profile --recipe cifar100-xs --variant mha --set precision=fp32`
+    """
+    with _errors():
+        measured = measure(load_recipe(recipe, overrides), variant, world=World(device=_device(device)), steps=steps)
+    typer.echo(
+        f"{variant}: {measured.images_per_s:.0f} images/s, median of {steps} steps "
+        f"(slowest tenth {measured.slowest:.0f}, fastest {measured.fastest:.0f}) "
+        f"on {torch.get_num_threads()} threads; data {measured.data_share:.1%}"
+    )
+    table = Table("operator", "share", "calls a step")
+    for name, share, calls in measured.operators[:operators]:
+        table.add_row(escape(name), f"{share:.1%}", f"{calls:.0f}")
+    Console().print(table)
 
 
 @app.command()

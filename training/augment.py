@@ -1,7 +1,7 @@
 """Order and augmentation as pure functions of (seed, epoch, sample index).
 
 So all variants, a resumed run, and any number of processes see the same data, whatever batches they ask for. Images in
-memory stay uint8 and are augmented a batch at a time, which costs a CPU 5 % of a training step; images on disk are
+memory stay uint8 and are augmented a batch at a time, which costs a CPU 1 % of a training step; images on disk are
 decoded and augmented one by one in worker processes.
 """
 
