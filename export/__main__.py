@@ -1,7 +1,9 @@
-"""`python -m export`: publish finished runs as bundles."""
+"""`python -m export`: publish finished runs as bundles, prove bundles again, and show what they are."""
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from export.bundles import export_run
+from export.cards import card, difference, listing
 from export.graph import ExportError
+from export.verify import verify as verify_bundle
 from service.bundle import MODEL_FILE, read_bundle
 from service.errors import BundleError, EngineError
 from training.readers import DataError
@@ -24,11 +28,6 @@ app = typer.Typer(
     proven against torch on real images before anything is published.""",
 )
 console = Console(stderr=True)
-
-
-@app.callback()
-def _subcommands() -> None:
-    """Keep `run` a subcommand although it is the only one."""
 
 
 @app.command()
@@ -55,12 +54,8 @@ def run(
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch")
-    try:
-        with console.status(f"exporting {folder}"):
-            published = export_run(folder, repository, data=data, family=family)
-    except (ExportError, RunError, DataError, BundleError, EngineError, ValidationError) as error:
-        console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+    with _errors(), console.status(f"exporting {folder}"):
+        published = export_run(folder, repository, data=data, family=family)
     manifest = read_bundle(published).manifest
     size = (published / MODEL_FILE).stat().st_size
     typer.echo(
@@ -68,6 +63,59 @@ def run(
         f"{manifest.parameters:,} parameters, {size / 1e6:.1f} MB, "
         f"largest difference from torch {manifest.parity.max_abs_logit:g} in a logit on {manifest.parity.images} images"
     )
+
+
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of one version, such as models/x/1.")]
+
+
+@app.command()
+def verify(bundle: BundleArgument) -> None:
+    """Prove a bundle again from its files alone: digests, manifest, operators, shapes, golden outputs.
+
+    Example: `python -m export verify models/cifar100-csra-r2/2`
+    """
+    with _errors():
+        checks = verify_bundle(bundle)
+    for check in checks:
+        typer.echo(f"ok  {check.name:<9} {check.found}")
+
+
+@app.command(name="list")
+def list_(repository: Annotated[Path, typer.Option(help="Folder of bundles.")] = Path("models")) -> None:
+    """All models of a repository and their versions; a broken one says why."""
+    with _errors():
+        Console().print(listing(repository))
+
+
+@app.command()
+def inspect(bundle: BundleArgument) -> None:
+    """What a bundle is: variant, accuracy, size, operators, where it comes from."""
+    with _errors():
+        Console().print(card(read_bundle(bundle)))
+
+
+@app.command()
+def diff(
+    one: BundleArgument,
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="Folder of the other version.")],
+) -> None:
+    """What differs between two bundles. Exits with 0 if nothing does, else with 1, as diff does."""
+    with _errors():
+        table = difference(read_bundle(one), read_bundle(other))
+    if table.row_count:
+        Console().print(table)
+        raise typer.Exit(1)
+    typer.echo("no difference")
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """What the user can mend, as one line that says how."""
+    try:
+        yield
+    except (ExportError, RunError, DataError, BundleError, EngineError, ValidationError) as error:
+        console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

@@ -125,6 +125,8 @@ class Manifest(_Part):
     input: Tensor
     outputs: tuple[Tensor, ...]
     classes: PositiveInt
+    weights: Literal["trained", "random"] = "trained"
+    """Random weights are for measuring speed and memory: never chosen for a family."""
     accuracy: Accuracy | None
     """Null for random weights."""
     parity: Parity
@@ -263,11 +265,14 @@ def _rename_to_next_version(staging: Path, parent: Path) -> Path:
 
 def _read_sums(path: Path) -> dict[str, str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_bytes().decode("ascii")
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{path}: cannot be read ({error})") from error
+    if not text.endswith("\n"):
+        raise BundleError(f"{path}: ends in the middle of a line")
     sums: dict[str, str] = {}
-    for line in lines:
+    # Not splitlines(), which takes other characters for line ends too.
+    for line in text.removesuffix("\n").split("\n"):
         match = _SUM_LINE.fullmatch(line)
         if match is None:
             raise BundleError(f"{path}: malformed line {line!r}")
