@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-from export.bundles import export_run
+from export.bundles import export_random, export_run
 from export.cards import card, difference, listing
 from export.graph import ExportError
 from export.verify import verify as verify_bundle
 from service.bundle import MODEL_FILE, read_bundle
 from service.errors import BundleError, EngineError
+from training.models import PRESETS, architecture
 from training.readers import DataError
 from training.runs import RunError
 
@@ -32,8 +32,8 @@ console = Console(stderr=True)
 
 @app.command()
 def run(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     repository: Annotated[Path, typer.Option(help="Folder of bundles to publish into.")],
+    folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Folder of a finished run.")] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -45,17 +45,31 @@ def run(
     family: Annotated[
         str | None, typer.Option(help="Models that may stand in for each other. [the data set's name]")
     ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Instead of a run: untrained, to measure speed and memory.")
+    ] = False,
+    preset: Annotated[str, typer.Option(help=f"With --random-weights: {', '.join(PRESETS)}.")] = "vit-s16",
+    image_size: Annotated[int | None, typer.Option(help="With --random-weights; the preset's by default.")] = None,
+    variant: Annotated[str, typer.Option(help="With --random-weights.")] = "csra-r2",
 ) -> None:
-    """Publish a run as the next version of `<family>-<variant>`.
+    """Publish a run as the next version of `<family>-<variant>`; random weights as `<preset>-<size>-random-<variant>`.
 
     Example: `python -m export run runs/digits-csra-r2 --repository models`
+
+    Example: `python -m export run --random-weights --preset vit-s16 --variant csra-r2 --repository /tmp/models`
     """
+    if (folder is None) != random_weights:
+        raise typer.BadParameter("name a RUN, or give --random-weights, and not both")
     # The exporter reports its own progress at length; what matters is checked and raised as an error.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch")
-    with _errors(), console.status(f"exporting {folder}"):
-        published = export_run(folder, repository, data=data, family=family)
+    with _errors(), console.status(f"exporting {folder or variant}"):
+        if folder is None:
+            spec = architecture(preset, variant, classes=1000 if preset == "vit-s16" else 100, image_size=image_size)
+            published = export_random(spec, repository)
+        else:
+            published = export_run(folder, repository, data=data, family=family)
     manifest = read_bundle(published).manifest
     size = (published / MODEL_FILE).stat().st_size
     typer.echo(
@@ -113,7 +127,7 @@ def _errors() -> Iterator[None]:
     """What the user can mend, as one line that says how."""
     try:
         yield
-    except (ExportError, RunError, DataError, BundleError, EngineError, ValidationError) as error:
+    except (ExportError, RunError, DataError, BundleError, EngineError, ValueError) as error:
         console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 

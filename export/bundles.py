@@ -1,10 +1,15 @@
-"""From a finished run to a published bundle."""
+"""From a finished run, or from random weights, to a published bundle."""
 
+import hashlib
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from safetensors.torch import save
 
 from export.golden import draw_golden
 from export.graph import OPSET, ExportError, op_types, serialise, to_onnx
@@ -24,11 +29,26 @@ from service.engine import INPUT, OUTPUTS, Engine
 from service.golden import check_golden
 from training.augment import evaluation_batches
 from training.data import load_dataset
-from training.models import StrideViT, count_macs, count_parameters
-from training.runs import ModelCard, load_final
+from training.models import Architecture, Classifier, StrideViT, count_macs, count_parameters
+from training.runs import ModelCard, git_commit, load_final
 from training.variants import parse_variant
 
-PARITY_IMAGES = 256
+PARITY_IMAGES, RANDOM_IMAGES = 256, 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """What is exported, whether it was trained or not. `images` uint8 (n,H,W,3) prove the export."""
+
+    classifier: Classifier
+    spec: Architecture
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]
+    weights: Literal["trained", "random"]
+    weights_sha256: str
+    accuracy: Accuracy | None
+    git_commit: str | None
+    images: npt.NDArray[np.uint8]
 
 
 def export_run(run: Path, repository: Path, *, data: str | Path | None = None, family: str | None = None) -> Path:
@@ -38,27 +58,64 @@ def export_run(run: Path, repository: Path, *, data: str | Path | None = None, f
     do not agree or the graph is not plain, RunError or DataError if the run or the data cannot be read.
     """
     classifier, card = load_final(run)
+    subject = _Subject(
+        classifier=classifier,
+        spec=card.architecture,
+        preprocessing=Preprocessing.model_validate(card.preprocessing.model_dump()),
+        labels=card.labels,
+        weights="trained",
+        weights_sha256=card.weights_sha256,
+        accuracy=Accuracy.model_validate(card.accuracy.model_dump()) if card.accuracy else None,
+        git_commit=card.git_commit,
+        images=_real_images(card, data),
+    )
+    return _export(subject, repository, family or card.dataset)
+
+
+def export_random(spec: Architecture, repository: Path, *, seed: int = 0) -> Path:
+    """Export `spec` with random weights, to measure speed and memory, as `<preset>-<size>-random-<variant>`.
+
+    Noise proves the export. Raises ExportError.
+    """
+    model = StrideViT(spec, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    # A head of zeros, as training starts with, would give every image the same answer.
+    torch.nn.init.normal_(model.get_parameter("head.weight"), std=0.05, generator=generator)
+    half = (0.5, 0.5, 0.5)
+    side = spec.image_shape[0]
+    noise = torch.randint(0, 256, (RANDOM_IMAGES, *spec.image_shape, 3), dtype=torch.uint8, generator=generator)
+    subject = _Subject(
+        classifier=Classifier(model, mean=half, std=half).eval(),
+        spec=spec,
+        preprocessing=Preprocessing(resize=side, crop=side, interpolation="bicubic", mean=half, std=half),
+        labels=tuple(f"class {number}" for number in range(spec.classes)),
+        weights="random",
+        weights_sha256=hashlib.sha256(save(model.state_dict())).hexdigest(),
+        accuracy=None,
+        git_commit=git_commit(),
+        images=noise.numpy(),
+    )
+    return _export(subject, repository, f"{spec.preset}-{side}-random")
+
+
+def _export(subject: _Subject, repository: Path, family: str) -> Path:
+    spec, classifier = subject.spec, subject.classifier
     model = classifier.model
     if not isinstance(model, StrideViT):
-        raise ExportError(f"{run} holds a {type(model).__name__}, not a StrideViT")
-    spec = card.architecture
-    variant = parse_variant(spec.variant)
+        raise ExportError(f"this is a {type(model).__name__}, not a StrideViT")
     side, other = spec.image_shape
     if side != other:
-        raise ExportError(f"{run} takes images of {other} × {side}: the service prepares square ones only")
-    images = _real_images(card, data)
-
+        raise ExportError(f"the model takes images of {other} × {side}: the service prepares square ones only")
+    variant = parse_variant(spec.variant)
     macs = count_macs(model)
     graph = to_onnx(classifier, image_size=side)
     serialised = serialise(graph)
     engine = Engine(serialised, threads=available_cores())
-    parity = check_parity(classifier, engine, images)
-    preprocessing = Preprocessing.model_validate(card.preprocessing.model_dump())
+    parity = check_parity(classifier, engine, subject.images)
     tolerance = Tolerance(max_abs_logit=MAX_ABS_LOGIT, max_abs_probability=MAX_ABS_PROBABILITY)
-    classes = spec.classes
     manifest = Manifest(
-        name=f"{family or card.dataset}-{spec.variant}",
-        family=family or card.dataset,
+        name=f"{family}-{spec.variant}",
+        family=family,
         variant=spec.variant,
         stride=variant.stride,
         block_size=variant.block_size,
@@ -71,23 +128,24 @@ def export_run(run: Path, repository: Path, *, data: str | Path | None = None, f
         precision="fp32",
         opset=OPSET,
         op_types=op_types(graph),
-        preprocessing=preprocessing,
+        preprocessing=subject.preprocessing,
         input=Tensor(name=INPUT, datatype="UINT8", shape=(-1, side, side, 3)),
-        outputs=tuple(Tensor(name=name, datatype="FP32", shape=(-1, classes)) for name in OUTPUTS),
-        classes=classes,
-        accuracy=Accuracy.model_validate(card.accuracy.model_dump()) if card.accuracy else None,
+        outputs=tuple(Tensor(name=name, datatype="FP32", shape=(-1, spec.classes)) for name in OUTPUTS),
+        classes=spec.classes,
+        weights=subject.weights,
+        accuracy=subject.accuracy,
         parity=parity,
         tolerance=tolerance,
         devices=("cpu", "cuda", "tensorrt"),
         source=Source(
-            checkpoint_sha256=card.weights_sha256,
-            git_commit=card.git_commit,
+            checkpoint_sha256=subject.weights_sha256,
+            git_commit=subject.git_commit,
             exporter={name: version(name) for name in ("torch", "timm", "onnx", "onnxscript")},
         ),
     )
-    golden = draw_golden(classifier, preprocessing, tolerance)
+    golden = draw_golden(classifier, subject.preprocessing, tolerance)
     check_golden(golden, manifest, engine, path=Path(GOLDEN_FILE))
-    return publish(repository, manifest, model=serialised, labels=card.labels, golden=golden)
+    return publish(repository, manifest, model=serialised, labels=subject.labels, golden=golden)
 
 
 def _real_images(card: ModelCard, data: str | Path | None) -> npt.NDArray[np.uint8]:

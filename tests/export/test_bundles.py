@@ -110,6 +110,26 @@ def test_a_top1_flip_is_refused_however_small(digits_run: Path) -> None:
         check_parity(classifier, Engine(serialise(graph)), first_images(8))
 
 
+def test_random_weights_are_exported_and_said_to_be_random(tmp_path: Path) -> None:
+    arguments = ["run", "--random-weights", "--preset", "vit-xs", "--variant", "lsra-r3", "--image-size", "48"]
+    for repository in ("a", "b"):
+        result = CliRunner().invoke(app, [*arguments, "--repository", str(tmp_path / repository)])
+        assert result.exit_code == 0, result.stderr
+    one, again = (tmp_path / repository / "vit-xs-48-random-lsra-r3" / "1" for repository in ("a", "b"))
+    manifest = read_bundle(one).manifest
+    assert (manifest.weights, manifest.accuracy, manifest.kv_tokens) == ("random", None, 48)
+    assert (one / SUMS_FILE).read_bytes() == (again / SUMS_FILE).read_bytes()
+    golden = read_bundle(one).golden()
+    assert np.ptp(golden.logits, axis=0).max() > 1e-3, "every image has the same answer"
+
+
+def test_a_run_or_random_weights_must_be_named(tmp_path: Path) -> None:
+    for arguments in (["run"], ["run", str(tmp_path), "--random-weights"]):
+        result = CliRunner().invoke(app, [*arguments, "--repository", str(tmp_path)])
+        assert result.exit_code == 2
+        assert "--random-weights" in result.stderr
+
+
 def test_an_unfinished_run_says_to_train_it_first(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["run", str(tmp_path), "--repository", str(tmp_path / "models")])
     assert result.exit_code == 1
