@@ -29,7 +29,8 @@ from service.engine import INPUT, OUTPUTS, Engine
 from service.golden import check_golden
 from training.augment import evaluation_batches
 from training.data import load_dataset
-from training.models import Architecture, Classifier, StrideViT, count_macs, count_parameters
+from training.describe import count_macs
+from training.models import Architecture, Classifier, StrideViT, count_parameters
 from training.runs import ModelCard, git_commit, load_final
 from training.variants import parse_variant
 
@@ -107,7 +108,6 @@ def _export(subject: _Subject, repository: Path, family: str) -> Path:
     if side != other:
         raise ExportError(f"the model takes images of {other} × {side}: the service prepares square ones only")
     variant = parse_variant(spec.variant)
-    macs = count_macs(model)
     graph = to_onnx(classifier, image_size=side)
     serialised = serialise(graph)
     engine = Engine(serialised, threads=available_cores())
@@ -124,7 +124,7 @@ def _export(subject: _Subject, repository: Path, family: str) -> Path:
         kv_tokens=spec.kv_tokens,
         preset=spec.preset,
         parameters=count_parameters(model),
-        macs=macs,
+        macs=sum(count_macs(spec).values()),
         precision="fp32",
         opset=OPSET,
         op_types=op_types(graph),

@@ -4,8 +4,10 @@ import contextlib
 import csv
 import json
 import os
+import re
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -31,7 +33,7 @@ from training.study import markdown_table, write_report
 from training.study import study as run_study
 from training.tables import class_table, confusion_table, description_table, evaluation_record
 from training.throughput import measure
-from training.variants import REGISTERED
+from training.variants import REGISTERED, parse_variant
 from training.world import World, join
 
 app = typer.Typer(
@@ -100,24 +102,24 @@ def train(
 
     Example: `python -m training train --recipe digits --variant csra-r2 --out runs/digits-csra-r2`
     """
-    with _errors(), join(_device(device)) as world:
+
+    def how_to_go_on() -> str:
+        return f"continue with: --out {out} --resume" if can_resume(out) else "nothing was saved: start it again"
+
+    with _errors(how_to_go_on), join(_device(device)) as world:
         resolved = load_recipe(recipe, ([f"preset={preset}"] if preset else []) + (overrides or []))
-        try:
-            train_run(
-                resolved,
-                variant,
-                _dataset(resolved, data),
-                out,
-                world=world,
-                resume=resume,
-                test=test,
-                checkpoint_steps=checkpoint_steps,
-                workers=_workers(workers, world),
-                console=console,
-            )
-        except (Stopped, KeyboardInterrupt) as stop:
-            how = f"continue with: --out {out} --resume" if can_resume(out) else "nothing was saved: start it again"
-            _stopped(stop, how)
+        train_run(
+            resolved,
+            variant,
+            _dataset(resolved, data),
+            out,
+            world=world,
+            resume=resume,
+            test=test,
+            checkpoint_steps=checkpoint_steps,
+            workers=_workers(workers),
+            console=console,
+        )
 
 
 @app.command()
@@ -141,29 +143,23 @@ def study(
 
     Example: `python -m training study --recipe digits --variants mha,csra-r2 --seeds 0,1,2 --out runs/digits`
     """
-    with _errors(), join(_device(device)) as world:
+    with _errors(lambda: "the same command goes on from here"), join(_device(device)) as world:
         resolved = load_recipe(recipe, overrides)
-        try:
-            numbers = [int(seed) for seed in seeds.split(",")]
-        except ValueError:
-            raise ValueError(f"seeds {seeds!r} are not whole numbers separated by commas, such as 0,1,2") from None
-        names = variants.split(",")
-        for name in names:
-            architecture(resolved.preset, name, classes=1)
-        try:
-            finished = run_study(
-                resolved,
-                names,
-                numbers,
-                _dataset(resolved, data),
-                out,
-                world=world,
-                checkpoint_steps=checkpoint_steps,
-                workers=_workers(workers, world),
-                console=console,
-            )
-        except (Stopped, KeyboardInterrupt) as stop:
-            _stopped(stop, "the same command goes on from here")
+        if not re.fullmatch(r"\d+(,\d+)*", seeds):
+            raise ValueError(f"seeds {seeds!r} are not whole numbers separated by commas, such as 0,1,2")
+        numbers = list(dict.fromkeys(map(int, seeds.split(","))))
+        names = list(dict.fromkeys(str(parse_variant(name)) for name in variants.split(",")))
+        finished = run_study(
+            resolved,
+            names,
+            numbers,
+            _dataset(resolved, data),
+            out,
+            world=world,
+            checkpoint_steps=checkpoint_steps,
+            workers=_workers(workers),
+            console=console,
+        )
         if finished and world.main:
             files = write_report(finished, report or out)
             typer.echo(markdown_table(finished))
@@ -189,6 +185,11 @@ def evaluate(
     with _errors():
         model, card = runs.load_final(run, image_size=image_size)
         dataset = load_dataset(card.dataset, data, in_memory=False)
+        if dataset.classes != card.labels:
+            raise ValueError(
+                f"{run} was trained on other classes ({len(card.labels)}, from {card.labels[0]!r}) than this data has "
+                f"({len(dataset.classes)}, from {dataset.classes[0]!r}): name the data of {card.dataset} with --data"
+            )
         world = World(device=_device(device))
         result = evaluate_model(
             model.to(world.device),
@@ -196,7 +197,7 @@ def evaluate(
             classes=len(card.labels),
             preprocessing=card.preprocessing,
             world=world,
-            workers=_workers(workers, world) if len(dataset.test) > 20_000 else 0,
+            workers=_workers(workers) if workers is not None or len(dataset.test) > 20_000 else 0,
         )
     if as_json:
         typer.echo(json.dumps(evaluation_record(card, dataset.test_split, result), indent=2))
@@ -279,14 +280,14 @@ def images(
     """Write test images as PNG files with a labels.csv, to ask a service about or to load-test it with."""
     with _errors():
         loaded = load_dataset(dataset, data, in_memory=False)
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "labels.csv").open("w", newline="", encoding="utf-8") as stream:
-        table = csv.writer(stream)
-        table.writerow(["file", "index", "label"])
-        for row in range(min(count, len(loaded.test))):
-            file, label = f"{row:05d}.png", int(loaded.test.labels[row])
-            loaded.test.read(row).save(out / file)
-            table.writerow([file, label, loaded.classes[label]])
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "labels.csv").open("w", newline="", encoding="utf-8") as stream:
+            table = csv.writer(stream)
+            table.writerow(["file", "index", "label"])
+            for row in range(min(count, len(loaded.test))):
+                file, label = f"{row:05d}.png", int(loaded.test.labels[row])
+                loaded.test.read(row).save(out / file)
+                table.writerow([file, label, loaded.classes[label]])
     typer.echo(f"{out}: {min(count, len(loaded.test))} images")
 
 
@@ -299,6 +300,10 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch sees no GPU: use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name} was asked for, but torch sees {torch.cuda.device_count()} GPUs, from cuda:0 on"
+        )
     return device
 
 
@@ -306,28 +311,30 @@ def _dataset(recipe: Recipe, data: str | None) -> Dataset:
     return load_dataset(recipe.dataset, data, in_memory=recipe.in_memory)
 
 
-def _workers(asked: int | None, world: World) -> int:
-    return max(1, default_workers() // world.size) if asked is None else asked
+def _workers(asked: int | None) -> int:
+    return default_workers() if asked is None else asked
 
 
 @contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """What the user can mend, as one line that says how."""
+def _errors(how_to_go_on: Callable[[], str] = lambda: "nothing was changed") -> Iterator[None]:
+    """What the user can mend, as one line that says how; and an early end, with what to do next."""
     try:
         yield
+    except (Stopped, KeyboardInterrupt) as stop:
+        if os.environ.get("RANK", "0") == "0":
+            console.print(f"\n{str(stop) or 'interrupted'}; {how_to_go_on()}", highlight=False, soft_wrap=True)
+        raise typer.Exit(128 + (stop.signum if isinstance(stop, Stopped) else signal.SIGINT)) from None
     except (ValueError, DataError, TrainingError, runs.RunError) as error:
         _fail(str(error))
-
-
-def _stopped(stop: BaseException, how: str) -> NoReturn:
-    signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
-    console.print(f"\n{stop or 'interrupted'}; {how}", soft_wrap=True)
-    raise typer.Exit(128 + signum)
 
 
 def _fail(message: str) -> NoReturn:
     process = f" of process {rank}" if (rank := os.environ.get("RANK")) else ""
     console.print(f"[red]error{process}:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    if process:
+        # The other processes may be waiting for this one, and its own clean-up for them: torchrun ends all.
+        sys.stderr.flush()
+        os._exit(1)
     raise typer.Exit(1)
 
 

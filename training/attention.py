@@ -11,6 +11,8 @@ Both compressed variants share one frame and differ only in `reduce`, so that a 
 The constructors take what timm's `Block` passes to its `attn_layer`; `attention_layer` binds the rest.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from timm.layers import Attention, use_fused_attn
@@ -94,10 +96,10 @@ class ConvolutionalSRA(CompressedAttention):
     def reduce(self, c_BNr: Tensor) -> Tensor:
         """(B,h·w,r) -> (B, ceil(h/R)·ceil(w/R), r)."""
         B, _, r = c_BNr.shape
-        c_Brhw = c_BNr.transpose(1, 2).reshape(B, r, *self.grid)
-        if torch.is_autocast_enabled(c_BNr.device.type):
+        c_Brhw = c_BNr.transpose(1, 2).reshape(B, r, *self.grid).contiguous()
+        if c_BNr.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             # The backward pass of a depthwise bf16 convolution takes a CPU 25 times as long as the float32 one.
-            with torch.autocast(c_BNr.device.type, enabled=False):
+            with torch.autocast("cpu", enabled=False):
                 pooled_Brhw = self.conv(c_Brhw.float())
         else:
             pooled_Brhw = self.conv(c_Brhw)
@@ -135,6 +137,7 @@ class LocalSRA(CompressedAttention):
         return (weight_BMR.unsqueeze(2) @ c_BMRr).squeeze(2)
 
 
+@functools.cache
 def attention_layer(variant: Variant, *, grid: tuple[int, int], rank: int) -> type[nn.Module]:
     """The class that timm's `attn_layer` wants for `variant` on a `grid` (h, w) of patches with `rank` r."""
     if variant.kind == "mha":

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 from torchvision.transforms.v2 import functional as F  # noqa: N812 (torchvision's own name for it)
 
-from training.data import Files, Images, Split
+from training.data import Images, Split
 from training.readers import DataError
 from training.recipes import Augment
 
@@ -44,7 +44,7 @@ def training_batches(
     workers: int = 0,
 ) -> Iterator[Batch]:
     """The samples of each `index` (B,), augmented. Raises DataError with the name of an unreadable image."""
-    if isinstance(images, Split):
+    if isinstance(images, Split) and augment.crop_area is None and augment.rand_augment is None:
         table = InMemoryEpoch(images, augment, seed=seed, epoch=epoch)
         return (table.batch(part) for part in index)
     return _read(_Augmented(images, augment, image_size, (seed, epoch)), index, workers)
@@ -53,10 +53,10 @@ def training_batches(
 def evaluation_batches(
     images: Images, *, resize: int, crop: int, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
 ) -> Iterator[Batch]:
-    """Every `world`-th sample from `rank` on, in order; images on disk are resized and cropped at their centre."""
+    """Every `world`-th sample from `rank` on, in order, resized and cropped at the centre."""
     rows = np.arange(rank, len(images), world)
     index = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    if isinstance(images, Split):
+    if isinstance(images, Split) and images.images.shape[1:3] == (crop, crop):
         return ((torch.from_numpy(images.images[i]), torch.from_numpy(images.labels[i])) for i in index)
     return _read(_Upright(images, resize, crop), index, workers)
 
@@ -94,9 +94,9 @@ class InMemoryEpoch:
 
 
 class _Augmented(Dataset[tuple[Tensor, int]]):
-    """Pictures from disk through timm's training transforms."""
+    """Pictures through timm's training transforms, one by one."""
 
-    def __init__(self, files: Files, augment: Augment, image_size: int, key: tuple[int, ...]) -> None:
+    def __init__(self, files: Images, augment: Augment, image_size: int, key: tuple[int, ...]) -> None:
         self._files, self._labels, self._key = files, files.labels, key
         self._transform = create_transform(
             image_size,
@@ -117,9 +117,9 @@ class _Augmented(Dataset[tuple[Tensor, int]]):
 
 
 class _Upright(Dataset[tuple[Tensor, int]]):
-    """Pictures from disk as the service prepares them."""
+    """Pictures as the service prepares them."""
 
-    def __init__(self, files: Files, resize: int, crop: int) -> None:
+    def __init__(self, files: Images, resize: int, crop: int) -> None:
         self._files, self._labels = files, files.labels
         self._transform = Compose([Resize(resize, InterpolationMode.BICUBIC), CenterCrop(crop), PILToTensor()])
 
@@ -144,8 +144,9 @@ def _read(dataset: Dataset[tuple[Tensor, int]], index: Sequence[Index], workers:
 
 
 def default_workers() -> int:
-    """Processes that decode images from disk: one a core, up to 16."""
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Processes that decode images for this one: the machine's cores by the processes that train on it, up to 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _one_thread(_: int) -> None:

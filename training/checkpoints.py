@@ -40,8 +40,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
     for name in (LAST_FILE, PREVIOUS_FILE):
         try:
             return _load(folder / name), "; ".join(damage)
-        except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            damage.append(f"{folder / name} cannot be read ({str(error).splitlines()[0]})")
+        except Exception as error:  # noqa: BLE001 (a damaged file makes zipfile and torch raise almost anything)
+            damage.append(f"{folder / name} cannot be read ({(str(error) or repr(error)).splitlines()[0]})")
     raise RunError("; ".join(damage) + ": remove the folder and start the run again")
 
 

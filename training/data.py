@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
@@ -23,8 +23,8 @@ _SPLIT_SEED = 0
 _WHERE_TO_GET = {
     "cifar100": "get the data set uoft-cs/cifar100 from the Hugging Face hub and name the folder that holds its "
     "train-*.parquet and test-*.parquet files, or write --data hub:uoft-cs/cifar100",
-    "imagenet": "name a folder with train/ and val/ and a folder a class in them, as image-net.org's archives unpack "
-    "to, or write --data hub:ILSVRC/imagenet-1k after `hf auth login`",
+    "imagenet": "name a folder with train/ and val/ and a folder a class in them (image-net.org's val archive is flat: "
+    "sort it by its labels first), or write --data hub:ILSVRC/imagenet-1k after `hf auth login`",
 }
 _ANY_LAYOUT = "python -m training train --help lists the layouts"
 
@@ -117,13 +117,16 @@ def load_dataset(name: str, source: str | Path | None = None, *, in_memory: bool
     if not place.startswith(HUB) and (Path(place) / name).is_dir():
         place = str(Path(place) / name)
     train, test = open_split(place, TRAIN, hint=hint), open_split(place, EVALUATION, hint=hint)
-    if train.classes != test.classes:
+    if test.classes and train.classes != test.classes:
         raise DataError(f"{place}: {train.split} and {test.split} have different classes")
+    classes = train.classes or tuple(map(str, range(int(train.labels.max()) + 1)))
+    for reader in (train, test):
+        _check_labels(reader, classes)
     if in_memory:
-        return _in_memory_dataset(name, train.classes, _load(train), _load(test), test.split)
+        return _in_memory_dataset(name, classes, _load(train), _load(test), test.split)
     return Dataset(
         name=name,
-        classes=train.classes,
+        classes=classes,
         train=Files(reader=train, rows=np.arange(len(train.labels))),
         test=Files(reader=test, rows=np.arange(len(test.labels))),
         test_split=test.split,
@@ -134,10 +137,24 @@ def load_dataset(name: str, source: str | Path | None = None, *, in_memory: bool
 
 def split_holdout(train: Images, size: int) -> tuple[Images, Images]:
     """Split `train` into (fit, held out), `size` images stratified by class in the second. The same for every seed."""
+    classes = len(np.unique(train.labels))
+    if size and not classes <= size <= len(train) - classes:
+        raise DataError(
+            f"holdout={size} cannot be stratified: with {classes} classes and {len(train)} train images, set it to 0 "
+            f"or to {classes} and more"
+        )
     if size == 0:
         return train, train.take(np.empty(0, dtype=np.int64))
     fit, held = train_test_split(np.arange(len(train)), test_size=size, random_state=_SPLIT_SEED, stratify=train.labels)
     return train.take(np.sort(fit)), train.take(np.sort(held))
+
+
+def _check_labels(reader: Reader, classes: tuple[str, ...]) -> None:
+    if wrong := np.flatnonzero((reader.labels < 0) | (reader.labels >= len(classes))).tolist():
+        raise DataError(
+            f"{reader.where(wrong[0])}: label {reader.labels[wrong[0]]} of {len(classes)} classes "
+            f"({len(wrong)} such in {reader.split})"
+        )
 
 
 def _bytes_of(labels: npt.NDArray[np.int64]) -> bytes:
@@ -147,8 +164,8 @@ def _bytes_of(labels: npt.NDArray[np.int64]) -> bytes:
 def _decode(reader: Reader, row: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(reader.encoded(row))) as picture:
-            return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except Exception as error:  # hostile files make Pillow raise almost anything
         raise DataError(f"{reader.where(row)}: the image cannot be decoded ({error})") from error
 
 

@@ -1,12 +1,12 @@
 """What a model costs, from its architecture alone: parameters, multiply-accumulates, attention memory.
 
-The formulas are written out, so that one can see where the variants differ; `describe` holds them against torch's own
-counter. Letters as in training/attention.py.
+The formulas are written out, so that one can see where the variants differ; tests hold them against torch's
+FlopCounterMode (`models.count_macs_by_torch`). Letters as in training/attention.py.
 """
 
 from pydantic import BaseModel, ConfigDict
 
-from training.models import Architecture, StrideViT, count_macs, count_parameters
+from training.models import Architecture, StrideViT, count_parameters
 from training.variants import parse_variant
 
 CHANNELS = 3
@@ -29,8 +29,6 @@ class Description(BaseModel):
     macs: dict[str, int]
     """Multiply-accumulates of matrix products and convolutions, by part."""
     macs_total: int
-    macs_counted_by_torch: int
-    """By FlopCounterMode under the math attention backend; equals `macs_total`."""
     elementwise: dict[str, int]
     """Elements that are not matrix products: one for each value that the operation makes."""
     elementwise_total: int
@@ -40,25 +38,24 @@ class Description(BaseModel):
 
 def describe(spec: Architecture) -> Description:
     """Count everything about `spec`."""
-    model = StrideViT(spec)
-    macs, elementwise = _macs(spec), _elementwise(spec)
+    macs, elementwise = count_macs(spec), _elementwise(spec)
     height, width = spec.grid
     N, M = height * width, spec.kv_tokens
     return Description(
         architecture=spec,
-        parameters=count_parameters(model),
+        parameters=count_parameters(StrideViT(spec)),
         tokens=N,
         kv_tokens=M,
         macs=macs,
         macs_total=sum(macs.values()),
-        macs_counted_by_torch=count_macs(model),
         elementwise=elementwise,
         elementwise_total=sum(elementwise.values()),
         attention_score_bytes=spec.heads * N * M * FLOAT32_BYTES,
     )
 
 
-def _macs(spec: Architecture) -> dict[str, int]:
+def count_macs(spec: Architecture) -> dict[str, int]:
+    """Multiply-accumulates of one image by part, matrix products and convolutions only."""
     N, M, D, r = spec.grid[0] * spec.grid[1], spec.kv_tokens, spec.width, spec.rank
     variant = parse_variant(spec.variant)
     match variant.kind:

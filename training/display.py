@@ -1,5 +1,7 @@
 """A run while it runs: the progress bar, and TensorBoard's log."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -15,21 +17,33 @@ MetricsRow = dict[str, float | int]
 class Board:
     """TensorBoard's log of the main process; the others have none."""
 
-    def __init__(self, out: Path, world: World, *, purge_step: int) -> None:
-        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=purge_step) if world.main else None
+    def __init__(self, out: Path, world: World, console: Console, *, next_epoch: int) -> None:
+        self._console = console
+        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=next_epoch) if world.main else None
 
     def __enter__(self) -> "Board":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._writer:
-            self._writer.close()
+        self._quietly(lambda writer: writer.close())
 
     def add(self, values: MetricsRow, *, epoch: int) -> None:
         """Log the values of one epoch."""
+        for key, value in values.items():
+            self._quietly(partial(_add, key, value, epoch))
+
+    def _quietly(self, use: Callable[[SummaryWriter], None]) -> None:
+        """A log that cannot be written (a full disk) is given up, and the run goes on."""
         if self._writer:
-            for key, value in values.items():
-                self._writer.add_scalar(key, value, epoch)
+            try:
+                use(self._writer)
+            except OSError as error:
+                self._console.print(f"[yellow]warning:[/] no TensorBoard log from here on ({error})", soft_wrap=True)
+                self._writer = None
+
+
+def _add(key: str, value: float, epoch: int, writer: SummaryWriter) -> None:
+    writer.add_scalar(key, value, epoch)
 
 
 def progress_bar(console: Console, *, disable: bool) -> Progress:

@@ -1,12 +1,14 @@
 """One training run, from its recipe to `final/`."""
 
-import json
+import signal
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from training import runs
@@ -65,6 +67,25 @@ def train(
     return card
 
 
+def run_identity(recipe: Recipe, variant: str, dataset: Dataset) -> dict[str, Any]:
+    """What makes a run this one and no other, as run.json has it."""
+    spec = architecture(recipe.preset, variant, classes=len(dataset.classes), image_size=recipe.image_size)
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "variant": spec.variant,
+        "architecture": spec.model_dump(mode="json"),
+        "data_fingerprint": dataset.fingerprint(),
+    }
+
+
+def _decisive(identity: dict[str, Any]) -> dict[str, Any]:
+    """`identity` without what only says how steps are computed: a run may go on with smaller micro-batches."""
+    recipe = Recipe.model_validate(identity["recipe"]).model_dump(mode="json")
+    schedule = {key: value for key, value in recipe["schedule"].items() if key != "accumulate"}
+    kept = {key: value for key, value in recipe.items() if key not in ("compile", "deterministic")}
+    return {**identity, "recipe": {**kept, "schedule": schedule}}
+
+
 class _Run:
     """The state of one run: a Stepper, its position, and a row of metrics for each epoch done."""
 
@@ -106,12 +127,7 @@ class _Run:
         """Spent in training steps so far, over all resumptions; evaluation not counted."""
         self.started = datetime.now(UTC)
         self.commit = runs.git_commit()
-        self.identity: dict[str, Any] = {
-            "recipe": json.loads(recipe.model_dump_json()),
-            "variant": self.spec.variant,
-            "architecture": json.loads(self.spec.model_dump_json()),
-            "data_fingerprint": dataset.fingerprint(),
-        }
+        self.identity = run_identity(recipe, variant, dataset)
 
     def _check_sizes(self) -> None:
         recipe, spec = self.recipe, self.spec
@@ -129,7 +145,7 @@ class _Run:
         if recipe.schedule.batch_size > len(self.fit):
             raise TrainingError(f"batch size {recipe.schedule.batch_size} exceeds the {len(self.fit)} train images")
 
-    def record(self, **more: str | float) -> None:
+    def record(self, **more: str) -> None:
         """Write run.json."""
         if self.world.main:
             runs.write_json(
@@ -142,6 +158,7 @@ class _Run:
                     "processes": self.world.size,
                     "parameters": count_parameters(self.model),
                     "started": self.started.isoformat(timespec="seconds"),
+                    "train_seconds": round(self.seconds, 1),
                     **more,
                 },
             )
@@ -149,7 +166,7 @@ class _Run:
     def restore(self) -> None:
         """Go on from the last good checkpoint. Raises RunError if there is none, or if it is of another run."""
         state, warning = self.world.decide(lambda: load_checkpoint(self.out))
-        if state["identity"] != self.identity:
+        if _decisive(state["identity"]) != _decisive(self.identity):
             raise runs.RunError(f"{self.out} was trained with another recipe, variant or data: choose another --out")
         if warning:
             self.console.print(f"[yellow]warning:[/] {warning}: going on from the one before", soft_wrap=True)
@@ -187,7 +204,7 @@ class _Run:
         """Take all steps that are left."""
         with (
             progress_bar(self.console, disable=not self.world.main) as progress,
-            Board(self.out, self.world, purge_step=len(self.rows)) as board,
+            Board(self.out, self.world, self.console, next_epoch=len(self.rows) + 1) as board,
         ):
             bar = progress.add_task(
                 self.spec.variant, total=self.total_steps, completed=self.step, loss=float("nan"), rate=0.0
@@ -201,6 +218,12 @@ class _Run:
                 board.add({**row, "images_per_s": rate}, epoch=len(self.rows))
                 self.save()
                 self.console.print("  ".join(f"{key} {value}" for key, value in row.items()) + f"  {rate:.0f} images/s")
+                if self.world.sum(torch.tensor(int(stop.signum), device=self.world.device)).item():
+                    raise self._stopped(stop)
+
+    def _stopped(self, stop: StopRequest) -> Stopped:
+        # A process that was told by another has no signal of its own.
+        return Stopped(f"stopped at step {self.step} of {self.total_steps}", stop.signum or signal.SIGTERM)
 
     def _rest_of_the_epoch(self, stop: StopRequest, checkpoint_steps: int) -> Iterator[tuple[float, float]]:
         """Train to the end of the epoch; yields (mean loss so far, smoothed seconds of a step) after each step."""
@@ -211,7 +234,8 @@ class _Run:
         for done in range(first + 1, self.steps_per_epoch + 1):
             started = time.perf_counter()
             try:
-                loss, wants_stop = self.stepper(self.step, batches, stop=bool(stop.signum))
+                share = islice(batches, self.recipe.schedule.accumulate)
+                loss, wants_stop = self.stepper(self.step, share, stop=bool(stop.signum))
             except Diverged as error:
                 raise TrainingError(
                     f"{error} at step {self.step + 1} (epoch {epoch + 1}): start again with a lower optim.lr"
@@ -223,13 +247,13 @@ class _Run:
             self.seconds += seconds
             smoothed = seconds if not smoothed else 0.95 * smoothed + 0.05 * seconds
             yield self.epoch_loss / done, smoothed
-            # An epoch that is just full is ended first; a stop is then honoured after the next step.
+            # An epoch that is full is ended first, in `train`.
             if done < self.steps_per_epoch and (wants_stop or self.step % checkpoint_steps == 0):
                 self.save()
                 if wants_stop:
-                    raise Stopped(f"stopped at step {self.step} of {self.total_steps}", stop.signum)
+                    raise self._stopped(stop)
 
-    def _batches(self, epoch: int, first: int) -> "_MicroBatches":
+    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """This process's micro-batches of the epoch, from step `first` on."""
         schedule, world = self.recipe.schedule, self.world
         order = epoch_order(len(self.fit), seed=self.recipe.seed, epoch=epoch)
@@ -238,17 +262,14 @@ class _Run:
             self.steps_per_epoch, schedule.accumulate, world.size, -1
         )
         index = table[first:, :, world.rank].reshape(-1, table.shape[-1])
-        return _MicroBatches(
-            training_batches(
-                self.fit,
-                self.recipe.augment,
-                list(index),
-                image_size=self.preprocessing.crop,
-                seed=self.recipe.seed,
-                epoch=epoch,
-                workers=self.workers,
-            ),
-            schedule.accumulate,
+        return training_batches(
+            self.fit,
+            self.recipe.augment,
+            list(index),
+            image_size=self.preprocessing.crop,
+            seed=self.recipe.seed,
+            epoch=epoch,
+            workers=self.workers,
         )
 
     def _end_epoch(self) -> MetricsRow:
@@ -305,23 +326,13 @@ class _Run:
 
         def write() -> runs.ModelCard:
             try:
+                # The card comes last: with it the run is finished, and all else is there.
+                self.record(finished=datetime.now(UTC).isoformat(timespec="seconds"))
                 runs.save_final(self.out, self.stepper.evaluated.model, card)
             except OSError as error:
                 raise TrainingError(
                     f"the finished model cannot be written to {self.out} ({error}): make room, then --resume"
                 ) from error
-            self.record(finished=datetime.now(UTC).isoformat(timespec="seconds"), train_seconds=round(self.seconds, 1))
             return runs.load_final(self.out)[1]
 
         return self.world.decide(write)
-
-
-class _MicroBatches:
-    """Hands out micro-batches, `count` for each time it is iterated over: one step's share."""
-
-    def __init__(self, batches: Iterator[Batch], count: int) -> None:
-        self._batches, self._count = batches, count
-
-    def __iter__(self) -> Iterator[Batch]:
-        for _ in range(self._count):
-            yield next(self._batches)

@@ -186,8 +186,8 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model: StrideViT) -> int:
-    """Multiply-accumulates of one image, matrix products and convolutions only.
+def count_macs_by_torch(model: StrideViT) -> int:
+    """Multiply-accumulates of one image, matrix products and convolutions only: what describe.py's formulas must give.
 
     Counted under the math attention backend: torch's counter does not see the CPU's fused attention.
     """

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -152,7 +152,11 @@ def load_final(folder: Path, *, image_size: int | None = None) -> tuple[Classifi
     card_file, weights = final / CARD_FILE, final / WEIGHTS_FILE
     if not card_file.is_file() or not weights.is_file():
         raise RunError(f"{final} has no finished model: train it to the end first (python -m training train)")
-    card = ModelCard.model_validate_json(card_file.read_text(encoding="utf-8"))
+    try:
+        card = ModelCard.model_validate_json(card_file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RunError(f"{card_file}: {'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}") from None
     if (digest := sha256_file(weights)) != card.weights_sha256:
         raise RunError(f"{weights} has sha256 {digest}, but its card says {card.weights_sha256}")
     if image_size is not None:
@@ -177,10 +181,19 @@ def _at_size(card: ModelCard, image_size: int) -> ModelCard:
     )
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """A run's run.json. Raises RunError."""
+    path = folder / RUN_FILE
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}): restore it, or start the run again elsewhere") from error
+    return record
+
+
 def read_started(folder: Path) -> datetime:
-    """When the run was first started, from its run.json."""
-    record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    return datetime.fromisoformat(record["started"])
+    """When the run was first started, from its run.json. Raises RunError."""
+    return datetime.fromisoformat(read_record(folder)["started"])
 
 
 def sha256_file(path: Path) -> str:

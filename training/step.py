@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from timm.layers import Attention
@@ -47,17 +48,26 @@ class Stepper:
             classifier.model, opt="adamw", lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay, fused=True
         )
         schedule = recipe.schedule
+        total = schedule.epochs * steps_per_epoch
         warmup = schedule.warmup_steps
+        if warmup is None:
+            warmup = round(schedule.warmup_epochs * steps_per_epoch)
+        if warmup > total:
+            raise ValueError(
+                f"a warm-up of {warmup} steps never ends in {total}: --set schedule.warmup_steps={total // 10}"
+            )
         self.scheduler = CosineLRScheduler(
             self.optimizer,
-            t_initial=schedule.epochs * steps_per_epoch,
-            warmup_t=round(schedule.warmup_epochs * steps_per_epoch) if warmup is None else warmup,
+            t_initial=max(1, total - warmup) if schedule.cosine_after_warmup else total,
+            warmup_t=warmup,
+            warmup_prefix=schedule.cosine_after_warmup,
             warmup_lr_init=schedule.min_lr,
             lr_min=schedule.min_lr,
             t_in_epochs=False,
         )
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
-        self.average = ModelEmaV3(classifier, decay=recipe.optim.ema_decay) if recipe.optim.ema_decay else None
+        decay = recipe.optim.ema_decay
+        self.average = ModelEmaV3(classifier, decay=decay, use_warmup=True) if decay else None
         self.mixup = (
             MixUp(alpha=recipe.augment.mixup_alpha, num_classes=classes) if recipe.augment.mixup_alpha else None
         )
@@ -65,7 +75,12 @@ class Stepper:
         forward: nn.Module = classifier
         if world.size > 1:
             devices = [world.device.index] if world.device.type == "cuda" else None
-            forward = self.distributed = DistributedDataParallel(classifier, device_ids=devices)
+            forward = self.distributed = DistributedDataParallel(
+                classifier, device_ids=devices, broadcast_buffers=False
+            )
+        if recipe.compile:
+            # What earlier models compiled to counts towards a limit, after which torch would quietly not compile.
+            torch.compiler.reset()
         self.forward = torch.compile(forward) if recipe.compile else forward
 
     @property
@@ -87,37 +102,42 @@ class Stepper:
 
         Raises Diverged before a weight is changed.
         """
-        # Drop-path and mixup draw from the global generator: seeded by the step, so that a resumed run agrees.
-        torch.manual_seed(((self.recipe.seed * 1_000_003 + step) * 1_009 + self.world.rank) % 2**63)
         self.scheduler.step_update(step)
         parts = self.recipe.schedule.accumulate
         total = torch.zeros((), device=self.world.device)
         for part, batch in enumerate(micro_batches, start=1):
             wait = self.distributed.no_sync() if self.distributed and part < parts else nullcontext()
             with wait:
-                loss = self._loss(batch) / parts
+                loss = self._loss(batch, step, part) / parts
                 torch.autograd.backward(self.scaler.scale(loss))
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.classifier.parameters(), self.recipe.optim.clip_norm)
         summed, wants_stop = self.world.sum(torch.stack([total, torch.full_like(total, stop)])).tolist()
         mean_loss = summed / self.world.size
-        # The scaler makes infinite gradients on purpose, to find its scale, and leaves such a step out by itself.
-        if not math.isfinite(mean_loss) or not (self.scaler.is_enabled() or math.isfinite(norm.item())):
+        finite = math.isfinite(norm.item())
+        # The scaler makes infinite gradients on purpose, to find its scale, and leaves such a step out by itself; a
+        # scale below one says that the gradients are at fault.
+        searching = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        if not math.isfinite(mean_loss) or not (finite or searching):
             self.optimizer.zero_grad()
             raise Diverged(f"loss is {mean_loss}, gradient norm {norm.item()}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if self.average:
-            self.average.update(self.classifier)
+        if self.average and finite:
+            self.average.update(self.classifier, step=step)
         return mean_loss, wants_stop > 0
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
+    def _loss(self, batch: Batch, step: int, part: int) -> torch.Tensor:
+        """Mean loss of a micro-batch. Mixup and drop-path draw from torch's global generator, seeded by the step."""
+        key = self.recipe.seed, step
         images = batch[0].to(self.world.device, non_blocking=True)
         targets = batch[1].to(self.world.device, non_blocking=True)
         if self.mixup:
+            torch.manual_seed(_mixed(*key))  # one weight for all micro-batches of all processes
             images, targets = self.mixup(images.float(), targets)
+        torch.manual_seed(_mixed(*key, part, self.world.rank))
         precision = self.recipe.precision
         with torch.autocast(self.world.device.type, dtype=_AUTOCAST[precision], enabled=precision != "fp32"):
             logits = self.forward(images)
@@ -139,6 +159,10 @@ class Stepper:
             self.evaluated.model.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def _mixed(*key: int) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 def use_plain_attention(model: nn.Module) -> None:

@@ -1,9 +1,9 @@
 """Many runs of one recipe: several variants, several seeds, one table."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -13,8 +13,8 @@ from rich.console import Console
 from training import runs
 from training.checkpoints import can_resume
 from training.data import Dataset
-from training.loop import TrainingError, train
-from training.models import StrideViT, count_macs
+from training.describe import count_macs
+from training.loop import TrainingError, run_identity, train
 from training.recipes import Recipe
 from training.runs import ModelCard, RunError
 from training.world import World
@@ -63,8 +63,9 @@ def study(
         for variant in variants:
             chosen = recipe.model_copy(update={"seed": seed})
             folder = run_folder(out, chosen, variant)
-            if not is_finished(folder, chosen):
-                console.rule(folder.name)
+            if not world.decide(partial(is_finished, folder, chosen, variant, dataset)):
+                if world.main:
+                    console.rule(folder.name)
                 try:
                     train(
                         chosen,
@@ -72,7 +73,7 @@ def study(
                         dataset,
                         folder,
                         world=world,
-                        resume=can_resume(folder),
+                        resume=world.decide(partial(can_resume, folder)),
                         checkpoint_steps=checkpoint_steps,
                         workers=workers,
                         console=console,
@@ -80,24 +81,26 @@ def study(
                 except TrainingError as error:
                     console.print(f"[red]{folder.name} failed:[/] {error}", soft_wrap=True)
                     continue
-            finished.append(read_run(folder))
+            finished.append(world.decide(partial(read_run, folder)))
     return finished
 
 
-def is_finished(folder: Path, recipe: Recipe) -> bool:
-    """Whether `folder` holds the finished run of `recipe`. Raises RunError if it is the run of another one."""
+def is_finished(folder: Path, recipe: Recipe, variant: str, dataset: Dataset) -> bool:
+    """Whether `folder` holds this finished run. Raises RunError if it is another one's."""
     if not (folder / runs.FINAL_FOLDER / runs.CARD_FILE).is_file():
         return False
-    record = json.loads((folder / runs.RUN_FILE).read_text(encoding="utf-8"))
-    if Recipe.model_validate(record["recipe"]) != recipe:
-        raise RunError(f"{folder} was trained with other settings: choose another --out, or move it away")
+    record = runs.read_record(folder)
+    wanted = run_identity(recipe, variant, dataset)
+    found = {**{key: record.get(key) for key in wanted}, "recipe": Recipe.model_validate(record["recipe"])}
+    if found != {**wanted, "recipe": recipe}:
+        raise RunError(f"{folder} was trained with other settings or data: choose another --out, or move it away")
     return True
 
 
 def read_run(folder: Path) -> FinishedRun:
     """A finished run, from its folder."""
     card = runs.load_final(folder)[1]
-    record = json.loads((folder / runs.RUN_FILE).read_text(encoding="utf-8"))
+    record = runs.read_record(folder)
     return FinishedRun(
         folder=folder,
         card=card,
@@ -121,7 +124,7 @@ def markdown_table(finished: Sequence[FinishedRun]) -> str:
             ", ".join(str(run.card.seed) for run in group),
             f"{spec.kv_tokens} of {height * width}",
             f"{group[0].parameters:,}",
-            f"{count_macs(StrideViT(spec)) / 1e6:,.1f} M",
+            f"{sum(count_macs(spec).values()) / 1e6:,.1f} M",
             _percent([run.held_out_top1 for run in group]),
             _percent([run.card.accuracy.top1 if run.card.accuracy else None for run in group]),
             _percent([run.card.accuracy.top5 if run.card.accuracy else None for run in group]),

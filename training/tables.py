@@ -1,5 +1,6 @@
 """What `evaluate` and `describe` show: tables for people, records for programs."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,10 @@ def evaluation_record(card: ModelCard, split: str, result: Evaluation) -> dict[s
         "top1": result.top1,
         "top5": result.top5,
         "loss": result.loss,
-        "top1_by_class": dict(zip(labels, result.by_class(), strict=True)),
+        "classes": [
+            {"index": index, "label": label, "top1": None if math.isnan(share) else share}
+            for index, (label, share) in enumerate(zip(labels, result.by_class(), strict=True))
+        ],
         "confusions": [
             {"label": labels[label], "answered": labels[answer], "images": count}
             for label, answer, count in result.worst_pairs(20)
@@ -34,8 +38,9 @@ def evaluation_record(card: ModelCard, split: str, result: Evaluation) -> dict[s
 def class_table(result: Evaluation, labels: Sequence[str]) -> Table:
     """Top-1 of every class, worst first."""
     table = Table("class", "top-1")
-    for share, label in sorted(zip(result.by_class(), labels, strict=True)):
-        table.add_row(escape(label), f"{share:.1%}")
+    shares = zip(result.by_class(), labels, strict=True)
+    for share, label in sorted(shares, key=lambda row: (math.isnan(row[0]), row)):
+        table.add_row(escape(label), "no image" if math.isnan(share) else f"{share:.1%}")
     return table
 
 

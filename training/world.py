@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from training.stopping import Stopped
+
 T = TypeVar("T")
 
 
@@ -28,9 +30,10 @@ class World:
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, in each of them."""
+        total = values.clone()
         if self.size > 1:
-            dist.all_reduce(values)
-        return values
+            dist.all_reduce(total)
+        return total
 
     def decide(self, question: Callable[[], T]) -> T:
         """What the main process answers, or raises, in each process."""
@@ -50,15 +53,29 @@ class World:
 
 @contextmanager
 def join(device: torch.device) -> Iterator[World]:
-    """The world that torchrun's environment describes, on the GPU of this process's local rank; else just us."""
+    """The world that torchrun's environment describes, on the GPU of this process's local rank; else just us.
+
+    Raises ValueError for processes that something else than torchrun started, and for more of them than GPUs.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                "WORLD_SIZE is set, but torchrun did not start this process: start it with torchrun, which srun or "
+                "mpirun may start once a machine"
+            )
         yield World(device=device)
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise ValueError(f"process {local} of this machine has no GPU, there are {gpus}: lower --nproc-per-node")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(device=device, rank=dist.get_rank(), size=dist.get_world_size())
-    finally:
+    except Stopped:
         dist.destroy_process_group()
+        raise
+    # After any other error the processes no longer act alike, and NCCL would wait for those that still compute.
+    dist.destroy_process_group()

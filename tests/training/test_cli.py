@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,17 @@ from training.runs import load_final
         (["--recipe", "digits", "--variant", "mha", "--preset", "vit-xl"], "unknown preset 'vit-xl'"),
         (["--recipe", "digits", "--variant", "mha", "--preset", "vit-s16"], "takes 224 px images, but digits has 32"),
         (["--recipe", "digits", "--variant", "mha", "--set", "precision=fp16", "--device", "cpu"], "fp16 needs a GPU"),
-        (["--recipe", "digits", "--variant", "mha", "--set", "holdout=1437"], "error: "),
+        (["--recipe", "digits", "--variant", "mha", "--set", "holdout=5"], "set it to 0 or to 10 and more"),
+        (
+            ["--recipe", "digits", "--variant", "mha", "--set", "schedule.warmup_epochs=11"],
+            "warm-up of 484 steps never",
+        ),
+        (["--recipe", "digits", "--variant", "mha", "--set", "augment.rand_augment=foo"], "such as rand-m10-n2-p1.0"),
+        (["--recipe", "digits", "--variant", "mha", "--set", "augment.crop_area=[0.9,0.1]"], "[smallest, largest]"),
+        (
+            ["--recipe", "digits", "--variant", "mha", "--set", "optim.lr=fast"],
+            "optim.lr: Input should be a valid number",
+        ),
         (["--recipe", "digits", "--variant", "mha", "--device", "tpu9"], "unknown device"),
         (["--recipe", "cifar100-xs", "--variant", "mha", "--data", "nowhere"], "uoft-cs/cifar100"),
     ],
@@ -59,7 +70,24 @@ def test_evaluate_repeats_the_accuracy_of_the_card(digits_run: Path) -> None:
     accuracy = load_final(digits_run)[1].accuracy
     assert accuracy
     assert (record["top1"], record["top5"], record["n"]) == (accuracy.top1, accuracy.top5, 360)
-    assert sum(record["top1_by_class"].values()) / 10 == pytest.approx(accuracy.top1, abs=0.01)
+    assert [one["label"] for one in record["classes"]] == list("0123456789")
+    assert sum(one["top1"] for one in record["classes"]) / 10 == pytest.approx(accuracy.top1, abs=0.01)
+
+
+def test_evaluate_refuses_data_with_other_classes(digits_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(digits_run, copy)
+    card = copy / "final" / "model.json"
+    card.write_text(card.read_text().replace('"0"', '"zero"'))
+    result = CliRunner().invoke(app, ["evaluate", str(copy)])
+    assert result.exit_code == 1
+    assert "trained on other classes" in " ".join(result.stderr.split())
+
+
+def test_evaluate_at_another_size_resizes_what_is_in_memory(digits_run: Path) -> None:
+    result = CliRunner().invoke(app, ["evaluate", str(digits_run), "--image-size", "48"])
+    assert result.exit_code == 0, result.stderr
+    assert "on 360 test images" in result.stdout
 
 
 def test_the_imagenet_recipe_runs_on_class_folders(tmp_path: Path) -> None:

@@ -209,6 +209,30 @@ def test_for_evaluation_images_are_resized_and_cropped_at_the_centre(tmp_path: P
     assert labels.tolist() == [0]
 
 
+def test_labels_beyond_the_classes_are_named(tmp_path: Path) -> None:
+    small_cifar(tmp_path)
+    (tmp_path / "classes.json").write_text(json.dumps({"fine_label_names": ["apple"]}))
+    with pytest.raises(
+        DataError, match=r"train-00000-of-00002\.parquet row 1: label 1 of 1 classes \(4 such in train\)"
+    ):
+        load_dataset("cifar100", tmp_path)
+
+
+def test_a_sample_of_a_shard_is_named_by_its_key(tmp_path: Path) -> None:
+    train = on_disk(load_dataset("fruit", shards(tmp_path), in_memory=False))
+    assert train.reader.where(5).endswith("train-*.tar sample 000005")
+
+
+def test_an_upright_picture_is_what_its_exif_says(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        path = tmp_path / split / "a" / "turned.jpg"
+        path.parent.mkdir(parents=True)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turn by 90 degrees
+        Image.new("RGB", (40, 20)).save(path, exif=exif)
+    assert load_dataset("turned", tmp_path, in_memory=False).train.read(0).size == (20, 40)
+
+
 def test_holdout_is_stratified_and_disjoint() -> None:
     train = load_dataset("digits").train
     fit, held = (in_memory(part) for part in split_holdout(train, 200))

@@ -11,7 +11,7 @@ from tests.processes import ROOT
 from training.runs import load_final, read_metrics
 
 OPTIONS = ["--recipe", "digits", "--variant", "csra-r2", "--device", "cpu"]
-OVERRIDES = ["schedule.epochs=2", "holdout=200", "augment.crop_padding=1", "optim.ema_decay=0.9"]
+OVERRIDES = ["schedule.epochs=2", "holdout=200", "augment.crop_padding=1", "schedule.accumulate=2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

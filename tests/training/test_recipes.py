@@ -33,7 +33,7 @@ def test_the_imagenet_recipe_is_that_of_better_plain_vit_baselines() -> None:
     schedule, augment = recipe.schedule, recipe.augment
     assert (recipe.preset, schedule.epochs, schedule.batch_size, schedule.warmup_steps) == ("vit-s16", 90, 1024, 10_000)
     assert (recipe.optim.lr, recipe.optim.weight_decay, recipe.optim.clip_norm) == (1e-3, 0.1, 1.0)
-    assert (augment.crop_area, augment.rand_augment, augment.mixup_alpha) == ((0.05, 1.0), "rand-m10-n2", 0.2)
+    assert (augment.crop_area, augment.rand_augment, augment.mixup_alpha) == ((0.05, 1.0), "rand-m10-n2-p1.0", 0.2)
     assert (augment.flip, recipe.label_smoothing, recipe.drop_path, schedule.min_lr) == (True, 0, 0, 0)
     assert round(224 / recipe.eval_crop) == 256
 

@@ -1,5 +1,6 @@
 """What a recipe's switches do to one step."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -66,9 +67,37 @@ def test_mixup_mixes_images_and_labels_alike() -> None:
 def test_the_average_moves_by_the_decay() -> None:
     step = stepper("optim.ema_decay=0.75")
     before = weights(step)
-    step(0, [batch()])
+    step(9, [batch()])  # the decay is warmed up: 0.79 would be allowed here
     after, averaged = weights(step), step.evaluated.model.state_dict()
     torch.testing.assert_close(averaged["head.weight"], 0.75 * before["head.weight"] + 0.25 * after["head.weight"])
+
+
+def test_a_young_average_follows_the_weights() -> None:
+    step = stepper("optim.ema_decay=0.9998")
+    for number in range(3):
+        step(number, [batch(number)])
+    after, averaged = weights(step), step.evaluated.model.state_dict()
+    moved = (after["head.weight"] - stepper().classifier.model.get_parameter("head.weight")).abs().mean()
+    assert (after["head.weight"] - averaged["head.weight"]).abs().mean() < 0.5 * moved
+
+
+@pytest.mark.parametrize("after_warmup", [True, False])
+def test_the_cosine_starts_after_the_warm_up_or_with_it(after_warmup: bool) -> None:
+    step = stepper(
+        "optim.lr=1",
+        "schedule.epochs=10",
+        "schedule.warmup_steps=40",
+        "schedule.min_lr=0",
+        f"schedule.cosine_after_warmup={str(after_warmup).lower()}",
+    )
+    rates = []
+    for number in (20, 40, 70, 100):
+        step.scheduler.step_update(number)
+        rates.append(step.lr)
+    assert rates[0] == 0.5
+    assert rates[2] == pytest.approx(0.5 if after_warmup else 0.5 * (1 + math.cos(math.pi * 0.7)))
+    assert rates[3] == 0
+    assert (rates[1] == 1) == after_warmup
 
 
 def test_gradients_are_clipped_to_the_norm() -> None:

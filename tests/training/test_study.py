@@ -1,16 +1,21 @@
 """Several variants and seeds: what is finished stays, what is not goes on, and the table says what was measured."""
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from training.__main__ import app
+from training.data import load_dataset
 from training.loop import TrainingError
-from training.runs import load_final
+from training.recipes import Recipe
+from training.runs import RunError, load_final, read_record
 from training.step import Stepper
+from training.study import is_finished
 
 STUDY = [
     "study",
@@ -64,6 +69,17 @@ def test_a_run_of_another_recipe_is_not_taken_for_this_one(studied: tuple[Path, 
     result = CliRunner().invoke(app, [*STUDY, "--out", str(out), "--set", "optim.lr=1e-4"])
     assert result.exit_code == 1
     assert "was trained with other settings" in " ".join(result.stderr.split())
+
+
+def test_a_run_on_other_data_is_not_taken_for_this_one(studied: tuple[Path, str]) -> None:
+    out, _ = studied
+    folder = out / "digits-mha-s0"
+    other = dataclasses.replace(load_dataset("digits"), test=load_dataset("digits").test.take(np.arange(9)))
+    recipe = Recipe.model_validate(read_record(folder)["recipe"])
+    assert is_finished(folder, recipe, "mha", load_dataset("digits"))
+    for variant, dataset in (("mha", other), ("csra-r2", load_dataset("digits"))):
+        with pytest.raises(RunError, match="other settings or data"):
+            is_finished(folder, recipe, variant, dataset)
 
 
 def test_a_run_that_fails_does_not_take_the_others_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
