@@ -1,6 +1,7 @@
 """The whole way through, by the commands a user types: train, export, serve over a socket, classify."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from tests.processes import ROOT, serving
 
 
 def run(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, check=True)
+    # One thread: two would wait for each other on a machine that is shared.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, check=True, env=environment)
 
 
 def test_a_model_is_trained_exported_served_and_right(tmp_path: Path) -> None:
