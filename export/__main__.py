@@ -66,7 +66,7 @@ def run(
     warnings.filterwarnings("ignore", module="torch")
     with _errors(), console.status(f"exporting {folder or variant}"):
         if folder is None:
-            spec = architecture(preset, variant, classes=1000 if preset == "vit-s16" else 100, image_size=image_size)
+            spec = architecture(preset, variant, image_size=image_size)
             published = export_random(spec, repository)
         else:
             published = export_run(folder, repository, data=data, family=family)

@@ -197,7 +197,8 @@ def evaluate(
             classes=len(card.labels),
             preprocessing=card.preprocessing,
             world=world,
-            workers=_workers(workers) if workers is not None or len(dataset.test) > 20_000 else 0,
+            # To start processes takes longer than to decode a small test split here.
+            workers=_workers(0 if workers is None and len(dataset.test) <= 20_000 else workers),
         )
     if as_json:
         typer.echo(json.dumps(evaluation_record(card, dataset.test_split, result), indent=2))
@@ -217,7 +218,7 @@ def describe(
     preset: Annotated[str, typer.Option(help=f"One of: {', '.join(PRESETS)}.")],
     image_size: Annotated[int | None, typer.Option(help="Another image size than the preset's.")] = None,
     variants: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(REGISTERED),
-    classes: Annotated[int | None, typer.Option(min=1, help="Classes; 1000 for vit-s16, else 100.")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Another number of classes than the preset's.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Another rank of the latent than the preset's.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -227,15 +228,7 @@ def describe(
     """
     with _errors():
         described = [
-            describe_model(
-                architecture(
-                    preset,
-                    name,
-                    classes=classes or (1000 if preset == "vit-s16" else 100),
-                    image_size=image_size,
-                    rank=rank,
-                )
-            )
+            describe_model(architecture(preset, name, classes=classes, image_size=image_size, rank=rank))
             for name in variants.split(",")
         ]
     if as_json:
@@ -324,7 +317,7 @@ def _errors(how_to_go_on: Callable[[], str] = lambda: "nothing was changed") -> 
         if os.environ.get("RANK", "0") == "0":
             console.print(f"\n{str(stop) or 'interrupted'}; {how_to_go_on()}", highlight=False, soft_wrap=True)
         raise typer.Exit(128 + (stop.signum if isinstance(stop, Stopped) else signal.SIGINT)) from None
-    except (ValueError, DataError, TrainingError, runs.RunError) as error:
+    except (ValueError, DataError, TrainingError, runs.RunError, OSError) as error:
         _fail(str(error))
 
 

@@ -6,6 +6,7 @@ Nothing is downloaded unless `hub:OWNER/NAME` is asked for. An image that cannot
 import hashlib
 import io
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,7 @@ class Dataset:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 over the content of train and test."""
         digest = hashlib.sha256(self.train.content())

@@ -74,7 +74,7 @@ def run_identity(recipe: Recipe, variant: str, dataset: Dataset) -> dict[str, An
         "recipe": recipe.model_dump(mode="json"),
         "variant": spec.variant,
         "architecture": spec.model_dump(mode="json"),
-        "data_fingerprint": dataset.fingerprint(),
+        "data_fingerprint": dataset.fingerprint,
     }
 
 

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, field_validator, model_validator
@@ -74,36 +74,43 @@ class Architecture(BaseModel):
         return parse_variant(self.variant).kv_tokens(self.grid)
 
 
-# preset -> (image, patch, width D, depth, heads, MLP ratio, rank)
-PRESETS: dict[str, tuple[int, int, int, int, int, float, int]] = {
-    "vit-s16": (224, 16, 384, 12, 6, 4.0, 16),
-    "vit-cifar": (32, 4, 192, 9, 3, 2.0, 48),
-    "vit-xs": (32, 4, 128, 6, 2, 2.0, 32),
+class Preset(NamedTuple):
+    """A size of model: `width` is D, `rank` is r; `image_size` and `classes` are defaults."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+    rank: int
+    classes: int
+
+
+PRESETS = {
+    "vit-s16": Preset(224, 16, width=384, depth=12, heads=6, mlp_ratio=4.0, rank=16, classes=1000),
+    "vit-cifar": Preset(32, 4, width=192, depth=9, heads=3, mlp_ratio=2.0, rank=48, classes=100),
+    "vit-xs": Preset(32, 4, width=128, depth=6, heads=2, mlp_ratio=2.0, rank=32, classes=100),
 }
 
 
 def architecture(
-    preset: str, variant: str, *, classes: int, image_size: ImageSize | None = None, rank: int | None = None
+    preset: str,
+    variant: str,
+    *,
+    classes: int | None = None,
+    image_size: ImageSize | None = None,
+    rank: int | None = None,
 ) -> Architecture:
-    """The architecture of a preset with one variant.
+    """The architecture of a preset with one variant; what is left out is the preset's own.
 
     Raises ValueError for a preset that does not exist and an image size that patches do not fill.
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    default_image, patch, width, depth, heads, mlp_ratio, default_rank = PRESETS[preset]
-    return Architecture(
-        preset=preset,
-        variant=variant,
-        image_size=image_size or default_image,
-        patch_size=patch,
-        width=width,
-        depth=depth,
-        heads=heads,
-        mlp_ratio=mlp_ratio,
-        rank=rank or default_rank,
-        classes=classes,
-    )
+    chosen = {"classes": classes, "image_size": image_size, "rank": rank}
+    sizes = PRESETS[preset]._asdict() | {name: value for name, value in chosen.items() if value is not None}
+    return Architecture(preset=preset, variant=variant, **sizes)
 
 
 class StrideViT(VisionTransformer):
@@ -234,10 +241,10 @@ def _timm_names() -> dict[str, tuple[str, str]]:
 
 
 def _timm_cfg(preset: str) -> dict[str, Any]:
-    image_size = PRESETS[preset][0]
+    image_size = PRESETS[preset].image_size
     return {
         "url": "",
-        "num_classes": 1000 if preset == "vit-s16" else 100,
+        "num_classes": PRESETS[preset].classes,
         "input_size": (3, image_size, image_size),
         "fixed_input_size": True,
         "crop_pct": 0.875 if image_size == 224 else 1.0,

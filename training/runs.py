@@ -88,7 +88,7 @@ class RunError(Exception):
 
 
 @contextmanager
-def durably(path: Path, write: Callable[[Path], None]) -> Iterator[Path]:
+def durably(path: Path, write: Callable[[Path], object]) -> Iterator[Path]:
     """Let `write` fill a temporary file beside `path` and make it durable; the caller puts it where it belongs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -101,7 +101,7 @@ def durably(path: Path, write: Callable[[Path], None]) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, make it durable, then put it in place of `path`."""
     with durably(path, write) as partial:
         partial.replace(path)
@@ -110,11 +110,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write `values` as indented JSON, atomically."""
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda partial: _write_bytes(partial, text.encode()))
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    write_atomically(path, lambda partial: partial.write_bytes(text.encode()))
 
 
 def write_metrics(path: Path, rows: list[dict[str, float | int]]) -> None:
@@ -139,7 +135,7 @@ def save_final(folder: Path, model: nn.Module, card: Callable[[str], ModelCard])
     """Write `final/`: the weights, then the card that `card` makes from their sha256."""
     weights = folder / FINAL_FOLDER / WEIGHTS_FILE
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(weights, lambda partial: _write_bytes(partial, save(state)))
+    write_atomically(weights, lambda partial: partial.write_bytes(save(state)))
     write_json(folder / FINAL_FOLDER / CARD_FILE, card(sha256_file(weights)).model_dump(mode="json"))
 
 
@@ -148,15 +144,8 @@ def load_final(folder: Path, *, image_size: int | None = None) -> tuple[Classifi
 
     With `image_size` the same weights see images of another size; the card says how they are to be prepared then.
     """
-    final = folder / FINAL_FOLDER
-    card_file, weights = final / CARD_FILE, final / WEIGHTS_FILE
-    if not card_file.is_file() or not weights.is_file():
-        raise RunError(f"{final} has no finished model: train it to the end first (python -m training train)")
-    try:
-        card = ModelCard.model_validate_json(card_file.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise RunError(f"{card_file}: {'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}") from None
+    card = read_card(folder)
+    weights = folder / FINAL_FOLDER / WEIGHTS_FILE
     if (digest := sha256_file(weights)) != card.weights_sha256:
         raise RunError(f"{weights} has sha256 {digest}, but its card says {card.weights_sha256}")
     if image_size is not None:
@@ -165,6 +154,19 @@ def load_final(folder: Path, *, image_size: int | None = None) -> tuple[Classifi
     model.load_state_dict(load_file(weights))
     classifier = Classifier(model, mean=card.preprocessing.mean, std=card.preprocessing.std)
     return classifier.eval(), card
+
+
+def read_card(folder: Path) -> ModelCard:
+    """The card of a run's finished model. Raises RunError."""
+    final = folder / FINAL_FOLDER
+    path = final / CARD_FILE
+    if not path.is_file() or not (final / WEIGHTS_FILE).is_file():
+        raise RunError(f"{final} has no finished model: train it to the end first (python -m training train)")
+    try:
+        return ModelCard.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RunError(f"{path}: {'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}") from None
 
 
 def _at_size(card: ModelCard, image_size: int) -> ModelCard:

@@ -100,7 +100,7 @@ def is_finished(folder: Path, recipe: Recipe, variant: str, dataset: Dataset) ->
 
 def read_run(folder: Path) -> FinishedRun:
     """A finished run, from its folder."""
-    card = runs.load_final(folder)[1]
+    card = runs.read_card(folder)
     record = runs.read_record(folder)
     return FinishedRun(
         folder=folder,

@@ -32,7 +32,7 @@ class Throughput:
 
 def measure(recipe: Recipe, variant: str, *, world: World, steps: int) -> Throughput:
     """Take `steps` steps after a warm-up, then some more under torch's profiler."""
-    spec = architecture(recipe.preset, variant, classes=100, image_size=recipe.image_size)
+    spec = architecture(recipe.preset, variant, image_size=recipe.image_size)
     model = StrideViT(spec, seed=recipe.seed, drop_path_rate=recipe.drop_path)
     classifier = Classifier(model, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)).to(world.device)
     stepper = Stepper(classifier, recipe, world, classes=100, steps_per_epoch=steps)

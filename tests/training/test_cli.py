@@ -49,6 +49,15 @@ def test_wrong_arguments_end_with_a_line_that_names_the_fix(
     assert not (tmp_path / "x").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_an_error_of_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    arguments = ["train", "--recipe", "digits", "--variant", "mha", "--out", str(tmp_path / "file" / "x")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert str(tmp_path / "file") in result.stderr.replace("\n", "")
+    assert result.stderr.startswith("error: ")
+
+
 def test_images_writes_pictures_and_their_labels(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["images", "--dataset", "digits", "--out", str(tmp_path), "--count", "5"])
     assert result.exit_code == 0

@@ -79,7 +79,7 @@ def test_digits_are_split_once_and_for_all() -> None:
     assert (len(digits.train), len(digits.test)) == (1437, 360)
     assert in_memory(digits.train).images.shape == (1437, 32, 32, 3)
     assert in_memory(digits.train).images.dtype == np.uint8
-    assert digits.fingerprint() == again.fingerprint()
+    assert digits.fingerprint == again.fingerprint
     counts = np.bincount(digits.test.labels)
     assert counts.min() >= 34
     assert counts.max() <= 38

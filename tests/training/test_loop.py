@@ -42,7 +42,7 @@ def test_a_run_leaves_the_artefacts_of_the_design(few_digits: Dataset, tmp_path:
     card = train(recipe(), "lsra-r2", few_digits, out, world=HERE, console=QUIET)
     record = json.loads((out / "run.json").read_text())
     assert record["variant"] == "lsra-r2"
-    assert record["data_fingerprint"] == few_digits.fingerprint()
+    assert record["data_fingerprint"] == few_digits.fingerprint
     assert record["recipe"]["schedule"]["epochs"] == 3
     assert record["train_seconds"] > 0
     assert {"torch", "timm", "python"} <= set(record["environment"])

@@ -75,11 +75,11 @@ def from_timm(name: str, **options: Any) -> StrideViT:
 @pytest.mark.parametrize("name", timm.list_models("stridevit_*"))
 def test_timm_makes_every_registered_model(name: str) -> None:
     preset = "vit-" + name.split("_")[1]
-    size = 2 * PRESETS[preset][1]
+    size = 2 * PRESETS[preset].patch_size
     model = from_timm(name, img_size=(size, 3 * size), num_classes=5, drop_path_rate=0.1).eval()
     assert model(torch.zeros(2, 3, size, 3 * size)).shape == (2, 5)
     assert model.spec.grid == (2, 6)
-    assert resolve_data_config(model=model)["input_size"][1] == PRESETS[preset][0]  # type: ignore[no-untyped-call]
+    assert resolve_data_config(model=model)["input_size"][1] == PRESETS[preset].image_size  # type: ignore[no-untyped-call]
 
 
 def test_timm_knows_five_variants_of_each_preset() -> None:
