@@ -16,7 +16,7 @@ import torch
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
+from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
 from torchvision.transforms.v2 import functional as F  # noqa: N812 (torchvision's own name for it)
 
 from training.data import Images, Split
@@ -116,16 +116,21 @@ class _Augmented(Dataset[tuple[Tensor, int]]):
         return image_CHW.permute(1, 2, 0), int(self._labels[row])
 
 
+def upright(resize: int, crop: int) -> Compose:
+    """Resizes and crops a picture as the service does."""
+    return Compose([Resize(resize, InterpolationMode.BICUBIC), CenterCrop(crop)])
+
+
 class _Upright(Dataset[tuple[Tensor, int]]):
     """Pictures as the service prepares them."""
 
     def __init__(self, files: Images, resize: int, crop: int) -> None:
         self._files, self._labels = files, files.labels
-        self._transform = Compose([Resize(resize, InterpolationMode.BICUBIC), CenterCrop(crop), PILToTensor()])
+        self._fit = upright(resize, crop)
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        image_CHW: Tensor = self._transform(self._files.read(row))
-        return image_CHW.permute(1, 2, 0), int(self._labels[row])
+        picture = self._files.read(row, self._fit)
+        return torch.from_numpy(np.array(picture)), int(self._labels[row])
 
 
 def _read(dataset: Dataset[tuple[Tensor, int]], index: Sequence[Index], workers: int) -> Iterator[Batch]:

@@ -4,18 +4,18 @@ Nothing is downloaded unless `hub:OWNER/NAME` is asked for. An image that cannot
 """
 
 import hashlib
-import io
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 
+from training.pictures import Fit, decode
 from training.readers import EVALUATION, HUB, TRAIN, DataError, Reader, open_split
 
 _SPLIT_SEED = 0
@@ -28,6 +28,10 @@ _WHERE_TO_GET = {
     "sort it by its labels first), or write --data hub:ILSVRC/imagenet-1k after `hf auth login`",
 }
 _ANY_LAYOUT = "python -m training train --help lists the layouts"
+
+
+def _as_it_is(picture: Image.Image) -> Image.Image:
+    return picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +48,9 @@ class Split:
         """The samples at `index`."""
         return Split(images=self.images[index], labels=self.labels[index])
 
-    def read(self, index: int) -> Image.Image:
-        """The picture at `index`."""
-        return Image.fromarray(self.images[index])
+    def read(self, index: int, fit: Fit = _as_it_is) -> Image.Image:
+        """The picture at `index`, through `fit`."""
+        return fit(Image.fromarray(self.images[index]))
 
     def content(self) -> bytes:
         """All pixels, then all labels."""
@@ -72,9 +76,9 @@ class Files:
         """The samples at `index`."""
         return Files(reader=self.reader, rows=self.rows[index])
 
-    def read(self, index: int) -> Image.Image:
-        """The picture at `index`, as RGB. Raises DataError with its name if it cannot be decoded."""
-        return _decode(self.reader, int(self.rows[index]))
+    def read(self, index: int, fit: Fit = _as_it_is) -> Image.Image:
+        """The picture at `index`, through `fit`, as RGB. Raises DataError with its name if it cannot be decoded."""
+        return _decode(self.reader, int(self.rows[index]), fit)
 
     def content(self) -> bytes:
         """The labels alone: to read all pixels of a large data set would take longer than it is worth."""
@@ -163,10 +167,9 @@ def _bytes_of(labels: npt.NDArray[np.int64]) -> bytes:
     return labels.astype("<i8").tobytes()
 
 
-def _decode(reader: Reader, row: int) -> Image.Image:
+def _decode(reader: Reader, row: int, fit: Fit = _as_it_is) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(reader.encoded(row))) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+        return decode(reader.encoded(row), fit)
     except Exception as error:  # hostile files make Pillow raise almost anything
         raise DataError(f"{reader.where(row)}: the image cannot be decoded ({error})") from error
 
