@@ -1,120 +1,63 @@
 """From a finished run, or from random weights, to a published bundle."""
 
-import hashlib
-from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
-from safetensors.torch import save
 
 from export.golden import draw_golden
 from export.graph import OPSET, ExportError, op_types, serialise, to_onnx
-from export.parity import MAX_ABS_LOGIT, MAX_ABS_PROBABILITY, check_parity
-from service.bundle import (
-    GOLDEN_FILE,
-    Accuracy,
-    Manifest,
-    Preprocessing,
-    Source,
-    Tensor,
-    Tolerance,
-    publish,
-)
+from export.kernels import gaps
+from export.parity import check_parity, run_all
+from export.precision import MAX_ACCURACY_LOSS, PROMISES
+from export.quantize import quantize, quantize_by_batch
+from export.subjects import Pixels, Subject
+from service.bundle import GOLDEN_FILE, Accuracy, Manifest, Precision, Source, Tensor, publish
 from service.cores import available_cores
 from service.engine import INPUT, OUTPUTS, Engine
 from service.golden import check_golden
-from training.augment import evaluation_batches
-from training.data import load_dataset
 from training.describe import count_macs
-from training.models import Architecture, Classifier, StrideViT, count_parameters
-from training.runs import ModelCard, git_commit, load_final
+from training.models import Classifier, count_parameters
 from training.variants import parse_variant
 
-PARITY_IMAGES, RANDOM_IMAGES = 256, 16
+ACCURACY_BATCH = 32
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Subject:
-    """What is exported, whether it was trained or not. `images` uint8 (n,H,W,3) prove the export."""
+def export(
+    subject: Subject,
+    repository: Path,
+    *,
+    family: str | None = None,
+    precision: Precision = "fp32",
+    opset: int = OPSET,
+    accept_accuracy_loss: bool = False,
+) -> Path:
+    """Publish `subject` as the next version of `<family>-<variant>[-<precision>]` and return the bundle's folder.
 
-    classifier: Classifier
-    spec: Architecture
-    preprocessing: Preprocessing
-    labels: tuple[str, ...]
-    weights: Literal["trained", "random"]
-    weights_sha256: str
-    accuracy: Accuracy | None
-    git_commit: str | None
-    images: npt.NDArray[np.uint8]
-
-
-def export_run(run: Path, repository: Path, *, data: str | Path | None = None, family: str | None = None) -> Path:
-    """Export `run` as the next version of `<family>-<variant>` in `repository` and return the bundle's folder.
-
-    The family defaults to the data set, whose test images prove the export against torch. Raises ExportError if they
-    do not agree or the graph is not plain, RunError or DataError if the run or the data cannot be read.
+    Other precisions than fp32 are evaluated on the full test split. Raises ExportError if the answers do not agree with
+    torch's, if more than half a point of top-1 is lost and that is not accepted, or if the graph is not plain.
     """
-    classifier, card = load_final(run)
-    subject = _Subject(
-        classifier=classifier,
-        spec=card.architecture,
-        preprocessing=Preprocessing.model_validate(card.preprocessing.model_dump()),
-        labels=card.labels,
-        weights="trained",
-        weights_sha256=card.weights_sha256,
-        accuracy=Accuracy.model_validate(card.accuracy.model_dump()) if card.accuracy else None,
-        git_commit=card.git_commit,
-        images=_real_images(card, data),
-    )
-    return _export(subject, repository, family or card.dataset)
-
-
-def export_random(spec: Architecture, repository: Path, *, seed: int = 0) -> Path:
-    """Export `spec` with random weights, to measure speed and memory, as `<preset>-<size>-random-<variant>`.
-
-    Noise proves the export. Raises ExportError.
-    """
-    model = StrideViT(spec, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    # A head of zeros, as training starts with, would give every image the same answer.
-    torch.nn.init.normal_(model.get_parameter("head.weight"), std=0.05, generator=generator)
-    half = (0.5, 0.5, 0.5)
-    side = spec.image_shape[0]
-    noise = torch.randint(0, 256, (RANDOM_IMAGES, *spec.image_shape, 3), dtype=torch.uint8, generator=generator)
-    subject = _Subject(
-        classifier=Classifier(model, mean=half, std=half).eval(),
-        spec=spec,
-        preprocessing=Preprocessing(resize=side, crop=side, interpolation="bicubic", mean=half, std=half),
-        labels=tuple(f"class {number}" for number in range(spec.classes)),
-        weights="random",
-        weights_sha256=hashlib.sha256(save(model.state_dict())).hexdigest(),
-        accuracy=None,
-        git_commit=git_commit(),
-        images=noise.numpy(),
-    )
-    return _export(subject, repository, f"{spec.preset}-{side}-random")
-
-
-def _export(subject: _Subject, repository: Path, family: str) -> Path:
     spec, classifier = subject.spec, subject.classifier
-    model = classifier.model
-    if not isinstance(model, StrideViT):
-        raise ExportError(f"this is a {type(model).__name__}, not a StrideViT")
     side, other = spec.image_shape
     if side != other:
         raise ExportError(f"the model takes images of {other} × {side}: the service prepares square ones only")
-    variant = parse_variant(spec.variant)
-    graph = to_onnx(classifier, image_size=side)
+    variant, promise = parse_variant(spec.variant), PROMISES[precision]
+    graph = make_graph(subject, precision, opset=opset)
     serialised = serialise(graph)
     engine = Engine(serialised, threads=available_cores())
-    parity = check_parity(classifier, engine, subject.images)
-    tolerance = Tolerance(max_abs_logit=MAX_ABS_LOGIT, max_abs_probability=MAX_ABS_PROBABILITY)
+    parity = check_parity(classifier, engine, subject.parity_images(), promise)
+    accuracy = subject.accuracy
+    if precision != "fp32" and subject.dataset:
+        accuracy = _measure(subject, engine, batch=promise.max_batch or ACCURACY_BATCH)
+        if not accept_accuracy_loss:
+            _check_accuracy(subject.accuracy, accuracy, precision)
+    family = family or subject.family
     manifest = Manifest(
-        name=f"{family}-{spec.variant}",
+        name=f"{family}-{spec.variant}" + ("" if precision == "fp32" else f"-{precision}"),
         family=family,
         variant=spec.variant,
         stride=variant.stride,
@@ -123,36 +66,78 @@ def _export(subject: _Subject, repository: Path, family: str) -> Path:
         tokens=spec.grid[0] * spec.grid[1],
         kv_tokens=spec.kv_tokens,
         preset=spec.preset,
-        parameters=count_parameters(model),
+        parameters=count_parameters(classifier.model),
         macs=sum(count_macs(spec).values()),
-        precision="fp32",
-        opset=OPSET,
+        precision=precision,
+        max_batch=promise.max_batch,
+        opset=opset,
         op_types=op_types(graph),
         preprocessing=subject.preprocessing,
         input=Tensor(name=INPUT, datatype="UINT8", shape=(-1, side, side, 3)),
         outputs=tuple(Tensor(name=name, datatype="FP32", shape=(-1, spec.classes)) for name in OUTPUTS),
         classes=spec.classes,
         weights=subject.weights,
-        accuracy=subject.accuracy,
+        accuracy=accuracy,
         parity=parity,
-        tolerance=tolerance,
-        devices=("cpu", "cuda", "tensorrt"),
+        tolerance=promise.golden,
+        devices=promise.devices,
         source=Source(
             checkpoint_sha256=subject.weights_sha256,
             git_commit=subject.git_commit,
-            exporter={name: version(name) for name in ("torch", "timm", "onnx", "onnxscript")},
+            exporter={name: version(name) for name in ("torch", "timm", "onnx", "onnxscript", "onnxruntime")},
         ),
     )
-    golden = draw_golden(classifier, subject.preprocessing, tolerance)
+    answer = partial(_by_torch, classifier) if precision == "fp32" else engine.run
+    golden = draw_golden(answer, subject.preprocessing, promise.golden)
     check_golden(golden, manifest, engine, path=Path(GOLDEN_FILE))
     return publish(repository, manifest, model=serialised, labels=subject.labels, golden=golden)
 
 
-def _real_images(card: ModelCard, data: str | Path | None) -> npt.NDArray[np.uint8]:
-    """The first test images as the model takes them, uint8 (n,H,W,3)."""
-    test = load_dataset(card.dataset, data, in_memory=False).test
-    first = test.take(np.arange(min(PARITY_IMAGES, len(test))))
-    prepared = card.preprocessing
-    batches = evaluation_batches(first, resize=prepared.resize, crop=prepared.crop, batch_size=len(first))
-    images: npt.NDArray[np.uint8] = next(iter(batches))[0].numpy()
-    return images
+def make_graph(subject: Subject, precision: Precision, *, opset: int = OPSET) -> onnx.ModelProto:
+    """The graph of `subject` in one precision. Raises ExportError if it is not plain, or a GPU lacks a kernel for it.
+
+    int8 is for the CPU, and so is not held against the GPUs' kernels.
+    """
+    graph = to_onnx(subject.classifier, opset=opset, half=precision == "fp16")
+    if precision == "int8":
+        return quantize(graph, subject.calibration_images())
+    if precision == "int8-dynamic":
+        return quantize_by_batch(graph)
+    if missing := gaps(graph):
+        raise ExportError("no GPU kernel for " + "; ".join(missing))
+    return graph
+
+
+def _by_torch(classifier: Classifier, images: Pixels) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    with torch.inference_mode():
+        logits = classifier(torch.tensor(images))
+    return logits.numpy(), logits.softmax(dim=-1).numpy()
+
+
+def _measure(subject: Subject, engine: Engine, *, batch: int) -> Accuracy:
+    """Accuracy of the graph itself on the full test split."""
+    dataset = subject.dataset
+    if dataset is None:
+        raise ExportError("random weights have no accuracy")
+    hits1 = hits5 = 0
+    for images, labels in subject.batches(dataset.test, ACCURACY_BATCH):
+        logits, _ = run_all(engine, images.numpy(), batch=batch)
+        hits = torch.from_numpy(logits).topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
+        hits1, hits5 = hits1 + int(hits[:, 0].sum()), hits5 + int(hits.sum())
+    n = len(dataset.test)
+    return Accuracy(dataset=dataset.name, split=dataset.test_split, n=n, top1=hits1 / n, top5=hits5 / n)
+
+
+def _check_accuracy(checkpoint: Accuracy | None, measured: Accuracy, precision: Precision) -> None:
+    if checkpoint is None:
+        raise ExportError(
+            f"the run has no test accuracy to compare {precision} with, which has top-1 {measured.top1:.2%}: "
+            "publish it anyway with --accept-accuracy-loss"
+        )
+    lost = checkpoint.top1 - measured.top1
+    # Rounded, so that half a point is half a point.
+    if round(lost, 6) > MAX_ACCURACY_LOSS:
+        raise ExportError(
+            f"{precision} loses {lost * 100:.2f} points of top-1 ({checkpoint.top1:.2%} to {measured.top1:.2%} of "
+            f"{measured.n}), more than {MAX_ACCURACY_LOSS * 100:g}: publish it anyway with --accept-accuracy-loss"
+        )

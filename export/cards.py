@@ -1,13 +1,16 @@
 """What `list`, `inspect` and `diff` show of bundles."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from export.kernels import kernels, sources
 from service.bundle import CONTENT_FILES, Bundle, Manifest, model_names, read_bundle, versions
 from service.errors import BundleError
 
@@ -62,6 +65,19 @@ def difference(one: Bundle, other: Bundle) -> Table:
     return table
 
 
+def kernel_table(graph: onnx.ModelProto) -> tuple[Table, bool]:
+    """Each kind of node and what CUDA and TensorRT say to it; and whether either lacks any."""
+    counted = Counter(kernels(graph))
+    table = Table("operator", "inputs", box=SIMPLE_HEAD, caption="\n".join(f"{k}: {v}" for k, v in sources().items()))
+    table.add_column("nodes", justify="right")
+    table.add_column("CUDA")
+    table.add_column("TensorRT")
+    for kernel, count in sorted(counted.items(), key=lambda item: (item[0].op, item[0].types)):
+        answers = (f"[red]{escape(reason)}[/]" if reason else "yes" for reason in (kernel.cuda, kernel.tensorrt))
+        table.add_row(f"{kernel.op}-{kernel.version}", ", ".join(kernel.types), str(count), *answers)
+    return table, any(kernel.cuda or kernel.tensorrt for kernel in counted)
+
+
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     accuracy = "not known"
     if manifest.accuracy:
@@ -79,10 +95,14 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("accuracy", accuracy),
         ("parameters", f"{manifest.parameters:,}"),
         ("MACs", f"{manifest.macs / 1e6:,.1f} M an image"),
-        ("precision", manifest.precision),
+        ("precision", manifest.precision + (f", batches of {manifest.max_batch}" if manifest.max_batch else "")),
         ("images", f"shorter side to {size.resize}, centre {size.crop} × {size.crop}, {size.interpolation}"),
         ("operators", _operators(manifest)),
-        ("parity", f"{manifest.parity.max_abs_logit:g} in a logit on {manifest.parity.images} images against torch"),
+        (
+            "parity",
+            f"on {manifest.parity.images} images at most {manifest.parity.max_abs_logit:g} in a logit from torch, "
+            f"{manifest.parity.top1_flips} with another top-1; {manifest.parity.max_abs_by_batch:g} by the batch",
+        ),
         ("devices", ", ".join(manifest.devices)),
         ("checkpoint", manifest.source.checkpoint_sha256),
         ("commit", manifest.source.git_commit or "not known"),

@@ -7,19 +7,24 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from export.served import Served
 from service.engine import INPUT, OUTPUTS
-from training.models import Classifier
+from training.models import Classifier, StrideViT
 
 OPSET = 23
 """The first opset with a standard `Attention` operator, which needs less memory than its parts."""
+OPSETS = range(18, OPSET + 1)
+"""What can be exported: older ones lack operators that every variant needs, ONNX Runtime's CUDA kernels newer ones."""
+AVOIDED = frozenset({"Shape", "Size", "NonZero"})
+"""Operators on shapes, which runtimes compute on the CPU in the middle of the graph."""
 
 
 class ExportError(Exception):
     """The model cannot be exported; the message says which rule it breaks."""
 
 
-class _Served(nn.Module):
-    """What is served: uint8 images (B,H,W,3) -> logits and probabilities, float32 (B, classes)."""
+class _Unshaped(nn.Module):
+    """What is served as the exporter itself would write it, to compare with."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
@@ -30,15 +35,25 @@ class _Served(nn.Module):
         return logits, logits.softmax(dim=-1)
 
 
-def to_onnx(classifier: Classifier, *, image_size: int) -> onnx.ModelProto:
-    """The graph of `classifier`, checked and stripped. Raises ExportError."""
-    example = torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8)
+def to_onnx(classifier: Classifier, *, opset: int = OPSET, half: bool = False, shaped: bool = True) -> onnx.ModelProto:
+    """The graph of `classifier`, checked and stripped: uint8 images in, float32 logits and probabilities out.
+
+    With `half` it computes in float16. `shaped=False` leaves the form to torch's exporter, which below opset 23 adds
+    operators on shapes: to measure, not to serve. Raises ExportError.
+    """
+    if opset not in OPSETS:
+        raise ExportError(f"opset {opset} cannot be exported: choose one from {OPSETS[0]} to {OPSETS[-1]}")
+    model = classifier.model
+    if not isinstance(model, StrideViT):
+        raise ExportError(f"this is a {type(model).__name__}, not a StrideViT")
+    served = Served(classifier, operator=opset >= OPSET, half=half) if shaped else _Unshaped(classifier)
+    example = torch.zeros(2, *model.spec.image_shape, 3, dtype=torch.uint8)
     program = torch.onnx.export(
-        _Served(classifier).eval(),
+        served.eval(),
         (example,),
         dynamo=True,
         verbose=False,
-        opset_version=OPSET,
+        opset_version=opset,
         input_names=[INPUT],
         output_names=list(OUTPUTS),
         dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
@@ -46,10 +61,17 @@ def to_onnx(classifier: Classifier, *, image_size: int) -> onnx.ModelProto:
     )
     if program is None:
         raise ExportError("torch.onnx.export gave no program")
-    model = program.model_proto
-    _strip(model)
-    check_standard(model)
-    return model
+    graph = plain(program.model_proto)
+    if shaped and (found := AVOIDED & op_types(graph).keys()):
+        raise ExportError(f"the graph computes on shapes: {', '.join(sorted(found))}")
+    return graph
+
+
+def plain(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """`graph` without all that tells where and how it was made. Raises ExportError if what is left is not plain."""
+    _strip(graph)
+    check_standard(graph)
+    return graph
 
 
 def op_types(model: onnx.ModelProto) -> dict[str, int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import onnx
 
 from export.graph import ExportError, check_standard, op_types
+from export.kernels import gaps
 from service.bundle import LABELS_FILE, MANIFEST_FILE, MODEL_FILE, Bundle, read_bundle
 from service.cores import available_cores
 from service.engine import Engine
@@ -22,7 +23,7 @@ class Check:
 
 
 def verify(folder: Path) -> list[Check]:
-    """Check digests, manifest, graph and golden outputs of one bundle, in that order.
+    """Check digests, manifest, graph, GPU kernels and golden outputs of one bundle, in that order.
 
     Raises BundleError, ExportError or EngineError naming the file that is wrong.
     """
@@ -33,16 +34,18 @@ def verify(folder: Path) -> list[Check]:
     bundle = read_bundle(folder)
     checks = [Check(name="digests", found=f"all files of {bundle.manifest.name}, version {version}")]
     checks.append(Check(name="labels", found=f"{len(bundle.labels)} in {LABELS_FILE}"))
-    graph = _read_graph(bundle)
+    graph = read_graph(bundle)
     checks.append(Check(name="operators", found=_check_operators(bundle, graph)))
     checks.append(Check(name="shapes", found=_check_shapes(bundle, graph)))
+    checks.append(Check(name="kernels", found=_check_kernels(bundle, graph)))
     prove(bundle, Engine(bundle.model_path, threads=available_cores()))
     count = len(bundle.golden().images)
     checks.append(Check(name="golden", found=f"{count} images give their outputs on this machine"))
     return checks
 
 
-def _read_graph(bundle: Bundle) -> onnx.ModelProto:
+def read_graph(bundle: Bundle) -> onnx.ModelProto:
+    """The graph of a bundle. Raises ExportError if it is not plain, BundleError if it is no graph at all."""
     path = bundle.model_path
     try:
         graph = onnx.load(path, load_external_data=False)
@@ -64,6 +67,14 @@ def _check_operators(bundle: Bundle, graph: onnx.ModelProto) -> str:
     if opset != manifest.opset:
         raise BundleError(f"{bundle.folder / MANIFEST_FILE}: says opset {manifest.opset}, but {MODEL_FILE} has {opset}")
     return f"{sum(found.values())} nodes of {len(found)} types, all ai.onnx opset {opset}"
+
+
+def _check_kernels(bundle: Bundle, graph: onnx.ModelProto) -> str:
+    if bundle.manifest.devices == ("cpu",):
+        return "not asked of a GPU: this bundle is for the CPU"
+    if missing := gaps(graph):
+        raise ExportError(f"{bundle.model_path}: no GPU kernel for {'; '.join(missing)}")
+    return "CUDA and TensorRT have one for every node, by their documentation"
 
 
 def _check_shapes(bundle: Bundle, graph: onnx.ModelProto) -> str:

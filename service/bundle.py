@@ -21,8 +21,9 @@ from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
 
+from service.engine import Device
 from service.errors import BundleError
 
 MODEL_FILE = "model.onnx"
@@ -34,6 +35,9 @@ CONTENT_FILES = (GOLDEN_FILE, LABELS_FILE, MANIFEST_FILE, MODEL_FILE)
 
 NAME_PATTERN = r"[a-z0-9]+(?:[-_.][a-z0-9]+)*"
 _SUM_LINE = re.compile(r"(?P<digest>[0-9a-f]{64})  (?P<file>[A-Za-z0-9_.-]+)")
+
+
+Precision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
 
 
 class _Part(BaseModel):
@@ -62,7 +66,7 @@ class Tensor(_Part):
 
 
 class Accuracy(_Part):
-    """Fractions over `n` images of a split, measured on the checkpoint."""
+    """Fractions over `n` images of a split: of the checkpoint in fp32, else of the graph itself."""
 
     dataset: str
     split: str
@@ -72,13 +76,17 @@ class Accuracy(_Part):
 
 
 class Parity(_Part):
-    """How far ONNX Runtime's answers were from torch's on real images when the bundle was made."""
+    """How far ONNX Runtime's answers were from torch's, and from each other, when the bundle was made."""
 
     images: PositiveInt
+    """Real ones, and black, white and noise."""
     batch_sizes: tuple[PositiveInt, ...]
     max_abs_logit: NonNegativeFloat
     max_abs_probability: NonNegativeFloat
-    top1_flips: Literal[0]
+    max_abs_by_batch: NonNegativeFloat
+    """In a logit, between an image alone and the same image in a batch."""
+    top1_flips: NonNegativeInt
+    """Images, at the batch size with most; always 0 in fp32."""
 
 
 class Tolerance(_Part):
@@ -117,7 +125,9 @@ class Manifest(_Part):
     parameters: PositiveInt
     macs: PositiveInt
     """Multiply-accumulates an image, matrix products and convolutions only."""
-    precision: Literal["fp32"]
+    precision: Precision
+    max_batch: PositiveInt | None = None
+    """More images at once would change each other's answers; null for no limit."""
     opset: PositiveInt
     op_types: dict[str, PositiveInt]
     """Operator histogram of the graph."""
@@ -131,7 +141,7 @@ class Manifest(_Part):
     """Null for random weights."""
     parity: Parity
     tolerance: Tolerance
-    devices: tuple[Literal["cpu", "cuda", "tensorrt"], ...]
+    devices: tuple[Device, ...]
     source: Source
 
 

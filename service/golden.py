@@ -14,7 +14,7 @@ MAX_GOLDEN_PIXELS = 4_000_000
 
 
 def check_golden(golden: Golden, manifest: Manifest, engine: Engine, *, path: Path) -> None:
-    """Decode the golden images of the file `path`, run them as one batch, and compare.
+    """Decode the golden images of the file `path`, run them in as few batches as the model allows, and compare.
 
     Raises BundleError naming the file, the largest difference and the CPU if an output is beyond the manifest's
     tolerance or a top-1 differs.
@@ -25,7 +25,9 @@ def check_golden(golden: Golden, manifest: Manifest, engine: Engine, *, path: Pa
         )
     except ImageError as error:
         raise BundleError(f"{path}: {error}") from error
-    logits, probabilities = engine.run(pixels)
+    step = manifest.max_batch or len(pixels)
+    batches = [engine.run(pixels[start : start + step]) for start in range(0, len(pixels), step)]
+    logits, probabilities = (np.concatenate(output) for output in zip(*batches, strict=True))
     if logits.shape != golden.logits.shape:
         raise BundleError(f"{path}: the model gives {logits.shape[1:]} outputs, not {golden.logits.shape[1:]}")
     logit_error = float(np.abs(logits - golden.logits).max())

@@ -85,12 +85,13 @@ def _load(settings: Settings, scheduler: Scheduler, name: str, *, device: Device
         raise BundleError(f"{bundle.folder}: made for {', '.join(bundle.manifest.devices)}, not for {device}")
     engine = Engine(bundle.model_path, device=device, number=number, threads=threads)
     prove(bundle, engine)
+    max_batch = min(settings.max_batch, bundle.manifest.max_batch or settings.max_batch)
     _, height, width, channels = bundle.manifest.input.shape
     # The largest batch first, so that the memory arena grows once.
-    for size in (settings.max_batch, 1):
+    for size in (max_batch, 1):
         engine.run(np.zeros((size, height, width, channels), dtype=np.uint8))
     log.info("model ready", model=name, version=bundle.version, device=device, threads=threads)
-    return Model(bundle=bundle, queue=scheduler.add(name, engine.run, max_batch=settings.max_batch))
+    return Model(bundle=bundle, queue=scheduler.add(name, engine.run, max_batch=max_batch))
 
 
 def _most_accurate(models: dict[str, Model]) -> str:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from export.bundles import export_run
+from export.bundles import export
+from export.subjects import finished_run
 from training.data import load_dataset
 from training.loop import train
 from training.recipes import load_recipe
@@ -46,5 +47,5 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def repository(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository that holds `digits-csra-r2`, version 1. Shared: copy it before you change it."""
     folder = tmp_path_factory.mktemp("models")
-    export_run(digits_run, folder)
+    export(finished_run(digits_run, None), folder)
     return folder

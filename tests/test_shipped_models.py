@@ -5,10 +5,12 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from export.precision import MAX_ACCURACY_LOSS
 from service.bundle import Bundle, model_names, read_bundle, versions
 from service.engine import Engine
 from service.golden import prove
@@ -18,7 +20,7 @@ from training.runs import ModelCard, load_final
 
 MODELS, RELEASED = ROOT / "models", ROOT / "runs" / "released"
 NAMES = model_names(MODELS)
-IMAGES = int(os.environ.get("STRIDEVIT_AGREEMENT_IMAGES", "2000"))
+IMAGES = int(os.environ.get("STRIDEVIT_AGREEMENT_IMAGES", "1000"))
 """Of the 10,000 test images; all of them take some minutes."""
 IN_A_REQUEST = 25
 
@@ -37,7 +39,8 @@ def released(bundle: Bundle) -> tuple[torch.nn.Module, ModelCard]:
 
 
 def test_all_variants_are_shipped() -> None:
-    assert {"cifar100-mha", "cifar100-lsra-r2", "cifar100-csra-r2"} <= set(NAMES)
+    fp32 = {f"cifar100-{variant}" for variant in ("mha", "lsra-r2", "lsra-r4", "csra-r2", "csra-r4")}
+    assert set(NAMES) == fp32 | {f"{name}-int8" for name in fp32}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,8 +50,11 @@ def test_a_shipped_model_proves_itself_and_says_what_its_run_says(name: str) -> 
     _, card = released(bundle)
     assert bundle.manifest.accuracy
     assert card.accuracy
-    assert bundle.manifest.accuracy.model_dump() == card.accuracy.model_dump()
-    assert bundle.manifest.accuracy.n == 10_000
+    measured, trained = bundle.manifest.accuracy, card.accuracy
+    if bundle.manifest.precision == "fp32":
+        assert measured.model_dump() == trained.model_dump()
+    assert measured.top1 >= trained.top1 - MAX_ACCURACY_LOSS
+    assert (measured.dataset, measured.split, measured.n) == ("cifar100", "test", 10_000)
     assert bundle.manifest.kv_tokens == card.architecture.kv_tokens
 
 
@@ -61,6 +67,17 @@ def test_images(data_dir: Path) -> tuple[list[bytes], torch.Tensor]:
     return column.field("bytes").to_pylist()[:IMAGES], torch.from_numpy(pixels)
 
 
+def expected_answers(bundle: Bundle, pixels: torch.Tensor) -> npt.NDArray[np.int64]:
+    """Torch's, and for int8, which is as often right but not always alike, those of its graph outside the service."""
+    chunks = torch.split(pixels, 250)
+    if bundle.manifest.precision != "fp32":
+        engine = Engine(bundle.model_path)
+        return np.concatenate([engine.run(chunk.numpy())[0].argmax(axis=1) for chunk in chunks])
+    model, _ = released(bundle)
+    with torch.inference_mode():
+        return torch.cat([model(chunk).argmax(dim=1) for chunk in chunks]).numpy()
+
+
 def test_served_answers_agree_with_torch(test_images: tuple[list[bytes], torch.Tensor]) -> None:
     encoded, pixels = test_images
     with serving(MODELS) as (url, _), httpx.Client(base_url=url, timeout=60) as client:
@@ -70,8 +87,5 @@ def test_served_answers_agree_with_torch(test_images: tuple[list[bytes], torch.T
                 files = [("image", ("i.png", image)) for image in encoded[start : start + IN_A_REQUEST]]
                 answer = client.post(f"/v1/classify?model={name}&top_k=1", files=files)
                 served += [result["predictions"][0]["index"] for result in answer.json()["results"]]
-            model, _ = released(newest(name))
-            with torch.inference_mode():
-                expected = torch.cat([model(chunk) for chunk in torch.split(pixels, 250)]).argmax(dim=1)
-            differences = int((np.array(served) != expected.numpy()).sum())
-            assert differences <= 3, f"{name}: {differences} of {IMAGES} top-1 differ from torch"
+            differences = int((np.array(served) != expected_answers(newest(name), pixels)).sum())
+            assert differences <= 3, f"{name}: {differences} of {IMAGES} top-1 differ"

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from export.__main__ import app
 from export.graph import ExportError, serialise, to_onnx
 from export.parity import check_parity
+from export.precision import PROMISES
 from service.bundle import CONTENT_FILES, SUMS_FILE, read_bundle
 from service.engine import Engine
 from training.data import Split, load_dataset
@@ -33,8 +34,10 @@ def test_bundle_says_what_the_model_is(repository: Path) -> None:
     assert bundle.labels == tuple("0123456789")
     assert manifest.accuracy
     assert (manifest.accuracy.split, manifest.accuracy.n) == ("test", 360)
-    assert manifest.parity.images == 256
+    assert manifest.parity.images == 256 + 3
     assert manifest.parity.max_abs_logit < 1e-3
+    assert manifest.parity.top1_flips == 0
+    assert (manifest.precision, manifest.max_batch, manifest.devices) == ("fp32", None, ("cpu", "cuda", "tensorrt"))
     golden = bundle.golden()
     assert len(golden.images) == 8
     np.testing.assert_allclose(golden.probabilities.sum(axis=1), 1, atol=1e-5)
@@ -82,14 +85,14 @@ def first_images(count: int) -> npt.NDArray[np.uint8]:
 @pytest.mark.parametrize("change", [0.5, float("nan")])
 def test_a_graph_that_disagrees_with_torch_is_refused(digits_run: Path, change: float) -> None:
     classifier, _ = load_final(digits_run)
-    graph = to_onnx(classifier, image_size=32)
+    graph = to_onnx(classifier)
     head = next(tensor for tensor in graph.graph.initializer if tensor.name.endswith("head.bias"))
     values = numpy_helper.to_array(head).copy()
     values[3] += change
     head.CopyFrom(numpy_helper.from_array(values, head.name))
     images = first_images(16)
-    with pytest.raises(ExportError, match=r"disagree at batch 1|not finite"):
-        check_parity(classifier, Engine(serialise(graph)), images)
+    with pytest.raises(ExportError, match=r"disagree|not finite"):
+        check_parity(classifier, Engine(serialise(graph)), images, PROMISES["fp32"])
 
 
 def test_a_top1_flip_is_refused_however_small(digits_run: Path) -> None:
@@ -101,13 +104,13 @@ def test_a_top1_flip_is_refused_however_small(digits_run: Path) -> None:
         head.weight[1] = head.weight[0]
         head.bias[1] = head.bias[0] + 1e-4
         head.bias[:2] += 50
-    graph = to_onnx(classifier, image_size=32)
+    graph = to_onnx(classifier)
     tensor = next(tensor for tensor in graph.graph.initializer if tensor.name.endswith("head.bias"))
     values = numpy_helper.to_array(tensor).copy()
     values[0] += 2e-4
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     with pytest.raises(ExportError, match="top-1 flips"):
-        check_parity(classifier, Engine(serialise(graph)), first_images(8))
+        check_parity(classifier, Engine(serialise(graph)), first_images(8), PROMISES["fp32"])
 
 
 def test_random_weights_are_exported_and_said_to_be_random(tmp_path: Path) -> None:

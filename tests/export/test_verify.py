@@ -31,7 +31,7 @@ def test_a_whole_bundle_passes_every_check(bundle: Path) -> None:
     result = runner.invoke(app, ["verify", str(bundle)])
     assert result.exit_code == 0, result.stderr
     lines = [line.split()[:2] for line in result.stdout.splitlines()]
-    assert lines == [["ok", name] for name in ("digests", "labels", "operators", "shapes", "golden")]
+    assert lines == [["ok", name] for name in ("digests", "labels", "operators", "shapes", "kernels", "golden")]
 
 
 @pytest.mark.parametrize("file", [*CONTENT_FILES, SUMS_FILE])
@@ -108,6 +108,7 @@ def test_inspect_is_a_readable_card(bundle: Path, monkeypatch: pytest.MonkeyPatc
     result = runner.invoke(app, ["inspect", str(bundle)])
     assert result.exit_code == 0, result.stderr
     for fact in (
+        "0 with another top-1",
         "csra-r2 of vit-xs",
         "stride 2, rank 32",
         "16 of 64",
@@ -116,6 +117,22 @@ def test_inspect_is_a_readable_card(bundle: Path, monkeypatch: pytest.MonkeyPatc
         "opset",
     ):
         assert fact in result.stdout
+
+
+def test_kernels_lists_every_kind_of_node_and_finds_a_gap(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    result = runner.invoke(app, ["kernels", str(bundle)])
+    assert result.exit_code == 0, result.stderr
+    assert "Attention-23" in result.stdout
+    assert "OperatorKernels.md" in result.stdout
+    graph = onnx.load(bundle / MODEL_FILE)
+    softmax = next(node for node in graph.graph.node if node.op_type == "Softmax")
+    softmax.op_type = "Hardmax"
+    (bundle / MODEL_FILE).write_bytes(graph.SerializeToString())
+    seal(bundle)
+    result = runner.invoke(app, ["kernels", str(bundle)])
+    assert result.exit_code == 1
+    assert "no kernel for this version" in result.stdout
 
 
 def test_diff_names_what_differs_and_nothing_else(bundle: Path) -> None:

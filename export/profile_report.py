@@ -1,0 +1,130 @@
+"""What a profile shows: a table for the terminal, for a document and as JSON, and a picture."""
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from export.profile import THESIS, Cell, Measured
+from service.golden import cpu_features
+from training.runs import git_commit
+
+HEADINGS = (
+    "batch",
+    "model",
+    "K/V tokens",
+    "images/s (slowest–fastest round)",
+    "throughput",
+    "ms a batch",
+    "added MB",
+    "added",
+    "peak MB",
+)
+
+
+def rows(measured: Measured) -> Iterator[tuple[str, ...]]:
+    """The cells of the table. `throughput` and `added` are ratios to the first model at the same batch size."""
+    baseline: dict[int, Cell] = {}
+    for cell in measured.cells():
+        base = baseline.setdefault(cell.batch, cell)
+        yield (
+            str(cell.batch),
+            cell.arm.label,
+            f"{cell.arm.kv_tokens} of {cell.arm.tokens}",
+            f"{cell.images_per_s:.1f} ({cell.slowest:.1f}–{cell.fastest:.1f})",
+            "1" if cell is base else str(cell.ratio),
+            f"{cell.latency_ms:.1f}",
+            f"{cell.added_bytes / 1e6:.0f}",
+            "1" if cell is base else f"×{cell.added_bytes / max(1, base.added_bytes):.2f}",
+            f"{cell.peak_bytes / 1e6:.0f}",
+        )
+
+
+def table(measured: Measured) -> Table:
+    """For the terminal."""
+    shown = Table(*HEADINGS, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption(measured))
+    for row in rows(measured):
+        shown.add_row(*row)
+    return shown
+
+
+def caption(measured: Measured) -> str:
+    """How it was measured, what the columns mean, and what the thesis found."""
+    setup = measured.setup
+    on = f"{setup.threads} threads" if setup.device in ("auto", "cpu") else setup.device
+    thesis = "; ".join(
+        f"{variant} {speed:+.1f} % throughput, {memory:+.1f} % memory" for variant, (speed, memory) in THESIS.items()
+    )
+    return (
+        f"{measured.rounds} interleaved rounds of {setup.seconds:g} s, a fresh process each, on {on}. Ratios are to "
+        f"{measured.arms[0].label}, with 95 % bootstrap intervals over rounds. Added: peak above the loaded session. "
+        f"The thesis, on a GPU at 384 px, in total memory: {thesis}."
+    )
+
+
+def markdown(measured: Measured) -> str:
+    """For a document."""
+    lines = [f"| {' | '.join(HEADINGS)} |", "| ---: | --- |" + " ---: |" * (len(HEADINGS) - 2)]
+    lines += [f"| {' | '.join(row)} |" for row in rows(measured)]
+    return "\n".join([*lines, "", caption(measured), ""])
+
+
+def environment() -> dict[str, Any]:
+    """The machine, the libraries and the commit."""
+    return {
+        "cpu": cpu_features(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "git_commit": git_commit(),
+        **{name: version(name) for name in ("onnxruntime", "onnx", "torch")},
+    }
+
+
+def write(measured: Measured, folder: Path) -> list[Path]:
+    """Write profile.md, profile.json, profile.svg and profile.png into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    document, record, vector, picture = (folder / f"profile.{kind}" for kind in ("md", "json", "svg", "png"))
+    document.write_text(markdown(measured), encoding="utf-8")
+    record.write_text(measured.as_json(environment()), encoding="utf-8")
+    # Fixed ids and no date: equal measurements draw equal files.
+    with mpl.rc_context({"svg.hashsalt": "stridevit"}):
+        figure = _bars(measured)
+        figure.savefig(vector, metadata={"Date": None})
+        figure.savefig(picture, dpi=150)
+    return [document, record, vector, picture]
+
+
+def _bars(measured: Measured) -> Figure:
+    arms, batches = measured.arms, measured.setup.batches
+    figure = Figure(figsize=(10, 1.6 + 0.22 * len(arms) * len(batches)), layout="constrained")
+    speed, memory = figure.subplots(1, 2, sharey=True)
+    height = 0.8 / len(batches)
+    cells = list(measured.cells())
+    for number, batch in enumerate(batches):
+        chosen = [cell for cell in cells if cell.batch == batch]
+        places = [index + number * height for index in range(len(arms))]
+        ratios = [cell.ratio for cell in chosen]
+        errors = [
+            [ratio.ratio - (ratio.low or ratio.ratio) for ratio in ratios],
+            [(ratio.high or ratio.ratio) - ratio.ratio for ratio in ratios],
+        ]
+        color = f"C{number}"
+        speed.barh(places, [ratio.ratio for ratio in ratios], height, xerr=errors, color=color, ecolor="0.3")
+        memory.barh(places, [cell.added_bytes / 1e6 for cell in chosen], height, color=color, label=f"batch {batch}")
+    speed.axvline(1, color="0.3", linewidth=0.8)
+    speed.set_yticks([index + 0.4 - height / 2 for index in range(len(arms))], [arm.label for arm in arms])
+    speed.invert_yaxis()
+    speed.set(xlabel=f"throughput, ratio to {arms[0].label}")
+    memory.set(xlabel="peak memory above the loaded session, MB")
+    for axes in (speed, memory):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+    memory.legend(frameon=False)
+    return figure

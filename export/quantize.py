@@ -1,0 +1,71 @@
+"""int8 for CPUs: products with weights in 8 bits, all else in float32, as standard ONNX operators.
+
+Chosen on held-out train images (docs/results.md has the table): the inputs of a product are quantised, its output is
+not; weights have a scale a column; ranges are the smallest and largest value seen in calibration. Activations are
+unsigned and weights signed, the pair that processors with VNNI multiply in one instruction. Without VNNI ONNX Runtime's
+kernels may saturate: then the golden outputs refuse the model at its start.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+
+from export.graph import plain
+from service.engine import INPUT
+
+CALIBRATION_BATCH = 32
+_PRODUCTS = ["MatMul", "Gemm"]
+_ONLY_WITH_WEIGHTS = {"MatMulConstBOnly": True}
+
+
+def quantize(graph: onnx.ModelProto, calibration: npt.NDArray[np.uint8]) -> onnx.ModelProto:
+    """`graph` with fixed ranges, found on `calibration` images (n,H,W,3): an answer depends on its own image alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "int8.onnx"
+        quantize_static(
+            graph,
+            written,
+            _Batches(calibration),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=_PRODUCTS,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={**_ONLY_WITH_WEIGHTS, "OpTypesToExcludeOutputQuantization": _PRODUCTS},
+        )
+        return plain(onnx.load(written))
+
+
+def quantize_by_batch(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """`graph` with ranges found anew for each batch: nothing to calibrate, but an answer depends on the whole batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, written = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
+        onnx.save(graph, source)
+        quantize_dynamic(
+            source,
+            written,
+            op_types_to_quantize=_PRODUCTS,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            extra_options=_ONLY_WITH_WEIGHTS,
+        )
+        return plain(onnx.load(written))
+
+
+class _Batches(CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self, images: npt.NDArray[np.uint8]) -> None:
+        self._batches = iter(np.array_split(images, -(-len(images) // CALIBRATION_BATCH)))
+
+    def get_next(self) -> dict[str, npt.NDArray[np.uint8]] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {INPUT: batch}

@@ -1,0 +1,124 @@
+"""Profiles: real processes, ratios with known answers, and an end that keeps what was measured."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from export import profile_report
+from export.__main__ import app
+from export.graph import ExportError
+from export.probe import Probe
+from export.profile import Arm, Measured, Setup, bundle_arm, measure, ratio
+from tests.processes import ROOT
+
+SETUP = Setup(batches=(1, 4), rounds=2, seconds=0.05, threads=1, device="cpu")
+
+
+def arm(label: str) -> Arm:
+    return Arm(label=label, variant=label, model=Path(f"{label}.onnx"), size=32, tokens=64, kv_tokens=16)
+
+
+def test_each_round_is_measured_in_processes_of_its_own(repository: Path) -> None:
+    one = bundle_arm(repository / "digits-csra-r2" / "1")
+    told: list[str] = []
+    measured = measure([one], SETUP, told.append)
+    assert measured.rounds == 2
+    # Every other round backwards.
+    assert [line.split(", ")[1] for line in told] == ["batch 1", "batch 4", "batch 4", "batch 1"]
+    cells = {cell.batch: cell for cell in measured.cells()}
+    assert cells[4].peak_bytes > cells[4].added_bytes > 0
+    assert cells[1].images_per_s == pytest.approx(1000 / cells[1].latency_ms)
+    assert cells[1].ratio.ratio == 1
+
+
+def test_ratio_and_memory_of_made_up_measurements(tmp_path: Path) -> None:
+    """The second model always takes half the time of its neighbour, whatever the machine does from round to round."""
+    slow = [1.0, 3.0, 0.5, 2.0, 1.5, 4.0]
+    probes = {
+        ("mha", 1): [Probe(seconds=[s, s, 9 * s], idle_bytes=100_000_000, peak_bytes=300_000_000) for s in slow],
+        ("csra-r2", 1): [Probe(seconds=[s / 2], idle_bytes=90_000_000, peak_bytes=190_000_000) for s in slow],
+    }
+    setup = Setup(batches=(1,), rounds=6, seconds=1, threads=2, device="cpu")
+    measured = Measured(arms=[arm("mha"), arm("csra-r2")], setup=setup, probes=probes, rounds=6)
+    _, faster = measured.cells()
+    assert faster.ratio.ratio == pytest.approx(2)
+    assert (faster.added_bytes, faster.peak_bytes) == (100_000_000, 190_000_000)
+    text = profile_report.markdown(measured)
+    assert "| 1 | csra-r2 | 16 of 64 |" in text
+    assert "×0.50" in text
+    assert "6 interleaved rounds" in text
+    assert "+22.9 % throughput, -27.2 % memory" in text
+    files = profile_report.write(measured, tmp_path)
+    assert all(path.stat().st_size > 500 for path in files)
+    record = json.loads((tmp_path / "profile.json").read_text())
+    assert record["cells"][1]["rates"] == [2.0, 0.667, 4.0, 1.0, 1.333, 0.5]
+    assert record["environment"]["onnxruntime"]
+
+
+def test_an_interval_covers_what_it_should_and_needs_rounds() -> None:
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        base = generator.lognormal(0, 0.5, size=12)
+        found = ratio(1.1 * base * generator.lognormal(0, 0.05, size=12), base)
+        assert found.low is not None
+        assert found.high is not None
+        covered += found.low <= 1.1 <= found.high
+    # A percentile bootstrap of twelve is a little short of its 95 %.
+    assert 0.86 <= covered / 200 <= 0.99
+    assert ratio(np.ones(4), np.ones(4)).low is None
+
+
+def test_a_model_that_cannot_be_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    broken = Arm(label="bad", variant="mha", model=tmp_path / "bad.onnx", size=32, tokens=64, kv_tokens=64)
+    with pytest.raises(ExportError, match=r"bad at batch 1 cannot be measured: .*cannot load the model"):
+        measure([broken], SETUP, lambda _: None)
+
+
+def test_random_weights_are_profiled_by_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    arguments = ["profile", "--preset", "vit-xs", "--variants", "mha,csra-r2", "--forms", "shaped,unshaped"]
+    quick = ["--batch", "2", "--rounds", "1", "--seconds", "0.05", "--threads", "1", "--device", "cpu"]
+    result = CliRunner().invoke(app, [*arguments, *quick, "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.stderr
+    labels = [cell["arm"] for cell in json.loads((tmp_path / "profile.json").read_text())["cells"]]
+    assert labels == ["mha shaped", "mha unshaped", "csra-r2 shaped", "csra-r2 unshaped"]
+    assert all(label in result.stdout for label in labels)
+    assert (tmp_path / "profile.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--precisions", "bf16"], "choose from fp32, fp16, int8, int8-dynamic"),
+        (["--variants", "mha,xyz"], "xyz"),
+        (["--opsets", "99"], "opset 99 cannot be exported"),
+        (["nowhere/1"], "cannot be read"),
+    ],
+)
+def test_wrong_arguments_name_the_fix(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["profile", "--preset", "vit-xs", *arguments])
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+def test_ctrl_c_keeps_the_whole_rounds(repository: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "export", "profile", str(repository / "digits-csra-r2" / "1"), "--batch", "1"]
+    command += ["--rounds", "500", "--seconds", "0.05", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    time.sleep(30)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "of 500 rounds" in stderr
+    assert json.loads((tmp_path / "profile.json").read_text())["rounds"] >= 1
