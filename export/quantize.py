@@ -31,9 +31,11 @@ _ONLY_WITH_WEIGHTS = {"MatMulConstBOnly": True}
 def quantize(graph: onnx.ModelProto, calibration: npt.NDArray[np.uint8]) -> onnx.ModelProto:
     """`graph` with fixed ranges, found on `calibration` images (n,H,W,3): an answer depends on its own image alone."""
     with tempfile.TemporaryDirectory() as folder:
-        written = Path(folder) / "int8.onnx"
+        # From a file: given the graph itself, it would move the weights out of it.
+        source, written = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
+        onnx.save(graph, source)
         quantize_static(
-            graph,
+            source,
             written,
             _Batches(calibration),
             quant_format=QuantFormat.QDQ,

@@ -1,27 +1,33 @@
 """The model as it is served: what `Classifier` computes, shaped for an inference runtime, all variants alike.
 
-Shape suffixes as in training/attention.py; P is the patch size. What is done once here, instead of for every image:
+Shape suffixes as in training/attention.py; P is the patch size, and T = B·N the tokens of a whole batch, which stand in
+one matrix everywhere but in attention: then a product and its bias are one operator, `Gemm`. What is done once here,
+instead of for every image:
 
 - the normalisation of pixels is folded into the patch embedding, and its bias into the positions;
-- matrices stand as (in, out), so that a product needs no transposition;
 - L-SRA's gate is one more column of the latent's matrix, and its pooling one batched product. A last block that is not
   full is pooled by itself: ONNX Runtime has no CUDA kernel for `Pad` at opset 23.
 
-Keys and values are one product. Attention is the standard operator on 4-D tensors where the opset has it, and else its
-parts with the scale folded into the queries. (The operator takes 3-D tensors too, and Reshape and Transpose take uint8:
-TensorRT does not promise either.) `python -m export profile --forms unshaped,shaped` compares.
+Keys and values are one product. The MLP can be taken in parts of its hidden layer, which are added up: nothing is
+computed twice, and the largest intermediate is as much smaller. Attention is the standard operator on 4-D tensors where
+the opset has it, and else its parts with the scale folded into the queries. (The operator takes 3-D tensors too, and
+Reshape and Transpose take uint8: TensorRT does not promise either.) `python -m export profile --forms unshaped,shaped`
+compares.
 """
 
 import copy
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
-from timm.layers import Attention
+from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from training.attention import CompressedAttention, ConvolutionalSRA, LocalSRA
 from training.models import Classifier, StrideViT
+
+MLP_PARTS = 2
+"""In float32 and int8. A GPU at small batches would rather have one large product: float16 is not parted."""
 
 
 class _Product(nn.Module):
@@ -42,145 +48,174 @@ class _Product(nn.Module):
             raise TypeError(f"{type(layer).__name__} is no linear layer")
         return cls(layer.weight.t(), layer.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return x @ self.weight + self.bias
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """(T, in) -> (T, out); `plus` (T, out) instead of the bias."""
+        return torch.addmm(self.bias if plus is None else plus, x, self.weight)
 
 
 class _Attend(nn.Module):
     """Scaled dot-product attention and the output projection."""
 
-    def __init__(self, heads: int, projection: nn.Linear, *, operator: bool) -> None:
+    def __init__(self, heads: int, tokens: int, projection: nn.Linear, *, operator: bool) -> None:
         super().__init__()
-        self.heads, self.operator = heads, operator
+        self.heads, self.tokens, self.operator = heads, tokens, operator
         self.projection = _Product.of(projection)
 
-    def forward(self, q_BND: Tensor, k_BMD: Tensor, v_BMD: Tensor) -> Tensor:
-        B, N, D = q_BND.shape
-        q_BHNd, k_BHMd, v_BHMd = (
-            x.view(B, -1, self.heads, D // self.heads).transpose(1, 2) for x in (q_BND, k_BMD, v_BMD)
-        )
+    def forward(self, q_TD: Tensor, k_BMD: Tensor, v_BMD: Tensor) -> Tensor:
+        D = q_TD.shape[-1]
+        q_BHNd = self._by_head(q_TD.view(-1, self.tokens, D))
+        k_BHMd, v_BHMd = self._by_head(k_BMD), self._by_head(v_BMD)
         if self.operator:
             y_BHNd = torch.onnx.ops.attention(q_BHNd, k_BHMd, v_BHMd)[0]
         else:
             y_BHNd = (q_BHNd @ k_BHMd.transpose(-2, -1)).softmax(dim=-1) @ v_BHMd
-        y_BND: Tensor = self.projection(y_BHNd.transpose(1, 2).reshape(B, N, D))
-        return y_BND
+        y_TD: Tensor = self.projection(y_BHNd.transpose(1, 2).reshape(-1, D))
+        return y_TD
+
+    def _by_head(self, x_BMD: Tensor) -> Tensor:
+        return x_BMD.view(-1, x_BMD.shape[1], self.heads, x_BMD.shape[2] // self.heads).transpose(1, 2)
 
 
 class _ServedMHA(nn.Module):
-    """Standard attention, its queries, keys and values one product."""
+    """Standard attention, its queries, keys and values one product: (T,D) -> (T,D)."""
 
-    def __init__(self, trained: Attention, *, operator: bool) -> None:
+    def __init__(self, trained: Attention, tokens: int, *, operator: bool) -> None:
         super().__init__()
+        self.tokens = tokens
         width = trained.proj.in_features
         scale = torch.ones(3 * width)
         if not operator:
             scale[:width] = trained.scale
         self.qkv = _Product(trained.qkv.weight.t() * scale, trained.qkv.bias * scale)
-        self.attend = _Attend(trained.num_heads, trained.proj, operator=operator)
+        self.attend = _Attend(trained.num_heads, tokens, trained.proj, operator=operator)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """(B,N,D) -> (B,N,D)."""
-        q_BND, k_BND, v_BND = self.qkv(x_BND).split(x_BND.shape[-1], dim=-1)
-        y_BND: Tensor = self.attend(q_BND, k_BND, v_BND)
-        return y_BND
+    def forward(self, x_TD: Tensor) -> Tensor:
+        D = x_TD.shape[-1]
+        q_TD, k_TD, v_TD = torch.split(self.qkv(x_TD), D, dim=-1)
+        y_TD: Tensor = self.attend(q_TD, k_TD.view(-1, self.tokens, D), v_TD.view(-1, self.tokens, D))
+        return y_TD
 
 
 class _ServedSRA(nn.Module):
-    """Attention over pooled keys and values."""
+    """Attention over pooled keys and values: (T,D) -> (T,D)."""
 
-    def __init__(self, trained: CompressedAttention, *, operator: bool) -> None:
+    def __init__(self, trained: CompressedAttention, tokens: int, *, operator: bool) -> None:
         super().__init__()
         scale = 1.0 if operator else (trained.q.out_features // trained.num_heads) ** -0.5
+        self.tokens = tokens
         self.q = _Product(trained.q.weight.t() * scale, trained.q.bias * scale)
         if isinstance(trained, LocalSRA):
+            self.latent = _latent_with_gate(trained)
             self.pool: nn.Module = _LocalPool(trained)
         elif isinstance(trained, ConvolutionalSRA):
+            self.latent = _Product.of(trained.latent)
             self.pool = _ConvolutionalPool(trained)
         else:
             raise TypeError(f"no served form of {type(trained).__name__}")
         self.norm = trained.norm
         self.kv = _Product.of(trained.kv)
-        self.attend = _Attend(trained.num_heads, trained.proj, operator=operator)
+        self.attend = _Attend(trained.num_heads, tokens, trained.proj, operator=operator)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """(B,N,D) -> (B,N,D)."""
-        k_BMD, v_BMD = self.kv(self.norm(self.pool(x_BND))).split(x_BND.shape[-1], dim=-1)
-        y_BND: Tensor = self.attend(self.q(x_BND), k_BMD, v_BMD)
-        return y_BND
+    def forward(self, x_TD: Tensor) -> Tensor:
+        D = x_TD.shape[-1]
+        c_Tr = self.latent(x_TD)
+        c_BMr = self.norm(self.pool(c_Tr.view(-1, self.tokens, c_Tr.shape[-1])))
+        M, r = c_BMr.shape[1:]
+        k, v = torch.split(self.kv(c_BMr.reshape(-1, r)), D, dim=-1)
+        y_TD: Tensor = self.attend(self.q(x_TD), k.view(-1, M, D), v.view(-1, M, D))
+        return y_TD
 
 
 class _ConvolutionalPool(nn.Module):
-    """C-SRA's latent and its `reduce`: (B,N,D) -> (B,M,r)."""
+    """C-SRA's `reduce`: (B,N,r) -> (B,M,r)."""
 
     def __init__(self, trained: ConvolutionalSRA) -> None:
         super().__init__()
-        self.latent = _Product.of(trained.latent)
         self.conv, self.grid = trained.conv, trained.grid
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        c_BrN = self.latent(x_BND).transpose(1, 2)
-        pooled_Brhw: Tensor = self.conv(c_BrN.reshape(*c_BrN.shape[:2], *self.grid))
+    def forward(self, c_BNr: Tensor) -> Tensor:
+        c_BrN = c_BNr.transpose(1, 2)
+        pooled_Brhw: Tensor = self.conv(c_BrN.reshape(-1, c_BrN.shape[1], *self.grid))
         return pooled_Brhw.flatten(2).transpose(1, 2)
 
 
 class _LocalPool(nn.Module):
-    """L-SRA's latent and its `reduce`: (B,N,D) -> (B,M,r). The latent's last column is the gate's logit."""
+    """L-SRA's `reduce`: (B,N,r+1) -> (B,M,r). The last column is the gate's logit."""
 
     gate_bias: Tensor
 
     def __init__(self, trained: LocalSRA) -> None:
         super().__init__()
-        weight_Dr, bias_r, gate_r = trained.latent.weight.t(), trained.latent.bias, trained.gate_weight
-        self.latent = _Product(
-            torch.cat([weight_Dr, (weight_Dr @ gate_r).unsqueeze(1)], dim=1),
-            torch.cat([bias_r, (bias_r @ gate_r).unsqueeze(0)]),
-        )
         self.register_buffer("gate_bias", trained.gate_bias.detach().clone())
         tokens = trained.grid[0] * trained.grid[1]
         self.rank, self.block = trained.rank, trained.reduction
         self.rest = tokens % self.block
         self.whole = tokens - self.rest
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        c_BNr = self.latent(x_BND)
+    def forward(self, c_BNr: Tensor) -> Tensor:
         if not self.rest:
             return self._blocks(c_BNr, self.block)
-        whole_BNr, rest_BNr = c_BNr.split([self.whole, self.rest], dim=1)
+        whole_BNr, rest_BNr = torch.split(c_BNr, [self.whole, self.rest], dim=1)
         rest_B1r = self._blocks(rest_BNr, self.rest)
         return torch.cat([self._blocks(whole_BNr, self.block), rest_B1r], dim=1) if self.whole else rest_B1r
 
     def _blocks(self, c_BNr: Tensor, size: int) -> Tensor:
         """Each `size` tokens as one, weighted by the softmax of their gates in float32."""
-        B, N, _ = c_BNr.shape
-        c_BMRr, logit_BMR1 = torch.split(c_BNr.view(B, N // size, size, -1), [self.rank, 1], dim=-1)
+        _, N, columns = c_BNr.shape
+        c_BMRr, logit_BMR1 = torch.split(c_BNr.view(-1, N // size, size, columns), [self.rank, 1], dim=-1)
         logit_BM1R = logit_BMR1.transpose(-2, -1) + self.gate_bias[:size]
         weight_BM1R = logit_BM1R.float().softmax(dim=-1).to(c_BNr.dtype)
-        pooled_BMr: Tensor = (weight_BM1R @ c_BMRr).squeeze(2)
-        return pooled_BMr
+        return (weight_BM1R @ c_BMRr).squeeze(2)
+
+
+def _latent_with_gate(trained: LocalSRA) -> _Product:
+    """(T,D) -> (T,r+1): the latent, and each token's logit without the bias of its place."""
+    weight_Dr, bias_r, gate_r = trained.latent.weight.t(), trained.latent.bias, trained.gate_weight
+    return _Product(
+        torch.cat([weight_Dr, (weight_Dr @ gate_r).unsqueeze(1)], dim=1),
+        torch.cat([bias_r, (bias_r @ gate_r).unsqueeze(0)]),
+    )
+
+
+class _ServedMLP(nn.Module):
+    """The MLP in `parts` of its hidden layer: (T,D) -> (T,D)."""
+
+    def __init__(self, trained: Mlp, parts: int) -> None:
+        super().__init__()
+        into, out = _Product.of(trained.fc1), _Product.of(trained.fc2)
+        self.into = nn.ModuleList(map(_Product, into.weight.chunk(parts, dim=1), into.bias.chunk(parts)))
+        # The bias is the first part's: the others add to what is there.
+        self.out = nn.ModuleList(_Product(rows, out.bias) for rows in out.weight.chunk(parts))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y_TD: Tensor = self.out[0](F.gelu(self.into[0](x_TD)))
+        for into, out in zip(self.into[1:], self.out[1:], strict=True):
+            y_TD = out(F.gelu(into(x_TD)), plus=y_TD)
+        return y_TD
 
 
 class _ServedBlock(nn.Module):
-    """One transformer block in evaluation mode: no drop-path, no dropout."""
+    """One transformer block in evaluation mode, no drop-path, no dropout: (T,D) -> (T,D)."""
 
-    def __init__(self, trained: nn.Module, *, operator: bool) -> None:
+    def __init__(self, trained: nn.Module, tokens: int, *, operator: bool, mlp_parts: int) -> None:
         super().__init__()
         if not isinstance(trained, Block):
             raise TypeError(f"no served form of a {type(trained).__name__}")
         self.norm1, self.norm2 = trained.norm1, trained.norm2
         if isinstance(trained.attn, CompressedAttention):
-            self.attention: nn.Module = _ServedSRA(trained.attn, operator=operator)
+            self.attention: nn.Module = _ServedSRA(trained.attn, tokens, operator=operator)
         elif isinstance(trained.attn, Attention):
-            self.attention = _ServedMHA(trained.attn, operator=operator)
+            self.attention = _ServedMHA(trained.attn, tokens, operator=operator)
         else:
             raise TypeError(f"no served form of {type(trained.attn).__name__}")
-        self.fc1, self.fc2 = _Product.of(trained.mlp.fc1), _Product.of(trained.mlp.fc2)
+        if not isinstance(trained.mlp, Mlp):
+            raise TypeError(f"no served form of {type(trained.mlp).__name__}")
+        self.mlp = _ServedMLP(trained.mlp, mlp_parts)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        x_BND = x_BND + self.attention(self.norm1(x_BND))
-        y_BND: Tensor = x_BND + self.fc2(F.gelu(self.fc1(self.norm2(x_BND))))
-        return y_BND
+    def forward(self, x_TD: Tensor) -> Tensor:
+        x_TD = x_TD + self.attention(self.norm1(x_TD))
+        y_TD: Tensor = x_TD + self.mlp(self.norm2(x_TD))
+        return y_TD
 
 
 class Served(nn.Module):
@@ -191,6 +226,9 @@ class Served(nn.Module):
     says that `LayerNormalization` computes in float32 inside.
     """
 
+    embedding: Tensor
+    positions_ND: Tensor
+
     def __init__(self, classifier: Classifier, *, operator: bool, half: bool = False) -> None:
         super().__init__()
         # What is shared with the trained model may become half precision here.
@@ -200,20 +238,21 @@ class Served(nn.Module):
         weight_D3PP = model.get_parameter("patch_embed.proj.weight").double()
         mean, std = classifier.mean.double(), classifier.std.double()
         bias_D = model.get_parameter("patch_embed.proj.bias").double() - (weight_D3PP * (mean / std)).sum(dim=(1, 2, 3))
-        self.embed = _Product(
-            (weight_D3PP / std).permute(2, 3, 1, 0).flatten(0, 2), model.get_buffer("pos_embed").double() + bias_D
-        )
+        self.register_buffer("embedding", (weight_D3PP / std).permute(2, 3, 1, 0).flatten(0, 2).float().detach())
+        self.register_buffer("positions_ND", (model.get_buffer("pos_embed")[0].double() + bias_D).float().detach())
         self.patch, self.grid = model.spec.patch_size, model.spec.grid
         self.dtype = torch.float16 if half else torch.float32
-        trunk = nn.Sequential(*(_ServedBlock(block, operator=operator) for block in model.blocks), model.norm)
-        self.trunk = trunk.to(self.dtype)
+        tokens, parts = len(self.positions_ND), 1 if half else MLP_PARTS
+        blocks = (_ServedBlock(block, tokens, operator=operator, mlp_parts=parts) for block in model.blocks)
+        self.trunk = nn.Sequential(*blocks, model.norm).to(self.dtype)
         self.fc_norm, self.head = model.fc_norm.to(self.dtype), model.head.to(self.dtype)
 
     def forward(self, image_BHW3: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and probabilities."""
         h, w = self.grid
-        P = self.patch
-        patches = image_BHW3.float().view(-1, h, P, w, P * 3).transpose(2, 3).reshape(-1, h * w, P * P * 3)
-        x_BND = self.trunk(self.embed(patches).to(self.dtype))
-        logits: Tensor = self.head(self.fc_norm(x_BND.mean(dim=1))).float()
+        P, (N, D) = self.patch, self.positions_ND.shape
+        patches = image_BHW3.float().view(-1, h, P, w, P * 3).transpose(2, 3).reshape(-1, N, P * P * 3)
+        x_BND = patches @ self.embedding + self.positions_ND
+        x_TD = self.trunk(x_BND.to(self.dtype).reshape(-1, D))
+        logits: Tensor = self.head(self.fc_norm(x_TD.view(-1, N, D).mean(dim=1))).float()
         return logits, logits.softmax(dim=-1)

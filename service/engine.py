@@ -74,6 +74,8 @@ class Engine:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # With it, the second run of a batch size reserves one more block, as large as all that the first one needed.
+        options.enable_mem_pattern = device != "cpu"
         provider_options: dict[str, Any] = {}
         if device != "cpu":
             # CUDA and cuDNN come as wheels of their own, where the loader does not look by itself.
