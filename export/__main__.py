@@ -19,7 +19,7 @@ from export import profile_report
 from export.bundles import export
 from export.cards import card, difference, kernel_table, listing
 from export.graph import OPSET, OPSETS, ExportError
-from export.profile import Arm, Form, Setup, bundle_arm, estimated_seconds, measure, random_arm
+from export.profile import Arm, Form, Setup, bundle_arm, estimated_seconds, measure, operators, random_arm
 from export.subjects import finished_run, random_weights
 from export.verify import read_graph
 from export.verify import verify as verify_bundle
@@ -117,7 +117,7 @@ BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder o
 def verify(bundle: BundleArgument) -> None:
     """Prove a bundle again from its files alone: digests, manifest, operators, shapes, golden outputs.
 
-    Example: `python -m export verify models/cifar100-csra-r2/2`
+    Example: `python -m export verify models/cifar100-csra-r2/3`
     """
     with _errors():
         checks = verify_bundle(bundle)
@@ -186,6 +186,9 @@ def profile(
     seconds: Annotated[float, typer.Option(min=0.05, help="Of each measurement.")] = 2.0,
     threads: Annotated[int | None, typer.Option(min=1, help="On a CPU; those this process may use by default.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or tensorrt.")] = "auto",
+    by_operator: Annotated[
+        bool, typer.Option("--by-operator", help="Then, where the time goes, at the largest batch size.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for profile.md, .json, .svg and .png; printed only by default.")
     ] = None,
@@ -217,6 +220,8 @@ def profile(
             bar = progress.add_task("", total=len(arms) * len(setup.batches) * rounds)
             measured = measure(arms, setup, lambda what: progress.update(bar, description=what, advance=1))
         Console().print(profile_report.table(measured))
+        if by_operator and measured.rounds == rounds:
+            Console().print(profile_report.operator_table(operators(arms, setup, Path(folder))))
         if out:
             console.print("wrote " + ", ".join(map(str, profile_report.write(measured, out))), soft_wrap=True)
     if measured.rounds < rounds:

@@ -15,6 +15,7 @@ from export.kernels import gaps
 from export.parity import check_parity, run_all
 from export.precision import MAX_ACCURACY_LOSS, PROMISES
 from export.quantize import quantize, quantize_by_batch
+from export.served import MLP_PARTS
 from export.subjects import Pixels, Subject
 from service.bundle import GOLDEN_FILE, Accuracy, Manifest, Precision, Source, Tensor, publish
 from service.cores import available_cores
@@ -98,7 +99,8 @@ def make_graph(subject: Subject, precision: Precision, *, opset: int = OPSET) ->
 
     int8 is for the CPU, and so is not held against the GPUs' kernels.
     """
-    graph = to_onnx(subject.classifier, opset=opset, half=precision == "fp16")
+    parts = MLP_PARTS if precision == "fp32" else 1
+    graph = to_onnx(subject.classifier, opset=opset, half=precision == "fp16", mlp_parts=parts)
     if precision == "int8":
         return quantize(graph, subject.calibration_images())
     if precision == "int8-dynamic":

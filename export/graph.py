@@ -7,7 +7,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export.served import Served
+from export.served import MLP_PARTS, Served
 from service.engine import INPUT, OUTPUTS
 from training.models import Classifier, StrideViT
 
@@ -35,18 +35,22 @@ class _Unshaped(nn.Module):
         return logits, logits.softmax(dim=-1)
 
 
-def to_onnx(classifier: Classifier, *, opset: int = OPSET, half: bool = False, shaped: bool = True) -> onnx.ModelProto:
+def to_onnx(
+    classifier: Classifier, *, opset: int = OPSET, half: bool = False, mlp_parts: int = MLP_PARTS, shaped: bool = True
+) -> onnx.ModelProto:
     """The graph of `classifier`, checked and stripped: uint8 images in, float32 logits and probabilities out.
 
-    With `half` it computes in float16. `shaped=False` leaves the form to torch's exporter, which below opset 23 adds
-    operators on shapes: to measure, not to serve. Raises ExportError.
+    With `half` it computes in float16; the MLP is taken in `mlp_parts`. `shaped=False` leaves the form to torch's
+    exporter, which below opset 23 adds operators on shapes: to measure, not to serve. Raises ExportError.
     """
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} cannot be exported: choose one from {OPSETS[0]} to {OPSETS[-1]}")
     model = classifier.model
     if not isinstance(model, StrideViT):
         raise ExportError(f"this is a {type(model).__name__}, not a StrideViT")
-    served = Served(classifier, operator=opset >= OPSET, half=half) if shaped else _Unshaped(classifier)
+    served = (
+        Served(classifier, operator=opset >= OPSET, half=half, mlp_parts=mlp_parts) if shaped else _Unshaped(classifier)
+    )
     example = torch.zeros(2, *model.spec.image_shape, 3, dtype=torch.uint8)
     program = torch.onnx.export(
         served.eval(),

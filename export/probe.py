@@ -5,7 +5,8 @@ The process never imports torch, so that its memory is what serving needs. `prof
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -29,14 +30,21 @@ class Probe:
     """With the session loaded, before its first run."""
     peak_bytes: int
     """The most since then."""
+    operators: dict[str, float] = field(default_factory=dict)
+    """Seconds of a run by operator, if they were asked for: tracing them makes a run slower."""
 
 
-def probe(model: Path, *, batch: int, size: int, seconds: float, threads: int, device: str) -> Probe:
-    """Run noise (batch,size,size,3) through `model` again and again for `seconds`. Raises EngineError."""
+def probe(
+    model: Path, *, batch: int, size: int, seconds: float, threads: int, device: str, trace: Path | None = None
+) -> Probe:
+    """Run noise (batch,size,size,3) through `model` again and again for `seconds`. Raises EngineError.
+
+    With `trace`, operators are timed too, by way of a file whose name begins so.
+    """
     kind, number = resolve_device(device)
     images = np.random.default_rng(0).integers(0, 256, size=(batch, size, size, 3), dtype=np.uint8)
     unused = _device_bytes(number) if kind != "cpu" else 0
-    engine = Engine(model, device=kind, number=number, threads=threads)
+    engine = Engine(model, device=kind, number=number, threads=threads, trace=trace)
     run = engine.bind(images)
     if kind == "cpu":
         idle = _process_bytes("VmRSS")
@@ -52,7 +60,17 @@ def probe(model: Path, *, batch: int, size: int, seconds: float, threads: int, d
         taken.append(time.perf_counter() - start)
     # ONNX Runtime's arena on a GPU never shrinks: what it holds now is its peak.
     peak = _process_bytes("VmHWM") if kind == "cpu" else _device_bytes(number) - unused
-    return Probe(seconds=taken, idle_bytes=idle, peak_bytes=peak)
+    operators = _by_operator(engine.end_trace(), runs=WARM_UP_RUNS + len(taken)) if trace else {}
+    return Probe(seconds=taken, idle_bytes=idle, peak_bytes=peak, operators=operators)
+
+
+def _by_operator(trace: Path, *, runs: int) -> dict[str, float]:
+    """Seconds of each kind of node in a run, most first, from ONNX Runtime's trace."""
+    seconds: Counter[str] = Counter()
+    for event in json.loads(trace.read_text(encoding="utf-8")):
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            seconds[event["args"]["op_name"]] += event["dur"] / 1e6
+    return {name: total / runs for name, total in seconds.most_common()}
 
 
 def _process_bytes(field: str) -> int:
@@ -80,10 +98,11 @@ def main(
     seconds: float = 2.0,
     threads: int = 1,
     device: str = "cpu",
+    trace: Path | None = None,
 ) -> None:
     """Print one Probe as JSON; or, to standard error, why there is none, in one line."""
     try:
-        seen = probe(model, batch=batch, size=size, seconds=seconds, threads=threads, device=device)
+        seen = probe(model, batch=batch, size=size, seconds=seconds, threads=threads, device=device, trace=trace)
     except EngineError as error:
         typer.echo(" ".join(str(error).split()), err=True)
         raise typer.Exit(1) from None

@@ -201,14 +201,28 @@ def estimated_seconds(arms: Sequence[Arm], setup: Setup) -> float:
     return len(arms) * len(setup.batches) * setup.rounds * (setup.seconds + SECONDS_TO_START)
 
 
-def _probe(arm: Arm, batch: int, setup: Setup) -> Probe:
-    options = {
+def operators(arms: Sequence[Arm], setup: Setup, folder: Path) -> dict[str, dict[str, float]]:
+    """Seconds of a run by operator, for each model at the largest batch size; `folder` takes the traces.
+
+    One process a model, not interleaved, and slower for being traced: for shares, not for comparing rates.
+    """
+    largest = max(setup.batches)
+    return {
+        arm.label: _probe(arm, largest, setup, trace=folder / f"trace-{number}").operators
+        for number, arm in enumerate(arms)
+    }
+
+
+def _probe(arm: Arm, batch: int, setup: Setup, *, trace: Path | None = None) -> Probe:
+    options: dict[str, object] = {
         "batch": batch,
         "size": arm.size,
         "seconds": setup.seconds,
         "threads": setup.threads,
         "device": setup.device,
     }
+    if trace:
+        options["trace"] = trace
     command = [sys.executable, "-m", "export.probe", str(arm.model)]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])  # noqa: S603

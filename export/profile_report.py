@@ -75,6 +75,21 @@ def markdown(measured: Measured) -> str:
     return "\n".join([*lines, "", caption(measured), ""])
 
 
+def operator_table(measured: dict[str, dict[str, float]]) -> Table:
+    """Milliseconds of a run by operator, models side by side."""
+    shown = Table("operator, ms", *measured, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    names = sorted({name for one in measured.values() for name in one}, key=lambda n: -max(_all(measured, n)))
+    for name in names:
+        shown.add_row(name, *(f"{1000 * seconds:.1f}" for seconds in _all(measured, name)))
+    shown.add_section()
+    shown.add_row("together", *(f"{1000 * sum(one.values()):.1f}" for one in measured.values()))
+    return shown
+
+
+def _all(measured: dict[str, dict[str, float]], name: str) -> list[float]:
+    return [one.get(name, 0.0) for one in measured.values()]
+
+
 def environment() -> dict[str, Any]:
     """The machine, the libraries and the commit."""
     return {

@@ -27,7 +27,8 @@ from training.attention import CompressedAttention, ConvolutionalSRA, LocalSRA
 from training.models import Classifier, StrideViT
 
 MLP_PARTS = 2
-"""In float32 and int8. A GPU at small batches would rather have one large product: float16 is not parted."""
+"""In float32. Quantised, a product that adds to another one would stay in float32; and a GPU at small batches would
+rather have one large product, so float16 has it."""
 
 
 class _Product(nn.Module):
@@ -229,7 +230,7 @@ class Served(nn.Module):
     embedding: Tensor
     positions_ND: Tensor
 
-    def __init__(self, classifier: Classifier, *, operator: bool, half: bool = False) -> None:
+    def __init__(self, classifier: Classifier, *, operator: bool, half: bool, mlp_parts: int) -> None:
         super().__init__()
         # What is shared with the trained model may become half precision here.
         model = copy.deepcopy(classifier.model)
@@ -242,8 +243,8 @@ class Served(nn.Module):
         self.register_buffer("positions_ND", (model.get_buffer("pos_embed")[0].double() + bias_D).float().detach())
         self.patch, self.grid = model.spec.patch_size, model.spec.grid
         self.dtype = torch.float16 if half else torch.float32
-        tokens, parts = len(self.positions_ND), 1 if half else MLP_PARTS
-        blocks = (_ServedBlock(block, tokens, operator=operator, mlp_parts=parts) for block in model.blocks)
+        tokens = len(self.positions_ND)
+        blocks = (_ServedBlock(block, tokens, operator=operator, mlp_parts=mlp_parts) for block in model.blocks)
         self.trunk = nn.Sequential(*blocks, model.norm).to(self.dtype)
         self.fc_norm, self.head = model.fc_norm.to(self.dtype), model.head.to(self.dtype)
 

@@ -67,8 +67,19 @@ _PROVIDERS: dict[Device, str] = {
 class Engine:
     """Runs one ONNX file. `run` may be called from one thread at a time."""
 
-    def __init__(self, model: Path | bytes, *, device: Device = "cpu", number: int = 0, threads: int = 1) -> None:
-        """Load a model. Raises EngineError if the device does not take every node of it."""
+    def __init__(
+        self,
+        model: Path | bytes,
+        *,
+        device: Device = "cpu",
+        number: int = 0,
+        threads: int = 1,
+        trace: Path | None = None,
+    ) -> None:
+        """Load a model. Raises EngineError if the device does not take every node of it.
+
+        `trace` begins the name of a file with the time of every node, complete after `end_trace`.
+        """
         ort = _onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -76,6 +87,9 @@ class Engine:
         options.log_severity_level = 3
         # With it, the second run of a batch size reserves one more block, as large as all that the first one needed.
         options.enable_mem_pattern = device != "cpu"
+        if trace is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(trace)
         provider_options: dict[str, Any] = {}
         if device != "cpu":
             # CUDA and cuDNN come as wheels of their own, where the loader does not look by itself.
@@ -105,6 +119,10 @@ class Engine:
         except Exception as error:  # as above
             raise EngineError(f"ONNX Runtime cannot run the model on {self.device}: {error}") from error
         return logits, probabilities
+
+    def end_trace(self) -> Path:
+        """Stop tracing and return the file, in Chrome's trace format."""
+        return Path(self._session.end_profiling())
 
     def bind(self, images: npt.NDArray[np.uint8]) -> Callable[[], None]:
         """A function that runs the same images (n,H,W,3) again and waits for the end, to time the model alone.

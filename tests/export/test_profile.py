@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -88,8 +89,10 @@ def test_random_weights_are_profiled_by_combination(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("COLUMNS", "300")
     arguments = ["profile", "--preset", "vit-xs", "--variants", "mha,csra-r2", "--forms", "shaped,unshaped"]
     quick = ["--batch", "2", "--rounds", "1", "--seconds", "0.05", "--threads", "1", "--device", "cpu"]
-    result = CliRunner().invoke(app, [*arguments, *quick, "--out", str(tmp_path)])
+    result = CliRunner().invoke(app, [*arguments, *quick, "--by-operator", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.stderr
+    attention = next(line for line in result.stdout.splitlines() if line.strip().startswith("Attention"))
+    assert all(float(cell) > 0 for cell in attention.split()[1:5])
     labels = [cell["arm"] for cell in json.loads((tmp_path / "profile.json").read_text())["cells"]]
     assert labels == ["mha shaped", "mha unshaped", "csra-r2 shaped", "csra-r2 unshaped"]
     assert all(label in result.stdout for label in labels)
@@ -116,7 +119,14 @@ def test_ctrl_c_keeps_the_whole_rounds(repository: Path, tmp_path: Path) -> None
     command = [sys.executable, "-m", "export", "profile", str(repository / "digits-csra-r2" / "1"), "--batch", "1"]
     command += ["--rounds", "500", "--seconds", "0.05", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    time.sleep(30)
+    # Three probes, one after the other: then two rounds are whole.
+    probes: set[int] = set()
+    end = time.monotonic() + 240
+    while len(probes) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < end
+        probes |= {child.pid for child in psutil.Process(process.pid).children()}
+        time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
