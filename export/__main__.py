@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+import re
 import signal
 import tempfile
 import warnings
@@ -25,6 +26,7 @@ from export.verify import read_graph
 from export.verify import verify as verify_bundle
 from service.bundle import MODEL_FILE, Precision, read_bundle
 from service.cores import available_cores
+from service.engine import resolve_device
 from service.errors import BundleError, EngineError
 from training.models import PRESETS, architecture
 from training.readers import DataError
@@ -203,12 +205,15 @@ def profile(
     """
     _quieten_exporter()
     with _errors(), tempfile.TemporaryDirectory() as folder:
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", batch):
+            raise ValueError(f"batch sizes {batch!r} are not whole numbers separated by commas, such as 1,8")
+        kind, number = resolve_device(device)
         setup = Setup(
             batches=tuple(map(int, batch.split(","))),
             rounds=rounds,
             seconds=seconds,
             threads=threads or available_cores(),
-            device=device,
+            device=f"cuda:{number}" if kind == "cuda" else kind,
         )
         with console.status("exporting random weights"):
             arms = [bundle_arm(path) for path in bundles or []] or list(

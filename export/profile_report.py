@@ -57,7 +57,7 @@ def table(measured: Measured) -> Table:
 def caption(measured: Measured) -> str:
     """How it was measured, what the columns mean, and what the thesis found."""
     setup = measured.setup
-    on = f"{setup.threads} threads" if setup.device in ("auto", "cpu") else setup.device
+    on = f"{setup.threads} threads" if setup.device == "cpu" else setup.device
     thesis = "; ".join(
         f"{variant} {speed:+.1f} % throughput, {memory:+.1f} % memory" for variant, (speed, memory) in THESIS.items()
     )

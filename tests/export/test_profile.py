@@ -104,6 +104,8 @@ def test_random_weights_are_profiled_by_combination(tmp_path: Path, monkeypatch:
     [
         (["--precisions", "bf16"], "choose from fp32, fp16, int8, int8-dynamic"),
         (["--variants", "mha,xyz"], "xyz"),
+        (["--batch", "0"], "batch sizes '0' are not whole numbers"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
         (["--opsets", "99"], "opset 99 cannot be exported"),
         (["nowhere/1"], "cannot be read"),
     ],
