@@ -199,7 +199,8 @@ def test_any_size_becomes_what_torchvision_makes(width: int, height: int, crop: 
     expected = v2.CenterCrop(crop)(v2.Resize(resize, v2.InterpolationMode.BICUBIC)(image))
     ours = decode(encoded(image), preprocessing(crop, resize), max_pixels=1_000_000)
     difference = np.abs(ours.astype(int) - np.asarray(expected)).max()
-    assert difference <= (0 if max(width, height) <= 7 * min(width, height) else 1)
+    # Strips are resized by region: their coefficients are rounded otherwise.
+    assert difference <= (0 if max(width, height) <= 7 * min(width, height) else 2)
 
 
 def test_a_strip_of_one_pixel_by_a_million_is_no_giant() -> None:
