@@ -68,7 +68,7 @@ def random_arm(
     """`spec` with random weights, written into `folder`. Raises ExportError."""
     subject = random_weights(spec)
     if form == "unshaped":
-        graph = to_onnx(subject.classifier, opset=opset, half=False, shaped=False)
+        graph = to_onnx(subject.classifier, opset=opset, shaped=False)
     else:
         graph = make_graph(subject, precision, opset=opset)
     model = folder / f"{label.replace(' ', '-')}.onnx"

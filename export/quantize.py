@@ -7,6 +7,8 @@ kernels may saturate: then the golden outputs refuse the model at its start.
 """
 
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,41 +27,37 @@ from service.engine import INPUT
 
 CALIBRATION_BATCH = 32
 _PRODUCTS = ["MatMul", "Gemm"]
-_ONLY_WITH_WEIGHTS = {"MatMulConstBOnly": True}
+_ONLY_WITH_WEIGHTS: dict[str, object] = {"MatMulConstBOnly": True}
 
 
 def quantize(graph: onnx.ModelProto, calibration: npt.NDArray[np.uint8]) -> onnx.ModelProto:
     """`graph` with fixed ranges, found on `calibration` images (n,H,W,3): an answer depends on its own image alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        # From a file: given the graph itself, it would move the weights out of it.
-        source, written = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
-        onnx.save(graph, source)
-        quantize_static(
-            source,
-            written,
-            _Batches(calibration),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=_PRODUCTS,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            extra_options={**_ONLY_WITH_WEIGHTS, "OpTypesToExcludeOutputQuantization": _PRODUCTS},
-        )
-        return plain(onnx.load(written))
+    convert = partial(
+        quantize_static,
+        calibration_data_reader=_Batches(calibration),
+        quant_format=QuantFormat.QDQ,
+        activation_type=QuantType.QUInt8,
+    )
+    return _converted(graph, convert, {**_ONLY_WITH_WEIGHTS, "OpTypesToExcludeOutputQuantization": _PRODUCTS})
 
 
 def quantize_by_batch(graph: onnx.ModelProto) -> onnx.ModelProto:
     """`graph` with ranges found anew for each batch: nothing to calibrate, but an answer depends on the whole batch."""
+    return _converted(graph, quantize_dynamic, _ONLY_WITH_WEIGHTS)
+
+
+def _converted(graph: onnx.ModelProto, convert: Callable[..., None], extra: dict[str, object]) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
+        # By way of a file: given the graph itself, static quantisation would move the weights out of it.
         source, written = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
         onnx.save(graph, source)
-        quantize_dynamic(
+        convert(
             source,
             written,
             op_types_to_quantize=_PRODUCTS,
             per_channel=True,
             weight_type=QuantType.QInt8,
-            extra_options=_ONLY_WITH_WEIGHTS,
+            extra_options=extra,
         )
         return plain(onnx.load(written))
 
