@@ -1,84 +1,58 @@
-"""`python -m service`: serve a repository of bundles over HTTP."""
+"""`python -m service`: serve a repository of bundles over HTTP, or prove it, make keys and show the settings."""
 
 import asyncio
+import contextlib
+import json
 import logging
 import signal
 import socket
 import sys
 import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import structlog
 import typer
 import uvicorn
-from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
+from service import flags, limit
 from service.app import create_app
+from service.bundle import model_names
 from service.classify import Classifier
+from service.cores import available_cores
+from service.cost import Load
 from service.errors import StartError
+from service.flags import with_settings
+from service.keys import new_key
+from service.registry import Registry
+from service.scheduler import Scheduler
 from service.settings import Settings
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
-console = Console(stderr=True)
+# Locals in a traceback would show the hashes of keys.
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
 
 
-@app.command()
-def serve(
-    repository: Annotated[Path | None, typer.Option(help="Folder of bundles, `NAME/VERSION/`. [models]")] = None,
-    models: Annotated[
-        str | None, typer.Option(help="Serve only these, names separated by commas. [all in the repository]")
-    ] = None,
-    default_model: Annotated[
-        str | None, typer.Option(help="Answers requests that name no model. [the most accurate]")
-    ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on. [127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 0 for any free one. [8000]")] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="auto, cpu, cuda, cuda:N or tensorrt; never falls back silently. [auto]"),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(min=0, help="Engine threads, and as many decoders; 0: the cores granted. [0]"),
-    ] = None,
-    max_batch: Annotated[int | None, typer.Option(min=1, help="Images in a batch, at most. [16]")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [info]")] = None,
-) -> None:
-    """Serve image classification models over HTTP.
+@app.callback(invoke_without_command=True)
+@with_settings
+def serve(settings: Settings) -> None:
+    """Serve image classification models over HTTP, or run one of the commands below.
 
-    A page is at `/`, the API's documentation at `/docs`, metrics at `/metrics`. Every setting can also be given as
-    `STRIDEVIT_<NAME>` in the environment (flags win); `service/settings.py` lists all of them. SIGTERM or Ctrl-C
-    finishes the accepted requests, then exits.
+    A page is at `/`, the API's documentation at `/docs`, metrics at `/metrics`. SIGTERM or Ctrl-C finishes the accepted
+    requests, then exits.
+
+    Every flag is also a variable in the environment, `STRIDEVIT_MAX_BATCH` for `--max-batch`, and a line in the TOML
+    file that `--config` names: flags win over the environment, that over the file. Lists are separated by commas.
 
     Example: `python -m service --repository models --port 8000`, then
     `curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/classify?model=cifar100-csra-r2'`
     """
-    flags: dict[str, Any] = {
-        "repository": repository,
-        "models": models,
-        "default_model": default_model,
-        "host": host,
-        "port": port,
-        "device": device,
-        "threads": threads,
-        "max_batch": max_batch,
-        "log_level": log_level,
-    }
-    try:
-        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
-        _configure_logging(settings.log_level)
-        application = create_app(settings)
-    except ValidationError as error:
-        for item in error.errors():
-            place = ".".join(map(str, item["loc"])) or "combination"
-            console.print(f"[red]error:[/] setting {place}: {escape(item['msg'])}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    except StartError as error:
-        console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+    _configure_logging(settings.log_level)
+    application = create_app(settings)
     server = _Server(
         uvicorn.Config(
             application,
@@ -86,6 +60,9 @@ def serve(
             port=settings.port,
             log_config=None,
             access_log=False,
+            server_header=False,
+            proxy_headers=bool(settings.trusted_proxies),
+            forwarded_allow_ips=list(settings.trusted_proxies),
             timeout_graceful_shutdown=settings.drain_seconds,
         ),
         application.state.classifier,
@@ -96,6 +73,119 @@ def serve(
     server.run()
     if not server.started:
         raise typer.Exit(1)
+
+
+@app.command(name="check")
+@with_settings
+def check_command(settings: Settings) -> None:
+    """Load and prove every model that would be served, without serving: digests, golden outputs, device.
+
+    The exit status is 0 if all are good, 1 if one is not, 2 if the settings are wrong.
+    """
+    # The table says what went wrong; the log says it too where it was asked for.
+    _configure_logging(settings.log_level if "log_level" in settings.model_fields_set else "critical")
+    rows = list(check(settings))
+    table = Table("name", "version", "variant", "precision", "top-1", "state")
+    for row in rows:
+        state = "[green]good[/]" if row.good else f"[red]{escape(row.reason)}[/]"
+        table.add_row(row.name, row.version, row.variant, row.precision, row.top1, state)
+    Console().print(table)
+    if settings.default_model is not None and settings.default_model not in {row.name for row in rows if row.good}:
+        raise StartError(f"default_model {settings.default_model!r} is not among the good models")
+    if not rows or not all(row.good for row in rows):
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A version of a model that was proven, or the reason why it cannot be served."""
+
+    name: str
+    version: str = "–"
+    variant: str = "–"
+    precision: str = "–"
+    top1: str = "–"
+    good: bool = False
+    reason: str = ""
+
+
+def check(settings: Settings) -> Iterator[Checked]:
+    """Load the models that the settings ask for, one after the other. Raises BundleError or EngineError."""
+    threads = settings.threads or available_cores()
+    for name in settings.models or model_names(settings.repository):
+        alone = settings.model_copy(update={"models": (name,), "default_model": None})
+        scheduler = Scheduler(load := Load())
+        registry = Registry(alone, scheduler, load, threads=threads)
+        # The index says why.
+        with contextlib.suppress(StartError):
+            registry.load_all()
+        ready = {model.version: model for model in registry.ready}
+        for entry in registry.index:
+            if entry.version not in ready:
+                yield Checked(name=name, version=str(entry.version or "–"), reason=entry.reason)
+                continue
+            manifest = ready[entry.version].manifest
+            yield Checked(
+                name=name,
+                version=str(entry.version),
+                variant=manifest.variant,
+                precision=manifest.precision,
+                top1=f"{manifest.accuracy.top1:.2%}" if manifest.accuracy else "–",
+                good=True,
+            )
+        for model in ready.values():
+            scheduler.on_engine(model.engine.close)
+
+
+@app.command()
+@with_settings
+def engine_limit(
+    settings: Settings,
+    *,
+    model: Annotated[str, typer.Option(help="Name of the model.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of image files to decode, round and round. [a drawn JPEG of 100 kB]")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure the best batch size.")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Measure what decoding and the engine reach together with no HTTP: the ceiling of what this machine can serve.
+
+    `python -m loadtests limit` sets the service, and a plain server, against it.
+    """
+    _configure_logging("warning")
+    reached = limit.run(settings, model, images, seconds)
+    typer.echo(json.dumps(asdict(reached)) if as_json else limit.render(reached))
+
+
+@app.command()
+def key() -> None:
+    """Make an API key, and the hash by which the service knows it.
+
+    Give the key to whoever shall use it, and put the hash into `STRIDEVIT_API_KEY_HASHES` (several are separated by
+    commas) or `STRIDEVIT_ADMIN_KEY_HASH`. The key itself is stored nowhere.
+    """
+    made, digest = new_key()
+    typer.echo(f"key      {made}\nSHA-256  {digest}")
+
+
+@app.command(name="settings")
+@with_settings
+def show_settings(
+    ctx: typer.Context,
+    settings: Settings,
+    *,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print `docs/settings.md` instead.")] = False,
+) -> None:
+    """Show the settings in effect, and where the value of each comes from. Hashes of keys are hidden."""
+    if markdown:
+        typer.echo(flags.markdown(), nl=False)
+        return
+    origins = flags.origins(ctx.obj)
+    table = Table("setting", "value", "from")
+    for name, value in flags.values(settings):
+        table.add_row(name, escape(value), escape(origins[name]))
+    Console().print(table)
 
 
 class _Server(uvicorn.Server):
@@ -113,10 +203,7 @@ class _Server(uvicorn.Server):
 
 def _configure_logging(level: str) -> None:
     """JSON lines, or colours where a person watches; the libraries' logs go the same way."""
-    names = logging.getLevelNamesMapping()
-    if level.upper() not in names:
-        raise StartError(f"unknown log level {level!r}: use debug, info, warning or error")
-    number = names[level.upper()]
+    number = logging.getLevelNamesMapping()[level.upper()]
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,

@@ -1,46 +1,65 @@
-"""Request bodies, read under a byte limit: raw image bytes, or multipart with one or many files."""
+"""Request bodies, read under a byte limit: raw bytes, or multipart with one or many files."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from service.errors import BadRequest, BodyTooLarge, BodyTooSlow
+from service.errors import BadRequest, BodyTooLarge, BodyTooSlow, HungUp
+
+Hold = Callable[[int], None]
+"""Is told of every piece before it is kept, and may raise."""
 
 
-async def read_images(request: Request, *, max_bytes: int, max_images: int, seconds: float) -> list[bytes]:
-    """The images of a request: its files if it is multipart, else its whole body, whatever Content-Type says.
+async def read_body(request: Request, *, max_bytes: int, seconds: float, hold: Hold) -> bytes:
+    """The whole body, whatever Content-Type says.
 
-    Raises BodyTooLarge before more than `max_bytes` are held, BodyTooSlow if they take more than `seconds` to arrive,
-    and BadRequest for a malformed or empty body.
+    Raises BodyTooLarge before more than `max_bytes` are held, and BodyTooSlow if they take more than `seconds` to
+    arrive.
     """
+    _refuse_declared(request, max_bytes)
     try:
         async with asyncio.timeout(seconds):
-            return await _read(request, max_bytes=max_bytes, max_images=max_images)
+            return b"".join([chunk async for chunk in _limited(request, max_bytes, hold)])
     except TimeoutError as error:
-        raise BodyTooSlow(f"the body did not arrive within {seconds:g} s: send it again") from error
+        raise _too_slow(seconds) from error
 
 
-async def _read(request: Request, *, max_bytes: int, max_images: int) -> list[bytes]:
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes:
-        raise BodyTooLarge(f"the body has {int(declared):,} bytes; the limit is {max_bytes:,}")
-    content_type = request.headers.get("content-type", "")
-    if content_type.lower().startswith("multipart/form-data"):
-        return await _read_multipart(request, max_bytes=max_bytes, max_images=max_images)
-    body = b"".join([chunk async for chunk in _limited(request, max_bytes)])
+async def read_images(request: Request, *, max_bytes: int, max_images: int, seconds: float, hold: Hold) -> list[bytes]:
+    """The images of a request: its files if it is multipart, else its whole body as one image.
+
+    Raises what `read_body` raises, and BadRequest for a malformed or empty body.
+    """
+    if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        _refuse_declared(request, max_bytes)
+        try:
+            async with asyncio.timeout(seconds):
+                return await _read_multipart(request, max_bytes=max_bytes, max_images=max_images, hold=hold)
+        except TimeoutError as error:
+            raise _too_slow(seconds) from error
+    body = await read_body(request, max_bytes=max_bytes, seconds=seconds, hold=hold)
     if not body:
         raise BadRequest("the body is empty: send an image, for example with curl --data-binary @photo.jpg")
     return [body]
 
 
-async def _read_multipart(request: Request, *, max_bytes: int, max_images: int) -> list[bytes]:
+def _too_slow(seconds: float) -> BodyTooSlow:
+    return BodyTooSlow(f"the body did not arrive within {seconds:g} s: send it again")
+
+
+def _refuse_declared(request: Request, max_bytes: int) -> None:
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise BodyTooLarge(f"the body has {int(declared):,} bytes; the limit is {max_bytes:,}")
+
+
+async def _read_multipart(request: Request, *, max_bytes: int, max_images: int, hold: Hold) -> list[bytes]:
     parser = MultiPartParser(
         request.headers,
-        _limited(request, max_bytes),
+        _limited(request, max_bytes, hold),
         max_files=max_images,
         max_fields=max_images,
         max_part_size=max_bytes,
@@ -62,13 +81,14 @@ async def _read_multipart(request: Request, *, max_bytes: int, max_images: int) 
         await form.close()
 
 
-async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+async def _limited(request: Request, max_bytes: int, hold: Hold) -> AsyncGenerator[bytes, None]:
     received = 0
     try:
         async for chunk in request.stream():
             received += len(chunk)
             if received > max_bytes:
                 raise BodyTooLarge(f"the body exceeds the limit of {max_bytes:,} bytes")
+            hold(len(chunk))
             yield chunk
     except ClientDisconnect as error:
-        raise BadRequest("the client hung up before the end of the body") from error
+        raise HungUp("the client hung up before the end of the body") from error

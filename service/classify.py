@@ -1,26 +1,40 @@
-"""The way of an image through the service: admission, decode, queue and batch, ranking. Knows no HTTP."""
+"""The way of an image through the service: choice of the model, admission, decode, queue and batch. Knows no HTTP."""
 
 import asyncio
-import math
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
+from service.admission import Admission
+from service.choice import Choice, Family
 from service.cores import available_cores
-from service.decode import decode
-from service.errors import Busy, RequestError
+from service.cost import Load
+from service.decode import LARGE_PIXELS, OpenedImage, open_image
+from service.decoders import Lane
+from service.errors import RequestError
 from service.metrics import Metrics
-from service.registry import Model, Registry, load_models
-from service.scheduler import Output, Scheduler
+from service.models import Model
+from service.registry import Registry
+from service.scheduler import Batch, Output, Scheduler
 from service.settings import Settings
+from service.ticket import Priority, Ticket
 
 T = TypeVar("T")
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """Which model a request asks for: by its name, by a family's, or the default one."""
+
+    model: str | None = None
+    version: int | None = None
+    min_top1: float = 0.0
+    """A family may not go below this accuracy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,66 +57,182 @@ class Classifier:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
-        self.scheduler = Scheduler()
         threads = settings.threads or available_cores()
-        self.registry: Registry = load_models(settings, self.scheduler, threads=threads)
-        self._decoders = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")
-        self._pending = 0
+        decode_threads = settings.decode_threads or threads
+        self.load = Load(decode_threads=decode_threads)
+        self.scheduler = Scheduler(self.load)
+        self.registry = Registry(settings, self.scheduler, self.load, threads=threads)
+        self.registry.load_all()
+        self.admission = Admission(
+            self.scheduler,
+            self.load,
+            max_images=settings.max_pending,
+            max_bytes=settings.max_pending_bytes,
+            margin=settings.deadline_margin,
+        )
+        self._small = Lane(decode_threads, "decode")
+        self._large = Lane(max(1, decode_threads // 2), "decode-large")
         self.ready = False
-        for name, model in self.registry.models.items():
-            metrics.model_info.labels(name, model.bundle.version, model.manifest.variant).set(1)
+        metrics.watch(self)
 
     def start(self) -> None:
         """Take requests; call on the event loop."""
-        self.scheduler.start(self.metrics.on_batch)
+        self.scheduler.start(self._on_batch)
         self.ready = True
 
     async def close(self) -> None:
         """Release the threads; call when all requests are answered."""
         self.ready = False
         await self.scheduler.close()
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._small.close()
+        self._large.close()
 
-    @contextmanager
-    def admit(self, images: int = 1) -> Iterator[None]:
-        """Hold places for `images` while they are worked on. Raises Busy at once if there are none."""
-        if self._pending + images > self.settings.max_pending:
-            wait = self.scheduler.drain_seconds()
-            raise Busy(
-                f"{self._pending} images are in work and {self.settings.max_pending} are allowed: "
-                "nothing was done for this request, send it again later",
-                retry_after_s=max(1, math.ceil(wait)),
-            )
-        self._pending += images
-        self.metrics.pending.set(self._pending)
-        try:
-            yield
-        finally:
-            self._pending -= images
-            self.metrics.pending.set(self._pending)
+    @property
+    def takes_traffic(self) -> bool:
+        """Whether requests are served: started, not draining, and with a model."""
+        return self.ready and bool(self.registry.ready)
 
-    async def in_decoder(self, work: Callable[[], T]) -> T:
-        """Do `work` in the decode pool, off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+    def ticket(self, *, deadline_ms: float | None, priority: Priority, since: float) -> Ticket:
+        """For a request that arrived at `since` and wants its answer within `deadline_ms`."""
+        wanted = self.settings.default_deadline_ms if deadline_ms is None else deadline_ms
+        return Ticket(seconds=min(wanted, self.settings.max_deadline_ms) / 1000, priority=priority, since=since)
 
-    async def classify(self, model: Model, images: list[bytes]) -> list[Classified | RequestError]:
+    def require_hope(self, wish: Wish, ticket: Ticket) -> None:
+        """Before its body is read: raise Busy if a request could not finish in time whichever model it gets.
+
+        Raises UnknownModel too.
+        """
+        fastest = min(self.admission.predict(model.queue, ticket) for model in self.members(wish))
+        self.admission.require_in_time(ticket, fastest)
+
+    def choose(self, wish: Wish, ticket: Ticket, *, images: int, encoded: bool = True) -> tuple[Model, Choice | None]:
+        """The model that is to answer, and why if a family was asked for. Raises UnknownModel, NoSuitableModel."""
+        found = self._family(wish)
+        if found is None:
+            return self.registry.find(wish.model, wish.version), None
+        family, ladder = found
+        decode = self.load.decode_seconds if encoded else 0.0
+        choice = family.choose(
+            ladder,
+            predict=lambda model: self.admission.predict(model.queue, ticket, images, encoded=encoded),
+            alone=lambda model: decode + model.queue.cost.total(images),
+            allowed_seconds=self.admission.allowed_seconds(ticket),
+            min_top1=wish.min_top1,
+        )
+        self.metrics.choices.labels(family.name, choice.model.name, choice.reason).inc()
+        return choice.model, choice
+
+    def members(self, wish: Wish) -> list[Model]:
+        """The models that a wish may get, the most accurate first. Raises UnknownModel."""
+        found = self._family(wish)
+        return found[1] if found else [self.registry.find(wish.model, wish.version)]
+
+    async def off_the_loop(self, ticket: Ticket, work: Callable[[], T]) -> T:
+        """Do work that takes long in the decode pool. Raises HungUp or Expired without doing it."""
+        return await self._small.run(ticket, work)
+
+    async def classify(self, model: Model, ticket: Ticket, images: list[bytes]) -> list[Classified | RequestError]:
         """Answer each image, in order; one that cannot be used gives its error and harms no other."""
-        return list(await asyncio.gather(*(self._classify_one(model, image) for image in images)))
+        if len(images) == 1:
+            return [await self._classify_one(model, ticket, images[0])]
+        return list(await asyncio.gather(*(self._classify_one(model, ticket, image) for image in images)))
 
-    async def _classify_one(self, model: Model, image: bytes) -> Classified | RequestError:
-        name, metrics = model.manifest.name, self.metrics
-        started = time.perf_counter()
+    async def infer(self, model: Model, ticket: Ticket, pixels: Pixels) -> list[Output]:
+        """Answer uint8 images (n,H,W,3) that need no decoding. Raises what the first of them raises."""
+        return list(await asyncio.gather(*(self._infer_one(model, ticket, image) for image in pixels)))
+
+    def finished(
+        self,
+        model: Model,
+        *,
+        started: float,
+        read_ms: float,
+        decode_ms: float,
+        outputs: list[Output],
+        answered_at: float,
+    ) -> dict[str, float]:
+        """Count a request that was answered, and give its timings in ms; with several images, of the slowest.
+
+        `started` and `answered_at`, when the last output was there, are on `time.perf_counter`'s clock.
+        """
+        ended = time.perf_counter()
+        queue_ms = max(output.queue_ms for output in outputs)
+        inference_ms = max(output.inference_ms for output in outputs)
+        model.statistics.succeeded(
+            total=ended - started,
+            queue=queue_ms / 1000,
+            decode=decode_ms / 1000,
+            inference=inference_ms / 1000,
+            answer=ended - answered_at,
+        )
+        self.metrics.stage(model.name, "total").observe(ended - started)
+        return {
+            "read": round(read_ms, 3),
+            "decode": round(decode_ms, 3),
+            "queue": round(queue_ms, 3),
+            "inference": round(inference_ms, 3),
+            "total": round((ended - started) * 1000, 3),
+        }
+
+    def _family(self, wish: Wish) -> tuple[Family, list[Model]] | None:
+        return self.registry.family(wish.model) if wish.model and wish.version is None else None
+
+    async def _classify_one(self, model: Model, ticket: Ticket, image: bytes) -> Classified | RequestError:
         try:
-            pixels = await self.in_decoder(
-                partial(decode, image, model.manifest.preprocessing, max_pixels=self.settings.max_pixels)
-            )
+            pixels, seconds = await self._decode(model, ticket, image)
         except RequestError as error:
-            metrics.images.labels(name, type(error).__name__).inc()
+            ticket.waiting -= 1
+            self.metrics.images.labels(model.name, type(error).__name__).inc()
             return error
-        decode_ms = (time.perf_counter() - started) * 1000
-        output = await self.scheduler.submit(model.queue, pixels)
-        metrics.stage_seconds.labels(name, "decode").observe(decode_ms / 1000)
-        metrics.stage_seconds.labels(name, "queue").observe(output.queue_ms / 1000)
-        metrics.stage_seconds.labels(name, "inference").observe(output.inference_ms / 1000)
-        metrics.images.labels(name, "ok").inc()
-        return Classified(output=output, decode_ms=decode_ms)
+        finally:
+            ticket.undecoded -= 1
+        self.load.decoded(seconds)
+        self.metrics.stage(model.name, "decode").observe(seconds)
+        try:
+            output = await self._infer_one(model, ticket, pixels)
+        except RequestError as error:
+            self.metrics.images.labels(model.name, type(error).__name__).inc()
+            return error
+        return Classified(output=output, decode_ms=seconds * 1000)
+
+    async def _infer_one(self, model: Model, ticket: Ticket, pixels: Pixels) -> Output:
+        output = await self.scheduler.submit(model.queue, pixels, ticket)
+        metrics = self.metrics
+        metrics.stage(model.name, "queue").observe(output.queue_ms / 1000)
+        metrics.stage(model.name, "inference").observe(output.inference_ms / 1000)
+        metrics.answered(model.name)
+        return output
+
+    async def _decode(self, model: Model, ticket: Ticket, image: bytes) -> tuple[Pixels, float]:
+        preprocessing, max_pixels = model.manifest.preprocessing, self.settings.max_pixels
+
+        def small() -> tuple[Pixels | OpenedImage, float]:
+            started = time.perf_counter()
+            opened = open_image(image, preprocessing, max_pixels=max_pixels)
+            result = opened if opened.pixels > LARGE_PIXELS else opened.render()
+            return result, time.perf_counter() - started
+
+        coming, batch = model.queue.coming, ticket.key.batch
+        coming[batch] += 1
+        try:
+            result, seconds = await self._small.run(ticket, small)
+        finally:
+            coming[batch] -= 1
+            self.scheduler.look_again()
+        if isinstance(result, np.ndarray):
+            return result, seconds
+        opened = result
+
+        def large() -> tuple[Pixels, float]:
+            started = time.perf_counter()
+            return opened.render(), time.perf_counter() - started
+
+        pixels, more = await self._large.run(ticket, large)
+        return pixels, seconds + more
+
+    def _on_batch(self, batch: Batch) -> None:
+        name = batch.queue.name
+        self.metrics.on_batch(name, batch.images, batch.size, failed=batch.failed)
+        for model in self.registry.ready:
+            if model.queue is batch.queue and not batch.failed:
+                model.statistics.batch(batch.images, batch.seconds)

@@ -1,5 +1,7 @@
 """From encoded bytes to the model's pixels. Every limit is checked before anything is decoded.
 
+In two steps, so that a caller can look at the work before it is done: `open_image`, then `OpenedImage.render`.
+
 The rules, for all formats: first frame of an animation, EXIF orientation applied, alpha over white, 16-bit grey scaled
 (not clipped) to 8 bits, the shorter side resized and the centre cropped, all as RGB.
 """
@@ -10,12 +12,14 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from service.bundle import Preprocessing
 from service.errors import BadImage, TooManyPixels, UnsupportedImage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+_JPEG = ("JPEG", "MPO")
+"""As Pillow names a JPEG: MPO if there are several pictures in it."""
 
 # What Pillow's readers raise on damaged or hostile files, found on decoder fuzzing samples.
 _DAMAGED = (
@@ -40,12 +44,52 @@ _JPEG_SCAN = b"\xff\xda"
 _MAX_JPEG_WORK = 4_000_000_000
 """Pixels times scans of a JPEG: some seconds of decoding. Encoders write about ten scans."""
 
+_SCANS_A_PIXEL = 10
+"""A further scan costs a tenth of decoding the picture: 0.5 to 1.1 ms of CPU a megapixel against 10."""
+
+_OTHER_FORMATS = 2
+"""A pixel of the other formats costs as much as this many of a JPEG: measured 1.1 (GIF) to 4 (PNG with alpha)."""
+
+LARGE_PIXELS = 2_000_000
+"""Work of decoding, see OpenedImage.pixels, above which an image is large: too long for small ones to wait behind.
+
+At 10 ms of CPU a megapixel (on our 2-core machines) what is not large takes some 20 ms, at worst 40 (PNG with alpha). A
+JPEG of 640 × 480 takes 1 ms for a model of 32 pixels and 4 for one of 224. One of 12 megapixels takes 25 to 50
+although drafted and 100 if progressive, a PNG of that size 300 to 500.
+"""
+
+_DRAFT_MARGIN = 3
+"""A JPEG is decoded at 1/2, 1/4 or 1/8 if its shorter side then still is this many times `resize`.
+
+Mean and largest difference from decoding it whole, in levels of 255, at sizes that just allow the fraction; the worst
+of all fractions, and of 4:4:4, 4:2:0 and, at 32 pixels, 4:2:2, grey, CMYK and progressive files:
+
+| margin | photos at 32 | photos at 224 to 384 | noise      | text, lines, checks |
+| ------ | ------------ | -------------------- | ---------- | ------------------- |
+| 1      | 5.8 and 58   | 3.8 and 77           | 14 and 88  | 15 and 143          |
+| 1.5    | 2.6 and 35   | 1.7 and 33           | 7.4 and 42 | 8.9 and 116         |
+| 2      | 1.7 and 27   | 1.1 and 26           | 4.6 and 24 | 8.5 and 64          |
+| 3      | 0.9 and 14   | 0.5 and 15           | 2.2 and 11 | 3.7 and 39          |
+| 4      | 0.5 and 10   | 0.3 and 12           | 1.3 and 7  | 3.3 and 31          |
+
+Text in pure colours is what JPEG itself keeps worst: read whole it differs by 4.6 and 38 from what was encoded. A
+margin of 4 would leave 12 megapixels whole at 384 pixels.
+"""
+
 _MAX_STRETCH = 8
 """Images whose sides differ by more than this factor are not resized as a whole."""
+
+_Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
 
 
 def decode(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) -> npt.NDArray[np.uint8]:
     """Encoded image -> uint8 (crop, crop, 3). Raises UnsupportedImage, TooManyPixels or BadImage."""
+    return open_image(data, preprocessing, max_pixels=max_pixels).render()
+
+
+def open_image(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) -> "OpenedImage":
+    """Read the header and check every limit; decode nothing. Raises UnsupportedImage, TooManyPixels or BadImage."""
     if not data:
         raise BadImage("the image is empty: send its bytes as the body")
     try:
@@ -56,26 +100,94 @@ def decode(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) -> npt
         raise TooManyPixels(f"the image claims far more pixels than the limit of {max_pixels:,}") from error
     except _DAMAGED as error:
         raise BadImage(f"the image is damaged: {error}") from error
-    with image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise TooManyPixels(f"the image is {width} × {height}; the limit is {max_pixels:,} pixels: make it smaller")
-        # Each scan of a progressive JPEG is a pass over all pixels, and a small file can ask for thousands. The count
-        # is an upper bound: compressed data never holds this marker, but metadata or a film behind the picture may.
-        if image.format in ("JPEG", "MPO") and data.count(_JPEG_SCAN) * width * height > _MAX_JPEG_WORK:
-            raise BadImage("the image is damaged: too many JPEG scans for its size")
+    try:
+        pixels = _work(image, data, max_pixels=max_pixels)
+    except BaseException:
+        image.close()
+        raise
+    return OpenedImage(image, preprocessing, pixels=pixels, max_pixels=max_pixels)
+
+
+class OpenedImage:
+    """An image whose header is read and within the limits. Dropped unrendered, it leaves nothing behind."""
+
+    def __init__(
+        self, image: ImageFile.ImageFile, preprocessing: Preprocessing, *, pixels: int, max_pixels: int
+    ) -> None:
+        self.pixels = pixels
+        """The work of decoding it whole, as that of so many pixels of a JPEG of one scan. Compare with LARGE_PIXELS.
+
+        Its width times its height; a JPEG's further scans weigh a tenth each and are rather counted too many than too
+        few; a pixel of other formats weighs two. What drafting saves is not taken off.
+        """
+        self._image = image
+        self._preprocessing = preprocessing
+        self._max_pixels = max_pixels
+
+    def render(self) -> npt.NDArray[np.uint8]:
+        """Decode, turn upright, resize and crop: uint8 (crop, crop, 3). Once: it closes the file.
+
+        Raises TooManyPixels or BadImage.
+        """
+        image = self._image
         try:
+            box = _draft(image, self._preprocessing)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb_crop(image, preprocessing)
+            return _to_rgb_crop(image, box, self._preprocessing)
         except Image.DecompressionBombError as error:
-            raise TooManyPixels(f"a frame of the image exceeds the limit of {max_pixels:,} pixels") from error
+            raise TooManyPixels(f"a frame of the image exceeds the limit of {self._max_pixels:,} pixels") from error
         except _DAMAGED as error:
             raise BadImage(f"the image is damaged: {error}") from error
+        finally:
+            # Not `with`: that would keep the decoded pixels as long as this object lives.
+            image.close()
 
 
-def _to_rgb_crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """Resize first, so that what follows works on few pixels: a large image must not be held several times over."""
+def _work(image: ImageFile.ImageFile, data: bytes, *, max_pixels: int) -> int:
+    """Check the limits; see OpenedImage.pixels. Raises TooManyPixels or BadImage."""
+    width, height = image.size
+    if width * height > max_pixels:
+        raise TooManyPixels(f"the image is {width} × {height}; the limit is {max_pixels:,} pixels: make it smaller")
+    if image.format not in _JPEG:
+        return _OTHER_FORMATS * width * height
+    # Each scan of a progressive JPEG is a pass over all pixels, and a small file can ask for thousands. The count
+    # is an upper bound: compressed data never holds this marker, but metadata or a film behind the picture may.
+    # Pillow has read the header of the first scan, so what metadata holds, as in a thumbnail, is told apart.
+    header = image.fp.tell() if image.fp else 0
+    further_scans = data.count(_JPEG_SCAN, header)
+    if (data.count(_JPEG_SCAN, 0, header) + further_scans) * width * height > _MAX_JPEG_WORK:
+        raise BadImage("the image is damaged: too many JPEG scans for its size")
+    return width * height * (_SCANS_A_PIXEL + further_scans) // _SCANS_A_PIXEL
+
+
+def _draft(image: ImageFile.ImageFile, preprocessing: Preprocessing) -> _Box | None:
+    """Let a JPEG that is much larger than needed be decoded at 1/2, 1/4 or 1/8 of its size.
+
+    Returns where the whole picture will lie in the decoded pixels once they are upright: their number is rounded up, so
+    the last row and column may be in it with a fraction only. None if nothing is drafted, as for all other formats.
+    """
+    enough = _DRAFT_MARGIN * preprocessing.resize
+    if image.format not in _JPEG or min(image.size) < 2 * enough:
+        return None
+    drafted = image.draft(None, (enough, enough))
+    if drafted is None:
+        return None
+    _, (_, _, width, height) = drafted
+    right, bottom = image.width - width, image.height - height
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    if orientation in (5, 6, 7, 8):
+        width, height, right, bottom = height, width, bottom, right
+    left = right if orientation in (2, 3, 6, 7) else 0.0
+    top = bottom if orientation in (3, 4, 7, 8) else 0.0
+    return left, top, left + width, top + height
+
+
+def _to_rgb_crop(image: Image.Image, box: _Box | None, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Resize first, so that what follows works on few pixels: a large image must not be held several times over.
+
+    `box` is where the picture lies in a drafted JPEG, which is never grey of more than 8 bits nor transparent.
+    """
     if image.mode.startswith("I;16"):
         # Pillow clips 16-bit grey to white where it should scale it.
         grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -90,7 +202,7 @@ def _to_rgb_crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArra
         layer = Image.fromarray(_resize_and_crop(image.convert("RGBA"), preprocessing))
         background = Image.new("RGBA", layer.size, (*_BACKGROUND, 255))
         return np.asarray(Image.alpha_composite(background, layer).convert("RGB"))
-    return _resize_and_crop(image if image.mode == "RGB" else image.convert("RGB"), preprocessing)
+    return _resize_and_crop(image if image.mode == "RGB" else image.convert("RGB"), preprocessing, box)
 
 
 def _scale_to_8_bits(image: Image.Image) -> float:
@@ -101,19 +213,23 @@ def _scale_to_8_bits(image: Image.Image) -> float:
     return 1.0 if top <= 255 else 255 / 65535
 
 
-def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[Any]:
+def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, box: _Box | None = None) -> npt.NDArray[Any]:
     """Shorter side to `resize`, then the centre `crop` × `crop`: torchvision's Resize and CenterCrop, to the pixel."""
-    crop, shorter = preprocessing.crop, min(image.size)
-    width, height = (int(preprocessing.resize * side / shorter) for side in image.size)
+    x0, y0, x1, y1 = box or (0, 0, *image.size)
+    sides = x1 - x0, y1 - y0
+    crop, shorter = preprocessing.crop, min(sides)
+    # The sides of a drafted picture are exact in binary, so they give the very numbers that the whole ones would.
+    width, height = (int(preprocessing.resize * side / shorter) for side in sides)
     left, top = round((width - crop) / 2), round((height - crop) / 2)
     filter_ = Image.Resampling[preprocessing.interpolation.upper()]
     if max(width, height) <= _MAX_STRETCH * preprocessing.resize:
         if image.size != (width, height):
-            image = image.resize((width, height), filter_)
+            image = image.resize((width, height), filter_, box)
         image = image.crop((left, top, left + crop, top + crop))
     else:
         # A strip of one pixel by a million would be huge when resized as a whole: take the same region only, which
         # differs by rounding.
-        x, y = image.width / width, image.height / height
-        image = image.resize((crop, crop), filter_, box=(left * x, top * y, (left + crop) * x, (top + crop) * y))
+        x, y = sides[0] / width, sides[1] / height
+        region = (x0 + left * x, y0 + top * y, x0 + (left + crop) * x, y0 + (top + crop) * y)
+        image = image.resize((crop, crop), filter_, region)
     return np.asarray(image)

@@ -1,8 +1,11 @@
 """The engine: one ONNX Runtime session for one model on one device. Fails loud, never falls back silently."""
 
+import contextlib
+import ctypes
 import importlib.metadata
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +67,22 @@ _PROVIDERS: dict[Device, str] = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """What may be asked of an engine beside its device."""
+
+    spinning: bool = True
+    """Idle engine threads burn their core for a moment in the hope of work: faster alone, slower beside decoders."""
+    gpu_memory_bytes: int = 0
+    """Limit of the device's memory arena; 0 for none."""
+    tf32: bool = False
+    """Products in TF32: faster on Ampere and later, with a mantissa of 10 bits."""
+    cuda_graphs: bool = False
+    """Record each batch size once and replay it: no launch costs, and memory for each size."""
+    tensorrt_cache: Path | None = None
+    """Folder for TensorRT's engines, which take minutes to build."""
+
+
 class Engine:
     """Runs one ONNX file. `run` may be called from one thread at a time."""
 
@@ -74,6 +93,7 @@ class Engine:
         device: Device = "cpu",
         number: int = 0,
         threads: int = 1,
+        tuning: Tuning | None = None,
         trace: Path | None = None,
     ) -> None:
         """Load a model. Raises EngineError if the device does not take every node of it.
@@ -81,27 +101,27 @@ class Engine:
         `trace` begins the name of a file with the time of every node, complete after `end_trace`.
         """
         ort = _onnxruntime()
+        tuning = tuning or Tuning()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if tuning.spinning else "0")
         # With it, the second run of a batch size reserves one more block, as large as all that the first one needed.
         options.enable_mem_pattern = device != "cpu"
         if trace is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(trace)
-        provider_options: dict[str, Any] = {}
         if device != "cpu":
             # CUDA and cuDNN come as wheels of their own, where the loader does not look by itself.
             ort.preload_dlls()
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-            provider_options["device_id"] = str(number)
         provider = _PROVIDERS[device]
         try:
             self._session = ort.InferenceSession(
                 model if isinstance(model, bytes) else str(model),
                 sess_options=options,
-                providers=[(provider, provider_options)],
+                providers=[(provider, _provider_options(device, number, tuning))],
             )
         except Exception as error:  # ONNX Runtime raises classes of its own that share only Exception.
             raise EngineError(f"ONNX Runtime cannot load the model on {device}: {error}") from error
@@ -111,14 +131,44 @@ class Engine:
             )
         self._session.disable_fallback()
         self.device, self._number = device, number
+        self._cuda_graphs = tuning.cuda_graphs and device != "cpu"
+        self._bound: dict[int, _Bound] = {}
 
     def run(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """uint8 images (n,H,W,3) -> logits and probabilities, float32 (n, classes). Raises EngineError."""
         try:
-            logits, probabilities = self._session.run(OUTPUTS, {INPUT: images})
+            if self.device == "cpu":
+                logits, probabilities = self._session.run(OUTPUTS, {INPUT: images})
+            else:
+                logits, probabilities = self._run_bound(images)
         except Exception as error:  # as above
             raise EngineError(f"ONNX Runtime cannot run the model on {self.device}: {error}") from error
         return logits, probabilities
+
+    def shrink(self, images: npt.NDArray[np.uint8]) -> None:
+        """Run once more and give the memory that the arena holds beyond this back to the system."""
+        ort = _onnxruntime()
+        options = ort.RunOptions()
+        arena = "cpu:0" if self.device == "cpu" else f"gpu:{self._number}"
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
+        self._session.run(OUTPUTS, {INPUT: images}, options)
+
+    def close(self) -> None:
+        """Give back the session's memory, arena and all. The engine is of no use afterwards."""
+        self._bound.clear()
+        self._session = None
+        give_memory_back()
+
+    def _run_bound(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], ...]:
+        """On a GPU: through buffers that stay, one set a batch size. Not run on a GPU yet."""
+        bound = self._bound.get(len(images))
+        if bound is None:
+            bound = self._bound[len(images)] = _Bound(self._session, images.shape, self._number)
+        ort = _onnxruntime()
+        options = ort.RunOptions()
+        if self._cuda_graphs:
+            options.add_run_config_entry("gpu_graph_id", str(len(images)))
+        return bound.run(images, options)
 
     def end_trace(self) -> Path:
         """Stop tracing and return the file, in Chrome's trace format."""
@@ -146,6 +196,70 @@ class Engine:
             binding.synchronize_outputs()
 
         return run_bound
+
+
+class _Bound:
+    """Device buffers for one batch size, and page-locked ones on the host to copy from and to."""
+
+    def __init__(self, session: Any, shape: tuple[int, ...], number: int) -> None:
+        ort = _onnxruntime()
+        self._session, self._binding = session, session.io_binding()
+        self._input_host = _page_locked(shape, np.uint8)
+        self._input = ort.OrtValue.ortvalue_from_numpy(self._input_host, "cuda", number)
+        self._binding.bind_ortvalue_input(INPUT, self._input)
+        classes = {output.name: output.shape[1] for output in session.get_outputs()}
+        self._outputs = []
+        for name in OUTPUTS:
+            value = ort.OrtValue.ortvalue_from_shape_and_type((shape[0], classes[name]), np.float32, "cuda", number)
+            self._binding.bind_ortvalue_output(name, value)
+            self._outputs.append(value)
+
+    def run(self, images: npt.NDArray[np.uint8], options: Any) -> tuple[npt.NDArray[np.float32], ...]:
+        self._input_host[...] = images
+        self._input.update_inplace(self._input_host)
+        self._binding.synchronize_inputs()
+        self._session.run_with_iobinding(self._binding, options)
+        self._binding.synchronize_outputs()
+        return tuple(value.numpy() for value in self._outputs)
+
+
+def _page_locked(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Host memory that the GPU can copy from without a detour. Raises OSError."""
+    array = np.zeros(shape, dtype=dtype)
+    runtime = ctypes.CDLL("libcudart.so.13")
+    status = runtime.cudaHostRegister(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), 0)
+    if status:
+        raise OSError(f"cudaHostRegister failed with CUDA error {status}")
+    return array
+
+
+def _provider_options(device: Device, number: int, tuning: Tuning) -> dict[str, str]:
+    if device == "cpu":
+        return {"arena_extend_strategy": "kSameAsRequested"}
+    if device == "tensorrt":
+        options = {"device_id": str(number), "trt_cuda_graph_enable": str(int(tuning.cuda_graphs))}
+        if tuning.tensorrt_cache is not None:
+            folder = str(tuning.tensorrt_cache)
+            options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": folder}
+            options |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": folder}
+        return options
+    options = {
+        "device_id": str(number),
+        "arena_extend_strategy": "kSameAsRequested",
+        # An exhaustive search takes seconds for each batch size and much memory.
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "use_tf32": str(int(tuning.tf32)),
+        "enable_cuda_graph": str(int(tuning.cuda_graphs)),
+    }
+    if tuning.gpu_memory_bytes:
+        options["gpu_mem_limit"] = str(tuning.gpu_memory_bytes)
+    return options
+
+
+def give_memory_back() -> None:
+    """Return freed memory to the system, where the C library would keep it."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _onnxruntime() -> Any:

@@ -6,6 +6,7 @@ ServiceError
 ├── BundleError             a bundle that must not take traffic
 └── RequestError            one request cannot be answered; nobody else's is lost
     ├── BadRequest          malformed in itself
+    ├── InvalidParameter    a parameter of the query or a header is out of its range
     ├── BodyTooLarge
     ├── BodyTooSlow         safe to retry: nothing was done
     ├── ImageError
@@ -13,9 +14,16 @@ ServiceError
     │   ├── UnsupportedImage
     │   └── TooManyPixels
     ├── UnknownModel
+    ├── NoSuitableModel     no model of the family meets the caller's floor
     ├── NotReady            loading or draining; safe to retry
-    └── Busy                the queue is full; safe to retry after `retry_after_s`
+    ├── Busy                no room, or no way to finish in time; safe to retry after `retry_after_s`
+    ├── Expired             the deadline passed before the work was done; safe to retry
+    ├── HungUp              the caller has left: nobody reads the answer
+    ├── Unauthorized        no key, or a wrong one
+    └── Forbidden           not with this key, or switched off
 """
+
+from typing import Literal
 
 
 class ServiceError(Exception):
@@ -40,6 +48,10 @@ class RequestError(ServiceError):
 
 class BadRequest(RequestError):
     """The request is malformed."""
+
+
+class InvalidParameter(RequestError):
+    """A parameter of the query, or a header, is out of its range."""
 
 
 class BodyTooLarge(RequestError):
@@ -74,9 +86,30 @@ class NotReady(RequestError):
     """The service is loading or draining."""
 
 
-class Busy(RequestError):
-    """The queue is full."""
+class NoSuitableModel(RequestError):
+    """The family has no model that meets the caller's floor."""
 
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
+
+class Busy(RequestError):
+    """There is no room for the request, or it could not finish in time. Nothing was done for it."""
+
+    def __init__(self, message: str, *, reason: Literal["images", "bytes", "deadline"], retry_after_s: float) -> None:
         super().__init__(message)
+        self.reason = reason
         self.retry_after_s = retry_after_s
+
+
+class Expired(RequestError):
+    """The deadline passed before the work was done."""
+
+
+class HungUp(RequestError):
+    """The caller has left."""
+
+
+class Unauthorized(RequestError):
+    """No key, or one that is not accepted."""
+
+
+class Forbidden(RequestError):
+    """Not with this key, or switched off."""

@@ -1,6 +1,16 @@
 """Prometheus metrics, in base units and with conventional names. One registry an app."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from service.memory import peak_bytes
+
+if TYPE_CHECKING:
+    from service.classify import Classifier
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -31,7 +41,7 @@ class Metrics:
         )
         self.stage_seconds = Histogram(
             "stridevit_stage_duration_seconds",
-            "Time of one image in a stage: decode, queue or inference.",
+            "Time of one image in a stage (decode, queue, inference), or of its request in all (total).",
             ["model", "stage"],
             buckets=_SECONDS,
             registry=self._registry,
@@ -43,20 +53,124 @@ class Metrics:
             buckets=(1, 2, 4, 8, 16, 32, 64, 128),
             registry=self._registry,
         )
-        self.pending = Gauge(
-            "stridevit_pending_images", "Images accepted and not yet answered.", registry=self._registry
-        )
-        self.model_info = Gauge(
-            "stridevit_model_info",
-            "Models that take traffic; the value is always 1.",
-            ["model", "version", "variant"],
+        self.rows = Counter(
+            "stridevit_engine_rows_total",
+            "Rows that the engine computed: images, and the padding that fills a batch up to a warmed-up size.",
+            ["model", "kind"],
             registry=self._registry,
         )
+        self.batch_errors = Counter(
+            "stridevit_batch_errors_total",
+            "Batches that the engine could not run.",
+            ["model"],
+            registry=self._registry,
+        )
+        self.rejections = Counter(
+            "stridevit_rejections_total",
+            "Requests refused or dropped: images, bytes, deadline (429), expired (504), hung_up.",
+            ["reason"],
+            registry=self._registry,
+        )
+        self.choices = Counter(
+            "stridevit_choices_total",
+            "Requests for a family, by the model that was chosen and why.",
+            ["family", "model", "reason"],
+            registry=self._registry,
+        )
+        Gauge("stridevit_peak_memory_bytes", "Largest resident memory so far.", registry=self._registry).set_function(
+            peak_bytes
+        )
+        ProcessCollector(registry=self._registry)
+        self._stages: dict[tuple[str, str], Histogram] = {}
+        self._requests: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._answered: dict[str, Counter] = {}
 
-    def on_batch(self, model: str, size: int, _seconds: float) -> None:
-        """Count a batch; the scheduler calls this."""
-        self.batch_size.labels(model).observe(size)
+    def request(self, route: str, method: str, status: int, seconds: float) -> None:
+        """Count and time an HTTP request."""
+        key = (route, method, status)
+        if key not in self._requests:
+            self._requests[key] = (self.requests.labels(*key), self.request_seconds.labels(route))
+        counter, histogram = self._requests[key]
+        counter.inc()
+        histogram.observe(seconds)
+
+    def stage(self, model: str, stage: str) -> Histogram:
+        """The histogram of one stage of one model, looked up once."""
+        key = (model, stage)
+        if key not in self._stages:
+            self._stages[key] = self.stage_seconds.labels(model, stage)
+        return self._stages[key]
+
+    def answered(self, model: str) -> None:
+        """Count an image that was answered."""
+        if model not in self._answered:
+            self._answered[model] = self.images.labels(model, "ok")
+        self._answered[model].inc()
+
+    def on_batch(self, model: str, images: int, size: int, *, failed: bool) -> None:
+        """Count a batch."""
+        if failed:
+            self.batch_errors.labels(model).inc()
+            return
+        self.batch_size.labels(model).observe(images)
+        self.rows.labels(model, "image").inc(images)
+        self.rows.labels(model, "padding").inc(size - images)
+
+    def watch(self, classifier: "Classifier") -> None:
+        """Read what is a state rather than an event when it is asked for."""
+        self._registry.register(_State(classifier))
 
     def render(self) -> bytes:
         """The text exposition format."""
         return generate_latest(self._registry)
+
+
+class _State:
+    def __init__(self, classifier: "Classifier") -> None:
+        self._classifier = classifier
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        admission, models = self._classifier.admission, self._classifier.registry.ready
+        yield _gauge("stridevit_pending_images", "Images accepted and not yet answered.", admission.images)
+        yield _gauge("stridevit_pending_bytes", "Bodies accepted and not yet answered.", admission.bytes)
+        yield _gauge(
+            "stridevit_predicted_drain_seconds",
+            "How long the work accepted so far will take, by the cost model.",
+            admission.drain_seconds(),
+        )
+        yield _gauge(
+            "stridevit_device_slowdown_ratio",
+            "Recent duration of batches over that of warm-up.",
+            self._classifier.load.slowdown,
+        )
+        by_model = ["model", "version"]
+        depth = GaugeMetricFamily("stridevit_queue_depth", "Images that wait for the engine.", labels=by_model)
+        info = GaugeMetricFamily(
+            "stridevit_model_info", "Models that take traffic; the value is always 1.", labels=[*by_model, "variant"]
+        )
+        memory = GaugeMetricFamily(
+            "stridevit_model_memory_bytes",
+            "Growth of resident memory as the model was loaded (kind=model) and warmed up (kind=arena).",
+            labels=[*by_model, "kind"],
+        )
+        batch = GaugeMetricFamily(
+            "stridevit_predicted_batch_seconds",
+            "Duration of a batch by the cost model; its sizes are the only ones that are run.",
+            labels=[*by_model, "size"],
+        )
+        for model in models:
+            labels = [model.name, str(model.version)]
+            depth.add_metric(labels, len(model.queue))
+            info.add_metric([*labels, model.manifest.variant], 1)
+            memory.add_metric([*labels, "model"], model.model_bytes)
+            memory.add_metric([*labels, "arena"], model.arena_bytes)
+            for size, seconds in model.queue.cost.as_dict().items():
+                batch.add_metric([*labels, str(size)], seconds)
+        yield from (depth, info, memory, batch)
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, text, value=value)

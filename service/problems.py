@@ -1,5 +1,6 @@
 """Errors as HTTP answers: problem+json (RFC 9457) everywhere but under /v2, which wants `{"error": "..."}`."""
 
+import math
 from http import HTTPStatus
 from typing import Any
 
@@ -7,6 +8,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from service import errors
@@ -21,9 +23,28 @@ STATUS: dict[type[errors.RequestError], HTTPStatus] = {
     errors.UnknownModel: HTTPStatus.NOT_FOUND,
     errors.NotReady: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.Busy: HTTPStatus.TOO_MANY_REQUESTS,
+    errors.Expired: HTTPStatus.GATEWAY_TIMEOUT,
+    errors.NoSuitableModel: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.InvalidParameter: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.Unauthorized: HTTPStatus.UNAUTHORIZED,
+    errors.Forbidden: HTTPStatus.FORBIDDEN,
+    # Nobody reads it. 499 is what proxies write into their logs for this, but it is in no registry of statuses.
+    errors.HungUp: HTTPStatus.REQUEST_TIMEOUT,
 }
 
 log = structlog.get_logger()
+
+
+class Problem(BaseModel):
+    """RFC 9457."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str | None = None
+    retry_after_ms: int | None = None
+    """Of a 429: when there should be room again, by the cost model."""
 
 
 def problem(error: errors.RequestError) -> dict[str, Any]:
@@ -37,13 +58,25 @@ def problem(error: errors.RequestError) -> dict[str, Any]:
     }
 
 
+def answer(request: Request, error: errors.RequestError) -> JSONResponse:
+    """The whole answer to a request that failed with `error`."""
+    headers: dict[str, str] = {}
+    body = problem(error)
+    if isinstance(error, errors.Busy):
+        # The header knows whole seconds only.
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        body["retry_after_ms"] = max(1, math.ceil(error.retry_after_s * 1000))
+    if isinstance(error, errors.Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    return _answer(request, body, headers)
+
+
 def install(app: FastAPI) -> None:
     """Map every error of the app to an answer."""
 
     async def on_request_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, errors.RequestError)  # noqa: S101 (what it is registered for)
-        headers = {"Retry-After": f"{error.retry_after_s:.0f}"} if isinstance(error, errors.Busy) else None
-        return _answer(request, problem(error), headers)
+        return answer(request, error)
 
     async def on_http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)  # noqa: S101

@@ -1,22 +1,36 @@
 """Dynamic batching: what is waiting when the engine is free becomes the next batch.
 
-One queue a model and one thread for all engines, so that two models never fight for the same cores. There is no timer
-and no polling: a lone image starts at once, and batches form by themselves while the engine is busy.
+A queue a model and one thread for all engines, so that two models never fight for the same cores. The thread takes its
+batches by itself, so a free engine does not wait for the event loop's next turn. There is no timer and no polling: a
+lone image starts at once, and batches form by themselves while the engine is busy. The order is priority, then
+deadline, then arrival. Who has hung up or is past its deadline is dropped before a batch is formed.
+
+One thing keeps a free engine waiting: images that wait for a decoder. Then every core is busy, a batch of one would
+take a decoder's core at the highest price an image, and the next image is a decoding away. See `Queue.holds`.
 """
 
 import asyncio
-import contextlib
+import heapq
+import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from service.cost import Cost, Load
+from service.errors import Expired, HungUp
+from service.ticket import Key, Ticket
+
+T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
-RunBatch = Callable[[Pixels], tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
+Outputs = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+RunBatch = Callable[[Pixels], Outputs]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,121 +43,280 @@ class Output:
     inference_ms: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What an observer is told of a batch that was run."""
+
+    queue: "Queue"
+    images: int
+    size: int
+    """Rows of the engine: `images` and padding."""
+    seconds: float
+    failed: bool = False
+
+
 @dataclass(slots=True, kw_only=True)
 class _Entry:
+    ticket: Ticket
     pixels: Pixels
     answer: asyncio.Future[Output]
     since: float
 
 
-@dataclass(slots=True, kw_only=True)
 class Queue:
-    """Images of one model that wait for the engine. Made by `Scheduler.add`."""
+    """Images of one model that wait for the engine."""
 
-    name: str
-    run: RunBatch
-    max_batch: int
-    waiting: deque[_Entry] = field(default_factory=deque)
-    seconds_per_image: float = 0.0
-    """Moving average over recent batches; 0 before the first."""
+    def __init__(self, name: str, run: RunBatch, cost: Cost) -> None:
+        """`run` will be called on the engine's thread only."""
+        self.name = name
+        self.run = run
+        self.cost = cost
+        self.running: tuple[float, float] | None = None
+        """Start of the batch in flight, on `time.perf_counter`'s clock, and its predicted seconds."""
+        self.coming = {False: 0, True: 0}
+        """Images in the decode pool, by whether they are batch work."""
+        self._heap: list[tuple[Key, int, _Entry]] = []
+        self._numbers = itertools.count()
+        self._buffers: dict[int, Pixels] = {}
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    @property
+    def head(self) -> Key:
+        """Of the entry that is next. There must be one."""
+        return self._heap[0][0]
+
+    def holds(self, now: float, load: Load) -> bool:
+        """Whether the next batch should wait for images that are about to be decoded.
+
+        Only while the decoders have more than they can work on at once, there is room in the batch, and the deadline of
+        the most urgent image allows for a full batch of decodings and for two of inference.
+        """
+        limit, head = self.cost.limit, self.head
+        coming = self.coming[False] + (self.coming[True] if head.batch else 0)
+        if coming <= load.decode_threads or len(self._heap) >= limit:
+            return False
+        return head.deadline - now > limit * load.decode_seconds + 2 * self.cost.seconds(limit)
+
+    def push(self, entry: _Entry) -> None:
+        """Put an image in its place."""
+        heapq.heappush(self._heap, (entry.ticket.key, next(self._numbers), entry))
+
+    def drop_dead(self, now: float) -> list[_Entry]:
+        """Take out entries at the front that nobody waits for or that are too late."""
+        dead: list[_Entry] = []
+        while self._heap and _is_dead(self._heap[0][2], now):
+            dead.append(heapq.heappop(self._heap)[2])
+        return dead
+
+    def pop(self, now: float) -> tuple[list[_Entry], list[_Entry]]:
+        """The images of the next batch, the most urgent first, and the dead ones found on the way."""
+        alive: list[_Entry] = []
+        dead: list[_Entry] = []
+        while self._heap and len(alive) < self.cost.limit:
+            entry = heapq.heappop(self._heap)[2]
+            (dead if _is_dead(entry, now) else alive).append(entry)
+        if alive and not self._heap:
+            taken = self.cost.take(len(alive))
+            for entry in alive[taken:]:
+                self.push(entry)
+            alive = alive[:taken]
+        return alive, dead
+
+    def fill(self, batch: list[_Entry]) -> Pixels:
+        """The batch as one array, padded with black to a warmed-up size. Valid until the next call."""
+        size = self.cost.padded(len(batch))
+        shape = batch[0].pixels.shape
+        if size not in self._buffers:
+            self._buffers[size] = np.zeros((size, *shape), dtype=np.uint8)
+        pixels = self._buffers[size]
+        for row, entry in enumerate(batch):
+            pixels[row] = entry.pixels
+        pixels[len(batch) :] = 0
+        return pixels
+
+    def abandon(self) -> list[_Entry]:
+        """Take out everything that waits."""
+        entries = [entry for _, _, entry in self._heap]
+        self._heap.clear()
+        return entries
+
+
+def _is_dead(entry: _Entry, now: float) -> bool:
+    return entry.answer.done() or entry.ticket.gone or now > entry.ticket.deadline
 
 
 class Scheduler:
     """Start with `start`, stop with `close`; both on the event loop that calls `submit`."""
 
-    def __init__(self) -> None:
-        self._queues: list[Queue] = []
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-        self._wake = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-        self._on_batch: Callable[[str, int, float], None] = lambda *_: None
+    def __init__(self, load: Load) -> None:
+        """`load`: of the machine that decoders and engines share."""
+        self.queues: list[Queue] = []
+        self._load = load
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._on_batch: Callable[[Batch], None] = lambda _: None
+        # Guards the queues' heaps and the jobs; the engine's thread sleeps on it.
+        self._change = threading.Condition()
+        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
 
-    def start(self, on_batch: Callable[[str, int, float], None] | None = None) -> None:
-        """Begin to take batches; `on_batch(model, size, seconds)` is told of each."""
+    def start(self, on_batch: Callable[[Batch], None] | None = None) -> None:
+        """Begin to take batches; `on_batch` is told of each."""
         self._on_batch = on_batch or self._on_batch
-        self._task = asyncio.create_task(self._serve(), name="scheduler")
+        self._loop = asyncio.get_running_loop()
 
     async def close(self) -> None:
         """Stop after the batch in flight. Images still waiting are cancelled."""
-        if self._task:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-        for queue in self._queues:
-            for entry in queue.waiting:
-                entry.answer.cancel()
-        await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
+        with self._change:
+            self._closing = True
+            self._change.notify_all()
+        await asyncio.to_thread(self._thread.join)
+        for queue in self.queues:
+            self.remove(queue)
 
-    def add(self, name: str, run: RunBatch, *, max_batch: int) -> Queue:
-        """A queue for one model. `run` is called on the engine thread only."""
-        queue = Queue(name=name, run=run, max_batch=max_batch)
-        self._queues.append(queue)
+    def add(self, queue: Queue) -> Queue:
+        """Serve one more queue."""
+        self.queues = [*self.queues, queue]
         return queue
+
+    def remove(self, queue: Queue) -> None:
+        """Forget a queue that nobody will submit to any more. What still waits in it is cancelled."""
+        self.queues = [other for other in self.queues if other is not queue]
+        with self._change:
+            abandoned = queue.abandon()
+        for entry in abandoned:
+            entry.answer.cancel()
+
+    def look_again(self) -> None:
+        """Something has changed that may have kept a batch waiting."""
+        with self._change:
+            self._change.notify()
+
+    def on_engine(self, work: Callable[[], T]) -> T:
+        """Do `work` on the engine's thread, between batches, and wait for it. Not for the event loop's thread."""
+        done: Future[T] = Future()
+        with self._change:
+            if self._closing:
+                raise RuntimeError("the engine's thread has ended")
+            self._jobs.append((work, done))
+            self._change.notify()
+        return done.result()
 
     @property
     def waiting(self) -> int:
         """Images in all queues."""
-        return sum(len(queue.waiting) for queue in self._queues)
+        return sum(len(queue) for queue in self.queues)
 
-    def drain_seconds(self) -> float:
-        """How long the images that wait now will keep the engine busy, by recent batches."""
-        return sum(len(queue.waiting) * queue.seconds_per_image for queue in self._queues)
+    async def submit(self, queue: Queue, pixels: Pixels, ticket: Ticket) -> Output:
+        """Answer one image. Raises Expired, HungUp, or what the engine raised for its batch.
 
-    async def submit(self, queue: Queue, pixels: Pixels) -> Output:
-        """Answer one image. A cancelled caller takes its own image out of the queue and no other."""
-        entry = _Entry(pixels=pixels, answer=asyncio.get_running_loop().create_future(), since=time.perf_counter())
-        queue.waiting.append(entry)
-        self._wake.set()
+        A cancelled caller takes its own image out of the queue and no other.
+        """
+        entry = _Entry(
+            ticket=ticket,
+            pixels=pixels,
+            answer=asyncio.get_running_loop().create_future(),
+            since=time.perf_counter(),
+        )
+        with self._change:
+            queue.push(entry)
+            self._change.notify()
         return await entry.answer
 
-    async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
+    def _work(self) -> None:
+        """The life of the engine's thread."""
         while True:
-            await self._wake.wait()
-            batch, queue = self._next_batch()
-            if queue is None:
-                self._wake.clear()
-                continue
-            started = time.perf_counter()
-            try:
-                pixels = np.stack([entry.pixels for entry in batch])
-                logits, probabilities = await loop.run_in_executor(self._thread, queue.run, pixels)
-            except Exception as error:  # noqa: BLE001 (whatever it is, it belongs to the callers, and the loop goes on)
-                for entry in batch:
-                    if not entry.answer.done():
-                        entry.answer.set_exception(error)
-                continue
-            except asyncio.CancelledError:
-                for entry in batch:
-                    entry.answer.cancel()
-                raise
-            seconds = time.perf_counter() - started
-            per_image = seconds / len(batch)
-            queue.seconds_per_image += (per_image - queue.seconds_per_image) * (0.1 if queue.seconds_per_image else 1.0)
-            self._on_batch(queue.name, len(batch), seconds)
-            for row, entry in enumerate(batch):
-                if not entry.answer.done():
-                    entry.answer.set_result(
-                        Output(
-                            logits=logits[row],
-                            probabilities=probabilities[row],
-                            queue_ms=(started - entry.since) * 1000,
-                            inference_ms=seconds * 1000,
-                        )
-                    )
+            with self._change:
+                while not (self._jobs or self._closing or (found := self._next_batch())):
+                    self._change.wait()
+                if self._jobs:
+                    job, done = self._jobs.popleft()
+                elif self._closing:
+                    return
+                else:
+                    job = None
+            if job is not None:
+                _run_job(job, done)
+            elif found:
+                self._run_batch(*found)
 
-    def _next_batch(self) -> tuple[list[_Entry], Queue | None]:
-        """The images that have waited longest, of one model, without those whose caller has left."""
-        for queue in self._queues:
-            while queue.waiting and queue.waiting[0].answer.done():
-                queue.waiting.popleft()
-        ready = [queue for queue in self._queues if queue.waiting]
-        if not ready:
-            return [], None
-        queue = min(ready, key=lambda queue: queue.waiting[0].since)
+    def _run_batch(self, queue: Queue, batch: list[_Entry]) -> None:
+        size = queue.cost.padded(len(batch))
+        started = time.perf_counter()
+        queue.running = started, queue.cost.seconds(size)
+        try:
+            outputs = queue.run(queue.fill(batch))
+        except Exception as error:  # noqa: BLE001 (whatever it is, it belongs to the callers, and the thread goes on)
+            self._tell(self._fail, queue, batch, size, error)
+        else:
+            self._tell(self._deliver, queue, batch, size, started, time.perf_counter() - started, outputs)
+        queue.running = None
+
+    def _next_batch(self) -> tuple[Queue, list[_Entry]] | None:
+        """The most urgent images, all of one model; None if there is nothing to do now."""
+        if self._loop is None:
+            return None
+        now = time.perf_counter()
+        dead = [entry for queue in self.queues for entry in queue.drop_dead(now)]
+        ready = [queue for queue in self.queues if len(queue) and not queue.holds(now, self._load)]
         batch: list[_Entry] = []
-        while queue.waiting and len(batch) < queue.max_batch:
-            entry = queue.waiting.popleft()
+        if ready:
+            queue = min(ready, key=lambda queue: queue.head)
+            batch, others = queue.pop(now)
+            dead += others
+        if dead:
+            self._tell(_drop, dead)
+        return (queue, batch) if batch else None
+
+    def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Have the event loop do what touches futures."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _fail(self, queue: Queue, batch: list[_Entry], size: int, error: Exception) -> None:
+        self._on_batch(Batch(queue=queue, images=len(batch), size=size, seconds=0.0, failed=True))
+        for entry in batch:
+            entry.ticket.waiting -= 1
             if not entry.answer.done():
-                batch.append(entry)
-        return batch, queue
+                entry.answer.set_exception(error)
+
+    def _deliver(
+        self, queue: Queue, batch: list[_Entry], size: int, started: float, seconds: float, outputs: Outputs
+    ) -> None:
+        logits, probabilities = outputs
+        queue.cost.observe(size, seconds)
+        self._on_batch(Batch(queue=queue, images=len(batch), size=size, seconds=seconds))
+        for row, entry in enumerate(batch):
+            entry.ticket.waiting -= 1
+            if not entry.answer.done():
+                entry.answer.set_result(
+                    Output(
+                        logits=logits[row],
+                        probabilities=probabilities[row],
+                        queue_ms=(started - entry.since) * 1000,
+                        inference_ms=seconds * 1000,
+                    )
+                )
+
+
+def _drop(dead: list[_Entry]) -> None:
+    for entry in dead:
+        entry.ticket.waiting -= 1
+        if entry.answer.done():
+            continue
+        if entry.ticket.gone:
+            entry.answer.set_exception(HungUp("the client hung up"))
+        else:
+            entry.answer.set_exception(
+                Expired("the deadline passed while the image waited for the engine: nothing was computed")
+            )
+
+
+def _run_job(job: Callable[[], Any], done: "Future[Any]") -> None:
+    try:
+        done.set_result(job())
+    except BaseException as error:  # noqa: BLE001 (it is raised where the job was asked for)
+        done.set_exception(error)

@@ -1,18 +1,42 @@
 """/v1: the API for people."""
 
 import time
+from functools import lru_cache
 from typing import Annotated, Any
+from urllib.parse import parse_qsl
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from service.bodies import read_images
-from service.bundle import Accuracy
-from service.classify import Classified, Classifier
+from service.bundle import Accuracy, Manifest
+from service.choice import Choice
+from service.classify import Classified, Classifier, Wish
+from service.direct import Direct, query_parameters, responses
 from service.errors import RequestError
-from service.problems import problem
-from service.registry import Model
+from service.intake import DEADLINE_HEADER, PRIORITY_HEADER, Terms, presence, terms_of, validated, visit
+from service.models import Model
+from service.problems import Problem, problem
+from service.registry import State
+
+
+class Question(BaseModel, frozen=True):
+    """The query of a classification, beside its terms."""
+
+    model: Annotated[
+        str | None,
+        Field(
+            max_length=100,
+            description="Name of a model, or of a family: then the most accurate model that can meet the deadline "
+            "answers. Without it the default model does.",
+        ),
+    ] = None
+    version: Annotated[int | None, Field(ge=1, description="Of the model; the newest unless named.")] = None
+    top_k: Annotated[int, Field(ge=1, le=1000, description="How many classes, best first.")] = 5
+    min_top1: Annotated[
+        float, Field(ge=0, le=1, description="A family may not choose a model below this top-1 accuracy.")
+    ] = 0.0
 
 
 class Prediction(BaseModel):
@@ -21,16 +45,6 @@ class Prediction(BaseModel):
     index: int
     label: str
     probability: float
-
-
-class Problem(BaseModel):
-    """RFC 9457."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    request_id: str | None = None
 
 
 class Result(BaseModel):
@@ -50,6 +64,23 @@ class Timings(BaseModel):
     total: float
 
 
+class PassedOver(BaseModel):
+    """A more accurate model that was not taken."""
+
+    model: str
+    predicted_ms: float
+
+
+class Chosen(BaseModel):
+    """Why a family chose this model."""
+
+    family: str
+    reason: str
+    """`most_accurate`, `deadline`, or `recovering`: the family had stepped down and waits for more headroom."""
+    predicted_ms: float
+    passed_over: list[PassedOver]
+
+
 class Classification(BaseModel):
     """The answer to a request; `results` are in the order of its images."""
 
@@ -57,8 +88,8 @@ class Classification(BaseModel):
     version: int
     requested: str | None
     results: list[Result]
-    choice: dict[str, Any] | None
-    """Why a family chose this model; null where a model was named."""
+    choice: Chosen | None
+    """Null where a model was named."""
     timings_ms: Timings
     request_id: str
 
@@ -68,8 +99,7 @@ class ModelSummary(BaseModel):
 
     name: str
     version: int | None
-    state: str
-    """`ready`, or `unavailable` with a reason."""
+    state: State
     reason: str | None = None
     default: bool = False
     family: str | None = None
@@ -85,103 +115,173 @@ class ModelSummary(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All models of the repository."""
+    """All models of the repository, and the families among those that serve, most accurate model first."""
 
     models: list[ModelSummary]
+    families: dict[str, list[str]]
 
+
+class ModelDetail(BaseModel):
+    """A model that takes traffic: its manifest, and what the service has learnt about it."""
+
+    name: str
+    versions: list[int]
+    version: int
+    manifest: Manifest
+    batch_ms: dict[int, float]
+    """Predicted duration of a batch, by its size; no other sizes are run."""
+    waiting: int
+    labels: tuple[str, ...]
+
+
+_EXAMPLE = {
+    "model": "cifar100-csra-r2",
+    "version": 3,
+    "requested": "cifar100",
+    "results": [{"predictions": [{"index": 42, "label": "leopard", "probability": 0.9123}]}],
+    "choice": {
+        "family": "cifar100",
+        "reason": "deadline",
+        "predicted_ms": 12.5,
+        "passed_over": [{"model": "cifar100-lsra-r4", "predicted_ms": 48.1}],
+    },
+    "timings_ms": {"read": 0.2, "decode": 1.9, "queue": 4.0, "inference": 2.1, "total": 8.6},
+    "request_id": "c8c774003f9448b49c0964e4feeb8708",
+}
 
 _BODY = {
-    "requestBody": {
-        "required": True,
-        "description": "The bytes of one image (any Content-Type), or multipart/form-data with one or many files.",
-        "content": {
-            "image/*": {"schema": {"type": "string", "format": "binary"}},
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": {"image": {"type": "array", "items": {"type": "string", "format": "binary"}}},
-                }
-            },
+    "required": True,
+    "description": "The bytes of one image (any Content-Type), or multipart/form-data with one or many files.",
+    "content": {
+        "image/*": {"schema": {"type": "string", "format": "binary"}},
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "properties": {"image": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+            }
         },
-    }
+    },
 }
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {
-        "description": text,
-        "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
-    }
-    for status, text in {
-        400: "Damaged image or malformed body",
-        404: "Unknown model",
-        408: "The body took too long to arrive: safe to retry",
-        413: "Body too large",
-        415: "Not an image of an accepted format",
-        422: "Too many pixels, or an invalid parameter",
-        429: "Busy: retry after `Retry-After` seconds",
-        503: "Not ready: safe to retry",
-    }.items()
+
+_HEADERS = {
+    DEADLINE_HEADER: "The same as `deadline_ms`; where both are given, the earlier one counts.",
+    PRIORITY_HEADER: "The same as `priority`.",
+    "X-Request-ID": "Echoed in the answer and in the log: 1 to 128 letters, digits, `_`, `.`, `:` and `-`.",
 }
 
 
 def router(classifier: Classifier) -> APIRouter:
     """The routes under /v1, answering with `classifier`."""
     routes = APIRouter(prefix="/v1", tags=["v1"])
+    settings = classifier.settings
 
-    @routes.post("/classify", response_model=Classification, responses=_PROBLEMS, openapi_extra=_BODY)
-    async def classify(
-        request: Request,
-        model: Annotated[
-            str | None, Query(max_length=100, description="Name; without it the default model answers.")
-        ] = None,
-        top_k: Annotated[int, Query(ge=1, le=1000, description="How many classes, best first.")] = 5,
-    ) -> JSONResponse:
-        """Classify one or many images. A request fails only if every image of it fails."""
+    async def classify(request: Request) -> JSONResponse:
+        """Classify one or many images.
+
+        A request fails only if every image of it fails. It is refused at once if it cannot finish before its deadline.
+        """
         started = time.perf_counter()
-        chosen = classifier.registry.find(model)
-        with classifier.admit():
+        question, wish, terms = _understood(request.scope["query_string"])
+        with visit(classifier, request, wish, terms_of(request, terms)) as ticket:
             images = await read_images(
                 request,
-                max_bytes=classifier.settings.max_body_bytes,
-                max_images=classifier.settings.max_images,
-                seconds=classifier.settings.read_seconds,
+                max_bytes=settings.max_body_bytes,
+                max_images=settings.max_images,
+                seconds=settings.read_seconds,
+                hold=lambda count: classifier.admission.hold_bytes(ticket, count),
             )
             read_ms = (time.perf_counter() - started) * 1000
-            with classifier.admit(len(images) - 1):
-                answers = await classifier.classify(chosen, images)
-        failed = [answer for answer in answers if isinstance(answer, RequestError)]
-        if len(failed) == len(answers):
-            raise failed[0]
-        done = [answer for answer in answers if isinstance(answer, Classified)]
-        return JSONResponse(
-            {
-                "model": chosen.manifest.name,
-                "version": chosen.bundle.version,
-                "requested": model,
-                "results": [_result(chosen, answer, top_k) for answer in answers],
-                "choice": None,
-                "timings_ms": {
-                    "read": round(read_ms, 3),
-                    "decode": round(max(answer.decode_ms for answer in done), 3),
-                    "queue": round(max(answer.output.queue_ms for answer in done), 3),
-                    "inference": round(max(answer.output.inference_ms for answer in done), 3),
-                    "total": round((time.perf_counter() - started) * 1000, 3),
+            chosen, choice = classifier.choose(wish, ticket, images=len(images))
+            classifier.admission.accept(ticket, chosen.queue, len(images), encoded=True)
+            with chosen, presence(request, ticket):
+                answers = await classifier.classify(chosen, ticket, images)
+            answered_at = time.perf_counter()
+            done = [answer for answer in answers if isinstance(answer, Classified)]
+            if not done:
+                chosen.statistics.failed(time.perf_counter() - started)
+                raise next(answer for answer in answers if isinstance(answer, RequestError))
+            results = [_result(chosen, answer, question.top_k) for answer in answers]
+            timings = classifier.finished(
+                chosen,
+                started=started,
+                read_ms=read_ms,
+                decode_ms=max(answer.decode_ms for answer in done),
+                outputs=[answer.output for answer in done],
+                answered_at=answered_at,
+            )
+            request.scope["state"].update(model=chosen.name, timings_ms=timings)
+            return JSONResponse(
+                {
+                    "model": chosen.name,
+                    "version": chosen.version,
+                    "requested": question.model,
+                    "results": results,
+                    "choice": choice.as_dict() if choice else None,
+                    "timings_ms": timings,
+                    "request_id": request.scope["state"]["request_id"],
                 },
-                "request_id": request.scope["state"]["request_id"],
-            }
-        )
+                headers=answer_headers(chosen, choice, timings),
+            )
+
+    routes.add_api_route(
+        "/classify",
+        classify,
+        methods=["POST"],
+        route_class_override=Direct,
+        response_model=Classification,
+        responses=responses(400, 401, 404, 408, 413, 415, 422, 429, 503, 504, example=_EXAMPLE),
+        openapi_extra={"parameters": query_parameters(Question, Terms, headers=_HEADERS), "requestBody": _BODY},
+    )
 
     @routes.get("/models", response_model=ModelList, response_model_exclude_none=True)
     async def models() -> ModelList:
         """All models of the repository, with what they are and whether they take traffic."""
         registry = classifier.registry
-        ready = [_summary(model, default=name == registry.default) for name, model in registry.models.items()]
-        broken = [
-            ModelSummary(name=name, version=None, state="unavailable", reason=reason)
-            for name, reason in registry.failed.items()
-        ]
-        return ModelList(models=sorted(ready + broken, key=lambda summary: summary.name))
+        ready = {(model.name, model.version): model for model in registry.ready}
+        return ModelList(
+            models=[
+                _summary(ready[entry.name, entry.version], default=entry.name == registry.default)
+                if entry.version is not None and (entry.name, entry.version) in ready
+                else ModelSummary(name=entry.name, version=entry.version, state=entry.state, reason=entry.reason)
+                for entry in registry.index
+            ],
+            families={name: [model.name for model in ladder] for name, ladder in registry.families.items()},
+        )
+
+    @routes.get("/models/{name}", responses=responses(401, 404, 503))
+    async def model(name: str, version: int | None = None) -> ModelDetail:
+        """One model: its manifest, its labels, and what its batches cost."""
+        found = classifier.registry.find(name, version)
+        return ModelDetail(
+            name=found.name,
+            versions=[other.version for other in classifier.registry.ready if other.name == found.name],
+            version=found.version,
+            manifest=found.manifest,
+            batch_ms={size: round(s * 1000, 3) for size, s in found.queue.cost.as_dict().items()},
+            waiting=len(found.queue),
+            labels=found.bundle.labels,
+        )
 
     return routes
+
+
+@lru_cache(maxsize=1000)
+def _understood(query: bytes) -> tuple[Question, Wish, Terms]:
+    """Of a query string; most clients send the same one again and again. Raises InvalidParameter."""
+    values = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    question, terms = validated(Question, values), validated(Terms, values)
+    return question, Wish(model=question.model, version=question.version, min_top1=question.min_top1), terms
+
+
+def answer_headers(model: Model, choice: Choice | None, timings_ms: dict[str, float]) -> dict[str, str]:
+    """Which model answered, why, and where the time went."""
+    headers = {
+        "X-StrideViT-Model": f"{model.name}/{model.version}",
+        "Server-Timing": ", ".join(f"{stage};dur={ms:g}" for stage, ms in timings_ms.items()),
+    }
+    if choice:
+        headers["X-StrideViT-Choice"] = choice.reason
+    return headers
 
 
 def _result(model: Model, answer: Classified | RequestError, top_k: int) -> dict[str, Any]:

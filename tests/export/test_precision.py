@@ -17,8 +17,9 @@ from export.subjects import Subject, finished_run
 from export.verify import verify
 from service.app import create_app
 from service.bundle import SUMS_FILE, Precision, read_bundle
+from service.cost import Load
 from service.engine import Engine
-from service.registry import load_models
+from service.registry import Registry
 from service.scheduler import Scheduler
 from service.settings import Settings
 from tests.service.conftest import PNG
@@ -132,10 +133,12 @@ def test_the_service_serves_them_and_a_batch_of_one_stays_one(models: Path, digi
             for name in listed
         ]
         assert len(set(answers)) == 1
-    registry = load_models(Settings(repository=models), Scheduler(), threads=1)
-    limits = {name: model.queue.max_batch for name, model in registry.models.items()}
+    load = Load()
+    registry = Registry(Settings(repository=models), Scheduler(load), load, threads=1)
+    registry.load_all()
+    limits = {model.name: model.queue.cost.limit for model in registry.ready}
     assert limits["digits-csra-r2-int8-dynamic"] == 1
-    assert limits["digits-csra-r2-int8"] == Settings().max_batch
+    assert limits["digits-csra-r2-int8"] > 1
 
 
 def test_every_precision_has_a_promise() -> None:

@@ -1,8 +1,9 @@
 """A service in this process, over the repository of the session's small model."""
 
+import asyncio
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,11 @@ def resum(bundle: Path) -> None:
     """Make the digests right again, as somebody who edits a bundle would."""
     lines = [f"{hashlib.sha256((bundle / file).read_bytes()).hexdigest()}  {file}\n" for file in CONTENT_FILES]
     (bundle / SUMS_FILE).write_text("".join(lines))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 (another thread makes it true)
+        await asyncio.sleep(0.001)
 
 
 @pytest.fixture(scope="module")

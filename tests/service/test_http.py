@@ -13,10 +13,12 @@ from starlette.types import Message
 from structlog.testing import capture_logs
 
 from service.app import create_app
-from service.bundle import read_bundle
+from service.bundle import Manifest, read_bundle
 from service.decode import decode
 from service.engine import Engine
 from service.settings import Settings
+from service.ticket import Ticket
+from service.v1 import Classification
 from tests.service.conftest import PNG, encoded, noise
 
 
@@ -42,6 +44,18 @@ def test_an_image_gets_ranked_labels_and_timings(client: TestClient, repository:
     assert [p["index"] for p in predictions] == order.tolist()
     assert [p["label"] for p in predictions] == [bundle.labels[index] for index in order]
     np.testing.assert_allclose([p["probability"] for p in predictions], probabilities[0][order], atol=1e-5)
+
+
+def test_the_headers_say_who_answered_and_where_the_time_went(client: TestClient) -> None:
+    answer = client.post("/v1/classify?model=digits-csra-r2&version=1", content=PNG)
+    assert answer.headers["x-stridevit-model"] == "digits-csra-r2/1"
+    stages = dict(part.split(";dur=") for part in answer.headers["server-timing"].split(", "))
+    assert {stage: float(ms) for stage, ms in stages.items()} == answer.json()["timings_ms"]
+    missing = client.post("/v1/classify?model=digits-csra-r2&version=2", content=PNG)
+    assert (missing.status_code, missing.json()["detail"]) == (
+        404,
+        "model 'digits-csra-r2' has no version 2 here; there are: 1",
+    )
 
 
 def test_without_a_model_the_default_answers(client: TestClient) -> None:
@@ -96,6 +110,11 @@ def test_a_request_fails_only_if_every_image_does(client: TestClient) -> None:
         ("?model=../../etc/passwd", PNG, 404, "no model"),
         ("?top_k=0", PNG, 422, "top_k"),
         ("?top_k=many", PNG, 422, "top_k"),
+        ("?version=0", PNG, 422, "version"),
+        ("?min_top1=2", PNG, 422, "min_top1"),
+        ("?deadline_ms=0", PNG, 422, "deadline_ms"),
+        ("?deadline_ms=nan", PNG, 422, "deadline_ms"),
+        ("?priority=urgent", PNG, 422, "'interactive' or 'batch'"),
     ],
 )
 def test_bad_input_is_a_clear_4xx(client: TestClient, query: str, body: bytes, status: int, detail: str) -> None:
@@ -194,11 +213,13 @@ def test_a_full_service_says_when_to_come_back(repository: Path) -> None:
     app = create_app(Settings(repository=repository, max_pending=3, max_images=3, threads=1))
     two = [("a", ("a.png", PNG)), ("b", ("b.png", PNG))]
     with TestClient(app) as client:
-        with app.state.classifier.admit(2):
+        admission = app.state.classifier.admission
+        with admission.place(Ticket(seconds=60)), admission.place(Ticket(seconds=60)):
             assert client.post("/v1/classify", content=PNG).status_code == 200, "one place is left"
             busy = client.post("/v1/classify", files=two)
             assert busy.status_code == 429
             assert int(busy.headers["Retry-After"]) >= 1
+            assert busy.json()["retry_after_ms"] >= 1
         assert client.post("/v1/classify", files=two).status_code == 200, "the places must be free again"
 
 
@@ -232,6 +253,16 @@ def test_an_odd_request_id_is_replaced(client: TestClient, offered: str) -> None
     assert len(given) == 32
 
 
+def test_a_model_shows_its_manifest_and_what_its_batches_cost(client: TestClient, repository: Path) -> None:
+    body = client.get("/v1/models/digits-csra-r2").json()
+    bundle = read_bundle(repository / "digits-csra-r2" / "1")
+    assert Manifest.model_validate(body["manifest"]) == bundle.manifest
+    assert body["labels"] == list(bundle.labels)
+    assert body["versions"] == [1]
+    assert all(ms > 0 for ms in body["batch_ms"].values())
+    assert client.get("/v1/models/nobody").status_code == 404
+
+
 def test_models_are_listed_with_what_they_are(client: TestClient) -> None:
     (model,) = client.get("/v1/models").json()["models"]
     assert (model["name"], model["state"], model["default"]) == ("digits-csra-r2", "ready", True)
@@ -246,8 +277,17 @@ def test_the_other_pages_answer(client: TestClient, path: str) -> None:
 
 def test_openapi_describes_the_answer_and_its_errors(client: TestClient) -> None:
     operation = client.get("/openapi.json").json()["paths"]["/v1/classify"]["post"]
-    assert {"200", "400", "404", "413", "415", "422", "429", "503"} <= set(operation["responses"])
+    assert {"200", "400", "401", "404", "413", "415", "422", "429", "503", "504"} <= set(operation["responses"])
     assert {"image/*", "multipart/form-data"} == set(operation["requestBody"]["content"])
+    names = {parameter["name"] for parameter in operation["parameters"]}
+    assert names == {
+        *("model", "version", "top_k", "min_top1", "deadline_ms", "priority"),
+        *("X-Deadline-Ms", "X-Priority", "X-Request-ID"),
+    }
+    for answer in operation["responses"].values():
+        (content,) = answer["content"].values()
+        assert content["example"]
+    Classification.model_validate(operation["responses"]["200"]["content"]["application/json"]["example"])
 
 
 def test_metrics_count_by_route_and_not_by_path(client: TestClient) -> None:

@@ -1,8 +1,8 @@
-"""Batches are what waits when the engine is free; each answer belongs to its request."""
+"""Batches are what waits when the engine is free, the most urgent first; each answer belongs to its request."""
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -11,7 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.scheduler import Pixels, Queue, Scheduler
+from service.cost import Cost, Load
+from service.errors import Expired, HungUp
+from service.scheduler import Batch, Pixels, Queue, Scheduler
+from service.ticket import Priority, Ticket
+from tests.service.conftest import until
 
 
 class Echo:
@@ -25,7 +29,7 @@ class Echo:
         self.fail_on: int | None = None
 
     def run(self, images: Pixels) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Logits [id, -id]."""
+        """Logits [id, -id]. Black rows are padding: ids begin at 1."""
         self.started.set()
         assert self.free.wait(10)
         ids = images[:, 0, 0].astype(np.float32) @ np.array([1, 256, 0], dtype=np.float32)
@@ -40,10 +44,16 @@ def image(number: int) -> Pixels:
     return np.full((2, 2, 3), [number % 256, number // 256, 0], dtype=np.uint8)
 
 
+def new_queue(echo: Echo, sizes: Sequence[int] = (1, 2, 3, 4), name: str = "echo") -> Queue:
+    """Of a model whose batches all take the same time, so that it always pays to take more."""
+    return Queue(name, echo.run, Cost(dict.fromkeys(sizes, 0.001), Load()))
+
+
 @asynccontextmanager
-async def running(max_batch: int = 4) -> AsyncIterator[tuple[Scheduler, Queue, Echo]]:
-    scheduler, echo = Scheduler(), Echo()
-    queue = scheduler.add("echo", echo.run, max_batch=max_batch)
+async def running(sizes: Sequence[int] = (1, 2, 3, 4)) -> AsyncIterator[tuple[Scheduler, Queue, Echo]]:
+    scheduler, echo = Scheduler(Load()), Echo()
+    queue = new_queue(echo, sizes)
+    scheduler.add(queue)
     scheduler.start()
     try:
         yield scheduler, queue, echo
@@ -52,13 +62,20 @@ async def running(max_batch: int = 4) -> AsyncIterator[tuple[Scheduler, Queue, E
         await scheduler.close()
 
 
-async def answer(scheduler: Scheduler, queue: Queue, number: int) -> int:
-    return int((await scheduler.submit(queue, image(number))).logits[0])
+def ticket(seconds: float = 60.0, priority: Priority = "interactive") -> Ticket:
+    return Ticket(seconds=seconds, priority=priority)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 (another thread makes it true)
-        await asyncio.sleep(0.001)
+async def answer(scheduler: Scheduler, queue: Queue, number: int, by: Ticket | None = None) -> int:
+    return int((await scheduler.submit(queue, image(number), by or ticket())).logits[0])
+
+
+async def while_busy(scheduler: Scheduler, queue: Queue, echo: Echo) -> asyncio.Task[int]:
+    """Put the engine to work on image 99 until `echo.free` is set."""
+    echo.free.clear()
+    first = asyncio.create_task(answer(scheduler, queue, 99))
+    await until(echo.started.is_set)
+    return first
 
 
 def drive(scenario: Callable[[], Awaitable[None]]) -> None:
@@ -67,34 +84,136 @@ def drive(scenario: Callable[[], Awaitable[None]]) -> None:
 
 def test_a_lone_image_starts_at_once_and_what_waits_meanwhile_is_one_batch() -> None:
     async def scenario() -> None:
-        async with running(max_batch=4) as (scheduler, queue, echo):
-            echo.free.clear()
-            tasks = [asyncio.create_task(answer(scheduler, queue, 0))]
-            await until(echo.started.is_set)
+        async with running() as (scheduler, queue, echo):
+            tasks = [await while_busy(scheduler, queue, echo)]
             tasks += [asyncio.create_task(answer(scheduler, queue, number)) for number in range(1, 7)]
             await until(lambda: scheduler.waiting == 6)
             echo.free.set()
-            assert await asyncio.gather(*tasks) == list(range(7))
-            assert echo.batches == [[0], [1, 2, 3, 4], [5, 6]]
+            assert await asyncio.gather(*tasks) == [99, *range(1, 7)]
+            assert echo.batches == [[99], [1, 2, 3, 4], [5, 6]]
+
+    drive(scenario)
+
+
+def test_a_batch_is_padded_to_a_warmed_up_size() -> None:
+    async def scenario() -> None:
+        seen: list[Batch] = []
+        scheduler, echo = Scheduler(Load()), Echo()
+        queue = new_queue(echo, sizes=(1, 4))
+        scheduler.add(queue)
+        scheduler.start(seen.append)
+        tasks = [await while_busy(scheduler, queue, echo)]
+        tasks += [asyncio.create_task(answer(scheduler, queue, number)) for number in (1, 2, 3)]
+        await until(lambda: scheduler.waiting == 3)
+        echo.free.set()
+        assert await asyncio.gather(*tasks) == [99, 1, 2, 3]
+        assert echo.batches == [[99], [1, 2, 3, 0]]
+        assert [(batch.images, batch.size) for batch in seen] == [(1, 1), (3, 4)]
+        await scheduler.close()
+
+    drive(scenario)
+
+
+def test_padding_holds_nothing_of_an_earlier_batch() -> None:
+    async def scenario() -> None:
+        async with running(sizes=(1, 4)) as (scheduler, queue, echo):
+            for numbers in ((1, 2, 3, 4), (5, 6)):
+                echo.started.clear()
+                tasks = [await while_busy(scheduler, queue, echo)]
+                tasks += [asyncio.create_task(answer(scheduler, queue, number)) for number in numbers]
+                await until(lambda: scheduler.waiting > 1)
+                echo.free.set()
+                await asyncio.gather(*tasks)
+            assert echo.batches[-1] == [5, 6, 0, 0]
+
+    drive(scenario)
+
+
+def test_the_earliest_deadline_goes_first_and_batch_work_last() -> None:
+    async def scenario() -> None:
+        async with running(sizes=(1,)) as (scheduler, queue, echo):
+            tasks = [await while_busy(scheduler, queue, echo)]
+            for number, by in (
+                (1, ticket(1, "batch")),
+                (2, ticket(30)),
+                (3, ticket(10)),
+                (4, ticket(20)),
+                (5, ticket(20, "batch")),
+            ):
+                tasks.append(asyncio.create_task(answer(scheduler, queue, number, by)))
+            await until(lambda: scheduler.waiting == 5)
+            echo.free.set()
+            await asyncio.gather(*tasks)
+            assert echo.batches == [[99], [3], [4], [2], [1], [5]]
+
+    drive(scenario)
+
+
+def test_queues_share_one_engine_thread_and_the_most_urgent_image_names_the_model() -> None:
+    async def scenario() -> None:
+        scheduler, echo = Scheduler(Load()), Echo()
+        one, other = new_queue(echo, name="one"), new_queue(echo, name="other")
+        scheduler.add(one)
+        scheduler.add(other)
+        scheduler.start()
+        tasks = [await while_busy(scheduler, one, echo)]
+        for number, queue, seconds in ((1, one, 50), (2, other, 40), (3, one, 30), (4, other, 60)):
+            tasks.append(asyncio.create_task(answer(scheduler, queue, number, ticket(seconds))))
+        await until(lambda: scheduler.waiting == 4)
+        echo.free.set()
+        assert await asyncio.gather(*tasks) == [99, 1, 2, 3, 4]
+        assert echo.batches == [[99], [3, 1], [2, 4]]
+        await scheduler.close()
+
+    drive(scenario)
+
+
+def test_an_expired_image_costs_no_engine_row_and_its_caller_is_told() -> None:
+    async def scenario() -> None:
+        async with running() as (scheduler, queue, echo):
+            first = await while_busy(scheduler, queue, echo)
+            late = asyncio.create_task(answer(scheduler, queue, 1, ticket(0.0)))
+            other = asyncio.create_task(answer(scheduler, queue, 2))
+            await until(lambda: scheduler.waiting == 2)
+            echo.free.set()
+            assert (await first, await other) == (99, 2)
+            with pytest.raises(Expired, match="nothing was computed"):
+                await late
+            assert echo.batches == [[99], [2]]
+
+    drive(scenario)
+
+
+def test_an_image_whose_client_hung_up_costs_no_engine_row() -> None:
+    async def scenario() -> None:
+        async with running() as (scheduler, queue, echo):
+            first, by = await while_busy(scheduler, queue, echo), ticket()
+            gone = [asyncio.create_task(answer(scheduler, queue, number, by)) for number in (1, 2)]
+            other = asyncio.create_task(answer(scheduler, queue, 3))
+            await until(lambda: scheduler.waiting == 3)
+            by.gone = True
+            echo.free.set()
+            assert (await first, await other) == (99, 3)
+            results = await asyncio.gather(*gone, return_exceptions=True)
+            assert [type(result) for result in results] == [HungUp, HungUp]
+            assert echo.batches == [[99], [3]]
 
     drive(scenario)
 
 
 def test_a_cancelled_caller_costs_no_engine_row_and_harms_nobody() -> None:
     async def scenario() -> None:
-        async with running(max_batch=8) as (scheduler, queue, echo):
-            echo.free.clear()
-            first = asyncio.create_task(answer(scheduler, queue, 0))
-            await until(echo.started.is_set)
+        async with running(sizes=range(1, 9)) as (scheduler, queue, echo):
+            first = await while_busy(scheduler, queue, echo)
             tasks = [asyncio.create_task(answer(scheduler, queue, number)) for number in range(1, 6)]
             await until(lambda: scheduler.waiting == 5)
             for task in (tasks[0], tasks[3]):
                 task.cancel()
             await asyncio.sleep(0)
             echo.free.set()
-            assert await first == 0
+            assert await first == 99
             assert [await tasks[place] for place in (1, 2, 4)] == [2, 3, 5]
-            assert echo.batches == [[0], [2, 3, 5]]
+            assert echo.batches == [[99], [2, 3, 5]]
 
     drive(scenario)
 
@@ -102,9 +221,7 @@ def test_a_cancelled_caller_costs_no_engine_row_and_harms_nobody() -> None:
 def test_a_caller_cancelled_while_its_batch_runs_harms_nobody() -> None:
     async def scenario() -> None:
         async with running() as (scheduler, queue, echo):
-            echo.free.clear()
-            task = asyncio.create_task(answer(scheduler, queue, 1))
-            await until(echo.started.is_set)
+            task = await while_busy(scheduler, queue, echo)
             task.cancel()
             other = asyncio.create_task(answer(scheduler, queue, 2))
             await asyncio.sleep(0)
@@ -125,66 +242,68 @@ def test_a_failing_batch_fails_its_callers_and_the_next_goes_on() -> None:
     drive(scenario)
 
 
-def test_queues_share_one_engine_thread_and_the_longest_wait_goes_first() -> None:
+def test_closing_ends_the_batch_in_flight_and_cancels_what_still_waits() -> None:
     async def scenario() -> None:
-        scheduler, echo = Scheduler(), Echo()
-        queues = [scheduler.add(name, echo.run, max_batch=4) for name in ("a", "b")]
+        scheduler, echo = Scheduler(Load()), Echo()
+        queue = new_queue(echo, sizes=(1,))
+        scheduler.add(queue)
         scheduler.start()
-        echo.free.clear()
-        tasks = [asyncio.create_task(answer(scheduler, queues[0], 0))]
-        await until(echo.started.is_set)
-        for number, queue in ((1, queues[1]), (2, queues[0]), (3, queues[1])):
-            tasks.append(asyncio.create_task(answer(scheduler, queue, number)))
-            await until(lambda number=number: scheduler.waiting == number)  # type: ignore[misc]
-        echo.free.set()
-        assert await asyncio.gather(*tasks) == [0, 1, 2, 3]
-        assert echo.batches == [[0], [1, 3], [2]]
-        await scheduler.close()
-
-    drive(scenario)
-
-
-def test_closing_cancels_what_still_waits() -> None:
-    async def scenario() -> None:
-        scheduler, echo = Scheduler(), Echo()
-        queue = scheduler.add("echo", echo.run, max_batch=1)
-        scheduler.start()
-        echo.free.clear()
-        tasks = [asyncio.create_task(answer(scheduler, queue, number)) for number in range(3)]
-        await until(echo.started.is_set)
+        tasks = [await while_busy(scheduler, queue, echo)]
+        tasks += [asyncio.create_task(answer(scheduler, queue, number)) for number in (1, 2)]
         closing = asyncio.create_task(scheduler.close())
         await asyncio.sleep(0.01)
         echo.free.set()
         await closing
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(isinstance(result, asyncio.CancelledError) for result in results)
+        assert results[0] == 99
+        assert all(isinstance(result, asyncio.CancelledError) for result in results[1:])
+
+    drive(scenario)
+
+
+def test_live_timings_reach_the_cost_model() -> None:
+    async def scenario() -> None:
+        async with running(sizes=(1,)) as (scheduler, queue, _):
+            before = queue.cost.seconds(1)
+            for number in range(20):
+                await answer(scheduler, queue, number)
+            assert queue.cost.seconds(1) != before
 
     drive(scenario)
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    max_batch=st.integers(1, 9),
-    plan=st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=120),
+    sizes=st.sets(st.integers(1, 9), min_size=1),
+    plan=st.lists(
+        st.tuples(st.sampled_from(("stays", "leaves", "hangs up", "too late")), st.integers(0, 3)),
+        min_size=1,
+        max_size=120,
+    ),
 )
-def test_no_answer_is_lost_or_swapped(max_batch: int, plan: list[tuple[bool, int]]) -> None:
-    """Each image carries its id; callers come at random moments and some leave again."""
+def test_no_answer_is_lost_or_swapped(sizes: set[int], plan: list[tuple[str, int]]) -> None:
+    """Each image carries its id; callers come at random moments, and some leave again or are late."""
 
     async def scenario() -> None:
-        async with running(max_batch) as (scheduler, queue, echo):
+        async with running(sorted(sizes)) as (scheduler, queue, echo):
             tasks = []
-            for number, (leaves, pause) in enumerate(plan):
-                task = asyncio.create_task(answer(scheduler, queue, number))
-                tasks.append((number, leaves, task))
+            for number, (fate, pause) in enumerate(plan, start=1):
+                by = ticket(-1.0 if fate == "too late" else 60.0)
+                task = asyncio.create_task(answer(scheduler, queue, number, by))
+                tasks.append((number, fate, task))
                 for _ in range(pause):
                     await asyncio.sleep(0)
-                if leaves:
+                if fate == "leaves":
                     task.cancel()
-            for number, leaves, task in tasks:
-                if leaves:
-                    await asyncio.gather(task, return_exceptions=True)
+                by.gone = fate == "hangs up"
+            for number, fate, task in tasks:
+                result = (await asyncio.gather(task, return_exceptions=True))[0]
+                if fate == "stays":
+                    assert result == number
+                elif fate == "too late":
+                    assert isinstance(result, Expired)
                 else:
-                    assert await task == number
-            assert all(len(batch) <= max_batch for batch in echo.batches)
+                    assert result == number or isinstance(result, HungUp | asyncio.CancelledError)
+            assert {len(batch) for batch in echo.batches} <= sizes
 
     drive(scenario)

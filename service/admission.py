@@ -1,0 +1,155 @@
+"""Admission: a request is taken only if there is room for it and it can finish in time; else it is told at once.
+
+Two bounds, on requests' images and on their bytes, keep memory flat. Against the deadline stands the predicted finish:
+the work ahead of a request in the order of its `Key`, by the cost model. A request is also refused where it would make
+one that was accepted before it late.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from service.cost import Load
+from service.errors import Busy
+from service.scheduler import Queue, Scheduler
+from service.ticket import Ticket
+
+
+class Admission:
+    """All requests in work, and what they will cost."""
+
+    def __init__(
+        self, scheduler: Scheduler, load: Load, *, max_images: int, max_bytes: int, margin: float = 1.0
+    ) -> None:
+        """`margin`: the part of its deadline within which a request must be predicted to finish."""
+        self._scheduler, self._load = scheduler, load
+        self._max_images, self._max_bytes, self._margin = max_images, max_bytes, margin
+        self._accepted: dict[Ticket, Queue] = {}
+        self.images = 0
+        """Images accepted and not yet answered."""
+        self.bytes = 0
+        """Bodies accepted and not yet answered."""
+
+    @contextmanager
+    def place(self, ticket: Ticket) -> Iterator[None]:
+        """Hold a place for one image, until the request is answered. Raises Busy at once if there is none."""
+        self._need_room(1)
+        self.images += 1
+        try:
+            yield
+        finally:
+            self.images -= ticket.images
+            self.bytes -= ticket.bytes
+            self._accepted.pop(ticket, None)
+
+    def hold_bytes(self, ticket: Ticket, count: int) -> None:
+        """Account for `count` more bytes of a body. Raises Busy if all bodies together would be too large."""
+        if self.bytes + count > self._max_bytes:
+            raise Busy(
+                f"the images in work hold {self.bytes:,} bytes and {self._max_bytes:,} are allowed: "
+                "nothing was done for this request, send it again later",
+                reason="bytes",
+                retry_after_s=self.drain_seconds(),
+            )
+        self.bytes += count
+        ticket.bytes += count
+
+    def accept(self, ticket: Ticket, queue: Queue, images: int, *, encoded: bool) -> None:
+        """Take on the work of a request. Raises Busy if it cannot finish in time or there is no room."""
+        self._need_room(images - ticket.images)
+        predicted = self.predict(queue, ticket, images, encoded=encoded)
+        self.require_in_time(ticket, predicted)
+        late = self._would_be_late(ticket, queue, images)
+        if late:
+            raise Busy(
+                "this request would make one that was accepted before it miss its deadline: "
+                "nothing was done for it, send it again later or with a later deadline",
+                reason="deadline",
+                retry_after_s=late,
+            )
+        self.images += images - ticket.images
+        ticket.images = ticket.waiting = images
+        ticket.undecoded = images if encoded else 0
+        self._accepted[ticket] = queue
+
+    def require_in_time(self, ticket: Ticket, predicted: float) -> None:
+        """Raise Busy if `predicted` seconds from now are too late for the request."""
+        allowed = self.allowed_seconds(ticket)
+        if predicted > allowed:
+            raise Busy(
+                f"the deadline leaves {max(0.0, allowed) * 1000:.0f} ms and the work ahead takes about "
+                f"{predicted * 1000:.0f} ms: nothing was done for this request, send it again later or with a later "
+                "deadline",
+                reason="deadline",
+                retry_after_s=predicted - allowed,
+            )
+
+    def allowed_seconds(self, ticket: Ticket) -> float:
+        """From now, within which the request must be predicted to finish."""
+        return self._margin * (ticket.deadline - ticket.since) - (time.perf_counter() - ticket.since)
+
+    def predict(self, queue: Queue, ticket: Ticket, images: int = 1, *, encoded: bool = True) -> float:
+        """Seconds from now in which a request of `images` for `queue` would be answered."""
+        ahead = [other for other in self._accepted if other.key < ticket.key]
+        work = Counter({queue: images})
+        for other in ahead:
+            work[self._accepted[other]] += other.waiting
+        engine = _seconds(work) + self._in_flight()
+        if not encoded:
+            return engine
+        # Decoding and inference overlap; what cannot overlap is the last image's own decoding and batch.
+        decode = self._decode_seconds(sum(other.undecoded for other in ahead) + images)
+        own = queue.cost.total(min(images, queue.cost.limit))
+        return max(decode + own, engine + self._load.decode_seconds)
+
+    def drain_seconds(self) -> float:
+        """How long the work accepted so far will take."""
+        work = Counter[Queue]()
+        for other, queue in self._accepted.items():
+            work[queue] += other.waiting
+        undecoded = sum(other.undecoded for other in self._accepted)
+        return max(self._in_flight() + _seconds(work), self._decode_seconds(undecoded))
+
+    def _need_room(self, images: int) -> None:
+        if self.images + images > self._max_images:
+            raise Busy(
+                f"{self.images} images are in work and {self._max_images} are allowed: "
+                "nothing was done for this request, send it again later",
+                reason="images",
+                retry_after_s=self.drain_seconds(),
+            )
+
+    def _would_be_late(self, ticket: Ticket, queue: Queue, images: int) -> float:
+        """Seconds by which the request would make an accepted one late that would else be in time; 0 if none."""
+        later = sorted((other for other in self._accepted if other.key > ticket.key), key=lambda other: other.key)
+        if not later:
+            return 0.0
+        now, in_flight = time.perf_counter(), self._in_flight()
+        work = Counter[Queue]()
+        for other in self._accepted:
+            if other.key < ticket.key:
+                work[self._accepted[other]] += other.waiting
+        with_it = work + Counter({queue: images})
+        worst = 0.0
+        for other in later:
+            for counted in (work, with_it):
+                counted[self._accepted[other]] += other.waiting
+            finish = now + in_flight + _seconds(with_it)
+            if finish > other.deadline >= now + in_flight + _seconds(work):
+                worst = max(worst, finish - other.deadline)
+        return worst
+
+    def _in_flight(self) -> float:
+        """What is done already of the batch that runs now: as much less than nothing."""
+        now = time.perf_counter()
+        running = [queue.running for queue in self._scheduler.queues if queue.running]
+        return -sum(min(seconds, now - started) for started, seconds in running)
+
+    def _decode_seconds(self, images: int) -> float:
+        return math.ceil(images / self._load.decode_threads) * self._load.decode_seconds
+
+
+def _seconds(work: Counter[Queue]) -> float:
+    return sum(queue.cost.total(images) for queue, images in work.items() if images > 0)

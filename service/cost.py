@@ -1,0 +1,112 @@
+"""The cost model: how long a batch of a model will take, measured at warm-up and kept current by live timings.
+
+    predicted seconds = baseline of (model, batch size)  ×  slowdown of the device
+
+Warm-up fills the baselines on an idle device. Live, decoding and other processes take their share of the cores; that
+strikes all models alike, so one fast-moving factor of the device follows it, and models that have not run for a
+while are predicted well too. Each baseline follows slowly what the factor does not explain.
+"""
+
+from collections.abc import Mapping
+
+_FAST, _SLOW = 0.2, 0.02
+"""Weights of a new timing: in the device's slowdown, and in the baseline of its own batch size."""
+
+_GOOD_ENOUGH = 1.1
+"""A batch size pays if a smaller one takes over this factor longer an image; less than that is noise and latency."""
+
+
+class Load:
+    """How busy the machine is, as seen by the timings of all its models and decoders."""
+
+    def __init__(self, *, decode_threads: int = 1) -> None:
+        self.slowdown = 1.0
+        self.decode_threads = decode_threads
+        self.decode_seconds = 0.0
+        """Recent mean of an image's decoding; 0 before the first."""
+
+    def decoded(self, seconds: float) -> None:
+        """Take note of one image's decoding."""
+        self.decode_seconds += (seconds - self.decode_seconds) * (_FAST if self.decode_seconds else 1.0)
+
+
+class Cost:
+    """What batches of one model cost. `sizes` are those that were warmed up: no other is ever run."""
+
+    def __init__(self, baseline: Mapping[int, float], load: Load) -> None:
+        """`baseline`: seconds of a batch, by its size, on an idle device."""
+        if not baseline or min(baseline) < 1:
+            raise ValueError("a cost model needs the time of at least one batch size")
+        self._baseline = dict(sorted(baseline.items()))
+        self._load = load
+        self.sizes = tuple(self._baseline)
+
+    @property
+    def limit(self) -> int:
+        """Images in a batch, at most."""
+        return self.sizes[-1]
+
+    def padded(self, images: int) -> int:
+        """The warmed-up size that holds `images`. Raises ValueError above the limit."""
+        for size in self.sizes:
+            if size >= images:
+                return size
+        raise ValueError(f"{images} images exceed the largest batch, {self.limit}")
+
+    def take(self, waiting: int) -> int:
+        """How many of the waiting images the next batch should hold: those that give most images a second.
+
+        Five images padded to eight may take longer than four of them now and the fifth afterwards.
+        """
+        if waiting >= self.limit:
+            return self.limit
+        up = self.padded(waiting)
+        down = max((size for size in self.sizes if size <= waiting), default=0)
+        if not down:
+            return waiting
+        return waiting if waiting / self.seconds(up) >= down / self.seconds(down) else down
+
+    def seconds(self, size: int) -> float:
+        """Predicted duration of one batch of a warmed-up size."""
+        return self._baseline[size] * self._load.slowdown
+
+    def total(self, images: int) -> float:
+        """Predicted time that the device needs for `images`, in batches as they would be formed."""
+        full, rest = divmod(images, self.limit)
+        seconds = full * self.seconds(self.limit)
+        while rest:
+            taken = self.take(rest)
+            seconds += self.seconds(self.padded(taken))
+            rest -= taken
+        return seconds
+
+    def observe(self, size: int, seconds: float) -> None:
+        """Take note of how long a batch of a warmed-up size took."""
+        ratio = seconds / self.seconds(size)
+        self._load.slowdown *= ratio**_FAST
+        self._baseline[size] *= ratio**_SLOW
+
+    def as_dict(self) -> dict[int, float]:
+        """Predicted seconds of a batch by size, now."""
+        return {size: self.seconds(size) for size in self.sizes}
+
+
+_HANDOVER_SECONDS = 0.0003
+"""What a batch costs beside the engine: two changes of thread. Measured; it matters to the smallest models only."""
+
+
+def worthwhile_sizes(seconds: Mapping[int, float]) -> tuple[int, ...]:
+    """The batch sizes to use, of those timed: up to the smallest that is about as fast an image as the fastest.
+
+    On a CPU a large batch of a large model is no faster an image than a single one, and only costs latency and memory.
+    """
+    per_image = {size: (taken + _HANDOVER_SECONDS) / size for size, taken in sorted(seconds.items())}
+    best = min(per_image.values())
+    limit = next(size for size, taken in per_image.items() if taken <= best * _GOOD_ENOUGH)
+    return tuple(size for size in per_image if size <= limit)
+
+
+def candidate_sizes(max_batch: int) -> tuple[int, ...]:
+    """The sizes that warm-up tries: powers of two, and `max_batch` itself."""
+    powers = [1 << power for power in range(max_batch.bit_length()) if 1 << power < max_batch]
+    return (*powers, max_batch)

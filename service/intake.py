@@ -1,0 +1,90 @@
+"""From an HTTP request to an accepted one: its deadline and priority, its place, and its caller's presence."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, Field, ValidationError
+
+from service.classify import Classifier, Wish
+from service.errors import Busy, Expired, HungUp, InvalidParameter
+from service.ticket import Priority, Ticket
+
+Q = TypeVar("Q", bound=BaseModel)
+
+DEADLINE_HEADER, PRIORITY_HEADER = "X-Deadline-Ms", "X-Priority"
+
+
+class Terms(BaseModel, frozen=True):
+    """How a request wants to be treated: from the query, and from headers of the same meaning."""
+
+    deadline_ms: Annotated[
+        float | None,
+        Field(gt=0, le=1e9, description="Answer within so many milliseconds of the request's arrival, or not at all."),
+    ] = None
+    priority: Annotated[Priority, Field(description="`batch` work waits until no `interactive` work is left.")] = (
+        "interactive"
+    )
+
+
+def terms_of(request: Request, terms: Terms) -> Terms:
+    """`terms` of the query, with what the headers say; the earlier deadline counts. Raises InvalidParameter."""
+    priority, deadline = request.headers.get(PRIORITY_HEADER), request.headers.get(DEADLINE_HEADER)
+    if priority is None and deadline is None:
+        return terms
+    given = terms.model_dump(exclude_unset=True)
+    if priority is not None:
+        given.setdefault("priority", priority)
+    if deadline is not None:
+        other = validated(Terms, {"deadline_ms": deadline}).deadline_ms
+        given["deadline_ms"] = min(filter(None, (other, terms.deadline_ms)))
+    return validated(Terms, given)
+
+
+def validated(kind: type[Q], values: dict[str, Any]) -> Q:
+    """`values` as a `kind`. Raises InvalidParameter that names the parameter."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        text = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise InvalidParameter(text) from error
+
+
+@contextmanager
+def visit(classifier: Classifier, request: Request, wish: Wish, terms: Terms) -> Iterator[Ticket]:
+    """A place in the service until the block ends. Raises Busy before a byte of the body is read."""
+    rejections = classifier.metrics.rejections
+    ticket = classifier.ticket(
+        deadline_ms=terms.deadline_ms, priority=terms.priority, since=request.scope["state"]["started"]
+    )
+    try:
+        classifier.require_hope(wish, ticket)
+        with classifier.admission.place(ticket):
+            yield ticket
+    except Busy as error:
+        rejections.labels(error.reason).inc()
+        raise
+    except Expired:
+        rejections.labels("expired").inc()
+        raise
+    except HungUp:
+        rejections.labels("hung_up").inc()
+        raise
+
+
+@contextmanager
+def presence(request: Request, ticket: Ticket) -> Iterator[None]:
+    """Once the body is read: mark the ticket as gone as soon as the client hangs up."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        ticket.gone = True
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()

@@ -1,0 +1,239 @@
+"""The command line: every setting is a flag, and what the commands print."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from service import __main__ as command_line
+from service.flags import markdown
+from service.keys import KeyRing
+from service.settings import ENV_PREFIX, Settings
+from tests.processes import ROOT, serving
+
+HASH = "0123456789abcdef" * 4
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(ENV_PREFIX + name.upper(), raising=False)
+
+
+@pytest.fixture
+def _no_logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configured logging would outlive the test, and write to its closed output."""
+    monkeypatch.setattr(command_line, "_configure_logging", lambda _: None)
+
+
+@pytest.fixture
+def damaged(repository: Path, tmp_path: Path) -> Path:
+    """A repository of a good model and a damaged one."""
+    folder = tmp_path / "models"
+    shutil.copytree(repository, folder)
+    shutil.copytree(folder / "digits-csra-r2", folder / "digits-damaged")
+    (folder / "digits-damaged" / "1" / "labels.txt").write_text("zero\n")
+    return folder
+
+
+def run(*arguments: str) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(command_line.app, arguments, env={"COLUMNS": "200"})
+
+
+def told(result: Result, name: str) -> list[str]:
+    """What a table's row says about `name`."""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if line[:1] == "│"]
+    return next(row[1:] for row in rows if row[0] == name)
+
+
+@pytest.mark.parametrize("path", [[], ["check"], ["settings"]])
+def test_every_setting_is_a_flag_of_every_command_that_reads_settings(path: list[str]) -> None:
+    command: Any = typer.main.get_command(command_line.app)
+    for name in path:
+        command = command.commands[name]
+    options = {option: parameter for parameter in command.params for option in parameter.opts}
+    for name, field in Settings.model_fields.items():
+        option = options["--" + name.replace("_", "-")]
+        assert " ".join((field.description or "").split()) in option.help, name
+        assert bool(option.secondary_opts) == (field.annotation is bool), name
+
+
+def test_help_shows_flags_in_their_groups_with_their_defaults() -> None:
+    lines = run("--help").stdout.splitlines()
+    network = next(number for number, line in enumerate(lines) if "─ Network ─" in line)
+    port = next(number for number, line in enumerate(lines) if "│ --port " in line)
+    security = next(number for number, line in enumerate(lines) if "─ Security ─" in line)
+    assert network < port < security
+    assert "[8000]" in lines[port]
+    assert any("--tf32" in line and "--no-tf32" in line for line in lines)
+
+
+def test_settings_tell_the_value_in_effect_and_where_it_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "s.toml"
+    config.write_text('max_batch = 2\nmax_images = 3\ndevice = "cpu"\ntf32 = true\n')
+    monkeypatch.setenv("STRIDEVIT_MAX_BATCH", "4")
+    monkeypatch.setenv("STRIDEVIT_MAX_IMAGES", "5")
+    result = run("settings", "--config", str(config), "--max-batch", "6", "--models", "a,b", "--no-tf32")
+    assert result.exit_code == 0, result.output
+    assert told(result, "max_batch") == ["6", "flag --max-batch"]
+    assert told(result, "max_images") == ["5", "environment STRIDEVIT_MAX_IMAGES"]
+    assert told(result, "device") == ["cpu", f"file {config}"]
+    assert told(result, "tf32") == ["false", "flag --tf32"]
+    assert told(result, "models") == ["a,b", "flag --models"]
+    assert told(result, "port") == ["8000", "default"]
+
+
+def test_an_empty_flag_takes_back_what_the_environment_and_the_file_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "s.toml"
+    config.write_text("port = 1\n")
+    monkeypatch.setenv("STRIDEVIT_CONFIG", str(config))
+    monkeypatch.setenv("STRIDEVIT_MODELS", "a")
+    result = run("settings", "--config", "", "--models", "", "--default-model", "")
+    assert told(result, "port") == ["8000", "default"]
+    assert told(result, "models")[0] == "–"
+    assert told(result, "default_model")[0] == "–"
+
+
+def test_flags_before_a_command_hold_for_it_and_its_own_win() -> None:
+    result = run("--port", "1", "--host", "::1", "settings", "--port", "2")
+    assert told(result, "port")[0] == "2"
+    assert told(result, "host")[0] == "::1"
+
+
+def test_a_wrong_value_ends_with_2_and_a_line_that_says_where_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STRIDEVIT_PORT", "tcp://10.0.0.1:80")
+    result = run("settings", "--max-batch", "0")
+    assert result.exit_code == 2
+    assert "error: port (from environment STRIDEVIT_PORT): Input should be a valid integer" in result.stderr
+    assert "error: max_batch (from flag --max-batch): Input should be greater than 0" in result.stderr
+
+
+def test_a_wrong_file_ends_with_2_and_names_the_nearest_setting(tmp_path: Path) -> None:
+    config = tmp_path / "s.toml"
+    config.write_text("max_bacth = 2\n")
+    result = run("settings", "--config", str(config))
+    assert result.exit_code == 2
+    assert "unknown setting 'max_bacth': did you mean 'max_batch'?" in result.stderr
+
+
+def test_a_misspelt_variable_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STRIDEVIT_MAX_BACTH", "2")
+    monkeypatch.setenv("STRIDEVIT_DATA", "somewhere")
+    result = run("settings")
+    assert result.exit_code == 0
+    assert result.stderr.splitlines() == [
+        "warning: STRIDEVIT_MAX_BACTH is no setting: did you mean STRIDEVIT_MAX_BATCH?"
+    ]
+
+
+def test_hashes_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STRIDEVIT_ADMIN_KEY_HASH", HASH)
+    shown = run("settings", "--api-key-hashes", f"{HASH},{HASH}")
+    assert told(shown, "api_key_hashes") == ["hidden", "flag --api-key-hashes"]
+    assert told(shown, "admin_key_hash") == ["hidden", "environment STRIDEVIT_ADMIN_KEY_HASH"]
+    failed = run("settings", "--api-key-hashes", f"{HASH},my-secret-key", "--port", "x")
+    assert failed.exit_code == 2
+    assert HASH not in shown.output + failed.output
+    assert "my-secret-key" not in failed.output
+
+
+def test_the_page_of_settings_is_current() -> None:
+    renew = "renew it: python -m service settings --markdown > docs/settings.md"
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == markdown(), renew
+    assert run("settings", "--markdown").stdout == markdown()
+
+
+def test_a_new_key_is_printed_with_the_hash_that_accepts_it() -> None:
+    result = run("key")
+    key, digest = (line.split()[-1] for line in result.stdout.splitlines())
+    assert KeyRing(Settings(api_key_hashes=(digest,)).api_key_hashes).accepts(key)
+
+
+@pytest.mark.usefixtures("_no_logging")
+def test_check_of_a_good_repository_names_each_model_and_ends_with_0(repository: Path) -> None:
+    result = run("check", "--repository", str(repository), "--threads", "1", "--max-batch", "2")
+    assert result.exit_code == 0, result.output
+    version, variant, precision, top1, state = told(result, "digits-csra-r2")
+    assert (version, variant, precision, state) == ("1", "csra-r2", "fp32", "good")
+    assert top1.endswith("%")
+
+
+@pytest.mark.usefixtures("_no_logging")
+def test_check_of_a_damaged_repository_gives_the_reason_and_ends_with_1(damaged: Path) -> None:
+    arguments = ["check", "--repository", str(damaged), "--threads", "1", "--max-batch", "2"]
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert told(result, "digits-csra-r2")[-1] == "good"
+    assert "labels.txt: sha256 is" in told(result, "digits-damaged")[-1]
+    # What was not asked for does no harm.
+    assert run(*arguments, "--models", "digits-csra-r2").exit_code == 0
+
+
+@pytest.mark.usefixtures("_no_logging")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "no-such-model"], "no version of it"),
+        (["--default-model", "no-such-model"], "default_model 'no-such-model' is not among the good models"),
+        (["--repository", "no-such-folder"], "no model repository at no-such-folder"),
+        (["--device", "toaster"], "unknown device 'toaster'"),
+    ],
+)
+def test_check_of_what_cannot_be_served_ends_with_1(arguments: list[str], message: str, repository: Path) -> None:
+    result = run("check", "--repository", str(repository), "--threads", "1", "--max-batch", "1", *arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_check_in_a_process_of_its_own_prints_the_table_alone(damaged: Path) -> None:
+    command = [sys.executable, "-m", "service", "check", "--repository", str(damaged), "--max-batch", "1"]
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "digits-damaged" in ended.stdout
+    assert ended.stderr == ""
+
+
+@pytest.mark.usefixtures("_no_logging")
+@pytest.mark.parametrize(
+    ("arguments", "believed"), [([], []), (["--trusted-proxies", "10.0.0.0/8,::1"], ["10.0.0.0/8", "::1"])]
+)
+def test_proxies_are_believed_only_where_they_are_named(
+    arguments: list[str], believed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    class Listening:
+        started = True
+
+        def __init__(self, config: Any, _: object) -> None:
+            seen.append(config)
+
+        def run(self) -> None:
+            pass
+
+    class Application:
+        class state:  # noqa: N801
+            classifier = None
+
+    monkeypatch.setattr(command_line, "_Server", Listening)
+    monkeypatch.setattr(command_line, "create_app", lambda _: Application)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    assert run(*arguments).exit_code == 0
+    assert (seen[0].proxy_headers, seen[0].forwarded_allow_ips) == (bool(believed), believed)
+
+
+def test_answers_do_not_name_the_server_software(repository: Path) -> None:
+    with serving(repository) as (url, _):
+        assert "server" not in httpx.get(url + "/healthz").headers
