@@ -1,6 +1,8 @@
 """`python -m loadtests`: compare models under load."""
 
+import shlex
 import signal
+import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -9,9 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from loadtests import report
+from loadtests import limit_report, report
+from loadtests import soak as soaking
 from loadtests.compare import Plan
 from loadtests.compare import compare as run_comparison
+from loadtests.limit import Plan as LimitPlan
+from loadtests.limit import Results, environment, measure
 from loadtests.payloads import PayloadError
 from loadtests.server import ServerError
 
@@ -24,11 +29,6 @@ console = Console(stderr=True)
 
 _START_STOP_SECONDS = 8
 """What a block costs beside its load, for the estimate."""
-
-
-@app.callback()
-def _subcommands() -> None:
-    """Keep `compare` a subcommand although it is the only one."""
 
 
 @app.command()
@@ -65,17 +65,9 @@ def compare(
     )
     estimate = len(names) * rounds * (seconds + warmup + _START_STOP_SECONDS)
     console.print(f"{len(names) * rounds} blocks, about {estimate / 60:.1f} minutes")
-    # A terminated comparison must take its servers along, as an interrupted one does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+    _end_as_if_interrupted()
     try:
-        with progress:
+        with _progress() as progress:
             bar = progress.add_task("starting", total=len(names) * rounds)
             comparison = run_comparison(
                 plan,
@@ -92,6 +84,138 @@ def compare(
     report.write_html(comparison, out / "report.html")
     Console(width=max(140, Console().width)).print(report.table(comparison))
     typer.echo(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def limit(
+    repository: Annotated[Path, typer.Option(help="Folder of bundles.")],
+    model: Annotated[str, typer.Option(help="Name; its newest version is measured.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.md, results.json and server logs.")] = Path(
+        "results/limit"
+    ),
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Images to send: a folder of image files, or of parquet files. [generated JPEGs]"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Times each arm is measured, interleaved.")] = 3,
+    seconds: Annotated[float, typer.Option(min=1, help="Measured seconds of each load.")] = 10.0,
+    warmup: Annotated[float, typer.Option(min=0, help="Seconds dropped at the start of each load.")] = 2.0,
+    connections: Annotated[
+        str, typer.Option(help="Connections of the closed loops, separated by commas; the most is saturation.")
+    ] = "1,32",
+    load: Annotated[
+        float, typer.Option(min=0.05, max=1, help="Of the saturated rate, offered in the open loop.")
+    ] = 0.7,
+    soak: Annotated[
+        int | None,
+        typer.Option(min=100, help="Instead: send so many images of mixed sizes, and see if memory stays flat."),
+    ] = None,
+    service_args: Annotated[str, typer.Option(help="Flags for the service, as one word: '--engine-threads 2'.")] = "",
+    command: Annotated[str | None, typer.Option(help="What the report says was run. [this command line]")] = None,
+) -> None:
+    """Measure the service against the engine limit and a plain FastAPI server: speed, tail latency and memory.
+
+    Settings in the environment (`STRIDEVIT_*`) reach the service and the engine limit alike, `--service-args` the
+    service only.
+
+    Example: `python -m loadtests limit --repository models --model cifar100-mha --data photos`
+    """
+    try:
+        loops = tuple(sorted({int(number) for number in connections.split(",")}))
+    except ValueError:
+        loops = ()
+    if not loops or loops[0] < 1:
+        _fail(f"--connections {connections!r}: give whole numbers from 1 on, separated by commas")
+    said = command or shlex.join(["python", "-m", "loadtests", *sys.argv[1:]])
+    arguments = tuple(shlex.split(service_args))
+    _end_as_if_interrupted()
+    try:
+        if soak is None:
+            plan = LimitPlan(
+                repository=repository,
+                model=model,
+                data=data,
+                rounds=rounds,
+                seconds=seconds,
+                warmup_seconds=warmup,
+                connections=loops,
+                share=load,
+                service_arguments=arguments,
+            )
+            _limit(plan, out, said)
+        else:
+            _soak(repository, model, data, requests=soak, arguments=arguments, command=said, out=out)
+    except (PayloadError, ServerError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        console.print("\nstopped; the servers of this measurement are gone, and nothing was measured")
+        raise typer.Exit(130) from None
+
+
+def _limit(plan: LimitPlan, out: Path, command: str) -> None:
+    console.print(f"{plan.total()} measurements, about {plan.estimated_seconds() / 60:.1f} minutes")
+    results = Results(plan=plan, command=command, environment=environment())
+    code = 0
+    try:
+        with _progress() as progress:
+            bar = progress.add_task("starting", total=plan.total())
+            measure(
+                plan, out, results, on_step=lambda what, done: progress.update(bar, description=what, completed=done)
+            )
+            progress.update(bar, completed=plan.total())
+    except (KeyboardInterrupt, ServerError) as error:
+        if not (results.drives or results.limits):
+            raise
+        if isinstance(error, ServerError):
+            code, results.ended_early = 1, "a server failed"
+            console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        else:
+            code, results.ended_early = 130, "interrupted"
+            console.print("\nstopped; the servers of this measurement are gone, and this is what they did until then")
+    limit_report.write(results, out)
+    for table in limit_report.tables(results):
+        Console(width=max(190, Console().width)).print(table)
+    typer.echo(f"report: {out / 'report.md'}")
+    raise typer.Exit(code)
+
+
+def _soak(
+    repository: Path,
+    model: str,
+    data: Path | None,
+    *,
+    requests: int,
+    arguments: tuple[str, ...],
+    command: str,
+    out: Path,
+) -> None:
+    console.print(f"{requests:,} requests: at 300 a second, {requests / 300 / 60:.1f} minutes")
+    with _progress() as progress:
+        bar = progress.add_task("requests", total=requests)
+        found = soaking.soak(
+            repository,
+            model,
+            data,
+            requests=requests,
+            arguments=arguments,
+            command=command,
+            out=out,
+            on_progress=lambda sent: progress.update(bar, completed=sent),
+        )
+    soaking.write(found, out)
+    typer.echo("\n".join([*soaking.lines(found), f"report: {out / 'report.md'}"]))
+    raise typer.Exit(130 if found.ended_early else 0)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+
+
+def _end_as_if_interrupted() -> None:
+    """A terminated measurement must take its servers along, as an interrupted one does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _fail(message: str) -> NoReturn:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from loadtests.payloads import write_payloads
 from loadtests.server import ServerError, running_server
 
-_LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 _LOCUST_SPARE_SECONDS = 60
 
 
@@ -95,7 +95,7 @@ def compare(plan: Plan, out: Path, *, on_block: Callable[[str, int, int], None])
         plan=plan,
         payloads=payloads,
         blocks=blocks,
-        environment=_environment(),
+        environment=environment(),
         finished=datetime.now(UTC),
     )
 
@@ -112,7 +112,7 @@ def _measure(plan: Plan, model: str, payloads: Path, log: Path) -> Block:
         server.stop_watching()
         if not server.alive():
             raise ServerError(f"the service for {model} died under load; its log is {log}")
-        starts, latencies, ok = _read_samples(samples)
+        starts, latencies, ok = read_samples(samples)
         idle, peak = server.idle_bytes, server.peak_bytes
     begin = float(starts.min(initial=np.inf)) + plan.warmup_seconds
     throughput, measured = within(starts, latencies, ok, begin=begin, seconds=plan.seconds)
@@ -147,7 +147,7 @@ def within(
 
 def _run_locust(plan: Plan, model: str, url: str, payloads: Path, samples: Path) -> None:
     seconds = plan.warmup_seconds + plan.seconds + 1
-    command = [sys.executable, "-m", "locust", "-f", str(_LOCUSTFILE), "--headless", "--host", url]
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", url]
     load = ["--users", str(plan.users), "--spawn-rate", str(plan.users), "--run-time", f"{seconds:.0f}s"]
     quiet = ["--loglevel", "WARNING", "--only-summary", "--stop-timeout", "5"]
     finished = subprocess.run(  # noqa: S603 (our own command)
@@ -167,7 +167,7 @@ def _run_locust(plan: Plan, model: str, url: str, payloads: Path, samples: Path)
         raise ServerError(f"Locust failed ({finished.returncode}):\n{finished.stderr[-2000:]}")
 
 
-def _read_samples(
+def read_samples(
     path: Path,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     with path.open(encoding="utf-8") as stream:
@@ -177,7 +177,7 @@ def _read_samples(
     return starts, latencies, np.array([row[2] for row in rows], dtype=np.bool_)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     return {
         "cpu": _cpu_model(),
         "cores": str(os.cpu_count()),

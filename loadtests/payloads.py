@@ -62,5 +62,5 @@ def _generated(count: int, seed: int) -> Iterator[bytes]:
         grain = generator.normal(0, 9, size=smooth.shape)
         pixels = (smooth + grain).clip(0, 255).astype(np.uint8)
         buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format="JPEG", quality=85)
+        Image.fromarray(pixels).save(buffer, format="JPEG", quality=90)
         yield buffer.getvalue()

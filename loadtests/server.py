@@ -1,6 +1,7 @@
-"""A service process of its own for each measurement, and the peak of its memory."""
+"""A server process of its own for each measurement, and the peak of its memory."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -8,8 +9,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,15 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class ServerError(Exception):
-    """The service did not start, or died; the message holds the end of its log."""
+    """A server did not start, or died; the message holds the end of its log."""
 
 
 class Server:
-    """A running service: its address and its memory."""
+    """A running server: its address and its memory."""
 
-    def __init__(self, url: str, process: subprocess.Popen[bytes]) -> None:
-        self.url = url
+    def __init__(self, url: str, process: subprocess.Popen[bytes], *, name: str, log: Path) -> None:
+        self.url, self.name, self.log = url, name, log
+        self.pid = process.pid
         self.idle_bytes = 0
         self.peak_bytes = 0
         self._process = process
@@ -44,6 +46,10 @@ class Server:
     def alive(self) -> bool:
         """Whether the process still runs."""
         return self._process.poll() is None
+
+    def last_words(self, lines: int = 15) -> str:
+        """The end of its log."""
+        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
     def watch_memory(self) -> None:
         """Begin to follow the peak; what is in use now counts as idle."""
@@ -65,18 +71,33 @@ class Server:
             return json.load(response)
 
 
-@contextmanager
-def running_server(repository: Path, model: str, *, log: Path) -> Iterator[Server]:
+def running_server(
+    repository: Path, model: str, *, log: Path, arguments: Sequence[str] = ()
+) -> AbstractContextManager[Server]:
     """Serve one model of `repository` in a fresh process until the block ends. Raises ServerError."""
+    service = [sys.executable, "-m", "service", "--repository", str(repository), "--models", model]
+    return running(
+        lambda port: [*service, "--port", str(port), "--log-level", "warning", *arguments],
+        name=f"the service for {model}",
+        log=log,
+    )
+
+
+@contextmanager
+def running(command: Callable[[int], list[str]], *, name: str, log: Path) -> Iterator[Server]:
+    """Run `command(port)`, wait until /readyz says yes, and end it with the block. Raises ServerError."""
     port = free_port()
-    command = [sys.executable, "-m", "service", "--repository", str(repository), "--models", model]
     with log.open("wb") as stream:
         process = subprocess.Popen(  # noqa: S603 (our own command)
-            [*command, "--port", str(port), "--log-level", "warning"], stdout=stream, stderr=stream
+            command(port),
+            stdout=stream,
+            stderr=stream,
+            # ONNX Runtime's wheels report usage to their maker unless told not to; the service sees to it itself.
+            env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"},
         )
-        server = Server(f"http://127.0.0.1:{port}", process)
+        server = Server(f"http://127.0.0.1:{port}", process, name=name, log=log)
         try:
-            _wait_until_ready(server, model, log)
+            _wait_until_ready(server)
             yield server
         finally:
             server.stop_watching()
@@ -101,21 +122,17 @@ def tree_bytes(pid: int) -> int:
     return total
 
 
-def _wait_until_ready(server: Server, model: str, log: Path) -> None:
+def _wait_until_ready(server: Server) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if not server.alive():
-            raise ServerError(f"the service for {model} did not start:\n{_tail(log)}")
+            raise ServerError(f"{server.name} did not start:\n{server.last_words()}")
         try:
             with _DIRECT.open(server.url + "/readyz", timeout=2):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
-    raise ServerError(f"the service for {model} was not ready after {_START_SECONDS} s:\n{_tail(log)}")
-
-
-def _tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+    raise ServerError(f"{server.name} was not ready after {_START_SECONDS} s:\n{server.last_words()}")
 
 
 def free_port() -> int:
