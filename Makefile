@@ -2,6 +2,7 @@
 PYTHON ?= python3
 DEV := .venv
 SERVE := .venv-serve
+CLIENTS := .venv-clients
 UV := .venv-lock/bin/uv
 ENGINE := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)
 DEMO := demo
@@ -10,10 +11,10 @@ LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-h
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve demo test check format lock image-test clean
+.PHONY: help serve demo test test-clients check format lock image-test clean
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 serve: $(SERVE)/.$(ENGINE) ## Serve models/ on http://127.0.0.1:8000 (no torch; takes a GPU where there is one)
 	@echo "serving models/ on http://127.0.0.1:8000: page at /, API at /docs; Ctrl-C stops"
@@ -36,6 +37,10 @@ test: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run all tests (those on real data
 	@echo "running the tests; real data: $${STRIDEVIT_DATA:-none, set STRIDEVIT_DATA to use it}"
 	@STRIDEVIT_SERVICE_PYTHON=$(CURDIR)/$(SERVE)/bin/python $(DEV)/bin/python -m pytest $(ARGS)
 
+test-clients: $(SERVE)/.$(ENGINE) $(CLIENTS)/triton/.installed $(CLIENTS)/kserve/.installed $(CLIENTS)/perf/.installed ## Ask the service with tritonclient, the KServe SDK and perf_analyzer
+	@echo "serving models/ to other people's clients, each in an environment of its own"
+	@$(PYTHON) -m tests.clients.run --service $(SERVE)/bin/python --clients $(CLIENTS)
+
 check: $(DEV)/.installed ## Lint, format check, types and import rules
 	@echo "ruff, ruff format, mypy --strict, import-linter"
 	@$(DEV)/bin/ruff check .
@@ -53,12 +58,13 @@ lock: $(UV) ## Resolve pyproject.toml anew into lock/ (exact versions and hashes
 	  --extra cpu --extra train --extra export --extra loadtest --extra dev
 	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-cpu.txt --extra cpu
 	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-gpu.txt --extra gpu
+	@for client in triton kserve perf; do $(LOCK) lock/client-$$client.in -o lock/client-$$client.txt || exit 1; done
 
 image-test: ## Build the container image and ask a running container for a photo
 	@bash deploy/image-test.sh
 
 clean: ## Remove environments, caches and the demo
-	@rm -rf .venv .venv-serve .venv-lock $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf .venv .venv-serve .venv-lock $(CLIENTS) $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # An environment is made anew when its lock or pyproject.toml changes; the marker's name says which engine is inside.
 $(DEV)/.installed: lock/dev.txt pyproject.toml
@@ -71,6 +77,18 @@ $(SERVE)/.cpu $(SERVE)/.gpu: $(SERVE)/.%: lock/service-%.txt pyproject.toml
 	@echo "setting up $(SERVE) for the service on $* (no torch)"
 	@rm -rf $(SERVE)
 	@$(call new-environment,$(SERVE),lock/service-$*.txt)
+	@touch $@
+
+$(CLIENTS)/triton/.installed $(CLIENTS)/kserve/.installed: $(CLIENTS)/%/.installed: lock/client-%.txt
+	@echo "setting up $(@D) with the $* client"
+	@rm -rf $(@D)
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
+$(CLIENTS)/perf/.installed: lock/client-perf.txt tests/clients/perf_install.py
+	@echo "setting up $(@D) with perf_analyzer"
+	@$(PYTHON) -m tests.clients.perf_install $(@D) $<
 	@touch $@
 
 $(UV):
