@@ -1,5 +1,6 @@
 """`python -m loadtests`: compare models under load."""
 
+import json
 import shlex
 import signal
 import sys
@@ -12,11 +13,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from loadtests import limit_report, report
+from loadtests import overload as overload_report
 from loadtests import soak as soaking
 from loadtests.compare import Plan
 from loadtests.compare import compare as run_comparison
 from loadtests.limit import Plan as LimitPlan
 from loadtests.limit import Results, environment, measure
+from loadtests.openloop import parse_steps
+from loadtests.overload import Plan as OverloadPlan
+from loadtests.overload import overload as run_overload
 from loadtests.payloads import PayloadError
 from loadtests.server import ServerError
 
@@ -150,6 +155,72 @@ def limit(
     except KeyboardInterrupt:
         console.print("\nstopped; the servers of this measurement are gone, and nothing was measured")
         raise typer.Exit(130) from None
+
+
+@app.command()
+def overload(
+    repository: Annotated[Path, typer.Option(help="Folder of bundles; all of them are served.")],
+    targets: Annotated[str, typer.Option(help="Names of models or families, separated by commas.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.md, results.json, overload.svg and server logs.")] = Path(
+        "results/overload"
+    ),
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Images to send: a folder of image files, or of parquet files. [generated JPEGs]"),
+    ] = None,
+    steps: Annotated[str, typer.Option(help="Arrivals a second and seconds: RATE:SECONDS,...")] = "200:8,800:12,200:8",
+    deadline_ms: Annotated[float, typer.Option(min=1, help="Of every request.")] = 100.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Blocks a target, interleaved.")] = 3,
+    service_args: Annotated[str, typer.Option(help="Flags for the service, as one word: '--engine-threads 2'.")] = "",
+    command: Annotated[str | None, typer.Option(help="What the report says was run. [this command line]")] = None,
+) -> None:
+    """Send more than a model can answer, and see what a fixed model and a family make of it.
+
+    An open loop of Poisson arrivals; latency counts from the moment at which a request was due.
+
+    Example: `python -m loadtests overload --repository models --targets cifar100-mha,cifar100`
+    """
+    try:
+        parsed = parse_steps(steps)
+    except ValueError:
+        _fail(f"--steps {steps!r}: give RATE:SECONDS, separated by commas, such as 200:8,800:12,200:8")
+    plan = OverloadPlan(
+        repository=repository,
+        targets=tuple(name.strip() for name in targets.split(",") if name.strip()),
+        data=data,
+        steps=parsed,
+        deadline_ms=deadline_ms,
+        rounds=rounds,
+        service_arguments=tuple(shlex.split(service_args)),
+    )
+    total = len(plan.order())
+    minutes = total * (sum(seconds for _, seconds in parsed) + _START_STOP_SECONDS) / 60
+    console.print(f"{total} blocks, about {minutes:.1f} minutes")
+    _end_as_if_interrupted()
+    try:
+        with _progress() as progress:
+            bar = progress.add_task("starting", total=total)
+            blocks = run_overload(
+                plan, out, on_block=lambda name, done, _: progress.update(bar, description=name, completed=done)
+            )
+            progress.update(bar, completed=total)
+    except (PayloadError, ServerError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        console.print("\nstopped; the services of this measurement are gone, and nothing was written but their logs")
+        raise typer.Exit(130) from None
+    said = command or shlex.join(["python", "-m", "loadtests", *sys.argv[1:]])
+    found = overload_report.results(plan, blocks)
+    about = {"command": said, **environment()}
+    table = overload_report.markdown(found)
+    (out / "results.json").write_text(
+        json.dumps(overload_report.as_json(plan, blocks, found, about), indent=1) + "\n", encoding="utf-8"
+    )
+    facts = "".join(f"- {name}: {value}\n" for name, value in about.items())
+    (out / "report.md").write_text(f"# A step overload\n\n{table}\n{facts}", encoding="utf-8")
+    overload_report.plot(plan, blocks, out / "overload.svg")
+    typer.echo(table)
+    typer.echo(f"report: {out / 'report.md'}")
 
 
 def _limit(plan: LimitPlan, out: Path, command: str) -> None:

@@ -88,7 +88,7 @@ def closed_loop(
 ) -> Load:
     """Locust: `connections` users, each sends its next image when its last is answered. Raises ServerError."""
     whole = warmup_seconds + seconds + 1
-    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", server.url]
+    command = ["-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", server.url]
     load = ["--users", str(connections), "--spawn-rate", str(connections), "--run-time", f"{math.ceil(whole)}s"]
     quiet = ["--loglevel", "WARNING", "--only-summary", "--stop-timeout", "5"]
     with tempfile.TemporaryDirectory(prefix="stridevit-samples-") as folder:
@@ -98,7 +98,7 @@ def closed_loop(
             "STRIDEVIT_LOAD_MODEL": model,
             "STRIDEVIT_LOAD_SAMPLES": str(samples),
         }
-        meter, _ = _generate([*command, *load, *quiet], server, environment=environment, seconds=whole)
+        meter, _ = generate([*command, *load, *quiet], server, environment=environment, seconds=whole)
         return _load(
             server,
             meter,
@@ -117,10 +117,10 @@ def open_loop(
     whole = warmup_seconds + seconds
     with tempfile.TemporaryDirectory(prefix="stridevit-samples-") as folder:
         samples = Path(folder) / "samples.csv"
-        command = [sys.executable, "-m", "loadtests.openloop", server.url, f"/v1/classify?model={quote(model)}"]
+        command = ["-m", "loadtests.openloop", server.url, f"/v1/classify?model={quote(model)}"]
         load = ["--rate", f"{rate:.6f}", "--seconds", f"{whole:.3f}", "--seed", str(seed)]
         files = ["--images", str(images), "--samples", str(samples)]
-        meter, said = _generate([*command, *load, *files], server, environment={}, seconds=whole)
+        meter, said = generate([*command, *load, *files], server, seconds=whole)
         counts = json.loads(said)
         return _load(
             server,
@@ -151,11 +151,20 @@ def end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def _generate(command: list[str], server: Server, *, environment: dict[str, str], seconds: float) -> tuple[Meter, str]:
-    """Run a generator against a server to its end, and give what was measured and what it said."""
+def generate(
+    arguments: list[str], server: Server, *, seconds: float, environment: dict[str, str] | None = None
+) -> tuple[Meter, str]:
+    """Run a generator, `python ARGUMENTS`, against a server to its end: what was measured, and what it said.
+
+    Raises ServerError if the server dies or the generator fails.
+    """
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(  # noqa: S603 (our own command)
-            command, env={**os.environ, **environment}, stdout=output, stderr=errors, text=True
+            [sys.executable, *arguments],
+            env={**os.environ, **(environment or {})},
+            stdout=output,
+            stderr=errors,
+            text=True,
         )
         try:
             meter = Meter(server, process.pid)

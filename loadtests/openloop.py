@@ -37,6 +37,8 @@ class Sent:
     unsent: int = 0
     most_in_flight: int = 0
     samples: list[tuple[float, float, int]] = field(default_factory=list, repr=False)
+    answers: list[tuple[int, str]] = field(default_factory=list, repr=False)
+    """Of each sample the status, 0 for none, and the model that answered, as name/version."""
 
 
 def arrivals(rate: float, seconds: float, *, seed: int) -> list[float]:
@@ -46,6 +48,15 @@ def arrivals(rate: float, seconds: float, *, seed: int) -> list[float]:
     gaps = generator.exponential(1 / rate, size=int(rate * seconds * 1.5) + 100)
     moments = np.cumsum(gaps)
     return [float(moment) for moment in moments[moments < seconds]]
+
+
+def stepped_arrivals(steps: Sequence[tuple[float, float]], *, seed: int) -> list[float]:
+    """Moments of a Poisson process whose rate changes: `steps` of (rate a second, seconds)."""
+    begin, moments = 0.0, []
+    for number, (rate, seconds) in enumerate(steps):
+        moments += [begin + moment for moment in arrivals(rate, seconds, seed=seed + number)]
+        begin += seconds
+    return moments
 
 
 def send(
@@ -69,13 +80,15 @@ def send(
 
     def one(image: bytes, due: float) -> None:
         nonlocal in_flight
+        status, model = 0, ""
         try:
             response = client.post(path, body=image)
             response.read()
-            ok = response.status_code == 200
-        except Exception:  # noqa: BLE001 (whatever a broken server makes the client raise, it is no answer)
-            ok = False
-        sent.samples.append((due + offset, (time.perf_counter() - due) * 1000, int(ok)))
+            status, model = response.status_code, str(response.get("x-stridevit-model") or "")
+        except Exception:  # noqa: BLE001, S110 (whatever a broken server makes the client raise, it is no answer)
+            pass
+        sent.samples.append((due + offset, (time.perf_counter() - due) * 1000, int(status == 200)))
+        sent.answers.append((status, model))
         in_flight -= 1
 
     greenlets = []
@@ -103,20 +116,33 @@ def main() -> None:
     parser.add_argument("url")
     parser.add_argument("path")
     parser.add_argument("--images", type=Path, required=True, help="folder of image files")
-    parser.add_argument("--rate", type=float, required=True, help="images a second, on average")
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--rate", type=float, help="images a second, on average")
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--steps", type=parse_steps, help="instead of both: RATE:SECONDS,RATE:SECONDS,...")
     parser.add_argument("--samples", type=Path, required=True, help="CSV file to write")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     images = [file.read_bytes() for file in sorted(asked.images.iterdir()) if file.is_file()]
-    sent = send(asked.url, asked.path, images, arrivals(asked.rate, asked.seconds, seed=asked.seed))
+    if asked.steps is None and (asked.rate is None or asked.seconds is None):
+        parser.error("give --rate and --seconds, or --steps")
+    steps = asked.steps or [(asked.rate, asked.seconds)]
+    sent = send(asked.url, asked.path, images, stepped_arrivals(steps, seed=asked.seed))
     with asked.samples.open("w", newline="", encoding="utf-8") as stream:
         table = csv.writer(stream)
-        table.writerow(["start_s", "latency_ms", "ok"])
-        table.writerows((f"{start:.6f}", f"{latency:.3f}", ok) for start, latency, ok in sent.samples)
+        table.writerow(["start_s", "latency_ms", "ok", "status", "model"])
+        for (start, latency, ok), answer in zip(sent.samples, sent.answers, strict=True):
+            table.writerow((f"{start:.6f}", f"{latency:.3f}", ok, *answer))
     counts = asdict(sent)
-    del counts["samples"]
+    del counts["samples"], counts["answers"]
     print(json.dumps(counts))
+
+
+def parse_steps(text: str) -> list[tuple[float, float]]:
+    """`400:10,900:20` as (rate, seconds). Raises ValueError."""
+    steps = [tuple(float(number) for number in part.split(":")) for part in text.split(",")]
+    if any(len(step) != 2 or min(step) <= 0 for step in steps):
+        raise ValueError("steps are RATE:SECONDS, separated by commas")
+    return [(rate, seconds) for rate, seconds in steps]
 
 
 if __name__ == "__main__":

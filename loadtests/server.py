@@ -72,13 +72,15 @@ class Server:
 
 
 def running_server(
-    repository: Path, model: str, *, log: Path, arguments: Sequence[str] = ()
+    repository: Path, model: str | None, *, log: Path, arguments: Sequence[str] = ()
 ) -> AbstractContextManager[Server]:
-    """Serve one model of `repository` in a fresh process until the block ends. Raises ServerError."""
-    service = [sys.executable, "-m", "service", "--repository", str(repository), "--models", model]
+    """Serve one model of `repository`, or all, in a fresh process until the block ends. Raises ServerError."""
+    service = [sys.executable, "-m", "service", "--repository", str(repository)]
+    if model is not None:
+        service += ["--models", model]
     return running(
         lambda port: [*service, "--port", str(port), "--log-level", "warning", *arguments],
-        name=f"the service for {model}",
+        name=f"the service for {model or 'all models'}",
         log=log,
     )
 

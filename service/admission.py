@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from service.cost import Load
 from service.errors import Busy
 from service.scheduler import Queue, Scheduler
-from service.ticket import Ticket
+from service.ticket import Key, Ticket
 
 
 class Admission:
@@ -27,6 +27,8 @@ class Admission:
         self._scheduler, self._load = scheduler, load
         self._max_images, self._max_bytes, self._margin = max_images, max_bytes, margin
         self._accepted: dict[Ticket, Queue] = {}
+        self._last: Key | None = None
+        """No accepted request comes after this one; it may have been answered in the meantime."""
         self.images = 0
         """Images accepted and not yet answered."""
         self.bytes = 0
@@ -43,6 +45,7 @@ class Admission:
             self.images -= ticket.images
             self.bytes -= ticket.bytes
             self._accepted.pop(ticket, None)
+            ticket.leave()
 
     def hold_bytes(self, ticket: Ticket, count: int) -> None:
         """Account for `count` more bytes of a body. Raises Busy if all bodies together would be too large."""
@@ -61,8 +64,7 @@ class Admission:
         self._need_room(images - ticket.images)
         predicted = self.predict(queue, ticket, images, encoded=encoded)
         self.require_in_time(ticket, predicted)
-        late = self._would_be_late(ticket, queue, images)
-        if late:
+        if not self._is_last(ticket) and (late := self._would_be_late(ticket, queue, images)):
             raise Busy(
                 "this request would make one that was accepted before it miss its deadline: "
                 "nothing was done for it, send it again later or with a later deadline",
@@ -70,9 +72,9 @@ class Admission:
                 retry_after_s=late,
             )
         self.images += images - ticket.images
-        ticket.images = ticket.waiting = images
-        ticket.undecoded = images if encoded else 0
+        ticket.accepted(images, queue.backlog, encoded=encoded)
         self._accepted[ticket] = queue
+        self._last = max(self._last, ticket.key) if self._last else ticket.key
 
     def require_in_time(self, ticket: Ticket, predicted: float) -> None:
         """Raise Busy if `predicted` seconds from now are too late for the request."""
@@ -92,25 +94,43 @@ class Admission:
 
     def predict(self, queue: Queue, ticket: Ticket, images: int = 1, *, encoded: bool = True) -> float:
         """Seconds from now in which a request of `images` for `queue` would be answered."""
-        ahead = [other for other in self._accepted if other.key < ticket.key]
-        work = Counter({queue: images})
-        for other in ahead:
-            work[self._accepted[other]] += other.waiting
+        if self._is_last(ticket):
+            work, undecoded = self._all_work()
+        else:
+            ahead = [other for other in self._accepted if other.key < ticket.key]
+            work, undecoded = Counter[Queue](), sum(other.undecoded for other in ahead)
+            for other in ahead:
+                work[self._accepted[other]] += other.waiting
+        work[queue] += images
         engine = _seconds(work) + self._in_flight()
         if not encoded:
             return engine
         # Decoding and inference overlap; what cannot overlap is the last image's own decoding and batch.
-        decode = self._decode_seconds(sum(other.undecoded for other in ahead) + images)
+        decode = self._decode_seconds(undecoded + images)
         own = queue.cost.total(min(images, queue.cost.limit))
         return max(decode + own, engine + self._load.decode_seconds)
 
     def drain_seconds(self) -> float:
         """How long the work accepted so far will take."""
+        work, undecoded = self._all_work()
+        return max(_seconds(work) + self._in_flight(), self._decode_seconds(undecoded))
+
+    def _is_last(self, ticket: Ticket) -> bool:
+        """Whether all accepted work comes before the request's, as it does where all have the same deadline."""
+        if self._last is None or ticket.key > self._last:
+            return True
+        self._last = max((other.key for other in self._accepted), default=None)
+        return self._last is None or ticket.key > self._last
+
+    def _all_work(self) -> tuple[Counter[Queue], int]:
+        """Images by queue that the engine has to answer, and those to be decoded."""
         work = Counter[Queue]()
-        for other, queue in self._accepted.items():
-            work[queue] += other.waiting
-        undecoded = sum(other.undecoded for other in self._accepted)
-        return max(self._in_flight() + _seconds(work), self._decode_seconds(undecoded))
+        undecoded = 0
+        for queue in self._scheduler.queues:
+            if queue.backlog.waiting:
+                work[queue] = queue.backlog.waiting
+            undecoded += queue.backlog.undecoded
+        return work, undecoded
 
     def _need_room(self, images: int) -> None:
         if self.images + images > self._max_images:

@@ -43,6 +43,21 @@ class Choice:
         }
 
 
+_WORTH_A_RUNG = 0.9
+
+
+def rungs(ladder: Sequence[Model]) -> list[Model]:
+    """Of a ladder, best first, the models that cost a good deal less an image than every more accurate one.
+
+    The others would never be the better choice, and each more queue makes the batches smaller.
+    """
+    kept: list[Model] = []
+    for model in ladder:
+        if not kept or model.queue.cost.per_image() < _WORTH_A_RUNG * kept[-1].queue.cost.per_image():
+            kept.append(model)
+    return kept
+
+
 class Family:
     """Remembers how far down the ladder the family stands."""
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.admission import Admission
-from service.choice import Choice, Family
+from service.choice import Choice, Family, rungs
 from service.cores import available_cores
 from service.cost import Load
 from service.decode import LARGE_PIXELS, OpenedImage, open_image
@@ -102,8 +102,8 @@ class Classifier:
 
         Raises UnknownModel too.
         """
-        fastest = min(self.admission.predict(model.queue, ticket) for model in self.members(wish))
-        self.admission.require_in_time(ticket, fastest)
+        fastest = rungs(self.members(wish))[-1]
+        self.admission.require_in_time(ticket, self.admission.predict(fastest.queue, ticket))
 
     def choose(self, wish: Wish, ticket: Ticket, *, images: int, encoded: bool = True) -> tuple[Model, Choice | None]:
         """The model that is to answer, and why if a family was asked for. Raises UnknownModel, NoSuitableModel."""
@@ -113,7 +113,7 @@ class Classifier:
         family, ladder = found
         decode = self.load.decode_seconds if encoded else 0.0
         choice = family.choose(
-            ladder,
+            rungs(ladder),
             predict=lambda model: self.admission.predict(model.queue, ticket, images, encoded=encoded),
             alone=lambda model: decode + model.queue.cost.total(images),
             allowed_seconds=self.admission.allowed_seconds(ticket),
@@ -181,11 +181,11 @@ class Classifier:
         try:
             pixels, seconds = await self._decode(model, ticket, image)
         except RequestError as error:
-            ticket.waiting -= 1
+            ticket.answered()
             self.metrics.images.labels(model.name, type(error).__name__).inc()
             return error
         finally:
-            ticket.undecoded -= 1
+            ticket.decoded()
         self.load.decoded(seconds)
         self.metrics.stage(model.name, "decode").observe(seconds)
         try:

@@ -70,6 +70,10 @@ class Cost:
         """Predicted duration of one batch of a warmed-up size."""
         return self._baseline[size] * self._load.slowdown
 
+    def per_image(self) -> float:
+        """Predicted seconds of an image in full batches."""
+        return self.seconds(self.limit) / self.limit
+
     def total(self, images: int) -> float:
         """Predicted time that the device needs for `images`, in batches as they would be formed."""
         full, rest = divmod(images, self.limit)

@@ -69,6 +69,7 @@ class Limit:
     version: int
     device: str
     engine_threads: int
+    """One or all, whichever was faster, unless the settings say how many."""
     decode_threads: int
     spinning: bool
     images: int
@@ -91,6 +92,14 @@ class Limit:
     baseline_batch1_bytes: int | None
     """The same after a run of one image only."""
     versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    threads: int
+    pipeline: Callable[..., float]
+    engine_only: dict[int, float]
+    by_batch: dict[int, float]
 
 
 def run(settings: Settings, name: str, images_folder: Path | None, seconds: float) -> Limit:
@@ -118,40 +127,48 @@ def measure_limit(settings: Settings, name: str, images: list[bytes], *, seconds
     device, number = resolve_device(settings.device)
     bundle = _newest(settings.repository, name)
     cores = settings.threads or available_cores()
-    threads, decoders = settings.engine_threads or cores, settings.decode_threads or cores
+    decoders = settings.decode_threads or cores
+    # As the service would, and more thoroughly: one thread may be worth as much as all of them.
+    options = (
+        [settings.engine_threads] if settings.engine_threads else sorted({1, cores} if device == "cpu" else {cores})
+    )
     sizes = _sizes(min(settings.max_batch, bundle.manifest.max_batch or settings.max_batch))
     # First: a process shares with this one what both have loaded, and PSS then counts only half of it.
-    one, largest = _baseline(bundle, threads=threads, batch=sizes[-1]) if device == "cpu" else (None, None)
-    engine = Engine(bundle.model_path, device=device, number=number, threads=threads, tuning=tuning(settings))
+    one, largest = _baseline(bundle, threads=options[-1], batch=sizes[-1]) if device == "cpu" else (None, None)
     decode_one = partial(decode, preprocessing=bundle.manifest.preprocessing, max_pixels=settings.max_pixels)
     try:
         decoded = [decode_one(image) for image in images][: sizes[-1]]
     except ImageError as error:
         raise StartError(f"not all of the images can be decoded: {error}") from error
     trial = min(_LONGEST_TRIAL, max(_SHORTEST_TRIAL, seconds / 10))
-    pipeline = partial(_pipeline, engine, decode_one, images, decoders=decoders)
     decode_only = _decode_rate(decode_one, images, threads=decoders, seconds=trial)
-    engine_only = {size: _engine_rate(engine, decoded, batch=size, seconds=trial) for size in sizes}
-    # There and back again: what slows the machine for a moment does not hit one size alone.
-    there = {size: pipeline(batch=size, seconds=trial) for size in sizes}
-    back = {size: pipeline(batch=size, seconds=trial) for size in sizes[::-1]}
-    by_batch = {size: (there[size] + back[size]) / 2 for size in sizes}
-    batch = max(by_batch, key=lambda size: by_batch[size])
+    trials: list[_Trial] = []
+    for threads in options:
+        engine = Engine(bundle.model_path, device=device, number=number, threads=threads, tuning=tuning(settings))
+        pipeline = partial(_pipeline, engine, decode_one, images, decoders=decoders)
+        engine_only = {size: _engine_rate(engine, decoded, batch=size, seconds=trial) for size in sizes}
+        # There and back again: what slows the machine for a moment does not hit one size alone.
+        there = {size: pipeline(batch=size, seconds=trial) for size in sizes}
+        back = {size: pipeline(batch=size, seconds=trial) for size in sizes[::-1]}
+        by_batch = {size: (there[size] + back[size]) / 2 for size in sizes}
+        trials.append(_Trial(threads=threads, pipeline=pipeline, engine_only=engine_only, by_batch=by_batch))
+    best = max(trials, key=lambda trial: max(trial.by_batch.values()))
+    batch = max(best.by_batch, key=lambda size: best.by_batch[size])
     return Limit(
         model=name,
         version=bundle.version,
         device=device,
-        engine_threads=threads,
+        engine_threads=best.threads,
         decode_threads=decoders,
         spinning=settings.spinning,
         images=len(images),
         image_bytes=int(np.median([len(image) for image in images])),
         seconds=seconds,
-        images_per_second=pipeline(batch=batch, seconds=seconds),
+        images_per_second=best.pipeline(batch=batch, seconds=seconds),
         batch=batch,
-        by_batch=by_batch,
+        by_batch=best.by_batch,
         decode_only=decode_only,
-        engine_only=engine_only,
+        engine_only=best.engine_only,
         baseline_bytes=largest,
         baseline_batch1_bytes=one,
         versions={package: version(package) for package in (require_one_engine(), "pillow", "numpy")},

@@ -77,7 +77,8 @@ class Registry:
         self._unloaded: set[str] = set()
         """Unloaded by request: polling leaves them alone."""
         self._exchange = asyncio.Lock()
-        self.on_change: Callable[[], None] = lambda: None
+        self._ladders: dict[str, list[Model]] | None = None
+        """The families, until the models change."""
 
     @property
     def ready(self) -> list[Model]:
@@ -126,6 +127,11 @@ class Registry:
 
         Only those of known accuracy, and with the labels and the input of the most accurate one.
         """
+        if self._ladders is None:
+            self._ladders = self._find_families()
+        return self._ladders
+
+    def _find_families(self) -> dict[str, list[Model]]:
         found: dict[str, list[Model]] = {}
         newest = (self._newest(name) for name in sorted(self._models))
         for model in sorted(newest, key=lambda model: -model.top1):
@@ -302,7 +308,7 @@ class Registry:
             self._scheduler.add(model.queue)
             self._models.setdefault(model.name, {})[model.version] = model
             self._note(Entry(name=model.name, version=model.version, state="ready"))
-        self.on_change()
+        self._ladders = None
 
     async def _retire(self, models: list[Model], *, reason: str = "") -> None:
         """Let them answer what they accepted, then give their memory back."""
@@ -313,7 +319,7 @@ class Registry:
                 if not serving:
                     del self._models[model.name]
                 self._note(Entry(name=model.name, version=model.version, state="unloading"))
-        self.on_change()
+        self._ladders = None
         for model in models:
             await model.unused()
             self._scheduler.remove(model.queue)

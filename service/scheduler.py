@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from service.cost import Cost, Load
 from service.errors import Expired, HungUp
-from service.ticket import Key, Ticket
+from service.ticket import Backlog, Key, Ticket
 
 T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
@@ -73,6 +73,7 @@ class Queue:
         self.cost = cost
         self.running: tuple[float, float] | None = None
         """Start of the batch in flight, on `time.perf_counter`'s clock, and its predicted seconds."""
+        self.backlog = Backlog()
         self.coming = {False: 0, True: 0}
         """Images in the decode pool, by whether they are batch work."""
         self._heap: list[tuple[Key, int, _Entry]] = []
@@ -279,7 +280,7 @@ class Scheduler:
     def _fail(self, queue: Queue, batch: list[_Entry], size: int, error: Exception) -> None:
         self._on_batch(Batch(queue=queue, images=len(batch), size=size, seconds=0.0, failed=True))
         for entry in batch:
-            entry.ticket.waiting -= 1
+            entry.ticket.answered()
             if not entry.answer.done():
                 entry.answer.set_exception(error)
 
@@ -290,7 +291,7 @@ class Scheduler:
         queue.cost.observe(size, seconds)
         self._on_batch(Batch(queue=queue, images=len(batch), size=size, seconds=seconds))
         for row, entry in enumerate(batch):
-            entry.ticket.waiting -= 1
+            entry.ticket.answered()
             if not entry.answer.done():
                 entry.answer.set_result(
                     Output(
@@ -304,7 +305,7 @@ class Scheduler:
 
 def _drop(dead: list[_Entry]) -> None:
     for entry in dead:
-        entry.ticket.waiting -= 1
+        entry.ticket.answered()
         if entry.answer.done():
             continue
         if entry.ticket.gone:

@@ -29,7 +29,8 @@ def test_rates_are_positive_and_the_batch_is_the_fastest_tried(repository: Path)
     assert limit.decode_only > 0
     assert all(rate > 0 for rate in (*limit.by_batch.values(), *limit.engine_only.values()))
     assert (limit.model, limit.version, limit.device) == (MODEL, 1, "cpu")
-    assert (limit.engine_threads, limit.decode_threads, limit.images) == (2, 1, 3)
+    assert limit.engine_threads in (1, 2), "whichever was faster"
+    assert (limit.decode_threads, limit.images) == (1, 3)
     assert limit.baseline_bytes is not None
     assert limit.baseline_batch1_bytes is not None
     assert 20_000_000 < limit.baseline_batch1_bytes <= limit.baseline_bytes * 1.05
