@@ -102,7 +102,7 @@ class Admission:
             for other in ahead:
                 work[self._accepted[other]] += other.waiting
         work[queue] += images
-        engine = _seconds(work) + self._in_flight()
+        engine = max(0.0, _seconds(work) + self._in_flight())
         if not encoded:
             return engine
         # Decoding and inference overlap; what cannot overlap is the last image's own decoding and batch.
@@ -113,7 +113,7 @@ class Admission:
     def drain_seconds(self) -> float:
         """How long the work accepted so far will take."""
         work, undecoded = self._all_work()
-        return max(_seconds(work) + self._in_flight(), self._decode_seconds(undecoded))
+        return max(0.0, _seconds(work) + self._in_flight(), self._decode_seconds(undecoded))
 
     def _is_last(self, ticket: Ticket) -> bool:
         """Whether all accepted work comes before the request's, as it does where all have the same deadline."""

@@ -7,6 +7,7 @@ strikes all models alike, so one fast-moving factor of the device follows it, an
 while are predicted well too. Each baseline follows slowly what the factor does not explain.
 """
 
+import time
 from collections.abc import Mapping
 
 _FAST, _SLOW = 0.2, 0.02
@@ -16,18 +17,56 @@ _GOOD_ENOUGH = 1.1
 """A batch size pays if a smaller one takes over this factor longer an image; less than that is noise and latency."""
 
 
+_HALF_LIFE_SECONDS = 5.0
+
+
 class Load:
-    """How busy the machine is, as seen by the timings of all its models and decoders."""
+    """How busy the machine is, as seen by the timings of all its models and decoders.
+
+    What was seen fades with time. Else a stall that is long over could have every request with a tight deadline refused
+    for ever: what is refused is not timed.
+    """
 
     def __init__(self, *, decode_threads: int = 1) -> None:
-        self.slowdown = 1.0
         self.decode_threads = decode_threads
-        self.decode_seconds = 0.0
+        self._slowdown = _Fading(1.0)
+        self._decode_seconds = _Fading(0.0)
+
+    @property
+    def slowdown(self) -> float:
+        """Recent duration of batches over what the baselines say; 1 on an idle device."""
+        return self._slowdown.value
+
+    @slowdown.setter
+    def slowdown(self, value: float) -> None:
+        self._slowdown.value = value
+
+    @property
+    def decode_seconds(self) -> float:
         """Recent mean of an image's decoding; 0 before the first."""
+        return self._decode_seconds.value
 
     def decoded(self, seconds: float) -> None:
         """Take note of one image's decoding."""
-        self.decode_seconds += (seconds - self.decode_seconds) * (_FAST if self.decode_seconds else 1.0)
+        known = self._decode_seconds.value
+        self._decode_seconds.value = known + (seconds - known) * (_FAST if known else 1.0)
+
+
+class _Fading:
+    """A value that goes back to what it is at rest, by half every `_HALF_LIFE_SECONDS` since it was last set."""
+
+    def __init__(self, rest: float) -> None:
+        self._rest = self._last = rest
+        self._at = time.perf_counter()
+
+    @property
+    def value(self) -> float:
+        age = time.perf_counter() - self._at
+        return float(self._rest + (self._last - self._rest) * 0.5 ** (age / _HALF_LIFE_SECONDS))
+
+    @value.setter
+    def value(self, value: float) -> None:
+        self._last, self._at = value, time.perf_counter()
 
 
 class Cost:

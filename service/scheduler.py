@@ -251,10 +251,12 @@ class Scheduler:
         try:
             outputs = queue.run(queue.fill(batch))
         except Exception as error:  # noqa: BLE001 (whatever it is, it belongs to the callers, and the thread goes on)
+            queue.running = None
             self._tell(self._fail, queue, batch, size, error)
         else:
-            self._tell(self._deliver, queue, batch, size, started, time.perf_counter() - started, outputs)
-        queue.running = None
+            seconds = time.perf_counter() - started
+            queue.running = None
+            self._tell(self._deliver, queue, batch, size, started, seconds, outputs)
 
     def _next_batch(self) -> tuple[Queue, list[_Entry]] | None:
         """The most urgent images, all of one model; None if there is nothing to do now."""

@@ -74,3 +74,22 @@ def test_what_the_load_does_not_explain_is_learnt_by_the_batch_size_itself() -> 
 def test_a_cost_model_without_timings_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one batch size"):
         Cost({}, Load())
+
+
+def test_what_was_seen_fades_so_that_a_stall_does_not_refuse_everybody_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("service.cost.time.perf_counter", lambda: now)
+    load = Load()
+    cost = Cost({1: 0.010}, load)
+    for _ in range(3):
+        cost.observe(1, 20.0)
+    load.decoded(2.0)
+    stalled = cost.seconds(1)
+    assert stalled > 0.05
+    now += 5.0
+    assert 0.010 < cost.seconds(1) < 0.7 * stalled
+    now += 120.0
+    assert cost.seconds(1) == pytest.approx(0.010, rel=0.5)
+    assert load.decode_seconds < 0.001
