@@ -16,6 +16,7 @@ import structlog
 from fastapi import FastAPI, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -56,7 +57,9 @@ def create_app(settings: Settings) -> FastAPI:
         if tracing:
             await asyncio.to_thread(tracing.close)
 
-    app = FastAPI(
+    # Its pages come from here: FastAPI's own load from a CDN, and stay blank where there is no internet.
+    app = FastAPIOffline(
+        redoc_url=None,
         title="StrideViT",
         version=release,
         summary="Image classification with Vision Transformers whose keys and values are compressed.",

@@ -1,6 +1,7 @@
 """The HTTP API: answers, errors, and that one bad input harms no other."""
 
 import asyncio
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -273,6 +274,15 @@ def test_models_are_listed_with_what_they_are(client: TestClient) -> None:
 @pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"])
 def test_the_other_pages_answer(client: TestClient, path: str) -> None:
     assert client.get(path).status_code == 200
+
+
+def test_the_documentation_needs_no_internet(client: TestClient) -> None:
+    page = client.get("/docs").text
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert sources
+    for source in sources:
+        assert source.startswith("/"), source
+        assert client.get(source).status_code == 200, source
 
 
 def test_openapi_describes_the_answer_and_its_errors(client: TestClient) -> None:
