@@ -29,6 +29,9 @@ class Admission:
         self._accepted: dict[Ticket, Queue] = {}
         self._last: Key | None = None
         """No accepted request comes after this one; it may have been answered in the meantime."""
+        self._version = 0
+        self._ahead: tuple[Ticket, int, Counter[Queue], int] | None = None
+        """The last request asked about, and the work ahead of it: several models are predicted for one request."""
         self.images = 0
         """Images accepted and not yet answered."""
         self.bytes = 0
@@ -36,15 +39,18 @@ class Admission:
 
     @contextmanager
     def place(self, ticket: Ticket) -> Iterator[None]:
-        """Hold a place for one image, until the request is answered. Raises Busy at once if there is none."""
+        """Account for a request until it is answered. Raises Busy at once if there is no room for one image.
+
+        Its images count once they are accepted: who sends slowly takes up bytes, but nobody's place.
+        """
         self._need_room(1)
-        self.images += 1
         try:
             yield
         finally:
             self.images -= ticket.images
             self.bytes -= ticket.bytes
             self._accepted.pop(ticket, None)
+            self._version += 1
             ticket.leave()
 
     def hold_bytes(self, ticket: Ticket, count: int) -> None:
@@ -61,7 +67,7 @@ class Admission:
 
     def accept(self, ticket: Ticket, queue: Queue, images: int, *, encoded: bool) -> None:
         """Take on the work of a request. Raises Busy if it cannot finish in time or there is no room."""
-        self._need_room(images - ticket.images)
+        self._need_room(images)
         predicted = self.predict(queue, ticket, images, encoded=encoded)
         self.require_in_time(ticket, predicted)
         if not self._is_last(ticket) and (late := self._would_be_late(ticket, queue, images)):
@@ -71,7 +77,8 @@ class Admission:
                 reason="deadline",
                 retry_after_s=late,
             )
-        self.images += images - ticket.images
+        self.images += images
+        self._version += 1
         ticket.accepted(images, queue.backlog, encoded=encoded)
         self._accepted[ticket] = queue
         self._last = max(self._last, ticket.key) if self._last else ticket.key
@@ -94,21 +101,17 @@ class Admission:
 
     def predict(self, queue: Queue, ticket: Ticket, images: int = 1, *, encoded: bool = True) -> float:
         """Seconds from now in which a request of `images` for `queue` would be answered."""
-        if self._is_last(ticket):
-            work, undecoded = self._all_work()
-        else:
-            ahead = [other for other in self._accepted if other.key < ticket.key]
-            work, undecoded = Counter[Queue](), sum(other.undecoded for other in ahead)
-            for other in ahead:
-                work[self._accepted[other]] += other.waiting
-        work[queue] += images
-        engine = max(0.0, _seconds(work) + self._in_flight())
+        ahead, undecoded = self._work_ahead(ticket)
+        work = ahead + Counter({queue: images})
+        # What runs now is done first, also where the request overtakes all else.
+        own = self._left_in_flight() + queue.cost.total(images)
+        engine = max(own, _seconds(work) + self._in_flight())
         if not encoded:
             return engine
         # Decoding and inference overlap; what cannot overlap is the last image's own decoding and batch.
         decode = self._decode_seconds(undecoded + images)
-        own = queue.cost.total(min(images, queue.cost.limit))
-        return max(decode + own, engine + self._load.decode_seconds)
+        last = queue.cost.total(min(images, queue.cost.limit))
+        return max(decode + last, engine + self._load.decode_seconds)
 
     def drain_seconds(self) -> float:
         """How long the work accepted so far will take."""
@@ -121,6 +124,17 @@ class Admission:
             return True
         self._last = max((other.key for other in self._accepted), default=None)
         return self._last is None or ticket.key > self._last
+
+    def _work_ahead(self, ticket: Ticket) -> tuple[Counter[Queue], int]:
+        if self._is_last(ticket):
+            return self._all_work()
+        if self._ahead is None or self._ahead[:2] != (ticket, self._version):
+            before = [other for other in self._accepted if other.key < ticket.key]
+            work = Counter[Queue]()
+            for other in before:
+                work[self._accepted[other]] += other.waiting
+            self._ahead = ticket, self._version, work, sum(other.undecoded for other in before)
+        return self._ahead[2], self._ahead[3]
 
     def _all_work(self) -> tuple[Counter[Queue], int]:
         """Images by queue that the engine has to answer, and those to be decoded."""
@@ -143,14 +157,13 @@ class Admission:
 
     def _would_be_late(self, ticket: Ticket, queue: Queue, images: int) -> float:
         """Seconds by which the request would make an accepted one late that would else be in time; 0 if none."""
-        later = sorted((other for other in self._accepted if other.key > ticket.key), key=lambda other: other.key)
-        if not later:
-            return 0.0
+        later = [other for other in self._accepted if other.key > ticket.key]
         now, in_flight = time.perf_counter(), self._in_flight()
-        work = Counter[Queue]()
-        for other in self._accepted:
-            if other.key < ticket.key:
-                work[self._accepted[other]] += other.waiting
+        everything = _seconds(self._all_work()[0] + Counter({queue: images}))
+        if now + in_flight + everything <= min((other.deadline for other in later), default=math.inf):
+            return 0.0
+        later.sort(key=lambda other: other.key)
+        work = self._work_ahead(ticket)[0].copy()
         with_it = work + Counter({queue: images})
         worst = 0.0
         for other in later:
@@ -166,6 +179,12 @@ class Admission:
         now = time.perf_counter()
         running = [queue.running for queue in self._scheduler.queues if queue.running]
         return -sum(min(seconds, now - started) for started, seconds in running)
+
+    def _left_in_flight(self) -> float:
+        """What is still to do of the batch that runs now."""
+        now = time.perf_counter()
+        running = [queue.running for queue in self._scheduler.queues if queue.running]
+        return sum(max(0.0, started + seconds - now) for started, seconds in running)
 
     def _decode_seconds(self, images: int) -> float:
         return math.ceil(images / self._load.decode_threads) * self._load.decode_seconds

@@ -76,11 +76,13 @@ def create_app(settings: Settings) -> FastAPI:
     async def index() -> HTMLResponse:
         return HTMLResponse(page)
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> dict[str, str]:
         """Whether the process answers."""
         return {"status": "alive"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", tags=["operation"])
     async def readyz() -> dict[str, str]:
         """Whether models take traffic; 503 while draining."""

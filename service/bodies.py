@@ -1,6 +1,8 @@
 """Request bodies, read under a byte limit: raw bytes, or multipart with one or many files."""
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncGenerator, Callable
 
 from fastapi import Request
@@ -8,27 +10,33 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from service.errors import BadRequest, BodyTooLarge, BodyTooSlow, HungUp
+from service.errors import BadRequest, BodyTooLarge, BodyTooSlow, Expired, HungUp
+
+_MAX_FIELD_BYTES = 4096
 
 Hold = Callable[[int], None]
 """Is told of every piece before it is kept, and may raise."""
 
 
-async def read_body(request: Request, *, max_bytes: int, seconds: float, hold: Hold) -> bytes:
+async def read_body(
+    request: Request, *, max_bytes: int, seconds: float, hold: Hold, deadline: float = math.inf
+) -> bytes:
     """The whole body, whatever Content-Type says.
 
-    Raises BodyTooLarge before more than `max_bytes` are held, and BodyTooSlow if they take more than `seconds` to
-    arrive.
+    Raises BodyTooLarge before more than `max_bytes` are held, BodyTooSlow if they take more than `seconds` to arrive,
+    and Expired if they have not arrived by `deadline`, on `time.perf_counter`'s clock.
     """
     _refuse_declared(request, max_bytes)
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(min(seconds, deadline - time.perf_counter())):
             return b"".join([chunk async for chunk in _limited(request, max_bytes, hold)])
     except TimeoutError as error:
-        raise _too_slow(seconds) from error
+        raise _too_late(seconds, deadline) from error
 
 
-async def read_images(request: Request, *, max_bytes: int, max_images: int, seconds: float, hold: Hold) -> list[bytes]:
+async def read_images(
+    request: Request, *, max_bytes: int, max_images: int, seconds: float, hold: Hold, deadline: float = math.inf
+) -> list[bytes]:
     """The images of a request: its files if it is multipart, else its whole body as one image.
 
     Raises what `read_body` raises, and BadRequest for a malformed or empty body.
@@ -36,17 +44,19 @@ async def read_images(request: Request, *, max_bytes: int, max_images: int, seco
     if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         _refuse_declared(request, max_bytes)
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(min(seconds, deadline - time.perf_counter())):
                 return await _read_multipart(request, max_bytes=max_bytes, max_images=max_images, hold=hold)
         except TimeoutError as error:
-            raise _too_slow(seconds) from error
-    body = await read_body(request, max_bytes=max_bytes, seconds=seconds, hold=hold)
+            raise _too_late(seconds, deadline) from error
+    body = await read_body(request, max_bytes=max_bytes, seconds=seconds, hold=hold, deadline=deadline)
     if not body:
         raise BadRequest("the body is empty: send an image, for example with curl --data-binary @photo.jpg")
     return [body]
 
 
-def _too_slow(seconds: float) -> BodyTooSlow:
+def _too_late(seconds: float, deadline: float) -> BodyTooSlow | Expired:
+    if time.perf_counter() >= deadline:
+        return Expired("the deadline passed before the body had arrived: nothing was computed")
     return BodyTooSlow(f"the body did not arrive within {seconds:g} s: send it again")
 
 
@@ -62,7 +72,8 @@ async def _read_multipart(request: Request, *, max_bytes: int, max_images: int, 
         _limited(request, max_bytes, hold),
         max_files=max_images,
         max_fields=max_images,
-        max_part_size=max_bytes,
+        # Of a field, which nobody reads: Starlette decodes it with a codec of the client's choice, some of them slow.
+        max_part_size=_MAX_FIELD_BYTES,
     )
     # Hold files in memory: the whole body is limited, and nothing of a request belongs on the disk.
     parser.spool_max_size = max_bytes

@@ -97,13 +97,13 @@ class Classifier:
         wanted = self.settings.default_deadline_ms if deadline_ms is None else deadline_ms
         return Ticket(seconds=min(wanted, self.settings.max_deadline_ms) / 1000, priority=priority, since=since)
 
-    def require_hope(self, wish: Wish, ticket: Ticket) -> None:
+    def require_hope(self, wish: Wish, ticket: Ticket, *, encoded: bool) -> None:
         """Before its body is read: raise Busy if a request could not finish in time whichever model it gets.
 
         Raises UnknownModel too.
         """
         fastest = rungs(self.members(wish))[-1]
-        self.admission.require_in_time(ticket, self.admission.predict(fastest.queue, ticket))
+        self.admission.require_in_time(ticket, self.admission.predict(fastest.queue, ticket, encoded=encoded))
 
     def choose(self, wish: Wish, ticket: Ticket, *, images: int, encoded: bool = True) -> tuple[Model, Choice | None]:
         """The model that is to answer, and why if a family was asked for. Raises UnknownModel, NoSuitableModel."""
@@ -135,11 +135,24 @@ class Classifier:
         """Answer each image, in order; one that cannot be used gives its error and harms no other."""
         if len(images) == 1:
             return [await self._classify_one(model, ticket, images[0])]
-        return list(await asyncio.gather(*(self._classify_one(model, ticket, image) for image in images)))
+        # All end before a fault is raised: none may work on for a request that has left.
+        work = (self._classify_one(model, ticket, image) for image in images)
+        answers: list[Classified | RequestError] = []
+        for outcome in await asyncio.gather(*work, return_exceptions=True):
+            if not isinstance(outcome, Classified | RequestError):
+                raise outcome
+            answers.append(outcome)
+        return answers
 
     async def infer(self, model: Model, ticket: Ticket, pixels: Pixels) -> list[Output]:
         """Answer uint8 images (n,H,W,3) that need no decoding. Raises what the first of them raises."""
-        return list(await asyncio.gather(*(self._infer_one(model, ticket, image) for image in pixels)))
+        work = (self._infer_one(model, ticket, image) for image in pixels)
+        outputs: list[Output] = []
+        for outcome in await asyncio.gather(*work, return_exceptions=True):
+            if not isinstance(outcome, Output):
+                raise outcome
+            outputs.append(outcome)
+        return outputs
 
     def finished(
         self,
@@ -186,7 +199,6 @@ class Classifier:
             return error
         finally:
             ticket.decoded()
-        self.load.decoded(seconds)
         self.metrics.stage(model.name, "decode").observe(seconds)
         try:
             output = await self._infer_one(model, ticket, pixels)
@@ -220,6 +232,8 @@ class Classifier:
             coming[batch] -= 1
             self.scheduler.look_again()
         if isinstance(result, np.ndarray):
+            # Large ones have their own lane: they say nothing of how long the next small one will take.
+            self.load.decoded(seconds)
             return result, seconds
         opened = result
 

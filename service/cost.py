@@ -4,9 +4,10 @@
 
 Warm-up fills the baselines on an idle device. Live, decoding and other processes take their share of the cores; that
 strikes all models alike, so one fast-moving factor of the device follows it, and models that have not run for a
-while are predicted well too. Each baseline follows slowly what the factor does not explain.
+while are predicted well too. A slower factor for each size follows what the first does not explain. Both fade.
 """
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -17,7 +18,7 @@ _GOOD_ENOUGH = 1.1
 """A batch size pays if a smaller one takes over this factor longer an image; less than that is noise and latency."""
 
 
-_HALF_LIFE_SECONDS = 5.0
+_HALF_LIFE_SECONDS, _DRIFT_HALF_LIFE_SECONDS = 5.0, 60.0
 
 
 class Load:
@@ -48,25 +49,32 @@ class Load:
 
     def decoded(self, seconds: float) -> None:
         """Take note of one image's decoding."""
-        known = self._decode_seconds.value
-        self._decode_seconds.value = known + (seconds - known) * (_FAST if known else 1.0)
+        self._decode_seconds.mix(seconds, _FAST)
 
 
 class _Fading:
-    """A value that goes back to what it is at rest, by half every `_HALF_LIFE_SECONDS` since it was last set."""
+    """A value that goes back to what it is at rest, by half every `half_life` seconds since it was last set."""
 
-    def __init__(self, rest: float) -> None:
+    def __init__(self, rest: float, half_life: float = _HALF_LIFE_SECONDS) -> None:
         self._rest = self._last = rest
-        self._at = time.perf_counter()
+        self._half_life = half_life
+        self._at = -math.inf
 
     @property
     def value(self) -> float:
-        age = time.perf_counter() - self._at
-        return float(self._rest + (self._last - self._rest) * 0.5 ** (age / _HALF_LIFE_SECONDS))
+        return self._rest + (self._last - self._rest) * self._freshness()
 
     @value.setter
     def value(self, value: float) -> None:
         self._last, self._at = value, time.perf_counter()
+
+    def mix(self, new: float, weight: float) -> None:
+        """Move towards `new` by `weight`, and by more the longer nothing was seen."""
+        known, weight = self.value, 1 - (1 - weight) * self._freshness()
+        self.value = known + (new - known) * weight
+
+    def _freshness(self) -> float:
+        return float(0.5 ** ((time.perf_counter() - self._at) / self._half_life))
 
 
 class Cost:
@@ -77,6 +85,8 @@ class Cost:
         if not baseline or min(baseline) < 1:
             raise ValueError("a cost model needs the time of at least one batch size")
         self._baseline = dict(sorted(baseline.items()))
+        # What the load does not explain, by size. It fades too, else a slow hour would be believed for ever.
+        self._drift = {size: _Fading(1.0, _DRIFT_HALF_LIFE_SECONDS) for size in self._baseline}
         self._load = load
         self.sizes = tuple(self._baseline)
 
@@ -107,7 +117,7 @@ class Cost:
 
     def seconds(self, size: int) -> float:
         """Predicted duration of one batch of a warmed-up size."""
-        return self._baseline[size] * self._load.slowdown
+        return self._baseline[size] * self._drift[size].value * self._load.slowdown
 
     def per_image(self) -> float:
         """Predicted seconds of an image in full batches."""
@@ -127,7 +137,7 @@ class Cost:
         """Take note of how long a batch of a warmed-up size took."""
         ratio = seconds / self.seconds(size)
         self._load.slowdown *= ratio**_FAST
-        self._baseline[size] *= ratio**_SLOW
+        self._drift[size].value *= ratio**_SLOW
 
     def as_dict(self) -> dict[int, float]:
         """Predicted seconds of a batch by size, now."""

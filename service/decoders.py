@@ -7,6 +7,7 @@ import asyncio
 import heapq
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ from service.errors import Expired, HungUp
 from service.ticket import Key, Ticket
 
 T = TypeVar("T")
+
+_SWEEP_SECONDS = 0.05
 
 
 class Lane:
@@ -23,6 +26,7 @@ class Lane:
         self._waiting: list[tuple[Key, int, Ticket, Callable[[], Any], asyncio.Future[Any]]] = []
         self._numbers = itertools.count()
         self._closing = False
+        self._next_sweep = 0.0
         self._change = threading.Condition()
         for number in range(threads):
             threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True).start()
@@ -52,6 +56,9 @@ class Lane:
                 if self._closing:
                     return
                 _, _, ticket, work, answer = heapq.heappop(self._waiting)
+                dead = self._dead()
+            for *_, late, _, waiter in dead:
+                _tell(waiter, None, _ending(late))
             if answer.done():
                 continue
             try:
@@ -59,9 +66,28 @@ class Lane:
                 failure: BaseException | None = None
             except BaseException as error:  # noqa: BLE001 (it is raised where the work was asked for)
                 outcome, failure = None, error
-            loop = answer.get_loop()
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_settle, answer, outcome, failure)
+            _tell(answer, outcome, failure)
+            # An idle thread must not keep an image.
+            del work, answer, outcome, failure, ticket, dead
+
+    def _dead(self) -> list[tuple[Key, int, Ticket, Callable[[], Any], asyncio.Future[Any]]]:
+        """Take out the jobs that nobody waits for, from time to time: those at the end may never have their turn."""
+        now = time.perf_counter()
+        if now < self._next_sweep:
+            return []
+        self._next_sweep = now + _SWEEP_SECONDS
+        dead = [place for place in self._waiting if place[2].over]
+        if dead:
+            numbers = {place[1] for place in dead}
+            self._waiting = [place for place in self._waiting if place[1] not in numbers]
+            heapq.heapify(self._waiting)
+        return dead
+
+
+def _tell(answer: asyncio.Future[Any], outcome: Any, failure: BaseException | None) -> None:
+    loop = answer.get_loop()
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(_settle, answer, outcome, failure)
 
 
 def _settle(answer: asyncio.Future[Any], outcome: Any, failure: BaseException | None) -> None:
@@ -74,8 +100,12 @@ def _settle(answer: asyncio.Future[Any], outcome: Any, failure: BaseException | 
 
 
 def _unless_over(ticket: Ticket, work: Callable[[], T]) -> T:
-    if ticket.gone:
-        raise HungUp("the client hung up")
     if ticket.over:
-        raise Expired("the deadline passed before the image was decoded: nothing was computed")
+        raise _ending(ticket)
     return work()
+
+
+def _ending(ticket: Ticket) -> HungUp | Expired:
+    if ticket.gone:
+        return HungUp("the client hung up")
+    return Expired("the deadline passed before the image was decoded: nothing was computed")

@@ -151,10 +151,15 @@ class Engine:
         options = ort.RunOptions()
         arena = "cpu:0" if self.device == "cpu" else f"gpu:{self._number}"
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
-        self._session.run(OUTPUTS, {INPUT: images}, options)
+        try:
+            self._session.run(OUTPUTS, {INPUT: images}, options)
+        except Exception as error:  # as above
+            raise EngineError(f"ONNX Runtime cannot run the model on {self.device}: {error}") from error
 
     def close(self) -> None:
         """Give back the session's memory, arena and all. The engine is of no use afterwards."""
+        for bound in self._bound.values():
+            bound.close()
         self._bound.clear()
         self._session = None
         give_memory_back()
@@ -222,15 +227,21 @@ class _Bound:
         self._binding.synchronize_outputs()
         return tuple(value.numpy() for value in self._outputs)
 
+    def close(self) -> None:
+        _cuda("cudaHostUnregister", ctypes.c_void_p(self._input_host.ctypes.data))
+
 
 def _page_locked(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Host memory that the GPU can copy from without a detour. Raises OSError."""
     array = np.zeros(shape, dtype=dtype)
-    runtime = ctypes.CDLL("libcudart.so.13")
-    status = runtime.cudaHostRegister(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), 0)
-    if status:
-        raise OSError(f"cudaHostRegister failed with CUDA error {status}")
+    _cuda("cudaHostRegister", ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), 0)
     return array
+
+
+def _cuda(function: str, *arguments: Any) -> None:
+    status = getattr(ctypes.CDLL("libcudart.so.13"), function)(*arguments)
+    if status:
+        raise OSError(f"{function} failed with CUDA error {status}")
 
 
 def _provider_options(device: Device, number: int, tuning: Tuning) -> dict[str, str]:

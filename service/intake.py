@@ -53,14 +53,19 @@ def validated(kind: type[Q], values: dict[str, Any]) -> Q:
 
 
 @contextmanager
-def visit(classifier: Classifier, request: Request, wish: Wish, terms: Terms) -> Iterator[Ticket]:
-    """A place in the service until the block ends. Raises Busy before a byte of the body is read."""
+def visit(
+    classifier: Classifier, request: Request, wish: Wish, terms: Terms, *, encoded: bool = True
+) -> Iterator[Ticket]:
+    """A request, until the block ends. Raises Busy before a byte of the body is read.
+
+    `encoded`: whether it is known to need a decoder.
+    """
     rejections = classifier.metrics.rejections
     ticket = classifier.ticket(
         deadline_ms=terms.deadline_ms, priority=terms.priority, since=request.scope["state"]["started"]
     )
     try:
-        classifier.require_hope(wish, ticket)
+        classifier.require_hope(wish, ticket, encoded=encoded)
         with classifier.admission.place(ticket):
             yield ticket
     except Busy as error:

@@ -20,7 +20,7 @@ from service.bundle import Bundle, model_names, read_bundle, versions
 from service.choice import Family
 from service.cost import Cost, Load, candidate_sizes, worthwhile_sizes
 from service.engine import Engine, Tuning, resolve_device
-from service.errors import BundleError, EngineError, NotReady, StartError, UnknownModel
+from service.errors import BundleError, NotReady, ServiceError, StartError, UnknownModel
 from service.golden import prove
 from service.memory import resident_bytes
 from service.models import Model
@@ -240,7 +240,9 @@ class Registry:
                 try:
                     found.loaded.append(self._build(self._settings.repository / name / str(version)))
                     found.wanted.add(version)
-                except (BundleError, EngineError) as error:
+                except Exception as error:
+                    if not isinstance(error, ServiceError):
+                        log.exception("loading failed", model=name, version=version)
                     # Clients read the reason: where the repository lies is none of their business.
                     reason = str(error).replace(f"{self._settings.repository}/", "")
                     found.failures.append(reason)

@@ -105,10 +105,12 @@ class Queue:
         heapq.heappush(self._heap, (entry.ticket.key, next(self._numbers), entry))
 
     def drop_dead(self, now: float) -> list[_Entry]:
-        """Take out entries at the front that nobody waits for or that are too late."""
-        dead: list[_Entry] = []
-        while self._heap and _is_dead(self._heap[0][2], now):
-            dead.append(heapq.heappop(self._heap)[2])
+        """Take out all entries that nobody waits for or that are too late, wherever they stand."""
+        dead = [entry for _, _, entry in self._heap if _is_dead(entry, now)]
+        if dead:
+            gone = {id(entry) for entry in dead}
+            self._heap = [place for place in self._heap if id(place[2]) not in gone]
+            heapq.heapify(self._heap)
         return dead
 
     def pop(self, now: float) -> tuple[list[_Entry], list[_Entry]]:
@@ -265,14 +267,17 @@ class Scheduler:
         now = time.perf_counter()
         dead = [entry for queue in self.queues for entry in queue.drop_dead(now)]
         ready = [queue for queue in self.queues if len(queue) and not queue.holds(now, self._load)]
-        batch: list[_Entry] = []
-        if ready:
-            queue = min(ready, key=lambda queue: queue.head)
+        found: tuple[Queue, list[_Entry]] | None = None
+        for queue in sorted(ready, key=lambda queue: queue.head):
             batch, others = queue.pop(now)
             dead += others
+            if batch:
+                found = queue, batch
+                break
+            # Its images have died since they were looked at: it is the next queue's turn.
         if dead:
             self._tell(_drop, dead)
-        return (queue, batch) if batch else None
+        return found
 
     def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
         """Have the event loop do what touches futures."""

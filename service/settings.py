@@ -180,8 +180,8 @@ class Settings(BaseSettings):
     deadline_margin: _Margin = 0.8
     """Part of its deadline within which a request's predicted finish must lie, or it is turned away at once."""
     recover_margin: _Margin = 0.5
-    """Part of the deadline within which a more accurate model's predicted finish must lie before its family returns to
-    it: below `deadline_margin`, so that the choice does not swing."""
+    """Part of what the deadline leaves beside a model's own work that waiting may take before a family returns to that
+    more accurate model: below 1, so that the choice does not swing."""
 
     config: _Optional[Path] = None
     """TOML file of settings, one `name = value` each, without tables; relative paths in it are relative to the current
@@ -213,11 +213,6 @@ class Settings(BaseSettings):
         if self.default_deadline_ms > self.max_deadline_ms:
             raise ValueError(
                 f"default_deadline_ms ({self.default_deadline_ms}) exceeds max_deadline_ms ({self.max_deadline_ms})"
-            )
-        if self.recover_margin > self.deadline_margin:
-            raise ValueError(
-                f"recover_margin ({self.recover_margin}) exceeds deadline_margin ({self.deadline_margin}): "
-                "a family would return to models that cannot take its requests"
             )
         return self
 

@@ -40,7 +40,8 @@ class Ticket:
         self.deadline = self.since + seconds
         self.key = Key(priority == "batch", self.deadline, next(_numbers))
         self.gone = False
-        self.images = 1
+        self.images = 0
+        """Once they are accepted."""
         self.bytes = 0
         self.waiting = 0
         """Images that the engine has not answered yet."""

@@ -181,7 +181,8 @@ def router(classifier: Classifier) -> APIRouter:
         A request fails only if every image of it fails. It is refused at once if it cannot finish before its deadline.
         """
         started = time.perf_counter()
-        question, wish, terms = _understood(request.scope["query_string"])
+        query: bytes = request.scope["query_string"]
+        question, wish, terms = (_remembered if len(query) <= _MAX_REMEMBERED else _understood)(query)
         with visit(classifier, request, wish, terms_of(request, terms)) as ticket:
             images = await read_images(
                 request,
@@ -189,6 +190,7 @@ def router(classifier: Classifier) -> APIRouter:
                 max_images=settings.max_images,
                 seconds=settings.read_seconds,
                 hold=lambda count: classifier.admission.hold_bytes(ticket, count),
+                deadline=ticket.deadline,
             )
             read_ms = (time.perf_counter() - started) * 1000
             chosen, choice = classifier.choose(wish, ticket, images=len(images))
@@ -265,12 +267,16 @@ def router(classifier: Classifier) -> APIRouter:
     return routes
 
 
-@lru_cache(maxsize=1000)
 def _understood(query: bytes) -> tuple[Question, Wish, Terms]:
-    """Of a query string; most clients send the same one again and again. Raises InvalidParameter."""
+    """What a query string asks for. Raises InvalidParameter."""
     values = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
     question, terms = validated(Question, values), validated(Terms, values)
     return question, Wish(model=question.model, version=question.version, min_top1=question.min_top1), terms
+
+
+_MAX_REMEMBERED = 256
+_remembered = lru_cache(maxsize=1000)(_understood)
+"""Most clients send the same short query again and again."""
 
 
 def answer_headers(model: Model, choice: Choice | None, timings_ms: dict[str, float]) -> dict[str, str]:

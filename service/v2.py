@@ -186,14 +186,19 @@ async def _infer(classifier: Classifier, request: Request) -> Response:
     started = time.perf_counter()
     settings = classifier.settings
     wish = _wish(request.path_params["name"], request.path_params.get("version"))
-    with visit(classifier, request, wish, terms_of(request, validated(Terms, dict(request.query_params)))) as ticket:
+    terms = terms_of(request, validated(Terms, dict(request.query_params)))
+    with visit(classifier, request, wish, terms, encoded=False) as ticket:
         body = await read_body(
             request,
             max_bytes=settings.max_body_bytes,
             seconds=settings.read_seconds,
             hold=lambda count: classifier.admission.hold_bytes(ticket, count),
+            deadline=ticket.deadline,
         )
         asked = await _understood(classifier, request, wish, ticket, body)
+        # Unpacked it may be a thousand times as large, and from here on it is what is held.
+        classifier.admission.hold_bytes(ticket, max(0, _held_bytes(asked) - len(body)))
+        del body
         read_seconds = time.perf_counter() - started
         if asked.timeout_us:
             ticket.amend(seconds=asked.timeout_us / 1e6)
@@ -202,6 +207,8 @@ async def _infer(classifier: Classifier, request: Request) -> Response:
         encoded = asked.encoded is not None
         count = len(asked.encoded) if asked.encoded is not None else len(_pixels(asked))
         model, choice = classifier.choose(wish, ticket, images=count, encoded=encoded)
+        if asked.pixels is not None and asked.pixels.shape[1:] != model.manifest.input.shape[1:]:
+            raise NotReady("the model was exchanged for one of another image size meanwhile: retry")
         classifier.admission.accept(ticket, model.queue, count, encoded=encoded)
         with model, presence(request, ticket):
             try:
@@ -260,6 +267,10 @@ async def _outputs(
             raise answer
     done = [answer for answer in answers if isinstance(answer, Classified)]
     return [answer.output for answer in done], max(answer.decode_ms for answer in done)
+
+
+def _held_bytes(asked: tensors.Asked) -> int:
+    return sum(map(len, asked.encoded)) if asked.encoded is not None else _pixels(asked).nbytes
 
 
 def _pixels(asked: tensors.Asked) -> "np.ndarray[Any, np.dtype[np.uint8]]":

@@ -1,5 +1,6 @@
 """A request is taken only if there is room for it and it can finish in time; else it is told when to come back."""
 
+import time
 from contextlib import ExitStack
 
 import numpy as np
@@ -94,13 +95,36 @@ def test_nobody_accepted_is_made_late_by_somebody_in_a_greater_hurry() -> None:
 
 def test_images_beyond_the_limit_are_refused_and_places_come_back() -> None:
     world = World(max_images=3)
-    with world.admission.place(Ticket(seconds=60)):
-        world.accept(2)
+    world.accept(2)
+    more = Ticket(seconds=60)
+    with world.admission.place(more):
+        world.admission.accept(more, world.queue, 1, encoded=False)
         with pytest.raises(Busy, match="3 images are in work and 3 are allowed") as refused:
             world.accept(1)
         assert refused.value.reason == "images"
     world.accept(1)
     assert world.admission.images == 3
+
+
+def test_who_is_still_sending_takes_nobody_s_place() -> None:
+    world = World(max_images=1)
+    with world.admission.place(Ticket(seconds=60)), world.admission.place(Ticket(seconds=60)):
+        world.accept(1)
+
+
+def test_the_batch_that_runs_is_ahead_of_everybody_and_what_it_has_done_is_not() -> None:
+    world = World()
+    world.accept(1, priority="batch")
+    world.queue.running = (time.perf_counter() - 0.004, 0.010)
+    assert world.predict() == pytest.approx(0.016, abs=0.002), "6 ms are left of it, and 10 are its own"
+    assert world.predict(priority="batch") == pytest.approx(0.016, abs=0.002)
+
+
+def test_mixed_deadlines_are_predicted_as_if_counted_one_by_one() -> None:
+    world = World()
+    for seconds in (50, 10, 30, 20, 40):
+        world.accept(1, seconds=seconds)
+    assert [round(world.predict(seconds=s) * 100) for s in (5, 15, 25, 35, 45, 55)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_request_of_many_images_needs_room_for_all_of_them() -> None:

@@ -91,5 +91,28 @@ def test_what_was_seen_fades_so_that_a_stall_does_not_refuse_everybody_for_ever(
     now += 5.0
     assert 0.010 < cost.seconds(1) < 0.7 * stalled
     now += 120.0
-    assert cost.seconds(1) == pytest.approx(0.010, rel=0.5)
+    assert cost.seconds(1) == pytest.approx(0.010, rel=0.2)
     assert load.decode_seconds < 0.001
+
+
+def test_a_slow_hour_is_not_believed_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as slow for ten minutes, one batch a second, then idle: nothing may be left of it."""
+    now = 1000.0
+    monkeypatch.setattr("service.cost.time.perf_counter", lambda: now)
+    cost = Cost({1: 0.045}, Load())
+    for _ in range(600):
+        now += 1.0
+        cost.observe(1, 0.090)
+    assert cost.seconds(1) == pytest.approx(0.090, rel=0.15)
+    now += 300.0
+    assert cost.seconds(1) == pytest.approx(0.045, rel=0.1)
+
+
+def test_after_a_while_the_first_decoding_counts_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("service.cost.time.perf_counter", lambda: now)
+    load = Load()
+    load.decoded(0.4)
+    now += 60.0
+    load.decoded(0.004)
+    assert load.decode_seconds == pytest.approx(0.004, rel=0.05)

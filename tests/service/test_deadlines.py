@@ -17,8 +17,10 @@ from starlette.types import Message
 
 from service.app import create_app
 from service.classify import Classifier
+from service.errors import EngineError
+from service.scheduler import Outputs
 from service.settings import Settings
-from service.ticket import Ticket
+from service.ticket import Backlog, Ticket
 from tests.processes import serving
 from tests.service.conftest import until
 from tests.service.identity import picture, publish_identity
@@ -151,6 +153,10 @@ class Caller:
         await self._left.wait()
         return {"type": "http.disconnect"}
 
+    async def nothing(self) -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
     async def send(self, message: Message) -> None:
         self.answer.append(message)
 
@@ -233,6 +239,39 @@ def test_an_expired_request_is_dropped_before_decode_and_told_so(client: TestCli
     assert metric(client, 'stridevit_stage_duration_seconds_count{model="identity-fast",stage="decode"}') == 0
     assert metric(client, 'stridevit_engine_rows_total{kind="image",model="identity-fast"}') == 0
     assert metric(client, 'stridevit_rejections_total{reason="expired"}') == 1
+
+
+def test_a_body_that_is_not_there_by_the_deadline_is_a_504(client: TestClient, app: FastAPI) -> None:
+    async def scenario() -> None:
+        caller = Caller(app, "deadline_ms=100")
+        caller.receive = caller.nothing  # type: ignore[method-assign]
+        await caller.call()
+        assert caller.answer[0]["status"] == 504
+        assert b"before the body had arrived" in caller.answer[1]["body"]
+
+    drive(client, app, scenario)
+
+
+def test_an_engine_that_fails_is_a_500_for_its_request_and_leaves_nothing_behind(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier = classifier_of(client)
+    queue = classifier.registry.find("identity-fast").queue
+    working = queue.run
+
+    def fail(_: object) -> Outputs:
+        raise EngineError("planted")
+
+    monkeypatch.setattr(queue, "run", fail)
+    files = [("image", (f"{number}.png", picture(number))) for number in range(3)]
+    with pytest.raises(EngineError, match="planted"):
+        client.post("/v1/classify", files=files)
+    assert classifier.admission.images == 0
+    assert classifier.scheduler.waiting == 0
+    assert queue.backlog == Backlog()
+    monkeypatch.setattr(queue, "run", working)
+    assert client.post("/v1/classify", content=picture(1)).status_code == 200
+    assert metric(client, 'stridevit_batch_errors_total{model="identity-fast"}') >= 1
 
 
 def test_over_a_real_socket_a_hang_up_is_noticed(tmp_path: Path) -> None:

@@ -61,6 +61,13 @@ def test_loading_is_off_without_an_admin_key(tmp_path: Path) -> None:
         assert client.post("/v2/repository/index").json()[0]["state"] == "READY"
 
 
+@pytest.mark.parametrize("end", ["", "%0A", "/", "%0D%0A"])
+def test_no_path_leads_around_the_admin_key(tmp_path: Path, end: str) -> None:
+    with client_of(tmp_path) as client:
+        assert client.post(f"/v2/repository/models/identity-a/unload{end}").status_code == 403
+        assert client.get("/readyz").status_code == 200
+
+
 @pytest.mark.parametrize("keys", [(), (KEY_HASH,)])
 def test_loading_needs_the_admin_key(tmp_path: Path, keys: tuple[str, ...]) -> None:
     with client_of(tmp_path, api_key_hashes=keys, admin_key_hash=ADMIN_HASH) as client:
@@ -79,6 +86,8 @@ def test_odd_paths_are_no_way_around(tmp_path: Path) -> None:
         "/V1/models",
         "/v2/health/live/../../models/x",
         "/v1/%6dodels",
+        "/v1/models%0A",
+        "/v2%0A",
     )
     with client_of(tmp_path, api_key_hashes=(KEY_HASH,)) as client:
         for path in paths:

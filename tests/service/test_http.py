@@ -205,6 +205,19 @@ def test_malformed_multipart_is_a_400(client: TestClient, content_type: str, bod
     assert "multipart" in answer.json()["detail"]
 
 
+def test_a_field_of_a_multipart_body_cannot_choose_a_slow_codec(client: TestClient) -> None:
+    field = "x-" + "a" * 150_000
+    head = '--b\r\nContent-Disposition: form-data; name="x"\r\n\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=b; charset=punycode"}
+    answer = client.post("/v1/classify", content=f"{head}{field}\r\n--b--\r\n".encode(), headers=headers)
+    assert answer.status_code == 400
+
+
+def test_probes_may_ask_for_the_head_only(client: TestClient) -> None:
+    for path in ("/healthz", "/readyz"):
+        assert client.head(path).status_code == 200
+
+
 def test_too_many_images_are_a_400(client: TestClient) -> None:
     answer = client.post("/v1/classify", files=[("a", (f"{n}.png", PNG)) for n in range(5)])
     assert answer.status_code == 400
@@ -214,8 +227,9 @@ def test_a_full_service_says_when_to_come_back(repository: Path) -> None:
     app = create_app(Settings(repository=repository, max_pending=3, max_images=3, threads=1))
     two = [("a", ("a.png", PNG)), ("b", ("b.png", PNG))]
     with TestClient(app) as client:
-        admission = app.state.classifier.admission
-        with admission.place(Ticket(seconds=60)), admission.place(Ticket(seconds=60)):
+        classifier, other = app.state.classifier, Ticket(seconds=60)
+        with classifier.admission.place(other):
+            classifier.admission.accept(other, classifier.registry.ready[0].queue, 2, encoded=True)
             assert client.post("/v1/classify", content=PNG).status_code == 200, "one place is left"
             busy = client.post("/v1/classify", files=two)
             assert busy.status_code == 429

@@ -184,6 +184,46 @@ def test_an_expired_image_costs_no_engine_row_and_its_caller_is_told() -> None:
     drive(scenario)
 
 
+def test_who_is_too_late_is_told_so_also_behind_others_in_the_queue() -> None:
+    async def scenario() -> None:
+        async with running(sizes=(1,)) as (scheduler, queue, echo):
+            first = await while_busy(scheduler, queue, echo)
+            late = asyncio.create_task(answer(scheduler, queue, 1, ticket(0.0, "batch")))
+            others = [asyncio.create_task(answer(scheduler, queue, number)) for number in range(2, 30)]
+            await until(lambda: scheduler.waiting == 29)
+            echo.free.set()
+            with pytest.raises(Expired):
+                await late
+            assert not all(other.done() for other in others), "it was told before its turn"
+            await asyncio.gather(first, *others)
+
+    drive(scenario)
+
+
+def test_a_queue_whose_images_die_at_the_last_moment_does_not_keep_the_next_one_waiting() -> None:
+    async def scenario() -> None:
+        async with running() as (scheduler, queue, echo):
+            other = scheduler.add(new_queue(echo, name="other"))
+            first = await while_busy(scheduler, queue, echo)
+            dying = ticket(20)
+            gone = asyncio.create_task(answer(scheduler, queue, 1, dying))
+            waiting = asyncio.create_task(answer(scheduler, other, 2))
+            await until(lambda: scheduler.waiting == 2)
+            held = queue.holds
+
+            def die(now: float, load: Load) -> bool:
+                dying.gone = True
+                return held(now, load)
+
+            queue.holds = die  # type: ignore[method-assign]
+            echo.free.set()
+            assert (await first, await waiting) == (99, 2)
+            with pytest.raises(HungUp):
+                await gone
+
+    drive(scenario)
+
+
 def test_an_image_whose_client_hung_up_costs_no_engine_row() -> None:
     async def scenario() -> None:
         async with running() as (scheduler, queue, echo):

@@ -94,7 +94,6 @@ def test_a_value_that_cannot_be_is_an_error(name: str, value: str, monkeypatch: 
         ({"max_images": 3, "max_pending": 2}, "could never be admitted"),
         ({"max_body_bytes": 3, "max_pending_bytes": 2}, "could never be admitted"),
         ({"default_deadline_ms": 3, "max_deadline_ms": 2}, "default_deadline_ms .3. exceeds max_deadline_ms"),
-        ({"recover_margin": 0.9, "deadline_margin": 0.8}, "recover_margin .0.9. exceeds deadline_margin"),
     ],
 )
 def test_limits_that_contradict_each_other_are_an_error(limits: dict[str, float], message: str) -> None:

@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 from service.app import create_app
 from service.keys import new_key
 from service.settings import Settings
+from service.ticket import Ticket
 from tests.service.conftest import PNG, noise
 from tests.service.identity import publish_identity
 
@@ -177,6 +178,21 @@ def test_a_small_body_that_unpacks_to_a_huge_one_is_refused(client: TestClient) 
     bomb = gzip.compress(bytes(50_000_000))
     answer = client.post(MODEL + "/infer", content=bomb, headers={"Content-Encoding": "gzip"})
     assert answer.status_code == 413
+
+
+def test_what_unpacks_to_more_than_all_bodies_may_hold_is_refused(repository: Path) -> None:
+    limits = {"max_body_bytes": 300_000, "max_pending_bytes": 300_000}
+    with TestClient(create_app(Settings(repository=repository, threads=1, **limits))) as client:  # type: ignore[arg-type]
+        other = Ticket(seconds=60)
+        admission = client.app.state.classifier.admission  # type: ignore[attr-defined]
+        body, headers = binary_body(elements(bytes(200_000)), shape=[1], datatype="BYTES")
+        with admission.place(other):
+            admission.hold_bytes(other, 150_000)
+            packed = gzip.compress(body)
+            answer = client.post(MODEL + "/infer", content=packed, headers=headers | {"Content-Encoding": "gzip"})
+            assert answer.status_code == 429
+            assert "bytes" in answer.json()["error"]
+        assert admission.bytes == 0
 
 
 def test_one_damaged_image_fails_the_request_and_no_other(client: TestClient) -> None:
