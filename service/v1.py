@@ -149,6 +149,36 @@ _EXAMPLE = {
     "request_id": "c8c774003f9448b49c0964e4feeb8708",
 }
 
+_SUMMARY = {
+    "name": "cifar100-csra-r2",
+    "version": 3,
+    "state": "ready",
+    "default": False,
+    "family": "cifar100",
+    "variant": "csra-r2",
+    "kv_tokens": 16,
+    "tokens": 64,
+    "parameters": 693924,
+    "macs": 42100000,
+    "precision": "fp32",
+    "image_size": 32,
+    "classes": 100,
+    "accuracy": {"dataset": "cifar100", "split": "test", "n": 10000, "top1": 0.537, "top5": 0.8241},
+}
+_MODELS_EXAMPLE = {
+    "models": [_SUMMARY, {"name": "broken", "version": 1, "state": "unavailable", "reason": "model.onnx: missing"}],
+    "families": {"cifar100": ["cifar100-lsra-r4", "cifar100-csra-r2"]},
+}
+_MODEL_EXAMPLE = {
+    "name": "cifar100-csra-r2",
+    "versions": [3],
+    "version": 3,
+    "manifest": {"name": "cifar100-csra-r2", "variant": "csra-r2", "kv_tokens": 16, "...": "the rest of manifest.json"},
+    "batch_ms": {"1": 1.2, "2": 2.1, "4": 4.2},
+    "waiting": 0,
+    "labels": ["apple", "aquarium_fish", "..."],
+}
+
 _BODY = {
     "required": True,
     "description": "The bytes of one image (any Content-Type), or multipart/form-data with one or many files.",
@@ -235,7 +265,12 @@ def router(classifier: Classifier) -> APIRouter:
         openapi_extra={"parameters": query_parameters(Question, Terms, headers=_HEADERS), "requestBody": _BODY},
     )
 
-    @routes.get("/models", response_model=ModelList, response_model_exclude_none=True)
+    @routes.get(
+        "/models",
+        response_model=ModelList,
+        response_model_exclude_none=True,
+        responses=responses(401, example=_MODELS_EXAMPLE),
+    )
     async def models() -> ModelList:
         """All models of the repository, with what they are and whether they take traffic."""
         registry = classifier.registry
@@ -250,7 +285,7 @@ def router(classifier: Classifier) -> APIRouter:
             families={name: [model.name for model in ladder] for name, ladder in registry.families.items()},
         )
 
-    @routes.get("/models/{name}", responses=responses(401, 404, 503))
+    @routes.get("/models/{name}", responses=responses(401, 404, 422, 503, example=_MODEL_EXAMPLE))
     async def model(name: str, version: int | None = None) -> ModelDetail:
         """One model: its manifest, its labels, and what its batches cost."""
         found = classifier.registry.find(name, version)

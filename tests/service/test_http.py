@@ -308,9 +308,12 @@ def test_openapi_describes_the_answer_and_its_errors(client: TestClient) -> None
         *("model", "version", "top_k", "min_top1", "deadline_ms", "priority"),
         *("X-Deadline-Ms", "X-Priority", "X-Request-ID"),
     }
-    for answer in operation["responses"].values():
-        (content,) = answer["content"].values()
-        assert content["example"]
+    paths = client.get("/openapi.json").json()["paths"]
+    for path in ("/v1/classify", "/v1/models", "/v1/models/{name}"):
+        for method in paths[path].values():
+            for status, answer in method["responses"].items():
+                (content,) = answer["content"].values()
+                assert content["example"], f"{path} {status}"
     Classification.model_validate(operation["responses"]["200"]["content"]["application/json"]["example"])
 
 
