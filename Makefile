@@ -5,6 +5,7 @@ SERVE := .venv-serve
 CLIENTS := .venv-clients
 UV := .venv-lock/bin/uv
 ENGINE := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)
+WORKERS := $(shell nproc 2>/dev/null || echo 2)
 DEMO := demo
 DEMO_VARIANTS := mha lsra-r2 csra-r2
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header
@@ -35,7 +36,7 @@ demo: $(DEV)/.installed ## Train three variants on digits, export, serve and com
 
 test: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run all tests (those on real data need STRIDEVIT_DATA)
 	@echo "running the tests; real data: $${STRIDEVIT_DATA:-none, set STRIDEVIT_DATA to use it}"
-	@STRIDEVIT_SERVICE_PYTHON=$(CURDIR)/$(SERVE)/bin/python $(DEV)/bin/python -m pytest $(ARGS)
+	@STRIDEVIT_SERVICE_PYTHON=$(CURDIR)/$(SERVE)/bin/python $(DEV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-clients: $(SERVE)/.$(ENGINE) $(CLIENTS)/triton/.installed $(CLIENTS)/kserve/.installed $(CLIENTS)/perf/.installed ## Ask the service with tritonclient, the KServe SDK and perf_analyzer
 	@echo "serving models/ to other people's clients, each in an environment of its own"
