@@ -6,9 +6,12 @@ its logarithm over rounds, and its interval a bootstrap over rounds: neighbours 
 """
 
 import json
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -174,16 +177,41 @@ def measure(arms: Sequence[Arm], setup: Setup, step: Callable[[str], None]) -> M
     """
     measured = Measured(arms=list(arms), setup=setup)
     try:
-        for number in range(setup.rounds):
-            plan = list(product(setup.batches, arms))
-            for batch, arm in plan if number % 2 == 0 else plan[::-1]:
-                step(f"{arm.label}, batch {batch}, round {number + 1} of {setup.rounds}")
-                measured.probes.setdefault((arm.label, batch), []).append(_probe(arm, batch, setup))
-            measured.rounds += 1
+        with _no_interrupt_lost() as raise_if_interrupted:
+            for number in range(setup.rounds):
+                plan = list(product(setup.batches, arms))
+                for batch, arm in plan if number % 2 == 0 else plan[::-1]:
+                    raise_if_interrupted()
+                    step(f"{arm.label}, batch {batch}, round {number + 1} of {setup.rounds}")
+                    measured.probes.setdefault((arm.label, batch), []).append(_probe(arm, batch, setup))
+                measured.rounds += 1
     except KeyboardInterrupt:
         if not measured.rounds:
             raise
     return measured
+
+
+@contextmanager
+def _no_interrupt_lost() -> Iterator[Callable[[], None]]:
+    """Gives a function that raises KeyboardInterrupt again if Ctrl-C came before.
+
+    Python drops the one that is raised within a destructor, and hundreds of short processes make that likely enough.
+    """
+    came = threading.Event()
+
+    def remember(*_: object) -> None:
+        came.set()
+        raise KeyboardInterrupt
+
+    def raise_if_interrupted() -> None:
+        if came.is_set():
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield raise_if_interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def ratio(rates: npt.NDArray[np.float64], baseline: npt.NDArray[np.float64]) -> Interval:
