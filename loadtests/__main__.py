@@ -32,6 +32,13 @@ app = typer.Typer(
 )
 console = Console(stderr=True)
 
+_Data = Annotated[
+    Path | None,
+    typer.Option(help="Images to send: a folder of image files, or of parquet files. [generated JPEGs]"),
+]
+_ServiceArgs = Annotated[str, typer.Option(help="Flags for the service, as one word: '--engine-threads 2'.")]
+_Command = Annotated[str | None, typer.Option(help="What the report says was run. [this command line]")]
+
 _START_STOP_SECONDS = 8
 """What a block costs beside its load, for the estimate."""
 
@@ -43,10 +50,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder for report.html, results.json and server logs.")] = Path(
         "results/compare"
     ),
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Images to send: a folder of image files, or of parquet files. [generated JPEGs]"),
-    ] = None,
+    data: _Data = None,
     users: Annotated[int, typer.Option(min=1, help="Users, each waiting for its answer (closed loop).")] = 16,
     seconds: Annotated[float, typer.Option(min=1, help="Measured seconds a block.")] = 10.0,
     warmup: Annotated[float, typer.Option(min=0, help="Seconds dropped at the start of a block.")] = 2.0,
@@ -98,10 +102,7 @@ def limit(
     out: Annotated[Path, typer.Option(help="Folder for report.md, results.json and server logs.")] = Path(
         "results/limit"
     ),
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Images to send: a folder of image files, or of parquet files. [generated JPEGs]"),
-    ] = None,
+    data: _Data = None,
     rounds: Annotated[int, typer.Option(min=1, help="Times each arm is measured, interleaved.")] = 3,
     seconds: Annotated[float, typer.Option(min=1, help="Measured seconds of each load.")] = 10.0,
     warmup: Annotated[float, typer.Option(min=0, help="Seconds dropped at the start of each load.")] = 2.0,
@@ -115,8 +116,8 @@ def limit(
         int | None,
         typer.Option(min=100, help="Instead: send so many images of mixed sizes, and see if memory stays flat."),
     ] = None,
-    service_args: Annotated[str, typer.Option(help="Flags for the service, as one word: '--engine-threads 2'.")] = "",
-    command: Annotated[str | None, typer.Option(help="What the report says was run. [this command line]")] = None,
+    service_args: _ServiceArgs = "",
+    command: _Command = None,
 ) -> None:
     """Measure the service against the engine limit and a plain FastAPI server: speed, tail latency and memory.
 
@@ -131,7 +132,7 @@ def limit(
         loops = ()
     if not loops or loops[0] < 1:
         _fail(f"--connections {connections!r}: give whole numbers from 1 on, separated by commas")
-    said = command or shlex.join(["python", "-m", "loadtests", *sys.argv[1:]])
+    said = command or _this_command()
     arguments = tuple(shlex.split(service_args))
     _end_as_if_interrupted()
     try:
@@ -164,15 +165,12 @@ def overload(
     out: Annotated[Path, typer.Option(help="Folder for report.md, results.json, overload.svg and server logs.")] = Path(
         "results/overload"
     ),
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Images to send: a folder of image files, or of parquet files. [generated JPEGs]"),
-    ] = None,
+    data: _Data = None,
     steps: Annotated[str, typer.Option(help="Arrivals a second and seconds: RATE:SECONDS,...")] = "200:8,800:12,200:8",
     deadline_ms: Annotated[float, typer.Option(min=1, help="Of every request.")] = 100.0,
     rounds: Annotated[int, typer.Option(min=1, help="Blocks a target, interleaved.")] = 3,
-    service_args: Annotated[str, typer.Option(help="Flags for the service, as one word: '--engine-threads 2'.")] = "",
-    command: Annotated[str | None, typer.Option(help="What the report says was run. [this command line]")] = None,
+    service_args: _ServiceArgs = "",
+    command: _Command = None,
 ) -> None:
     """Send more than a model can answer, and see what a fixed model and a family make of it.
 
@@ -209,7 +207,7 @@ def overload(
     except KeyboardInterrupt:
         console.print("\nstopped; the services of this measurement are gone, and nothing was written but their logs")
         raise typer.Exit(130) from None
-    said = command or shlex.join(["python", "-m", "loadtests", *sys.argv[1:]])
+    said = command or _this_command()
     found = overload_report.results(plan, blocks)
     about = {"command": said, **environment()}
     table = overload_report.markdown(found)
@@ -276,6 +274,10 @@ def _soak(
     soaking.write(found, out)
     typer.echo("\n".join([*soaking.lines(found), f"report: {out / 'report.md'}"]))
     raise typer.Exit(130 if found.ended_early else 0)
+
+
+def _this_command() -> str:
+    return shlex.join(["python", "-m", "loadtests", *sys.argv[1:]])
 
 
 def _progress() -> Progress:

@@ -176,15 +176,17 @@ class Admission:
 
     def _in_flight(self) -> float:
         """What is done already of the batch that runs now: as much less than nothing."""
-        now = time.perf_counter()
-        running = [queue.running for queue in self._scheduler.queues if queue.running]
-        return -sum(min(seconds, now - started) for started, seconds in running)
+        return -sum(done for done, _ in self._running())
 
     def _left_in_flight(self) -> float:
         """What is still to do of the batch that runs now."""
+        return sum(seconds - done for done, seconds in self._running())
+
+    def _running(self) -> list[tuple[float, float]]:
+        """Seconds done, and predicted in all, of the batch that runs now, if there is one."""
         now = time.perf_counter()
         running = [queue.running for queue in self._scheduler.queues if queue.running]
-        return sum(max(0.0, started + seconds - now) for started, seconds in running)
+        return [(min(seconds, now - started), seconds) for started, seconds in running]
 
     def _decode_seconds(self, images: int) -> float:
         return math.ceil(images / self._load.decode_threads) * self._load.decode_seconds

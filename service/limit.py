@@ -25,6 +25,7 @@ from PIL import Image
 
 from service.bundle import Bundle, read_bundle, versions
 from service.cores import available_cores
+from service.cost import candidate_sizes
 from service.decode import decode
 from service.engine import INPUT, Engine, require_one_engine, resolve_device
 from service.errors import BundleError, ImageError, StartError
@@ -132,7 +133,7 @@ def measure_limit(settings: Settings, name: str, images: list[bytes], *, seconds
     options = (
         [settings.engine_threads] if settings.engine_threads else sorted({1, cores} if device == "cpu" else {cores})
     )
-    sizes = _sizes(min(settings.max_batch, bundle.manifest.max_batch or settings.max_batch))
+    sizes = candidate_sizes(min(settings.max_batch, bundle.manifest.max_batch or settings.max_batch))
     # First: a process shares with this one what both have loaded, and PSS then counts only half of it.
     one, largest = _baseline(bundle, threads=options[-1], batch=sizes[-1]) if device == "cpu" else (None, None)
     decode_one = partial(decode, preprocessing=bundle.manifest.preprocessing, max_pixels=settings.max_pixels)
@@ -218,11 +219,6 @@ def _newest(repository: Path, name: str) -> Bundle:
         return read_bundle(repository / name / str(published[-1]))
     except BundleError as error:
         raise StartError(f"model {name!r}: {error}") from error
-
-
-def _sizes(largest: int) -> list[int]:
-    powers = itertools.takewhile(lambda size: size < largest, (2**power for power in itertools.count()))
-    return [*powers, largest]
 
 
 def _pipeline(

@@ -240,7 +240,7 @@ class Registry:
                 try:
                     found.loaded.append(self._build(self._settings.repository / name / str(version)))
                     found.wanted.add(version)
-                except Exception as error:
+                except Exception as error:  # whatever is wrong with one bundle, the others are served
                     if not isinstance(error, ServiceError):
                         log.exception("loading failed", model=name, version=version)
                     # Clients read the reason: where the repository lies is none of their business.
