@@ -1,202 +1,273 @@
-"""Compare models: interleaved blocks, a fresh service process for each, the same images in the same order."""
+"""A comparison: interleaved blocks, each arm in a fresh server process, the same images in the same order.
 
-import csv
-import os
-import platform
-import subprocess
-import sys
+First every arm is saturated once, briefly: that gives the rates of the open loops, which are the same for all arms,
+and how long a block takes, to which the plan is then fitted. Then the blocks; then, arm by arm, the largest rate that
+keeps the objective. Each is kept on disk when it is there (loadtests/store.py).
+"""
+
+import hashlib
+import math
+import re
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from loadtests.payloads import write_payloads
-from loadtests.server import ServerError, running_server
+from loadtests import sequence
+from loadtests.arms import describe, serving
+from loadtests.drive import Ask, closed_loop, open_loop
+from loadtests.objective import Objective, largest_rate
+from loadtests.payloads import Payload
+from loadtests.results import HIGH, MODERATE, SATURATED, Arm, Block, Comparison, Load, Plan, Search
+from loadtests.schedule import Costs, fitted, order, tried
+from loadtests.server import Server, ServerError
+from loadtests.store import Store
 
-LOCUSTFILE = Path(__file__).with_name("locustfile.py")
-_LOCUST_SPARE_SECONDS = 60
+CALIBRATION_SECONDS = 3.0
 
+_SETTLE_SECONDS = 1.0
+"""After the last load, until memory is read again."""
+_OVERRUN = 1.1
+"""Of the budget, before a round is not begun any more."""
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is compared and how long."""
-
-    repository: Path
-    models: tuple[str, ...]
-    data: Path | None
-    users: int
-    """Closed-loop users: each sends its next image when its last is answered."""
-    seconds: float
-    """Measured seconds a block, after the warm-up."""
-    warmup_seconds: float
-    rounds: int
-    """Blocks a model; their order turns round every time (A B C, C B A, ...)."""
-
-    def order(self) -> list[tuple[int, str]]:
-        """(round, model) of each block, in the order in which they run."""
-        blocks: list[tuple[int, str]] = []
-        for number in range(self.rounds):
-            names = self.models if number % 2 == 0 else self.models[::-1]
-            blocks += [(number, name) for name in names]
-        return blocks
+OnStep = Callable[[str, int, int], None]
+"""What is done next, how much is done, of how much."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
-    """One measurement of one model."""
+class Asked:
+    """What the user wants to decide; None has it chosen when every arm has been tried."""
 
-    model: str
-    throughput: float
-    """Answered images a second."""
-    latencies_ms: npt.NDArray[np.float64] = field(repr=False)
-    """Of all answered images, after the warm-up."""
-    errors: int
-    idle_bytes: int
-    peak_bytes: int
-    info: dict[str, Any] = field(repr=False)
-    """What the service says of the model."""
+    seconds: float | None
+    objective_ms: float | None
+    rates: dict[str, float] | None = None
+    """Of the open loops, as in `Comparison.rates`."""
+
+
+def compare(
+    comparison: Comparison,
+    payloads: Sequence[Payload],
+    out: Path,
+    *,
+    asked: Asked,
+    fresh: bool,
+    on_step: OnStep,
+    on_plan: Callable[[Plan, float], None],
+) -> None:
+    """Fill `comparison`, whose plan is fitted to its budget; server logs are kept in `out`.
+
+    `on_plan(plan, seconds left)` is told when the plan is settled. An arm that fails later only loses that block.
+    Raises ServerError if an arm cannot be served at all, StoreError if `out` holds another comparison, ArmError if a
+    commit cannot be had.
+    """
+    store = Store(out / "blocks")
+    wanted = {**plan_as_json(comparison.plan), **asdict(asked), "payloads": _digest(payloads)}
+    # A later try may have more time.
+    del wanted["budget_minutes"]
+    settled = store.open({**wanted, "commit": comparison.environment["commit"]}, fresh=fresh)
+    (out / "logs").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="stridevit-load-") as folder:
+        files = Path(folder) / "payloads"
+        files.mkdir()
+        sequence.save(payloads, files)
+        bench = _Bench(plan=comparison.plan, payloads=files, checkouts=Path(folder) / "checkouts", logs=out / "logs")
+        bench.checkouts.mkdir()
+        if not settled:
+            settled = _settle(bench, asked, on_step=on_step)
+            store.settle(settled)
+        costs = Costs(**settled["costs"])
+        plan = replace(comparison.plan, **settled["plan"])
+        comparison.plan, comparison.rates = plan, settled["rates"]
+        _measure(replace(bench, plan=plan), comparison, store, costs, on_step=on_step, on_plan=on_plan)
+    comparison.finished = datetime.now(UTC)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """All blocks, and where they were measured."""
+class _Bench:
+    """All that a measurement needs beside its arm."""
 
     plan: Plan
-    payloads: str
-    blocks: list[Block]
-    environment: dict[str, str]
-    finished: datetime
+    payloads: Path
+    checkouts: Path
+    logs: Path
 
-    def of(self, model: str) -> list[Block]:
-        """The blocks of one model."""
-        return [block for block in self.blocks if block.model == model]
+    def serving(self, arm: Arm, what: str) -> Any:
+        """The arm's server; its log's name says what for."""
+        name = re.sub(r"[^\w.-]+", "-", arm.label)
+        return serving(
+            arm,
+            repository=self.plan.repository,
+            arguments=self.plan.service_arguments,
+            checkouts=self.checkouts,
+            log=self.logs / f"{what}-{name}.log",
+        )
+
+    def ask(self, arm: Arm) -> Ask:
+        """What is sent to it."""
+        return Ask(payloads=self.payloads, model=arm.model, protocol=self.plan.protocol)
+
+    def saturate(self, arm: Arm, server: Server, seconds: float) -> Load:
+        """The closed loop."""
+        return closed_loop(
+            server,
+            self.ask(arm),
+            connections=self.plan.users,
+            warmup_seconds=self.plan.warmup_seconds,
+            seconds=seconds,
+        )
+
+    def offer(self, arm: Arm, server: Server, rate: float, *, seconds: float, seed: int) -> Load:
+        """The open loop."""
+        return open_loop(
+            server,
+            self.ask(arm),
+            rate=rate,
+            warmup_seconds=self.plan.warmup_seconds,
+            seconds=seconds,
+            seed=seed,
+        )
 
 
-def compare(plan: Plan, out: Path, *, on_block: Callable[[str, int, int], None]) -> Comparison:
-    """Run all blocks; `on_block(model, done, total)` is told before each.
-
-    Server logs are kept in `out`. Raises PayloadError, or ServerError if a service does not start or dies.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    blocks: list[Block] = []
-    order = plan.order()
-    with tempfile.TemporaryDirectory(prefix="stridevit-load-") as folder:
-        payloads = write_payloads(plan.data, Path(folder))
-        for done, (number, model) in enumerate(order):
-            on_block(model, done, len(order))
-            blocks.append(_measure(plan, model, Path(folder), out / f"server-{number}-{model}.log"))
-    return Comparison(
-        plan=plan,
-        payloads=payloads,
-        blocks=blocks,
-        environment=environment(),
-        finished=datetime.now(UTC),
+def _settle(bench: _Bench, asked: Asked, *, on_step: OnStep) -> dict[str, Any]:
+    """Saturate every arm once, and decide by it what must be the same for all blocks."""
+    plan, arms = bench.plan, tried(bench.plan)
+    throughputs, serving_seconds, generator_seconds = [], [], []
+    for number, arm in enumerate(arms):
+        on_step(f"calibrating {arm.label}", number, len(arms))
+        began = time.monotonic()
+        with bench.serving(arm, "calibration") as server:
+            ready = time.monotonic()
+            load = bench.saturate(arm, server, CALIBRATION_SECONDS)
+            loaded = time.monotonic()
+        if not load.throughput:
+            raise ServerError(f"{server.name} answered nothing with 200; its log: {server.log}\n{server.last_words()}")
+        throughputs.append(load.throughput)
+        serving_seconds.append(ready - began + time.monotonic() - loaded)
+        generator_seconds.append(loaded - ready - CALIBRATION_SECONDS - plan.warmup_seconds - 1)
+    costs = Costs(
+        server=float(np.mean(serving_seconds)) + _SETTLE_SECONDS, generator=max(0.0, float(np.mean(generator_seconds)))
     )
-
-
-def _measure(plan: Plan, model: str, payloads: Path, log: Path) -> Block:
-    with (
-        running_server(plan.repository, model, log=log) as server,
-        tempfile.TemporaryDirectory(prefix="stridevit-samples-") as folder,
-    ):
-        info = server.models()[model]
-        samples = Path(folder) / "samples.csv"
-        server.watch_memory()
-        _run_locust(plan, model, server.url, payloads, samples)
-        server.stop_watching()
-        if not server.alive():
-            raise ServerError(f"the service for {model} died under load; its log is {log}")
-        starts, latencies, ok = read_samples(samples)
-        idle, peak = server.idle_bytes, server.peak_bytes
-    begin = float(starts.min(initial=np.inf)) + plan.warmup_seconds
-    throughput, measured = within(starts, latencies, ok, begin=begin, seconds=plan.seconds)
-    return Block(
-        model=model,
-        throughput=throughput,
-        latencies_ms=latencies[measured & ok],
-        errors=int((measured & ~ok).sum()),
-        idle_bytes=idle,
-        peak_bytes=peak,
-        info=info,
-    )
-
-
-def within(
-    starts: npt.NDArray[np.float64],
-    latencies_ms: npt.NDArray[np.float64],
-    ok: npt.NDArray[np.bool_],
-    *,
-    begin: float,
-    seconds: float,
-) -> tuple[float, npt.NDArray[np.bool_]]:
-    """Throughput of a window, and which samples count for its latencies. `starts` and `begin` are in seconds.
-
-    Throughput counts the answers that *ended* in the window; latencies are of the requests that *started* in it,
-    whenever they ended. To ask for both would leave out the slowest, and those of a slow server most.
-    """
-    ends = starts + latencies_ms / 1000
-    answered = ok & (ends > begin) & (ends <= begin + seconds)
-    return float(answered.sum() / seconds), (starts >= begin) & (starts < begin + seconds)
-
-
-def _run_locust(plan: Plan, model: str, url: str, payloads: Path, samples: Path) -> None:
-    seconds = plan.warmup_seconds + plan.seconds + 1
-    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", url]
-    load = ["--users", str(plan.users), "--spawn-rate", str(plan.users), "--run-time", f"{seconds:.0f}s"]
-    quiet = ["--loglevel", "WARNING", "--only-summary", "--stop-timeout", "5"]
-    finished = subprocess.run(  # noqa: S603 (our own command)
-        [*command, *load, *quiet],
-        env={
-            **os.environ,
-            "STRIDEVIT_LOAD_IMAGES": str(payloads),
-            "STRIDEVIT_LOAD_MODEL": model,
-            "STRIDEVIT_LOAD_SAMPLES": str(samples),
-        },
-        capture_output=True,
-        text=True,
-        timeout=seconds + _LOCUST_SPARE_SECONDS,
-        check=False,
-    )
-    if finished.returncode or not samples.is_file():
-        raise ServerError(f"Locust failed ({finished.returncode}):\n{finished.stderr[-2000:]}")
-
-
-def read_samples(
-    path: Path,
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    with path.open(encoding="utf-8") as stream:
-        rows = [(float(row["start_s"]), float(row["latency_ms"]), row["ok"] == "1") for row in csv.DictReader(stream)]
-    starts = np.array([row[0] for row in rows], dtype=np.float64)
-    latencies = np.array([row[1] for row in rows], dtype=np.float64)
-    return starts, latencies, np.array([row[2] for row in rows], dtype=np.bool_)
-
-
-def environment() -> dict[str, str]:
+    slowest = min(throughputs)
+    fits = fitted(plan, costs, seconds=asked.seconds)
+    chosen = {MODERATE: rounded(plan.shares[0] * slowest), HIGH: rounded(plan.shares[1] * slowest)}
     return {
-        "cpu": _cpu_model(),
-        "cores": str(os.cpu_count()),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("locust", "stridevit")},
+        "costs": asdict(costs),
+        "rates": asked.rates or chosen,
+        "plan": {
+            "seconds": fits.seconds,
+            "rounds": fits.rounds,
+            "objective_ms": asked.objective_ms or one_two_five(1000 * plan.users / slowest),
+        },
     }
 
 
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def _measure(
+    bench: _Bench,
+    comparison: Comparison,
+    store: Store,
+    costs: Costs,
+    *,
+    on_step: OnStep,
+    on_plan: Callable[[Plan, float], None],
+) -> None:
+    plan = bench.plan
+    blocks = order(plan.arms, plan.rounds, seed=plan.seed)
+    searches = [(number, arm) for number in range(plan.searches) for arm in tried(plan)]
+    total = len(blocks) + len(searches)
+    kept, kept_searches = store.blocks(), store.searches()
+    comparison.blocks, comparison.searches = list(kept.values()), list(kept_searches.values())
+    left = costs.whole(plan) - len(kept) * costs.block(plan) - len(kept_searches) * costs.search(plan)
+    on_plan(plan, left)
+    deadline = time.monotonic() + max(left, _OVERRUN * plan.budget_minutes * 60)
+    for number, (round_number, arm) in enumerate(blocks):
+        if number in kept:
+            continue
+        begins = number % len(plan.arms) == 0
+        if begins and round_number >= 2 and time.monotonic() + len(plan.arms) * costs.block(plan) > deadline:
+            comparison.ended_early = (
+                f"the budget of {plan.budget_minutes:g} minutes was spent after {round_number} of {plan.rounds} rounds"
+            )
+            return
+        on_step(f"round {round_number + 1} of {plan.rounds}, {arm.label}", number, total)
+        block = _block(bench, arm, round_number, comparison.rates)
+        store.add(block, number)
+        comparison.blocks.append(block)
+    for number, (round_number, arm) in enumerate(searches):
+        if number in kept_searches:
+            continue
+        on_step(f"largest rate of {arm.label}", len(blocks) + number, total)
+        search = _search(bench, arm, round_number, comparison)
+        store.add_search(search, number)
+        comparison.searches.append(search)
+
+
+def _block(bench: _Bench, arm: Arm, number: int, rates: dict[str, float]) -> Block:
+    plan = bench.plan
+    loads: dict[str, Load] = {}
+    try:
+        with bench.serving(arm, f"round{number + 1:02d}") as server:
+            info = describe(arm, server, plan.repository)
+            idle = server.memory_bytes()
+            for name, rate in rates.items():
+                # Every arm gets the same arrivals; each round others.
+                loads[name] = bench.offer(arm, server, rate, seconds=plan.seconds, seed=plan.seed + number)
+            loads[SATURATED] = bench.saturate(arm, server, plan.seconds)
+            time.sleep(_SETTLE_SECONDS)
+            after = server.memory_bytes()
+    except ServerError as error:
+        return Block(arm=arm.label, round=number, failure=str(error))
+    return Block(arm=arm.label, round=number, idle_bytes=idle, after_bytes=after, loads=loads, info=info)
+
+
+def _search(bench: _Bench, arm: Arm, number: int, comparison: Comparison) -> Search:
+    plan = bench.plan
+    measured = [block.loads[SATURATED].throughput for block in comparison.of(arm.label)]
+    objective = Objective(ms=plan.objective_ms, percentile=plan.objective_percentile)
+    try:
+        with bench.serving(arm, f"search{number + 1:02d}") as server:
+
+            def probe(rate: float, seconds: float, probe_number: int) -> npt.NDArray[np.float64]:
+                seed = plan.seed + 1000 * (number + 1) + probe_number
+                return bench.offer(arm, server, rate, seconds=seconds, seed=seed).latencies_ms
+
+            return largest_rate(
+                arm.label,
+                number,
+                objective,
+                saturated=float(np.median(measured)) if measured else 0.0,
+                seconds=plan.seconds,
+                probe=probe,
+            )
+    except ServerError as error:
+        return Search(arm=arm.label, round=number, rate=None, probes=(), why_not=str(error).splitlines()[0])
+
+
+def _digest(payloads: Sequence[Payload]) -> str:
+    digest = hashlib.sha256()
+    for payload in payloads:
+        digest.update(f"{payload.name}\0{payload.label}\0{len(payload.data)}\0".encode())
+        digest.update(payload.data)
+    return digest.hexdigest()
+
+
+def rounded(rate: float) -> float:
+    """To two digits: a rate that one can say."""
+    return round(rate, 1 - math.floor(math.log10(rate)))
+
+
+def one_two_five(number: float) -> float:
+    """The next of 1, 2, 5, 10, 20, ..."""
+    power = 10.0 ** math.floor(math.log10(number))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= number)
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
     """The plan with paths as text."""
-    values = asdict(plan)
-    return {**values, "repository": str(plan.repository), "data": str(plan.data) if plan.data else None}
+    values = {**asdict(plan), "repository": str(plan.repository), "data": str(plan.data) if plan.data else None}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

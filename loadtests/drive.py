@@ -1,147 +1,171 @@
-"""A server put under load by a generator in a process of its own, with the CPU of both and the server's memory."""
+"""A server put under load by Locust in a process of its own, with the CPU of both and the server's memory."""
 
 import contextlib
-import json
 import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
-import numpy.typing as npt
 import psutil
 
-from loadtests.compare import LOCUSTFILE, read_samples, within
-from loadtests.server import Server, ServerError, tree_bytes
+from loadtests import stages
+from loadtests.gpu import device_bytes
+from loadtests.results import Load, Protocol
+from loadtests.samples import LATE_MS, Sample, read_samples, window
+from loadtests.server import Server, ServerError, tree, tree_bytes
+
+LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+SHAPES = Path(__file__).with_name("shapes.py")
 
 _READ_SECONDS = 0.05
 _PSS_SECONDS = 1.0
 _PSS_GROWTH = 1.005
-_SPARE_SECONDS = 60
+_SPARE_SECONDS = 90
 _STOP_SECONDS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
-    """What a server did under one load. Rates in images a second."""
+class Ask:
+    """What is asked of a server: which payloads, of which model, and how."""
 
-    connections: int | None
-    """Of a closed loop; None in an open one."""
-    offered: float | None
-    """Arrivals a second of an open loop."""
-    throughput: float
-    latencies_ms: npt.NDArray[np.float64] = field(repr=False)
-    errors: int
-    peak_bytes: int
-    server_cores: float
-    """CPU time by wall time, in the measured window."""
-    generator_cores: float
-    arrivals: int = 0
-    """Of an open loop, the warm-up's among them, as are those that were sent late, or not at all."""
-    late: int = 0
-    unsent: int = 0
+    payloads: Path
+    """A folder that `loadtests.sequence.save` has filled."""
+    model: str
+    protocol: Protocol = "v1"
+    deadline_ms: float | None = None
+
+    def arguments(self) -> list[str]:
+        """For the locustfile."""
+        asked = ["--data", str(self.payloads), "--model", self.model, "--protocol", self.protocol]
+        return asked if self.deadline_ms is None else [*asked, "--deadline-ms", f"{self.deadline_ms:g}"]
 
 
 class Meter:
     """CPU time and memory over time, read so that reading costs nothing to speak of.
 
     PSS takes the kernel a walk over all pages, some ten milliseconds: it is read once a second, and whenever resident
-    memory, which is free to read, has grown past what it was at the last time.
+    memory, which is free to read, has grown past what it was at the last time. Of a server that is not ours, only the
+    generator is known.
     """
 
     def __init__(self, server: Server, generator: int) -> None:
         self._server = server.pid
-        self._processes = (psutil.Process(server.pid), psutil.Process(generator))
-        self._times: list[tuple[float, float, float]] = []
+        pids = [pid for pid in (generator, server.pid) if pid is not None]
+        self._processes = [psutil.Process(pid) for pid in pids]
+        self._times: list[tuple[float, ...]] = []
         self._resident, self._read_at = 0, 0.0
         self.peak_bytes = 0
+        self.device_bytes: int | None = None
 
     def read(self) -> None:
         """Take one sample; of a process that has ended, none."""
         now = time.time()
         try:
-            server, generator = (sum(process.cpu_times()[:2]) for process in self._processes)
-            resident = self._processes[0].memory_info().rss
+            spent = [sum(process.cpu_times()[:2]) for process in self._processes]
+            resident = self._processes[-1].memory_info().rss
         except psutil.Error:
             return
-        self._times.append((now, server, generator))
+        self._times.append((now, *spent))
+        if self._server is None:
+            return
         if resident > _PSS_GROWTH * self._resident or now > self._read_at + _PSS_SECONDS:
             self.peak_bytes = max(self.peak_bytes, tree_bytes(self._server))
+            on_device = device_bytes(process.pid for process in tree(self._server))
+            if on_device is not None:
+                self.device_bytes = max(on_device, self.device_bytes or 0)
             self._resident, self._read_at = max(resident, self._resident), now
 
     def cores(self, begin: float, seconds: float) -> tuple[float, float]:
-        """Of server and generator, in a window in Unix time."""
+        """Of server and generator, in a window in Unix time; 0 where it is not known."""
         if not self._times:
             return 0.0, 0.0
         moments, *spent = np.array(self._times).T
-        server, generator = (np.diff(np.interp([begin, begin + seconds], moments, used))[0] / seconds for used in spent)
+        used = [np.diff(np.interp([begin, begin + seconds], moments, one))[0] / seconds for one in spent]
+        generator, server = (*used, 0.0)[:2]
         return float(server), float(generator)
 
 
-def closed_loop(
-    server: Server, model: str, images: Path, *, connections: int, warmup_seconds: float, seconds: float
+def closed_loop(server: Server, ask: Ask, *, connections: int, warmup_seconds: float, seconds: float) -> Load:
+    """`connections` users, each sends its next image when its last is answered. Raises ServerError."""
+    users = ["--loop", "closed", "--users", str(connections), "--spawn-rate", str(connections)]
+    return _load(
+        server, ask, users, warmup_seconds=warmup_seconds, seconds=seconds, connections=connections, offered=None
+    )
+
+
+def open_loop(server: Server, ask: Ask, *, rate: float, warmup_seconds: float, seconds: float, seed: int) -> Load:
+    """Poisson arrivals at `rate` a second; latencies from the scheduled moments. Raises ServerError."""
+    source = ["--loop", "open", "--users", "1", "--rate-per-user", f"{rate:.6f}", "--seed", str(seed)]
+    return _load(server, ask, source, warmup_seconds=warmup_seconds, seconds=seconds, connections=None, offered=rate)
+
+
+def shaped(
+    server: Server, ask: Ask, *, rates: str, seconds: float, rate_per_user: float, seed: int
+) -> tuple[list[Sample], Meter]:
+    """An open loop whose rate changes, as loadtests/shapes.py reads it. Raises ServerError."""
+    shape = ["--loop", "open", "--rates", rates, "--rate-per-user", f"{rate_per_user:g}", "--seed", str(seed)]
+    return locust(server, ask, shape, seconds=seconds, files=(LOCUSTFILE, SHAPES))
+
+
+def _load(
+    server: Server,
+    ask: Ask,
+    arguments: list[str],
+    *,
+    warmup_seconds: float,
+    seconds: float,
+    connections: int | None,
+    offered: float | None,
 ) -> Load:
-    """Locust: `connections` users, each sends its next image when its last is answered. Raises ServerError."""
-    whole = warmup_seconds + seconds + 1
-    command = ["-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", server.url]
-    load = ["--users", str(connections), "--spawn-rate", str(connections), "--run-time", f"{math.ceil(whole)}s"]
+    # One second more, so that the last of the window are sent as all others are.
+    whole = math.ceil(warmup_seconds + seconds + 1)
+    before = stages.totals(server.url)
+    samples, meter = locust(server, ask, [*arguments, "--run-time", f"{whole}s"], seconds=whole)
+    found = window(samples, warmup_seconds=warmup_seconds, seconds=seconds)
+    server_cores, generator_cores = meter.cores(found.begin, seconds)
+    opened = offered is not None
+    return Load(
+        connections=connections,
+        offered=offered,
+        throughput=found.throughput,
+        latencies_ms=found.latencies_ms,
+        errors=found.errors,
+        peak_bytes=meter.peak_bytes,
+        server_cores=server_cores,
+        generator_cores=generator_cores,
+        arrivals=len(samples) if opened else 0,
+        late=sum(sample.behind_ms > LATE_MS for sample in samples) if opened else 0,
+        unsent=found.unsent,
+        device_bytes=meter.device_bytes,
+        stages_ms=stages.between(before, stages.totals(server.url)),
+        labelled=found.labelled,
+        correct=found.correct,
+    )
+
+
+def locust(
+    server: Server, ask: Ask, arguments: list[str], *, seconds: float, files: tuple[Path, ...] = (LOCUSTFILE,)
+) -> tuple[list[Sample], Meter]:
+    """Run Locust against a server to its end. Raises ServerError if the server dies, or nothing was sent."""
+    command = ["-m", "locust", "-f", ",".join(map(str, files)), "--headless", "--host", server.url]
     quiet = ["--loglevel", "WARNING", "--only-summary", "--stop-timeout", "5"]
     with tempfile.TemporaryDirectory(prefix="stridevit-samples-") as folder:
-        samples = Path(folder) / "samples.csv"
-        environment = {
-            "STRIDEVIT_LOAD_IMAGES": str(images),
-            "STRIDEVIT_LOAD_MODEL": model,
-            "STRIDEVIT_LOAD_SAMPLES": str(samples),
-        }
-        meter, _ = generate([*command, *load, *quiet], server, environment=environment, seconds=whole)
-        return _load(
-            server,
-            meter,
-            samples,
-            warmup_seconds=warmup_seconds,
-            seconds=seconds,
-            connections=connections,
-            offered=None,
-        )
-
-
-def open_loop(
-    server: Server, model: str, images: Path, *, rate: float, warmup_seconds: float, seconds: float, seed: int
-) -> Load:
-    """Poisson arrivals at `rate` (loadtests/openloop.py); latencies from the scheduled moments. Raises ServerError."""
-    whole = warmup_seconds + seconds
-    with tempfile.TemporaryDirectory(prefix="stridevit-samples-") as folder:
-        samples = Path(folder) / "samples.csv"
-        command = ["-m", "loadtests.openloop", server.url, f"/v1/classify?model={quote(model)}"]
-        load = ["--rate", f"{rate:.6f}", "--seconds", f"{whole:.3f}", "--seed", str(seed)]
-        files = ["--images", str(images), "--samples", str(samples)]
-        meter, said = generate([*command, *load, *files], server, seconds=whole)
-        counts = json.loads(said)
-        return _load(
-            server,
-            meter,
-            samples,
-            warmup_seconds=warmup_seconds,
-            seconds=seconds,
-            connections=None,
-            offered=rate,
-            arrivals=counts["scheduled"],
-            late=counts["late"],
-            unsent=counts["unsent"],
-        )
+        path = Path(folder) / "samples.csv"
+        meter = _generate([*command, *ask.arguments(), *arguments, *quiet, "--samples", str(path)], server, seconds)
+        samples = read_samples(path) if path.is_file() else []
+    if not samples:
+        raise ServerError(f"nothing was sent to {server.name}")
+    return samples, meter
 
 
 def end(process: subprocess.Popen[str]) -> None:
     """Stop a process and those that it started."""
-    try:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    except psutil.Error:
-        family = []
+    family = tree(process.pid)
     for member in family:
         with contextlib.suppress(psutil.Error):
             member.terminate()
@@ -151,20 +175,11 @@ def end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def generate(
-    arguments: list[str], server: Server, *, seconds: float, environment: dict[str, str] | None = None
-) -> tuple[Meter, str]:
-    """Run a generator, `python ARGUMENTS`, against a server to its end: what was measured, and what it said.
-
-    Raises ServerError if the server dies or the generator fails.
-    """
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+def _generate(arguments: list[str], server: Server, seconds: float) -> Meter:
+    """Run `python ARGUMENTS` to its end. Raises ServerError if the server dies or the generator fails."""
+    with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(  # noqa: S603 (our own command)
-            [sys.executable, *arguments],
-            env={**os.environ, **(environment or {})},
-            stdout=output,
-            stderr=errors,
-            text=True,
+            [sys.executable, *arguments], env=dict(os.environ), stdout=subprocess.DEVNULL, stderr=errors, text=True
         )
         try:
             meter = Meter(server, process.pid)
@@ -172,48 +187,16 @@ def generate(
             while process.poll() is None and time.monotonic() < deadline:
                 meter.read()
                 if not server.alive():
-                    raise ServerError(
-                        f"{server.name} died under load; its log, {server.log}, ends:\n{server.last_words()}"
-                    )
+                    break
                 time.sleep(_READ_SECONDS)
+            late = process.poll() is None
         finally:
             end(process)
-        for stream in (output, errors):
-            stream.seek(0)
+        if not server.alive():
+            raise ServerError(f"{server.name} died under load; its log, {server.log}, ends:\n{server.last_words()}")
+        if late:
+            raise ServerError(f"the load generator did not end within {seconds + _SPARE_SECONDS:.0f} s")
         if process.returncode:
+            errors.seek(0)
             raise ServerError(f"the load generator failed ({process.returncode}):\n{errors.read()[-2000:]}")
-        return meter, output.read()
-
-
-def _load(
-    server: Server,
-    meter: Meter,
-    samples: Path,
-    *,
-    warmup_seconds: float,
-    seconds: float,
-    connections: int | None,
-    offered: float | None,
-    arrivals: int = 0,
-    late: int = 0,
-    unsent: int = 0,
-) -> Load:
-    starts, latencies, ok = read_samples(samples)
-    if not len(starts):
-        raise ServerError(f"nothing was sent to {server.name}")
-    begin = float(starts.min()) + warmup_seconds
-    throughput, measured = within(starts, latencies, ok, begin=begin, seconds=seconds)
-    server_cores, generator_cores = meter.cores(begin, seconds)
-    return Load(
-        connections=connections,
-        offered=offered,
-        throughput=throughput,
-        latencies_ms=latencies[measured & ok],
-        errors=int((measured & ~ok).sum()),
-        peak_bytes=meter.peak_bytes,
-        server_cores=server_cores,
-        generator_cores=generator_cores,
-        arrivals=arrivals,
-        late=late,
-        unsent=unsent,
-    )
+        return meter

@@ -6,7 +6,6 @@ each number of connections; then the service alone in an open loop, at a share o
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,12 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
-from loadtests.compare import environment as machine
-from loadtests.drive import Load, closed_loop, end, open_loop
-from loadtests.payloads import write_payloads
-from loadtests.server import Server, ServerError, running, running_server, tree_bytes
+from loadtests import sequence
+from loadtests.drive import Ask, closed_loop, end, open_loop
+from loadtests.payloads import describe, read_payloads
+from loadtests.results import Load
+from loadtests.server import Server, ServerError, running, running_server
 
 Arm = Literal["engine", "service", "plain"]
 ARMS: tuple[Arm, ...] = ("engine", "service", "plain")
@@ -105,28 +103,30 @@ def measure(plan: Plan, out: Path, results: Results, *, on_step: Callable[[str, 
         on_step(f"round {number + 1}, {what}", len(results.limits) + len(results.drives))
 
     with tempfile.TemporaryDirectory(prefix="stridevit-load-") as folder:
-        images = Path(folder)
-        results.payloads = write_payloads(plan.data, images)
+        files, payloads = Path(folder), read_payloads(plan.data)
+        sequence.save(payloads, files)
+        results.payloads = describe(payloads, plan.data)
         for number, arm in plan.steps():
             if arm == "engine":
                 tell(number, "engine limit")
-                results.limits[number] = engine_limit(plan, images)
+                results.limits[number] = engine_limit(plan, files / sequence.IMAGES)
                 continue
             with _server(plan, arm, log=out / f"{arm}-{number}.log") as server:
-                idle_bytes = tree_bytes(server.pid)
-                for load in _loads(plan, arm, server, images, seed=number, tell=partial(tell, number)):
+                idle_bytes = server.memory_bytes()
+                for load in _loads(plan, arm, server, files, seed=number, tell=partial(tell, number)):
                     results.drives.append(Drive(round=number, arm=arm, idle_bytes=idle_bytes, load=load))
     results.finished = datetime.now(UTC)
 
 
 def _loads(
-    plan: Plan, arm: Arm, server: Server, images: Path, *, seed: int, tell: Callable[[str], None]
+    plan: Plan, arm: Arm, server: Server, payloads: Path, *, seed: int, tell: Callable[[str], None]
 ) -> Iterator[Load]:
+    ask = Ask(payloads=payloads, model=plan.model)
     window = {"warmup_seconds": plan.warmup_seconds, "seconds": plan.seconds}
     saturated = 0.0
     for connections in plan.connections:
         tell(f"{arm}, {connections} connection{'s' * (connections > 1)}")
-        load = closed_loop(server, plan.model, images, connections=connections, **window)
+        load = closed_loop(server, ask, connections=connections, **window)
         saturated = load.throughput
         yield load
     if arm != "service":
@@ -134,7 +134,7 @@ def _loads(
     if not saturated:
         raise ServerError(f"{server.name} answered no image within {plan.seconds:g} s; its log is {server.log}")
     tell(f"service, {plan.share:.0%} load")
-    yield open_loop(server, plan.model, images, rate=plan.share * saturated, seed=seed, **window)
+    yield open_loop(server, ask, rate=plan.share * saturated, seed=seed, **window)
 
 
 def _server(plan: Plan, arm: Arm, *, log: Path) -> AbstractContextManager[Server]:
@@ -172,33 +172,6 @@ def engine_limit(plan: Plan, images: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ServerError(f"the engine limit is not JSON: {output[-500:]!r}") from error
     return said
-
-
-def environment() -> dict[str, str]:
-    """Where and on what it is measured; the load average tells whether the machine was quiet."""
-    return {
-        "commit": _commit(),
-        **machine(),
-        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
-        "load average before": f"{os.getloadavg()[0]:.2f}",
-    }
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        ended = subprocess.run(  # noqa: S603 (our own command)
-            ["git", *arguments],  # noqa: S607
-            cwd=Path(__file__).parent,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        return ended.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + (" and changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:

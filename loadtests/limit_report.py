@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from loadtests.intervals import percentile
 from loadtests.limit import Arm, Drive, Results, plan_as_json
-from loadtests.report import percentile
 
 POOLED = -1
 """Stands for the round where a figure is of all rounds together."""

@@ -4,8 +4,6 @@ Each target is a model's name or a family's, all served by the same service with
 each block. Arrivals are an open loop whose rate steps up and down again; each request has the same deadline.
 """
 
-import csv
-import json
 import math
 import tempfile
 from collections import Counter
@@ -13,16 +11,22 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from loadtests.drive import generate
-from loadtests.payloads import write_payloads
+from loadtests import sequence
+from loadtests.drive import Ask, shaped
+from loadtests.payloads import read_payloads
+from loadtests.samples import LATE_MS, UNSENT
 from loadtests.server import running_server
 
 Steps = list[tuple[float, float]]
+
+_USERS_AT_LEAST = 20
+"""Sources of the lowest step: rates are made of whole ones."""
+_CHANGE_SECONDS = 1.5
+"""Of each step that are not counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,45 +111,42 @@ def overload(plan: Plan, out: Path, *, on_block: Callable[[str, int, int], None]
     order = plan.order()
     blocks: list[Block] = []
     with tempfile.TemporaryDirectory(prefix="stridevit-load-") as folder:
-        write_payloads(plan.data, Path(folder))
+        sequence.save(read_payloads(plan.data), Path(folder))
         for done, (number, target) in enumerate(order):
             on_block(target, done, len(order))
             blocks.append(_measure(plan, target, number, Path(folder), out / f"server-{number}-{target}.log"))
     return blocks
 
 
-def _measure(plan: Plan, target: str, number: int, images: Path, log: Path) -> Block:
+def _measure(plan: Plan, target: str, number: int, payloads: Path, log: Path) -> Block:
     seconds = sum(length for _, length in plan.steps)
-    with (
-        running_server(plan.repository, None, log=log, arguments=plan.service_arguments) as server,
-        tempfile.TemporaryDirectory(prefix="stridevit-samples-") as folder,
-    ):
-        samples = Path(folder) / "samples.csv"
-        path = f"/v1/classify?model={quote(target)}&deadline_ms={plan.deadline_ms:g}"
-        steps = ",".join(f"{rate:g}:{length:g}" for rate, length in plan.steps)
-        asked = ["--steps", steps, "--seed", str(number), "--images", str(images), "--samples", str(samples)]
-        meter, said = generate(["-m", "loadtests.openloop", server.url, path, *asked], server, seconds=seconds)
-        counts = json.loads(said)
+    with running_server(plan.repository, None, log=log, arguments=plan.service_arguments) as server:
+        samples, meter = shaped(
+            server,
+            Ask(payloads=payloads, model=target, deadline_ms=plan.deadline_ms),
+            rates=",".join(f"{rate:g}:{length:g}" for rate, length in plan.steps),
+            rate_per_user=min(rate for rate, _ in plan.steps) / _USERS_AT_LEAST,
+            seconds=seconds,
+            seed=number,
+        )
         models = server.models()
-        with samples.open(encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-    begin = min(float(row["start_s"]) for row in rows)
+    begin = min(sample.due_s for sample in samples)
     server_cores, generator_cores = meter.cores(begin, seconds)
     return Block(
         target=target,
         round=number,
         answers=[
             Answer(
-                at=float(row["start_s"]) - begin,
-                latency_ms=float(row["latency_ms"]),
-                status=int(row["status"]),
-                model=row["model"].rpartition("/")[0],
+                at=sample.due_s - begin,
+                latency_ms=sample.latency_ms,
+                status=sample.status,
+                model=sample.model.rpartition("/")[0],
             )
-            for row in rows
+            for sample in samples
         ],
         top1={name: info["accuracy"]["top1"] for name, info in models.items() if info.get("accuracy")},
-        unsent=counts["unsent"],
-        late_sent=counts["late"],
+        unsent=sum(sample.status == UNSENT for sample in samples),
+        late_sent=sum(sample.behind_ms > LATE_MS for sample in samples),
         generator_cores=generator_cores,
         server_cores=server_cores,
     )
@@ -161,13 +162,14 @@ def results(plan: Plan, blocks: list[Block]) -> list[StepResult]:
 
 
 def _step(plan: Plan, blocks: list[Block], place: int) -> StepResult:
-    begin = sum(length for _, length in plan.steps[:place])
-    rate, seconds = plan.steps[place]
+    rate, length = plan.steps[place]
+    # Locust changes the number of its users once a second: what is sent meanwhile is of neither step.
+    changing = min(_CHANGE_SECONDS, length / 2)
+    begin, seconds = sum(earlier for _, earlier in plan.steps[:place]) + changing, length - changing
     by_round = [[a for a in block.answers if begin <= a.at < begin + seconds] for block in blocks]
     answers = [answer for answers in by_round for answer in answers]
-    unsent = sum(block.unsent for block in blocks) if rate == max(rate for rate, _ in plan.steps) else 0
     whole = seconds * len(blocks)
-    due = len(answers) + unsent
+    due = len(answers)
     good = [answer for answer in answers if is_good(answer, plan.deadline_ms)]
     late = sum((a.status == 200 and not is_good(a, plan.deadline_ms)) or a.status == 504 for a in answers)
     refused = sum(answer.status == 429 for answer in answers)

@@ -13,16 +13,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 import numpy as np
 from PIL import Image
 
-from loadtests.limit import environment
-from loadtests.payloads import PayloadError, write_payloads
-from loadtests.server import Server, ServerError, running_server, tree_bytes
+from loadtests.machine import environment
+from loadtests.payloads import Payload, PayloadError, read_payloads
+from loadtests.server import Server, ServerError, running_server
 
 CONNECTIONS = 16
 SAMPLES = 200
@@ -97,7 +96,7 @@ def soak(
     images, what = mixed_sizes(data)
     early = None
     with running_server(repository, model, log=out / "soak.log", arguments=arguments) as server:
-        samples = [(0, tree_bytes(server.pid))]
+        samples = [(0, server.memory_bytes())]
         errors: list[int] = []
         try:
             _send(server, model, images, requests, samples=samples, errors=errors, on_progress=on_progress)
@@ -120,10 +119,7 @@ def soak(
 
 def mixed_sizes(data: Path | None) -> tuple[list[bytes], str]:
     """Eight images of `data`, or generated ones, each as a JPEG of six sizes, shuffled; and in words what they are."""
-    with TemporaryDirectory(prefix="stridevit-soak-") as folder:
-        write_payloads(data, Path(folder))
-        files = sorted(Path(folder).iterdir())[:_ORIGINALS]
-        originals = [_opened(file) for file in files]
+    originals = [_opened(payload) for payload in read_payloads(data, most=_ORIGINALS)]
     images = []
     for image, side in itertools.product(originals, LONGER_SIDES):
         scale = side / max(image.size)
@@ -139,9 +135,9 @@ def mixed_sizes(data: Path | None) -> tuple[list[bytes], str]:
     )
 
 
-def _opened(file: Path) -> Image.Image:
+def _opened(payload: Payload) -> Image.Image:
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(payload.data)) as image:
             return image.convert("RGB")
     except OSError as error:
         raise PayloadError(f"an image of --data cannot be read, and so not be resized: {error}") from error
@@ -179,7 +175,7 @@ def _send(
                             f"{server.last_words()}"
                         )
                 if number % every == 0:
-                    used = tree_bytes(server.pid)
+                    used = server.memory_bytes()
                     with lock:
                         samples.append((number, used))
                         on_progress(number)

@@ -5,12 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -18,14 +14,13 @@ import numpy as np
 import psutil
 import pytest
 
-from loadtests.drive import Load, closed_loop
 from loadtests.limit import Arm, Drive, Plan, Results, newest
 from loadtests.limit_report import POOLED, as_json, markdown, ratio, ratios, rows
-from loadtests.openloop import arrivals, send
-from loadtests.server import ServerError, free_port, running
+from loadtests.results import Load
+from loadtests.server import ServerError, running
 from loadtests.soak import LONGER_SIDES, Soak, mixed_sizes
 from tests.processes import ROOT, serving
-from tests.service.conftest import PNG, encoded, noise
+from tests.service.conftest import encoded, noise
 
 PLAIN = ROOT / "loadtests" / "baseline" / "plain_fastapi.py"
 THOUSAND = np.arange(1.0, 1001.0)
@@ -159,81 +154,6 @@ def test_report_holds_every_arm_and_survives_a_measurement_that_ended_early(resu
     assert json.loads(json.dumps(as_json(results)))["ratios"] == []
 
 
-def test_arrivals_are_a_poisson_process_of_the_rate_asked_for() -> None:
-    moments = np.array(arrivals(200, 50, seed=1))
-    assert moments.tolist() == arrivals(200, 50, seed=1)
-    assert np.all(np.diff(moments) > 0)
-    assert moments[-1] < 50
-    assert len(moments) == pytest.approx(10_000, rel=0.05)
-    # Exponential gaps vary as much as their mean; a steady beat would not.
-    assert np.diff(moments).std() == pytest.approx(1 / 200, rel=0.1)
-
-
-@contextmanager
-def slow_server(seconds: float) -> Iterator[str]:
-    """Answers each request after `seconds`, however many there are at once."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            time.sleep(seconds)
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the parent's name)
-            pass
-
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 64
-        daemon_threads = True
-        # Else closing waits for the clients' idle connections.
-        block_on_close = False
-
-    with Server(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def test_open_loop_does_not_wait_for_answers() -> None:
-    with slow_server(0.3) as url:
-        sent = send(url, "/", [b"image"], [number / 100 for number in range(20)])
-    assert (sent.scheduled, sent.unsent, len(sent.samples)) == (20, 0, 20)
-    # All are sent within 0.2 s, and the first is answered after 0.3 s.
-    assert sent.most_in_flight == 20
-    assert all(ok and latency >= 300 for _, latency, ok in sent.samples)
-
-
-def test_open_loop_latency_counts_from_the_scheduled_moment() -> None:
-    begin = time.time() - 2
-    with slow_server(0.1) as url:
-        sent = send(url, "/", [b"image"], [0.0, 0.5], begin=begin)
-    # Both moments have passed already: the wait of 2 s and 1.5 s belongs to the answer.
-    by_start = sorted(sent.samples)
-    assert [start for start, _, _ in by_start] == pytest.approx([begin, begin + 0.5], abs=0.05)
-    assert by_start[0][1] >= 2100
-    assert 1600 <= by_start[1][1] < by_start[0][1]
-    assert sent.late == 2
-
-
-def test_open_loop_counts_what_exceeds_its_connections() -> None:
-    with slow_server(0.4) as url:
-        sent = send(url, "/", [b"image"], [0.0, 0.02, 0.04, 0.06], max_in_flight=2)
-    assert (sent.scheduled, sent.unsent, sent.most_in_flight, len(sent.samples)) == (4, 2, 2, 2)
-
-
-def test_open_loop_counts_a_dead_server_as_errors() -> None:
-    sent = send(f"http://127.0.0.1:{free_port()}", "/", [b"image"], [0.0, 0.01])
-    assert [ok for _, _, ok in sent.samples] == [0, 0]
-
-
 def test_the_plain_server_answers_like_the_service(repository: Path, tmp_path: Path) -> None:
     bundle = newest(repository, "digits-csra-r2")
     command = [sys.executable, str(PLAIN), str(bundle), "--port"]
@@ -254,28 +174,6 @@ def test_the_plain_server_answers_like_the_service(repository: Path, tmp_path: P
             assert len(theirs) == 5
             assert theirs[0]["label"] == ours[0]["label"]
             assert theirs[0]["probability"] == pytest.approx(ours[0]["probability"], abs=tolerance)
-
-
-def test_a_server_that_dies_under_load_is_an_error_with_its_last_words(tmp_path: Path) -> None:
-    code = """
-import os, sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-
-    def do_POST(self):
-        print("out of luck", file=sys.stderr, flush=True)
-        os._exit(3)
-
-HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
-"""
-    (tmp_path / "image").write_bytes(PNG)
-    mortal = running(lambda port: [sys.executable, "-c", code, str(port)], name="the mortal", log=tmp_path / "log")
-    with mortal as server, pytest.raises(ServerError, match=r"the mortal died under load[^!]*out of luck"):
-        closed_loop(server, "m", tmp_path, connections=2, warmup_seconds=0, seconds=20)
 
 
 def test_a_model_without_a_version_is_an_error(repository: Path) -> None:

@@ -1,0 +1,104 @@
+"""How an image is asked about: the bytes and headers of a request, and what its answer says.
+
+`v1` posts the image file itself; `v2` is the Open Inference Protocol with binary tensors: there the generator decodes
+and resizes, before the load begins, and the server only infers.
+"""
+
+import io
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from loadtests.payloads import Payload, PayloadError
+from loadtests.results import Protocol
+
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One request, ready to be sent."""
+
+    body: bytes = field(repr=False)
+    headers: dict[str, str]
+    label: int | str | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the questions go."""
+
+    path: str
+    questions: list[Question] = field(repr=False)
+    protocol: Protocol
+
+    def correct(self, question: Question, answer: bytes) -> bool | None:
+        """Whether the answer's first class is the right one; None where the image has no label."""
+        if question.label is None:
+            return None
+        said = json.loads(answer)
+        if self.protocol == "v1":
+            first = said["results"][0]["predictions"][0]
+            index, label = first["index"], first["label"]
+        else:
+            _, number, *rest = said["outputs"][0]["data"][0].split(":", 2)
+            index, label = int(number), rest[0] if rest else None
+        return bool(question.label in (index, label))
+
+
+def target(
+    payloads: Sequence[Payload], *, protocol: Protocol, model: str, host: str, deadline_ms: float | None = None
+) -> Target:
+    """Prepare the questions; for `v2` the server at `host` is asked for the size of its input.
+
+    Raises PayloadError where the server does not know the model, or an image cannot be decoded.
+    """
+    terms = "" if deadline_ms is None else f"deadline_ms={deadline_ms:g}"
+    if protocol == "v1":
+        path = f"/v1/classify?model={quote(model)}" + (f"&{terms}" if terms else "")
+        headers = {"Content-Type": "application/octet-stream", "Accept-Encoding": "identity"}
+        return Target(path, [Question(payload.data, headers, payload.label) for payload in payloads], protocol)
+    name, height, width = _input(host, model)
+    path = f"/v2/models/{quote(model)}/infer" + (f"?{terms}" if terms else "")
+    return Target(path, [_tensor(payload, name, height=height, width=width) for payload in payloads], protocol)
+
+
+def _input(host: str, model: str) -> tuple[str, int, int]:
+    address = f"{host.rstrip('/')}/v2/models/{quote(model)}"
+    try:
+        with _DIRECT.open(address, timeout=30) as response:
+            first: dict[str, Any] = json.load(response)["inputs"][0]
+    except (OSError, ValueError, LookupError) as error:
+        raise PayloadError(f"{address} does not tell the model's input: {error}") from error
+    if first["datatype"] != "UINT8" or len(first["shape"]) != 4:
+        raise PayloadError(f"{address}: images are sent as UINT8 [batch, H, W, 3], the model wants {first}")
+    return first["name"], first["shape"][1], first["shape"][2]
+
+
+def _tensor(payload: Payload, name: str, *, height: int, width: int) -> Question:
+    try:
+        with Image.open(io.BytesIO(payload.data)) as image:
+            pixels = np.asarray(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC))
+    except OSError as error:
+        raise PayloadError(f"{payload.name} cannot be decoded, and so not be sent as a tensor: {error}") from error
+    tensor = {
+        "name": name,
+        "datatype": "UINT8",
+        "shape": [1, height, width, 3],
+        "parameters": {"binary_data_size": pixels.nbytes},
+    }
+    asked = {"name": "probabilities", "parameters": {"classification": 1, "binary_data": False}}
+    head = json.dumps({"inputs": [tensor], "outputs": [asked]}).encode()
+    headers = {
+        "Content-Type": "application/octet-stream",
+        "Inference-Header-Content-Length": str(len(head)),
+        "Accept-Encoding": "identity",
+    }
+    return Question(head + pixels.tobytes(), headers, payload.label)
