@@ -2,11 +2,11 @@
 
 import typer
 
-from loadtests.accuracy_cli import accuracy
-from loadtests.compare_cli import compare
-from loadtests.limit_cli import limit
-from loadtests.mlperf_cli import mlperf
-from loadtests.overload_cli import overload
+from loadtests.accuracy.cli import accuracy
+from loadtests.comparison.cli import compare
+from loadtests.limit.cli import limit
+from loadtests.mlperf.cli import mlperf
+from loadtests.overload.cli import overload
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -1,6 +1,5 @@
 """A server put under load by Locust in a process of its own, with the CPU of both and the server's memory."""
 
-import contextlib
 import math
 import os
 import subprocess
@@ -15,9 +14,9 @@ import psutil
 
 from loadtests import stages
 from loadtests.gpu import device_bytes
-from loadtests.results import Load, Protocol
-from loadtests.samples import LATE_MS, Sample, read_samples, window
-from loadtests.server import Server, ServerError, tree, tree_bytes
+from loadtests.load import ANSWER_SECONDS, Load, Protocol
+from loadtests.samples import Sample, read_samples, window
+from loadtests.server import Server, ServerError, end, tree, tree_bytes
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 SHAPES = Path(__file__).with_name("shapes.py")
@@ -26,7 +25,8 @@ _READ_SECONDS = 0.05
 _PSS_SECONDS = 1.0
 _PSS_GROWTH = 1.005
 _SPARE_SECONDS = 90
-_STOP_SECONDS = 10
+_FIRST_ARRIVAL = 5
+"""Mean gaps: a first arrival comes later than this in one of 150 runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +122,9 @@ def _load(
     connections: int | None,
     offered: float | None,
 ) -> Load:
-    # One second more, so that the last of the window are sent as all others are.
-    whole = math.ceil(warmup_seconds + seconds + 1)
+    # The window begins with the first arrival, which an open loop may wait for; and a second more, so that the last of
+    # the window are sent as all others are.
+    whole = math.ceil(warmup_seconds + seconds + 1 + (_FIRST_ARRIVAL / offered if offered else 0))
     before = stages.totals(server.url)
     samples, meter = locust(server, ask, [*arguments, "--run-time", f"{whole}s"], seconds=whole)
     found = window(samples, warmup_seconds=warmup_seconds, seconds=seconds)
@@ -138,8 +139,8 @@ def _load(
         peak_bytes=meter.peak_bytes,
         server_cores=server_cores,
         generator_cores=generator_cores,
-        arrivals=len(samples) if opened else 0,
-        late=sum(sample.behind_ms > LATE_MS for sample in samples) if opened else 0,
+        arrivals=len(found.latencies_ms) if opened else 0,
+        late=found.late if opened else 0,
         unsent=found.unsent,
         device_bytes=meter.device_bytes,
         stages_ms=stages.between(before, stages.totals(server.url)),
@@ -153,7 +154,7 @@ def locust(
 ) -> tuple[list[Sample], Meter]:
     """Run Locust against a server to its end. Raises ServerError if the server dies, or nothing was sent."""
     command = ["-m", "locust", "-f", ",".join(map(str, files)), "--headless", "--host", server.url]
-    quiet = ["--loglevel", "WARNING", "--only-summary", "--stop-timeout", "5"]
+    quiet = ["--loglevel", "WARNING", "--only-summary", "--stop-timeout", f"{ANSWER_SECONDS:g}"]
     with tempfile.TemporaryDirectory(prefix="stridevit-samples-") as folder:
         path = Path(folder) / "samples.csv"
         meter = _generate([*command, *ask.arguments(), *arguments, *quiet, "--samples", str(path)], server, seconds)
@@ -163,23 +164,16 @@ def locust(
     return samples, meter
 
 
-def end(process: subprocess.Popen[str]) -> None:
-    """Stop a process and those that it started."""
-    family = tree(process.pid)
-    for member in family:
-        with contextlib.suppress(psutil.Error):
-            member.terminate()
-    for member in psutil.wait_procs(family, timeout=_STOP_SECONDS)[1]:
-        with contextlib.suppress(psutil.Error):
-            member.kill()
-    process.wait()
+def _environment() -> dict[str, str]:
+    """Ours, without what would give the generator other orders than the plan's."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("STRIDEVIT_LOAD_", "LOCUST_"))}
 
 
 def _generate(arguments: list[str], server: Server, seconds: float) -> Meter:
     """Run `python ARGUMENTS` to its end. Raises ServerError if the server dies or the generator fails."""
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(  # noqa: S603 (our own command)
-            [sys.executable, *arguments], env=dict(os.environ), stdout=subprocess.DEVNULL, stderr=errors, text=True
+            [sys.executable, *arguments], env=_environment(), stdout=subprocess.DEVNULL, stderr=errors, text=True
         )
         try:
             meter = Meter(server, process.pid)

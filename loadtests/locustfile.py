@@ -11,8 +11,9 @@ under way in a process, an arrival is not sent, and fails as `Unsent`. Closed lo
 its next image when its last is answered.
 
 With `--master` and `--worker` each worker keeps a histogram (HDR, three digits), and the master merges them: it prints
-the percentiles at the end, and serves them at `/percentiles` beside its web page. `--samples FILE` keeps every raw
-sample (loadtests/samples.py); a worker adds its number to the file's name.
+the percentiles at the end, and serves them at `/percentiles` beside its web page. Without the page let the master wait
+for the last reports, `--autostart --autoquit 10`: with `--headless` it ends before they come. `--samples FILE` keeps
+every raw sample (loadtests/samples.py); a worker adds its number to the file's name.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call"
@@ -30,21 +31,19 @@ from typing import Any, TextIO
 from gevent.pool import Group
 from geventhttpclient.client import HTTPClientPool
 from locust.argument_parser import LocustArgumentParser
+from locust.contrib.fasthttp import FAILURE_EXCEPTIONS
 from locust.env import Environment
 from locust.exception import StopTest
 from locust.runners import MasterRunner, WorkerRunner
 
 from loadtests.histogram import Latencies
+from loadtests.load import ANSWER_SECONDS, IN_FLIGHT, PROTOCOLS
 from loadtests.payloads import PayloadError, read_payloads
-from loadtests.results import IN_FLIGHT, PROTOCOLS
 from loadtests.samples import UNSENT, Sample, writer
 from loadtests.sequence import is_saved, load
 from loadtests.targets import Target, target
 
 log = logging.getLogger(__name__)
-
-ANSWER_SECONDS = 60.0
-"""After which a request counts as not answered."""
 
 
 class Unsent(Exception):
@@ -161,8 +160,11 @@ class Classify(FastHttpUser):
             latency_ms = (time.perf_counter() - due) * 1000
             response.request_meta["response_time"] = latency_ms
             response.request_meta["start_time"] = due + run.clock_offset
-            status = response.status_code or 0
-            content, headers = response.content, response.headers
+            try:
+                content, status = response.content, response.status_code or 0
+            except FAILURE_EXCEPTIONS:  # the connection broke in the middle of the answer
+                content, status = None, 0
+            headers = response.headers
         ok = status == 200 and content is not None
         run.record(
             Sample(

@@ -1,5 +1,6 @@
 """Where and on what something was measured."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -9,6 +10,9 @@ from pathlib import Path
 import psutil
 
 _LIBRARIES = ("stridevit", "locust", "gevent", "geventhttpclient", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow")
+
+_PREFIX = "STRIDEVIT_"
+_NO_SETTINGS = ("STRIDEVIT_LOAD_", "STRIDEVIT_DATA", "STRIDEVIT_AGREEMENT", "STRIDEVIT_SERVICE_PYTHON")
 
 
 def environment() -> dict[str, str]:
@@ -21,14 +25,17 @@ def environment() -> dict[str, str]:
         "system": platform.platform(),
         "python": platform.python_version(),
         **_versions(),
+        **_settings(),
         "load average before": f"{os.getloadavg()[0]:.2f}",
     }
 
 
 def commit() -> str:
-    """Of the checkout that this code is in, and whether it has changes; `unknown` outside of one."""
+    """Of the checkout that this code is in, and a digest of its changes; `unknown` outside of one."""
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (" and changes" if git("status", "--porcelain") else "")
+        changes = git("status", "--porcelain") and git("status", "--porcelain") + git("diff", "HEAD")
+        changed = f" and changes {hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else ""
+        return git("rev-parse", "--short=12", "HEAD") + changed
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -53,6 +60,15 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _settings() -> dict[str, str]:
+    """The service's settings in the environment, which every service that is started takes over; no keys, no paths."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_PREFIX) and not name.startswith(_NO_SETTINGS) and "KEY" not in name and "/" not in value
+    }
 
 
 def _cpu_model() -> str:

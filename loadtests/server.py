@@ -108,12 +108,19 @@ def running(
             _wait_until_ready(server)
             yield server
         finally:
-            process.terminate()
-            try:
-                process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end(process)
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """Stop a process and those that it started."""
+    family = tree(process.pid)
+    for member in family:
+        with suppress(psutil.Error):
+            member.terminate()
+    for member in psutil.wait_procs(family, timeout=_STOP_SECONDS)[1]:
+        with suppress(psutil.Error):
+            member.kill()
+    process.wait()
 
 
 def remote_server(url: str) -> Server:

@@ -16,8 +16,8 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image, ImageOps
 
+from loadtests.load import Protocol
 from loadtests.payloads import Payload, PayloadError
-from loadtests.results import Protocol
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -40,17 +40,20 @@ class Target:
     protocol: Protocol
 
     def correct(self, question: Question, answer: bytes) -> bool | None:
-        """Whether the answer's first class is the right one; None where the image has no label."""
+        """Whether the answer's first class is the right one; None where the image has no label, or none is named."""
         if question.label is None:
             return None
-        said = json.loads(answer)
+        try:
+            return question.label in self._first(json.loads(answer))
+        except (ValueError, LookupError, TypeError):
+            return None
+
+    def _first(self, said: Any) -> tuple[int, str | None]:
         if self.protocol == "v1":
             first = said["results"][0]["predictions"][0]
-            index, label = first["index"], first["label"]
-        else:
-            _, number, *rest = said["outputs"][0]["data"][0].split(":", 2)
-            index, label = int(number), rest[0] if rest else None
-        return bool(question.label in (index, label))
+            return first["index"], first["label"]
+        _, number, *rest = said["outputs"][0]["data"][0].split(":", 2)
+        return int(number), rest[0] if rest else None
 
 
 def target(
@@ -67,7 +70,9 @@ def target(
         return Target(path, [Question(payload.data, headers, payload.label) for payload in payloads], protocol)
     name, height, width = _input(host, model)
     path = f"/v2/models/{quote(model)}/infer" + (f"?{terms}" if terms else "")
-    return Target(path, [_tensor(payload, name, height=height, width=width) for payload in payloads], protocol)
+    resize = _resize(host, model) or min(height, width)
+    questions = [_tensor(payload, name, resize=resize, height=height, width=width) for payload in payloads]
+    return Target(path, questions, protocol)
 
 
 def _input(host: str, model: str) -> tuple[str, int, int]:
@@ -82,11 +87,27 @@ def _input(host: str, model: str) -> tuple[str, int, int]:
     return first["name"], first["shape"][1], first["shape"][2]
 
 
-def _tensor(payload: Payload, name: str, *, height: int, width: int) -> Question:
+def _resize(host: str, model: str) -> int | None:
+    """To how many pixels the shorter side is resized before the middle is cut out; None where nobody says."""
     try:
-        with Image.open(io.BytesIO(payload.data)) as image:
-            pixels = np.asarray(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC))
-    except OSError as error:
+        with _DIRECT.open(f"{host.rstrip('/')}/v1/models/{quote(model)}", timeout=30) as response:
+            return int(json.load(response)["manifest"]["preprocessing"]["resize"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _tensor(payload: Payload, name: str, *, resize: int, height: int, width: int) -> Question:
+    try:
+        with Image.open(io.BytesIO(payload.data)) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+            scale = resize / min(image.size)
+            image = image.resize(
+                (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
+                Image.Resampling.BICUBIC,
+            )
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            pixels = np.asarray(image.crop((left, top, left + width, top + height)))
+    except Exception as error:  # Pillow raises many kinds for a damaged file
         raise PayloadError(f"{payload.name} cannot be decoded, and so not be sent as a tensor: {error}") from error
     tensor = {
         "name": name,

@@ -40,9 +40,8 @@ def create_app(bundle: Path) -> FastAPI:
         pixels = np.asarray(image.crop((left, top, left + how["crop"], top + how["crop"])))
         (probabilities,) = session.run(["probabilities"], {"image": pixels[np.newaxis]})[0]
         best = np.argsort(-probabilities)[:5]
-        return {
-            "predictions": [{"index": int(i), "label": labels[i], "probability": float(probabilities[i])} for i in best]
-        }
+        classes = [{"index": int(i), "label": labels[i], "probability": float(probabilities[i])} for i in best]
+        return {"results": [{"predictions": classes}]}
 
     @app.get("/readyz")
     def ready() -> dict[str, bool]:

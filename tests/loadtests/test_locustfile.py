@@ -14,8 +14,8 @@ import pytest
 
 from loadtests import sequence
 from loadtests.drive import LOCUSTFILE, SHAPES, Ask, closed_loop, locust, open_loop, shaped
+from loadtests.load import PROTOCOLS, Load
 from loadtests.payloads import Payload, PayloadError
-from loadtests.results import PROTOCOLS, Load
 from loadtests.samples import UNSENT, read_samples
 from loadtests.server import Server, ServerError, free_port, running
 from loadtests.targets import target

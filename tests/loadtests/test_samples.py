@@ -1,5 +1,6 @@
 """A window of samples, and histograms that add up."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,12 @@ def test_failed_and_unsent_requests_stay_as_endless_latencies() -> None:
     found = window(samples, warmup_seconds=1, seconds=4)
     assert found.latencies_ms.tolist() == [5, np.inf, np.inf]
     assert (found.errors, found.unsent, found.throughput) == (1, 1, 0.25)
+
+
+def test_late_is_what_the_generator_sent_after_its_moment() -> None:
+    punctual, late = sample(0, 1), replace(sample(0, 1), behind_ms=5.5)
+    found = window([punctual, late, replace(late, status=UNSENT)], warmup_seconds=0, seconds=1)
+    assert (found.late, found.unsent) == (1, 1)
 
 
 def test_labelled_answers_are_counted() -> None:

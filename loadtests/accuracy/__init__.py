@@ -1,0 +1,1 @@
+"""The whole labelled set over HTTP."""

@@ -1,0 +1,1 @@
+"""MLPerf LoadGen drives the service over HTTP."""

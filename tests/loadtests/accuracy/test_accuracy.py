@@ -1,0 +1,492 @@
+"""Accuracy over HTTP: known answers give known figures, and nothing that fails is left out."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import httpx
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import typer
+from scipy.stats import binomtest
+from typer.testing import CliRunner, Result
+
+from loadtests.accuracy.cli import accuracy
+from loadtests.accuracy.figures import mcnemar, paired_difference, wilson
+from loadtests.accuracy.survey import Plan, Survey, survey
+from tests.processes import serving
+from training.__main__ import app as training
+
+CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
+
+app = typer.Typer()
+app.command()(accuracy)
+
+Answers = tuple[int, dict[str, str], Any]
+"""Status, headers, JSON."""
+
+
+class Fake(ThreadingHTTPServer):
+    """Answers as the service does; an image's bytes say what a model named `right`, or any other, makes of it."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.stated: dict[str, dict[str, Any] | None] = {"right": None, "left": None}
+        self.asked: list[tuple[float, str, str]] = []
+        self.answer: Callable[[str, str, int], Answers] = lambda model, image, _: predicted(model, image)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that a test breaks on purpose is not worth a traceback."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Fake
+
+    def do_GET(self) -> None:
+        name = urlsplit(self.path).path.rpartition("/")[2]
+        if name == "models":
+            models = [{"name": model, "state": "ready"} for model in self.server.stated]
+            broken = {"name": "broken", "state": "unavailable", "reason": "model.onnx: missing"}
+            return self._send(200, {}, {"models": [*models, broken], "families": {"animals": ["right", "left"]}})
+        manifest = {"accuracy": self.server.stated[name]}
+        return self._send(200, {}, {"name": name, "version": 3, "labels": CLASSES, "manifest": manifest})
+
+    def do_POST(self) -> None:
+        query = {key: values[0] for key, values in parse_qs(urlsplit(self.path).query).items()}
+        image = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        assert (query["version"], query["top_k"]) == ("3", "5")
+        earlier = sum(asked[1:] == (query["model"], image) for asked in self.server.asked)
+        self.server.asked.append((time.monotonic(), query["model"], image))
+        self._send(*self.server.answer(query["model"], image, earlier))
+
+    def _send(self, status: int, headers: dict[str, str], body: object) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+def predicted(model: str, image: str) -> Answers:
+    """An image `right=ant,bee;left=cat` is ant, then bee, to one model and cat to the other."""
+    said = dict(part.split("=") for part in image.partition("#")[0].split(";"))[model].split(",")
+    predictions = [
+        {"index": CLASSES.index(label), "label": label, "probability": round(0.9 / (1 + place), 3)}
+        for place, label in enumerate(said)
+    ]
+    return 200, {}, {"model": model, "version": 3, "results": [{"predictions": predictions}]}
+
+
+@pytest.fixture
+def fake() -> Iterator[Fake]:
+    with Fake() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def images_of(folder: Path, images: list[tuple[str, str]]) -> Path:
+    """(label, what the models say): files 00.png, 01.png, ... and their labels.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["file,label"]
+    for number, (label, content) in enumerate(images):
+        (folder / f"{number:02d}.png").write_text(f"{content}#{number}")
+        lines.append(f"{number:02d}.png,{label}")
+    (folder / "labels.csv").write_text("\n".join(lines))
+    return folder
+
+
+def asking(data: Path, out: Path, *options: str, model: str = "right") -> Result:
+    words = ["--model", model, "--data", str(data), "--out", str(out), "--command", "as typed", *options]
+    return CliRunner().invoke(app, words)
+
+
+def results_in(out: Path) -> Any:
+    return json.loads((out / "results.json").read_text())
+
+
+def rows_in(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+TEN = [
+    *[("ant", "right=ant,bee;left=ant")] * 4,
+    *[("bee", "right=bee,ant;left=ant,bee")] * 2,
+    *[("cat", "right=dog,cat,ant;left=cat")] * 1,
+    *[("dog", "right=ant,bee,cat,elk,dog;left=fox")] * 1,
+    *[("elk", "right=ant,bee,cat,dog,fox;left=ant")] * 2,
+]
+"""`right`: six of ten, in the top five eight. `left`: five, seven. The same class for four and the last two."""
+
+
+def test_known_answers_give_known_accuracy_and_the_list_of_what_is_wrong(fake: Fake, tmp_path: Path) -> None:
+    data = images_of(tmp_path / "data", TEN)
+    ended = asking(data, tmp_path / "out", "--url", fake.url)
+    assert ended.exit_code == 0, ended.output
+    (model,) = results_in(tmp_path / "out")["models"]
+    assert (model["model"], model["version"], model["failed"], model["manifest"]) == ("right", 3, 0, None)
+    assert (model["top1"]["hits"], model["top1"]["of"], model["top1"]["share"]) == (6, 10, 0.6)
+    assert model["top5"]["hits"] == 8
+    wrong = rows_in(tmp_path / "out" / "disagreements.csv")
+    assert [(row["name"], row["label"], row["right class"]) for row in wrong] == [
+        ("06.png", "cat", "dog"),
+        ("07.png", "dog", "ant"),
+        ("08.png", "elk", "ant"),
+        ("09.png", "elk", "ant"),
+    ]
+    assert wrong[0]["right probability"] == "0.900000"
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| right | 3 | 10 | 60.00 (31.27–83.18) | 80.00 (49.02–94.33) | 0 | nothing to compare with |" in page
+    assert "- command: as typed" in page
+    assert "60.00 (31.27–83.18)" in ended.output
+    assert Counter(image for _, _, image in fake.asked).most_common(1)[0][1] == 1
+    assert not (tmp_path / "out" / "failures.csv").exists()
+
+
+def test_labels_that_are_indices_are_compared_with_indices(fake: Fake, tmp_path: Path) -> None:
+    data = images_of(tmp_path / "data", [(str(CLASSES.index(label)), content) for label, content in TEN])
+    asking(data, tmp_path / "out", "--url", fake.url)
+    (model,) = results_in(tmp_path / "out")["models"]
+    assert (model["top1"]["hits"], model["top5"]["hits"]) == (6, 8)
+    assert "| 07.png | dog | ant 90 % |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_two_models_are_compared_image_by_image(fake: Fake, tmp_path: Path) -> None:
+    data = images_of(tmp_path / "data", TEN)
+    ended = asking(data, tmp_path / "out", "--url", fake.url, "--against", "left")
+    assert ended.exit_code == 0, ended.output
+    found = results_in(tmp_path / "out")
+    assert [model["top1"]["hits"] for model in found["models"]] == [6, 5]
+    against = found["against"]
+    assert (against["same_class"]["hits"], against["same_class"]["of"]) == (6, 10)
+    assert (against["only_first_right"], against["only_second_right"], against["labelled"]) == (2, 1, 10)
+    assert (against["points"], against["p_value"]) == (10, 1)
+    differing = rows_in(tmp_path / "out" / "disagreements.csv")
+    assert [row["name"] for row in differing] == ["04.png", "05.png", "06.png", "07.png"]
+    assert (differing[0]["right class"], differing[0]["left class"]) == ("bee", "ant")
+    assert "right and left give the same class for 6 of 10 images" in ended.output
+    assert "no difference seen (exact McNemar test, p = 1.0000)" in ended.output
+    assert Counter(model for _, model, _ in fake.asked) == {"right": 10, "left": 10}
+
+
+def test_a_difference_beyond_chance_is_said(fake: Fake, tmp_path: Path) -> None:
+    data = images_of(tmp_path / "data", [("ant", "right=bee;left=ant")] * 12)
+    ended = asking(data, tmp_path / "out", "--url", fake.url, "--against", "left")
+    assert results_in(tmp_path / "out")["against"]["p_value"] == 2 / 2**12
+    assert "-100.00 points of top-1 for right" in ended.output
+    assert "left is better" in ended.output
+
+
+def test_unlabelled_images_are_left_out_unless_two_models_are_compared(fake: Fake, tmp_path: Path) -> None:
+    data = images_of(tmp_path / "data", [*TEN[:2], ("", "right=ant;left=bee")])
+    ended = asking(data, tmp_path / "one", "--url", fake.url)
+    assert len(fake.asked) == 2
+    assert "1 images have no label and were left out" in ended.output
+    asking(data, tmp_path / "two", "--url", fake.url, "--against", "left")
+    found = results_in(tmp_path / "two")
+    assert (found["asked"], found["models"][0]["top1"]["of"]) == (3, 2)
+    assert (found["against"]["same_class"]["hits"], found["against"]["labelled"]) == (2, 2)
+    (data / "labels.csv").unlink()
+    ended = asking(data, tmp_path / "none", "--url", fake.url)
+    assert ended.exit_code == 1
+    assert "holds no labels: it needs a labels.csv, class folders" in ended.output
+    ended = asking(data, tmp_path / "pair", "--url", fake.url, "--against", "left")
+    assert ended.exit_code == 0, ended.output
+    assert "give the same class for 2 of 3" in ended.output
+
+
+def stated(*, top1: float, n: int) -> dict[str, Any]:
+    return {"dataset": "animals", "split": "test", "n": n, "top1": top1, "top5": 0.8}
+
+
+def test_the_manifest_s_accuracy_must_be_met_on_the_same_images(fake: Fake, tmp_path: Path) -> None:
+    data = images_of(tmp_path / "data", TEN)
+    fake.stated["right"] = stated(top1=0.6, n=10)
+    ended = asking(data, tmp_path / "out", "--url", fake.url)
+    assert ended.exit_code == 0
+    assert "60.00 of 10 (animals test): the same" in (tmp_path / "out" / "report.md").read_text()
+    fake.stated["right"] = stated(top1=0.8, n=10)
+    ended = asking(data, tmp_path / "out", "--url", fake.url)
+    assert ended.exit_code == 1
+    assert "(animals test): DIFFERS, -2 images here (-20.00 points)" in (tmp_path / "out" / "report.md").read_text()
+    check = results_in(tmp_path / "out")["models"][0]["manifest"]
+    assert (check["same_set"], check["images_more_here"], check["holds"]) == (True, -2, False)
+    ended = asking(data, tmp_path / "out", "--url", fake.url, "--tolerance", "20")
+    assert ended.exit_code == 0
+    assert "(animals test): -2 images here (-20.00 points)" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(("top1", "where"), [(0.8, "inside"), (0.9, "OUTSIDE")])
+def test_on_other_images_the_manifest_s_accuracy_is_held_against_the_interval(
+    top1: float, where: str, fake: Fake, tmp_path: Path
+) -> None:
+    fake.stated["right"] = stated(top1=top1, n=10_000)
+    ended = asking(images_of(tmp_path / "data", TEN), tmp_path / "out", "--url", fake.url)
+    assert ended.exit_code == 0
+    assert f"of 10,000 (animals test): {where} the interval" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_only_the_first_images_are_asked_if_so_many_are_wished(fake: Fake, tmp_path: Path) -> None:
+    fake.stated["right"] = stated(top1=0.5, n=3)
+    ended = asking(images_of(tmp_path / "data", TEN), tmp_path / "out", "--url", fake.url, "--most", "3")
+    assert sorted(image.partition("#")[2] for _, _, image in fake.asked) == ["0", "1", "2"]
+    assert "--most left out its last 7 images" in ended.output
+    # As many as in the manifest, yet not the same.
+    assert not results_in(tmp_path / "out")["models"][0]["manifest"]["same_set"]
+    assert ended.exit_code == 0
+
+
+def test_a_failed_request_counts_as_wrong_and_is_listed(fake: Fake, tmp_path: Path) -> None:
+    def answer(model: str, image: str, _: int) -> Answers:
+        if image.endswith("#0"):
+            return 500, {}, {"detail": "it broke"}
+        if image.endswith("#1"):
+            return 200, {}, {"results": []}
+        return predicted(model, image)
+
+    fake.answer = answer
+    data = images_of(tmp_path / "data", TEN)
+    ended = asking(data, tmp_path / "out", "--url", fake.url)
+    (model,) = results_in(tmp_path / "out")["models"]
+    assert (model["top1"]["hits"], model["top1"]["of"], model["failed"]) == (4, 10, 2)
+    assert "2 requests failed: they count as wrong answers" in ended.output
+    first, second = rows_in(tmp_path / "out" / "failures.csv")
+    assert (first["name"], first["model"], first["failure"]) == ("00.png", "right", '500: {"detail": "it broke"}')
+    assert "200, yet not understood" in second["failure"]
+    assert "00.png" in [row["name"] for row in rows_in(tmp_path / "out" / "disagreements.csv")]
+    # Both fail, and so give no class at all: no agreement.
+    asking(data, tmp_path / "out", "--url", fake.url, "--against", "left")
+    assert results_in(tmp_path / "out")["against"]["same_class"]["hits"] == 4
+    fake.answer = lambda model, image, _: predicted(model, image)
+    asking(data, tmp_path / "out", "--url", fake.url)
+    assert not (tmp_path / "out" / "failures.csv").exists()
+
+
+def test_a_refused_request_is_sent_again_after_the_time_that_the_server_asks_for(fake: Fake, tmp_path: Path) -> None:
+    def answer(model: str, image: str, earlier: int) -> Answers:
+        if image.endswith("#3") and earlier == 0:
+            return 429, {"Retry-After": "1"}, {}
+        return predicted(model, image)
+
+    fake.answer = answer
+    ended = asking(images_of(tmp_path / "data", TEN), tmp_path / "out", "--url", fake.url)
+    found = results_in(tmp_path / "out")
+    assert (found["models"][0]["top1"]["hits"], found["models"][0]["failed"], found["retries"]) == (6, 0, 1)
+    assert "1 retries after 429" in ended.output
+    refused, again = (at for at, _, image in fake.asked if image.endswith("#3"))
+    assert again - refused >= 1
+
+
+@pytest.mark.parametrize(("pause", "times"), [("0", 8), ("3600", 1)])
+def test_a_server_that_refuses_for_ever_is_not_asked_for_ever(
+    pause: str, times: int, fake: Fake, tmp_path: Path
+) -> None:
+    fake.answer = lambda *_: (429, {"Retry-After": pause}, {})
+    asking(images_of(tmp_path / "data", TEN[:2]), tmp_path / "out", "--url", fake.url)
+    assert len(fake.asked) == 2 * times
+    failures = rows_in(tmp_path / "out" / "failures.csv")
+    assert [row["failure"] for row in failures] == [f"429 {times} times, the last with Retry-After {pause} s"] * 2
+
+
+def test_a_server_that_dies_ends_the_survey_early_and_the_report_says_so(fake: Fake, tmp_path: Path) -> None:
+    def answer(model: str, image: str, _: int) -> Answers:
+        if len(fake.asked) > 20:
+            raise ConnectionResetError
+        return predicted(model, image)
+
+    fake.answer = answer
+    data = images_of(tmp_path / "data", TEN[:1] * 90)
+    ended = asking(data, tmp_path / "out", "--url", fake.url, "--connections", "1")
+    assert ended.exit_code == 1
+    found = results_in(tmp_path / "out")
+    assert found["ended_early"].startswith("the server is gone (no answer: ")
+    assert found["models"][0]["top1"]["hits"] == 20
+    assert found["models"][0]["failed"] == 3
+    assert "23 of 90 images were asked" in ended.output
+
+
+def test_connections_that_fail_now_and_then_do_not_end_the_survey(fake: Fake, tmp_path: Path) -> None:
+    def answer(model: str, image: str, _: int) -> Answers:
+        if len(fake.asked) % 3 == 0:
+            raise ConnectionResetError
+        return predicted(model, image)
+
+    fake.answer = answer
+    data = images_of(tmp_path / "data", TEN[:1] * 30)
+    asking(data, tmp_path / "out", "--url", fake.url, "--connections", "1")
+    found = results_in(tmp_path / "out")
+    assert (found["ended_early"], found["asked"], found["models"][0]["failed"]) == (None, 30, 10)
+
+
+def test_what_fails_only_because_all_is_being_stopped_is_not_counted(fake: Fake, tmp_path: Path) -> None:
+    stopped = threading.Event()
+
+    def answer(model: str, image: str, _: int) -> Answers:
+        if int(image.partition("#")[2]) >= 4:
+            stopped.wait()
+            return 503, {}, {}
+        return predicted(model, image)
+
+    def interrupt(done: int, _: int) -> None:
+        if len(fake.asked) == 6 and done == 4:
+            threading.Timer(1, stopped.set).start()
+            raise KeyboardInterrupt
+
+    fake.answer = answer
+    data = images_of(tmp_path / "data", TEN)
+    plan = Plan(models=("right",), data=data, url=fake.url, repository=tmp_path, most=None, connections=2)
+    found = Survey(plan=plan)
+    with pytest.raises(KeyboardInterrupt):
+        survey(plan, tmp_path / "out", found, on_progress=interrupt)
+    assert [asked.position for asked in found.asked] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model", "wrong"], "the server has no model 'wrong': it has broken, left, right"),
+        (["--model", "animals"], "no model 'animals' (a family: name one of its models)"),
+        (["--model", "broken"], "broken does not serve: model.onnx: missing"),
+        (["--against", "right"], "--against right is the model itself"),
+        (["--repository", "models"], "--url names a server that runs already"),
+        (["--url", "127.0.0.1:8000"], "give an address such as http://127.0.0.1:8000"),
+        (["--url", "http://127.0.0.1:1"], "does not answer as a StrideViT service does"),
+        (["--data", "nowhere"], "nowhere is not a folder"),
+    ],
+)
+def test_what_cannot_be_asked_is_a_clear_error(options: list[str], said: str, fake: Fake, tmp_path: Path) -> None:
+    ended = asking(images_of(tmp_path / "data", TEN), tmp_path / "out", "--url", fake.url, *options)
+    assert ended.exit_code == 1
+    assert said in ended.output
+    assert "Traceback" not in ended.output
+    assert not (tmp_path / "out" / "report.md").exists()
+
+
+@pytest.mark.parametrize("label", ["wolf", "8"])
+def test_labels_of_other_classes_than_the_model_s_are_an_error(label: str, fake: Fake, tmp_path: Path) -> None:
+    ended = asking(images_of(tmp_path / "data", [(label, "right=ant")]), tmp_path / "out", "--url", fake.url)
+    assert ended.exit_code == 1
+    assert f"does not know 1 of the labels, '{label}' among them (its first class is 'ant')" in ended.output
+    assert not fake.asked
+
+
+def test_a_served_model_is_as_accurate_as_its_manifest_says(repository: Path, tmp_path: Path) -> None:
+    data = tmp_path / "digits"
+    assert CliRunner().invoke(training, ["images", "--dataset", "digits", "--out", str(data)]).exit_code == 0
+    ended = asking(data, tmp_path / "out", "--repository", str(repository), model="digits-csra-r2")
+    assert ended.exit_code == 0, ended.output
+    (model,) = results_in(tmp_path / "out")["models"]
+    assert (model["top1"]["of"], model["failed"]) == (360, 0)
+    check = model["manifest"]
+    assert (check["n"], check["same_set"], check["images_more_here"]) == (360, True, 0)
+    assert model["top1"]["share"] == pytest.approx(check["top1"], abs=5e-5)
+    assert model["top5"]["share"] == pytest.approx(check["top5"], abs=5e-5)
+    # What it lists as wrong is what a client sees.
+    wrong = rows_in(tmp_path / "out" / "disagreements.csv")
+    assert len(wrong) == 360 - model["top1"]["hits"]
+    with serving(repository) as (url, _):
+        image = (data / wrong[0]["name"]).read_bytes()
+        best = httpx.post(url + "/v1/classify", content=image, trust_env=False).json()["results"][0]["predictions"][0]
+    assert str(best["index"]) == wrong[0]["digits-csra-r2 index"] != wrong[0]["label"]
+    assert not [child for child in psutil.Process().children() if "service" in child.cmdline()]
+
+
+def test_an_interrupted_survey_reports_what_it_has_and_leaves_no_process(repository: Path, tmp_path: Path) -> None:
+    data = tmp_path / "digits"
+    CliRunner().invoke(training, ["images", "--dataset", "digits", "--out", str(data), "--count", "1"])
+    image = {"bytes": (data / "00000.png").read_bytes(), "path": None}
+    pq.write_table(pa.table({"image": [image] * 50_000, "label": [0] * 50_000}), tmp_path / "test-0.parquet")
+    command = [sys.executable, "-c", "import typer; from loadtests.accuracy.cli import accuracy; typer.run(accuracy)"]
+    options = ["--model", "digits-csra-r2", "--data", str(tmp_path), "--repository", str(repository)]
+    process = subprocess.Popen(
+        [*command, *options, "--out", str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        # Where the tests run in the background, SIGINT is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no threads here)
+    )
+    family: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 100
+        while not answering(process.pid):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    assert process.returncode == 130, output
+    assert "stopped" in output
+    found = results_in(tmp_path / "out")
+    assert found["ended_early"] == "interrupted"
+    assert 0 < found["asked"] < found["images"] == 50_000
+    assert found["models"][0]["failed"] == 0
+    assert "**Ended early: interrupted; " in (tmp_path / "out" / "report.md").read_text()
+    assert family
+    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def answering(pid: int) -> bool:
+    """Whether the service that this process started has answered some requests."""
+    for child in psutil.Process(pid).children(recursive=True):
+        words = child.cmdline()
+        if "--port" in words:
+            try:
+                url = f"http://127.0.0.1:{words[words.index('--port') + 1]}"
+                metrics = httpx.get(url + "/metrics", trust_env=False).text
+            except httpx.TransportError:
+                return False
+            return 'route="/v1/classify"' in metrics
+    return False
+
+
+@pytest.mark.parametrize(("hits", "of"), [(0, 1), (1, 1), (0, 30), (6, 10), (5370, 10_000), (49_999, 50_000)])
+def test_wilson_s_interval_is_scipy_s(hits: int, of: int) -> None:
+    expected = binomtest(hits, of).proportion_ci(method="wilson")
+    assert wilson(hits, of) == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (5, 5), (62, 45), (900, 700), (0, 3000)])
+def test_mcnemar_s_p_value_is_the_exact_binomial_one(first: int, second: int) -> None:
+    expected = binomtest(first, first + second).pvalue if first + second else 1.0
+    assert mcnemar(first, second) == mcnemar(second, first) == pytest.approx(expected)
+
+
+def test_the_paired_difference_has_the_interval_of_agresti_and_min() -> None:
+    # By hand: 1.95996 · √(1 + 0) / 12 on both sides of none.
+    assert paired_difference(0, 0, 10) == pytest.approx((-0.16333, 0.16333), abs=1e-5)
+    # Approval of a prime minister, 150 against 86 of 1,600 who changed their minds (Agresti 2013, section 11.1).
+    assert paired_difference(150, 86, 1600) == pytest.approx((0.0213, 0.0586), abs=2e-4)
+    assert paired_difference(3, 0, 3)[1] <= 1

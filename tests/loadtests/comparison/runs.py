@@ -1,0 +1,25 @@
+"""Short comparisons, as a user would start them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.processes import ROOT
+
+SHORT = ["--blocks", "2", "--seconds", "1", "--warmup", "0", "--users", "4", "--searches", "0"]
+
+
+def command(models: str, out: Path, *arguments: str, noise: bool = False) -> list[str]:
+    asked = [*SHORT, "--noise-arm" if noise else "--no-noise-arm", *arguments]
+    return [sys.executable, "-m", "loadtests", "compare", "--models", models, "--out", str(out), *asked]
+
+
+def run(*asked: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(asked, cwd=ROOT, check=False, capture_output=True, text=True, timeout=280)
+
+
+def read(out: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return document

@@ -1,0 +1,480 @@
+"""MLPerf LoadGen over HTTP: what it writes is read word by word, and a failure is never taken for an answer."""
+
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from loadtests.mlperf.drive import Plan, Results, Run
+from loadtests.mlperf.report import as_json, markdown, notes, unmet
+from loadtests.mlperf.summary import Accuracy, Summary, accuracy_of, parse_summary
+from loadtests.mlperf.sut import Connection, Refused
+from loadtests.payloads import Label
+from tests.processes import ROOT, serving
+
+INVALID = """\
+================================================
+MLPerf Results Summary
+================================================
+SUT name : PySUT
+Scenario : Server
+Mode     : PerformanceOnly
+Completed samples per second    : 46.35
+Result is : INVALID
+  Performance constraints satisfied : NO
+  Min duration satisfied : Yes
+Recommendations:
+ * Reduce target QPS to improve latency.
+Early Stopping Result:
+ * Would need to run at least 365 more queries,
+ with the run being successful if every additional
+ query were under latency.
+
+================================================
+Additional Stats
+================================================
+Scheduled samples per second : 46.41
+50.00 percentile latency (ns)   : 2378623
+99.00 percentile latency (ns)   : 1780119000
+
+================================================
+Test Parameters Used
+================================================
+samples_per_query : 1
+target_latency (ns): 100000000
+min_duration (ms): 2000
+min_query_count : 64
+performance_sample_count : 100
+
+2 warnings encountered. See detailed log.
+
+No errors encountered during test.
+"""
+ONLY_ACCURACY = "\nNo warnings encountered during test.\n\nNo errors encountered during test.\n"
+RULES = {
+    "min_duration_s": 600.0,
+    "min_query_count": 100,
+    "performance_sample_count": 1024,
+    "target_latency_ms": 15.0,
+}
+SERVER = Run(
+    scenario="Server",
+    summary=parse_summary(INVALID),
+    answered=90,
+    failures={},
+    seconds=2.0,
+    warmup_rate=80.0,
+    connections=64,
+    generator_cores=0.1,
+    loadgen="6.0.17",
+    rules=RULES,
+    images=100,
+    model={},
+)
+PLAN = Plan(
+    model="m",
+    repository=Path("models"),
+    url=None,
+    data=None,
+    scenarios=("Server",),
+    accuracy=False,
+    full=False,
+    seconds=2.0,
+    target_qps=None,
+    share=0.6,
+    latency_ms=100.0,
+    connections=64,
+    service_arguments=(),
+)
+
+
+def results_of(*runs: Run) -> Results:
+    return Results(plan=PLAN, command="as asked", environment={"cpu": "a"}, runs=list(runs))
+
+
+def test_the_verdict_and_its_reasons_are_loadgens_own_words() -> None:
+    summary = parse_summary(INVALID)
+    assert summary.verdict == "INVALID"
+    assert summary.reasons == tuple(
+        line for line in INVALID.partition("INVALID\n")[2].partition("\n===")[0].splitlines() if line
+    )
+    assert INVALID.partition("Result is")[2].partition("\n\n")[0] in markdown(results_of(SERVER))
+
+
+def test_values_and_settings_are_told_apart_and_nanoseconds_are_given_in_milliseconds() -> None:
+    summary = parse_summary(INVALID)
+    assert summary.values["Scenario"] == "Server"
+    assert summary.number("Completed samples per second") == 46.35
+    assert summary.number("99.00 percentile latency (ns)") == pytest.approx(1780.119)
+    assert summary.number("Samples per second") is None
+    assert summary.parameters == {
+        "samples_per_query": "1",
+        "target_latency (ns)": "100000000",
+        "min_duration (ms)": "2000",
+        "min_query_count": "64",
+        "performance_sample_count": "100",
+    }
+    assert summary.remarks == ("2 warnings encountered. See detailed log.", "No errors encountered during test.")
+    assert "Server: 2 warnings encountered. See detailed log." in notes(results_of(SERVER))
+
+
+def test_a_run_for_accuracy_has_no_verdict() -> None:
+    assert parse_summary(ONLY_ACCURACY) == Summary(remarks=tuple(ONLY_ACCURACY.split("\n")[1:4:2]))
+
+
+def test_what_falls_short_of_mlperfs_own_settings_is_said() -> None:
+    assert unmet(SERVER) == [
+        "2 instead of 600 s at least",
+        "64 instead of 100 queries at least",
+        "100 instead of 1,024 images in memory",
+        "a bound of 100 ms instead of 15 ms",
+    ]
+    said = "\n".join(notes(results_of(SERVER)))
+    assert "no MLPerf result" in said
+    assert "2 instead of 600 s" in said
+    official = {"target_latency (ns)": "15000000", "min_duration (ms)": "600000", "min_query_count": "100"}
+    met = replace(SERVER.summary, parameters={**official, "performance_sample_count": "1024"})
+    assert unmet(replace(SERVER, summary=met)) == []
+
+
+def test_failed_requests_come_first_in_the_report_whatever_the_verdict_is() -> None:
+    valid = replace(SERVER.summary, verdict="VALID")
+    failing = replace(SERVER, summary=valid, failures={"503: too busy": 7, "404: gone": 3})
+    first, *_ = notes(results_of(failing))
+    assert "10 of 100 requests failed" in first
+    assert "503: too busy" in first
+    document = as_json(results_of(failing))
+    assert document["failed"] == 10
+    assert document["runs"][0]["verdict"] == "VALID"
+
+
+def test_top1_counts_answered_images_with_a_label_by_index_or_name(tmp_path: Path) -> None:
+    def logged(*answers: int | None) -> Path:
+        entries = [
+            {"seq_id": 9 - image, "qsl_idx": image, "data": "" if answer is None else struct.pack("=i", answer).hex()}
+            for image, answer in enumerate(answers)
+        ]
+        log = tmp_path / "log.json"
+        log.write_text(json.dumps(entries[::-1]))
+        return log
+
+    answers = logged(1, 0, 1, None, 1, 0)
+    labels: list[Label] = [1, 1, "dog", "dog", None, "dog"]
+    assert accuracy_of(answers, labels, ["cat", "dog"]) == Accuracy(answered=4, correct=2)
+    assert accuracy_of(answers, labels, []) == Accuracy(answered=2, correct=1)
+    assert accuracy_of(logged(None), [1], []).top1 is None
+
+
+def command(*arguments: str) -> list[str]:
+    asked = "import typer; from loadtests.mlperf.cli import mlperf; typer.run(mlperf)"
+    return [sys.executable, "-c", asked, *arguments]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), cwd=ROOT, check=False, capture_output=True, text=True, timeout=200)
+
+
+def served(repository: Path, out: Path, *arguments: str) -> list[str]:
+    return ["--repository", str(repository), "--model", "digits-csra-r2", "--out", str(out), *arguments]
+
+
+def test_loadgen_runs_every_scenario_and_its_logs_and_verdicts_are_kept(repository: Path, tmp_path: Path) -> None:
+    ended = run(*served(repository, tmp_path, "--seconds", "2", "--latency-ms", "1000", "--command", "as asked"))
+    assert ended.returncode == 0, ended.stderr
+    document = json.loads((tmp_path / "results.json").read_text())
+    runs = {one["scenario"]: one for one in document["runs"]}
+    assert list(runs) == ["SingleStream", "Offline", "Server"]
+    for name, one in runs.items():
+        summary = (tmp_path / name / "mlperf_log_summary.txt").read_text()
+        assert f"Result is : {one['verdict']}\n" in summary
+        assert (tmp_path / name / "mlperf_log_detail.txt").stat().st_size > 1000
+        assert one["failed"] == 0
+        assert one["answered"] >= 100, name
+        assert one["samples_per_second"] > 0, name
+        assert one["generator_cores"] > 0, name
+        assert one["mlperf_asks_for"]["min_duration_s"] == 600
+        assert one["loadgen"]["parameters"]["min_duration (ms)"] == "2000"
+        assert "2 instead of 600 s at least" in one["unmet"]
+    assert runs["SingleStream"]["connections"] == 1
+    assert runs["SingleStream"]["p99_ms"] >= runs["SingleStream"]["p50_ms"] > 0
+    assert runs["Offline"]["mlperf_asks_for"]["min_query_count"] == 24576
+    assert int(runs["Offline"]["loadgen"]["parameters"]["samples_per_query"]) == runs["Offline"]["answered"]
+    asked = float(runs["Server"]["loadgen"]["parameters"]["target_qps"])
+    assert asked == pytest.approx(0.6 * runs["Offline"]["samples_per_second"], rel=1e-3)
+    assert runs["Server"]["answered"] >= 1024
+    page = (tmp_path / "report.md").read_text()
+    assert "as asked" in page
+    assert "no MLPerf result" in page
+    assert str(tmp_path) not in page
+    assert "SingleStream" in ended.stdout
+
+
+def test_accuracy_mode_gives_the_top1_that_the_service_has(repository: Path, tmp_path: Path) -> None:
+    digits = load_digits()
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rows = ["file,label"]
+    for position in range(40):
+        pixels = (digits.images[position] * 255 / 16).astype(np.uint8)
+        Image.fromarray(pixels).resize((32, 32)).convert("RGB").save(photos / f"{position:02d}.png")
+        rows.append(f"{position:02d}.png,{digits.target[position]}")
+    (photos / "labels.csv").write_text("\n".join(rows) + "\n")
+    with serving(repository) as (url, _):
+        named = ["--url", url, "--model", "digits-csra-r2", "--data", str(photos), "--out", str(tmp_path / "out")]
+        ended = run(*named, "--accuracy", "--scenario", "offline,singlestream")
+        correct = 0
+        for position in range(40):
+            image = (photos / f"{position:02d}.png").read_bytes()
+            said = httpx.post(f"{url}/v1/classify", content=image, trust_env=False).json()
+            correct += said["results"][0]["predictions"][0]["index"] == digits.target[position]
+    assert ended.returncode == 0, ended.stderr
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert [one["scenario"] for one in runs] == ["SingleStream", "Offline"]
+    for one in runs:
+        assert (one["verdict"], one["labelled"], one["top1"]) == (None, 40, pytest.approx(correct / 40))
+
+
+def test_an_unknown_model_ends_with_the_servers_words(repository: Path, tmp_path: Path) -> None:
+    with serving(repository) as (url, _):
+        ended = run("--url", url, "--model", "nope", "--out", str(tmp_path), "--scenario", "Offline")
+    assert ended.returncode == 1
+    assert "Offline: 404: no model 'nope' here" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "results.json").exists()
+
+
+@contextmanager
+def answering(status: Callable[[int], int]) -> Iterator[str]:
+    """A service that answers its nth request to classify with `status(n)`."""
+    lock = threading.Lock()
+    count = 0
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def do_POST(self) -> None:
+            nonlocal count
+            self.rfile.read(int(self.headers["Content-Length"]))
+            with lock:
+                count += 1
+                number = count
+            # As the service's, each answer holds something that no other does.
+            body = json.dumps({"detail": "no room for more", "request_id": number}).encode()
+            self.send_response(status(number))
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def drive(url: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The subprocess alone, in a short SingleStream."""
+    images = folder / "images"
+    images.mkdir()
+    (images / "0").write_bytes(b"no image, and nobody looks")
+    asked = [sys.executable, "-m", "loadtests.mlperf.sut", url, "/v1/classify", "--scenario", "SingleStream"]
+    files = ["--images", str(images), "--out", str(folder)]
+    least = ["--min-seconds", "1", "--min-queries", "100", "--warmup", "0.5", "--connections", "1"]
+    return subprocess.run(
+        [*asked, *files, *least, *arguments], cwd=ROOT, check=False, capture_output=True, text=True, timeout=100
+    )
+
+
+def test_failed_requests_are_counted_by_what_the_server_said_though_loadgen_is_content(tmp_path: Path) -> None:
+    begun = threading.Event()
+    # The warm-up must not fail: LoadGen writes its log when it is over.
+    with answering(lambda n: 503 if begun.is_set() and n % 4 == 0 else 200) as url:
+        threading.Thread(target=_when_there, args=(tmp_path / "mlperf_log_detail.txt", begun)).start()
+        ended = drive(url, tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    said = json.loads((tmp_path / "sut.json").read_text())
+    assert list(said["failures"]) == ["503: no room for more"]
+    assert said["failures"]["503: no room for more"] > 10
+    assert said["answered"] > said["failures"]["503: no room for more"]
+    assert parse_summary((tmp_path / "mlperf_log_summary.txt").read_text()).verdict == "VALID"
+
+
+def test_a_run_with_failed_requests_ends_with_an_error(tmp_path: Path) -> None:
+    begun = threading.Event()
+    with answering(lambda n: 503 if begun.is_set() and n % 4 == 0 else 200) as url:
+        log = tmp_path / "SingleStream" / "mlperf_log_detail.txt"
+        threading.Thread(target=_when_there, args=(log, begun)).start()
+        named = ["--url", url, "--model", "m", "--out", str(tmp_path)]
+        ended = run(*named, "--scenario", "SingleStream", "--seconds", "1")
+    assert ended.returncode == 1
+    assert "requests failed, which LoadGen cannot know" in ended.stderr
+    assert "503: no room for more" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "results.json").read_text())["failed"] > 10
+
+
+def test_a_service_that_answers_no_more_ends_the_run(tmp_path: Path) -> None:
+    begun = threading.Event()
+    with answering(lambda n: 503 if begun.is_set() else 200) as url:
+        threading.Thread(target=_when_there, args=(tmp_path / "mlperf_log_detail.txt", begun)).start()
+        ended = drive(url, tmp_path, "--min-seconds", "60")
+    assert ended.returncode == 1
+    assert "requests failed in a row, the last one with: 503: no room for more" in ended.stderr
+    assert not (tmp_path / "sut.json").exists()
+
+
+def _when_there(log: Path, event: threading.Event) -> None:
+    deadline = time.monotonic() + 60
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    event.set()
+
+
+def test_a_connection_that_was_closed_while_idle_is_opened_anew_but_one_that_breaks_is_a_failure() -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(20)
+
+        def serve() -> None:
+            for reply in (answer, answer, b"", b""):
+                accepted, _ = listener.accept()
+                with accepted:
+                    accepted.recv(1000)
+                    accepted.sendall(reply)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        connection = Connection(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        assert connection.ask(b"POST / HTTP/1.1\r\n\r\n") == b"ok"
+        assert connection.ask(b"POST / HTTP/1.1\r\n\r\n") == b"ok"
+        with pytest.raises(Refused, match="RemoteDisconnected"):
+            connection.ask(b"POST / HTTP/1.1\r\n\r\n")
+        with pytest.raises(Refused, match="RemoteDisconnected"):
+            connection.ask(b"POST / HTTP/1.1\r\n\r\n")
+        thread.join()
+
+
+def test_loadgens_process_loads_neither_locust_nor_gevent(tmp_path: Path) -> None:
+    asked = [sys.executable, "-X", "importtime", "-m", "loadtests.mlperf.sut", "--help"]
+    ended = subprocess.run(asked, cwd=ROOT, check=True, capture_output=True, text=True)
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in ended.stderr.splitlines()}
+    assert {"mlperf_loadgen", "argparse"} <= loaded
+    assert not loaded & {"locust", "gevent", "geventhttpclient", "greenlet", "zmq", "torch", "onnxruntime"}
+
+    patched = "import gevent; from loadtests.mlperf.sut import main; main()"
+    needed = ["http://127.0.0.1:9", "/", "--scenario", "Server", "--images", str(tmp_path), "--out", str(tmp_path)]
+    ended = subprocess.run(
+        [sys.executable, "-c", patched, *needed], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    assert "gevent must not be loaded beside LoadGen" in ended.stderr
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        command(*arguments),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "STRIDEVIT_MAX_BATCH": "2"},
+        # Where the tests run in the background, SIGINT is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no threads here)
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def wait_for(file: Path, process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Until the file is there; then the children of the process."""
+    deadline = time.monotonic() + 100
+    while not file.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def gone(family: list[psutil.Process]) -> bool:
+    return not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_server_that_dies_under_load_is_an_error_with_its_last_words(repository: Path, tmp_path: Path) -> None:
+    with started(*served(repository, tmp_path, "--seconds", "60", "--scenario", "SingleStream")) as process:
+        family = wait_for(tmp_path / "SingleStream" / "mlperf_log_detail.txt", process)
+        (server,) = [child for child in family if "service" in child.cmdline()]
+        server.kill()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the service for digits-csra-r2 died under load" in errors
+    assert "Traceback" not in errors
+    assert gone(family)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_an_interrupted_run_leaves_no_process_and_reports_the_scenarios_that_were_over(
+    repository: Path, tmp_path: Path
+) -> None:
+    with started(*served(repository, tmp_path, "--seconds", "2", "--scenario", "SingleStream,Offline")) as process:
+        family = wait_for(tmp_path / "Offline" / "mlperf_log_detail.txt", process)
+        assert len(family) == 2  # the service and LoadGen
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped" in errors
+    assert gone(family)
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["ended_early"] == "interrupted"
+    assert [one["scenario"] for one in document["runs"]] == ["SingleStream"]
+    assert "ended early" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--repository", "models", "--url", "http://127.0.0.1:9"], "either --repository"),
+        (["--url", "127.0.0.1:9"], "must begin with http"),
+        (["--repository", "models", "--scenario", "Server,Multi"], "SingleStream, Offline, Server"),
+        (["--repository", "models", "--accuracy"], "needs labelled images"),
+        (["--url", "http://127.0.0.1:9", "--scenario", "server"], "no service answers at http://127.0.0.1:9"),
+    ],
+)
+def test_what_cannot_be_run_is_said_at_once(arguments: list[str], words: str, tmp_path: Path) -> None:
+    ended = run("--model", "m", "--out", str(tmp_path), *arguments)
+    assert ended.returncode == 1
+    assert words in ended.stderr
+    assert "Traceback" not in ended.stderr
