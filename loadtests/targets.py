@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -45,7 +45,7 @@ class Target:
             return None
         try:
             return question.label in self._first(json.loads(answer))
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             return None
 
     def _first(self, said: Any) -> tuple[int, str | None]:
@@ -63,16 +63,21 @@ def target(
 
     Raises PayloadError where the server does not know the model, or an image cannot be decoded.
     """
-    terms = "" if deadline_ms is None else f"deadline_ms={deadline_ms:g}"
+    terms = {} if deadline_ms is None else {"deadline_ms": f"{deadline_ms:g}"}
     if protocol == "v1":
-        path = f"/v1/classify?model={quote(model)}" + (f"&{terms}" if terms else "")
+        # Without a name the server's default model answers.
+        path = _path("/v1/classify", {**({"model": model} if model else {}), **terms})
         headers = {"Content-Type": "application/octet-stream", "Accept-Encoding": "identity"}
         return Target(path, [Question(payload.data, headers, payload.label) for payload in payloads], protocol)
     name, height, width = _input(host, model)
-    path = f"/v2/models/{quote(model)}/infer" + (f"?{terms}" if terms else "")
+    path = _path(f"/v2/models/{quote(model)}/infer", terms)
     resize = _resize(host, model) or min(height, width)
     questions = [_tensor(payload, name, resize=resize, height=height, width=width) for payload in payloads]
     return Target(path, questions, protocol)
+
+
+def _path(path: str, query: dict[str, str]) -> str:
+    return f"{path}?{urlencode(query)}" if query else path
 
 
 def _input(host: str, model: str) -> tuple[str, int, int]:

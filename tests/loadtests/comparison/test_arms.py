@@ -13,6 +13,7 @@ from loadtests.comparison.results import Arm, Plan
 from loadtests.comparison.schedule import LONGEST_SECONDS, SHORTEST_SECONDS, Costs, fitted, order
 from loadtests.machine import git
 from loadtests.rates import Part, parse_rates, rate_at
+from tests.processes import in_a_checkout
 
 
 def test_models_settings_urls_and_commits_are_arms() -> None:
@@ -43,6 +44,7 @@ def test_what_is_no_arm_is_refused_with_the_way_to_write_it(text: str, reason: s
         parse_arms(text)
 
 
+@in_a_checkout
 def test_a_commit_is_unpacked_beside_this_checkout(tmp_path: Path) -> None:
     (arm,) = parse_arms("a@git:HEAD")
     digest = resolved(arm).commit
