@@ -112,6 +112,8 @@ class Run:
 
 
 run = Run()
+_paths: dict[str, str] = {}
+"""Where images come from and samples go, by the command line: whoever can open the page cannot name a file."""
 
 
 class Classify(FastHttpUser):
@@ -210,7 +212,8 @@ def _arguments(parser: LocustArgumentParser, **_: Any) -> None:
         parser.add_argument(f"--{name}", env_var=f"STRIDEVIT_LOAD_{name.upper().replace('-', '_')}", help=help, **how)
 
     add("model", "model to ask for, or a family", default="")
-    add("data", "folder of images, of class folders, or of parquet files [generated JPEGs]", default="")
+    here = {"default": "", "include_in_web_ui": False}
+    add("data", "folder of images, of class folders, or of parquet files [generated JPEGs]", **here)
     add(
         "loop",
         "open: Poisson arrivals, users are the rate; closed: users wait",
@@ -222,12 +225,15 @@ def _arguments(parser: LocustArgumentParser, **_: Any) -> None:
     add("in-flight", "requests under way at most, in each process of the open loop", type=int, default=IN_FLIGHT)
     add("deadline-ms", "deadline of every request, 0 for the server's default", type=float, default=0.0)
     add("seed", "of the arrivals", type=int, default=0)
-    add("samples", "CSV file for every raw sample", default="", include_in_web_ui=False)
+    add("samples", "CSV file for every raw sample", **here)
 
 
 @events.test_start.add_listener
 def _begin(environment: Environment, **_: Any) -> None:
     runner, asked = environment.runner, environment.parsed_options
+    if asked is not None and not isinstance(runner, WorkerRunner):
+        # A form may hold any option. Workers are told these by their master.
+        vars(asked).update(_paths)
     if isinstance(runner, MasterRunner) or asked is None:
         run.latencies = Latencies()
         return
@@ -262,6 +268,7 @@ def _merge(data: dict[str, Any], **_: Any) -> None:
 
 @events.init.add_listener
 def _page(environment: Environment, **_: Any) -> None:
+    _paths.update({name: getattr(environment.parsed_options, name, "") for name in ("data", "samples")})
     if environment.web_ui and environment.web_ui.app:
 
         @environment.web_ui.app.get("/percentiles")
