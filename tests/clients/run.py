@@ -49,7 +49,7 @@ def main() -> None:
                 print(f"== {script}", flush=True)
                 words = [python, "-m", f"tests.clients.{script}", "--url", url, "--model", asked.model]
                 if script == "triton_client":
-                    words += ["--admin-key", key]
+                    words.append(f"--admin-key={key}")  # a key may begin with a hyphen
                 done = subprocess.run(words, cwd=ROOT, env=environment, timeout=CLIENT_SECONDS, check=False)
                 if done.returncode != 0:
                     _fail_with_log(f"{script} ended with {done.returncode}", log)
