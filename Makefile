@@ -5,8 +5,7 @@ SERVE := .venv-serve
 CLIENTS := .venv-clients
 UV := .venv-lock/bin/uv
 ENGINE := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)
-# One more than cores: many tests wait for servers and load generators.
-WORKERS := $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
+WORKERS := $(shell nproc 2>/dev/null || echo 2)
 DEMO := demo
 DEMO_VARIANTS := mha lsra-r2 csra-r2
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header
