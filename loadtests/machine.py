@@ -33,9 +33,11 @@ def environment() -> dict[str, str]:
 def commit() -> str:
     """Of the checkout that this code is in, and a digest of its changes; `unknown` outside of one."""
     try:
-        changes = git("status", "--porcelain") and git("status", "--porcelain") + git("diff", "HEAD")
-        changed = f" and changes {hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else ""
-        return git("rev-parse", "--short=12", "HEAD") + changed
+        short, status = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain")
+        if not status:
+            return short
+        changes = status + git("diff", "HEAD")
+        return f"{short} and changes {hashlib.sha256(changes.encode()).hexdigest()[:8]}"
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

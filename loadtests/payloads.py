@@ -23,7 +23,6 @@ __all__ = [
     "describe",
     "parse_sizes",
     "read_payloads",
-    "write_payloads",
 ]
 
 MAX_IMAGES = 1000
@@ -85,19 +84,6 @@ def describe(payloads: Sequence[Payload], data: Path | None) -> str:
             {0: "unlabelled", len(payloads): "all labelled"}.get(labelled, f"{labelled} of them labelled"),
         ]
     )
-
-
-def write_payloads(
-    data: Path | None, folder: Path, *, seed: int = 0, sizes: Sequence[tuple[int, int]] = DEFAULT_SIZES
-) -> str:
-    """Fill `folder` with the images of `read_payloads`, named by number in their order, and say what they are.
-
-    Raises PayloadError.
-    """
-    payloads = read_payloads(data, seed=seed, sizes=sizes)
-    for position, payload in enumerate(payloads):
-        (folder / f"{position:05d}").write_bytes(payload.data)
-    return describe(payloads, data)
 
 
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:

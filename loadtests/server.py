@@ -1,6 +1,5 @@
 """A server process of its own for each measurement, or somebody's at a URL; and what memory it takes."""
 
-import json
 import os
 import socket
 import subprocess
@@ -16,9 +15,10 @@ from urllib.parse import quote
 
 import psutil
 
+from loadtests.direct import get, get_json
+
 _START_SECONDS = 120
 _STOP_SECONDS = 20
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """The services are on this machine: a proxy of the environment has no business in between."""
 
 
@@ -62,8 +62,7 @@ class Server:
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
     def _get(self, path: str) -> Any:
-        with _DIRECT.open(self.url + path, timeout=10) as response:
-            return json.load(response)
+        return get_json(self.url + path, timeout=10)
 
 
 def running_server(
@@ -127,10 +126,10 @@ def remote_server(url: str) -> Server:
     """A server that runs already, and is ready. Raises ServerError."""
     server = Server(url.rstrip("/"), name=f"the server at {url}")
     try:
-        with _DIRECT.open(server.url + "/readyz", timeout=10):
-            return server
+        get(server.url + "/readyz", timeout=10)
     except (urllib.error.URLError, OSError) as error:
         raise ServerError(f"{server.name} is not ready ({server.url}/readyz: {error})") from error
+    return server
 
 
 def tree(pid: int) -> list[psutil.Process]:
@@ -158,8 +157,8 @@ def _wait_until_ready(server: Server) -> None:
         if not server.alive():
             raise ServerError(f"{server.name} did not start:\n{server.last_words()}")
         try:
-            with _DIRECT.open(server.url + "/readyz", timeout=2):
-                return
+            get(server.url + "/readyz", timeout=2)
+            return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
     raise ServerError(f"{server.name} was not ready after {_START_SECONDS} s:\n{server.last_words()}")

@@ -1,11 +1,10 @@
 """Where a server says that its time went: the service's own histogram of stages, read before and after a load."""
 
-import urllib.request
-
 from prometheus_client.parser import text_string_to_metric_families
 
+from loadtests.direct import get
+
 _METRIC = "stridevit_stage_duration_seconds"
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 Totals = dict[str, tuple[float, float]]
 """(seconds, images) by stage, since the server's start and over all its models."""
@@ -14,8 +13,7 @@ Totals = dict[str, tuple[float, float]]
 def totals(url: str) -> Totals:
     """What `/metrics` says now; empty for a server without it."""
     try:
-        with _DIRECT.open(url + "/metrics", timeout=10) as response:
-            text = response.read().decode("utf-8")
+        text = get(url + "/metrics", timeout=10).decode("utf-8")
         families = list(text_string_to_metric_families(text))
     except (OSError, ValueError):
         return {}

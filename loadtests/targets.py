@@ -6,8 +6,6 @@ and resizes, before the load begins, and the server only infers.
 
 import io
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +14,9 @@ from urllib.parse import quote, urlencode
 import numpy as np
 from PIL import Image, ImageOps
 
+from loadtests.direct import get_json
 from loadtests.load import Protocol
 from loadtests.payloads import Payload, PayloadError
-
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +80,7 @@ def _path(path: str, query: dict[str, str]) -> str:
 def _input(host: str, model: str) -> tuple[str, int, int]:
     address = f"{host.rstrip('/')}/v2/models/{quote(model)}"
     try:
-        with _DIRECT.open(address, timeout=30) as response:
-            first: dict[str, Any] = json.load(response)["inputs"][0]
+        first: dict[str, Any] = get_json(address, timeout=30)["inputs"][0]
     except (OSError, ValueError, LookupError) as error:
         raise PayloadError(f"{address} does not tell the model's input: {error}") from error
     if first["datatype"] != "UINT8" or len(first["shape"]) != 4:
@@ -95,8 +91,8 @@ def _input(host: str, model: str) -> tuple[str, int, int]:
 def _resize(host: str, model: str) -> int | None:
     """To how many pixels the shorter side is resized before the middle is cut out; None where nobody says."""
     try:
-        with _DIRECT.open(f"{host.rstrip('/')}/v1/models/{quote(model)}", timeout=30) as response:
-            return int(json.load(response)["manifest"]["preprocessing"]["resize"])
+        detail = get_json(f"{host.rstrip('/')}/v1/models/{quote(model)}", timeout=30)
+        return int(detail["manifest"]["preprocessing"]["resize"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

@@ -1,7 +1,6 @@
 """What a survey of accuracy says: a table for the terminal, a page, a JSON file, and lists of disagreements."""
 
 import csv
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from rich.table import Table
 
 from loadtests.accuracy.figures import CONFIDENCE, Check, Figures, Share, Versus, disagreements, figures, versus
 from loadtests.accuracy.survey import Answer, Asked, Survey
+from loadtests.documents import write_json
 
 SIGNIFICANT = 1 - CONFIDENCE
 _SHOWN = 10
@@ -20,8 +20,7 @@ _HEADINGS = ("model", "version", "images", "top-1 %", "top-5 %", "failed", "mani
 def write(survey: Survey, out: Path, *, tolerance: float, about: Mapping[str, str]) -> None:
     """report.md, results.json, disagreements.csv, and failures.csv if a request failed, in `out`."""
     (out / "report.md").write_text(markdown(survey, tolerance=tolerance, about=about), encoding="utf-8")
-    document = as_json(survey, tolerance=tolerance, about=about)
-    (out / "results.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_json(as_json(survey, tolerance=tolerance, about=about), out / "results.json")
     _write_disagreements(survey, out / "disagreements.csv")
     _write_failures(survey, out / "failures.csv")
 

@@ -25,6 +25,7 @@ from loadtests.comparison.objective import MOST_SECONDS, Objective, largest_rate
 from loadtests.comparison.results import HIGH, MODERATE, SATURATED, Arm, Block, Comparison, Plan, Search
 from loadtests.comparison.schedule import Costs, fitted, order, tried
 from loadtests.comparison.store import Store
+from loadtests.documents import strict
 from loadtests.drive import Ask, closed_loop, open_loop
 from loadtests.load import Load
 from loadtests.payloads import Payload
@@ -73,7 +74,7 @@ def compare(
     store = Store(out / "blocks")
     plan = comparison.plan
     wanted = {
-        **plan_as_json(plan),
+        **strict(plan),
         **asdict(asked),
         "payloads": _digest(payloads),
         "bundles": bundles(plan.arms, plan.repository),
@@ -299,9 +300,3 @@ def one_two_five(number: float) -> float:
     """The next of 1, 2, 5, 10, 20, ..."""
     power = 10.0 ** math.floor(math.log10(number))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= number)
-
-
-def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """The plan with paths as text."""
-    values = {**asdict(plan), "repository": str(plan.repository), "data": str(plan.data) if plan.data else None}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -172,9 +172,3 @@ def engine_limit(plan: Plan, images: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ServerError(f"the engine limit is not JSON: {output[-500:]!r}") from error
     return said
-
-
-def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """The plan, with paths as text."""
-    values = asdict(plan)
-    return {**values, "repository": str(plan.repository), "data": str(plan.data) if plan.data else None}

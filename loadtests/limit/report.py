@@ -13,8 +13,8 @@ import numpy as np
 from rich.table import Table
 
 from loadtests.comparison.intervals import percentile
-from loadtests.documents import write_json
-from loadtests.limit.measure import Arm, Drive, Results, plan_as_json
+from loadtests.documents import strict, write_json
+from loadtests.limit.measure import Arm, Drive, Results
 
 POOLED = -1
 """Stands for the round where a figure is of all rounds together."""
@@ -273,7 +273,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "finished": results.finished.isoformat(timespec="seconds") if results.finished else None,
         "ended_early": results.ended_early,
         "environment": _where(results),
-        "plan": plan_as_json(results.plan),
+        "plan": strict(results.plan),
         "payloads": results.payloads,
         "ratios": [
             {"name": one.name, "unit": one.unit, "median": one.median, "rounds": list(one.values.values())}

@@ -12,12 +12,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+from loadtests.direct import get_json
 from loadtests.mlperf.summary import Accuracy, Summary, accuracy_of, parse_summary
 from loadtests.payloads import Payload, PayloadError, describe, read_payloads
 from loadtests.server import Server, ServerError, running_server
@@ -41,7 +42,6 @@ _START_STOP_SECONDS = 8.0
 _LOOK_SECONDS = 0.1
 _DEATH_SECONDS = 1.0
 _LAST_WORDS = 2000
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class MlperfError(Exception):
@@ -167,12 +167,6 @@ def drive(plan: Plan, out: Path, results: Results, *, on_step: Callable[[Scenari
     results.finished = datetime.now(UTC)
 
 
-def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """The plan, with paths as text."""
-    values = asdict(plan)
-    return {**values, **{name: str(values[name]) for name in ("repository", "data") if values[name] is not None}}
-
-
 def _share_of_offline(plan: Plan, runs: Sequence[Run]) -> float | None:
     rates = [run.summary.number("Samples per second") for run in runs if run.scenario == "Offline" and not run.failed]
     return plan.share * rates[0] if rates and rates[0] else None
@@ -279,9 +273,8 @@ def _died(server: Server) -> ServerError:
 def _model(url: str, name: str) -> dict[str, Any]:
     """What the service says of the model; nothing if it knows none of this name: it may be a family's."""
     try:
-        with _DIRECT.open(f"{url}/v1/models/{quote(name)}", timeout=10) as response:
-            said: dict[str, Any] = json.load(response)
-            return said
+        said: dict[str, Any] = get_json(f"{url}/v1/models/{quote(name)}", timeout=10)
+        return said
     except urllib.error.HTTPError:
         return {}
     except (OSError, ValueError) as error:

@@ -1,13 +1,13 @@
 """What MLPerf LoadGen found: LoadGen's verdict in its own words, as a table, a Markdown page and a JSON file."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from loadtests.mlperf.drive import Results, Run, Scenario, plan_as_json
+from loadtests.documents import strict, write_json
+from loadtests.mlperf.drive import Results, Run, Scenario
 
 HEADLINES: dict[Scenario, str] = {
     "SingleStream": "90.0th percentile latency (ns)",
@@ -22,8 +22,7 @@ _SHOWN = ("p50_ms", "p90_ms", "p99_ms")
 def write(results: Results, out: Path) -> None:
     """Write `results.json` and `report.md`."""
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(as_json(results), indent=1) + "\n"
-    (out / "results.json").write_text(text, encoding="utf-8")
+    write_json(as_json(results), out / "results.json")
     (out / "report.md").write_text(markdown(results), encoding="utf-8")
 
 
@@ -114,7 +113,7 @@ def as_json(results: Results) -> dict[str, Any]:
     return {
         "command": results.command,
         "environment": results.environment,
-        "plan": plan_as_json(results.plan),
+        "plan": strict(results.plan),
         "payloads": results.payloads,
         "notes": notes(results),
         "ended_early": results.ended_early,

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from loadtests import sequence
 from loadtests.comparison.intervals import percentile
+from loadtests.documents import strict
 from loadtests.drive import Ask, shaped
 from loadtests.payloads import read_payloads
 from loadtests.samples import LATE_MS, UNSENT
@@ -226,7 +227,7 @@ def as_json(plan: Plan, blocks: list[Block], found: list[StepResult], about: dic
     """All but the single answers."""
     return {
         "about": about,
-        "plan": {**asdict(plan), "repository": str(plan.repository), "data": str(plan.data) if plan.data else None},
+        "plan": strict(plan),
         "steps": [asdict(step) for step in found],
         "blocks": [
             {key: value for key, value in asdict(block).items() if key != "answers"} | {"answers": len(block.answers)}

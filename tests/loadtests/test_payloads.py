@@ -9,13 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from loadtests.payloads import PayloadError, describe, parse_sizes, read_payloads, write_payloads
+from loadtests.payloads import PayloadError, describe, parse_sizes, read_payloads
 
 
-def sent(data: Path | None, folder: Path) -> tuple[list[bytes], str]:
-    folder.mkdir()
-    what = write_payloads(data, folder)
-    return [file.read_bytes() for file in sorted(folder.iterdir())], what
+def sent(data: Path | None) -> tuple[list[bytes], str]:
+    payloads = read_payloads(data)
+    return [payload.data for payload in payloads], describe(payloads, data)
 
 
 def folder_of(data: Path, *names: str) -> Path:
@@ -48,8 +47,8 @@ def test_a_folder_s_images_are_all_sent_in_the_same_order_every_time(tmp_path: P
         (data / f"{number}.jpg").write_bytes(bytes([number]) * 1000)
     (data / "notes.txt").write_text("not an image")
     (data / "._1.jpg").write_text("not an image either")
-    first, what = sent(data, tmp_path / "first")
-    second, _ = sent(data, tmp_path / "second")
+    first, what = sent(data)
+    second, _ = sent(data)
     assert first == second
     assert sorted(first) == sorted(bytes([number]) * 1000 for number in range(12))
     assert first != sorted(first)
@@ -70,7 +69,7 @@ def test_parquet_rows_are_sent_the_test_split_first(column: str, tmp_path: Path)
     for split in ("train", "test"):
         rows = [{"bytes": f"{split}{number}".encode(), "path": None} for number in range(3)]
         pq.write_table(pa.table({column: rows}), data / f"{split}-0.parquet")
-    images, what = sent(data, tmp_path / "out")
+    images, what = sent(data)
     assert sorted(images) == [b"test0", b"test1", b"test2"]
     assert "rows of test-0.parquet" in what
 
@@ -144,7 +143,7 @@ def test_the_mix_of_sizes_and_labels_is_said(tmp_path: Path) -> None:
 
 
 def test_without_data_jpegs_of_about_100_kb_are_generated(tmp_path: Path) -> None:
-    images, what = sent(None, tmp_path / "out")
+    images, what = sent(None)
     assert "64 generated JPEGs, 640×480 pixels" in what
     assert len(set(images)) == 64
     assert all(60_000 < len(image) < 160_000 for image in images)
@@ -179,15 +178,15 @@ def test_weights_that_need_too_many_images_are_an_error() -> None:
 
 def test_data_that_holds_nothing_to_send_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(PayloadError, match="is not a folder"):
-        write_payloads(tmp_path / "nowhere", tmp_path)
+        read_payloads(tmp_path / "nowhere")
     with pytest.raises(PayloadError, match="neither image files"):
-        write_payloads(tmp_path, tmp_path)
+        read_payloads(tmp_path)
     folder_of(tmp_path, "test/cat/1.png")
     with pytest.raises(PayloadError, match=r"nor class folders of image files; did you mean .*/test\?"):
-        write_payloads(tmp_path, tmp_path)
+        read_payloads(tmp_path)
     pq.write_table(pa.table({"pixels": [1]}), tmp_path / "x.parquet")
     with pytest.raises(PayloadError, match="no column img or image: it has pixels"):
-        write_payloads(tmp_path, tmp_path)
+        read_payloads(tmp_path)
 
 
 def test_a_parquet_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
