@@ -4,7 +4,7 @@
 #   docker run --rm --read-only --tmpfs /tmp --cap-drop ALL --publish 127.0.0.1:8000:8000 stridevit:cpu
 #
 # Flags of `python -m service` may follow the image's name. Stop it with at least `--time 35`: accepted requests have
-# STRIDEVIT_DRAIN_SECONDS (30) to finish.
+# STRIDEVIT_GRACEFUL_TIMEOUT_SECONDS (30) to finish.
 #
 # Behind a mirror or a TLS proxy pip takes two secrets, neither of which ends up in the image. Both are optional:
 #   --secret id=pip_conf,src=pip.conf           with `cert = /run/secrets/ca_bundle` if the other one is given too

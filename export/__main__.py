@@ -25,9 +25,9 @@ from export.subjects import finished_run, random_weights
 from export.verify import read_graph
 from export.verify import verify as verify_bundle
 from service.bundle import MODEL_FILE, Precision, read_bundle
-from service.cores import available_cores
 from service.engine import resolve_device
 from service.errors import BundleError, EngineError
+from service.host import available_cores
 from training.models import PRESETS, architecture
 from training.readers import DataError
 from training.runs import RunError

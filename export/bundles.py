@@ -18,9 +18,9 @@ from export.quantize import quantize, quantize_by_batch
 from export.served import MLP_PARTS
 from export.subjects import Pixels, Subject
 from service.bundle import GOLDEN_FILE, Accuracy, Manifest, Precision, Source, Tensor, publish
-from service.cores import available_cores
 from service.engine import INPUT, OUTPUTS, Engine
-from service.golden import check_golden
+from service.host import available_cores
+from service.models.verify import check_golden
 from training.describe import count_macs
 from training.models import Classifier, count_parameters
 from training.variants import parse_variant

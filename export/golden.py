@@ -13,8 +13,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from service.bundle import Golden, Preprocessing, Tolerance
-from service.decode import decode
-from service.golden import MAX_GOLDEN_PIXELS
+from service.images import decode
+from service.models.verify import MAX_GOLDEN_PIXELS
 
 COUNT = 8
 Outputs = npt.NDArray[np.float32]

@@ -8,10 +8,10 @@ import onnx
 from export.graph import ExportError, check_standard, op_types
 from export.kernels import gaps
 from service.bundle import LABELS_FILE, MANIFEST_FILE, MODEL_FILE, Bundle, read_bundle
-from service.cores import available_cores
 from service.engine import Engine
 from service.errors import BundleError
-from service.golden import prove
+from service.host import available_cores
+from service.models.verify import prove
 
 
 @dataclass(frozen=True, kw_only=True)

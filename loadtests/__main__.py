@@ -3,7 +3,7 @@
 import typer
 
 from loadtests.accuracy.cli import accuracy
-from loadtests.comparison.cli import compare
+from loadtests.compare.cli import compare
 from loadtests.limit.cli import limit
 from loadtests.mlperf.cli import mlperf
 from loadtests.overload.cli import overload
@@ -13,7 +13,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="""Find out which model to run, at which load, at what cost in accuracy and memory.
 
-    To drive any server by hand, with Locust's web page or on several machines, see `loadtests/locustfile.py`.""",
+    To drive any server by hand, with Locust's web page or on several machines, see
+    `loadtests/generator/locustfile.py`.""",
 )
 for command in (compare, limit, overload, accuracy, mlperf):
     app.command()(command)

@@ -20,17 +20,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from service import flags, limit
+from service import engine_limit as ceiling
+from service import flags
 from service.app import create_app
 from service.bundle import model_names
-from service.classify import Classifier
-from service.cores import available_cores
-from service.cost import Load
-from service.errors import StartError
+from service.errors import StartupError
 from service.flags import with_settings
-from service.keys import new_key
-from service.registry import Registry
-from service.scheduler import Scheduler
+from service.host import available_cores
+from service.http.keys import new_key
+from service.models.registry import Registry
+from service.pipeline import Classifier
+from service.scheduling.cost import Load
+from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
 
 # Locals in a traceback would show the hashes of keys.
@@ -63,7 +64,7 @@ def serve(settings: Settings) -> None:
             server_header=False,
             proxy_headers=bool(settings.trusted_proxies),
             forwarded_allow_ips=list(settings.trusted_proxies),
-            timeout_graceful_shutdown=settings.drain_seconds,
+            timeout_graceful_shutdown=settings.graceful_timeout_seconds,
         ),
         application.state.classifier,
     )
@@ -91,7 +92,7 @@ def check_command(settings: Settings) -> None:
         table.add_row(row.name, row.version, row.variant, row.precision, row.top1, state)
     Console().print(table)
     if settings.default_model is not None and settings.default_model not in {row.name for row in rows if row.good}:
-        raise StartError(f"default_model {settings.default_model!r} is not among the good models")
+        raise StartupError(f"default_model {settings.default_model!r} is not among the good models")
     if not rows or not all(row.good for row in rows):
         raise typer.Exit(1)
 
@@ -117,7 +118,7 @@ def check(settings: Settings) -> Iterator[Checked]:
         scheduler = Scheduler(load := Load())
         registry = Registry(alone, scheduler, load, threads=threads)
         # The index says why.
-        with contextlib.suppress(StartError):
+        with contextlib.suppress(StartupError):
             registry.load_all()
         ready = {model.version: model for model in registry.ready}
         for entry in registry.index:
@@ -154,8 +155,8 @@ def engine_limit(
     `python -m loadtests limit` sets the service, and a plain server, against it.
     """
     _configure_logging("warning")
-    reached = limit.run(settings, model, images, seconds)
-    typer.echo(json.dumps(asdict(reached)) if as_json else limit.render(reached))
+    reached = ceiling.run(settings, model, images, seconds)
+    typer.echo(json.dumps(asdict(reached)) if as_json else ceiling.render(reached))
 
 
 @app.command()
@@ -197,7 +198,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._classifier.ready = False
-        await asyncio.sleep(self._classifier.settings.grace_seconds)
+        await asyncio.sleep(self._classifier.settings.shutdown_delay_seconds)
         await super().shutdown(sockets)
 
 

@@ -21,23 +21,23 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import problems, v1, v2
-from service.classify import Classifier
-from service.direct import Shortcut
 from service.errors import NotReady
-from service.gate import Gate
+from service.http import problems, v1, v2
+from service.http.auth import Gate
+from service.http.openapi import Shortcut
 from service.metrics import Metrics
+from service.pipeline import Classifier
 from service.settings import Settings
 from service.tracing import Tracing
 
 log = structlog.get_logger()
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
-_PAGE = Path(__file__).with_name("page.html")
+_PAGE = Path(__file__).parent / "http" / "page" / "index.html"
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Load and prove the models, and build the app that serves them. Raises StartError."""
+    """Load and prove the models, and build the app that serves them. Raises StartupError."""
     release = version("stridevit")
     tracing = Tracing(settings.otlp_endpoint, version=release) if settings.otlp_endpoint else None
     metrics = Metrics()

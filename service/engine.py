@@ -71,7 +71,7 @@ _PROVIDERS: dict[Device, str] = {
 class Tuning:
     """What may be asked of an engine beside its device."""
 
-    spinning: bool = True
+    allow_spinning: bool = True
     """Idle engine threads burn their core for a moment in the hope of work: faster alone, slower beside decoders."""
     gpu_memory_bytes: int = 0
     """Limit of the device's memory arena; 0 for none."""
@@ -106,7 +106,7 @@ class Engine:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if tuning.spinning else "0")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if tuning.allow_spinning else "0")
         # With it, the second run of a batch size reserves one more block, as large as all that the first one needed.
         options.enable_mem_pattern = device != "cpu"
         if trace is not None:

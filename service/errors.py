@@ -1,7 +1,7 @@
-"""Everything that can go wrong in the service, without HTTP in it (`service.problems` maps it once).
+"""Everything that can go wrong in the service, without HTTP in it (`service.http.problems` maps it once).
 
 ServiceError
-├── StartError              the service cannot start as it was asked to
+├── StartupError              the service cannot start as it was asked to
 │   └── EngineError         no or two ONNX Runtimes, or a device that cannot be had
 ├── BundleError             a bundle that must not take traffic
 └── RequestError            one request cannot be answered; nobody else's is lost
@@ -16,9 +16,9 @@ ServiceError
     ├── UnknownModel
     ├── NoSuitableModel     no model of the family meets the caller's floor
     ├── NotReady            loading or draining; safe to retry
-    ├── Busy                no room, or no way to finish in time; safe to retry after `retry_after_s`
-    ├── Expired             the deadline passed before the work was done; safe to retry
-    ├── HungUp              the caller has left: nobody reads the answer
+    ├── Overloaded                no room, or no way to finish in time; safe to retry after `retry_after_s`
+    ├── DeadlineExceeded             the deadline passed before the work was done; safe to retry
+    ├── ClientDisconnected              the caller has left: nobody reads the answer
     ├── Unauthorized        no key, or a wrong one
     └── Forbidden           not with this key, or switched off
 """
@@ -30,11 +30,11 @@ class ServiceError(Exception):
     """Base of all errors of this package. The message is for people and names the fix where there is one."""
 
 
-class StartError(ServiceError):
+class StartupError(ServiceError):
     """The service cannot start as it was asked to."""
 
 
-class EngineError(StartError):
+class EngineError(StartupError):
     """No inference engine as asked for."""
 
 
@@ -90,7 +90,7 @@ class NoSuitableModel(RequestError):
     """The family has no model that meets the caller's floor."""
 
 
-class Busy(RequestError):
+class Overloaded(RequestError):
     """There is no room for the request, or it could not finish in time. Nothing was done for it."""
 
     def __init__(self, message: str, *, reason: Literal["images", "bytes", "deadline"], retry_after_s: float) -> None:
@@ -99,11 +99,11 @@ class Busy(RequestError):
         self.retry_after_s = retry_after_s
 
 
-class Expired(RequestError):
+class DeadlineExceeded(RequestError):
     """The deadline passed before the work was done."""
 
 
-class HungUp(RequestError):
+class ClientDisconnected(RequestError):
     """The caller has left."""
 
 

@@ -7,10 +7,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from service.memory import peak_bytes
+from service.host import peak_bytes
 
 if TYPE_CHECKING:
-    from service.classify import Classifier
+    from service.pipeline import Classifier
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -139,7 +139,7 @@ class _State:
         yield _gauge(
             "stridevit_predicted_drain_seconds",
             "How long the work accepted so far will take, by the cost model.",
-            admission.drain_seconds(),
+            admission.graceful_timeout_seconds(),
         )
         yield _gauge(
             "stridevit_device_slowdown_ratio",

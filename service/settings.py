@@ -29,7 +29,7 @@ GROUPS: Final = {
     "host": "Network",
     "api_key_hashes": "Security",
     "device": "Engine",
-    "max_pending": "Limits",
+    "max_pending_images": "Limits",
     "default_deadline_ms": "Deadlines",
     "config": "Operation",
 }
@@ -117,7 +117,7 @@ class Settings(BaseSettings):
     """Names of the models to serve; empty: all in the repository."""
     default_model: _Optional[str] = None
     """What answers a request that names no model; unset: the one with the highest top-1."""
-    keep_versions: PositiveInt = 1
+    versions_to_serve: PositiveInt = 1
     """How many versions of each model to serve, the newest first."""
     poll_seconds: Annotated[float, Field(ge=0)] = 0.0
     """Seconds between two looks for new and removed versions; 0: only when asked through `/v2/repository`."""
@@ -151,26 +151,26 @@ class Settings(BaseSettings):
     """Folder where TensorRT keeps the engines that it builds, so that only the first start is slow; unset: none."""
     threads: NonNegativeInt = 0
     """Cores to use in all; 0: those granted by affinity and the container's CPU quota."""
-    engine_threads: NonNegativeInt = 0
+    intra_op_threads: NonNegativeInt = 0
     """Threads that compute one batch on the CPU; 0: all of `threads`."""
     decode_threads: NonNegativeInt = 0
     """Threads that decode and resize images; 0: all of `threads`."""
-    spinning: bool = False
+    allow_spinning: bool = False
     """Engine threads spin while they wait: a little faster, and all their cores are busy for it."""
     max_batch: PositiveInt = 16
     """Images that the engine takes at once, at most: within it, warm-up chooses for each model the size that pays."""
 
-    max_pending: PositiveInt = 256
+    max_pending_images: PositiveInt = 256
     """Images accepted and not yet answered, at most; beyond it requests get 429."""
     max_pending_bytes: PositiveInt = 256 * 1024 * 1024
     """Bodies accepted and not yet answered, together, in bytes; beyond it requests get 429."""
     max_body_bytes: PositiveInt = 32 * 1024 * 1024
     """Largest request body, in bytes; beyond it requests get 413."""
-    max_images: PositiveInt = 32
+    max_images_per_request: PositiveInt = 32
     """Images in one request, at most."""
     max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 50_000_000
     """Largest image, in pixels, checked before decoding. Pillow itself refuses more than 178,956,970 pixels."""
-    read_seconds: Annotated[float, Field(gt=0)] = 30.0
+    body_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Seconds that a client may take to send its body, before it gets 408."""
 
     default_deadline_ms: PositiveInt = 30_000
@@ -179,16 +179,16 @@ class Settings(BaseSettings):
     """Longest deadline that a request may ask for, in milliseconds; longer wishes are cut to it."""
     deadline_margin: _Margin = 0.8
     """Part of its deadline within which a request's predicted finish must lie, or it is turned away at once."""
-    recover_margin: _Margin = 0.5
+    step_up_headroom: _Margin = 0.5
     """Part of what the deadline leaves beside a model's own work that waiting may take before a family returns to that
     more accurate model: below 1, so that the choice does not swing."""
 
     config: _Optional[Path] = None
     """TOML file of settings, one `name = value` each, without tables; relative paths in it are relative to the current
     folder."""
-    grace_seconds: Annotated[float, Field(ge=0)] = 0.0
+    shutdown_delay_seconds: Annotated[float, Field(ge=0)] = 0.0
     """After SIGTERM, seconds to serve on while `/readyz` says 503, so that load balancers can turn away first."""
-    drain_seconds: PositiveInt = 30
+    graceful_timeout_seconds: PositiveInt = 30
     """After SIGTERM and the grace period, seconds that accepted requests may take to finish."""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_log_level)] = "info"
     """Least severe events to log."""
@@ -200,10 +200,10 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _limits_fit_each_other(self) -> Self:
-        if self.max_images > self.max_pending:
+        if self.max_images_per_request > self.max_pending_images:
             raise ValueError(
-                f"max_images ({self.max_images}) exceeds max_pending ({self.max_pending}): "
-                "the largest request could never be admitted"
+                f"max_images_per_request ({self.max_images_per_request}) exceeds max_pending_images "
+                f"({self.max_pending_images}): the largest request could never be admitted"
             )
         if self.max_body_bytes > self.max_pending_bytes:
             raise ValueError(

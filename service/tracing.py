@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from service.errors import StartError
+from service.errors import StartupError
 
 STAGES = ("read", "decode", "queue", "inference")
 
@@ -16,7 +16,7 @@ class Tracing:
     """Sends spans to a collector by OTLP over HTTP, in the background and in batches."""
 
     def __init__(self, endpoint: str, *, version: str, exporter: Any = None) -> None:
-        """`endpoint`: such as http://collector:4318/v1/traces. Raises StartError without the extra."""
+        """`endpoint`: such as http://collector:4318/v1/traces. Raises StartupError without the extra."""
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
             from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
@@ -24,7 +24,7 @@ class Tracing:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
         except ImportError as error:
-            raise StartError(
+            raise StartupError(
                 f"otlp_endpoint is set, but {error.name} is not installed: pip install 'stridevit[tracing]'"
             ) from error
         resource = Resource.create({"service.name": "stridevit", "service.version": version})

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loadtests.server import free_port
+from loadtests.experiment.server import free_port
 
 ROOT = Path(__file__).parents[1]
 in_a_checkout = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git checkout of this project")

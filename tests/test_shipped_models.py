@@ -13,7 +13,7 @@ import torch
 from export.precision import MAX_ACCURACY_LOSS
 from service.bundle import Bundle, model_names, read_bundle, versions
 from service.engine import Engine
-from service.golden import prove
+from service.models.verify import prove
 from tests.processes import ROOT, serving
 from training.data import load_dataset
 from training.runs import ModelCard, load_final

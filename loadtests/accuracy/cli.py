@@ -10,10 +10,9 @@ from rich.console import Console
 from loadtests.accuracy import report as accuracy_report
 from loadtests.accuracy.figures import figures
 from loadtests.accuracy.survey import AccuracyError, Plan, Survey, survey
-from loadtests.machine import environment
-from loadtests.payloads import PayloadError
-from loadtests.server import ServerError
-from loadtests.terminal import (
+from loadtests.experiment.machine import environment
+from loadtests.experiment.server import ServerError
+from loadtests.experiment.terminal import (
     Command,
     ServiceArgs,
     console,
@@ -23,6 +22,7 @@ from loadtests.terminal import (
     this_command,
     warn,
 )
+from loadtests.generator.payloads import PayloadError
 
 
 def accuracy(

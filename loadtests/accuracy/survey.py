@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 
-from loadtests.labelled import Label, Payload, PayloadError, Source, source_of
-from loadtests.server import running_server
+from loadtests.experiment.server import running_server
+from loadtests.generator.labelled import Label, Payload, PayloadError, Source, source_of
 
 TOP = 5
 _ATTEMPTS = 8

@@ -7,13 +7,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from loadtests.limit import report as limit_report
-from loadtests.limit import soak as soaking
-from loadtests.limit.measure import Plan, Results, measure
-from loadtests.machine import environment
-from loadtests.payloads import PayloadError
-from loadtests.server import ServerError
-from loadtests.terminal import (
+from loadtests.experiment.machine import environment
+from loadtests.experiment.server import ServerError
+from loadtests.experiment.terminal import (
     Command,
     Data,
     Repository,
@@ -25,6 +21,10 @@ from loadtests.terminal import (
     progress_bar,
     this_command,
 )
+from loadtests.generator.payloads import PayloadError
+from loadtests.limit import report as limit_report
+from loadtests.limit.measure import Plan, Results, measure
+from loadtests.soak import soak as soaking
 
 
 def limit(

@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from loadtests import sequence
-from loadtests.drive import Ask, closed_loop, open_loop
-from loadtests.load import Load
-from loadtests.payloads import describe, read_payloads
-from loadtests.server import Server, ServerError, end, running, running_server
+from loadtests.experiment.drive import Ask, closed_loop, open_loop
+from loadtests.experiment.server import Server, ServerError, end, running, running_server
+from loadtests.generator import sequence
+from loadtests.generator.load import Load
+from loadtests.generator.payloads import describe, read_payloads
 
 Arm = Literal["engine", "service", "plain"]
 ARMS: tuple[Arm, ...] = ("engine", "service", "plain")

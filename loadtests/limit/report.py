@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from loadtests.comparison.intervals import percentile
-from loadtests.documents import strict, write_json
+from loadtests.experiment.documents import strict, write_json
 from loadtests.limit.measure import Arm, Drive, Results
+from loadtests.statistics import percentile
 
 POOLED = -1
 """Stands for the round where a figure is of all rounds together."""

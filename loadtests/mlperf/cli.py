@@ -8,12 +8,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from loadtests.machine import environment
-from loadtests.mlperf import report as mlperf_report
-from loadtests.mlperf.drive import SCENARIOS, SHORT_LATENCY_MS, MlperfError, Plan, Results, Scenario, drive
-from loadtests.payloads import PayloadError
-from loadtests.server import ServerError
-from loadtests.terminal import (
+from loadtests.experiment.machine import environment
+from loadtests.experiment.server import ServerError
+from loadtests.experiment.terminal import (
     Command,
     Data,
     ServiceArgs,
@@ -23,6 +20,9 @@ from loadtests.terminal import (
     fail,
     this_command,
 )
+from loadtests.generator.payloads import PayloadError
+from loadtests.mlperf import report as mlperf_report
+from loadtests.mlperf.drive import SCENARIOS, SHORT_LATENCY_MS, MlperfError, Plan, Results, Scenario, drive
 
 
 def mlperf(

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-from loadtests.direct import get_json
+from loadtests.experiment.direct import get_json
+from loadtests.experiment.server import Server, ServerError, running_server
+from loadtests.generator.payloads import Payload, PayloadError, describe, read_payloads
 from loadtests.mlperf.summary import Accuracy, Summary, accuracy_of, parse_summary
-from loadtests.payloads import Payload, PayloadError, describe, read_payloads
-from loadtests.server import Server, ServerError, running_server
 
 Scenario = Literal["SingleStream", "Offline", "Server"]
 SCENARIOS: tuple[Scenario, ...] = ("SingleStream", "Offline", "Server")

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from loadtests.documents import strict, write_json
+from loadtests.experiment.documents import strict, write_json
 from loadtests.mlperf.drive import Results, Run, Scenario
 
 HEADLINES: dict[Scenario, str] = {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loadtests.payloads import Label
+from loadtests.generator.payloads import Label
 
 _VALUE = re.compile(r"(?P<name>\S.*?)\s*:\s*(?P<value>\S.*)")
 _VERDICT = "Result is"

@@ -6,15 +6,10 @@ from typing import Annotated
 
 import typer
 
-from loadtests.documents import write_json
-from loadtests.machine import environment
-from loadtests.overload import measure as report
-from loadtests.overload.measure import Plan
-from loadtests.overload.measure import overload as run_overload
-from loadtests.payloads import PayloadError
-from loadtests.rates import parse_rates
-from loadtests.server import ServerError
-from loadtests.terminal import (
+from loadtests.experiment.documents import write_json
+from loadtests.experiment.machine import environment
+from loadtests.experiment.server import ServerError
+from loadtests.experiment.terminal import (
     Command,
     Data,
     ServiceArgs,
@@ -25,6 +20,11 @@ from loadtests.terminal import (
     progress_bar,
     this_command,
 )
+from loadtests.generator.payloads import PayloadError
+from loadtests.generator.rates import parse_rates
+from loadtests.overload import measure as report
+from loadtests.overload.measure import Plan
+from loadtests.overload.measure import overload as run_overload
 
 _START_STOP_SECONDS = 8
 """What a block costs beside its load, for the estimate."""

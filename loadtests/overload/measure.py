@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from loadtests import sequence
-from loadtests.comparison.intervals import percentile
-from loadtests.documents import strict
-from loadtests.drive import Ask, shaped
-from loadtests.payloads import read_payloads
-from loadtests.samples import LATE_MS, UNSENT
-from loadtests.server import running_server
+from loadtests.experiment.documents import strict
+from loadtests.experiment.drive import Ask, shaped
+from loadtests.experiment.server import running_server
+from loadtests.generator import sequence
+from loadtests.generator.payloads import read_payloads
+from loadtests.generator.samples import LATE_MS, UNSENT
+from loadtests.statistics import percentile
 
 Steps = list[tuple[float, float]]
 

@@ -17,10 +17,10 @@ from export.subjects import Subject, finished_run
 from export.verify import verify
 from service.app import create_app
 from service.bundle import SUMS_FILE, Precision, read_bundle
-from service.cost import Load
 from service.engine import Engine
-from service.registry import Registry
-from service.scheduler import Scheduler
+from service.models.registry import Registry
+from service.scheduling.cost import Load
+from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
 from tests.service.conftest import PNG
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from service.bundle import Preprocessing
-from service.decode import decode
 from service.errors import ImageError
+from service.images import decode
 from tests.service.conftest import encoded, noise
 from tests.service.test_draft import MUCH_LARGER
 from training import pictures

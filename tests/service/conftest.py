@@ -47,6 +47,8 @@ async def until(condition: Callable[[], bool]) -> None:
 @pytest.fixture(scope="module")
 def client(repository: Path) -> Iterator[TestClient]:
     """HTTP in this process, without a socket."""
-    settings = Settings(repository=repository, max_body_bytes=200_000, max_pixels=1_000_000, max_images=4, threads=1)
+    settings = Settings(
+        repository=repository, max_body_bytes=200_000, max_pixels=1_000_000, max_images_per_request=4, threads=1
+    )
     with TestClient(create_app(settings), raise_server_exceptions=False) as session:
         yield session

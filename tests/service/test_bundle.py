@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from service.bundle import CONTENT_FILES, SUMS_FILE, Golden, model_names, publish, read_bundle, versions
 from service.engine import Engine
 from service.errors import BundleError
-from service.golden import prove
+from service.models.verify import prove
 from tests.service.conftest import resum
 
 

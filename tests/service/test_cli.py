@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from service import __main__ as command_line
 from service.flags import markdown
-from service.keys import KeyRing
+from service.http.keys import KeyRing
 from service.settings import ENV_PREFIX, Settings
 from tests.processes import ROOT, serving
 
@@ -81,11 +81,11 @@ def test_settings_tell_the_value_in_effect_and_where_it_comes_from(
     config = tmp_path / "s.toml"
     config.write_text('max_batch = 2\nmax_images = 3\ndevice = "cpu"\ntf32 = true\n')
     monkeypatch.setenv("STRIDEVIT_MAX_BATCH", "4")
-    monkeypatch.setenv("STRIDEVIT_MAX_IMAGES", "5")
+    monkeypatch.setenv("STRIDEVIT_MAX_IMAGES_PER_REQUEST", "5")
     result = run("settings", "--config", str(config), "--max-batch", "6", "--models", "a,b", "--no-tf32")
     assert result.exit_code == 0, result.output
     assert told(result, "max_batch") == ["6", "flag --max-batch"]
-    assert told(result, "max_images") == ["5", "environment STRIDEVIT_MAX_IMAGES"]
+    assert told(result, "max_images_per_request") == ["5", "environment STRIDEVIT_MAX_IMAGES_PER_REQUEST"]
     assert told(result, "device") == ["cpu", f"file {config}"]
     assert told(result, "tf32") == ["false", "flag --tf32"]
     assert told(result, "models") == ["a,b", "flag --models"]

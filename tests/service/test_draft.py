@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageOps
 
 from service.bundle import Preprocessing
-from service.decode import decode
 from service.errors import BadImage
+from service.images import decode
 from tests.service.conftest import encoded, noise
 
 MUCH_LARGER = 6

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service import cores, engine
+from service import engine, host
 from service.engine import Engine, require_one_engine, resolve_device
 from service.errors import EngineError
 from tests.processes import ROOT
@@ -77,6 +77,6 @@ def test_threads_follow_the_container_s_quota(
 ) -> None:
     quota = tmp_path / "cpu.max"
     quota.write_text(text)
-    monkeypatch.setattr(cores, "_CGROUP_V2", quota)
+    monkeypatch.setattr(host, "_CGROUP_V2", quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
-    assert cores.available_cores() == expected
+    assert host.available_cores() == expected

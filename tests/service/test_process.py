@@ -65,7 +65,7 @@ def test_an_idle_service_ends_with_0(repository: Path, end: signal.Signals) -> N
 
 
 def test_in_the_grace_period_it_is_not_ready_and_serves_on(repository: Path) -> None:
-    with serving(repository, environment={"STRIDEVIT_GRACE_SECONDS": "3"}) as (url, process):
+    with serving(repository, environment={"STRIDEVIT_SHUTDOWN_DELAY_SECONDS": "3"}) as (url, process):
         process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + 2.5
         while (ready := httpx.get(url + "/readyz")).status_code == 200:

@@ -36,14 +36,14 @@ def test_arguments_win_over_the_environment_over_the_file_over_defaults(
 ) -> None:
     config.write_text('max_batch = 2\nmax_images = 2\nmax_pending = 2\nmodels = ["a", "b"]\ntf32 = true\n')
     monkeypatch.setenv("STRIDEVIT_MAX_BATCH", "3")
-    monkeypatch.setenv("STRIDEVIT_MAX_IMAGES", "1")
+    monkeypatch.setenv("STRIDEVIT_MAX_IMAGES_PER_REQUEST", "1")
     if named_in == "environment":
         monkeypatch.setenv("STRIDEVIT_CONFIG", str(config))
         settings = Settings(max_batch=4)
     else:
         settings = Settings(max_batch=4, config=config)
-    assert (settings.max_batch, settings.max_images, settings.max_pending) == (4, 1, 2)
-    assert (settings.models, settings.tf32, settings.keep_versions) == (("a", "b"), True, 1)
+    assert (settings.max_batch, settings.max_images_per_request, settings.max_pending_images) == (4, 1, 2)
+    assert (settings.models, settings.tf32, settings.versions_to_serve) == (("a", "b"), True, 1)
 
 
 def test_an_argument_takes_back_the_file_that_the_environment_names(
@@ -67,10 +67,10 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
         ("max_batch", "0"),
         ("max_pixels", "many"),
         ("poll_seconds", "-1"),
-        ("read_seconds", "inf"),
-        ("keep_versions", "0"),
+        ("body_timeout_seconds", "inf"),
+        ("versions_to_serve", "0"),
         ("deadline_margin", "0"),
-        ("recover_margin", "1.1"),
+        ("step_up_headroom", "1.1"),
         ("log_level", "loud"),
         ("log_requests", "some"),
         ("otlp_endpoint", "collector:4318"),
@@ -91,7 +91,7 @@ def test_a_value_that_cannot_be_is_an_error(name: str, value: str, monkeypatch: 
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"max_images": 3, "max_pending": 2}, "could never be admitted"),
+        ({"max_images_per_request": 3, "max_pending_images": 2}, "could never be admitted"),
         ({"max_body_bytes": 3, "max_pending_bytes": 2}, "could never be admitted"),
         ({"default_deadline_ms": 3, "max_deadline_ms": 2}, "default_deadline_ms .3. exceeds max_deadline_ms"),
     ],

@@ -10,7 +10,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from service import app as app_module
 from service.app import create_app
-from service.errors import StartError
+from service.errors import StartupError
 from service.settings import Settings
 from service.tracing import Tracing
 from tests.service.identity import picture, publish_identity
@@ -71,7 +71,7 @@ def test_without_a_caller_s_trace_a_new_one_begins_and_a_malformed_one_is_ignore
 
 def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(StartError, match=r"pip install 'stridevit\[tracing\]'"):
+    with pytest.raises(StartupError, match=r"pip install 'stridevit\[tracing\]'"):
         Tracing("http://127.0.0.1:1", version="1")
 
 

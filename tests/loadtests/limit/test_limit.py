@@ -14,11 +14,11 @@ import numpy as np
 import psutil
 import pytest
 
+from loadtests.experiment.server import ServerError, running
+from loadtests.generator.load import Load
 from loadtests.limit.measure import Arm, Drive, Plan, Results, newest
 from loadtests.limit.report import POOLED, as_json, markdown, ratio, ratios, rows
-from loadtests.limit.soak import LONGER_SIDES, Soak, mixed_sizes
-from loadtests.load import Load
-from loadtests.server import ServerError, running
+from loadtests.soak.soak import LONGER_SIDES, Soak, mixed_sizes
 from tests.processes import ROOT, serving
 from tests.service.conftest import encoded, noise
 

@@ -23,11 +23,11 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from loadtests.generator.payloads import Label
 from loadtests.mlperf.drive import Plan, Results, Run
 from loadtests.mlperf.report import as_json, markdown, notes, unmet
 from loadtests.mlperf.summary import Accuracy, Summary, accuracy_of, parse_summary
 from loadtests.mlperf.sut import Connection, Refused
-from loadtests.payloads import Label
 from tests.processes import ROOT, serving
 
 INVALID = """\

@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from loadtests.__main__ import app
+from loadtests.generator.samples import UNSENT
 from loadtests.overload.measure import Answer, Block, Plan, markdown, results
-from loadtests.samples import UNSENT
 
 
 def plan_of(*targets: str) -> Plan:

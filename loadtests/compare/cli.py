@@ -1,0 +1,238 @@
+"""`python -m loadtests compare`."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from loadtests.compare.compare import Asked
+from loadtests.compare.compare import compare as run_comparison
+from loadtests.experiment.arms import ArmError, parse_arms, resolved, twin
+from loadtests.experiment.documents import write_json
+from loadtests.experiment.machine import environment
+from loadtests.experiment.model import Comparison, Plan
+from loadtests.experiment.schedule import Costs, fitted
+from loadtests.experiment.server import ServerError
+from loadtests.experiment.store import Store, StoreError
+from loadtests.experiment.terminal import (
+    Command,
+    Data,
+    Repository,
+    ServiceArgs,
+    console,
+    end_as_if_interrupted,
+    fail,
+    progress_bar,
+    this_command,
+    warn,
+)
+from loadtests.generator.load import Protocol
+from loadtests.generator.payloads import DEFAULT_SIZES, Payload, PayloadError, describe, parse_sizes, read_payloads
+from loadtests.report import regress, report
+from loadtests.report.page import write_page
+from loadtests.report.plots import write_plots
+from loadtests.report.regress import ResultsError
+from loadtests.report.verdicts import Findings, judge
+
+DEFAULT_BLOCKS = 10
+_QUICK_BLOCKS, _QUICK_SECONDS = 3, 3.0
+_REGRESSED = 3
+"""Exit code."""
+
+
+def compare(
+    models: Annotated[
+        str,
+        typer.Option(
+            help="What to compare, separated by commas; the first is the baseline. NAME is a model of the repository, "
+            "NAME?max_batch=1 the same with a setting of the service, NAME@http://HOST:PORT a server that runs "
+            "already, NAME@git:COMMIT the service of another commit."
+        ),
+    ],
+    repository: Repository = Path("models"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.html, report.md, results.json, samples.npz, plots and server logs.")
+    ] = Path("results/compare"),
+    data: Data = None,
+    sizes: Annotated[
+        str | None, typer.Option(help="Of generated JPEGs, with weights: '640x480:3,1920x1080:1'. [640x480]")
+    ] = None,
+    protocol: Annotated[Protocol, typer.Option(help="v1 sends image files, v2 binary tensors.")] = "v1",
+    users: Annotated[int, typer.Option(min=1, help="Users of the closed loop, enough to saturate the server.")] = 16,
+    loads: Annotated[
+        str, typer.Option(help="Rates of the two open loops, as parts of what the slowest arm can do.")
+    ] = "0.3,0.7",
+    blocks: Annotated[int, typer.Option(min=2, help="Blocks of each arm, interleaved.")] = DEFAULT_BLOCKS,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=1, help="Measured seconds of each of a block's three loads. [fitted to the budget]"),
+    ] = None,
+    warmup: Annotated[float, typer.Option(min=0, help="Seconds dropped at the start of each load.")] = 1.0,
+    budget_minutes: Annotated[float, typer.Option(min=0.5, help="The plan is made to fit in this time.")] = 30.0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A look: 3 short blocks of each arm, no search; the report says so.")
+    ] = False,
+    noise_arm: Annotated[
+        bool, typer.Option("--noise-arm/--no-noise-arm", help="Measure the baseline twice (A/A), to see the noise.")
+    ] = True,
+    objective_ms: Annotated[
+        float | None, typer.Option(min=0.1, help="Latency to keep, for the largest rate. [users / saturated rate]")
+    ] = None,
+    objective_percentile: Annotated[float, typer.Option(min=50, max=99.9, help="By this part of the images.")] = 99.0,
+    searches: Annotated[int, typer.Option(min=0, help="Searches of that rate for each arm.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of arrivals, order of blocks and order of images.")] = 0,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="An earlier results.json: exit with 3 if an arm has become worse than it was then."),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="How much worse --against lets pass.")] = 0.05,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Drop what an interrupted comparison has left in --out.")
+    ] = False,
+    service_args: ServiceArgs = "",
+    command: Command = None,
+) -> None:
+    """Compare models, precisions, servers or commits: speed, latency, memory and accuracy, with intervals.
+
+    Every arm is measured in blocks, interleaved at random (A B B A), each in a fresh server process: two open loops of
+    Poisson arrivals at rates that are the same for all arms, where latency counts from the moment at which an image
+    was due, and a closed loop that saturates the server. An interrupted comparison goes on when the same is asked
+    again.
+
+    Example: `python -m loadtests compare --models cifar100-mha,cifar100-csra-r2 --data DIR`
+    """
+    if sizes and data:
+        fail("--sizes is of generated images: it does not go with --data")
+    try:
+        arms = tuple(resolved(arm) for arm in parse_arms(models))
+        shares = _shares(loads)
+        payloads = read_payloads(data, seed=seed, sizes=parse_sizes(sizes) if sizes else DEFAULT_SIZES)
+        former = regress.read(against) if against else None
+    except (ArmError, PayloadError, ResultsError, ValueError) as problem:
+        fail(str(problem))
+    if noise_arm:
+        arms = (*arms, twin(arms[0]))
+    plan = Plan(
+        repository=repository,
+        arms=arms,
+        data=data,
+        protocol=protocol,
+        users=users,
+        seconds=seconds or (_QUICK_SECONDS if quick else 0.0),
+        warmup_seconds=warmup,
+        rounds=min(blocks, _QUICK_BLOCKS) if quick else blocks,
+        default_rounds=DEFAULT_BLOCKS,
+        shares=shares,
+        objective_ms=objective_ms or 0.0,
+        objective_percentile=objective_percentile,
+        searches=0 if quick else searches,
+        budget_minutes=budget_minutes,
+        service_arguments=tuple(shlex.split(service_args)),
+        seed=seed,
+    )
+    guess = fitted(plan, Costs(), seconds=plan.seconds or None)
+    console.print(
+        f"{len(arms)} arms, {guess.rounds} blocks each: about {Costs().whole(guess) / 60:.0f} minutes; "
+        "a better estimate follows when each has been tried once"
+    )
+    comparison = Comparison(
+        plan=plan,
+        command=command or this_command(),
+        environment=environment(),
+        payloads=describe(payloads, data),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    asked = Asked(seconds=plan.seconds or None, objective_ms=objective_ms, rates=former["rates"] if former else None)
+    code = _run(comparison, payloads, out, asked=asked, fresh=fresh)
+    findings = _write(comparison, out)
+    if comparison.ended_early is None:
+        Store(out / "blocks").clear()
+    if any(row.failed for row in findings.rows) or any(search.failed for search in comparison.searches):
+        code = code or 1
+    if former is not None and not _compared(former, comparison, tolerance):
+        code = code or _REGRESSED
+    raise typer.Exit(code)
+
+
+def _run(comparison: Comparison, payloads: list[Payload], out: Path, *, asked: Asked, fresh: bool) -> int:
+    end_as_if_interrupted()
+    try:
+        with progress_bar() as progress:
+            bar = progress.add_task("starting", total=None)
+
+            def on_step(what: str, done: int, total: int) -> None:
+                progress.update(bar, description=what, completed=done, total=total)
+
+            def on_plan(plan: Plan, left: float) -> None:
+                progress.console.print(_settled(plan, comparison.rates, left))
+
+            run_comparison(
+                comparison,
+                payloads,
+                out,
+                asked=asked,
+                fresh=fresh,
+                on_step=on_step,
+                on_plan=on_plan,
+            )
+            progress.update(bar, completed=progress.tasks[0].total)
+    except (ArmError, PayloadError, ServerError, StoreError) as problem:
+        fail(str(problem))
+    except KeyboardInterrupt:
+        if not comparison.blocks:
+            console.print("\nstopped; its servers are gone, and no block was measured")
+            raise typer.Exit(130) from None
+        comparison.ended_early = "interrupted"
+        console.print("\nstopped; its servers are gone. The same command goes on; this is what it did until now:")
+        return 130
+    return 0
+
+
+def _settled(plan: Plan, rates: dict[str, float], left: float) -> str:
+    loops = " and ".join(f"{rate:g}/s" for rate in rates.values())
+    return (
+        f"{plan.rounds} blocks of each of {len(plan.arms)} arms, {plan.seconds:g} s for each load: open loops at "
+        f"{loops}, closed loop with {plan.users} users; p{plan.objective_percentile:g} to keep: "
+        f"{plan.objective_ms:g} ms; about {left / 60:.0f} minutes left"
+    )
+
+
+def _write(comparison: Comparison, out: Path) -> Findings:
+    findings = judge(comparison)
+    write_json(report.as_json(comparison, findings), out / "results.json")
+    report.write_samples(comparison, out / "samples.npz")
+    (out / "report.md").write_text(report.markdown(comparison, findings), encoding="utf-8")
+    write_plots(comparison, findings, out)
+    write_page(comparison, findings, out / "report.html")
+    Console(width=max(140, Console().width)).print(report.terminal_table(comparison, findings))
+    for warning in findings.warnings:
+        warn(warning)
+    typer.echo(f"report: {out / 'report.html'}")
+    return findings
+
+
+def _shares(text: str) -> tuple[float, float]:
+    try:
+        moderate, high = (float(word) for word in text.split(","))
+    except ValueError:
+        moderate = high = 0.0
+    if not 0 < moderate < high:
+        raise ValueError(f"--loads {text!r}: give two numbers, the smaller first, such as 0.3,0.7")
+    return moderate, high
+
+
+def _compared(former: dict[str, Any], comparison: Comparison, tolerance: float) -> bool:
+    """Whether nothing became worse; what did is told."""
+    for note in regress.notes(former, comparison):
+        warn(note)
+    found = regress.regressions(former, comparison, tolerance=tolerance)
+    for regression in found.worse:
+        console.print(f"[red]worse than before:[/] {escape(str(regression))}", highlight=False, soft_wrap=True)
+    if not found.tests:
+        fail("nothing could be compared with --against: the notes say why")
+    if not found.worse:
+        console.print(f"of {found.tests} figures none is worse than before by more than {tolerance:.0%}")
+    return not found.worse

@@ -1,0 +1,1 @@
+"""What is measured: arms, blocks, server processes, and how they are kept."""

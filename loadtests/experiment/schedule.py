@@ -1,0 +1,82 @@
+"""In which order the blocks of a comparison run, how long that takes, and how a plan is made to fit its budget."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from loadtests.experiment.model import LOADS, Arm, Plan
+
+PROBES = 5
+"""Of one bisection: they narrow the rate down to a 32nd of where it began."""
+SHORTEST_SECONDS = 3.0
+LONGEST_SECONDS = 20.0
+FEWEST_ROUNDS = 2
+
+_BEYOND_SECONDS = 1.0
+"""A generator sends this much longer than the window is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What a measurement takes beside its windows, in seconds; guesses until the arms have been tried."""
+
+    server: float = 8.0
+    """To start a server until it is ready, and to end it."""
+    generator: float = 2.5
+    """To start a generator, and to end it."""
+    probe: float = 0.0
+    """The shortest window of a bisection's probe in which its percentile can be seen."""
+
+    def load(self, plan: Plan) -> float:
+        """One load."""
+        return self.generator + plan.warmup_seconds + plan.seconds + _BEYOND_SECONDS
+
+    def block(self, plan: Plan) -> float:
+        """All loads of one arm."""
+        return self.server + len(LOADS) * self.load(plan)
+
+    def search(self, plan: Plan) -> float:
+        """One bisection."""
+        return self.server + PROBES * (self.load(plan) + max(0.0, self.probe - plan.seconds))
+
+    def whole(self, plan: Plan) -> float:
+        """All blocks and bisections."""
+        return plan.rounds * len(plan.arms) * self.block(plan) + plan.searches * len(tried(plan)) * self.search(plan)
+
+
+def tried(plan: Plan) -> list[Arm]:
+    """The arms without the A/A arm."""
+    return [arm for arm in plan.arms if arm.twin_of is None]
+
+
+def fitted(plan: Plan, costs: Costs, *, seconds: float | None) -> Plan:
+    """The plan with windows as long as its budget allows, or with fewer rounds if even the shortest are too long.
+
+    `seconds` is the length that the user wants; then only rounds can give way.
+    """
+    budget = plan.budget_minutes * 60
+    if seconds is not None:
+        fitting = replace(plan, seconds=seconds)
+    else:
+        # What a second more in every window costs tells how many there is room for.
+        shortest = replace(plan, seconds=SHORTEST_SECONDS)
+        at_least = costs.whole(shortest)
+        each = costs.whole(replace(plan, seconds=SHORTEST_SECONDS + 1)) - at_least
+        room = SHORTEST_SECONDS + (budget - at_least) / each
+        fitting = replace(plan, seconds=float(math.floor(min(LONGEST_SECONDS, max(SHORTEST_SECONDS, room)) * 2) / 2))
+    while costs.whole(fitting) > budget and fitting.rounds > FEWEST_ROUNDS:
+        fitting = replace(fitting, rounds=fitting.rounds - 1)
+    return fitting
+
+
+def order(arms: Sequence[Arm], rounds: int, *, seed: int) -> list[tuple[int, Arm]]:
+    """(round, arm) of every block: arms in a random order, then backwards (A B B A), then in another random order."""
+    generator = np.random.default_rng(seed)
+    blocks: list[tuple[int, Arm]] = []
+    shuffled: list[Arm] = []
+    for number in range(rounds):
+        shuffled = [arms[index] for index in generator.permutation(len(arms))] if number % 2 == 0 else shuffled[::-1]
+        blocks += [(number, arm) for arm in shuffled]
+    return blocks

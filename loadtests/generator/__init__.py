@@ -1,0 +1,1 @@
+"""What is sent: images, requests, arrival times; and the samples of what came back."""

@@ -1,0 +1,1 @@
+"""What was found: verdicts, tables, plots, pages."""

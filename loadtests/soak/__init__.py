@@ -1,0 +1,1 @@
+"""Many requests to one process: does its memory stay flat?"""

@@ -1,0 +1,1 @@
+"""HTTP: routes, bodies, tensors, keys, errors as answers."""

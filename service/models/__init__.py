@@ -1,0 +1,1 @@
+"""Models that take traffic: loaded, proven, exchanged, chosen."""

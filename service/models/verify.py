@@ -1,0 +1,65 @@
+"""The proof before traffic: a loaded model must give its golden outputs on this very machine."""
+
+import platform
+from pathlib import Path
+
+import numpy as np
+
+from service.bundle import GOLDEN_FILE, Bundle, Golden, Manifest
+from service.engine import Engine
+from service.errors import BundleError, ImageError
+from service.images import decode
+
+MAX_GOLDEN_PIXELS = 4_000_000
+
+
+def check_golden(golden: Golden, manifest: Manifest, engine: Engine, *, path: Path) -> None:
+    """Decode the golden images of the file `path`, run them in as few batches as the model allows, and compare.
+
+    Raises BundleError naming the file, the largest difference and the CPU if an output is beyond the manifest's
+    tolerance or a top-1 differs.
+    """
+    try:
+        pixels = np.stack(
+            [decode(image, manifest.preprocessing, max_pixels=MAX_GOLDEN_PIXELS) for image in golden.images]
+        )
+    except ImageError as error:
+        raise BundleError(f"{path}: {error}") from error
+    step = manifest.max_batch or len(pixels)
+    batches = [engine.run(pixels[start : start + step]) for start in range(0, len(pixels), step)]
+    logits, probabilities = (np.concatenate(output) for output in zip(*batches, strict=True))
+    if logits.shape != golden.logits.shape:
+        raise BundleError(f"{path}: the model gives {logits.shape[1:]} outputs, not {golden.logits.shape[1:]}")
+    logit_error = float(np.abs(logits - golden.logits).max())
+    probability_error = float(np.abs(probabilities - golden.probabilities).max())
+    flips = int((logits.argmax(axis=1) != golden.logits.argmax(axis=1)).sum())
+    # Written so that a NaN fails too.
+    if (
+        flips
+        or not logit_error <= manifest.tolerance.max_abs_logit
+        or not probability_error <= manifest.tolerance.max_abs_probability
+    ):
+        raise BundleError(
+            f"{path}: the model's outputs differ from the golden ones by {logit_error:.3g} in a logit "
+            f"(allowed {manifest.tolerance.max_abs_logit:g}), {probability_error:.3g} in a probability "
+            f"(allowed {manifest.tolerance.max_abs_probability:g}), and in {flips} top-1 of {len(logits)}; "
+            f"engine {engine.device}, CPU {cpu_features()}"
+        )
+
+
+def prove(bundle: Bundle, engine: Engine) -> None:
+    """Check a bundle on disk against its own golden file. Raises BundleError."""
+    check_golden(bundle.golden(), bundle.manifest, engine, path=bundle.folder / GOLDEN_FILE)
+
+
+def cpu_features() -> str:
+    """The processor and its vector extensions, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    flags = facts.get("flags", "").split()
+    vector = [flag for flag in flags if flag.startswith(("avx", "amx", "fma", "sse4"))]
+    model = facts.get("model name", platform.machine()).strip(": \t")
+    return f"{model} ({' '.join(vector)})"

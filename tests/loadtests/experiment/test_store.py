@@ -1,0 +1,66 @@
+"""Blocks on disk: what an interrupted comparison has measured is not measured again."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loadtests.experiment.model import HIGH, Block, Search
+from loadtests.experiment.store import Store, StoreError
+from loadtests.generator.load import Load
+
+
+def block(number: int, **changes: object) -> Block:
+    load = Load(
+        connections=None,
+        offered=30.0,
+        throughput=29.5,
+        latencies_ms=np.array([1.5, np.inf, 2.25]),
+        errors=1,
+        peak_bytes=7,
+        server_cores=0.5,
+        generator_cores=0.1,
+        stages_ms={"queue": 0.25},
+    )
+    values: dict[str, object] = {"arm": "a", "round": number, "loads": {HIGH: load}, "info": {"kv_tokens": 3}}
+    return Block(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_blocks_and_searches_come_back_as_they_were(tmp_path: Path) -> None:
+    store = Store(tmp_path / "blocks")
+    assert store.open({"models": ("a", "b")}, fresh=False) == {}
+    store.settle({"seconds": 4.0})
+    store.add(block(0), 0)
+    store.add(block(1, failure="it died", loads={}), 3)
+    store.add_search(Search(arm="a", round=0, rate=None, probes=((1.0, None), (2.0, 3.5)), why_not="so"), 1)
+
+    again = Store(tmp_path / "blocks")
+    assert again.open({"models": ("a", "b")}, fresh=False) == {"seconds": 4.0}
+    found = again.blocks()
+    assert sorted(found) == [0, 3]
+    assert found[0].loads[HIGH].latencies_ms.tolist() == [1.5, np.inf, 2.25]
+    assert found[0].loads[HIGH].stages_ms == {"queue": 0.25}
+    assert (found[0].arm, found[0].info, found[0].failure) == ("a", {"kv_tokens": 3}, None)
+    assert (found[3].failure, found[3].loads) == ("it died", {})
+    assert again.searches() == {1: Search(arm="a", round=0, rate=None, probes=((1.0, None), (2.0, 3.5)), why_not="so")}
+
+
+def test_another_comparison_in_the_same_folder_is_an_error_that_names_what_differs(tmp_path: Path) -> None:
+    store = Store(tmp_path / "blocks")
+    store.open({"users": 16, "seed": 0}, fresh=False)
+    store.add(block(0), 0)
+    with pytest.raises(StoreError, match=r"another users: .*--fresh"):
+        store.open({"users": 8, "seed": 0}, fresh=False)
+    assert store.open({"users": 8, "seed": 0}, fresh=True) == {}
+    # Nothing is lost where no block was measured.
+    assert store.open({"users": 4, "seed": 0}, fresh=False) == {}
+    assert store.blocks() == {}
+
+
+def test_a_block_that_was_cut_off_while_it_was_written_does_not_count(tmp_path: Path) -> None:
+    store = Store(tmp_path / "blocks")
+    store.open({}, fresh=False)
+    store.add(block(0), 0)
+    (tmp_path / "blocks" / "0001.npz").write_bytes(b"half")
+    (tmp_path / "blocks" / "0001.draft").write_text('{"arm":')
+    assert sorted(store.blocks()) == [0]

@@ -1,0 +1,299 @@
+"""Verdicts on comparisons whose truth is known."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, Arm, Block, Comparison, Plan
+from loadtests.generator.load import Load
+from loadtests.report.verdicts import Change, Findings, judge
+
+ARMS = (Arm(label="a", model="a"), Arm(label="b", model="b"), Arm(label="a again", model="a", twin_of="a"))
+RATES = {MODERATE: 100.0, HIGH: 340.0}
+PERCENTILES = {f"{load}_{rank}" for load in RATES for rank in ("p50", "p95", "p99")}
+
+
+def accuracy(top1: float, split: str = "test") -> dict[str, Any]:
+    return {"accuracy": {"dataset": "d", "split": split, "n": 10_000, "top1": top1, "top5": 0.9}}
+
+
+def comparison(*, rounds: int = 10, spread: float = 0.03, count: int = 100, seed: int = 5, arms: int = 3) -> Comparison:
+    """Equal arms, whose blocks differ by chance; `count` requests a block and load, in a window of one second."""
+    generator = np.random.default_rng(seed)
+    blocks = []
+    for number in range(rounds):
+        drift = 1 + 0.1 * generator.random()
+        for arm in ARMS[:arms]:
+            speed = float(np.exp(generator.normal(0, spread))) * drift
+            loads = {
+                name: Load(
+                    connections=None if name in RATES else 8,
+                    offered=RATES.get(name),
+                    throughput=500 * speed if name == SATURATED else RATES[name],
+                    latencies_ms=generator.lognormal(3, 0.3, count) / speed,
+                    errors=0,
+                    peak_bytes=int(1e8 * math.exp(generator.normal(0, 0.01))),
+                    server_cores=1.0,
+                    generator_cores=0.3,
+                    arrivals=0 if name == SATURATED else count,
+                )
+                for name in LOADS
+            }
+            blocks.append(Block(arm=arm.label, round=number, loads=loads, info=accuracy(0.5)))
+    return Comparison(
+        plan=Plan(
+            repository=Path("models"),
+            arms=ARMS[:arms],
+            data=None,
+            protocol="v1",
+            users=8,
+            seconds=1,
+            warmup_seconds=0,
+            rounds=rounds,
+            default_rounds=10,
+            shares=(0.5, 0.85),
+            objective_ms=50,
+            objective_percentile=99,
+            searches=0,
+            budget_minutes=30,
+            service_arguments=(),
+            seed=1,
+        ),
+        command="",
+        environment={"cores": "8"},
+        rates=RATES,
+        blocks=blocks,
+    )
+
+
+def changed(measured: Comparison, arm: str, load: str, *, rounds: range = range(99), **changes: Any) -> Comparison:
+    """Changes to one arm's loads: values, or functions of the old ones."""
+
+    def new(block: Block) -> Block:
+        if block.arm != arm or block.round not in rounds:
+            return block
+        old = block.loads[load]
+        values = {name: value(getattr(old, name)) if callable(value) else value for name, value in changes.items()}
+        return replace(block, loads={**block.loads, load: replace(old, **values)})
+
+    measured.blocks = [new(block) for block in measured.blocks]
+    return measured
+
+
+def change(findings: Findings, arm: str, key: str) -> Change:
+    found = next(row for row in findings.rows if row.arm.label == arm).figures[key].change
+    assert found is not None
+    return found
+
+
+def verdicts(findings: Findings) -> set[tuple[str, str, str]]:
+    """All but those of no difference."""
+    return {
+        (row.arm.label, key, figure.change.verdict)
+        for row in findings.rows
+        for key, figure in row.figures.items()
+        if figure.change is not None and figure.change.verdict != "no difference seen"
+    }
+
+
+def test_equal_arms_show_no_difference_and_need_no_warning() -> None:
+    findings = judge(comparison())
+    assert verdicts(findings) == set()
+    assert findings.warnings == []
+    baseline, *others = findings.rows
+    assert all(figure.change is None for figure in baseline.figures.values())
+    # The first of Holm's levels, for 2 arms of 9 figures, as none is rejected; p99 of 1,000 requests is among them.
+    levels = [figure.change.level for row in others for figure in row.figures.values() if figure.change]
+    assert levels == pytest.approx([1 - 0.05 / 18] * 18)
+
+
+def test_values_are_medians_pooled_percentiles_and_peaks() -> None:
+    measured = comparison(rounds=3, count=200)
+    for number in range(3):
+        changed(measured, "b", SATURATED, rounds=range(number, number + 1), throughput=[10.0, 30.0, 20.0][number])
+        changed(measured, "b", HIGH, rounds=range(number, number + 1), peak_bytes=[200_000_000, 7, 300_000_000][number])
+        latencies = np.arange(1.0, 201) + 200 * number
+        changed(measured, "b", HIGH, rounds=range(number, number + 1), latencies_ms=latencies)
+    findings = judge(measured)
+    figures = findings.rows[1].figures
+    throughput, p50, p99, peak = (figures[key] for key in ("throughput", "high_p50", "high_p99", "peak_bytes"))
+    assert (throughput.value, throughput.smallest, throughput.largest) == (20, 10, 30)
+    assert (p50.value, p50.smallest, p50.largest) == (300.5, 100.5, 500.5)
+    # 600 samples have six beyond their p99, those of a block have two.
+    assert p99.value == pytest.approx(594.01)
+    assert p99.smallest is p99.largest is None
+    assert (peak.value, peak.largest) == (300_000_000, 300_000_000)
+    assert figures["top1"].value == 0.5
+    names = {metric.key: metric.name for metric in findings.metrics}
+    assert (names["high_p99"], names["moderate_p50"]) == ("p99 ms at 340/s", "p50 ms at 100/s")
+    assert set(names) == {"top1", "throughput", "peak_bytes", *PERCENTILES}
+
+
+def test_ten_percent_less_throughput_is_worse_and_nothing_else_is() -> None:
+    findings = judge(changed(comparison(), "b", SATURATED, throughput=lambda value: 0.9 * value))
+    assert verdicts(findings) == {("b", "throughput", "worse")}
+    found = change(findings, "b", "throughput")
+    assert found.low < 0.9 < found.high < 1
+    assert found.p_value < 0.05
+
+
+def test_less_memory_and_less_latency_are_better_in_their_own_units() -> None:
+    measured = changed(comparison(), "b", HIGH, latencies_ms=lambda values: values - 5)
+    for load in LOADS:
+        changed(measured, "b", load, peak_bytes=lambda value: round(0.8 * value))
+    findings = judge(measured)
+    assert verdicts(findings) == {("b", key, "better") for key in ("peak_bytes", "high_p50", "high_p95", "high_p99")}
+    assert change(findings, "b", "high_p50").estimate == pytest.approx(-5, abs=0.6)
+    assert change(findings, "b", "peak_bytes").estimate == pytest.approx(0.8, abs=0.01)
+
+
+def test_accuracy_is_the_manifest_s_and_only_of_the_same_images() -> None:
+    measured = comparison(rounds=3)
+    measured.blocks = [replace(block, info=accuracy(0.4)) if block.arm == "b" else block for block in measured.blocks]
+    findings = judge(measured)
+    assert verdicts(findings) == {("b", "top1", "worse")}, "it needs no rounds"
+    assert change(findings, "b", "top1").estimate == pytest.approx(-0.1)
+    measured.blocks = [
+        replace(block, info=accuracy(0.4, "validation")) for block in measured.blocks if block.arm == "b"
+    ]
+    measured.blocks += comparison(rounds=3).of("a")
+    figure = judge(measured).rows[1].figures["top1"]
+    assert (figure.value, figure.change) == (0.4, None)
+    measured.blocks = [replace(block, info={"accuracy": None}) for block in measured.blocks]
+    assert judge(measured).rows[1].figures["top1"].value is None
+
+
+def test_too_few_rounds_or_samples_give_no_interval() -> None:
+    figures = judge(comparison(rounds=4)).rows[1].figures
+    assert {key for key, figure in figures.items() if figure.change is not None} == {"top1"}
+    # 10 blocks of 9 requests: 90 have fewer than five beyond p95.
+    figures = judge(comparison(count=9)).rows[1].figures
+    assert {key for key, figure in figures.items() if figure.value is None} == {
+        key for key in PERCENTILES if not key.endswith("50")
+    }
+    assert figures["high_p95"].change is None
+    assert figures["high_p50"].change is not None
+
+
+def test_memory_that_is_not_known_is_neither_shown_nor_compared() -> None:
+    measured = comparison()
+    for load in LOADS:
+        changed(measured, "b", load, peak_bytes=0)
+    figure = judge(measured).rows[1].figures["peak_bytes"]
+    assert (figure.value, figure.change) == (None, None)
+
+
+def test_an_arm_that_leaves_requests_unanswered_does_not_look_fast() -> None:
+    def fail(latencies: Any) -> Any:
+        return np.where(np.arange(len(latencies)) < 3, math.inf, latencies / 2)
+
+    findings = judge(changed(comparison(), "b", HIGH, latencies_ms=fail, errors=3))
+    row = findings.rows[1]
+    assert row.figures["high_p99"].value == math.inf
+    found = change(findings, "b", "high_p99")
+    assert (found.verdict, found.estimate, found.high) == ("worse", math.inf, math.inf)
+    assert change(findings, "b", "high_p50").verdict == "better"
+    assert (row.errors, row.requests) == (30, 3000)
+    assert findings.warnings == [
+        "30 requests to b were not answered with 200 and 0 were not sent, of 3,000 that were due: "
+        "they count as infinitely slow."
+    ]
+
+
+def test_only_rounds_that_both_arms_finished_are_paired() -> None:
+    # In the round that b failed, a was a thousand times as slow: unpaired, that would hide any difference.
+    measured = changed(comparison(), "b", SATURATED, throughput=lambda value: 0.9 * value)
+    changed(measured, "a", SATURATED, rounds=range(4, 5), throughput=0.5)
+    changed(measured, "a again", SATURATED, rounds=range(4, 5), throughput=0.5)
+    measured.blocks = [
+        replace(block, failure="it died.") if (block.arm, block.round) == ("b", 4) else block
+        for block in measured.blocks
+    ]
+    findings = judge(measured)
+    assert verdicts(findings) == {("b", "throughput", "worse")}
+    assert (findings.rows[1].blocks, findings.rows[1].failed) == (9, ["it died."])
+    assert findings.warnings == ["1 of 10 blocks of b failed and do not count: it died."]
+
+
+def test_an_a_a_arm_that_differs_is_the_machine_s_doing() -> None:
+    findings = judge(changed(comparison(), "a again", SATURATED, throughput=lambda value: 0.8 * value))
+    assert findings.warnings == [
+        "a again differs from a, which is the same, in images/s: the machine, not the models, makes such differences, "
+        "so do not believe others of that size here."
+    ]
+
+
+@pytest.mark.parametrize(("rounds", "said"), [(6, "result."), (3, "result; there are no intervals with fewer than 5.")])
+def test_fewer_rounds_than_the_default_are_a_look(rounds: int, said: str) -> None:
+    assert judge(comparison(rounds=rounds)).warnings == [f"{rounds} of 10 rounds: a look, not a {said}"]
+
+
+def test_a_round_that_lacks_an_arm_is_not_counted() -> None:
+    measured = comparison()
+    del measured.blocks[-1]
+    assert judge(measured).warnings == ["9 of 10 rounds: a look, not a result."]
+
+
+@pytest.mark.parametrize(
+    ("load", "changes", "words"),
+    [
+        (SATURATED, {"generator_cores": 0.97}, "The generator used 0.97 of a core with b at saturation: the generator"),
+        (
+            HIGH,
+            {"late": 2},
+            "The generator sent requests 5 ms or more late, 2.0% with b at 340/s: this",
+        ),
+        (HIGH, {"throughput": 80.0}, "Overloaded: b at 340/s (answered 80/s); there latency grows"),
+        (SATURATED, {"server_cores": 7.9}, "Note: server and generator share the machine and together used up to 8.2"),
+    ],
+)
+def test_what_limits_a_load_is_said(load: str, changes: dict[str, Any], words: str) -> None:
+    (warning,) = judge(changed(comparison(), "b", load, **changes)).warnings
+    assert warning.startswith(words)
+
+
+def test_the_most_important_warning_comes_first() -> None:
+    measured = comparison(rounds=6)
+    measured.ended_early = "interrupted"
+    changed(measured, "a again", SATURATED, throughput=lambda value: 0.5 * value)
+    changed(measured, "b", HIGH, unsent=1, late=50, throughput=1.0, server_cores=8.0)
+    measured.blocks[1] = replace(measured.blocks[1], failure="no memory")
+    starts = ["1 of 6 blocks", "0 requests to b", "a again differs", "6 of 10 rounds", "The generator sent"]
+    starts += ["The run ended early: interrupted.", "Overloaded", "Note"]
+    warnings = judge(measured).warnings
+    assert len(warnings) == len(starts)
+    assert all(warning.startswith(start) for warning, start in zip(warnings, starts, strict=True))
+
+
+def test_on_a_gpu_its_memory_is_what_is_compared() -> None:
+    measured = comparison()
+    for arm, used in (("a", 4e9), ("a again", 4e9), ("b", 3e9)):
+        measured = changed(measured, arm, HIGH, device_bytes=int(used))
+    figure = judge(measured).rows[1].figures["peak_bytes"]
+    assert figure.value == 3e9
+    assert figure.change is not None
+    assert figure.change.verdict == "better"
+    assert figure.change.estimate == pytest.approx(0.75)
+    # Memory of one kind is not compared with the other.
+    measured = changed(measured, "b", HIGH, rounds=range(1), device_bytes=None)
+    findings = judge(measured)
+    assert findings.rows[1].figures["peak_bytes"].value == pytest.approx(1e8, rel=0.1)
+    assert any("some blocks only" in warning for warning in findings.warnings)
+
+
+def test_an_arm_of_which_nothing_was_measured_is_said_so() -> None:
+    measured = comparison()
+    measured.blocks = [block for block in measured.blocks if block.arm != "b"]
+    findings = judge(measured)
+    assert findings.warnings[0] == "No block of b was measured."
+    assert all(figure.value is None and figure.change is None for figure in findings.rows[1].figures.values())
+
+
+def test_at_most_5_percent_of_whole_reports_on_equal_arms_see_a_difference() -> None:
+    alarms = sum(bool(verdicts(judge(comparison(seed=seed, count=60)))) for seed in range(200))
+    # 5 % are 10. If it were exactly 5 %, more than 20 would come in one of a thousand such simulations.
+    assert alarms <= 20

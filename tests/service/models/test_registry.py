@@ -1,0 +1,315 @@
+"""What is served: proven versions only, exchanged while serving, and nothing is lost on the way."""
+
+import asyncio
+import gc
+import random
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from service.app import create_app
+from service.bundle import versions
+from service.errors import BundleError, ImageError, RequestError, StartupError, UnknownModel
+from service.host import resident_bytes
+from service.metrics import Metrics
+from service.pipeline import Classified, Classifier, ModelSelector
+from service.scheduling.request import RequestState
+from service.settings import Settings
+from tests.service.conftest import PNG, resum
+from tests.service.identity import number_in, picture, publish_identity
+
+
+def drive(
+    repository: Path, scenario: Callable[[Classifier], Awaitable[None]], *, limit: float = 120, **settings: object
+) -> None:
+    """Run a scenario against a started classifier over `repository`."""
+
+    async def run() -> None:
+        classifier = Classifier(Settings(repository=repository, threads=1, **settings), Metrics())  # type: ignore[arg-type]
+        classifier.start()
+        try:
+            await asyncio.wait_for(scenario(classifier), limit)
+        finally:
+            await classifier.close()
+
+    asyncio.run(run())
+
+
+async def ask(classifier: Classifier, number: int, *, model: str = "identity-a", image: bytes | None = None) -> int:
+    """What a model answers to the picture of a number. Raises what its request would fail with."""
+    ticket = RequestState(seconds=60)
+    with classifier.admission.place(ticket):
+        found, _ = classifier.choose(ModelSelector(model=model), ticket, images=1)
+        classifier.admission.accept(ticket, found.queue, 1, encoded=True)
+        with found:
+            (answer,) = await classifier.classify(found, ticket, [image or picture(number)])
+    if isinstance(answer, RequestError):
+        raise answer
+    assert isinstance(answer, Classified)
+    return number_in(answer.output.logits)
+
+
+def states(classifier: Classifier) -> dict[tuple[str, int | None], str]:
+    return {(entry.name, entry.version): entry.state for entry in classifier.registry.index}
+
+
+def test_a_broken_model_is_left_out_and_says_why(repository: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "models"
+    shutil.copytree(repository, copy)
+    shutil.copytree(copy / "digits-csra-r2", copy / "digits-broken")
+    with TestClient(create_app(Settings(repository=copy, threads=1))) as client:
+        listed = {model["name"]: model for model in client.get("/v1/models").json()["models"]}
+        assert listed["digits-csra-r2"]["state"] == "ready"
+        assert listed["digits-broken"]["state"] == "unavailable"
+        assert "names 'digits-csra-r2'" in listed["digits-broken"]["reason"]
+        assert str(tmp_path) not in str(listed)
+        missing = client.post("/v1/classify?model=digits-broken", content=PNG)
+        assert (missing.status_code, "unavailable" in missing.json()["detail"]) == (404, True)
+    with pytest.raises(StartupError, match="digits-broken"):
+        create_app(Settings(repository=copy, models=("digits-broken",), threads=1))
+    (copy / "digits-csra-r2" / "1" / "model.onnx").write_bytes(b"x")
+    with pytest.raises(StartupError, match="no model can be served"):
+        create_app(Settings(repository=copy, threads=1))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("golden.npz", b"PK\x03\x04garbage"),
+        ("golden.npz", b""),
+        ("labels.txt", b"\xff\n" * 10),
+        ("model.onnx", b"not a model"),
+        ("manifest.json", b"{}"),
+    ],
+)
+def test_a_bundle_broken_with_right_digests_is_left_out_too(file: str, content: bytes, tmp_path: Path) -> None:
+    broken = publish_identity(tmp_path, "identity-a")
+    publish_identity(tmp_path, "identity-b")
+    (broken / file).write_bytes(content)
+    resum(broken)
+
+    async def scenario(classifier: Classifier) -> None:
+        assert states(classifier) == {("identity-a", 1): "unavailable", ("identity-b", 1): "ready"}
+
+    drive(tmp_path, scenario)
+
+
+def test_a_default_model_that_is_not_there_is_an_error(repository: Path) -> None:
+    with pytest.raises(StartupError, match="default_model 'x'"):
+        create_app(Settings(repository=repository, default_model="x", threads=1))
+
+
+def test_a_broken_newest_version_leaves_the_one_before_serving(tmp_path: Path) -> None:
+    publish_identity(tmp_path)
+    (publish_identity(tmp_path) / "model.onnx").write_bytes(b"x")
+
+    async def scenario(classifier: Classifier) -> None:
+        assert states(classifier) == {("identity-a", 1): "ready", ("identity-a", 2): "unavailable"}
+        assert await ask(classifier, 5) == 5
+
+    drive(tmp_path, scenario)
+
+
+def test_a_new_version_is_taken_in_and_the_old_one_retired(tmp_path: Path) -> None:
+    publish_identity(tmp_path)
+
+    async def scenario(classifier: Classifier) -> None:
+        publish_identity(tmp_path)
+        assert classifier.registry.find("identity-a").version == 1, "nobody has asked for it yet"
+        await classifier.registry.refresh()
+        assert classifier.registry.find("identity-a").version == 2
+        assert states(classifier) == {("identity-a", 2): "ready"}
+        assert await ask(classifier, 5) == 5
+        with pytest.raises(UnknownModel, match="has no version 1 here; there are: 2"):
+            classifier.registry.find("identity-a", 1)
+
+    drive(tmp_path, scenario)
+
+
+def test_several_versions_can_serve_side_by_side(tmp_path: Path) -> None:
+    for _ in range(3):
+        publish_identity(tmp_path)
+
+    async def scenario(classifier: Classifier) -> None:
+        assert states(classifier) == {("identity-a", 2): "ready", ("identity-a", 3): "ready"}
+        assert classifier.registry.find("identity-a").version == 3
+        assert classifier.registry.find("identity-a", 2).version == 2
+        publish_identity(tmp_path)
+        await classifier.registry.refresh()
+        assert states(classifier) == {("identity-a", 3): "ready", ("identity-a", 4): "ready"}
+
+    drive(tmp_path, scenario, versions_to_serve=2)
+
+
+def test_a_broken_new_version_leaves_the_old_one_serving_and_says_why(tmp_path: Path) -> None:
+    publish_identity(tmp_path)
+
+    async def scenario(classifier: Classifier) -> None:
+        broken = publish_identity(tmp_path)
+        (broken / "model.onnx").write_bytes(b"x")
+        for _ in range(2):
+            await classifier.registry.refresh()
+        with pytest.raises(BundleError, match="sha256"):
+            await classifier.registry.load("identity-a")
+        assert await ask(classifier, 5) == 5
+        assert states(classifier) == {("identity-a", 1): "ready", ("identity-a", 2): "unavailable"}
+        (reason,) = [entry.reason for entry in classifier.registry.index if entry.version == 2]
+        assert "sha256" in reason
+        assert str(tmp_path) not in reason
+
+    drive(tmp_path, scenario)
+
+
+def test_a_version_damaged_while_it_serves_goes_on_and_says_so_when_it_is_reloaded(tmp_path: Path) -> None:
+    folder = publish_identity(tmp_path)
+
+    async def scenario(classifier: Classifier) -> None:
+        (folder / "labels.txt").write_text("x\n")
+        with pytest.raises(BundleError, match=r"labels\.txt"):
+            await classifier.registry.load("identity-a")
+        (entry,) = classifier.registry.index
+        assert (entry.state, "not reloaded" in entry.reason) == ("ready", True)
+        assert await ask(classifier, 5) == 5
+
+    drive(tmp_path, scenario)
+
+
+def test_what_is_removed_from_the_repository_is_retired(tmp_path: Path) -> None:
+    publish_identity(tmp_path, "identity-a")
+    publish_identity(tmp_path, "identity-b")
+
+    async def scenario(classifier: Classifier) -> None:
+        shutil.rmtree(tmp_path / "identity-a")
+        await classifier.registry.refresh()
+        assert states(classifier) == {("identity-b", 1): "ready"}
+
+    drive(tmp_path, scenario)
+
+
+def test_an_unloaded_model_answers_what_it_accepted_and_comes_back_when_asked(tmp_path: Path) -> None:
+    publish_identity(tmp_path, work=20)
+    publish_identity(tmp_path, "identity-b")
+
+    async def scenario(classifier: Classifier) -> None:
+        asked = [asyncio.create_task(ask(classifier, number)) for number in range(50)]
+        await asyncio.sleep(0)
+        await classifier.registry.unload("identity-a")
+        assert await asyncio.gather(*asked) == list(range(50))
+        with pytest.raises(UnknownModel, match="'identity-a' is unavailable: unloaded"):
+            await ask(classifier, 1)
+        await classifier.registry.refresh()
+        assert states(classifier)["identity-a", 1] == "unavailable", "a look at the repository does not bring it back"
+        await classifier.registry.load("identity-a")
+        assert await ask(classifier, 1) == 1
+
+    drive(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("name", ["nobody", "../identity-a", ".", "identity-a/1", ""])
+def test_only_what_the_repository_lists_can_be_loaded(name: str, tmp_path: Path) -> None:
+    publish_identity(tmp_path)
+
+    async def scenario(classifier: Classifier) -> None:
+        with pytest.raises(UnknownModel):
+            await classifier.registry.load(name)
+        with pytest.raises(UnknownModel):
+            await classifier.registry.unload(name)
+
+    drive(tmp_path, scenario)
+
+
+def test_the_settings_bound_what_can_be_loaded(tmp_path: Path) -> None:
+    publish_identity(tmp_path, "identity-a")
+    publish_identity(tmp_path, "identity-b")
+
+    async def scenario(classifier: Classifier) -> None:
+        with pytest.raises(UnknownModel, match="serve only: identity-a"):
+            await classifier.registry.load("identity-b")
+
+    drive(tmp_path, scenario, models=("identity-a",))
+
+
+def test_a_family_is_of_models_that_can_stand_in_for_each_other(tmp_path: Path) -> None:
+    publish_identity(tmp_path, "identity-a", top1=0.5)
+    publish_identity(tmp_path, "identity-b", top1=0.7)
+    publish_identity(tmp_path, "identity-random", top1=None)
+    publish_identity(tmp_path, "identity-other-labels", top1=0.6, labels=tuple("abcdefghijkl"))
+    publish_identity(tmp_path, "stranger", top1=0.9, family="stranger")
+
+    async def scenario(classifier: Classifier) -> None:
+        families = {name: [m.name for m in ladder] for name, ladder in classifier.registry.families.items()}
+        assert families["identity"] == ["identity-b", "identity-a"]
+        assert await ask(classifier, 7, model="identity") == 7
+        assert classifier.registry.family("stranger") is None, "a model's own name comes before its family's"
+
+    drive(tmp_path, scenario)
+
+
+def test_no_answer_is_lost_or_swapped_under_cancellation_errors_and_reloads(tmp_path: Path) -> None:
+    """Thousands of images that carry their number, through the real ONNX Runtime, while the model is exchanged."""
+    publish_identity(tmp_path, work=1)
+    chance = random.Random(0)  # noqa: S311 (the same turmoil every time)
+
+    async def scenario(classifier: Classifier) -> None:
+        classifier.admission._max_images = 10**6
+        reloading = asyncio.create_task(reload(classifier))
+        tasks: list[tuple[int, str, asyncio.Task[int]]] = []
+        for number in range(4000):
+            fate = chance.choices(("stays", "cancelled", "bad"), (8, 1, 1))[0]
+            image = b"not an image" if fate == "bad" else None
+            task = asyncio.create_task(ask(classifier, number, image=image))
+            tasks.append((number, fate, task))
+            if chance.random() < 0.1:
+                await asyncio.sleep(chance.random() * 0.005)
+            if fate == "cancelled":
+                asyncio.get_running_loop().call_later(chance.random() * 0.01, task.cancel)
+        results = await asyncio.gather(*(task for _, _, task in tasks), return_exceptions=True)
+        for (number, fate, _), result in zip(tasks, results, strict=True):
+            if fate == "stays":
+                assert result == number
+            elif fate == "bad":
+                assert isinstance(result, ImageError)
+            else:
+                assert result == number or isinstance(result, asyncio.CancelledError)
+        reloading.cancel()
+        assert await reloading > 2
+        assert classifier.admission.images == 0
+        assert classifier.scheduler.waiting == 0
+        assert len(classifier.scheduler.queues) == 1
+
+    async def reload(classifier: Classifier) -> int:
+        done = 0
+        try:
+            while True:
+                if chance.random() < 0.3:
+                    publish_identity(tmp_path, work=chance.randrange(3))
+                    await classifier.registry.refresh()
+                else:
+                    await classifier.registry.load("identity-a")
+                done += 1
+        except asyncio.CancelledError:
+            return done
+
+    drive(tmp_path, scenario, max_batch=8)
+    assert len(versions(tmp_path, "identity-a")) > 1
+
+
+def test_hundreds_of_reloads_leak_nothing(tmp_path: Path) -> None:
+    publish_identity(tmp_path, work=2)
+
+    async def scenario(classifier: Classifier) -> None:
+        sizes: list[int] = []
+        for turn in range(300):
+            await classifier.registry.load("identity-a")
+            if turn % 10 == 0:
+                gc.collect()
+                sizes.append(resident_bytes())
+        assert await ask(classifier, 9) == 9
+        assert len(classifier.scheduler.queues) == 1
+        # The first third fills caches. A session leaked at each reload would be hundreds of megabytes.
+        assert max(sizes[20:]) - max(sizes[:10]) < 8_000_000, sizes
+
+    drive(tmp_path, scenario, limit=280, max_batch=2)
