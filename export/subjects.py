@@ -79,7 +79,7 @@ def finished_run(run: Path, data: str | Path | None) -> Subject:
         labels=card.labels,
         weights="trained",
         weights_sha256=card.weights_sha256,
-        accuracy=Accuracy.model_validate(card.accuracy.model_dump()) if card.accuracy else None,
+        accuracy=Accuracy.model_validate(card.accuracy.model_dump(exclude={"correct"})) if card.accuracy else None,
         git_commit=card.git_commit,
         dataset=load_dataset(card.dataset, data, in_memory=False),
     )
