@@ -26,10 +26,8 @@ from service.app import create_app
 from service.bundle import model_names
 from service.errors import StartupError
 from service.flags import with_settings
-from service.host import available_cores
 from service.http.keys import new_key
-from service.models.registry import Registry
-from service.pipeline import Classifier
+from service.pipeline import Classifier, make_registry
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
@@ -112,11 +110,10 @@ class Checked:
 
 def check(settings: Settings) -> Iterator[Checked]:
     """Load the models that the settings ask for, one after the other. Raises BundleError or EngineError."""
-    threads = settings.threads or available_cores()
     for name in settings.models or model_names(settings.repository):
         alone = settings.model_copy(update={"models": (name,), "default_model": None})
         scheduler = Scheduler(load := Load())
-        registry = Registry(alone, scheduler, load, threads=threads)
+        registry = make_registry(alone, scheduler, load)
         # The index says why.
         with contextlib.suppress(StartupError):
             registry.load_all()

@@ -28,7 +28,6 @@ from service.engine import INPUT, Engine, require_one_engine, resolve_device
 from service.errors import BundleError, ImageError, StartupError
 from service.host import available_cores
 from service.images import decode
-from service.models.registry import tuning
 from service.scheduling.cost import candidate_sizes
 from service.settings import Settings
 
@@ -145,7 +144,7 @@ def measure_limit(settings: Settings, name: str, images: list[bytes], *, seconds
     decode_only = _decode_rate(decode_one, images, threads=decoders, seconds=trial)
     trials: list[_Trial] = []
     for threads in options:
-        engine = Engine(bundle.model_path, device=device, number=number, threads=threads, tuning=tuning(settings))
+        engine = Engine(bundle.model_path, device=device, number=number, threads=threads, tuning=settings.tuning())
         pipeline = partial(_pipeline, engine, decode_one, images, decoders=decoders)
         engine_only = {size: _engine_rate(engine, decoded, batch=size, seconds=trial) for size in sizes}
         # There and back again: what slows the machine for a moment does not hit one size alone.
