@@ -172,8 +172,8 @@ def key() -> None:
 @app.command(name="settings")
 @with_settings
 def show_settings(
-    ctx: typer.Context,
     settings: Settings,
+    given: flags.Given,
     *,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print `docs/settings.md` instead.")] = False,
 ) -> None:
@@ -181,7 +181,7 @@ def show_settings(
     if markdown:
         typer.echo(flags.markdown(), nl=False)
         return
-    origins = flags.origins(ctx.obj)
+    origins = flags.origins(given)
     table = Table("setting", "value", "from")
     for name, value in flags.values(settings):
         table.add_row(name, escape(value), escape(origins[name]))
