@@ -27,7 +27,7 @@ from loadtests.experiment.objective import MOST_SECONDS, Objective, largest_rate
 from loadtests.experiment.schedule import Costs, fitted, order, tried
 from loadtests.experiment.server import Server, ServerError
 from loadtests.experiment.store import Store
-from loadtests.generator import sequence
+from loadtests.generator import payload_cache
 from loadtests.generator.load import Load
 from loadtests.generator.payloads import Payload
 
@@ -87,7 +87,7 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="stridevit-load-") as folder:
         files = Path(folder) / "payloads"
         files.mkdir()
-        sequence.save(payloads, files)
+        payload_cache.save(payloads, files)
         bench = _Bench(plan=comparison.plan, payloads=files, checkouts=Path(folder) / "checkouts", logs=out / "logs")
         bench.checkouts.mkdir()
         if not settled:

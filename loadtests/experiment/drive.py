@@ -34,7 +34,7 @@ class Ask:
     """What is asked of a server: which payloads, of which model, and how."""
 
     payloads: Path
-    """A folder that `loadtests.generator.sequence.save` has filled."""
+    """A folder that `loadtests.generator.payload_cache.save` has filled."""
     model: str
     protocol: Protocol = "v1"
     deadline_ms: float | None = None
@@ -126,7 +126,7 @@ def _load(
     # the window are sent as all others are.
     whole = math.ceil(warmup_seconds + seconds + 1 + (_FIRST_ARRIVAL / offered if offered else 0))
     before = stages.totals(server.url)
-    samples, meter = locust(server, ask, [*arguments, "--run-time", f"{whole}s"], seconds=whole)
+    samples, meter = locust(server, ask, [*arguments, "--seconds", str(whole)], seconds=whole)
     found = window(samples, warmup_seconds=warmup_seconds, seconds=seconds)
     server_cores, generator_cores = meter.cores(found.begin, seconds)
     opened = offered is not None
@@ -140,8 +140,8 @@ def _load(
         server_cores=server_cores,
         generator_cores=generator_cores,
         arrivals=len(found.latencies_ms) if opened else 0,
-        late=found.late if opened else 0,
-        unsent=found.unsent,
+        late=found.late_arrivals if opened else 0,
+        unsent=found.unsent_arrivals,
         device_bytes=meter.device_bytes,
         stages_ms=stages.between(before, stages.totals(server.url)),
         labelled=found.labelled,

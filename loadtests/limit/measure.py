@@ -19,14 +19,14 @@ from typing import Any, Literal
 
 from loadtests.experiment.drive import Ask, closed_loop, open_loop
 from loadtests.experiment.server import Server, ServerError, end, running, running_server
-from loadtests.generator import sequence
+from loadtests.generator import payload_cache
 from loadtests.generator.load import Load
 from loadtests.generator.payloads import describe, read_payloads
 
 Arm = Literal["engine", "service", "plain"]
 ARMS: tuple[Arm, ...] = ("engine", "service", "plain")
 
-_PLAIN = Path(__file__).parents[1] / "baseline" / "plain_fastapi.py"
+_PLAIN = "loadtests.baseline.plain_fastapi"
 _ENGINE_SPARE_SECONDS = 600
 _ENGINE_TRIALS_SECONDS = 20
 _START_STOP_SECONDS = 6
@@ -104,12 +104,12 @@ def measure(plan: Plan, out: Path, results: Results, *, on_step: Callable[[str, 
 
     with tempfile.TemporaryDirectory(prefix="stridevit-load-") as folder:
         files, payloads = Path(folder), read_payloads(plan.data)
-        sequence.save(payloads, files)
+        payload_cache.save(payloads, files)
         results.payloads = describe(payloads, plan.data)
         for number, arm in plan.steps():
             if arm == "engine":
                 tell(number, "engine limit")
-                results.limits[number] = engine_limit(plan, files / sequence.IMAGES)
+                results.limits[number] = engine_limit(plan, files / payload_cache.IMAGES)
                 continue
             with _server(plan, arm, log=out / f"{arm}-{number}.log") as server:
                 idle_bytes = server.memory_bytes()
@@ -140,7 +140,7 @@ def _loads(
 def _server(plan: Plan, arm: Arm, *, log: Path) -> AbstractContextManager[Server]:
     if arm == "service":
         return running_server(plan.repository, plan.model, log=log, arguments=plan.service_arguments)
-    plain = [sys.executable, str(_PLAIN), str(newest(plan.repository, plan.model)), "--port"]
+    plain = [sys.executable, "-m", _PLAIN, str(newest(plan.repository, plan.model)), "--port"]
     return running(lambda port: [*plain, str(port)], name="the plain server", log=log)
 
 

@@ -147,7 +147,7 @@ def drive(plan: Plan, out: Path, results: Results, *, on_step: Callable[[Scenari
     `on_step(scenario, seconds)` is told all along how long a scenario has run. Raises PayloadError, ServerError if a
     server does not start or dies, and MlperfError if LoadGen does not come to its end.
     """
-    payloads = read_payloads(plan.data, most=None if plan.accuracy else IMAGES)
+    payloads = read_payloads(plan.data, limit=None if plan.accuracy else IMAGES)
     if plan.accuracy and not any(payload.label is not None for payload in payloads):
         raise PayloadError("--accuracy needs labelled images: --data must name a set with labels")
     results.payloads = describe(payloads, plan.data)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from loadtests.experiment.documents import strict
 from loadtests.experiment.drive import Ask, shaped
 from loadtests.experiment.server import running_server
-from loadtests.generator import sequence
+from loadtests.generator import payload_cache
 from loadtests.generator.payloads import read_payloads
 from loadtests.generator.samples import LATE_MS, UNSENT
 from loadtests.statistics import percentile
@@ -112,7 +112,7 @@ def overload(plan: Plan, out: Path, blocks: list[Block], *, on_block: Callable[[
     out.mkdir(parents=True, exist_ok=True)
     order = plan.order()
     with tempfile.TemporaryDirectory(prefix="stridevit-load-") as folder:
-        sequence.save(read_payloads(plan.data), Path(folder))
+        payload_cache.save(read_payloads(plan.data), Path(folder))
         for done, (number, target) in enumerate(order):
             on_block(target, done, len(order))
             blocks.append(_measure(plan, target, number, Path(folder), out / f"server-{number}-{target}.log"))
