@@ -41,7 +41,7 @@ from locust.exception import StopTest, StopUser
 from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 
 from loadtests.generator.histogram import Latencies
-from loadtests.generator.load import ANSWER_SECONDS, IN_FLIGHT, PROTOCOLS
+from loadtests.generator.load_result import ANSWER_SECONDS, IN_FLIGHT, PROTOCOLS
 from loadtests.generator.payload_cache import is_saved, load
 from loadtests.generator.payloads import PayloadError, read_payloads
 from loadtests.generator.rates import poisson_arrivals

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from loadtests.experiment.direct import get_json
-from loadtests.generator.load import Protocol
+from loadtests.experiment.http_get import get_json
+from loadtests.generator.load_result import Protocol
 from loadtests.generator.readers import Label, Payload, PayloadError
 from service.bundle import Preprocessing
 from service.images import decode

@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 
-from loadtests.experiment.drive import LOCUSTFILE, SHAPES, Ask, closed_loop, locust
+from loadtests.experiment.locust_runner import LOCUSTFILE, SHAPES, RequestSpec, closed_loop, run_locust
 from loadtests.experiment.server import Server, ServerError, free_port, running
 from loadtests.generator import payload_cache
 from loadtests.generator.payloads import Payload
@@ -31,17 +31,17 @@ LOCUST = [sys.executable, "-m", "locust", "-f"]
 
 
 @pytest.fixture
-def ask(tmp_path: Path) -> Ask:
+def ask(tmp_path: Path) -> RequestSpec:
     """Five payloads, of class 0 to 4."""
     folder = tmp_path / "payloads"
     folder.mkdir()
     payload_cache.save([Payload(str(number), bytes([number]) * 10, number) for number in range(5)], folder)
-    return Ask(payloads=folder, model="m")
+    return RequestSpec(payloads=folder, model="m")
 
 
-def sent(fake: Fake, ask: Ask, *arguments: str) -> list[Sample]:
+def sent(fake: Fake, ask: RequestSpec, *arguments: str) -> list[Sample]:
     """Run Locust to its end: the samples in the order in which they were due."""
-    samples, _ = locust(Server(fake.url, name="the fake"), ask, list(arguments), seconds=5)
+    samples, _ = run_locust(Server(fake.url, name="the fake"), ask, list(arguments), seconds=5)
     return sorted(samples, key=lambda sample: sample.due_s)
 
 
@@ -74,7 +74,7 @@ def wait_for_requests(fake: Fake, process: subprocess.Popen[str], count: int) ->
         time.sleep(0.05)
 
 
-def test_the_open_loop_sends_exactly_the_arrivals_of_its_seed(ask: Ask) -> None:
+def test_the_open_loop_sends_exactly_the_arrivals_of_its_seed(ask: RequestSpec) -> None:
     with fake_server(lambda _: 0.0) as fake:
         samples = sent(fake, ask, *open_loop(rate=50, seconds=2, seed=3))
     arrivals = poisson_arrivals(50, seed="3/0/0")
@@ -87,7 +87,7 @@ def test_the_open_loop_sends_exactly_the_arrivals_of_its_seed(ask: Ask) -> None:
     assert {sample.status for sample in samples} == {200}
 
 
-def test_beyond_the_cap_an_arrival_is_not_sent_and_counted(ask: Ask) -> None:
+def test_beyond_the_cap_an_arrival_is_not_sent_and_counted(ask: RequestSpec) -> None:
     with fake_server(lambda _: 0.5) as fake:
         samples = sent(fake, ask, *open_loop(rate=200, seconds=2), "--in-flight", "3")
     arrivals = list(itertools.takewhile(lambda due: due < 2, poisson_arrivals(200, seed="0/0/0")))
@@ -97,7 +97,7 @@ def test_beyond_the_cap_an_arrival_is_not_sent_and_counted(ask: Ask) -> None:
     assert fake.max_in_flight <= 3
 
 
-def test_the_open_loop_shows_a_stall_that_the_closed_loop_hides(ask: Ask) -> None:
+def test_the_open_loop_shows_a_stall_that_the_closed_loop_hides(ask: RequestSpec) -> None:
     held: dict[int, float] = {}
     stall = 3
 
@@ -126,7 +126,7 @@ def test_the_open_loop_shows_a_stall_that_the_closed_loop_hides(ask: Ask) -> Non
         assert sample.latency_ms >= held[int(sample.model.partition("/")[2])]
 
 
-def test_the_closed_loop_waits_for_each_answer_and_judges_it(ask: Ask) -> None:
+def test_the_closed_loop_waits_for_each_answer_and_judges_it(ask: RequestSpec) -> None:
     # The fake always says class 3; every third connection breaks, every third answer is an error.
     with fake_server(lambda _: 0.01, status=lambda number: (200, 503, 0)[number % 3]) as fake:
         samples = sent(fake, ask, "--loop", "closed", "--users", "1", "--seconds", "1")
@@ -157,7 +157,7 @@ for seconds in (0, 3.9, 4, 13, 18):
     assert ended.stdout.splitlines() == ["(4, 4)", "(4, 4)", "(24, 24)", "(30, 30)", "None"]
 
 
-def test_a_server_that_dies_under_load_is_an_error_with_the_end_of_its_log(ask: Ask, tmp_path: Path) -> None:
+def test_a_server_that_dies_under_load_is_an_error_with_the_end_of_its_log(ask: RequestSpec, tmp_path: Path) -> None:
     code = """
 import os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -179,7 +179,7 @@ HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 
 @pytest.mark.slow
-def test_two_workers_share_the_rate_and_the_master_merges_their_histograms(ask: Ask, tmp_path: Path) -> None:
+def test_two_workers_share_the_rate_and_the_master_merges_their_histograms(ask: RequestSpec, tmp_path: Path) -> None:
     samples, port, web = tmp_path / "samples.csv", free_port(), free_port()
     options = [*ask.arguments(), "--samples", str(samples), "--seed", "7", "--rate-per-user", "20"]
     # The last reports come within three seconds after the test: the master waits for them.
@@ -213,7 +213,7 @@ def test_two_workers_share_the_rate_and_the_master_merges_their_histograms(ask: 
     assert median == pytest.approx(np.median([row.latency_ms for row in itertools.chain(*rows)]), rel=0.02)
 
 
-def test_whoever_opens_the_web_page_cannot_name_a_file(ask: Ask, tmp_path: Path) -> None:
+def test_whoever_opens_the_web_page_cannot_name_a_file(ask: RequestSpec, tmp_path: Path) -> None:
     web, wished = free_port(), tmp_path / "wished.csv"
     with fake_server(lambda _: 0.01) as fake:
         options = [*ask.arguments(), "--host", fake.url, "--web-port", str(web), "--loop", "closed"]
@@ -239,7 +239,7 @@ def test_images_that_cannot_be_read_end_locust_with_the_reason() -> None:
     assert "is not a folder" in errors
 
 
-def test_ctrl_c_keeps_the_samples_so_far(ask: Ask, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_samples_so_far(ask: RequestSpec, tmp_path: Path) -> None:
     samples = tmp_path / "samples.csv"
     options = [*ask.arguments(), "--rates", "50:600", "--samples", str(samples), "--only-summary"]
     with (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loadtests.generator.load import PROTOCOLS, Protocol
+from loadtests.generator.load_result import PROTOCOLS, Protocol
 from loadtests.generator.payloads import Payload, PayloadError
 from loadtests.generator.request_encoder import Request, Target, target
 from service.bundle import read_bundle
