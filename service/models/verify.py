@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from service.bundle import GOLDEN_FILE, Bundle, Golden, Manifest
+from service.bundle import GOLDEN_FILE, Bundle, Golden
 from service.engine import Engine
 from service.errors import BundleError, ImageError
 from service.images import decode
+from service.manifest import Manifest
 
 MAX_GOLDEN_PIXELS = 4_000_000
 
