@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from loadtests.experiment.documents import write_json
+from loadtests.experiment.json_files import write_json
 
 UNKNOWN = "–"
 """The text of a cell whose value is unknown, or would rest on too few samples."""
@@ -87,7 +87,7 @@ class Table:
 def write_report(out: Path, *, document: Any, template: str, html: str | None = None, **context: Any) -> None:
     """Write `results.json`, `report.md` and, if `html` names a template, `report.html` into the folder `out`.
 
-    `document` may hold dataclasses, paths and infinities (`loadtests.experiment.documents`); `template`
+    `document` may hold dataclasses, paths and infinities (`loadtests.experiment.json_files`); `template`
     is a file in `loadtests/report/templates`; both templates get `context`. Raises jinja2.UndefinedError for a name
     that `context` lacks.
     """
