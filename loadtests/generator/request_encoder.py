@@ -13,8 +13,8 @@ from urllib.parse import quote, urlencode
 from loadtests.experiment.http_get import get_json
 from loadtests.generator.load_result import Protocol
 from loadtests.generator.readers import Label, Payload, PayloadError
-from service.bundle import Preprocessing
 from service.images import decode
+from service.manifest import Preprocessing
 
 _MAX_PIXELS = 178_956_970
 """What Pillow itself accepts: how large an image may be is the server's decision only if it decodes."""
