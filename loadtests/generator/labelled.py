@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from loadtests.errors import LoadTestError
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 LABELS_FILE = "labels.csv"
 _LABEL_COLUMNS = ("index", "label", "imagenet1k_index")
@@ -27,7 +29,7 @@ Label = int | str | None
 """A class by its index or by its name; None where it is not known."""
 
 
-class PayloadError(Exception):
+class PayloadError(LoadTestError):
     """The images to send cannot be had; the message says what was expected where."""
 
 
