@@ -6,8 +6,8 @@ import torch
 
 from export.graph import ExportError
 from export.precision import Promise
-from service.bundle import Parity
 from service.engine import Engine
+from service.manifest import Parity
 from training.models import Classifier
 
 BATCH_SIZES = (1, 3, 8)

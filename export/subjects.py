@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from service.bundle import Accuracy, Preprocessing
+from service.manifest import Accuracy, Preprocessing
 from training.augment import evaluation_batches
 from training.data import Dataset, Images, load_dataset, split_holdout
 from training.models import Architecture, Classifier, StrideViT

@@ -164,7 +164,8 @@ class _State:
         for model in models:
             labels = [model.name, str(model.version)]
             depth.add_metric(labels, len(model.queue))
-            info.add_metric([*labels, model.manifest.variant], 1)
+            attention = model.manifest.attention
+            info.add_metric([*labels, attention.variant if attention else ""], 1)
             memory.add_metric([*labels, "model"], model.model_bytes)
             memory.add_metric([*labels, "arena"], model.arena_bytes)
             for size, seconds in model.queue.cost.as_dict().items():

@@ -4,8 +4,9 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
-from service.bundle import Bundle, Manifest
+from service.bundle import Bundle
 from service.engine import Engine
+from service.manifest import Manifest
 from service.scheduling.scheduler import Queue
 
 
