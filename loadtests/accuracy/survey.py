@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from loadtests.errors import LoadTestError
 from loadtests.experiment.server import running_server
 from loadtests.generator.readers import Label, Payload, PayloadError, Source, open_source
 
@@ -27,7 +28,7 @@ _LOST_AFTER = 3
 _GRACE_SECONDS = 5
 
 
-class AccuracyError(Exception):
+class AccuracyError(LoadTestError):
     """The models cannot be asked; the message says what to change."""
 
 

@@ -11,13 +11,7 @@ from rich.markup import escape
 from loadtests.compare.compare import Asked
 from loadtests.compare.compare import compare as run_comparison
 from loadtests.experiment.arms import ArmError, parse_arms, repeated, resolved
-from loadtests.experiment.json_files import write_json
-from loadtests.experiment.machine import environment
-from loadtests.experiment.model import Comparison, Plan
-from loadtests.experiment.schedule import Costs, fitted
-from loadtests.experiment.server import ServerError
-from loadtests.experiment.store import Store, StoreError
-from loadtests.experiment.terminal import (
+from loadtests.experiment.command import (
     Command,
     Data,
     Repository,
@@ -29,6 +23,12 @@ from loadtests.experiment.terminal import (
     this_command,
     warn,
 )
+from loadtests.experiment.environment import environment
+from loadtests.experiment.json_files import write_json
+from loadtests.experiment.model import Comparison, Plan
+from loadtests.experiment.schedule import Costs, fitted
+from loadtests.experiment.server import ServerError
+from loadtests.experiment.store import Store, StoreError
 from loadtests.generator.load_result import Protocol
 from loadtests.generator.payloads import DEFAULT_SIZES, Payload, PayloadError, describe, parse_sizes, read_payloads
 from loadtests.report import regress, report

@@ -15,6 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from loadtests.errors import LoadTestError
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 LABELS_FILE = "labels.csv"
 _CSV_LABELS = ("index", "label", "imagenet1k_index")
@@ -28,7 +30,7 @@ Label = int | str | None
 """A class by index or by name; None if unknown."""
 
 
-class PayloadError(Exception):
+class PayloadError(LoadTestError):
     """The images cannot be read; the message says what was expected where."""
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+from loadtests.errors import LoadTestError
 from loadtests.experiment.http_get import get_json
 from loadtests.experiment.server import Server, ServerError, running_server
 from loadtests.generator.payloads import Payload, PayloadError, describe, read_payloads
@@ -44,7 +45,7 @@ _DEATH_SECONDS = 1.0
 _LAST_WORDS = 2000
 
 
-class MlperfError(Exception):
+class MlperfError(LoadTestError):
     """LoadGen did not run to its end; the message holds what the service, or LoadGen, said."""
 
 

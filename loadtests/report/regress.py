@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from loadtests.errors import LoadTestError
 from loadtests.experiment.json_files import to_json
 from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Comparison
 from loadtests.report.verdicts import block_figure
@@ -48,7 +49,7 @@ _UNANSWERED = 2
 _Rounds = dict[int, float]
 
 
-class ResultsError(Exception):
+class ResultsError(LoadTestError):
     """A results.json that cannot be used; the message says which and what to do."""
 
 

@@ -18,8 +18,8 @@ from urllib.parse import quote, urlsplit
 import numpy as np
 from PIL import Image
 
+from loadtests.experiment.environment import environment
 from loadtests.experiment.json_files import write_json
-from loadtests.experiment.machine import environment
 from loadtests.experiment.server import Server, ServerError, running_server
 from loadtests.generator.payloads import Payload, PayloadError, read_payloads
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from loadtests.compare.compare import one_two_five, rounded
 from loadtests.experiment.arms import ArmError, checkout, parse_arms, repeated, resolved
-from loadtests.experiment.machine import git
 from loadtests.experiment.model import Arm, Plan
 from loadtests.experiment.schedule import LONGEST_SECONDS, SHORTEST_SECONDS, Costs, fitted, order
 from tests.processes import in_a_checkout
