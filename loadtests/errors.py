@@ -1,7 +1,7 @@
 """Why a measurement cannot be made. Every message is written for the user and names what to change.
 
 LoadTestError
-├── PayloadError     the images to send are unavailable          (generator/labelled.py)
+├── PayloadError     the images to send are unavailable          (generator/readers.py)
 ├── ArmError         an arm is malformed, or its commit unknown  (experiment/arms.py)
 ├── ServerError      a server did not start, or died             (experiment/server.py)
 ├── StoreError       the folder holds another measurement        (experiment/store.py)

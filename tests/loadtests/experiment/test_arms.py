@@ -11,6 +11,7 @@ from loadtests.compare.compare import one_two_five, rounded
 from loadtests.experiment.arms import ArmError, checkout, parse_arms, repeated, resolved
 from loadtests.experiment.model import Arm, Plan
 from loadtests.experiment.schedule import LONGEST_SECONDS, SHORTEST_SECONDS, Costs, fitted, order
+from service.host import git
 from tests.processes import in_a_checkout
 
 
