@@ -23,7 +23,7 @@ from service.host import available_cores
 from service.manifest import Accuracy, Attention, Manifest, Precision, Source, Tensor
 from service.models.verify import check_golden
 from training.describe import count_macs
-from training.models import Classifier, count_parameters
+from training.models import NormalizedModel, count_parameters
 from training.variants import parse_variant
 
 ACCURACY_BATCH = 32
@@ -78,8 +78,8 @@ def export(
         op_types=op_types(graph),
         preprocessing=subject.preprocessing,
         input=Tensor(name=INPUT, datatype="UINT8", shape=(-1, side, side, 3)),
-        outputs=tuple(Tensor(name=name, datatype="FP32", shape=(-1, spec.classes)) for name in OUTPUTS),
-        num_classes=spec.classes,
+        outputs=tuple(Tensor(name=name, datatype="FP32", shape=(-1, spec.num_classes)) for name in OUTPUTS),
+        num_classes=spec.num_classes,
         random_weights=subject.weights == "random",
         accuracy=accuracy,
         parity=parity,
@@ -113,7 +113,7 @@ def make_graph(subject: Subject, precision: Precision, *, opset: int = OPSET) ->
     return graph
 
 
-def _by_torch(classifier: Classifier, images: Pixels) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+def _by_torch(classifier: NormalizedModel, images: Pixels) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     with torch.inference_mode():
         logits = classifier(torch.tensor(images))
     return logits.numpy(), logits.softmax(dim=-1).numpy()
