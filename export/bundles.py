@@ -17,12 +17,13 @@ from export.precision import MAX_ACCURACY_LOSS, PROMISES
 from export.quantize import quantize, quantize_by_batch
 from export.served import MLP_PARTS
 from export.subjects import Pixels, Subject
-from service.bundle import GOLDEN_FILE, Accuracy, Manifest, Precision, Source, Tensor, publish
+from service.bundle import GOLDEN_FILE, publish
 from service.engine import INPUT, OUTPUTS, Engine
 from service.host import available_cores
+from service.manifest import Accuracy, Attention, Manifest, Precision, Source, Tensor
 from service.models.verify import check_golden
 from training.describe import count_macs
-from training.models import Classifier, count_parameters
+from training.models import NormalizedModel, count_parameters
 from training.variants import parse_variant
 
 ACCURACY_BATCH = 32
@@ -60,14 +61,16 @@ def export(
     manifest = Manifest(
         name=f"{family}-{spec.variant}" + ("" if precision == "fp32" else f"-{precision}"),
         family=family,
-        variant=spec.variant,
-        stride=variant.stride,
-        block_size=variant.block_size,
-        rank=None if variant.kind == "mha" else spec.rank,
-        tokens=spec.grid[0] * spec.grid[1],
-        kv_tokens=spec.kv_tokens,
-        preset=spec.preset,
-        parameters=count_parameters(classifier.model),
+        architecture=spec.preset,
+        attention=Attention(
+            variant=spec.variant,
+            tokens=spec.grid[0] * spec.grid[1],
+            kv_tokens=spec.kv_tokens,
+            stride=variant.stride,
+            block_size=variant.block_size,
+            rank=None if variant.kind == "mha" else spec.rank,
+        ),
+        params=count_parameters(classifier.model),
         macs=sum(count_macs(spec).values()),
         precision=precision,
         max_batch=promise.max_batch,
@@ -75,9 +78,9 @@ def export(
         op_types=op_types(graph),
         preprocessing=subject.preprocessing,
         input=Tensor(name=INPUT, datatype="UINT8", shape=(-1, side, side, 3)),
-        outputs=tuple(Tensor(name=name, datatype="FP32", shape=(-1, spec.classes)) for name in OUTPUTS),
-        classes=spec.classes,
-        weights=subject.weights,
+        outputs=tuple(Tensor(name=name, datatype="FP32", shape=(-1, spec.num_classes)) for name in OUTPUTS),
+        num_classes=spec.num_classes,
+        random_weights=subject.weights == "random",
         accuracy=accuracy,
         parity=parity,
         tolerance=promise.golden,
@@ -110,7 +113,7 @@ def make_graph(subject: Subject, precision: Precision, *, opset: int = OPSET) ->
     return graph
 
 
-def _by_torch(classifier: Classifier, images: Pixels) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+def _by_torch(classifier: NormalizedModel, images: Pixels) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     with torch.inference_mode():
         logits = classifier(torch.tensor(images))
     return logits.numpy(), logits.softmax(dim=-1).numpy()
@@ -121,13 +124,19 @@ def _measure(subject: Subject, engine: Engine, *, batch: int) -> Accuracy:
     dataset = subject.dataset
     if dataset is None:
         raise ExportError("random weights have no accuracy")
-    hits1 = hits5 = 0
+    all_hits, all_labels = [], []
     for images, labels in subject.batches(dataset.test, ACCURACY_BATCH):
         logits, _ = run_all(engine, images.numpy(), batch=batch)
-        hits = torch.from_numpy(logits).topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
-        hits1, hits5 = hits1 + int(hits[:, 0].sum()), hits5 + int(hits.sum())
-    n = len(dataset.test)
-    return Accuracy(dataset=dataset.name, split=dataset.test_split, n=n, top1=hits1 / n, top5=hits5 / n)
+        all_hits.append(torch.from_numpy(logits).topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1))
+        all_labels.append(labels)
+    hits = torch.cat(all_hits)
+    return Accuracy.from_correct(
+        hits[:, 0].numpy(),
+        torch.cat(all_labels).numpy(),
+        top5=int(hits.sum()) / len(hits),
+        dataset=dataset.name,
+        split=dataset.test_split,
+    )
 
 
 def _check_accuracy(checkpoint: Accuracy | None, measured: Accuracy, precision: Precision) -> None:

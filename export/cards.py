@@ -1,5 +1,6 @@
 """What `list`, `inspect` and `diff` show of bundles."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from export.kernels import kernels, sources
-from service.bundle import CONTENT_FILES, Bundle, Manifest, model_names, read_bundle, versions
+from service.bundle import CONTENT_FILES, Bundle, model_names, read_bundle, versions
 from service.errors import BundleError
+from service.manifest import Manifest
 
 
 def listing(repository: Path) -> Table:
@@ -32,9 +34,9 @@ def listing(repository: Path) -> Table:
                 name,
                 str(version),
                 manifest.precision,
-                manifest.weights,
-                f"{manifest.kv_tokens} of {manifest.tokens}",
-                f"{manifest.parameters:,}",
+                "random" if manifest.random_weights else "trained",
+                kv_tokens(manifest),
+                f"{manifest.params:,}",
                 f"{manifest.accuracy.top1:.2%}" if manifest.accuracy else "–",
                 f"{_size(bundle) / 1e6:.1f}",
             )
@@ -78,6 +80,18 @@ def kernel_table(graph: onnx.ModelProto) -> tuple[Table, bool]:
     return table, any(kernel.cuda or kernel.tensorrt for kernel in counted)
 
 
+def kv_tokens(manifest: Manifest) -> str:
+    """Key/value tokens out of all tokens; a dash for a model without attention."""
+    attention = manifest.attention
+    return f"{attention.kv_tokens} of {attention.tokens}" if attention else "–"
+
+
+def model_words(manifest: Manifest) -> str:
+    """Variant and key/value tokens; the architecture of a model without attention."""
+    attention = manifest.attention
+    return f"{attention.variant}, {kv_tokens(manifest)} K/V tokens" if attention else manifest.architecture
+
+
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     accuracy = "not known"
     if manifest.accuracy:
@@ -85,16 +99,18 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         accuracy = (
             f"top-1 {known.top1:.2%}, top-5 {known.top5:.2%} on {known.n:,} {known.split} images of {known.dataset}"
         )
-    primitives = {"stride": manifest.stride, "block size": manifest.block_size, "rank": manifest.rank}
+    primitives: dict[str, int | None] = {}
+    if attention := manifest.attention:
+        primitives = {"stride": attention.stride, "block size": attention.block_size, "rank": attention.rank}
     size = manifest.preprocessing
     return [
-        ("variant", f"{manifest.variant} of {manifest.preset}"),
+        ("variant", f"{attention.variant} of {manifest.architecture}" if attention else manifest.architecture),
         ("primitives", ", ".join(f"{name} {value}" for name, value in primitives.items() if value) or "none"),
-        ("K/V tokens", f"{manifest.kv_tokens} of {manifest.tokens}"),
-        ("weights", manifest.weights),
+        ("K/V tokens", kv_tokens(manifest)),
+        ("weights", "random" if manifest.random_weights else "trained"),
         ("accuracy", accuracy),
-        ("parameters", f"{manifest.parameters:,}"),
-        ("MACs", f"{manifest.macs / 1e6:,.1f} M an image"),
+        ("parameters", f"{manifest.params:,}"),
+        ("MACs", f"{manifest.macs / 1e6:,.1f} M per image" if manifest.macs else "unknown"),
         ("precision", manifest.precision + (f", batches of {manifest.max_batch}" if manifest.max_batch else "")),
         ("images", f"shorter side to {size.resize}, centre {size.crop} × {size.crop}, {size.interpolation}"),
         ("operators", _operators(manifest)),
@@ -127,6 +143,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             flat |= _flat(value, f"{prefix}{key}.")
         elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 8:
             flat[prefix + key] = f"{len(value)} values"
+        elif isinstance(value, str) and len(value) > 100:
+            flat[prefix + key] = f"{len(value):,} characters, sha256 {hashlib.sha256(value.encode()).hexdigest()[:12]}"
         else:
             flat[prefix + key] = value
     return flat

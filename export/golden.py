@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from service.bundle import Golden, Preprocessing, Tolerance
+from service.bundle import Golden
 from service.images import decode
+from service.manifest import Preprocessing, Tolerance
 from service.models.verify import MAX_GOLDEN_PIXELS
 
 COUNT = 8

@@ -6,9 +6,9 @@ import torch
 
 from export.graph import ExportError
 from export.precision import Promise
-from service.bundle import Parity
 from service.engine import Engine
-from training.models import Classifier
+from service.manifest import Parity
+from training.models import NormalizedModel
 
 BATCH_SIZES = (1, 3, 8)
 MAX_ABS_PROBABILITY = 1e-3
@@ -16,7 +16,9 @@ MAX_ABS_PROBABILITY = 1e-3
 Logits = npt.NDArray[np.float32]
 
 
-def check_parity(classifier: Classifier, engine: Engine, images: npt.NDArray[np.uint8], promise: Promise) -> Parity:
+def check_parity(
+    classifier: NormalizedModel, engine: Engine, images: npt.NDArray[np.uint8], promise: Promise
+) -> Parity:
     """Compare on uint8 images (n,H,W,3), and on black, white and noise, alone and in batches.
 
     Every image stands alone, and in several places of batches with other neighbours. Raises ExportError for an answer

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from service.bundle import Precision, Tolerance
 from service.engine import Device
+from service.manifest import Precision, Tolerance
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,8 @@ from export.bundles import make_graph
 from export.graph import OPSET, ExportError, serialise, to_onnx
 from export.probe import Probe
 from export.subjects import random_weights
-from service.bundle import Precision, read_bundle
+from service.bundle import read_bundle
+from service.manifest import Precision
 from training.models import Architecture
 
 Form = Literal["shaped", "unshaped"]
@@ -44,24 +45,25 @@ class Arm:
     """One of the models that are compared; `size` is its image's side in pixels."""
 
     label: str
-    variant: str
+    variant: str | None
     model: Path
     size: int
-    tokens: int
-    kv_tokens: int
+    tokens: int | None
+    kv_tokens: int | None
 
 
 def bundle_arm(folder: Path) -> Arm:
     """A published bundle. Raises BundleError."""
     bundle = read_bundle(folder)
     manifest = bundle.manifest
+    attention = manifest.attention
     return Arm(
         label=f"{manifest.name}/{bundle.version}",
-        variant=manifest.variant,
+        variant=attention.variant if attention else None,
         model=bundle.model_path,
         size=manifest.preprocessing.crop,
-        tokens=manifest.tokens,
-        kv_tokens=manifest.kv_tokens,
+        tokens=attention.tokens if attention else None,
+        kv_tokens=attention.kv_tokens if attention else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""The model as it is served: what `Classifier` computes, shaped for an inference runtime, all variants alike.
+"""The model as it is served: what `NormalizedModel` computes, shaped for an inference runtime, all variants alike.
 
 Shape suffixes as in training/attention.py; P is the patch size, and T = B·N the tokens of a whole batch, which stand in
 one matrix everywhere but in attention: then a product and its bias are one operator, `Gemm`. What is done once here,
@@ -24,7 +24,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from training.attention import CompressedAttention, ConvolutionalSRA, LocalSRA
-from training.models import Classifier, StrideViT
+from training.models import NormalizedModel, StrideViT
 
 MLP_PARTS = 2
 """In float32. Quantised, a product that adds to another one would stay in float32; and a GPU at small batches would
@@ -230,7 +230,7 @@ class Served(nn.Module):
     embedding: Tensor
     positions_ND: Tensor
 
-    def __init__(self, classifier: Classifier, *, operator: bool, half: bool, mlp_parts: int) -> None:
+    def __init__(self, classifier: NormalizedModel, *, operator: bool, half: bool, mlp_parts: int) -> None:
         super().__init__()
         # What is shared with the trained model may become half precision here.
         model = copy.deepcopy(classifier.model)

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from service.bundle import Accuracy, Preprocessing
+from service.manifest import Accuracy, Preprocessing
 from training.augment import evaluation_batches
-from training.data import Dataset, Images, load_dataset, split_holdout
-from training.models import Architecture, Classifier, StrideViT
+from training.data import Dataset, Images, load_dataset, split_val
+from training.models import Architecture, NormalizedModel, StrideViT
 from training.runs import git_commit, load_final
 
 PARITY_IMAGES, CALIBRATION_IMAGES, NOISE_IMAGES = 256, 512, 16
@@ -28,7 +28,7 @@ class Subject:
     """A classifier and all that its bundle says of it. `family` is what it is called unless told otherwise."""
 
     family: str
-    classifier: Classifier
+    classifier: NormalizedModel
     spec: Architecture
     preprocessing: Preprocessing
     labels: tuple[str, ...]
@@ -50,8 +50,8 @@ class Subject:
         """Some of a tenth of train that is held out class by class: of CIFAR-100 the slice that training held out."""
         if self.dataset is None:
             return self._noise(1)
-        _, held_out = split_holdout(self.dataset.train, max(len(self.labels), len(self.dataset.train) // 10))
-        return self._prepared(held_out, np.random.default_rng(0).permutation(len(held_out))[:CALIBRATION_IMAGES])
+        _, val = split_val(self.dataset.train, max(len(self.labels), len(self.dataset.train) // 10))
+        return self._prepared(val, np.random.default_rng(0).permutation(len(val))[:CALIBRATION_IMAGES])
 
     def batches(self, images: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """`images` as the model takes them, uint8 (B,H,W,3), and their labels (B,), `size` at a time."""
@@ -93,10 +93,10 @@ def random_weights(spec: Architecture, *, seed: int = 0) -> Subject:
     side = spec.image_shape[0]
     return Subject(
         family=f"{spec.preset}-{side}-random",
-        classifier=Classifier(model, mean=half, std=half).eval(),
+        classifier=NormalizedModel(model, mean=half, std=half).eval(),
         spec=spec,
         preprocessing=Preprocessing(resize=side, crop=side, interpolation="bicubic", mean=half, std=half),
-        labels=tuple(f"class {number}" for number in range(spec.classes)),
+        labels=tuple(f"class {number}" for number in range(spec.num_classes)),
         weights="random",
         weights_sha256=hashlib.sha256(save(model.state_dict())).hexdigest(),
         accuracy=None,

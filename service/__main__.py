@@ -126,7 +126,7 @@ def check(settings: Settings) -> Iterator[Checked]:
             yield Checked(
                 name=name,
                 version=str(entry.version),
-                variant=manifest.variant,
+                variant=manifest.attention.variant if manifest.attention else manifest.architecture,
                 precision=manifest.precision,
                 top1=f"{manifest.accuracy.top1:.2%}" if manifest.accuracy else "–",
                 good=True,

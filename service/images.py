@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from service.bundle import Preprocessing
 from service.errors import BadImage, TooManyPixels, UnsupportedImage
+from service.manifest import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _JPEG = ("JPEG", "MPO")

@@ -55,7 +55,8 @@ def test_a_shipped_model_proves_itself_and_says_what_its_run_says(name: str) -> 
         assert measured.model_dump() == trained.model_dump()
     assert measured.top1 >= trained.top1 - MAX_ACCURACY_LOSS
     assert (measured.dataset, measured.split, measured.n) == ("cifar100", "test", 10_000)
-    assert bundle.manifest.kv_tokens == card.architecture.kv_tokens
+    assert bundle.manifest.attention
+    assert bundle.manifest.attention.kv_tokens == card.architecture.kv_tokens
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
-from service.bundle import Bundle, Manifest
+from service.bundle import Bundle
 from service.engine import Engine
+from service.manifest import Manifest
 from service.metrics import ModelGauges
 from service.scheduling.scheduler import Queue
 
@@ -116,7 +117,7 @@ class Model:
         return ModelGauges(
             name=self.name,
             version=self.version,
-            variant=self.manifest.variant,
+            variant=self.manifest.attention.variant if self.manifest.attention else "",
             queue_depth=len(self.queue),
             model_bytes=self.model_bytes,
             arena_bytes=self.arena_bytes,

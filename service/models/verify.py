@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from service.bundle import GOLDEN_FILE, Bundle, Golden, Manifest
+from service.bundle import GOLDEN_FILE, Bundle, Golden
 from service.engine import Engine
 from service.errors import BundleError, ImageError
 from service.host import cpu_features
 from service.images import decode
+from service.manifest import Manifest
 
 MAX_GOLDEN_PIXELS = 4_000_000
 

@@ -16,8 +16,9 @@ from export.precision import PROMISES
 from export.subjects import Subject, finished_run
 from export.verify import verify
 from service.app import create_app
-from service.bundle import SUMS_FILE, Precision, read_bundle
+from service.bundle import SUMS_FILE, read_bundle
 from service.engine import Engine, Tuning
+from service.manifest import Precision, labels_sha256
 from service.models.loading import Loader
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
@@ -62,8 +63,11 @@ def test_accuracy_is_that_of_the_graph_itself_on_all_test_images(precision: str,
     answers = np.concatenate([engine.run(image[np.newaxis])[0] for image in images.numpy()])
     assert bundle.manifest.accuracy
     assert bundle.manifest.accuracy.n == 360
-    hits = int((answers.argmax(axis=1) == labels.numpy()).sum())
-    assert bundle.manifest.accuracy.top1 == pytest.approx(hits / 360, abs=1e-9)
+    correct = answers.argmax(axis=1) == labels.numpy()
+    assert bundle.manifest.accuracy.top1 == pytest.approx(correct.mean(), abs=1e-9)
+    np.testing.assert_array_equal(bundle.manifest.accuracy.correct_top1(), correct)
+    assert bundle.manifest.accuracy.correct
+    assert bundle.manifest.accuracy.correct.labels_sha256 == labels_sha256(labels.numpy())
     assert {check.name for check in verify(bundle.folder)} >= {"kernels", "golden"}
 
 

@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from export.__main__ import app
-from service.bundle import CONTENT_FILES, MANIFEST_FILE, MODEL_FILE, SUMS_FILE, Manifest
+from service.bundle import CONTENT_FILES, MANIFEST_FILE, MODEL_FILE, SUMS_FILE
+from service.manifest import Manifest
 
 runner = CliRunner()
 
@@ -146,4 +147,4 @@ def test_diff_names_what_differs_and_nothing_else(bundle: Path) -> None:
     result = runner.invoke(app, ["diff", str(bundle), str(other)])
     assert result.exit_code == 1
     assert "macs" in result.stdout
-    assert "parameters" not in result.stdout
+    assert "params" not in result.stdout

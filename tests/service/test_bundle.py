@@ -56,7 +56,7 @@ def test_a_malformed_sums_file_is_an_error(bundle: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("schema_version", 2), ("surprise", 1), ("precision", "fp7"), ("name", "../x"), ("opset", None)]
+    ("key", "value"), [("schema_version", 3), ("surprise", 1), ("precision", "fp7"), ("name", "../x"), ("opset", None)]
 )
 def test_a_manifest_against_the_schema_is_refused(bundle: Path, key: str, value: object) -> None:
     manifest = bundle / "manifest.json"
