@@ -211,7 +211,7 @@ def test_proxies_are_believed_only_where_they_are_named(
     class Listening:
         started = True
 
-        def __init__(self, config: Any, _: object) -> None:
+        def __init__(self, config: Any, *_: object, **__: object) -> None:
             seen.append(config)
 
         def run(self) -> None:
