@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from export.profile import THESIS, Cell, Measured
-from service.models.verify import cpu_features
+from service.host import cpu_features
 from training.runs import git_commit
 
 HEADINGS = (

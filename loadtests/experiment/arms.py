@@ -60,9 +60,9 @@ def _parse(word: str) -> Arm:
     return Arm(label=word, model=model, settings=settings)
 
 
-def twin(arm: Arm) -> Arm:
+def repeated(arm: Arm) -> Arm:
     """The same again, under another name: the A/A arm."""
-    return replace(arm, label=f"{arm.label} (again)", twin_of=arm.label)
+    return replace(arm, label=f"{arm.label} (again)", repeat_of=arm.label)
 
 
 def resolved(arm: Arm) -> Arm:

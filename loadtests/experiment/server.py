@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import psutil
 
-from loadtests.experiment.direct import get, get_json
+from loadtests.experiment.http_get import get, get_json
 
 _START_SECONDS = 120
 _STOP_SECONDS = 20
@@ -55,7 +55,7 @@ class Server:
         """Of its process tree now; 0 where that is not known."""
         return tree_bytes(self.pid) if self.pid is not None else 0
 
-    def last_words(self, lines: int = 15) -> str:
+    def log_tail(self, lines: int = 15) -> str:
         """The end of its log."""
         if self.log is None:
             return ""
@@ -155,13 +155,13 @@ def _wait_until_ready(server: Server) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if not server.alive():
-            raise ServerError(f"{server.name} did not start:\n{server.last_words()}")
+            raise ServerError(f"{server.name} did not start:\n{server.log_tail()}")
         try:
             get(server.url + "/readyz", timeout=2)
             return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
-    raise ServerError(f"{server.name} was not ready after {_START_SECONDS} s:\n{server.last_words()}")
+    raise ServerError(f"{server.name} was not ready after {_START_SECONDS} s:\n{server.log_tail()}")
 
 
 def free_port() -> int:

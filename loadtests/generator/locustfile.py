@@ -37,11 +37,11 @@ from locust.exception import StopTest
 from locust.runners import MasterRunner, WorkerRunner
 
 from loadtests.generator.histogram import Latencies
-from loadtests.generator.load import ANSWER_SECONDS, IN_FLIGHT, PROTOCOLS
+from loadtests.generator.load_result import ANSWER_SECONDS, IN_FLIGHT, PROTOCOLS
+from loadtests.generator.payload_cache import is_saved, load
 from loadtests.generator.payloads import PayloadError, read_payloads
+from loadtests.generator.request_encoder import Target, target
 from loadtests.generator.samples import UNSENT, Sample, writer
-from loadtests.generator.sequence import is_saved, load
-from loadtests.generator.targets import Target, target
 
 log = logging.getLogger(__name__)
 

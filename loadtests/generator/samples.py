@@ -84,9 +84,9 @@ class Window:
     latencies_ms: npt.NDArray[np.float64]
     """Of all requests that were due in the window; infinite where they were not answered with 200."""
     errors: int
-    late: int
+    late_arrivals: int
     """Sent more than `LATE_MS` after their moment."""
-    unsent: int
+    unsent_arrivals: int
     labelled: int
     correct: int
 
@@ -107,8 +107,8 @@ def window(samples: list[Sample], *, warmup_seconds: float, seconds: float) -> W
         throughput=ended / seconds,
         latencies_ms=np.array([sample.latency_ms if sample.ok else np.inf for sample in due], dtype=np.float64),
         errors=sum(not sample.ok and sample.status != UNSENT for sample in due),
-        late=sum(sample.behind_ms > LATE_MS and sample.status != UNSENT for sample in due),
-        unsent=sum(sample.status == UNSENT for sample in due),
+        late_arrivals=sum(sample.behind_ms > LATE_MS and sample.status != UNSENT for sample in due),
+        unsent_arrivals=sum(sample.status == UNSENT for sample in due),
         labelled=len(known),
         correct=sum(known),
     )

@@ -76,7 +76,7 @@ def limit(
                 seconds=seconds,
                 warmup_seconds=warmup,
                 connections=loops,
-                share=load,
+                load_fraction=load,
                 service_arguments=arguments,
             )
             _limit(plan, out, said)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-from loadtests.experiment.direct import get_json
+from loadtests.experiment.http_get import get_json
 from loadtests.experiment.server import Server, ServerError, running_server
 from loadtests.generator.payloads import Payload, PayloadError, describe, read_payloads
 from loadtests.mlperf.summary import Accuracy, Summary, accuracy_of, parse_summary
@@ -267,7 +267,7 @@ def _dies(server: Server) -> bool:
 
 
 def _died(server: Server) -> ServerError:
-    return ServerError(f"{server.name} died under load; its log, {server.log}, ends:\n{server.last_words()}")
+    return ServerError(f"{server.name} died under load; its log, {server.log}, ends:\n{server.log_tail()}")
 
 
 def _model(url: str, name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from loadtests.experiment.documents import write_json
+from loadtests.experiment.json_files import write_json
 from loadtests.experiment.machine import environment
 from loadtests.experiment.server import ServerError
 from loadtests.experiment.terminal import (

@@ -31,7 +31,7 @@ def headline(findings: Findings) -> list[Metric]:
 
 def ordered(findings: Findings) -> list[Row]:
     """The rows with the A/A arm at the end."""
-    return sorted(findings.rows, key=lambda row: row.arm.twin_of is not None)
+    return sorted(findings.rows, key=lambda row: row.arm.repeat_of is not None)
 
 
 def load_name(comparison: Comparison, load: str) -> str:

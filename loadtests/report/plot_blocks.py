@@ -43,7 +43,7 @@ def latency(comparison: Comparison) -> Figure:
 def _pooled(comparison: Comparison, load: str) -> dict[str, npt.NDArray[np.float64]]:
     pooled = {}
     for arm in comparison.plan.arms:
-        values = [block.loads[load].latencies_ms for block in comparison.of(arm.label) if load in block.loads]
+        values = [block.loads[load].latencies_ms for block in comparison.blocks_of(arm.label) if load in block.loads]
         if sum(map(len, values)):
             pooled[arm.label] = np.sort(np.concatenate(values))
     return pooled
@@ -182,5 +182,7 @@ def _ratios(axes: Axes, comparison: Comparison) -> None:
 
 def _by_round(comparison: Comparison, label: str) -> dict[int, float]:
     return {
-        block.round: block.loads[SATURATED].throughput for block in comparison.of(label) if SATURATED in block.loads
+        block.round: block.loads[SATURATED].throughput
+        for block in comparison.blocks_of(label)
+        if SATURATED in block.loads
     }

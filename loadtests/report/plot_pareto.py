@@ -47,7 +47,7 @@ def pareto(comparison: Comparison, findings: Findings) -> Figure:
     """A point an arm, the A/A arm left out; those that no other beats in both directions are joined."""
     figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
     axes = figure.subplots()
-    rows = [row for row in findings.rows if row.arm.twin_of is None and _value(row, "throughput") is not None]
+    rows = [row for row in findings.rows if row.arm.repeat_of is None and _value(row, "throughput") is not None]
     accurate = [row for row in rows if _value(row, "top1") is not None]
     heavy = [row for row in rows if _value(row, "peak_bytes")]
     whiskers = "Whiskers: slowest and fastest block"

@@ -67,7 +67,7 @@ def styles(plan: Plan) -> dict[str, Style]:
     for arm in plan.arms:
         if arm is plan.arms[0]:
             result[arm.label] = Style(colour=_BASELINE, marker="o", dash="-")
-        elif arm.twin_of is not None:
+        elif arm.repeat_of is not None:
             result[arm.label] = Style(colour=_TWIN, marker="x", dash=":")
         else:
             turn = place // len(_COLOURS)
@@ -87,7 +87,7 @@ def wrapped(label: str, width: int = 24) -> str:
 
 def name_of(arm: Arm, plan: Plan) -> str:
     """For legends."""
-    return f"{arm.label} (baseline)" if arm is plan.arms[0] else f"{arm.label} (A/A)" if arm.twin_of else arm.label
+    return f"{arm.label} (baseline)" if arm is plan.arms[0] else f"{arm.label} (A/A)" if arm.repeat_of else arm.label
 
 
 def say(axes: Axes, text: str) -> None:

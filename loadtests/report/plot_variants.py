@@ -21,7 +21,7 @@ _LINE = 125
 
 def variants(comparison: Comparison, findings: Findings) -> Figure:
     """Bars from zero, with the range of the blocks; the A/A arm is left out."""
-    rows = [row for row in findings.rows if row.arm.twin_of is None]
+    rows = [row for row in findings.rows if row.arm.repeat_of is None]
     figure = Figure(figsize=(WIDTH, 2.2 + 0.98 * len(rows)), layout="constrained")
     (speed, memory), (moderate, high) = figure.subplots(2, 2, sharey="row", height_ratios=[0.85, 1])
     colours = [styles(comparison.plan)[row.arm.label].colour for row in rows]
@@ -61,7 +61,7 @@ def _memory(axes: Axes, comparison: Comparison, rows: list[Row], colours: list[s
     edge = 0.0
     for place, (row, colour) in enumerate(zip(rows, colours, strict=True)):
         figure = row.figures.get("peak_bytes")
-        idle = median(block.idle_bytes / 1e6 for block in comparison.of(row.arm.label) if block.idle_bytes)
+        idle = median(block.idle_bytes / 1e6 for block in comparison.blocks_of(row.arm.label) if block.idle_bytes)
         if figure is None or not figure.value:
             axes.text(0, place, " not known", va="center", fontsize=8, color=FAINT)
             continue

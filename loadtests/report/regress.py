@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from loadtests.experiment.documents import strict
+from loadtests.experiment.json_files import to_json
 from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Comparison
 from loadtests.report.verdicts import block_figure
 from loadtests.statistics import (
@@ -29,7 +29,7 @@ from loadtests.statistics import (
     unpaired_ratio,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Of the results.json that can be read."""
 TOP1 = "top1"
 UNITS = {
@@ -39,7 +39,7 @@ UNITS = {
     TOP1: "of the images",
 }
 """Of the figures that are compared, by the keys of `loadtests.report.verdicts.Metric`."""
-_CONDITIONS = ("protocol", "users", "warmup_seconds", "service_arguments")
+_CONDITIONS = ("protocol", "connections", "warmup_seconds", "service_arguments")
 _SAME_RATE = 0.05
 """Latencies under loads whose rates differ by a larger share are not compared."""
 _UNANSWERED = 2
@@ -246,7 +246,7 @@ class _Run:
                 for block in source.blocks
             ]
             infos = {block.arm: block.info for block in source.blocks if block.info}
-            plan = strict(source.plan)
+            plan = to_json(source.plan)
             payloads = source.payloads
         else:
             arms, rates = [arm["label"] for arm in source["arms"]], source.get("rates", {})

@@ -9,16 +9,16 @@ import numpy as np
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from loadtests.experiment.documents import strict
+from loadtests.experiment.json_files import to_json
 from loadtests.experiment.model import Block, Comparison
-from loadtests.generator.load import Load
+from loadtests.generator.load_result import LoadResult
 from loadtests.report import tables
 from loadtests.report.figures import SYMBOLS, info_of
 from loadtests.report.verdicts import Findings, Verdict
 from loadtests.report.words import accuracy_note, conclusion, conditions, how_measured, how_to_read
 from loadtests.statistics import percentile
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Of results.json. Version 1 was the single closed loop's."""
 COLOURS: dict[Verdict, str] = {"better": "blue", "worse": "red", "no difference seen": "dim"}
 
@@ -140,14 +140,14 @@ def as_json(comparison: Comparison, findings: Findings) -> dict[str, Any]:
         "finished": comparison.finished.isoformat(timespec="seconds") if comparison.finished else None,
         "ended_early": comparison.ended_early,
         "environment": comparison.environment,
-        "plan": strict(comparison.plan),
+        "plan": to_json(comparison.plan),
         "payloads": comparison.payloads,
-        "rates": strict(comparison.rates),
-        "arms": [strict(arm) for arm in comparison.plan.arms],
-        "metrics": [strict(metric) for metric in findings.metrics],
+        "rates": to_json(comparison.rates),
+        "arms": [to_json(arm) for arm in comparison.plan.arms],
+        "metrics": [to_json(metric) for metric in findings.metrics],
         "rows": _verdicts(findings),
         "warnings": findings.warnings,
-        "searches": [strict(search) for search in comparison.searches],
+        "capacity_searches": [to_json(search) for search in comparison.capacity_searches],
         "blocks": [_block(block) for block in comparison.blocks],
         "info": {arm.label: _info(comparison, arm.label) for arm in comparison.plan.arms},
     }
@@ -155,7 +155,7 @@ def as_json(comparison: Comparison, findings: Findings) -> dict[str, Any]:
 
 def _info(comparison: Comparison, label: str) -> Any:
     known = info_of(comparison, label)
-    return strict({name: value for name, value in known.items() if name != "labels"})
+    return to_json({name: value for name, value in known.items() if name != "labels"})
 
 
 def _block(block: Block) -> dict[str, Any]:
@@ -169,13 +169,13 @@ def _block(block: Block) -> dict[str, Any]:
     }
 
 
-def _load(load: Load) -> dict[str, Any]:
+def _load(load: LoadResult) -> dict[str, Any]:
     latencies = load.latencies_ms
     answered = int(np.isfinite(latencies).sum())
     values = {field.name: getattr(load, field.name) for field in fields(load) if field.name != "latencies_ms"}
     return {
-        **{name: strict(value) for name, value in values.items()},
-        **{f"p{rank}_ms": strict(percentile(latencies, rank)) for rank in (50, 95, 99)},
+        **{name: to_json(value) for name, value in values.items()},
+        **{f"p{rank}_ms": to_json(percentile(latencies, rank)) for rank in (50, 95, 99)},
         "requests": len(latencies),
         "answered": answered,
         "unanswered": 1 - answered / len(latencies) if len(latencies) else 0.0,
@@ -186,7 +186,7 @@ def _verdicts(findings: Findings) -> list[dict[str, Any]]:
     """The verdicts; whether a figure is null because it is infinite is told beside it."""
     rows = []
     for row in findings.rows:
-        values: dict[str, Any] = strict(row)
+        values: dict[str, Any] = to_json(row)
         for key, figure in row.figures.items():
             values["figures"][key]["unanswered"] = figure.value is not None and math.isinf(figure.value)
         rows.append(values)

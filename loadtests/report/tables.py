@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loadtests.experiment.model import LOADS, Comparison
-from loadtests.generator.load import Load
+from loadtests.generator.load_result import LoadResult
 from loadtests.report.figures import (
     UNKNOWN,
     estimate_text,
@@ -77,7 +77,7 @@ def verdict_lines(comparison: Comparison, findings: Findings) -> list[Line]:
     return [
         Line(
             label=row.arm.label,
-            mark="noise floor" if row.arm.twin_of is not None else "" if place else "baseline",
+            mark="noise floor" if row.arm.repeat_of is not None else "" if place else "baseline",
             kv_tokens=_kv_tokens(comparison, row),
             cells=[_cell(comparison, metric, row) for metric in headline(findings)],
         )
@@ -138,7 +138,7 @@ def arms(comparison: Comparison) -> Table:
         info = info_of(comparison, arm.label)
         size = info.get("image_size")
         accuracy = info.get("accuracy") or {}
-        blocks = comparison.of(arm.label)
+        blocks = comparison.blocks_of(arm.label)
         labelled = sum(load.labelled for block in blocks for load in block.loads.values())
         correct = sum(load.correct for block in blocks for load in block.loads.values())
         rows.append(
@@ -174,11 +174,11 @@ def searches(comparison: Comparison) -> Table:
     """The largest rate of arrivals that keeps the objective."""
     rows = []
     for arm in comparison.plan.arms:
-        found = [search for search in comparison.searches if search.arm == arm.label]
+        found = [search for search in comparison.capacity_searches if search.arm == arm.label]
         rates = [search.rate for search in found if search.rate is not None]
         if not found:
             continue
-        reasons = list(dict.fromkeys(search.why_not for search in found if search.why_not))
+        reasons = list(dict.fromkeys(search.reason for search in found if search.reason))
         middle = median(rates)
         rows.append(
             (
@@ -199,7 +199,7 @@ def memory(comparison: Comparison) -> Table:
     """MB of the process tree, and on the GPU where there is one."""
     rows = []
     for arm in comparison.plan.arms:
-        blocks = comparison.of(arm.label)
+        blocks = comparison.blocks_of(arm.label)
         loads = [[block.loads[name] for block in blocks if name in block.loads] for name in LOADS]
         devices = [
             max(used)
@@ -254,9 +254,9 @@ def loads(comparison: Comparison) -> Table:
     """What each load asked for and got, and who had to work how much for it."""
     rows = []
     for label, name, measured in _by_load(comparison):
-        offered = median(load.offered for load in measured if load.offered is not None)
+        offered = median(load.offered_rate for load in measured if load.offered_rate is not None)
         answered = [load.throughput for load in measured]
-        opened = any(load.offered is not None for load in measured)
+        opened = any(load.offered_rate is not None for load in measured)
         rows.append(
             (
                 label,
@@ -265,8 +265,8 @@ def loads(comparison: Comparison) -> Table:
                 f"{number(median(answered) or 0.0)} ({number(min(answered))}–{number(max(answered))})",
                 f"{sum(len(load.latencies_ms) for load in measured):,}",
                 f"{sum(load.errors for load in measured):,}",
-                f"{sum(load.unsent for load in measured):,}" if opened else UNKNOWN,
-                f"{sum(load.late for load in measured):,}" if opened else UNKNOWN,
+                f"{sum(load.unsent_arrivals for load in measured):,}" if opened else UNKNOWN,
+                f"{sum(load.late_arrivals for load in measured):,}" if opened else UNKNOWN,
                 _cores(measured, lambda load: load.server_cores),
                 _cores(measured, lambda load: load.generator_cores),
             )
@@ -281,14 +281,14 @@ def loads(comparison: Comparison) -> Table:
     return Table(headings=headings, rows=rows, left=2, note=note)
 
 
-def _cores(measured: list[Load], of: Callable[[Load], float]) -> str:
+def _cores(measured: list[LoadResult], of: Callable[[LoadResult], float]) -> str:
     middle = median(map(of, measured))
     return f"{middle:.2f}" if middle else UNKNOWN
 
 
-def _by_load(comparison: Comparison) -> list[tuple[str, str, list[Load]]]:
+def _by_load(comparison: Comparison) -> list[tuple[str, str, list[LoadResult]]]:
     by_load = [
-        (arm.label, name, [block.loads[name] for block in comparison.of(arm.label) if name in block.loads])
+        (arm.label, name, [block.loads[name] for block in comparison.blocks_of(arm.label) if name in block.loads])
         for name in LOADS
         for arm in comparison.plan.arms
     ]
@@ -306,6 +306,6 @@ def environment(comparison: Comparison) -> list[tuple[str, str]]:
             f"exported at commit {source['git_commit']}" if source.get("git_commit") else "",
             f"sha256 {info['sha256']}" if info.get("sha256") else "",
         ]
-        if any(said) and arm.twin_of is None:
+        if any(said) and arm.repeat_of is None:
             facts.append((arm.label, ", ".join(filter(None, said))))
     return facts

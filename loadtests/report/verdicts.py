@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Arm, Block, Comparison
-from loadtests.generator.load import Load
+from loadtests.generator.load_result import LoadResult
 from loadtests.statistics import (
     MIN_ROUNDS,
     Effect,
@@ -79,7 +79,7 @@ class Row:
     """Of its failed blocks, why."""
     errors: int
     """Requests not answered with 200, over all loads; likewise the unsent and all that were due."""
-    unsent: int
+    unsent_arrivals: int
     requests: int
 
 
@@ -109,12 +109,13 @@ def judge(comparison: Comparison, *, alpha: float = 0.05) -> Findings:
         (arm.label, metric.key): effect
         for arm in arms[1:]
         for metric in metrics
-        if (effect := _effect(metric, comparison.of(arm.label), comparison.of(arms[0].label), whole)) is not None
+        if (effect := _effect(metric, comparison.blocks_of(arm.label), comparison.blocks_of(arms[0].label), whole))
+        is not None
     }
     tests = dict(zip(effects, holm([effect.p_value for effect in effects.values()], alpha), strict=True))
     rows = []
     for arm in arms:
-        blocks = comparison.of(arm.label)
+        blocks = comparison.blocks_of(arm.label)
         loads = [load for block in blocks for load in block.loads.values()]
         figures = {}
         for metric in metrics:
@@ -128,7 +129,7 @@ def judge(comparison: Comparison, *, alpha: float = 0.05) -> Findings:
                 blocks=len(blocks),
                 failed=[block.failure for block in comparison.blocks if block.arm == arm.label and block.failure],
                 errors=sum(load.errors for load in loads),
-                unsent=sum(load.unsent for load in loads),
+                unsent_arrivals=sum(load.unsent_arrivals for load in loads),
                 requests=sum(len(load.latencies_ms) for load in loads),
             )
         )
@@ -156,7 +157,7 @@ def _uses_device(comparison: Comparison) -> set[bool]:
     known = {
         any(load.device_bytes is not None for load in block.loads.values())
         for arm in comparison.plan.arms
-        for block in comparison.of(arm.label)
+        for block in comparison.blocks_of(arm.label)
     }
     return known or {False}
 
@@ -256,10 +257,10 @@ def _warnings(comparison: Comparison, metrics: list[Metric], rows: list[Row]) ->
         elif not row.blocks:
             said.append(f"No block of {row.arm.label} was measured.")
     said += [
-        f"{row.errors:,} requests to {row.arm.label} were not answered with 200 and {row.unsent:,} were not sent, "
-        f"of {row.requests:,} that were due: they count as infinitely slow."
+        f"{row.errors:,} requests to {row.arm.label} were not answered with 200 and {row.unsent_arrivals:,} were not "
+        f"sent, of {row.requests:,} that were due: they count as infinitely slow."
         for row in rows
-        if row.errors or row.unsent
+        if row.errors or row.unsent_arrivals
     ]
     said += _noise(comparison, metrics, rows)
     if (done := _complete_rounds(comparison)) < comparison.plan.default_rounds:
@@ -284,22 +285,22 @@ def _noise(comparison: Comparison, metrics: list[Metric], rows: list[Row]) -> li
     for row in rows:
         changes = {metric.name: row.figures[metric.key].change for metric in metrics}
         seen = [name for name, change in changes.items() if change and change.verdict != "no difference seen"]
-        if seen and row.arm.twin_of == comparison.plan.arms[0].label:
+        if seen and row.arm.repeat_of == comparison.plan.arms[0].label:
             said.append(
-                f"{row.arm.label} differs from {row.arm.twin_of}, which is the same, in {', '.join(seen)}: the "
+                f"{row.arm.label} differs from {row.arm.repeat_of}, which is the same, in {', '.join(seen)}: the "
                 f"machine, not the models, makes such differences, so do not believe others of that size here."
             )
     return said
 
 
-def _each(comparison: Comparison) -> list[tuple[str, list[Load]]]:
+def _each(comparison: Comparison) -> list[tuple[str, list[LoadResult]]]:
     """Every arm under every load, in words and block by block."""
     loads = {SATURATED: "at saturation", **{name: f"at {rate:g}/s" for name, rate in comparison.rates.items()}}
     return [
         (f"{arm.label} {words}", found)
         for arm in comparison.plan.arms
         for name, words in loads.items()
-        if (found := [block.loads[name] for block in comparison.of(arm.label) if name in block.loads])
+        if (found := [block.loads[name] for block in comparison.blocks_of(arm.label) if name in block.loads])
     ]
 
 
@@ -308,7 +309,9 @@ def _generator(comparison: Comparison) -> list[str]:
     for what, loads in _each(comparison):
         if (cores := float(np.median([load.generator_cores for load in loads]))) > _BUSY_CORES:
             busy.append(f"{cores:.2f} of a core with {what}")
-        if (share := sum(load.late for load in loads) / max(1, sum(load.arrivals for load in loads))) > _LATE_SHARE:
+        if (
+            share := sum(load.late_arrivals for load in loads) / max(1, sum(load.arrivals for load in loads))
+        ) > _LATE_SHARE:
             late.append(f"{share:.1%} with {what}")
     limit = "the generator, not the server, was the limit there"
     said = [f"The generator used {', '.join(busy)}: {limit}."] if busy else []
@@ -324,7 +327,7 @@ def _overload(comparison: Comparison) -> list[str]:
     behind = []
     for what, loads in _each(comparison):
         # Chance makes the arrivals of a short window fewer than the rate says.
-        due = [min(load.offered or 0, len(load.latencies_ms) / comparison.plan.seconds) for load in loads]
+        due = [min(load.offered_rate or 0, len(load.latencies_ms) / comparison.plan.seconds) for load in loads]
         if np.median([load.throughput - _KEEPING_UP * rate for load, rate in zip(loads, due, strict=True)]) < 0:
             behind.append(f"{what} (answered {np.median([load.throughput for load in loads]):.0f}/s)")
     return (

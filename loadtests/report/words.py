@@ -3,7 +3,7 @@
 import math
 
 from loadtests.experiment.model import HIGH, MODERATE, Arm, Comparison
-from loadtests.generator.load import IN_FLIGHT
+from loadtests.generator.load_result import IN_FLIGHT
 from loadtests.report.figures import (
     UNKNOWN,
     headline,
@@ -33,13 +33,13 @@ _KINDS = {
 def conclusion(comparison: Comparison, findings: Findings) -> list[str]:
     """What the intervals carry, a sentence an arm: nothing that the verdicts do not say."""
     rows = ordered(findings)
-    others = [row for row in rows[1:] if row.arm.twin_of is None]
+    others = [row for row in rows[1:] if row.arm.repeat_of is None]
     if not others:
         return ["Only one arm was measured: there is nothing to compare it with."]
     baseline = rows[0]
     sentences = [f"The baseline is {baseline.arm.label}. {_summary(findings, others)}"]
     sentences += [_sentence(comparison, findings, baseline, row) for row in others]
-    sentences += [_noise(comparison, findings, row) for row in rows if row.arm.twin_of is not None]
+    sentences += [_noise(comparison, findings, row) for row in rows if row.arm.repeat_of is not None]
     return sentences
 
 
@@ -99,7 +99,7 @@ def _noise(comparison: Comparison, findings: Findings, row: Row) -> str:
     # The accuracy of its manifest is the same by nature.
     judged = [metric for metric in findings.metrics if metric.key != "top1" and _change(row, metric) is not None]
     seen = [metric for metric in judged if (change := _change(row, metric)) and change.verdict != "no difference seen"]
-    start = f"Noise floor: {row.arm.twin_of} measured a second time as if it were another arm"
+    start = f"Noise floor: {row.arm.repeat_of} measured a second time as if it were another arm"
     if not judged:
         return f"{start} has too few blocks for intervals."
     if seen:
@@ -121,7 +121,7 @@ def accuracy_note(comparison: Comparison) -> str:
         accuracy = info.get("accuracy")
         if accuracy:
             sets.add(f"{accuracy.get('dataset', '?')} {accuracy.get('split', '')}, n = {accuracy.get('n', 0):,}")
-        elif info and arm.twin_of is None:
+        elif info and arm.repeat_of is None:
             random.append(arm.label)
     parts = []
     if sets:
@@ -139,7 +139,7 @@ def arm_text(arm: Arm) -> str:
     parts = [arm.model if arm.model != arm.label else ""]
     parts += [f"{name}={value}" for name, value in arm.settings]
     parts += [f"server at {arm.url}" if arm.url else "", f"service of commit {arm.commit}" if arm.commit else ""]
-    parts.append(f"the same as {arm.twin_of}, to show the noise" if arm.twin_of else "")
+    parts.append(f"the same as {arm.repeat_of}, to show the noise" if arm.repeat_of else "")
     return ", ".join(filter(None, parts)) or UNKNOWN
 
 
@@ -147,7 +147,7 @@ def conditions(comparison: Comparison) -> str:
     """In one sentence, what the figures hold for."""
     plan = comparison.plan
     rates = " and ".join(load_name(comparison, load) for load in (MODERATE, HIGH) if load in comparison.rates)
-    loops = f"closed loop of {plan.users} users" + (f", open loops at {rates}" if rates else "")
+    loops = f"closed loop of {plan.connections} connections" + (f", open loops at {rates}" if rates else "")
     early = f" Ended early: {comparison.ended_early}." if comparison.ended_early else ""
     return f"{plan.rounds} rounds, {loops}, {plan.seconds:g} s each; {comparison.payloads or 'no payloads'}.{early}"
 
@@ -155,10 +155,10 @@ def conditions(comparison: Comparison) -> str:
 def how_measured(comparison: Comparison) -> list[str]:
     """The plan in words."""
     plan = comparison.plan
-    done = {arm.label: len(comparison.of(arm.label)) for arm in plan.arms}
+    done = {arm.label: len(comparison.blocks_of(arm.label)) for arm in plan.arms}
     few = f" The default is {plan.default_rounds}." if plan.rounds < plan.default_rounds else ""
     data = f"from {plan.data}" if plan.data else "generated"
-    shares = " and ".join(f"{share:.0%}" for share in plan.shares)
+    fractions = " and ".join(f"{share:.0%}" for share in plan.load_fractions)
     rates = " and ".join(load_name(comparison, load) for load in (MODERATE, HIGH) if load in comparison.rates)
     rounds = "/".join(map(str, sorted(set(done.values()))))
     said = [
@@ -167,17 +167,17 @@ def how_measured(comparison: Comparison) -> list[str]:
         f"backwards (A B B A), then in another random order (seed {plan.seed}), so that drift hits all of them alike.",
         f"A block goes through three loads of {plan.seconds:g} measured seconds, each after a warm-up of "
         f"{plan.warmup_seconds:g} s that is dropped: two open loops of Poisson arrivals at {rates or 'set rates'} "
-        f"({shares} of what the slowest arm answered at saturation, or an earlier report's; the same arrivals for "
-        f"every arm), then a closed loop of {plan.users} users, each of whom sends when the last answer is there "
-        "(saturation: throughput), whose warm-up is up to a second longer, at random for each round.",
+        f"({fractions} of what the slowest arm answered at saturation, or an earlier report's; the same arrivals for "
+        f"every arm), then a closed loop of {plan.connections} connections, each of which sends when the last answer "
+        "is there (saturation: throughput), whose warm-up is up to a second longer, at random for each round.",
         "In an open loop a request is sent when it is due, whether or not earlier ones are answered, and its latency "
         "counts from that moment: a queue in front of a slow server is seen. Requests not sent, because "
         f"{IN_FLIGHT} were under way, and those not answered with 200 stay among the latencies as infinite.",
         f"Every arm is sent the same images in the same order (/{plan.protocol}): {data}. {comparison.payloads}.",
     ]
-    if plan.searches:
+    if plan.capacity_searches:
         said.append(
-            f"In {plan.searches} rounds a bisection looked for the largest rate of arrivals that keeps "
+            f"In {plan.capacity_searches} rounds a bisection looked for the largest rate of arrivals that keeps "
             f"p{plan.objective_percentile:g} at or under {plan.objective_ms:g} ms."
         )
     if plan.service_arguments:

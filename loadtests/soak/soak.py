@@ -18,7 +18,7 @@ from urllib.parse import quote, urlsplit
 import numpy as np
 from PIL import Image
 
-from loadtests.experiment.documents import write_json
+from loadtests.experiment.json_files import write_json
 from loadtests.experiment.machine import environment
 from loadtests.experiment.server import Server, ServerError, running_server
 from loadtests.generator.payloads import Payload, PayloadError, read_payloads
@@ -172,7 +172,7 @@ def _send(
                     if not server.alive():
                         raise ServerError(
                             f"{server.name} died after {number} requests; its log, {server.log}, ends:\n"
-                            f"{server.last_words()}"
+                            f"{server.log_tail()}"
                         )
                 if number % every == 0:
                     used = server.memory_bytes()

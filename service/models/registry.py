@@ -5,19 +5,19 @@ broken version leaves the old one serving and says why in the index. An unloaded
 """
 
 import asyncio
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import structlog
 
 from service.bundle import Bundle, model_names, read_bundle, versions
 from service.engine import Engine, Tuning, resolve_device
+from service.engine_timer import time_runs
 from service.errors import BundleError, NotReady, ServiceError, StartupError, UnknownModel
 from service.host import resident_bytes
 from service.models.family import Family
@@ -362,15 +362,10 @@ def warm_up(
     limit = min(max_batch, bundle.manifest.max_batch or max_batch)
     shape = bundle.manifest.input.shape[1:]
 
-    def timed(size: int) -> float:
-        return _run_seconds(engine, np.zeros((size, *shape), dtype=np.uint8))
-
     seconds: dict[int, float] = {}
     for size in candidate_sizes(limit):
-        on_engine(lambda size=size: timed(size))  # type: ignore[misc]
-        runs: list[float] = []
-        while len(runs) < _TIMINGS and sum(runs) < _TIMING_SECONDS:
-            runs.append(on_engine(lambda size=size: timed(size)))  # type: ignore[misc]
+        images = np.zeros((size, *shape), dtype=np.uint8)
+        runs = time_runs(partial(engine.run, images), seconds=_TIMING_SECONDS, max_runs=_TIMINGS, on_thread=on_engine)
         # The fastest, for all that disturbs a run makes it longer; the live timings know the disturbance.
         seconds[size] = min(runs)
         # Two sizes in a row that do not pay, and each run takes long: the next would only cost time and memory.
@@ -388,21 +383,16 @@ def warm_up(
 
     on_engine(settle)
     for size in reversed(sizes):
-        on_engine(lambda size=size: timed(size))  # type: ignore[misc]
+        images = np.zeros((size, *shape), dtype=np.uint8)
+        time_runs(partial(engine.run, images), seconds=0, warm_up_runs=0, on_thread=on_engine)
     return {size: seconds[size] for size in sizes}
 
 
 def single_image_seconds(bundle: Bundle, engine: Engine, *, on_engine: Callable[[Callable[[], float]], float]) -> float:
     """The fastest of some runs of one image."""
     image = np.zeros((1, *bundle.manifest.input.shape[1:]), dtype=np.uint8)
-    on_engine(lambda: _run_seconds(engine, image))
-    return min(on_engine(lambda: _run_seconds(engine, image)) for _ in range(_TIMINGS))
-
-
-def _run_seconds(engine: Engine, images: npt.NDArray[np.uint8]) -> float:
-    started = time.perf_counter()
-    engine.run(images)
-    return time.perf_counter() - started
+    run = partial(engine.run, image)
+    return min(time_runs(run, seconds=_TIMING_SECONDS, max_runs=_TIMINGS, on_thread=on_engine))
 
 
 def _alike(one: Model, other: Model) -> bool:

@@ -1,6 +1,5 @@
 """The proof before traffic: a loaded model must give its golden outputs on this very machine."""
 
-import platform
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 from service.bundle import GOLDEN_FILE, Bundle, Golden
 from service.engine import Engine
 from service.errors import BundleError, ImageError
+from service.host import cpu_features
 from service.images import decode
 from service.manifest import Manifest
 
@@ -51,16 +51,3 @@ def check_golden(golden: Golden, manifest: Manifest, engine: Engine, *, path: Pa
 def prove(bundle: Bundle, engine: Engine) -> None:
     """Check a bundle on disk against its own golden file. Raises BundleError."""
     check_golden(bundle.golden(), bundle.manifest, engine, path=bundle.folder / GOLDEN_FILE)
-
-
-def cpu_features() -> str:
-    """The processor and its vector extensions, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = dict(line.split("\t", 1) for line in lines if "\t" in line)
-    flags = facts.get("flags", "").split()
-    vector = [flag for flag in flags if flag.startswith(("avx", "amx", "fma", "sse4"))]
-    model = facts.get("model name", platform.machine()).strip(": \t")
-    return f"{model} ({' '.join(vector)})"

@@ -34,7 +34,7 @@ def test_compare_measures_arms_and_reports(repository: Path, tmp_path: Path) -> 
         assert block["failure"] is None
         assert min(block["idle_bytes"], block["after_bytes"]) > 30_000_000
         for name, load in block["loads"].items():
-            assert (load["errors"], load["unsent"]) == (0, 0), name
+            assert (load["errors"], load["unsent_arrivals"]) == (0, 0), name
             assert load["answered"] > 5, name
             assert load["peak_bytes"] > 30_000_000, name
             assert load["server_cores"] > 0, name
@@ -97,7 +97,7 @@ def test_a_model_that_does_not_load_ends_with_the_service_s_own_words(repository
     ("arguments", "reason"),
     [
         (["--models", "a@ftp://x"], "http://HOST:PORT or git:COMMIT"),
-        (["--models", "a", "--loads", "0.7,0.3"], "the smaller first"),
+        (["--models", "a", "--load", "0.7,0.3"], "the smaller first"),
         (["--models", "a", "--sizes", "big"], "640x480"),
         (["--models", "a", "--data", "nowhere"], "is not a folder"),
         (["--models", "a", "--against", "nowhere.json"], "give the results.json of an earlier compare"),

@@ -12,7 +12,7 @@ def test_a_tenth_slower_is_found_and_counts_as_regression(tmp_path: Path) -> Non
     # One image at a time: 20 ms each, or 22.
     with fake_server(lambda _: 0.02, serial=True) as fast, fake_server(lambda _: 0.022, serial=True) as slow:
         arms = f"m@{fast.url},m@{slow.url}"
-        asked = ["--blocks", "5", "--loads", "0.3,0.5", "--budget-minutes", "10"]
+        asked = ["--rounds", "5", "--load", "0.3,0.5", "--budget-minutes", "10"]
         ended = run(*command(arms, tmp_path / "new", *asked))
         assert ended.returncode == 0, ended.stderr
     document = read(tmp_path / "new")

@@ -12,13 +12,21 @@ import httpx
 import numpy as np
 import pytest
 
-from loadtests.experiment.drive import LOCUSTFILE, SHAPES, Ask, closed_loop, locust, open_loop, shaped
+from loadtests.experiment.locust_runner import (
+    LOCUSTFILE,
+    SHAPES,
+    RequestSpec,
+    closed_loop,
+    open_loop,
+    run_locust,
+    shaped_loop,
+)
 from loadtests.experiment.server import Server, ServerError, free_port, running
-from loadtests.generator import sequence
-from loadtests.generator.load import PROTOCOLS, Load
+from loadtests.generator import payload_cache
+from loadtests.generator.load_result import PROTOCOLS, LoadResult
 from loadtests.generator.payloads import Payload, PayloadError
+from loadtests.generator.request_encoder import target
 from loadtests.generator.samples import UNSENT, read_samples
-from loadtests.generator.targets import target
 from tests.loadtests.servers import Fake, fake_server
 from tests.processes import ROOT, serving
 from tests.service.conftest import PNG
@@ -27,22 +35,22 @@ LOCUST = [sys.executable, "-m", "locust", "-f"]
 
 
 @pytest.fixture
-def ask(tmp_path: Path) -> Ask:
+def ask(tmp_path: Path) -> RequestSpec:
     folder = tmp_path / "payloads"
     folder.mkdir()
-    sequence.save([Payload(str(number), bytes([number]) * 10, number) for number in range(5)], folder)
-    return Ask(payloads=folder, model="m")
+    payload_cache.save([Payload(str(number), bytes([number]) * 10, number) for number in range(5)], folder)
+    return RequestSpec(payloads=folder, model="m")
 
 
 def server_of(fake: Fake) -> Server:
     return Server(fake.url, name="the fake")
 
 
-def late(load: Load, ms: float) -> float:
+def late(load: LoadResult, ms: float) -> float:
     return float(np.mean(load.latencies_ms > ms))
 
 
-def test_the_open_loop_shows_a_stall_that_the_closed_loop_hides(ask: Ask) -> None:
+def test_the_open_loop_shows_a_stall_that_the_closed_loop_hides(ask: RequestSpec) -> None:
     # One request at a time, 10 ms each, but for one that takes a second: whoever arrives meanwhile must wait as well.
     with fake_server(lambda number: 1.0 if number == 60 else 0.01, serial=True) as fake:
         closed = closed_loop(server_of(fake), ask, connections=1, warmup_seconds=0, seconds=3)
@@ -55,23 +63,23 @@ def test_the_open_loop_shows_a_stall_that_the_closed_loop_hides(ask: Ask) -> Non
     assert opened.latencies_ms.max() >= 1000
 
 
-def test_a_known_latency_is_measured_as_it_is(ask: Ask) -> None:
+def test_a_known_latency_is_measured_as_it_is(ask: RequestSpec) -> None:
     with fake_server(lambda _: 0.05) as fake:
         opened = open_loop(server_of(fake), ask, rate=30, warmup_seconds=0.5, seconds=2, seed=1)
         closed = closed_loop(server_of(fake), ask, connections=4, warmup_seconds=0.5, seconds=2)
     for load in (opened, closed):
-        assert load.errors == load.unsent == 0
+        assert load.errors == load.unsent_arrivals == 0
         assert load.latencies_ms.min() >= 50
         assert np.median(load.latencies_ms) < 75
     # Four users, 50 ms each: at most 80 a second.
     assert 50 < closed.throughput <= 82
-    assert opened.offered == 30
+    assert opened.offered_rate == 30
     assert opened.throughput == pytest.approx(30, rel=0.5)
 
 
-def test_arrivals_wait_for_no_answer_and_are_poisson(ask: Ask) -> None:
+def test_arrivals_wait_for_no_answer_and_are_poisson(ask: RequestSpec) -> None:
     with fake_server(lambda _: 0.5) as fake:
-        samples, _ = locust(server_of(fake), ask, one_source(rate=100, seconds=4), seconds=4)
+        samples, _ = run_locust(server_of(fake), ask, one_source(rate=100, seconds=4), seconds=4)
     moments = np.sort([sample.due_s for sample in samples])
     gaps = np.diff(moments)
     assert len(samples) == pytest.approx(100 * (moments[-1] - moments[0]), rel=0.2)
@@ -84,11 +92,11 @@ def one_source(*, rate: float, seconds: int, seed: int = 0) -> list[str]:
     return ["--users", "1", "--rate-per-user", str(rate), "--run-time", f"{seconds}s", "--seed", str(seed)]
 
 
-def test_the_same_seed_sends_the_same_images_at_the_same_moments(ask: Ask) -> None:
+def test_the_same_seed_sends_the_same_images_at_the_same_moments(ask: RequestSpec) -> None:
     runs = []
     for seed in (3, 3, 4):
         with fake_server(lambda _: 0.0) as fake:
-            samples, _ = locust(server_of(fake), ask, one_source(rate=50, seconds=2, seed=seed), seconds=2)
+            samples, _ = run_locust(server_of(fake), ask, one_source(rate=50, seconds=2, seed=seed), seconds=2)
         samples.sort(key=lambda sample: sample.due_s)
         runs.append((np.diff([sample.due_s for sample in samples[:60]]), [sample.image for sample in samples[:60]]))
         # Moments are random, but images go round in their order.
@@ -98,20 +106,20 @@ def test_the_same_seed_sends_the_same_images_at_the_same_moments(ask: Ask) -> No
     assert runs[0][0] != pytest.approx(runs[2][0], abs=1e-4)
 
 
-def test_beyond_the_cap_an_arrival_is_not_sent_and_counted(ask: Ask) -> None:
+def test_beyond_the_cap_an_arrival_is_not_sent_and_counted(ask: RequestSpec) -> None:
     arguments = [*one_source(rate=50, seconds=2), "--in-flight", "3"]
     with fake_server(lambda _: 1.0) as fake:
-        samples, _ = locust(server_of(fake), ask, arguments, seconds=2)
+        samples, _ = run_locust(server_of(fake), ask, arguments, seconds=2)
         load = open_loop(server_of(fake), ask, rate=600, warmup_seconds=0, seconds=1, seed=0)
     unsent = [sample for sample in samples if sample.status == UNSENT]
     assert len(samples) - len(unsent) <= 3 * 3
     assert len(unsent) > 50
     # 256 under way at most: of about 600 arrivals in a second, most of the second half.
-    assert load.unsent > 200
-    assert np.isinf(load.latencies_ms).sum() == load.unsent
+    assert load.unsent_arrivals > 200
+    assert np.isinf(load.latencies_ms).sum() == load.unsent_arrivals
 
 
-def test_answers_that_are_no_answers_count_as_endless(ask: Ask) -> None:
+def test_answers_that_are_no_answers_count_as_endless(ask: RequestSpec) -> None:
     with fake_server(lambda _: 0.0, status=lambda number: 503 if number % 2 else 200) as fake:
         load = closed_loop(server_of(fake), ask, connections=1, warmup_seconds=0, seconds=1)
     assert load.errors == pytest.approx(len(load.latencies_ms) / 2, abs=1)
@@ -124,16 +132,16 @@ def test_answers_that_are_no_answers_count_as_endless(ask: Ask) -> None:
     assert np.all(np.isinf(dead.latencies_ms))
 
 
-def test_labels_tell_how_many_answers_were_right(ask: Ask) -> None:
+def test_labels_tell_how_many_answers_were_right(ask: RequestSpec) -> None:
     with fake_server(lambda _: 0.01) as fake:  # it always says 3
         load = closed_loop(server_of(fake), ask, connections=1, warmup_seconds=0, seconds=1)
     assert load.labelled == len(load.latencies_ms)
     assert load.correct == pytest.approx(load.labelled / 5, abs=1)
 
 
-def test_a_shape_s_steps_and_ramps_become_rates(ask: Ask) -> None:
+def test_a_shape_s_steps_and_ramps_become_rates(ask: RequestSpec) -> None:
     with fake_server(lambda _: 0.0) as fake:
-        samples, _ = shaped(server_of(fake), ask, rates="20:4,120:4,20>20:2", rate_per_user=5, seconds=10, seed=0)
+        samples, _ = shaped_loop(server_of(fake), ask, rates="20:4,120:4,20>20:2", rate_per_user=5, seconds=10, seed=0)
     begin = min(sample.due_s for sample in samples)
     moments = np.array([sample.due_s - begin for sample in samples])
     # Locust counts its users once a second: the seconds after a change are of neither step.
@@ -142,7 +150,7 @@ def test_a_shape_s_steps_and_ramps_become_rates(ask: Ask) -> None:
     assert moments.max() < 12
 
 
-def test_a_server_that_dies_under_load_is_an_error_with_its_last_words(ask: Ask, tmp_path: Path) -> None:
+def test_a_server_that_dies_under_load_is_an_error_with_its_last_words(ask: RequestSpec, tmp_path: Path) -> None:
     code = """
 import os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -169,9 +177,9 @@ def test_tensors_are_sent_by_the_open_inference_protocol_and_judged(repository: 
     with serving(repository) as (url, _):
         path = "/v1/classify?model=digits-csra-r2&top_k=1"
         said = httpx.post(url + path, content=PNG, trust_env=False).json()["results"][0]["predictions"][0]
-        sequence.save([Payload("one", PNG, said["index"]), Payload("other", PNG, said["label"])], folder)
+        payload_cache.save([Payload("one", PNG, said["index"]), Payload("other", PNG, said["label"])], folder)
         for protocol in PROTOCOLS:
-            ask = Ask(payloads=folder, model="digits-csra-r2", protocol=protocol)
+            ask = RequestSpec(payloads=folder, model="digits-csra-r2", protocol=protocol)
             load = closed_loop(Server(url, name="digits"), ask, connections=2, warmup_seconds=0, seconds=1)
             assert load.errors == 0
             assert load.correct == load.labelled == len(load.latencies_ms) > 10
@@ -182,7 +190,7 @@ def test_tensors_are_sent_by_the_open_inference_protocol_and_judged(repository: 
             target([Payload("broken", b"x", 1)], protocol="v2", model="digits-csra-r2", host=url)
 
 
-def test_two_workers_share_the_rate_and_the_master_merges_their_histograms(ask: Ask, tmp_path: Path) -> None:
+def test_two_workers_share_the_rate_and_the_master_merges_their_histograms(ask: RequestSpec, tmp_path: Path) -> None:
     samples, port, web = tmp_path / "samples.csv", free_port(), free_port()
     asked = [*ask.arguments(), "--samples", str(samples), "--seed", "7", "--rate-per-user", "20"]
     with fake_server(lambda _: 0.02) as fake:
@@ -226,7 +234,7 @@ def test_two_workers_share_the_rate_and_the_master_merges_their_histograms(ask: 
     assert median == pytest.approx(np.median(latencies), rel=0.02)
 
 
-def test_whoever_opens_the_page_cannot_name_a_file(ask: Ask, tmp_path: Path) -> None:
+def test_whoever_opens_the_page_cannot_name_a_file(ask: RequestSpec, tmp_path: Path) -> None:
     web, wished = free_port(), tmp_path / "wished.csv"
     with fake_server(lambda _: 0.01) as fake:
         asked = [*ask.arguments(), "--host", fake.url, "--web-port", str(web), "--loop", "closed"]
@@ -275,7 +283,7 @@ def test_payloads_that_cannot_be_had_end_locust_with_a_reason() -> None:
     assert "is not a folder" in ended.stderr
 
 
-def test_ctrl_c_keeps_the_samples_so_far(ask: Ask, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_samples_so_far(ask: RequestSpec, tmp_path: Path) -> None:
     samples = tmp_path / "samples.csv"
     asked = [*ask.arguments(), "--rates", "50:60", "--samples", str(samples), "--only-summary"]
     with fake_server(lambda _: 0.01) as fake:

@@ -31,13 +31,13 @@ def test_failed_and_unsent_requests_stay_as_endless_latencies() -> None:
     samples = [sample(0, 1), sample(1, 5), sample(2, 5, status=429), sample(3, 0.1, status=UNSENT), sample(9, 1)]
     found = window(samples, warmup_seconds=1, seconds=4)
     assert found.latencies_ms.tolist() == [5, np.inf, np.inf]
-    assert (found.errors, found.unsent, found.throughput) == (1, 1, 0.25)
+    assert (found.errors, found.unsent_arrivals, found.throughput) == (1, 1, 0.25)
 
 
 def test_late_is_what_the_generator_sent_after_its_moment() -> None:
     punctual, late = sample(0, 1), replace(sample(0, 1), behind_ms=5.5)
     found = window([punctual, late, replace(late, status=UNSENT)], warmup_seconds=0, seconds=1)
-    assert (found.late, found.unsent) == (1, 1)
+    assert (found.late_arrivals, found.unsent_arrivals) == (1, 1)
 
 
 def test_labelled_answers_are_counted() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, Arm, Block, Comparison, Plan, Search
-from loadtests.generator.load import Load
+from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, Arm, Block, CapacitySearch, Comparison, Plan
+from loadtests.generator.load_result import LoadResult
 from loadtests.report.verdicts import Change, Figure, Findings, Metric, Row, Verdict
 
 BASELINE, LSRA, CSRA, TWIN = "cifar100-mha", "cifar100-lsra-r2", "cifar100-csra-r2", "cifar100-mha (again)"
@@ -16,7 +16,7 @@ ARMS = (
     Arm(label=BASELINE, model=BASELINE),
     Arm(label=LSRA, model=LSRA),
     Arm(label=CSRA, model=CSRA, settings=(("STRIDEVIT_MAX_BATCH", "8"),)),
-    Arm(label=TWIN, model=BASELINE, twin_of=BASELINE),
+    Arm(label=TWIN, model=BASELINE, repeat_of=BASELINE),
 )
 RATES = {MODERATE: 170.0, HIGH: 289.0}
 METRICS = [
@@ -41,15 +41,15 @@ def plan(**changes: Any) -> Plan:
         "arms": ARMS,
         "data": Path("photos"),
         "protocol": "v1",
-        "users": 16,
+        "connections": 16,
         "seconds": 8.0,
         "warmup_seconds": 2.0,
         "rounds": 10,
         "default_rounds": 10,
-        "shares": (0.5, 0.85),
+        "load_fractions": (0.5, 0.85),
         "objective_ms": 50.0,
         "objective_percentile": 99.0,
-        "searches": 3,
+        "capacity_searches": 3,
         "budget_minutes": 30.0,
         "service_arguments": ("--intra-op-threads", "2"),
         "seed": 7,
@@ -57,10 +57,11 @@ def plan(**changes: Any) -> Plan:
     return Plan(**(values | changes))
 
 
-def load(latencies_ms: npt.NDArray[np.float64], **changes: Any) -> Load:
+def load(latencies_ms: npt.NDArray[np.float64], **changes: Any) -> LoadResult:
     values: dict[str, Any] = {
+        "mode": "closed" if changes.get("connections") else "open",
         "connections": None,
-        "offered": 170.0,
+        "offered_rate": 170.0,
         "throughput": 170.0,
         "latencies_ms": latencies_ms,
         "errors": 0,
@@ -68,7 +69,7 @@ def load(latencies_ms: npt.NDArray[np.float64], **changes: Any) -> Load:
         "server_cores": 1.1,
         "generator_cores": 0.2,
     }
-    return Load(**(values | changes))
+    return LoadResult(**(values | changes))
 
 
 def comparison(*, trained: bool = True, rounds: int = 10, seed: int = 3) -> Comparison:
@@ -97,13 +98,13 @@ def comparison(*, trained: bool = True, rounds: int = 10, seed: int = 3) -> Comp
         payloads="400 JPEGs, 12–148 kB, median 61 kB",
         rates=dict(RATES),
         blocks=blocks,
-        searches=[
+        capacity_searches=[
             *(
-                Search(arm=arm, round=number, rate=rate + 6 * number, probes=((200.0, 18.2), (400.0, None)))
+                CapacitySearch(arm=arm, round=number, rate=rate + 6 * number, probes=((200.0, 18.2), (400.0, None)))
                 for number in range(3)
                 for arm, rate in ((BASELINE, 262.0), (LSRA, 271.0))
             ),
-            Search(arm=CSRA, round=0, rate=None, probes=(), why_not="the generator could not send 500/s"),
+            CapacitySearch(arm=CSRA, round=0, rate=None, probes=(), reason="the generator could not send 500/s"),
         ],
         finished=datetime(2026, 11, 23, 4, 5, tzinfo=UTC),
     )
@@ -133,7 +134,7 @@ def _block(generator: np.random.Generator, arm: Arm, number: int, drift: float, 
         count = int(generator.poisson(RATES[kind] * 8))
         # The heaviest load loses a few requests of the slow ones.
         lost = int(count * 0.003) if kind == HIGH and name in {BASELINE, TWIN} and number % 4 == 1 else 0
-        loads[kind] = _load(generator, mean, shape, count, RATES[kind], offered=RATES[kind], peak=peak, lost=lost)
+        loads[kind] = _load(generator, mean, shape, count, RATES[kind], offered_rate=RATES[kind], peak=peak, lost=lost)
     return Block(
         arm=name, round=number, idle_bytes=118_000_000, after_bytes=peak - 6_000_000, loads=loads, info=info
     )  # fmt: skip
@@ -147,21 +148,21 @@ def _load(
     throughput: float,
     *,
     connections: int | None = None,
-    offered: float | None = None,
+    offered_rate: float | None = None,
     peak: int,
     lost: int = 0,
-) -> Load:
+) -> LoadResult:
     latencies = generator.gamma(shape, mean_ms / shape, size=count)
     latencies[:lost] = np.inf
     return load(
         generator.permutation(latencies),
         connections=connections,
-        offered=offered,
+        offered_rate=offered_rate,
         throughput=throughput,
         errors=lost // 2,
-        unsent=lost - lost // 2,
-        late=count // 400 if offered else 0,
-        arrivals=int(count * 1.25) if offered else 0,
+        unsent_arrivals=lost - lost // 2,
+        late_arrivals=count // 400 if offered_rate else 0,
+        arrivals=int(count * 1.25) if offered_rate else 0,
         peak_bytes=peak,
         server_cores=1.5 if connections else 0.9,
         generator_cores=0.31,
@@ -189,28 +190,28 @@ def findings(measured: Comparison) -> Findings:
                     metric.key: _figure(metric, values[arm.label][metric.key], values[BASELINE][metric.key], arm)
                     for metric in METRICS
                 },
-                blocks=len(measured.of(arm.label)),
+                blocks=len(measured.blocks_of(arm.label)),
                 failed=[block.failure for block in measured.blocks if block.arm == arm.label and block.failure],
                 errors=sum(part.errors for part in _loads(measured, arm)),
-                unsent=sum(part.unsent for part in _loads(measured, arm)),
+                unsent_arrivals=sum(part.unsent_arrivals for part in _loads(measured, arm)),
                 requests=sum(len(part.latencies_ms) for part in _loads(measured, arm)),
             )
             for arm in ARMS
         ],
         warnings=[
-            f"1 of {len(measured.of(LSRA)) + 1} blocks of {LSRA} failed: the service died under load",
+            f"1 of {len(measured.blocks_of(LSRA)) + 1} blocks of {LSRA} failed: the service died under load",
             "0.1 % of the requests at 289/s were not answered",
         ],
     )
 
 
-def _loads(measured: Comparison, arm: Arm) -> list[Load]:
-    return [part for block in measured.of(arm.label) for part in block.loads.values()]
+def _loads(measured: Comparison, arm: Arm) -> list[LoadResult]:
+    return [part for block in measured.blocks_of(arm.label) for part in block.loads.values()]
 
 
 def _figures(measured: Comparison, arm: Arm, metric: Metric) -> dict[int, float]:
     found = {}
-    for block in measured.of(arm.label):
+    for block in measured.blocks_of(arm.label):
         if metric.key == "throughput":
             found[block.round] = block.loads[SATURATED].throughput
         elif metric.key == "peak_bytes":

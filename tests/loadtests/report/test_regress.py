@@ -156,9 +156,9 @@ def test_only_results_of_compare_are_read(tmp_path: Path) -> None:
     path.write_text("<html>")
     with pytest.raises(ResultsError, match="is not JSON"):
         read(path)
-    for other in ("[]", '{"schema_version": 1}', '{"schema_version": 2}'):
+    for other in ("[]", '{"schema_version": 1}', '{"schema_version": 3}'):
         path.write_text(other)
-        with pytest.raises(ResultsError, match="of compare in version 2"):
+        with pytest.raises(ResultsError, match="of compare in version 3"):
             read(path)
     path.write_text(json.dumps(OLD))
     assert read(path) == OLD
@@ -185,8 +185,8 @@ def test_where_nothing_could_be_compared_nothing_is_known() -> None:
 
 def test_other_conditions_are_told() -> None:
     other = comparison(seed=2)
-    other.plan = replace(other.plan, users=4)
+    other.plan = replace(other.plan, connections=4)
     other.payloads = "other images"
     said = " ".join(notes(OLD, other))
-    assert "users was 8 and is 4" in said
+    assert "connections was 8 and is 4" in said
     assert "payloads was  and is other images" in said

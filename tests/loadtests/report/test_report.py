@@ -172,13 +172,13 @@ def test_json_is_strict_and_keeps_what_is_infinite_apart_from_what_is_unknown(fo
     block = Block(
         arm=BASELINE,
         round=0,
-        loads={SATURATED: load(latencies, connections=4, offered=None), HIGH: load(np.arange(50.0))},
+        loads={SATURATED: load(latencies, connections=4, offered_rate=None), HIGH: load(np.arange(50.0))},
         info={"labels": ["a"], "kv_tokens": 64, "batch_ms": {1: math.nan}},
     )
     whole = Comparison(plan=plan(), command="x", environment={}, blocks=[block])
     lost = only(found, CSRA, {"high_p99": figure(math.inf, change(math.inf, 1.0, math.inf, "worse"))})
     document = json.loads(json.dumps(as_json(whole, lost), allow_nan=False))
-    assert document["schema_version"] == 2
+    assert document["schema_version"] == 3
     saturated, high = (document["blocks"][0]["loads"][name] for name in (SATURATED, HIGH))
     assert (saturated["p50_ms"], saturated["p95_ms"], saturated["unanswered"]) == (1.0, None, 0.4)
     assert (saturated["requests"], saturated["answered"], saturated["connections"]) == (1000, 600, 4)
@@ -200,7 +200,7 @@ def test_json_and_samples_hold_every_block(measured: Comparison, found: Findings
     write_samples(measured, tmp_path / "samples.npz")
     with np.load(tmp_path / "samples.npz") as samples:
         assert len(samples.files) == 39 * 3
-        np.testing.assert_array_equal(samples[f"3-{CSRA}-{HIGH}"], measured.of(CSRA)[3].loads[HIGH].latencies_ms)
+        np.testing.assert_array_equal(samples[f"3-{CSRA}-{HIGH}"], measured.blocks_of(CSRA)[3].loads[HIGH].latencies_ms)
 
 
 def test_markdown_has_even_tables_and_shows_the_plots_beside_it(
@@ -324,7 +324,7 @@ def test_blocks_stand_in_the_order_run_and_failed_ones_are_marked(measured: Comp
     assert list(np.asarray(base.get_xdata())) == ran
     ratios = np.asarray(below.lines[1].get_ydata(), dtype=float)
     assert len(ratios) == 9, "the round of the failed block has no ratio"
-    first = [measured.of(label)[0].loads[SATURATED].throughput for label in (LSRA, BASELINE)]
+    first = [measured.blocks_of(label)[0].loads[SATURATED].throughput for label in (LSRA, BASELINE)]
     assert ratios[0] == pytest.approx(first[0] / first[1])
 
 

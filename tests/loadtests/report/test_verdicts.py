@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, Arm, Block, Comparison, Plan
-from loadtests.generator.load import Load
+from loadtests.generator.load_result import LoadResult
 from loadtests.report.verdicts import Change, Findings, judge
 
-ARMS = (Arm(label="a", model="a"), Arm(label="b", model="b"), Arm(label="a again", model="a", twin_of="a"))
+ARMS = (Arm(label="a", model="a"), Arm(label="b", model="b"), Arm(label="a again", model="a", repeat_of="a"))
 RATES = {MODERATE: 100.0, HIGH: 340.0}
 PERCENTILES = {f"{load}_{rank}" for load in RATES for rank in ("p50", "p95", "p99")}
 
@@ -30,9 +30,10 @@ def comparison(*, rounds: int = 10, spread: float = 0.03, count: int = 100, seed
         for arm in ARMS[:arms]:
             speed = float(np.exp(generator.normal(0, spread))) * drift
             loads = {
-                name: Load(
+                name: LoadResult(
+                    mode="open" if name in RATES else "closed",
                     connections=None if name in RATES else 8,
-                    offered=RATES.get(name),
+                    offered_rate=RATES.get(name),
                     throughput=500 * speed if name == SATURATED else RATES[name],
                     latencies_ms=generator.lognormal(3, 0.3, count) / speed,
                     errors=0,
@@ -50,15 +51,15 @@ def comparison(*, rounds: int = 10, spread: float = 0.03, count: int = 100, seed
             arms=ARMS[:arms],
             data=None,
             protocol="v1",
-            users=8,
+            connections=8,
             seconds=1,
             warmup_seconds=0,
             rounds=rounds,
             default_rounds=10,
-            shares=(0.5, 0.85),
+            load_fractions=(0.5, 0.85),
             objective_ms=50,
             objective_percentile=99,
-            searches=0,
+            capacity_searches=0,
             budget_minutes=30,
             service_arguments=(),
             seed=1,
@@ -160,7 +161,7 @@ def test_accuracy_is_the_manifest_s_and_only_of_the_same_images() -> None:
     measured.blocks = [
         replace(block, info=accuracy(0.4, "validation")) for block in measured.blocks if block.arm == "b"
     ]
-    measured.blocks += comparison(rounds=3).of("a")
+    measured.blocks += comparison(rounds=3).blocks_of("a")
     figure = judge(measured).rows[1].figures["top1"]
     assert (figure.value, figure.change) == (0.4, None)
     measured.blocks = [replace(block, info={"accuracy": None}) for block in measured.blocks]
@@ -244,7 +245,7 @@ def test_a_round_that_lacks_an_arm_is_not_counted() -> None:
         (SATURATED, {"generator_cores": 0.97}, "The generator used 0.97 of a core with b at saturation: the generator"),
         (
             HIGH,
-            {"late": 2},
+            {"late_arrivals": 2},
             "The generator sent requests 5 ms or more late, 2.0% with b at 340/s: this",
         ),
         (HIGH, {"throughput": 80.0}, "Overloaded: b at 340/s (answered 80/s); there latency grows"),
@@ -260,7 +261,7 @@ def test_the_most_important_warning_comes_first() -> None:
     measured = comparison(rounds=6)
     measured.ended_early = "interrupted"
     changed(measured, "a again", SATURATED, throughput=lambda value: 0.5 * value)
-    changed(measured, "b", HIGH, unsent=1, late=50, throughput=1.0, server_cores=8.0)
+    changed(measured, "b", HIGH, unsent_arrivals=1, late_arrivals=50, throughput=1.0, server_cores=8.0)
     measured.blocks[1] = replace(measured.blocks[1], failure="no memory")
     starts = ["1 of 6 blocks", "0 requests to b", "a again differs", "6 of 10 rounds", "The generator sent"]
     starts += ["The run ended early: interrupted.", "Overloaded", "Note"]

@@ -14,8 +14,8 @@ from urllib.parse import quote, urlencode
 import numpy as np
 from PIL import Image, ImageOps
 
-from loadtests.experiment.direct import get_json
-from loadtests.generator.load import Protocol
+from loadtests.experiment.http_get import get_json
+from loadtests.generator.load_result import Protocol
 from loadtests.generator.payloads import Payload, PayloadError
 
 

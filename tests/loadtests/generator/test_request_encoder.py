@@ -5,7 +5,7 @@ import json
 import pytest
 
 from loadtests.generator.payloads import Payload
-from loadtests.generator.targets import Question, Target, target
+from loadtests.generator.request_encoder import Question, Target, target
 
 RIGHT_V1 = {"results": [{"predictions": [{"index": 3, "label": "three"}]}]}
 RIGHT_V2 = {"outputs": [{"data": ["0.75:3:three", "0.25:1:one"]}]}

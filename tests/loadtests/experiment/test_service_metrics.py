@@ -4,7 +4,7 @@ import os
 
 from loadtests.experiment.gpu import device_bytes
 from loadtests.experiment.server import free_port
-from loadtests.experiment.stages import between, totals
+from loadtests.experiment.service_metrics import between, totals
 
 
 def test_means_are_of_what_came_between() -> None:
