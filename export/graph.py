@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from export.inference_model import MLP_PARTS, InferenceModel
 from service.engine import INPUT, OUTPUTS
-from training.models import Classifier, StrideViT
+from training.models import NormalizedModel, StrideViT
 
 OPSET = 23
 """The first opset with a standard `Attention` operator, which takes less memory than its decomposition."""
@@ -26,7 +26,7 @@ class ExportError(Exception):
 class _Unshaped(nn.Module):
     """The model as torch's exporter writes it without our rewriting, for comparison."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: NormalizedModel) -> None:
         super().__init__()
         self.classifier = classifier
 
@@ -36,7 +36,12 @@ class _Unshaped(nn.Module):
 
 
 def to_onnx(
-    classifier: Classifier, *, opset: int = OPSET, half: bool = False, mlp_parts: int = MLP_PARTS, shaped: bool = True
+    classifier: NormalizedModel,
+    *,
+    opset: int = OPSET,
+    half: bool = False,
+    mlp_parts: int = MLP_PARTS,
+    shaped: bool = True,
 ) -> onnx.ModelProto:
     """The graph of `classifier`, checked and stripped: uint8 images in, float32 logits and probabilities out.
 

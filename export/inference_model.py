@@ -1,4 +1,4 @@
-"""The model rewritten for inference: the function of `Classifier` in operators that suit a runtime, for all variants.
+"""The model rewritten for inference: what `NormalizedModel` computes, in operators that suit a runtime, all variants alike.
 
 Shape suffixes are those of training/attention.py; P is the patch size and T = B·N the tokens of a batch. Outside
 attention all tokens of a batch are the rows of one matrix, so that a matrix product and its bias are one `Gemm`.
@@ -23,7 +23,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from training.attention import CompressedAttention, ConvolutionalSRA, LocalSRA
-from training.models import Classifier, StrideViT
+from training.models import NormalizedModel, StrideViT
 
 MLP_PARTS = 2
 """Parts of the MLP in fp32. int8 has one, since quantisation skips a product that adds to another one; so has fp16,
@@ -229,7 +229,7 @@ class InferenceModel(nn.Module):
     embedding: Tensor
     positions_ND: Tensor
 
-    def __init__(self, classifier: Classifier, *, operator: bool, half: bool, mlp_parts: int) -> None:
+    def __init__(self, classifier: NormalizedModel, *, operator: bool, half: bool, mlp_parts: int) -> None:
         super().__init__()
         # A copy, since the modules reused from the trained model may be converted to float16.
         model = copy.deepcopy(classifier.model)

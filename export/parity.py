@@ -8,7 +8,7 @@ from export.graph import ExportError
 from export.precision import Tolerances
 from service.engine import Engine
 from service.manifest import Parity
-from training.models import Classifier
+from training.models import NormalizedModel
 
 BATCH_SIZES = (1, 3, 8)
 MAX_ABS_PROBABILITY = 1e-3
@@ -17,7 +17,7 @@ Outputs = npt.NDArray[np.float32]
 
 
 def check_parity(
-    classifier: Classifier, engine: Engine, images: npt.NDArray[np.uint8], tolerances: Tolerances
+    classifier: NormalizedModel, engine: Engine, images: npt.NDArray[np.uint8], tolerances: Tolerances
 ) -> Parity:
     """Compare outputs on uint8 images (n,H,W,3), each alone and in batches at several positions.
 
@@ -59,7 +59,7 @@ def check_parity(
     )
 
 
-def predict_by_torch(classifier: Classifier, images: npt.NDArray[np.uint8]) -> tuple[Outputs, Outputs]:
+def predict_by_torch(classifier: NormalizedModel, images: npt.NDArray[np.uint8]) -> tuple[Outputs, Outputs]:
     """Logits and probabilities of the checkpoint, (n,classes)."""
     with torch.inference_mode():
         logits = classifier(torch.tensor(images))

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from service.manifest import Accuracy, Preprocessing
 from training.augment import evaluation_batches
-from training.data import Dataset, Images, load_dataset, split_holdout
-from training.models import Architecture, Classifier, StrideViT
+from training.data import Dataset, Images, load_dataset, split_val
+from training.models import Architecture, NormalizedModel, StrideViT
 from training.runs import git_commit, load_final
 
 CALIBRATION_IMAGES, NOISE_IMAGES = 512, 16
@@ -28,7 +28,7 @@ class ExportSource:
 
     family: str
     """Default family of the bundle."""
-    classifier: Classifier
+    classifier: NormalizedModel
     spec: Architecture
     preprocessing: Preprocessing
     labels: tuple[str, ...]
@@ -49,8 +49,8 @@ class ExportSource:
         """Images from a tenth of train, held out by class, as model input; for CIFAR-100 training held them out too."""
         if self.dataset is None:
             return self._noise(1)
-        _, held_out = split_holdout(self.dataset.train, max(len(self.labels), len(self.dataset.train) // 10))
-        return self._prepared(held_out, np.random.default_rng(0).permutation(len(held_out))[:CALIBRATION_IMAGES])
+        _, val = split_val(self.dataset.train, max(len(self.labels), len(self.dataset.train) // 10))
+        return self._prepared(val, np.random.default_rng(0).permutation(len(val))[:CALIBRATION_IMAGES])
 
     def batches(self, images: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of `images` as model input, uint8 (B,H,W,3), with their labels (B,)."""
@@ -91,10 +91,10 @@ def random_weights(spec: Architecture, *, seed: int = 0) -> ExportSource:
     side = spec.image_shape[0]
     return ExportSource(
         family=f"{spec.preset}-{side}-random",
-        classifier=Classifier(model, mean=half, std=half).eval(),
+        classifier=NormalizedModel(model, mean=half, std=half).eval(),
         spec=spec,
         preprocessing=Preprocessing(resize=side, crop=side, interpolation="bicubic", mean=half, std=half),
-        labels=tuple(f"class {number}" for number in range(spec.classes)),
+        labels=tuple(f"class {number}" for number in range(spec.num_classes)),
         weights_sha256=hashlib.sha256(save(model.state_dict())).hexdigest(),
         accuracy=None,
         git_commit=git_commit(),

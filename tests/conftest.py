@@ -12,7 +12,7 @@ from export.sources import finished_run
 from training.data import load_dataset
 from training.loop import train
 from training.recipes import load_recipe
-from training.world import World
+from training.distributed import World
 
 
 @pytest.fixture(scope="session", autouse=True)

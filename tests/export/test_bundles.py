@@ -114,7 +114,7 @@ def test_a_top1_flip_is_refused_however_small(digits_run: Path) -> None:
 
 
 def test_random_weights_are_exported_and_said_to_be_random(tmp_path: Path) -> None:
-    arguments = ["run", "--random-weights", "--preset", "vit-xs", "--variant", "lsra-r3", "--image-size", "48"]
+    arguments = ["run", "--random-weights", "--preset", "vit-xs", "--variant", "lsra-r3", "--img-size", "48"]
     for repository in ("a", "b"):
         result = CliRunner().invoke(app, [*arguments, "--repository", str(tmp_path / repository)])
         assert result.exit_code == 0, result.stderr

@@ -55,7 +55,9 @@ def test_manifests_say_what_each_precision_promises(models: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8-dynamic", "fp16"])
-def test_accuracy_is_that_of_the_graph_itself_on_all_test_images(precision: str, models: Path, digits: ExportSource) -> None:
+def test_accuracy_is_that_of_the_graph_itself_on_all_test_images(
+    precision: str, models: Path, digits: ExportSource
+) -> None:
     bundle = read_bundle(models / f"digits-csra-r2-{precision}" / "1")
     assert digits.dataset
     images, labels = next(iter(digits.batches(digits.dataset.test, 360)))
