@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from export.bundles import export
-from export.subjects import finished_run
+from export.sources import finished_run
 from training.data import load_dataset
 from training.distributed import World
 from training.loop import train
