@@ -36,7 +36,7 @@ def rows(measured: Measured) -> Iterator[tuple[str, ...]]:
         yield (
             str(cell.batch),
             cell.arm.label,
-            f"{cell.arm.kv_tokens} of {cell.arm.tokens}",
+            f"{cell.arm.kv_tokens} of {cell.arm.tokens}" if cell.arm.kv_tokens else "–",
             f"{cell.images_per_s:.1f} ({cell.slowest:.1f}–{cell.fastest:.1f})",
             "1" if cell is base else str(cell.ratio),
             f"{cell.latency_ms:.1f}",

@@ -10,12 +10,7 @@ from rich.markup import escape
 from loadtests.compare.compare import Asked
 from loadtests.compare.compare import compare as run_comparison
 from loadtests.experiment.arms import ArmError, parse_arms, repeated, resolved
-from loadtests.experiment.machine import environment
-from loadtests.experiment.model import Comparison, Plan
-from loadtests.experiment.schedule import Costs, fitted
-from loadtests.experiment.server import ServerError
-from loadtests.experiment.store import Store, StoreError
-from loadtests.experiment.terminal import (
+from loadtests.experiment.command import (
     Command,
     Data,
     Repository,
@@ -27,6 +22,11 @@ from loadtests.experiment.terminal import (
     this_command,
     warn,
 )
+from loadtests.experiment.environment import environment
+from loadtests.experiment.model import Comparison, Plan
+from loadtests.experiment.schedule import Costs, fitted
+from loadtests.experiment.server import ServerError
+from loadtests.experiment.store import Store, StoreError
 from loadtests.generator.load_result import Protocol
 from loadtests.generator.payloads import DEFAULT_SIZES, Payload, PayloadError, describe, parse_sizes, read_payloads
 from loadtests.report import regress

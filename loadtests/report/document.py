@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from loadtests.errors import LoadTestError
 from loadtests.experiment.json_files import to_json
 from loadtests.experiment.model import Arm, Block, CapacitySearch, Comparison, Plan
 from loadtests.generator.load_result import LoadResult
@@ -34,7 +35,7 @@ _RENAMED = {
 """Fields of version 2."""
 
 
-class ResultsError(Exception):
+class ResultsError(LoadTestError):
     """A results.json that cannot be used; the message says which and what to do."""
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from loadtests.experiment.machine import git
-from loadtests.experiment.server import tree_bytes
+from service.host import git, process_tree_bytes
 from tests.loadtests.compare.runs import command, read, run
 from tests.processes import ROOT, in_a_checkout
 
@@ -166,7 +165,7 @@ def test_memory_counts_the_whole_tree() -> None:
         assert process.stdout
         assert process.stdin
         process.stdout.readline()
-        assert tree_bytes(process.pid) > 80_000_000
+        assert process_tree_bytes(process.pid) > 80_000_000
         process.stdin.close()
         process.wait(10)
-    assert tree_bytes(process.pid) == 0
+    assert process_tree_bytes(process.pid) == 0
