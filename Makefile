@@ -31,7 +31,7 @@ demo: $(DEV)/.installed ## Train three variants on digits, export, serve and com
 	@echo "== serve and compare them under load"
 	@$(DEV)/bin/python -m training images --dataset digits --out $(DEMO)/images
 	@$(DEV)/bin/python -m loadtests compare --repository $(DEMO)/models --data $(DEMO)/images --out $(DEMO) \
-	  --models digits-mha,digits-lsra-r2,digits-csra-r2 --quick --no-noise-arm --fresh
+	  --models digits-mha,digits-lsra-r2,digits-csra-r2 --quick --no-aa-run --fresh
 
 test: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run all tests (those on real data need STRIDEVIT_DATA)
 	@echo "running the tests; real data: $${STRIDEVIT_DATA:-none, set STRIDEVIT_DATA to use it}"

@@ -18,16 +18,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from export import profile_report
 from export.bundles import export
-from export.cards import card, difference, kernel_table, listing
+from export.descriptions import card, difference, kernel_table, listing, summary
 from export.graph import OPSET, OPSETS, ExportError
 from export.profile import Arm, Form, Setup, bundle_arm, estimated_seconds, measure, operators, random_arm
-from export.subjects import finished_run, random_weights
+from export.sources import finished_run, random_weights
 from export.verify import read_graph
 from export.verify import verify as verify_bundle
-from service.bundle import MODEL_FILE, Precision, read_bundle
+from service.bundle import read_bundle
 from service.engine import resolve_device
 from service.errors import BundleError, EngineError
 from service.host import available_cores
+from service.manifest import Precision
 from training.models import PRESETS, architecture
 from training.readers import DataError
 from training.runs import RunError
@@ -100,14 +101,7 @@ def run(
             opset=opset,
             accept_accuracy_loss=accept_accuracy_loss,
         )
-    manifest = read_bundle(published).manifest
-    size = (published / MODEL_FILE).stat().st_size
-    accuracy = f"top-1 {manifest.accuracy.top1:.2%}, " if manifest.accuracy else ""
-    typer.echo(
-        f"{published}: {manifest.variant}, {manifest.kv_tokens} of {manifest.tokens} K/V tokens, "
-        f"{manifest.parameters:,} parameters, {manifest.precision}, {size / 1e6:.1f} MB, {accuracy}"
-        f"largest difference from torch {manifest.parity.max_abs_logit:g} in a logit on {manifest.parity.images} images"
-    )
+    typer.echo(summary(read_bundle(published)))
 
 
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of one version, such as models/x/1.")]

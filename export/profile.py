@@ -24,8 +24,9 @@ from scipy.stats import bootstrap
 from export.bundles import make_graph
 from export.graph import OPSET, ExportError, serialise, to_onnx
 from export.probe import Probe
-from export.subjects import random_weights
-from service.bundle import Precision, read_bundle
+from export.sources import random_weights
+from service.bundle import read_bundle
+from service.manifest import Precision
 from training.models import Architecture
 
 Form = Literal["shaped", "unshaped"]
@@ -44,24 +45,25 @@ class Arm:
     """One of the models that are compared; `size` is its image's side in pixels."""
 
     label: str
-    variant: str
+    variant: str | None
     model: Path
     size: int
-    tokens: int
-    kv_tokens: int
+    tokens: int | None
+    kv_tokens: int | None
 
 
 def bundle_arm(folder: Path) -> Arm:
     """A published bundle. Raises BundleError."""
     bundle = read_bundle(folder)
     manifest = bundle.manifest
+    attention = manifest.attention
     return Arm(
         label=f"{manifest.name}/{bundle.version}",
-        variant=manifest.variant,
+        variant=attention.variant if attention else None,
         model=bundle.model_path,
         size=manifest.preprocessing.crop,
-        tokens=manifest.tokens,
-        kv_tokens=manifest.kv_tokens,
+        tokens=attention.tokens if attention else None,
+        kv_tokens=attention.kv_tokens if attention else None,
     )
 
 
@@ -69,11 +71,11 @@ def random_arm(
     spec: Architecture, folder: Path, *, label: str, precision: Precision = "fp32", opset: int = OPSET, form: Form
 ) -> Arm:
     """`spec` with random weights, written into `folder`. Raises ExportError."""
-    subject = random_weights(spec)
+    source = random_weights(spec)
     if form == "unshaped":
-        graph = to_onnx(subject.classifier, opset=opset, shaped=False)
+        graph = to_onnx(source.classifier, opset=opset, shaped=False)
     else:
-        graph = make_graph(subject, precision, opset=opset)
+        graph = make_graph(source, precision, opset=opset)
     model = folder / f"{label.replace(' ', '-')}.onnx"
     model.write_bytes(serialise(graph))
     return Arm(

@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from export.profile import THESIS, Cell, Measured
-from service.models.verify import cpu_features
+from service.host import cpu_features
 from training.runs import git_commit
 
 HEADINGS = (
@@ -36,7 +36,7 @@ def rows(measured: Measured) -> Iterator[tuple[str, ...]]:
         yield (
             str(cell.batch),
             cell.arm.label,
-            f"{cell.arm.kv_tokens} of {cell.arm.tokens}",
+            f"{cell.arm.kv_tokens} of {cell.arm.tokens}" if cell.arm.kv_tokens else "–",
             f"{cell.images_per_s:.1f} ({cell.slowest:.1f}–{cell.fastest:.1f})",
             "1" if cell is base else str(cell.ratio),
             f"{cell.latency_ms:.1f}",

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from service.bundle import Preprocessing
 from service.errors import BadImage, TooManyPixels, UnsupportedImage
+from service.manifest import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _JPEG = ("JPEG", "MPO")
@@ -49,6 +49,9 @@ _SCANS_A_PIXEL = 10
 
 _OTHER_FORMATS = 2
 """A pixel of the other formats costs as much as this many of a JPEG: measured 1.1 (GIF) to 4 (PNG with alpha)."""
+
+MAX_PIXELS = 178_956_970
+"""Pillow refuses images of more pixels, whatever limit `decode` is given."""
 
 LARGE_PIXELS = 2_000_000
 """Work of decoding, see OpenedImage.pixels, above which an image is large: too long for small ones to wait behind.

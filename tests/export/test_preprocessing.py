@@ -12,9 +12,9 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from service.bundle import Preprocessing
 from service.errors import ImageError
 from service.images import decode
+from service.manifest import Preprocessing
 from tests.service.conftest import encoded, noise
 from tests.service.test_draft import MUCH_LARGER
 from training import images

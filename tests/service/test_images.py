@@ -134,7 +134,7 @@ def test_a_large_image_is_not_held_many_times_over() -> None:
     code = """
 import io, resource, sys
 from PIL import Image
-from service.bundle import Preprocessing
+from service.manifest import Preprocessing
 from service.images import decode
 mode = sys.argv[1]
 buffer = io.BytesIO()

@@ -1,0 +1,258 @@
+"""The model rewritten for inference: what `NormalizedModel` computes, in operators that suit a runtime.
+
+Shape suffixes are those of training/attention.py; P is the patch size and T = B·N the tokens of a batch. Outside
+attention all tokens of a batch are the rows of one matrix, so that a matrix product and its bias are one `Gemm`.
+
+- Pixel normalisation is folded into the patch embedding, and the embedding's bias into the position embedding.
+- Keys and values are one product.
+- L-SRA's gate is one more column of the latent projection, and its pooling one batched product. A last block that is
+  not full is pooled by itself, because ONNX Runtime has no CUDA kernel for `Pad` at opset 23.
+- The MLP can be split along its hidden layer and the parts summed: the same arithmetic with a smaller intermediate.
+- Attention is the standard operator on 4-D tensors where the opset has it, else its decomposition with the scale
+  folded into the queries. TensorRT supports neither the operator on 3-D tensors nor uint8 in Reshape and Transpose.
+
+`python -m export profile --forms unshaped,shaped` compares this form with the one torch's exporter writes by itself.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+from timm.layers import Attention, Mlp
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from training.attention import CompressedAttention, ConvolutionalSRA, LocalSRA
+from training.models import NormalizedModel, StrideViT
+
+MLP_PARTS = 2
+"""Parts of the MLP in fp32. int8 has one, since quantisation skips a product that adds to another one; so has fp16,
+since one large product is faster on a GPU at small batches."""
+
+
+class _Product(nn.Module):
+    """x @ weight + bias, with weight (in, out)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.detach().float().contiguous())
+        self.register_buffer("bias", bias.detach().float().contiguous())
+
+    @classmethod
+    def of(cls, layer: nn.Module | Tensor) -> "_Product":
+        """The matrix product of a linear layer."""
+        if not isinstance(layer, nn.Linear):
+            raise TypeError(f"{type(layer).__name__} is not a linear layer")
+        return cls(layer.weight.t(), layer.bias)
+
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """(T, in) -> (T, out); `plus` (T, out) replaces the bias."""
+        return torch.addmm(self.bias if plus is None else plus, x, self.weight)
+
+
+class _Attend(nn.Module):
+    """Scaled dot-product attention and the output projection."""
+
+    def __init__(self, heads: int, tokens: int, projection: nn.Linear, *, operator: bool) -> None:
+        super().__init__()
+        self.heads, self.tokens, self.operator = heads, tokens, operator
+        self.projection = _Product.of(projection)
+
+    def forward(self, q_TD: Tensor, k_BMD: Tensor, v_BMD: Tensor) -> Tensor:
+        D = q_TD.shape[-1]
+        q_BHNd = self._by_head(q_TD.view(-1, self.tokens, D))
+        k_BHMd, v_BHMd = self._by_head(k_BMD), self._by_head(v_BMD)
+        if self.operator:
+            y_BHNd = torch.onnx.ops.attention(q_BHNd, k_BHMd, v_BHMd)[0]
+        else:
+            y_BHNd = (q_BHNd @ k_BHMd.transpose(-2, -1)).softmax(dim=-1) @ v_BHMd
+        y_TD: Tensor = self.projection(y_BHNd.transpose(1, 2).reshape(-1, D))
+        return y_TD
+
+    def _by_head(self, x_BMD: Tensor) -> Tensor:
+        return x_BMD.view(-1, x_BMD.shape[1], self.heads, x_BMD.shape[2] // self.heads).transpose(1, 2)
+
+
+class _MHA(nn.Module):
+    """Multi-head attention with queries, keys and values in one product: (T,D) -> (T,D)."""
+
+    def __init__(self, trained: Attention, tokens: int, *, operator: bool) -> None:
+        super().__init__()
+        self.tokens = tokens
+        width = trained.proj.in_features
+        scale = torch.ones(3 * width)
+        if not operator:
+            scale[:width] = trained.scale
+        self.qkv = _Product(trained.qkv.weight.t() * scale, trained.qkv.bias * scale)
+        self.attend = _Attend(trained.num_heads, tokens, trained.proj, operator=operator)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        D = x_TD.shape[-1]
+        q_TD, k_TD, v_TD = torch.split(self.qkv(x_TD), D, dim=-1)
+        y_TD: Tensor = self.attend(q_TD, k_TD.view(-1, self.tokens, D), v_TD.view(-1, self.tokens, D))
+        return y_TD
+
+
+class _SRA(nn.Module):
+    """Attention over pooled keys and values: (T,D) -> (T,D)."""
+
+    def __init__(self, trained: CompressedAttention, tokens: int, *, operator: bool) -> None:
+        super().__init__()
+        scale = 1.0 if operator else (trained.q.out_features // trained.num_heads) ** -0.5
+        self.tokens = tokens
+        self.q = _Product(trained.q.weight.t() * scale, trained.q.bias * scale)
+        if isinstance(trained, LocalSRA):
+            self.latent = _latent_with_gate(trained)
+            self.pool: nn.Module = _LocalPool(trained)
+        elif isinstance(trained, ConvolutionalSRA):
+            self.latent = _Product.of(trained.latent)
+            self.pool = _ConvolutionalPool(trained)
+        else:
+            raise TypeError(f"no inference form of {type(trained).__name__}")
+        self.norm = trained.norm
+        self.kv = _Product.of(trained.kv)
+        self.attend = _Attend(trained.num_heads, tokens, trained.proj, operator=operator)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        D = x_TD.shape[-1]
+        c_Tr = self.latent(x_TD)
+        c_BMr = self.norm(self.pool(c_Tr.view(-1, self.tokens, c_Tr.shape[-1])))
+        M, r = c_BMr.shape[1:]
+        k, v = torch.split(self.kv(c_BMr.reshape(-1, r)), D, dim=-1)
+        y_TD: Tensor = self.attend(self.q(x_TD), k.view(-1, M, D), v.view(-1, M, D))
+        return y_TD
+
+
+class _ConvolutionalPool(nn.Module):
+    """C-SRA's `reduce`: (B,N,r) -> (B,M,r)."""
+
+    def __init__(self, trained: ConvolutionalSRA) -> None:
+        super().__init__()
+        self.conv, self.grid = trained.conv, trained.grid
+
+    def forward(self, c_BNr: Tensor) -> Tensor:
+        c_BrN = c_BNr.transpose(1, 2)
+        pooled_Brhw: Tensor = self.conv(c_BrN.reshape(-1, c_BrN.shape[1], *self.grid))
+        return pooled_Brhw.flatten(2).transpose(1, 2)
+
+
+class _LocalPool(nn.Module):
+    """L-SRA's `reduce`: (B,N,r+1) -> (B,M,r). The last column is the gate logit."""
+
+    gate_bias: Tensor
+
+    def __init__(self, trained: LocalSRA) -> None:
+        super().__init__()
+        self.register_buffer("gate_bias", trained.gate_bias.detach().clone())
+        tokens = trained.grid[0] * trained.grid[1]
+        self.rank, self.block = trained.rank, trained.reduction
+        self.rest = tokens % self.block
+        self.whole = tokens - self.rest
+
+    def forward(self, c_BNr: Tensor) -> Tensor:
+        if not self.rest:
+            return self._blocks(c_BNr, self.block)
+        whole_BNr, rest_BNr = torch.split(c_BNr, [self.whole, self.rest], dim=1)
+        rest_B1r = self._blocks(rest_BNr, self.rest)
+        return torch.cat([self._blocks(whole_BNr, self.block), rest_B1r], dim=1) if self.whole else rest_B1r
+
+    def _blocks(self, c_BNr: Tensor, size: int) -> Tensor:
+        """Pool every `size` tokens to one, weighted by the float32 softmax of their gate logits."""
+        _, N, columns = c_BNr.shape
+        c_BMRr, logit_BMR1 = torch.split(c_BNr.view(-1, N // size, size, columns), [self.rank, 1], dim=-1)
+        logit_BM1R = logit_BMR1.transpose(-2, -1) + self.gate_bias[:size]
+        weight_BM1R = logit_BM1R.float().softmax(dim=-1).to(c_BNr.dtype)
+        return (weight_BM1R @ c_BMRr).squeeze(2)
+
+
+def _latent_with_gate(trained: LocalSRA) -> _Product:
+    """(T,D) -> (T,r+1): the latent, and each token's gate logit without the bias of its position in the block."""
+    weight_Dr, bias_r, gate_r = trained.latent.weight.t(), trained.latent.bias, trained.gate_weight
+    return _Product(
+        torch.cat([weight_Dr, (weight_Dr @ gate_r).unsqueeze(1)], dim=1),
+        torch.cat([bias_r, (bias_r @ gate_r).unsqueeze(0)]),
+    )
+
+
+class _MLP(nn.Module):
+    """The MLP, split along its hidden layer into `parts`: (T,D) -> (T,D)."""
+
+    def __init__(self, trained: Mlp, parts: int) -> None:
+        super().__init__()
+        into, out = _Product.of(trained.fc1), _Product.of(trained.fc2)
+        self.into = nn.ModuleList(map(_Product, into.weight.chunk(parts, dim=1), into.bias.chunk(parts)))
+        # Only the first part adds the bias; the others add to its sum.
+        self.out = nn.ModuleList(_Product(rows, out.bias) for rows in out.weight.chunk(parts))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y_TD: Tensor = self.out[0](F.gelu(self.into[0](x_TD)))
+        for into, out in zip(self.into[1:], self.out[1:], strict=True):
+            y_TD = out(F.gelu(into(x_TD)), plus=y_TD)
+        return y_TD
+
+
+class _Block(nn.Module):
+    """One transformer block in evaluation mode, without drop-path and dropout: (T,D) -> (T,D)."""
+
+    def __init__(self, trained: nn.Module, tokens: int, *, operator: bool, mlp_parts: int) -> None:
+        super().__init__()
+        if not isinstance(trained, Block):
+            raise TypeError(f"no inference form of a {type(trained).__name__}")
+        self.norm1, self.norm2 = trained.norm1, trained.norm2
+        if isinstance(trained.attn, CompressedAttention):
+            self.attention: nn.Module = _SRA(trained.attn, tokens, operator=operator)
+        elif isinstance(trained.attn, Attention):
+            self.attention = _MHA(trained.attn, tokens, operator=operator)
+        else:
+            raise TypeError(f"no inference form of {type(trained.attn).__name__}")
+        if not isinstance(trained.mlp, Mlp):
+            raise TypeError(f"no inference form of {type(trained.mlp).__name__}")
+        self.mlp = _MLP(trained.mlp, mlp_parts)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        x_TD = x_TD + self.attention(self.norm1(x_TD))
+        y_TD: Tensor = x_TD + self.mlp(self.norm2(x_TD))
+        return y_TD
+
+
+class InferenceModel(nn.Module):
+    """uint8 images (B,H,W,3) -> logits and probabilities, float32 (B,classes).
+
+    `operator` uses the standard `Attention` operator. With `half`, weights and activations between the patch embedding
+    and the head are float16; the patch embedding, L-SRA's softmax and the probabilities stay float32, and the ONNX
+    standard makes `LayerNormalization` compute in float32.
+    """
+
+    embedding: Tensor
+    positions_ND: Tensor
+
+    def __init__(self, classifier: NormalizedModel, *, operator: bool, half: bool, mlp_parts: int) -> None:
+        super().__init__()
+        # A copy, since the modules reused from the trained model may be converted to float16.
+        model = copy.deepcopy(classifier.model)
+        if not isinstance(model, StrideViT):
+            raise TypeError(f"no inference form of a {type(model).__name__}")
+        weight_D3PP = model.get_parameter("patch_embed.proj.weight").double()
+        mean, std = classifier.mean.double(), classifier.std.double()
+        bias_D = model.get_parameter("patch_embed.proj.bias").double() - (weight_D3PP * (mean / std)).sum(dim=(1, 2, 3))
+        self.register_buffer("embedding", (weight_D3PP / std).permute(2, 3, 1, 0).flatten(0, 2).float().detach())
+        self.register_buffer("positions_ND", (model.get_buffer("pos_embed")[0].double() + bias_D).float().detach())
+        self.patch, self.grid = model.spec.patch_size, model.spec.grid
+        self.dtype = torch.float16 if half else torch.float32
+        tokens = len(self.positions_ND)
+        blocks = (_Block(block, tokens, operator=operator, mlp_parts=mlp_parts) for block in model.blocks)
+        self.trunk = nn.Sequential(*blocks, model.norm).to(self.dtype)
+        self.fc_norm, self.head = model.fc_norm.to(self.dtype), model.head.to(self.dtype)
+
+    def forward(self, image_BHW3: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and probabilities."""
+        h, w = self.grid
+        P, (N, D) = self.patch, self.positions_ND.shape
+        patches = image_BHW3.float().view(-1, h, P, w, P * 3).transpose(2, 3).reshape(-1, N, P * P * 3)
+        x_BND = patches @ self.embedding + self.positions_ND
+        x_TD = self.trunk(x_BND.to(self.dtype).reshape(-1, D))
+        logits: Tensor = self.head(self.fc_norm(x_TD.view(-1, N, D).mean(dim=1))).float()
+        return logits, logits.softmax(dim=-1)

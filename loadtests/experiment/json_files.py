@@ -1,0 +1,25 @@
+"""Results as strict JSON: what is not finite is null, for no reader of JSON knows infinity."""
+
+import json
+import math
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+
+def write_json(document: Any, path: Path) -> None:
+    """For people and programs; ends with a line break."""
+    path.write_text(json.dumps(to_json(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def to_json(value: Any) -> Any:
+    """As JSON knows it: dataclasses as objects, paths as text, tuples as lists, and null for what is not finite."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {str(name): to_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if isinstance(value, bool | int | str | None) else str(value)
