@@ -1,4 +1,4 @@
-"""The model rewritten for inference: the function of `NormalizedModel` in operators that suit a runtime, all variants.
+"""The model rewritten for inference: what `NormalizedModel` computes, in operators that suit a runtime.
 
 Shape suffixes are those of training/attention.py; P is the patch size and T = B·N the tokens of a batch. Outside
 attention all tokens of a batch are the rows of one matrix, so that a matrix product and its bias are one `Gemm`.

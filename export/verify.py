@@ -10,7 +10,7 @@ from service.bundle import LABELS_FILE, MANIFEST_FILE, MODEL_FILE, Bundle, read_
 from service.engine import Engine
 from service.errors import BundleError
 from service.host import available_cores
-from service.models.verify import prove
+from service.models.verify import verify_golden
 
 
 def verify(folder: Path) -> dict[str, str]:
@@ -23,7 +23,7 @@ def verify(folder: Path) -> dict[str, str]:
     bundle = read_bundle(folder)
     graph = read_graph(bundle)
     _check_manifest(bundle, graph)
-    prove(bundle, Engine(bundle.model_path, threads=available_cores()))
+    verify_golden(bundle, Engine(bundle.model_path, threads=available_cores()))
     manifest = bundle.manifest
     return {
         "digests": f"all files of {manifest.name}, version {bundle.version}",

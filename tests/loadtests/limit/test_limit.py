@@ -22,7 +22,7 @@ from loadtests.soak.soak import LONGER_SIDES, Soak, mixed_sizes
 from tests.processes import ROOT, serving
 from tests.service.conftest import encoded, noise
 
-PLAIN = ROOT / "loadtests" / "baseline" / "plain_fastapi.py"
+PLAIN = "loadtests.baseline.plain_fastapi"
 THOUSAND = np.arange(1.0, 1001.0)
 """Milliseconds: p50 500.5, p99 990.01."""
 
@@ -66,8 +66,13 @@ def drive(number: int, arm: Arm, connections: int | None, throughput: float, *, 
 @pytest.fixture
 def results() -> Results:
     found = Results(plan=plan(), command="python -m loadtests limit", environment={"cpu": "test"})
-    said = {"images_per_second": 100.0, "batch": 4, "baseline_bytes": 60_000_000, "versions": {"onnxruntime": "1"}}
-    found.limits = {0: said, 1: {**said, "images_per_second": 50.0, "batch": 8}}
+    said = {
+        "images_per_second": 100.0,
+        "batch_size": 4,
+        "baseline_pss_bytes": 60_000_000,
+        "versions": {"onnxruntime": "1"},
+    }
+    found.limits = {0: said, 1: {**said, "images_per_second": 50.0, "batch_size": 8}}
     for number, share in ((0, 1.0), (1, 0.5)):
         found.drives += [
             drive(number, "service", 1, 40 * share, scale=0.01, peak=105_000_000),
@@ -157,7 +162,7 @@ def test_report_holds_every_arm_and_survives_a_measurement_that_ended_early(resu
 
 def test_the_plain_server_answers_like_the_service(repository: Path, tmp_path: Path) -> None:
     bundle = newest(repository, "digits-csra-r2")
-    command = [sys.executable, str(PLAIN), str(bundle), "--port"]
+    command = [sys.executable, "-m", PLAIN, str(bundle), "--port"]
     # The service lets libjpeg scale a large JPEG down before it resizes it: almost the same pixels.
     images = [
         (encoded(noise(seed=0)), 1e-5),
