@@ -59,8 +59,7 @@ class ExportSource:
 
     def _prepared(self, images: Images, rows: npt.NDArray[np.int64]) -> Pixels:
         batch, _ = next(iter(self.batches(images.take(rows), len(rows))))
-        pixels: Pixels = batch.numpy()
-        return pixels
+        return np.asarray(batch)
 
     def _noise(self, seed: int) -> Pixels:
         shape = (NOISE_IMAGES, *self.spec.image_shape, 3)
