@@ -79,7 +79,7 @@ def test_in_the_grace_period_it_is_not_ready_and_serves_on(repository: Path) -> 
     ("arguments", "message"),
     [
         (["--repository", "no-such-folder"], "no model repository at no-such-folder: name one with --repository"),
-        (["--device", "cuda"], "device 'cuda' was asked for"),
+        (["--device", "cuda"], "device 'cuda' is unavailable"),
         (["--models", "no-such-model"], "no version of it"),
         (["--log-level", "loud"], "log_level (from flag --log-level): Input should be 'debug'"),
     ],
