@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from service import __main__ as command_line
 from service.flags import markdown
-from service.http.keys import KeyRing
+from service.http.auth import KeyRing
 from service.settings import ENV_PREFIX, Settings
 from tests.processes import ROOT
 
