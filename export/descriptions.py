@@ -13,7 +13,7 @@ from rich.table import Table
 from export.kernels import kernels, sources
 from service.bundle import CONTENT_FILES, Bundle, model_names, read_bundle, versions
 from service.errors import BundleError
-from service.manifest import Manifest
+from service.manifest import Attention, Manifest
 
 
 def listing(repository: Path) -> Table:
@@ -34,7 +34,7 @@ def listing(repository: Path) -> Table:
                 str(version),
                 manifest.precision,
                 _weights(manifest),
-                _kv_tokens(manifest),
+                kv_tokens(manifest.attention),
                 f"{manifest.params:,}",
                 f"{manifest.accuracy.top1:.2%}" if manifest.accuracy else "–",
                 f"{_size(bundle) / 1e6:.1f}",
@@ -82,7 +82,7 @@ def kernel_table(graph: onnx.ModelProto) -> tuple[Table, bool]:
 def summary(bundle: Bundle) -> str:
     """One bundle in a line."""
     manifest, attention = bundle.manifest, bundle.manifest.attention
-    variant = f"{attention.variant}, {_kv_tokens(manifest)} K/V tokens" if attention else manifest.architecture
+    variant = f"{attention.variant}, {kv_tokens(manifest.attention)} K/V tokens" if attention else manifest.architecture
     accuracy = f"top-1 {manifest.accuracy.top1:.2%}, " if manifest.accuracy else ""
     return (
         f"{bundle.folder}: {variant}, {manifest.params:,} parameters, {manifest.precision}, "
@@ -103,7 +103,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     return [
         ("variant", f"{attention.variant} of {manifest.architecture}" if attention else manifest.architecture),
         ("primitives", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in primitives.items()) or "none"),
-        ("K/V tokens", _kv_tokens(manifest)),
+        ("K/V tokens", kv_tokens(manifest.attention)),
         ("weights", _weights(manifest)),
         ("accuracy", accuracy),
         ("parameters", f"{manifest.params:,}"),
@@ -123,8 +123,8 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     ]
 
 
-def _kv_tokens(manifest: Manifest) -> str:
-    attention = manifest.attention
+def kv_tokens(attention: Attention | None) -> str:
+    """Key/value tokens out of all tokens; a dash without attention."""
     return f"{attention.kv_tokens} of {attention.tokens}" if attention else "–"
 
 
