@@ -25,18 +25,16 @@ _JPEG = ("JPEG", "MPO")
 # What Pillow raises on damaged or hostile files, found with samples of fuzzed files.
 _DAMAGED = (
     OSError,
+    EOFError,
     ValueError,
     SyntaxError,
-    IndexError,
-    KeyError,
     TypeError,
     AttributeError,
-    OverflowError,
-    EOFError,
+    LookupError,
+    ArithmeticError,
     MemoryError,
-    struct.error,
     RuntimeError,
-    ZeroDivisionError,
+    struct.error,
 )
 
 _BACKGROUND = (255, 255, 255)
