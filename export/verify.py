@@ -11,7 +11,7 @@ from service.bundle import LABELS_FILE, MANIFEST_FILE, MODEL_FILE, Bundle, read_
 from service.engine import Engine
 from service.errors import BundleError
 from service.host import available_cores
-from service.models.verify import prove
+from service.models.verify import verify_golden
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ def verify(folder: Path) -> list[Check]:
     checks.append(Check(name="operators", found=_check_operators(bundle, graph)))
     checks.append(Check(name="shapes", found=_check_shapes(bundle, graph)))
     checks.append(Check(name="kernels", found=_check_kernels(bundle, graph)))
-    prove(bundle, Engine(bundle.model_path, threads=available_cores()))
+    verify_golden(bundle, Engine(bundle.model_path, threads=available_cores()))
     count = len(bundle.golden().images)
     checks.append(Check(name="golden", found=f"{count} images give their outputs on this machine"))
     return checks

@@ -22,6 +22,8 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
+from service.engine import Tuning
+
 ENV_PREFIX: Final = "STRIDEVIT_"
 
 GROUPS: Final = {
@@ -215,6 +217,16 @@ class Settings(BaseSettings):
                 f"default_deadline_ms ({self.default_deadline_ms}) exceeds max_deadline_ms ({self.max_deadline_ms})"
             )
         return self
+
+    def tuning(self) -> Tuning:
+        """The settings of the engine beside its device and threads."""
+        return Tuning(
+            allow_spinning=self.allow_spinning,
+            gpu_memory_bytes=self.gpu_memory_bytes,
+            tf32=self.tf32,
+            cuda_graphs=self.cuda_graphs,
+            tensorrt_cache=self.tensorrt_cache,
+        )
 
     @classmethod
     def settings_customise_sources(

@@ -17,9 +17,9 @@ from export.subjects import Subject, finished_run
 from export.verify import verify
 from service.app import create_app
 from service.bundle import SUMS_FILE, read_bundle
-from service.engine import Engine
+from service.engine import Engine, Tuning
 from service.manifest import Precision, labels_sha256
-from service.models.registry import Registry
+from service.models.loading import Loader
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
@@ -137,10 +137,11 @@ def test_the_service_serves_them_and_a_batch_of_one_stays_one(models: Path, digi
             for name in listed
         ]
         assert len(set(answers)) == 1
-    load = Load()
-    registry = Registry(Settings(repository=models), Scheduler(load), load, threads=1)
-    registry.load_all()
-    limits = {model.name: model.queue.cost.limit for model in registry.ready}
+    scheduler = Scheduler(load := Load())
+    loader = Loader(
+        scheduler, load, device="cpu", threads=1, intra_op_threads=0, max_batch=Settings().max_batch, tuning=Tuning()
+    )
+    limits = {folder.name: loader.load(folder / "1").queue.cost.limit for folder in models.iterdir()}
     assert limits["digits-csra-r2-int8-dynamic"] == 1
     assert limits["digits-csra-r2-int8"] > 1
 

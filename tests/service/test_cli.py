@@ -27,12 +27,6 @@ def _no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def _no_logging(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Configured logging would outlive the test, and write to its closed output."""
-    monkeypatch.setattr(command_line, "_configure_logging", lambda _: None)
-
-
-@pytest.fixture
 def damaged(repository: Path, tmp_path: Path) -> Path:
     """A repository of a good model and a damaged one."""
     folder = tmp_path / "models"
