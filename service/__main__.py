@@ -21,13 +21,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from service import flags
-from service.app import create_app
+from service.app import create_app, make_registry
 from service.bundle import model_names
 from service.engine_limit import measure_engine_limit, read_images
 from service.errors import StartupError
 from service.flags import with_settings
-from service.http.keys import new_key
-from service.pipeline import Classifier, make_registry
+from service.http.auth import new_key
+from service.pipeline import Pipeline
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
@@ -64,7 +64,8 @@ def serve(settings: Settings) -> None:
             forwarded_allow_ips=list(settings.trusted_proxies),
             timeout_graceful_shutdown=settings.graceful_timeout_seconds,
         ),
-        application.state.classifier,
+        application.state.pipeline,
+        shutdown_delay_seconds=settings.shutdown_delay_seconds,
     )
     # Once it has shut down, uvicorn raises again the signal that stopped it: by then all is done, and it ends with 0.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -191,13 +192,13 @@ def show_settings(
 class _Server(uvicorn.Server):
     """Says that it is not ready, serves on for the grace period, then stops accepting and finishes what it accepted."""
 
-    def __init__(self, config: uvicorn.Config, classifier: Classifier) -> None:
+    def __init__(self, config: uvicorn.Config, pipeline: Pipeline, *, shutdown_delay_seconds: float) -> None:
         super().__init__(config)
-        self._classifier = classifier
+        self._pipeline, self._shutdown_delay_seconds = pipeline, shutdown_delay_seconds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._classifier.ready = False
-        await asyncio.sleep(self._classifier.settings.shutdown_delay_seconds)
+        self._pipeline.ready = False
+        await asyncio.sleep(self._shutdown_delay_seconds)
         await super().shutdown(sockets)
 
 
