@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from loadtests.experiment.machine import git
+from loadtests.errors import LoadTestError
 from loadtests.experiment.model import Arm
 from loadtests.experiment.server import Server, ServerError, remote_server, running_server
+from service.host import git
 
 _SETTING = re.compile(r"[a-z][a-z0-9_]*")
 
 
-class ArmError(Exception):
+class ArmError(LoadTestError):
     """An arm that cannot be understood; the message says how one is written."""
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import psutil
 
 from loadtests.experiment import service_metrics
-from loadtests.experiment.gpu import device_bytes
-from loadtests.experiment.server import Server, ServerError, end, tree, tree_bytes
+from loadtests.experiment.server import Server, ServerError, end
 from loadtests.generator.load_result import ANSWER_SECONDS, LoadResult, Protocol
 from loadtests.generator.samples import Sample, read_samples, window
+from service.host import gpu_process_bytes, process_tree, process_tree_bytes
 
 LOCUSTFILE = Path(__file__).parents[1] / "generator" / "locustfile.py"
 SHAPES = Path(__file__).parents[1] / "generator" / "shapes.py"
@@ -74,8 +74,8 @@ class Meter:
         if self._server is None:
             return
         if resident > _PSS_GROWTH * self._resident or now > self._read_at + _PSS_SECONDS:
-            self.peak_bytes = max(self.peak_bytes, tree_bytes(self._server))
-            on_device = device_bytes(process.pid for process in tree(self._server))
+            self.peak_bytes = max(self.peak_bytes, process_tree_bytes(self._server))
+            on_device = gpu_process_bytes(process.pid for process in process_tree(self._server))
             if on_device is not None:
                 self.device_bytes = max(on_device, self.device_bytes or 0)
             self._resident, self._read_at = max(resident, self._resident), now
@@ -132,7 +132,7 @@ def _load(
     # the window are sent as all others are.
     whole = math.ceil(warmup_seconds + seconds + 1 + (_FIRST_ARRIVAL / offered_rate if offered_rate else 0))
     before = service_metrics.totals(server.url)
-    samples, meter = run_locust(server, ask, [*arguments, "--run-time", f"{whole}s"], seconds=whole)
+    samples, meter = run_locust(server, ask, [*arguments, "--seconds", str(whole)], seconds=whole)
     found = window(samples, warmup_seconds=warmup_seconds, seconds=seconds)
     server_cores, generator_cores = meter.cores(found.begin, seconds)
     opened = offered_rate is not None

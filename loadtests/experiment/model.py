@@ -7,9 +7,10 @@ one after the other.
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from loadtests.generator.load_result import LoadResult, Protocol
+from loadtests.generator.load_result import LoadResult
+from loadtests.generator.load_result import Protocol as ApiProtocol
 
 SATURATED = "saturated"
 """The closed loop: as many connections as keep the server busy."""
@@ -80,7 +81,7 @@ class Plan:
     arms: tuple[Arm, ...]
     """The first is the baseline. An arm with `repeat_of` is the A/A arm."""
     data: Path | None
-    protocol: Protocol
+    protocol: ApiProtocol
     connections: int
     """Concurrent requests of the closed loop."""
     seconds: float
@@ -101,20 +102,49 @@ class Plan:
     seed: int
 
 
-@dataclass(kw_only=True)
-class Comparison:
-    """All that was measured, and where."""
+class Progress(Protocol):
+    """Where a measurement reports how far it is."""
 
-    plan: Plan
+    def step(self, what: str, done: float, total: float) -> None:
+        """`what` begins now; `done` of `total` steps or seconds are over."""
+
+    def note(self, message: str) -> None:
+        """A line that stays."""
+
+
+@dataclass(kw_only=True)
+class Measurement:
+    """What the results of every command hold beside their figures."""
+
     command: str
+    """As it can be run again."""
     environment: dict[str, str]
     payloads: str = ""
+    """What was sent, in words."""
+    ended_early: str | None = None
+    """Why the measurement did not finish; the report then holds what was measured until then."""
+    finished: datetime | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is anything to report yet."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class Comparison(Measurement):
+    """All that `compare` measured."""
+
+    plan: Plan
     rates: dict[str, float] = field(default_factory=dict)
     """Arrivals a second of the open loops: of `MODERATE` and `HIGH`."""
     blocks: list[Block] = field(default_factory=list)
     capacity_searches: list[CapacitySearch] = field(default_factory=list)
-    ended_early: str | None = None
-    finished: datetime | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether a block was measured."""
+        return bool(self.blocks)
 
     def blocks_of(self, label: str) -> list[Block]:
         """The blocks of one arm that were measured to their end, by round."""

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from loadtests.errors import LoadTestError
 from loadtests.experiment.model import Block, CapacitySearch
 from loadtests.generator.load_result import LoadResult
 
 _PLAN = "plan.json"
 
 
-class StoreError(Exception):
+class StoreError(LoadTestError):
     """The folder holds another comparison; the message says what to do."""
 
 

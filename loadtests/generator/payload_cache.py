@@ -4,11 +4,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from loadtests.generator.payloads import Payload
+from loadtests.generator.readers import Payload
 
-_ORDER = "order.json"
 IMAGES = "images"
-"""Folder of the image files alone, by number."""
+"""Subfolder of the image files alone, named by number."""
+_ORDER = "order.json"
 
 
 def save(payloads: Sequence[Payload], folder: Path) -> None:
@@ -17,19 +17,17 @@ def save(payloads: Sequence[Payload], folder: Path) -> None:
     images.mkdir()
     for number, payload in enumerate(payloads):
         (images / f"{number:05d}").write_bytes(payload.data)
-    listed = [{"name": payload.name, "label": payload.label} for payload in payloads]
-    (folder / _ORDER).write_text(json.dumps(listed), encoding="utf-8")
+    order = [{"name": payload.name, "label": payload.label} for payload in payloads]
+    (folder / _ORDER).write_text(json.dumps(order), encoding="utf-8")
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save` has filled it."""
+    """Whether `save` has filled the folder."""
     return (folder / _ORDER).is_file()
 
 
 def load(folder: Path) -> list[Payload]:
-    """What was saved."""
-    listed = json.loads((folder / _ORDER).read_text(encoding="utf-8"))
-    return [
-        Payload(one["name"], (folder / IMAGES / f"{number:05d}").read_bytes(), one["label"])
-        for number, one in enumerate(listed)
-    ]
+    """What was saved, in the same order."""
+    order = json.loads((folder / _ORDER).read_text(encoding="utf-8"))
+    files = (folder / IMAGES / f"{number:05d}" for number in range(len(order)))
+    return [Payload(entry["name"], file.read_bytes(), entry["label"]) for entry, file in zip(order, files, strict=True)]

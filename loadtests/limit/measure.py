@@ -26,7 +26,7 @@ from loadtests.generator.payloads import describe, read_payloads
 Arm = Literal["engine", "service", "plain"]
 ARMS: tuple[Arm, ...] = ("engine", "service", "plain")
 
-_PLAIN = Path(__file__).parents[1] / "baseline" / "plain_fastapi.py"
+_PLAIN = "loadtests.baseline.plain_fastapi"
 _ENGINE_SPARE_SECONDS = 600
 _ENGINE_TRIALS_SECONDS = 20
 _START_STOP_SECONDS = 6
@@ -140,7 +140,7 @@ def _loads(
 def _server(plan: Plan, arm: Arm, *, log: Path) -> AbstractContextManager[Server]:
     if arm == "service":
         return running_server(plan.repository, plan.model, log=log, arguments=plan.service_arguments)
-    plain = [sys.executable, str(_PLAIN), str(newest(plan.repository, plan.model)), "--port"]
+    plain = [sys.executable, "-m", _PLAIN, str(newest(plan.repository, plan.model)), "--port"]
     return running(lambda port: [*plain, str(port)], name="the plain server", log=log)
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from loadtests.experiment.machine import git
-from loadtests.experiment.server import tree_bytes
+from service.host import git, process_tree_bytes
 from tests.loadtests.compare.runs import command, read, run
 from tests.processes import ROOT, in_a_checkout
 
@@ -47,7 +46,7 @@ def test_compare_measures_arms_and_reports(repository: Path, tmp_path: Path) -> 
         assert (tmp_path / name).stat().st_size > 1000, name
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as samples:
         assert len(samples.files) == 4 * 3
-    assert "2 of 10 rounds: a look, not a result" in ended.stderr
+    assert "2 of 10 rounds: a quick look, not a result" in ended.stderr
     page = (tmp_path / "report.html").read_text()
     assert str(tmp_path) not in page
     # What is finished is not gone on with.
@@ -166,7 +165,7 @@ def test_memory_counts_the_whole_tree() -> None:
         assert process.stdout
         assert process.stdin
         process.stdout.readline()
-        assert tree_bytes(process.pid) > 80_000_000
+        assert process_tree_bytes(process.pid) > 80_000_000
         process.stdin.close()
         process.wait(10)
-    assert tree_bytes(process.pid) == 0
+    assert process_tree_bytes(process.pid) == 0

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 
 from loadtests.compare.compare import one_two_five, rounded
 from loadtests.experiment.arms import ArmError, checkout, parse_arms, repeated, resolved
-from loadtests.experiment.machine import git
 from loadtests.experiment.model import Arm, Plan
 from loadtests.experiment.schedule import LONGEST_SECONDS, SHORTEST_SECONDS, Costs, fitted, order
-from loadtests.generator.rates import Part, parse_rates, rate_at
+from service.host import git
 from tests.processes import in_a_checkout
 
 
@@ -124,18 +123,6 @@ def test_a_wished_length_stays_and_rounds_give_way() -> None:
     assert found.seconds == 12
     assert 2 <= found.rounds < 10
     assert Costs().whole(found) <= 600
-
-
-def test_rates_over_time() -> None:
-    parts = parse_rates("200:30, 50>500:60,1000:5")
-    assert parts[1] == Part(first=50, last=500, seconds=60)
-    assert rate_at(parts, 29.9) == 200
-    assert rate_at(parts, 60) == pytest.approx(275)
-    assert rate_at(parts, 94.9) == 1000
-    assert rate_at(parts, 95.1) is None
-    for wrong in ("", "200", "200:", "0:5", "5:0", "a:1", "1:2:3", "1>2"):
-        with pytest.raises(ValueError, match=r"RATE:SECONDS|more than nothing"):
-            parse_rates(wrong)
 
 
 def test_numbers_that_one_can_say() -> None:

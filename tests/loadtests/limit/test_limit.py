@@ -22,7 +22,7 @@ from loadtests.soak.soak import LONGER_SIDES, Soak, mixed_sizes
 from tests.processes import ROOT, serving
 from tests.service.conftest import encoded, noise
 
-PLAIN = ROOT / "loadtests" / "baseline" / "plain_fastapi.py"
+PLAIN = "loadtests.baseline.plain_fastapi"
 THOUSAND = np.arange(1.0, 1001.0)
 """Milliseconds: p50 500.5, p99 990.01."""
 
@@ -162,7 +162,7 @@ def test_report_holds_every_arm_and_survives_a_measurement_that_ended_early(resu
 
 def test_the_plain_server_answers_like_the_service(repository: Path, tmp_path: Path) -> None:
     bundle = newest(repository, "digits-csra-r2")
-    command = [sys.executable, str(PLAIN), str(bundle), "--port"]
+    command = [sys.executable, "-m", PLAIN, str(bundle), "--port"]
     # The service lets libjpeg scale a large JPEG down before it resizes it: almost the same pixels.
     images = [
         (encoded(noise(seed=0)), 1e-5),
