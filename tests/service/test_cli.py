@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import typer
 from typer.testing import CliRunner, Result
@@ -15,7 +14,7 @@ from service import __main__ as command_line
 from service.flags import markdown
 from service.http.keys import KeyRing
 from service.settings import ENV_PREFIX, Settings
-from tests.processes import ROOT, serving
+from tests.processes import ROOT
 
 HASH = "0123456789abcdef" * 4
 
@@ -226,8 +225,3 @@ def test_proxies_are_believed_only_where_they_are_named(
     monkeypatch.setattr("signal.signal", lambda *_: None)
     assert run(*arguments).exit_code == 0
     assert (seen[0].proxy_headers, seen[0].forwarded_allow_ips) == (bool(believed), believed)
-
-
-def test_answers_do_not_name_the_server_software(repository: Path) -> None:
-    with serving(repository) as (url, _):
-        assert "server" not in httpx.get(url + "/healthz").headers

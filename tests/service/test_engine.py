@@ -41,7 +41,7 @@ def test_the_one_that_is_installed_is_found() -> None:
 @pytest.mark.parametrize("asked", ["cuda", "cuda:1", "tensorrt"])
 def test_a_device_that_cannot_be_had_is_an_error(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(EngineError, match=f"'{asked}' was asked for"):
+    with pytest.raises(EngineError, match=f"'{asked}' is unavailable"):
         resolve_device(asked)
 
 
