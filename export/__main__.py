@@ -18,13 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from export import profile_report
 from export.bundles import export
-from export.cards import card, difference, kernel_table, listing, model_words
+from export.descriptions import card, difference, kernel_table, listing, summary
 from export.graph import OPSET, OPSETS, ExportError
 from export.profile import Arm, Form, Setup, bundle_arm, estimated_seconds, measure, operators, random_arm
-from export.subjects import finished_run, random_weights
+from export.sources import finished_run, random_weights
 from export.verify import read_graph
 from export.verify import verify as verify_bundle
-from service.bundle import MODEL_FILE, read_bundle
+from service.bundle import read_bundle
 from service.engine import resolve_device
 from service.errors import BundleError, EngineError
 from service.host import available_cores
@@ -76,7 +76,7 @@ def run(
         bool, typer.Option("--random-weights", help="Instead of a run: untrained, to measure speed and memory.")
     ] = False,
     preset: Annotated[str, typer.Option(help=f"With --random-weights: {', '.join(PRESETS)}.")] = "vit-s16",
-    image_size: Annotated[int | None, typer.Option(help="With --random-weights; the preset's by default.")] = None,
+    img_size: Annotated[int | None, typer.Option(help="With --random-weights; the preset's by default.")] = None,
     variant: Annotated[str, typer.Option(help="With --random-weights.")] = "csra-r2",
 ) -> None:
     """Publish a run as the next version of `<family>-<variant>`; random weights as `<preset>-<size>-random-<variant>`.
@@ -94,23 +94,14 @@ def run(
     _quieten_exporter()
     with _errors(), console.status(f"exporting {folder or variant} as {precision}"):
         published = export(
-            finished_run(folder, data)
-            if folder
-            else random_weights(architecture(preset, variant, image_size=image_size)),
+            finished_run(folder, data) if folder else random_weights(architecture(preset, variant, img_size=img_size)),
             repository,
             family=family,
             precision=precision,
             opset=opset,
             accept_accuracy_loss=accept_accuracy_loss,
         )
-    manifest = read_bundle(published).manifest
-    size = (published / MODEL_FILE).stat().st_size
-    accuracy = f"top-1 {manifest.accuracy.top1:.2%}, " if manifest.accuracy else ""
-    typer.echo(
-        f"{published}: {model_words(manifest)}, {manifest.params:,} parameters, {manifest.precision}, "
-        f"{size / 1e6:.1f} MB, {accuracy}"
-        f"largest difference from torch {manifest.parity.max_abs_logit:g} in a logit on {manifest.parity.images} images"
-    )
+    typer.echo(summary(read_bundle(published)))
 
 
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of one version, such as models/x/1.")]
@@ -175,7 +166,7 @@ def profile(
         list[Path] | None, typer.Argument(metavar="[BUNDLE]...", help="Bundles to compare, instead of random weights.")
     ] = None,
     preset: Annotated[str, typer.Option(help=f"Of random weights: {', '.join(PRESETS)}.")] = "vit-s16",
-    image_size: Annotated[int | None, typer.Option(help="Of random weights; the preset's by default.")] = None,
+    img_size: Annotated[int | None, typer.Option(help="Of random weights; the preset's by default.")] = None,
     variants: Annotated[
         str, typer.Option(help="Of random weights, separated by commas; ratios are to the first.")
     ] = ",".join(REGISTERED),
@@ -200,7 +191,7 @@ def profile(
 
     Ctrl-C ends with what whole rounds have shown. On a GPU, nothing else may use it: memory is the whole device's.
 
-    Example: `python -m export profile --preset vit-s16 --image-size 384 --batch 1,8 --out profile`
+    Example: `python -m export profile --preset vit-s16 --img-size 384 --batch 1,8 --out profile`
 
     Example: `python -m export profile models/cifar100-mha/3 models/cifar100-mha-int8/1`
     """
@@ -218,7 +209,7 @@ def profile(
         )
         with console.status("exporting random weights"):
             arms = [bundle_arm(path) for path in bundles or []] or list(
-                _random_arms(Path(folder), preset, image_size, variants, precisions, opsets, forms)
+                _random_arms(Path(folder), preset, img_size, variants, precisions, opsets, forms)
             )
         console.print(f"about {estimated_seconds(arms, setup) / 60:.0f} minutes for {len(arms)} models")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -236,7 +227,7 @@ def profile(
 
 
 def _random_arms(
-    folder: Path, preset: str, image_size: int | None, variants: str, precisions: str, opsets: str, forms: str
+    folder: Path, preset: str, img_size: int | None, variants: str, precisions: str, opsets: str, forms: str
 ) -> Iterator[Arm]:
     """One for each combination; a label names what there is more than one of."""
     lists = [text.split(",") for text in (precisions, opsets, forms)]
@@ -246,7 +237,7 @@ def _random_arms(
             text for text, values in zip((precision, f"opset {opset}", form), lists, strict=True) if len(values) > 1
         ]
         yield random_arm(
-            architecture(preset, variant, image_size=image_size),
+            architecture(preset, variant, img_size=img_size),
             folder,
             label=" ".join([variant, *shown]),
             precision=_one_of(Precision, precision),

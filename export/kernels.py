@@ -1,8 +1,8 @@
-"""Whether a GPU's runtime has a kernel for every node of a graph, by what its makers' documentation says.
+"""Whether CUDA and TensorRT have a kernel for every node of a graph, according to their documentation.
 
 kernels.json holds the rows of the operators that our graphs may use, copied from ONNX Runtime's list of CUDA kernels
-and from TensorRT's operator support matrix; it names the commits. So a graph that would fall back to the CPU, or fail
-to start, is found here, without a GPU.
+and TensorRT's operator support matrix, with their commits. A graph that would fall back to the CPU, or fail to load,
+is found here without a GPU.
 """
 
 import json
@@ -29,13 +29,13 @@ _TENSORRT_TYPES: dict[int, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """One node, and what stands in the way of each provider; empty if nothing does."""
+    """One node, and the reason why each provider cannot run it; empty if it can."""
 
     op: str
     version: int
-    """Of the operator's definition that the graph's opset means."""
+    """Version of the operator in the graph's opset."""
     types: tuple[str, ...]
-    """Element types of its inputs."""
+    """Element types of the inputs."""
     cuda: str
     tensorrt: str
 
@@ -65,7 +65,7 @@ def kernels(graph: onnx.ModelProto) -> list[Kernel]:
 
 
 def gaps(graph: onnx.ModelProto) -> list[str]:
-    """What no GPU provider of the tables could run, one line a kind of node; empty for a graph that runs on all."""
+    """What CUDA or TensorRT cannot run, one line per kind of node; empty for a graph that both can run."""
     lines = [
         f"{provider}: {kernel.op}-{kernel.version} ({', '.join(kernel.types)}): {reason}"
         for kernel in kernels(graph)
@@ -76,7 +76,7 @@ def gaps(graph: onnx.ModelProto) -> list[str]:
 
 
 def sources() -> dict[str, str]:
-    """Where each table was copied from."""
+    """URL of each table's origin."""
     return {provider: source["url"] for provider, source in _tables()["sources"].items()}
 
 
@@ -97,7 +97,7 @@ def _missing_on_cuda(node: onnx.NodeProto, schema: onnx.defs.OpSchema, types: di
 
 
 def _covers(row: dict[str, Any], version: int) -> bool:
-    """ONNX Runtime takes a kernel without an upper end only for exactly the version at which it begins."""
+    """ONNX Runtime uses a kernel without an upper version only for exactly the version at which it begins."""
     return bool(row["since"] == version or (row["until"] is not None and row["since"] <= version <= row["until"]))
 
 
@@ -113,7 +113,7 @@ def _missing_in_tensorrt(
         yield f"{first} is not one of {', '.join(row['types'])}"
     match node.op_type:
         case "Attention":
-            # No mask, no cache, no further outputs: then only the ranks are left of its restrictions.
+            # Without mask, cache and further outputs, only the restriction on ranks applies.
             plain = len(node.input) == 3 and len(list(filter(None, node.output))) == 1
             plain &= all(ranks[name] == 4 for name in node.input)
             plain &= not {"softcap", "qk_matmul_output_mode"} & {attribute.name for attribute in node.attribute}
@@ -128,7 +128,7 @@ def _missing_in_tensorrt(
 
 
 def _name(element_type: int) -> str:
-    """As ONNX Runtime writes it: float, float16, int64."""
+    """ONNX Runtime's name of an element type: float, float16, int64."""
     return str(TensorProto.DataType.Name(element_type)).lower()
 
 

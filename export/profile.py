@@ -24,7 +24,7 @@ from scipy.stats import bootstrap
 from export.bundles import make_graph
 from export.graph import OPSET, ExportError, serialise, to_onnx
 from export.probe import Probe
-from export.subjects import random_weights
+from export.sources import random_weights
 from service.bundle import read_bundle
 from service.manifest import Precision
 from training.models import Architecture
@@ -71,11 +71,11 @@ def random_arm(
     spec: Architecture, folder: Path, *, label: str, precision: Precision = "fp32", opset: int = OPSET, form: Form
 ) -> Arm:
     """`spec` with random weights, written into `folder`. Raises ExportError."""
-    subject = random_weights(spec)
+    source = random_weights(spec)
     if form == "unshaped":
-        graph = to_onnx(subject.classifier, opset=opset, shaped=False)
+        graph = to_onnx(source.classifier, opset=opset, shaped=False)
     else:
-        graph = make_graph(subject, precision, opset=opset)
+        graph = make_graph(source, precision, opset=opset)
     model = folder / f"{label.replace(' ', '-')}.onnx"
     model.write_bytes(serialise(graph))
     return Arm(

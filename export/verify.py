@@ -1,4 +1,4 @@
-"""A bundle proven again from its own files: no checkpoint, no data set, no torch."""
+"""Check a bundle from its own files: without checkpoint, data set or torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,12 @@ from service.bundle import LABELS_FILE, MANIFEST_FILE, MODEL_FILE, Bundle, read_
 from service.engine import Engine
 from service.errors import BundleError
 from service.host import available_cores
-from service.models.verify import prove
+from service.models.verify import verify_golden
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One check that a bundle passed, in words."""
+    """A check that passed, and its finding in words."""
 
     name: str
     found: str
@@ -38,14 +38,14 @@ def verify(folder: Path) -> list[Check]:
     checks.append(Check(name="operators", found=_check_operators(bundle, graph)))
     checks.append(Check(name="shapes", found=_check_shapes(bundle, graph)))
     checks.append(Check(name="kernels", found=_check_kernels(bundle, graph)))
-    prove(bundle, Engine(bundle.model_path, threads=available_cores()))
+    verify_golden(bundle, Engine(bundle.model_path, threads=available_cores()))
     count = len(bundle.golden().images)
-    checks.append(Check(name="golden", found=f"{count} images give their outputs on this machine"))
+    checks.append(Check(name="golden", found=f"{count} images give the recorded outputs on this machine"))
     return checks
 
 
 def read_graph(bundle: Bundle) -> onnx.ModelProto:
-    """The graph of a bundle. Raises ExportError if it is not plain, BundleError if it is no graph at all."""
+    """The graph of a bundle. Raises ExportError if it is not plain ONNX, BundleError if it cannot be read."""
     path = bundle.model_path
     try:
         graph = onnx.load(path, load_external_data=False)
@@ -62,7 +62,7 @@ def _check_operators(bundle: Bundle, graph: onnx.ModelProto) -> str:
     found = op_types(graph)
     if found != manifest.op_types:
         wrong = sorted(name for name in found | manifest.op_types if found.get(name) != manifest.op_types.get(name))
-        raise BundleError(f"{bundle.folder / MANIFEST_FILE}: {', '.join(wrong)} counted otherwise than in {MODEL_FILE}")
+        raise BundleError(f"{bundle.folder / MANIFEST_FILE}: counts of {', '.join(wrong)} differ from {MODEL_FILE}")
     opset = next(entry.version for entry in graph.opset_import)
     if opset != manifest.opset:
         raise BundleError(f"{bundle.folder / MANIFEST_FILE}: says opset {manifest.opset}, but {MODEL_FILE} has {opset}")
@@ -71,10 +71,10 @@ def _check_operators(bundle: Bundle, graph: onnx.ModelProto) -> str:
 
 def _check_kernels(bundle: Bundle, graph: onnx.ModelProto) -> str:
     if bundle.manifest.devices == ("cpu",):
-        return "not asked of a GPU: this bundle is for the CPU"
+        return "not checked: this bundle is for the CPU"
     if missing := gaps(graph):
         raise ExportError(f"{bundle.model_path}: no GPU kernel for {'; '.join(missing)}")
-    return "CUDA and TensorRT have one for every node, by their documentation"
+    return "CUDA and TensorRT have one for every node, according to their documentation"
 
 
 def _check_shapes(bundle: Bundle, graph: onnx.ModelProto) -> str:

@@ -20,16 +20,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from service import engine_limit as ceiling
 from service import flags
 from service.app import create_app
 from service.bundle import model_names
+from service.engine_limit import measure_engine_limit, read_images
 from service.errors import StartupError
 from service.flags import with_settings
-from service.host import available_cores
 from service.http.keys import new_key
-from service.models.registry import Registry
-from service.pipeline import Classifier
+from service.pipeline import Classifier, make_registry
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
@@ -112,11 +110,10 @@ class Checked:
 
 def check(settings: Settings) -> Iterator[Checked]:
     """Load the models that the settings ask for, one after the other. Raises BundleError or EngineError."""
-    threads = settings.threads or available_cores()
     for name in settings.models or model_names(settings.repository):
         alone = settings.model_copy(update={"models": (name,), "default_model": None})
         scheduler = Scheduler(load := Load())
-        registry = Registry(alone, scheduler, load, threads=threads)
+        registry = make_registry(alone, scheduler, load)
         # The index says why.
         with contextlib.suppress(StartupError):
             registry.load_all()
@@ -143,20 +140,22 @@ def check(settings: Settings) -> Iterator[Checked]:
 def engine_limit(
     settings: Settings,
     *,
-    model: Annotated[str, typer.Option(help="Name of the model.")],
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of image files to decode, round and round. [a drawn JPEG of 100 kB]")
+    model: Annotated[str, typer.Option(help="Name of the model; its newest version is measured.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of image files to decode in turn. [a generated JPEG of 100 kB]")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure the best batch size.")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Measured seconds at the best batch size.")] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Measure what decoding and the engine reach together with no HTTP: the ceiling of what this machine can serve.
+    """Measure decoding and the engine together without HTTP: the most that this machine can serve.
 
     `python -m loadtests limit` sets the service, and a plain server, against it.
+
+    Example: `python -m service engine-limit --model cifar100-mha --data photos`
     """
     _configure_logging("warning")
-    reached = ceiling.run(settings, model, images, seconds)
-    typer.echo(json.dumps(asdict(reached)) if as_json else ceiling.render(reached))
+    limit = measure_engine_limit(settings, model, read_images(data), seconds=seconds)
+    typer.echo(json.dumps(asdict(limit)) if as_json else limit.text())
 
 
 @app.command()
@@ -173,8 +172,8 @@ def key() -> None:
 @app.command(name="settings")
 @with_settings
 def show_settings(
-    ctx: typer.Context,
     settings: Settings,
+    given: flags.Given,
     *,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print `docs/settings.md` instead.")] = False,
 ) -> None:
@@ -182,7 +181,7 @@ def show_settings(
     if markdown:
         typer.echo(flags.markdown(), nl=False)
         return
-    origins = flags.origins(ctx.obj)
+    origins = flags.origins(given)
     table = Table("setting", "value", "from")
     for name, value in flags.values(settings):
         table.add_row(name, escape(value), escape(origins[name]))

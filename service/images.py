@@ -50,6 +50,9 @@ _SCANS_A_PIXEL = 10
 _OTHER_FORMATS = 2
 """A pixel of the other formats costs as much as this many of a JPEG: measured 1.1 (GIF) to 4 (PNG with alpha)."""
 
+MAX_PIXELS = 178_956_970
+"""Pillow refuses images of more pixels, whatever limit `decode` is given."""
+
 LARGE_PIXELS = 2_000_000
 """Work of decoding, see OpenedImage.pixels, above which an image is large: too long for small ones to wait behind.
 

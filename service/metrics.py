@@ -1,7 +1,7 @@
-"""Prometheus metrics, in base units and with conventional names. One registry an app."""
+"""Prometheus metrics, in base units and with conventional names."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -9,14 +9,39 @@ from prometheus_client.metrics_core import Metric
 
 from service.host import peak_bytes
 
-if TYPE_CHECKING:
-    from service.pipeline import Classifier
-
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelGauges:
+    """The present state of a model that takes traffic."""
+
+    name: str
+    version: int
+    variant: str
+    queue_depth: int
+    """Images waiting for the engine."""
+    model_bytes: int
+    arena_bytes: int
+    """Growth of resident memory while the model was loaded, and while it was warmed up."""
+    batch_seconds: Mapping[int, float]
+    """Predicted duration of a batch, by its size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gauges:
+    """The present state of the service: what is read when metrics are scraped, and not counted as it happens."""
+
+    pending_images: int
+    pending_bytes: int
+    """Images, and bytes of bodies, that are accepted and not yet answered."""
+    predicted_drain_seconds: float
+    slowdown: float
+    models: Sequence[ModelGauges]
+
+
 class Metrics:
-    """All metrics of one app."""
+    """All metrics of one application."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -28,20 +53,20 @@ class Metrics:
         )
         self.request_seconds = Histogram(
             "stridevit_request_duration_seconds",
-            "From the first byte of a request's head to the end of its answer.",
+            "Time from the first byte of a request's head to the end of its answer.",
             ["route"],
             buckets=_SECONDS,
             registry=self._registry,
         )
         self.images = Counter(
             "stridevit_images_total",
-            "Images answered, by outcome: ok or the kind of error.",
+            "Images answered, by outcome: ok or the error's code.",
             ["model", "outcome"],
             registry=self._registry,
         )
         self.stage_seconds = Histogram(
             "stridevit_stage_duration_seconds",
-            "Time of one image in a stage (decode, queue, inference), or of its request in all (total).",
+            "Time of one image in a stage (decode, queue, inference), or of its whole request (total).",
             ["model", "stage"],
             buckets=_SECONDS,
             registry=self._registry,
@@ -55,7 +80,7 @@ class Metrics:
         )
         self.rows = Counter(
             "stridevit_engine_rows_total",
-            "Rows that the engine computed: images, and the padding that fills a batch up to a warmed-up size.",
+            "Rows computed by the engine: images, and the padding that fills a batch up to a warmed-up size.",
             ["model", "kind"],
             registry=self._registry,
         )
@@ -73,7 +98,7 @@ class Metrics:
         )
         self.choices = Counter(
             "stridevit_choices_total",
-            "Requests for a family, by the model that was chosen and why.",
+            "Requests for a family, by the chosen model and the reason.",
             ["family", "model", "reason"],
             registry=self._registry,
         )
@@ -116,59 +141,58 @@ class Metrics:
         self.rows.labels(model, "image").inc(images)
         self.rows.labels(model, "padding").inc(size - images)
 
-    def watch(self, classifier: "Classifier") -> None:
-        """Read what is a state rather than an event when it is asked for."""
-        self._registry.register(_State(classifier))
+    def watch(self, read: Callable[[], Gauges]) -> None:
+        """Call `read` at each scrape, for what is a state rather than an event."""
+        self._registry.register(_GaugeCollector(read))
 
     def render(self) -> bytes:
         """The text exposition format."""
         return generate_latest(self._registry)
 
 
-class _State:
-    def __init__(self, classifier: "Classifier") -> None:
-        self._classifier = classifier
+class _GaugeCollector:
+    def __init__(self, read: Callable[[], Gauges]) -> None:
+        self._read = read
 
     def describe(self) -> list[Metric]:
         return []
 
     def collect(self) -> Iterator[Metric]:
-        admission, models = self._classifier.admission, self._classifier.registry.ready
-        yield _gauge("stridevit_pending_images", "Images accepted and not yet answered.", admission.images)
-        yield _gauge("stridevit_pending_bytes", "Bodies accepted and not yet answered.", admission.bytes)
+        state = self._read()
+        yield _gauge("stridevit_pending_images", "Images accepted and not yet answered.", state.pending_images)
+        yield _gauge("stridevit_pending_bytes", "Bodies accepted and not yet answered.", state.pending_bytes)
         yield _gauge(
             "stridevit_predicted_drain_seconds",
-            "How long the work accepted so far will take, by the cost model.",
-            admission.graceful_timeout_seconds(),
+            "Predicted time until all accepted work is done, by the cost model.",
+            state.predicted_drain_seconds,
         )
         yield _gauge(
             "stridevit_device_slowdown_ratio",
-            "Recent duration of batches over that of warm-up.",
-            self._classifier.load.slowdown,
+            "Recent duration of batches divided by their duration at warm-up.",
+            state.slowdown,
         )
         by_model = ["model", "version"]
-        depth = GaugeMetricFamily("stridevit_queue_depth", "Images that wait for the engine.", labels=by_model)
+        depth = GaugeMetricFamily("stridevit_queue_depth", "Images waiting for the engine.", labels=by_model)
         info = GaugeMetricFamily(
             "stridevit_model_info", "Models that take traffic; the value is always 1.", labels=[*by_model, "variant"]
         )
         memory = GaugeMetricFamily(
             "stridevit_model_memory_bytes",
-            "Growth of resident memory as the model was loaded (kind=model) and warmed up (kind=arena).",
+            "Growth of resident memory while the model was loaded (kind=model) and warmed up (kind=arena).",
             labels=[*by_model, "kind"],
         )
         batch = GaugeMetricFamily(
             "stridevit_predicted_batch_seconds",
-            "Duration of a batch by the cost model; its sizes are the only ones that are run.",
+            "Predicted duration of a batch, for each batch size in use.",
             labels=[*by_model, "size"],
         )
-        for model in models:
+        for model in state.models:
             labels = [model.name, str(model.version)]
-            depth.add_metric(labels, len(model.queue))
-            attention = model.manifest.attention
-            info.add_metric([*labels, attention.variant if attention else ""], 1)
+            depth.add_metric(labels, model.queue_depth)
+            info.add_metric([*labels, model.variant], 1)
             memory.add_metric([*labels, "model"], model.model_bytes)
             memory.add_metric([*labels, "arena"], model.arena_bytes)
-            for size, seconds in model.queue.cost.as_dict().items():
+            for size, seconds in model.batch_seconds.items():
                 batch.add_metric([*labels, str(size)], seconds)
         yield from (depth, info, memory, batch)
 

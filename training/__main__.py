@@ -22,6 +22,7 @@ from training.augment import default_workers
 from training.checkpoints import can_resume
 from training.data import Dataset, load_dataset
 from training.describe import describe as describe_model
+from training.distributed import World, join
 from training.evaluate import evaluate as evaluate_model
 from training.loop import TrainingError
 from training.loop import train as train_run
@@ -34,7 +35,6 @@ from training.study import study as run_study
 from training.tables import class_table, confusion_table, description_table, evaluation_record
 from training.throughput import measure
 from training.variants import REGISTERED, parse_variant
-from training.world import World, join
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -172,7 +172,7 @@ def study(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     data: DataOption = None,
-    image_size: Annotated[
+    img_size: Annotated[
         int | None, typer.Option(help="Evaluate at another size than it was trained at, such as 384.")
     ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Top-1 of every class, worst first.")] = False,
@@ -183,7 +183,7 @@ def evaluate(
 ) -> None:
     """Top-1 and top-5 of a finished run over the full test split of its data set, class by class if asked to."""
     with _errors():
-        model, card = runs.load_final(run, image_size=image_size)
+        model, card = runs.load_final(run, img_size=img_size)
         dataset = load_dataset(card.dataset, data, in_memory=False)
         if dataset.classes != card.labels:
             raise ValueError(
@@ -194,7 +194,7 @@ def evaluate(
         result = evaluate_model(
             model.to(world.device),
             dataset.test,
-            classes=len(card.labels),
+            num_classes=len(card.labels),
             preprocessing=card.preprocessing,
             world=world,
             # To start processes takes longer than to decode a small test split here.
@@ -216,19 +216,19 @@ def evaluate(
 @app.command()
 def describe(
     preset: Annotated[str, typer.Option(help=f"One of: {', '.join(PRESETS)}.")],
-    image_size: Annotated[int | None, typer.Option(help="Another image size than the preset's.")] = None,
+    img_size: Annotated[int | None, typer.Option(help="Another image size than the preset's.")] = None,
     variants: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(REGISTERED),
-    classes: Annotated[int | None, typer.Option(min=1, help="Another number of classes than the preset's.")] = None,
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Another number of classes than the preset's.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Another rank of the latent than the preset's.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """What each variant of a preset costs for one image: parameters, multiply-accumulates, attention memory.
 
-    Example: `python -m training describe --preset vit-s16 --image-size 384`
+    Example: `python -m training describe --preset vit-s16 --img-size 384`
     """
     with _errors():
         described = [
-            describe_model(architecture(preset, name, classes=classes, image_size=image_size, rank=rank))
+            describe_model(architecture(preset, name, num_classes=num_classes, img_size=img_size, rank=rank))
             for name in variants.split(",")
         ]
     if as_json:

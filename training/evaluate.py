@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from training.augment import evaluation_batches
 from training.data import Images
+from training.distributed import World
 from training.runs import Preprocessing
-from training.world import World
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,7 +51,7 @@ def evaluate(
     model: nn.Module,
     images: Images,
     *,
-    classes: int,
+    num_classes: int,
     preprocessing: Preprocessing,
     world: World,
     batch_size: int = 256,
@@ -64,7 +64,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
-    confusion = torch.zeros(classes * classes, dtype=torch.int64)
+    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64)
     for batch, labels in evaluation_batches(
         images,
         resize=preprocessing.resize,
@@ -76,11 +76,11 @@ def evaluate(
     ):
         logits = model(batch.to(world.device, non_blocking=True)).float().cpu()
         sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-        best = logits.topk(min(5, classes)).indices
+        best = logits.topk(min(5, num_classes)).indices
         sums[1] += (best == labels.unsqueeze(1)).sum()
-        confusion += torch.bincount(labels * classes + best[:, 0], minlength=classes * classes)
+        confusion += torch.bincount(labels * num_classes + best[:, 0], minlength=num_classes * num_classes)
     model.train(was_training)
     loss, hits5 = world.sum(sums.to(world.device)).tolist()
-    confusion = world.sum(confusion.to(world.device)).cpu().view(classes, classes)
+    confusion = world.sum(confusion.to(world.device)).cpu().view(num_classes, num_classes)
     n = len(images)
     return Evaluation(n=n, loss=loss / n, top5=hits5 / n, confusion=confusion)

@@ -2,10 +2,9 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from loadtests.compare.compare import Asked
@@ -24,18 +23,16 @@ from loadtests.experiment.command import (
     warn,
 )
 from loadtests.experiment.environment import environment
-from loadtests.experiment.json_files import write_json
 from loadtests.experiment.model import Comparison, Plan
 from loadtests.experiment.schedule import Costs, fitted
 from loadtests.experiment.server import ServerError
 from loadtests.experiment.store import Store, StoreError
 from loadtests.generator.load_result import Protocol
 from loadtests.generator.payloads import DEFAULT_SIZES, Payload, PayloadError, describe, parse_sizes, read_payloads
-from loadtests.report import regress, report
-from loadtests.report.page import write_page
-from loadtests.report.plots import write_plots
-from loadtests.report.regress import ResultsError
-from loadtests.report.verdicts import Findings, judge
+from loadtests.report import regress
+from loadtests.report.document import ResultsError, read_results
+from loadtests.report.rendering import print_tables
+from loadtests.report.report import write_comparison
 
 DEFAULT_ROUNDS = 10
 _QUICK_ROUNDS, _QUICK_SECONDS = 3, 3.0
@@ -116,7 +113,7 @@ def compare(
         arms = tuple(resolved(arm) for arm in parse_arms(models))
         load_fractions = _load_fractions(load)
         payloads = read_payloads(data, seed=seed, sizes=parse_sizes(sizes) if sizes else DEFAULT_SIZES)
-        former = regress.read(against) if against else None
+        former = read_results(against) if against else None
     except (ArmError, PayloadError, ResultsError, ValueError) as problem:
         fail(str(problem))
     if aa_run:
@@ -151,12 +148,18 @@ def compare(
         payloads=describe(payloads, data),
     )
     out.mkdir(parents=True, exist_ok=True)
-    asked = Asked(seconds=plan.seconds or None, objective_ms=objective_ms, rates=former["rates"] if former else None)
+    asked = Asked(seconds=plan.seconds or None, objective_ms=objective_ms, rates=former.rates if former else None)
     code = _run(comparison, payloads, out, asked=asked, fresh=fresh)
-    findings = _write(comparison, out)
+    report = write_comparison(comparison, out)
+    print_tables(report.table, width=140)
+    for caveat in report.caveats:
+        warn(caveat)
+    typer.echo(f"report: {out / 'report.html'}")
     if comparison.ended_early is None:
         Store(out / "blocks").clear()
-    if any(row.failed for row in findings.rows) or any(search.failed for search in comparison.capacity_searches):
+    if any(counts.failures for counts in report.findings.counts) or any(
+        search.failed for search in comparison.capacity_searches
+    ):
         code = code or 1
     if former is not None and not _compared(former, comparison, tolerance):
         code = code or _REGRESSED
@@ -206,20 +209,6 @@ def _settled(plan: Plan, rates: dict[str, float], left: float) -> str:
     )
 
 
-def _write(comparison: Comparison, out: Path) -> Findings:
-    findings = judge(comparison)
-    write_json(report.as_json(comparison, findings), out / "results.json")
-    report.write_samples(comparison, out / "samples.npz")
-    (out / "report.md").write_text(report.markdown(comparison, findings), encoding="utf-8")
-    write_plots(comparison, findings, out)
-    write_page(comparison, findings, out / "report.html")
-    Console(width=max(140, Console().width)).print(report.terminal_table(comparison, findings))
-    for warning in findings.warnings:
-        warn(warning)
-    typer.echo(f"report: {out / 'report.html'}")
-    return findings
-
-
 def _load_fractions(text: str) -> tuple[float, float]:
     try:
         moderate, high = (float(word) for word in text.split(","))
@@ -230,7 +219,7 @@ def _load_fractions(text: str) -> tuple[float, float]:
     return moderate, high
 
 
-def _compared(former: dict[str, Any], comparison: Comparison, tolerance: float) -> bool:
+def _compared(former: Comparison, comparison: Comparison, tolerance: float) -> bool:
     """Whether nothing became worse; what did is told."""
     for note in regress.notes(former, comparison):
         warn(note)
@@ -240,5 +229,5 @@ def _compared(former: dict[str, Any], comparison: Comparison, tolerance: float) 
     if not found.tests:
         fail("nothing could be compared with --against: the notes say why")
     if not found.worse:
-        console.print(f"of {found.tests} figures none is worse than before by more than {tolerance:.0%}")
+        console.print(f"of {found.tests} metrics none is worse than before by more than {tolerance:.0%}")
     return not found.worse

@@ -154,7 +154,7 @@ def newest(repository: Path, model: str) -> Path:
 
 def engine_limit(plan: Plan, images: Path) -> dict[str, Any]:
     """Ask the service's own command, in a process of its own. Raises ServerError."""
-    command = [sys.executable, "-m", "service", "engine-limit", "--model", plan.model, "--images", str(images)]
+    command = [sys.executable, "-m", "service", "engine-limit", "--model", plan.model, "--data", str(images)]
     asked = ["--repository", str(plan.repository), "--seconds", f"{plan.seconds:g}", "--json"]
     process = subprocess.Popen(  # noqa: S603 (our own command)
         [*command, *asked], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -169,7 +169,7 @@ def ratios(results: Results) -> list[Ratio]:
 def _above(results: Results) -> Figures:
     """MB of the idle service above the baseline process of the same round."""
     idle = {drive.round: drive.idle_bytes for drive in results.drives if drive.arm == "service"}
-    alone = {number: said["baseline_bytes"] for number, said in results.limits.items() if said["baseline_bytes"]}
+    alone = {number: pss for number, said in results.limits.items() if (pss := said["baseline_pss_bytes"])}
     return {number: (idle[number] - alone[number]) / 1e6 for number in idle if number in alone}
 
 
@@ -197,9 +197,9 @@ def cells(results: Results) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = []
     if results.limits:
         said = results.limits.values()
-        batches = "/".join(dict.fromkeys(str(one["batch"]) for one in said))
+        batches = "/".join(dict.fromkeys(str(one["batch_size"]) for one in said))
         rates = {number: one["images_per_second"] for number, one in results.limits.items()}
-        alone = [one["baseline_bytes"] / 1e6 for one in said if one["baseline_bytes"]]
+        alone = [one["baseline_pss_bytes"] / 1e6 for one in said if one["baseline_pss_bytes"]]
         memory = f"{np.median(alone):.1f}" if alone else "–"
         lines.append(("engine limit", f"batch {batches}", _range(rates), *"––––", memory, *"–––"))
     for row in rows(results):

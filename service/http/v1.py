@@ -72,8 +72,8 @@ class Timings(BaseModel):
     total: float
 
 
-class PassedOver(BaseModel):
-    """A more accurate model that was not taken."""
+class Skipped(BaseModel):
+    """A more accurate model that was not chosen."""
 
     model: str
     predicted_ms: float
@@ -84,9 +84,9 @@ class Chosen(BaseModel):
 
     family: str
     reason: str
-    """`most_accurate`, `deadline`, or `recovering`: the family had stepped down and waits for more headroom."""
+    """`most_accurate`, `deadline`, or `headroom`: a more accurate one would be in time, but only just."""
     predicted_ms: float
-    passed_over: list[PassedOver]
+    skipped: list[Skipped]
 
 
 class Classification(BaseModel):
@@ -153,7 +153,7 @@ _EXAMPLE = {
         "family": "cifar100",
         "reason": "deadline",
         "predicted_ms": 12.5,
-        "passed_over": [{"model": "cifar100-lsra-r4", "predicted_ms": 48.1}],
+        "skipped": [{"model": "cifar100-lsra-r4", "predicted_ms": 48.1}],
     },
     "timings_ms": {"read": 0.2, "decode": 1.9, "queue": 4.0, "inference": 2.1, "total": 8.6},
     "request_id": "c8c774003f9448b49c0964e4feeb8708",

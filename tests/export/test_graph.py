@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from export.graph import AVOIDED, OPSETS, ExportError, check_standard, op_types, serialise, to_onnx
 from export.kernels import gaps, kernels
 from service.engine import Engine
-from training.models import Classifier, ImageSize, StrideViT, architecture
+from training.models import ImageSize, NormalizedModel, StrideViT, architecture
 
 VARIANTS = ["mha", "lsra-r2", "lsra-r3", "csra-r2", "csra-r4"]
 COMMON = {"Cast": 1, "ReduceMean": 1}
@@ -48,14 +48,14 @@ def expected_histogram(variant: str, opset: int) -> dict[str, int]:
     return counts
 
 
-def classifier(variant: str, *, image_size: ImageSize | None = None) -> Classifier:
+def classifier(variant: str, *, img_size: ImageSize | None = None) -> NormalizedModel:
     """Every parameter drawn, also those that training starts at zero: the gate, the biases, the head."""
-    model = StrideViT(architecture("vit-xs", variant, classes=10, image_size=image_size), seed=0)
+    model = StrideViT(architecture("vit-xs", variant, num_classes=10, img_size=img_size), seed=0)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "gate" in name or name.startswith("head"):
             torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    return Classifier(model, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3)).eval()
+    return NormalizedModel(model, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3)).eval()
 
 
 def noise(batch: int, *shape: int) -> torch.Tensor:
@@ -63,12 +63,12 @@ def noise(batch: int, *shape: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def exported(request: pytest.FixtureRequest) -> tuple[str, Classifier, onnx.ModelProto]:
+def exported(request: pytest.FixtureRequest) -> tuple[str, NormalizedModel, onnx.ModelProto]:
     made = classifier(request.param)
     return request.param, made, to_onnx(made)
 
 
-Exported = tuple[str, Classifier, onnx.ModelProto]
+Exported = tuple[str, NormalizedModel, onnx.ModelProto]
 
 
 def test_graph_is_plain_and_silent(exported: Exported) -> None:
@@ -127,7 +127,7 @@ def test_graph_gives_torch_s_answers_at_any_batch(exported: Exported, batch: int
 def test_any_reduction_and_any_grid_is_exported_equal(kind: str, reduction: int, grid: tuple[int, int]) -> None:
     variant = kind if kind == "mha" else f"{kind}-r{reduction}"
     size = (4 * grid[0], 4 * grid[1])
-    model = classifier(variant, image_size=size)
+    model = classifier(variant, img_size=size)
     images = noise(2, *size)
     with torch.inference_mode():
         expected = model(images).numpy()

@@ -27,12 +27,6 @@ def _no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def _no_logging(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Configured logging would outlive the test, and write to its closed output."""
-    monkeypatch.setattr(command_line, "_configure_logging", lambda _: None)
-
-
-@pytest.fixture
 def damaged(repository: Path, tmp_path: Path) -> Path:
     """A repository of a good model and a damaged one."""
     folder = tmp_path / "models"
@@ -79,7 +73,7 @@ def test_settings_tell_the_value_in_effect_and_where_it_comes_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tmp_path / "s.toml"
-    config.write_text('max_batch = 2\nmax_images = 3\ndevice = "cpu"\ntf32 = true\n')
+    config.write_text('max_batch = 2\nmax_images_per_request = 3\ndevice = "cpu"\ntf32 = true\n')
     monkeypatch.setenv("STRIDEVIT_MAX_BATCH", "4")
     monkeypatch.setenv("STRIDEVIT_MAX_IMAGES_PER_REQUEST", "5")
     result = run("settings", "--config", str(config), "--max-batch", "6", "--models", "a,b", "--no-tf32")
@@ -133,7 +127,7 @@ def test_a_misspelt_variable_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> No
     result = run("settings")
     assert result.exit_code == 0
     assert result.stderr.splitlines() == [
-        "warning: STRIDEVIT_MAX_BACTH is no setting: did you mean STRIDEVIT_MAX_BATCH?"
+        "warning: STRIDEVIT_MAX_BACTH is not a setting: did you mean STRIDEVIT_MAX_BATCH?"
     ]
 
 

@@ -81,7 +81,7 @@ def test_in_the_grace_period_it_is_not_ready_and_serves_on(repository: Path) -> 
         (["--repository", "no-such-folder"], "no model repository at no-such-folder: name one with --repository"),
         (["--device", "cuda"], "device 'cuda' was asked for"),
         (["--models", "no-such-model"], "no version of it"),
-        (["--log-level", "loud"], "unknown log level 'loud'"),
+        (["--log-level", "loud"], "log_level (from flag --log-level): Input should be 'debug'"),
     ],
 )
 def test_a_start_that_cannot_be_ends_with_a_line_that_names_the_fix(

@@ -23,13 +23,13 @@ from training.runs import load_final
         (["--recipe", "digits", "--variant", "mha", "--preset", "vit-xl"], "unknown preset 'vit-xl'"),
         (["--recipe", "digits", "--variant", "mha", "--preset", "vit-s16"], "takes 224 px images, but digits has 32"),
         (["--recipe", "digits", "--variant", "mha", "--set", "precision=fp16", "--device", "cpu"], "fp16 needs a GPU"),
-        (["--recipe", "digits", "--variant", "mha", "--set", "holdout=5"], "set it to 0 or to 10 and more"),
+        (["--recipe", "digits", "--variant", "mha", "--set", "val_images=5"], "set it to 0 or to 10 and more"),
         (
             ["--recipe", "digits", "--variant", "mha", "--set", "schedule.warmup_epochs=11"],
             "warm-up of 484 steps never",
         ),
         (["--recipe", "digits", "--variant", "mha", "--set", "augment.rand_augment=foo"], "such as rand-m10-n2-p1.0"),
-        (["--recipe", "digits", "--variant", "mha", "--set", "augment.crop_area=[0.9,0.1]"], "[smallest, largest]"),
+        (["--recipe", "digits", "--variant", "mha", "--set", "augment.scale=[0.9,0.1]"], "[smallest, largest]"),
         (
             ["--recipe", "digits", "--variant", "mha", "--set", "optim.lr=fast"],
             "optim.lr: Input should be a valid number",
@@ -94,7 +94,7 @@ def test_evaluate_refuses_data_with_other_classes(digits_run: Path, tmp_path: Pa
 
 
 def test_evaluate_at_another_size_resizes_what_is_in_memory(digits_run: Path) -> None:
-    result = CliRunner().invoke(app, ["evaluate", str(digits_run), "--image-size", "48"])
+    result = CliRunner().invoke(app, ["evaluate", str(digits_run), "--img-size", "48"])
     assert result.exit_code == 0, result.stderr
     assert "on 360 test images" in result.stdout
 
@@ -108,7 +108,7 @@ def test_the_imagenet_recipe_runs_on_class_folders(tmp_path: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = generator.integers(0, 256, (40 + number, 60, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(path)
-    small = ["preset=vit-xs", "schedule.epochs=2", "schedule.batch_size=8", "schedule.warmup_steps=2", "holdout=6"]
+    small = ["preset=vit-xs", "schedule.epochs=2", "schedule.batch_size=8", "schedule.warmup_steps=2", "val_images=6"]
     arguments = ["--recipe", "imagenet-s16", "--variant", "csra-r2", "--data", str(tmp_path), "--workers", "2"]
     out = tmp_path / "run"
     overrides = [word for override in small for word in ("--set", override)]
@@ -119,6 +119,6 @@ def test_the_imagenet_recipe_runs_on_class_folders(tmp_path: Path) -> None:
     assert (card.preprocessing.resize, card.preprocessing.crop) == (37, 32)
     assert card.accuracy
     assert (card.accuracy.split, card.accuracy.n) == ("val", 6)
-    larger = CliRunner().invoke(app, ["evaluate", str(out), "--data", str(tmp_path), "--image-size", "48"])
+    larger = CliRunner().invoke(app, ["evaluate", str(out), "--data", str(tmp_path), "--img-size", "48"])
     assert larger.exit_code == 0, larger.output
     assert "on 6 val images of imagenet" in larger.stdout

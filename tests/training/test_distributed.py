@@ -11,7 +11,7 @@ from tests.processes import ROOT
 from training.runs import load_final, read_metrics
 
 OPTIONS = ["--recipe", "digits", "--variant", "csra-r2", "--device", "cpu"]
-OVERRIDES = ["schedule.epochs=2", "holdout=200", "augment.crop_padding=1", "schedule.accumulate=2"]
+OVERRIDES = ["schedule.epochs=2", "val_images=200", "augment.crop_padding=1", "schedule.accumulate=2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -32,7 +32,7 @@ def test_two_gloo_processes_follow_the_loss_curve_of_one(tmp_path: Path) -> None
     for alone, together in zip(read_metrics(one / "metrics.csv"), read_metrics(two / "metrics.csv"), strict=True):
         assert alone["lr"] == together["lr"]
         assert alone["train_loss"] == pytest.approx(together["train_loss"], abs=2e-4)
-        assert alone["holdout_loss"] == pytest.approx(together["holdout_loss"], abs=2e-3)
+        assert alone["val_loss"] == pytest.approx(together["val_loss"], abs=2e-3)
     accuracies = [load_final(out)[1].accuracy for out in (one, two)]
     assert accuracies[0]
     assert accuracies[1]

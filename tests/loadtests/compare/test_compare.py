@@ -46,7 +46,7 @@ def test_compare_measures_arms_and_reports(repository: Path, tmp_path: Path) -> 
         assert (tmp_path / name).stat().st_size > 1000, name
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as samples:
         assert len(samples.files) == 4 * 3
-    assert "2 of 10 rounds: a look, not a result" in ended.stderr
+    assert "2 of 10 rounds: a quick look, not a result" in ended.stderr
     page = (tmp_path / "report.html").read_text()
     assert str(tmp_path) not in page
     # What is finished is not gone on with.

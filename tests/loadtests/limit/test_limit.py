@@ -66,8 +66,13 @@ def drive(number: int, arm: Arm, connections: int | None, throughput: float, *, 
 @pytest.fixture
 def results() -> Results:
     found = Results(plan=plan(), command="python -m loadtests limit", environment={"cpu": "test"})
-    said = {"images_per_second": 100.0, "batch": 4, "baseline_bytes": 60_000_000, "versions": {"onnxruntime": "1"}}
-    found.limits = {0: said, 1: {**said, "images_per_second": 50.0, "batch": 8}}
+    said = {
+        "images_per_second": 100.0,
+        "batch_size": 4,
+        "baseline_pss_bytes": 60_000_000,
+        "versions": {"onnxruntime": "1"},
+    }
+    found.limits = {0: said, 1: {**said, "images_per_second": 50.0, "batch_size": 8}}
     for number, share in ((0, 1.0), (1, 0.5)):
         found.drives += [
             drive(number, "service", 1, 40 * share, scale=0.01, peak=105_000_000),
