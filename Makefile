@@ -34,7 +34,7 @@ demo: $(DEV)/.installed ## Train three variants on digits, export, serve and com
 	@echo "== serve and compare them under load"
 	@$(STRIDEVIT) images --dataset digits --out $(DEMO)/images
 	@$(STRIDEVIT) compare --repository $(DEMO)/models --data $(DEMO)/images --out $(DEMO) \
-	  --models digits-mha,digits-lsra-r2,digits-csra-r2 --quick --no-noise-arm --fresh
+	  --models digits-mha,digits-lsra-r2,digits-csra-r2 --quick --no-aa-run --fresh
 
 test: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run the tests, all but the slow ones (those on real data need STRIDEVIT_DATA)
 	@echo "running the tests but the slow ones on $(WORKERS) workers; real data: $${STRIDEVIT_DATA:-none}"

@@ -1,8 +1,8 @@
 """Bundles: a model as files that prove themselves. Written by export, read by the service.
 
     models/<name>/<version>/model.onnx      the graph: uint8 images in, logits and probabilities out
-                            manifest.json   what it is (`Manifest`)
-                            labels.txt      a class name a line
+                            manifest.json   what it is (service/manifest.py)
+                            labels.txt      one class name per line
                             golden.npz      encoded images and the outputs they must give
                             SHA256SUMS      over all of the above
 
@@ -17,14 +17,13 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import ValidationError
 
-from service.engine import Device
 from service.errors import BundleError
+from service.manifest import NAME_PATTERN, Manifest
 
 MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "manifest.json"
@@ -33,116 +32,7 @@ GOLDEN_FILE = "golden.npz"
 SUMS_FILE = "SHA256SUMS"
 CONTENT_FILES = (GOLDEN_FILE, LABELS_FILE, MANIFEST_FILE, MODEL_FILE)
 
-NAME_PATTERN = r"[a-z0-9]+(?:[-_.][a-z0-9]+)*"
 _SUM_LINE = re.compile(r"(?P<digest>[0-9a-f]{64})  (?P<file>[A-Za-z0-9_.-]+)")
-
-
-Precision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Preprocessing(_Part):
-    """How an encoded image becomes the input: shorter side to `resize`, then the centre `crop` × `crop`.
-
-    `mean` and `std` are for information: normalisation is inside the graph.
-    """
-
-    resize: PositiveInt
-    crop: PositiveInt
-    interpolation: Literal["bicubic", "bilinear"]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-class Tensor(_Part):
-    """An input or output of the graph; -1 is the batch."""
-
-    name: str
-    datatype: Literal["UINT8", "FP32"]
-    shape: tuple[int, ...]
-
-
-class Accuracy(_Part):
-    """Fractions over `n` images of a split: of the checkpoint in fp32, else of the graph itself."""
-
-    dataset: str
-    split: str
-    n: PositiveInt
-    top1: float
-    top5: float
-
-
-class Parity(_Part):
-    """How far ONNX Runtime's answers were from torch's, and from each other, when the bundle was made."""
-
-    images: PositiveInt
-    """Real ones, and black, white and noise."""
-    batch_sizes: tuple[PositiveInt, ...]
-    max_abs_logit: NonNegativeFloat
-    max_abs_probability: NonNegativeFloat
-    max_abs_by_batch: NonNegativeFloat
-    """In a logit, between an image alone and the same image in a batch."""
-    top1_flips: NonNegativeInt
-    """Images, at the batch size with most; always 0 in fp32."""
-
-
-class Tolerance(_Part):
-    """How far golden outputs may be from those in `golden.npz`."""
-
-    max_abs_logit: NonNegativeFloat
-    max_abs_probability: NonNegativeFloat
-
-
-class Source(_Part):
-    """Where the bundle comes from."""
-
-    checkpoint_sha256: str
-    git_commit: str | None
-    exporter: dict[str, str]
-    """Library versions."""
-
-
-class Manifest(_Part):
-    """`manifest.json`."""
-
-    schema_version: Literal[1] = 1
-    name: Annotated[str, Field(pattern=f"^{NAME_PATTERN}$", max_length=100)]
-    family: Annotated[str, Field(pattern=f"^{NAME_PATTERN}$", max_length=60)]
-    variant: str
-    stride: PositiveInt | None
-    """Of C-SRA's convolution, per side of the grid."""
-    block_size: PositiveInt | None
-    """Of L-SRA's pooling, along the sequence."""
-    rank: PositiveInt | None
-    tokens: PositiveInt
-    """Patch tokens N, all of them queries."""
-    kv_tokens: PositiveInt
-    """Key/value tokens M."""
-    preset: str
-    parameters: PositiveInt
-    macs: PositiveInt
-    """Multiply-accumulates an image, matrix products and convolutions only."""
-    precision: Precision
-    max_batch: PositiveInt | None = None
-    """More images at once would change each other's answers; null for no limit."""
-    opset: PositiveInt
-    op_types: dict[str, PositiveInt]
-    """Operator histogram of the graph."""
-    preprocessing: Preprocessing
-    input: Tensor
-    outputs: tuple[Tensor, ...]
-    classes: PositiveInt
-    weights: Literal["trained", "random"] = "trained"
-    """Random weights are for measuring speed and memory: never chosen for a family."""
-    accuracy: Accuracy | None
-    """Null for random weights."""
-    parity: Parity
-    tolerance: Tolerance
-    devices: tuple[Device, ...]
-    source: Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +67,7 @@ class Bundle:
                 images = tuple(arrays[f"image_{number}"].tobytes() for number in range(len(logits)))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise BundleError(f"{path}: cannot be read ({error})") from error
-        expected = (len(images), self.manifest.classes)
+        expected = (len(images), self.manifest.num_classes)
         if not images or logits.shape != expected or probabilities.shape != expected:
             raise BundleError(f"{path}: outputs of shape {logits.shape} and {probabilities.shape}, not {expected}")
         return Golden(images=images, logits=logits, probabilities=probabilities)
@@ -224,8 +114,8 @@ def read_bundle(folder: Path) -> Bundle:
         labels = tuple((folder / LABELS_FILE).read_text(encoding="utf-8").splitlines())
     except UnicodeDecodeError as error:
         raise BundleError(f"{folder / LABELS_FILE}: not UTF-8 text ({error})") from error
-    if len(labels) != manifest.classes:
-        raise BundleError(f"{folder / LABELS_FILE}: {len(labels)} labels for {manifest.classes} classes")
+    if len(labels) != manifest.num_classes:
+        raise BundleError(f"{folder / LABELS_FILE}: {len(labels)} labels for {manifest.num_classes} classes")
     if folder.parent.name != manifest.name:
         raise BundleError(f"{folder / MANIFEST_FILE}: names {manifest.name!r}, but lies in {folder.parent}")
     return Bundle(folder=folder, version=int(folder.name), manifest=manifest, labels=labels)

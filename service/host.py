@@ -1,15 +1,31 @@
-"""What this process may use and does use: cores by affinity and cgroup quota, resident memory."""
+"""Facts about this machine and its processes: cores, CPU, memory, GPU memory, and the commit of this checkout.
 
+`psutil` and `pynvml` are not dependencies of the service: only the functions that use them import them.
+"""
+
+import hashlib
 import os
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import psutil
 
 _CGROUP_V2 = Path("/sys/fs/cgroup/cpu.max")
 _CGROUP_V1_QUOTA = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
 _CGROUP_V1_PERIOD = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
 
+_PROCESS = Path("/proc/self")
+_CPUINFO = Path("/proc/cpuinfo")
+_VECTOR_EXTENSIONS = ("avx", "amx", "fma", "sse4")
+
 
 def available_cores() -> int:
-    """Whole cores that this process may use, at least one."""
+    """Whole cores that this process may use by affinity and cgroup quota, at least one."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(affinity, _quota() or affinity))
 
@@ -28,19 +44,130 @@ def _quota() -> int | None:
         return None
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process; 0 where the system does not tell."""
+def cpu_model() -> str:
+    """The processor's name, or its architecture where the system gives no name."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_features() -> str:
+    """The processor's name and its vector extensions, where the system lists them."""
+    vector = [flag for flag in _cpuinfo().get("flags", "").split() if flag.startswith(_VECTOR_EXTENSIONS)]
+    return f"{cpu_model()} ({' '.join(vector)})" if vector else cpu_model()
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Fields of the last core that the system lists; empty where there is no list."""
     try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process; 0 where the system does not report it."""
+    return _memory("status", "VmRSS")
 
 
 def peak_bytes() -> int:
-    """Largest resident memory of this process so far; 0 where the system does not tell."""
+    """Largest resident memory of this process since its start or `reset_peak`; 0 if it is not reported."""
+    return _memory("status", "VmHWM")
+
+
+def reset_peak() -> None:
+    """Let `peak_bytes` start again from the present resident memory. Raises OSError where the system cannot."""
+    (_PROCESS / "clear_refs").write_text("5", encoding="ascii")
+
+
+def pss_bytes() -> int | None:
+    """Proportional set size of this process; None where the system does not report it."""
+    return _memory("smaps_rollup", "Pss") or None
+
+
+def _memory(file: str, field: str) -> int:
     try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        lines = (_PROCESS / file).read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
+
+
+def process_tree(pid: int) -> list["psutil.Process"]:
+    """A process and its descendants; empty if it has ended. Needs psutil."""
+    import psutil  # noqa: PLC0415
+
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
+def process_tree_bytes(pid: int) -> int:
+    """Memory of a process and its descendants: PSS where the system reports it, else what is unique to each.
+
+    Reading PSS costs some ten milliseconds per process. 0 if the process has ended. Needs psutil.
+    """
+    import psutil  # noqa: PLC0415
+
+    total = 0
+    for process in process_tree(pid):
+        with suppress(psutil.Error):  # it has ended
+            memory = process.memory_full_info()
+            total += getattr(memory, "pss", 0) or memory.uss
+    return total
+
+
+def gpu_used_bytes(number: int) -> int:
+    """Memory in use on one NVIDIA GPU by all processes. Raises pynvml.NVMLError without one. Needs nvidia-ml-py."""
+    with _nvml() as nvml:
+        return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(number)).used)
+
+
+def gpu_process_bytes(pids: Iterable[int]) -> int | None:
+    """Memory that these processes hold on all NVIDIA GPUs; None without a GPU, or where they use none.
+
+    NVML gives process ids as the host numbers them: in a container with ids of its own none of `pids` is found, and the
+    answer is None. Needs nvidia-ml-py. Not run on a GPU yet.
+    """
+    from pynvml import NVMLError  # noqa: PLC0415
+
+    wanted = set(pids)
+    try:
+        with _nvml() as nvml:
+            handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
+            running = [process for handle in handles for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+    except NVMLError:
+        return None
+    used = [process.usedGpuMemory or 0 for process in running if process.pid in wanted]
+    return sum(used) if used else None
+
+
+@contextmanager
+def _nvml() -> Iterator[Any]:
+    import pynvml  # noqa: PLC0415
+
+    pynvml.nvmlInit()
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def git(*arguments: str) -> str:
+    """The output of a git command in this checkout. Raises OSError or subprocess.CalledProcessError."""
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)  # noqa: S603
+    return done.stdout.strip()
+
+
+def git_commit() -> str:
+    """The commit of this checkout, with a digest of its changes if there are any; `unknown` outside of one."""
+    try:
+        commit, status = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain")
+        if not status:
+            return commit
+        changes = status + git("diff", "HEAD")
+        return f"{commit} and changes {hashlib.sha256(changes.encode()).hexdigest()[:8]}"
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

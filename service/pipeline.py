@@ -12,8 +12,9 @@ import numpy.typing as npt
 from service.errors import RequestError
 from service.host import available_cores
 from service.images import LARGE_PIXELS, OpenedImage, open_image
-from service.metrics import Metrics
+from service.metrics import Gauges, Metrics
 from service.models.family import Choice, Family, pareto_front
+from service.models.loading import Loader
 from service.models.model import Model
 from service.models.registry import Registry
 from service.scheduling.admission import Admission
@@ -57,11 +58,10 @@ class Classifier:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
-        threads = settings.threads or available_cores()
-        decode_threads = settings.decode_threads or threads
+        decode_threads = settings.decode_threads or settings.threads or available_cores()
         self.load = Load(decode_threads=decode_threads)
         self.scheduler = Scheduler(self.load)
-        self.registry = Registry(settings, self.scheduler, self.load, threads=threads)
+        self.registry = make_registry(settings, self.scheduler, self.load)
         self.registry.load_all()
         self.admission = Admission(
             self.scheduler,
@@ -73,7 +73,7 @@ class Classifier:
         self._small = Lane(decode_threads, "decode")
         self._large = Lane(max(1, decode_threads // 2), "decode-large")
         self.ready = False
-        metrics.watch(self)
+        metrics.watch(self._gauges)
 
     def start(self) -> None:
         """Take requests; call on the event loop."""
@@ -117,7 +117,7 @@ class Classifier:
         choice = family.choose(
             pareto_front(ladder),
             predict=lambda model: self.admission.predict(model.queue, ticket, images, encoded=encoded),
-            alone=lambda model: decode + model.queue.cost.total(images),
+            predict_idle=lambda model: decode + model.queue.cost.total(images),
             allowed_seconds=self.admission.allowed_seconds(ticket),
             min_top1=wish.min_top1,
         )
@@ -248,9 +248,40 @@ class Classifier:
         pixels, more = await self._large.run(ticket, large)
         return pixels, seconds + more
 
+    def _gauges(self) -> Gauges:
+        return Gauges(
+            pending_images=self.admission.images,
+            pending_bytes=self.admission.bytes,
+            predicted_drain_seconds=self.admission.graceful_timeout_seconds(),
+            slowdown=self.load.slowdown,
+            models=[model.gauges() for model in self.registry.ready],
+        )
+
     def _on_batch(self, batch: Batch) -> None:
         name = batch.queue.name
         self.metrics.on_batch(name, batch.images, batch.size, failed=batch.failed)
         for model in self.registry.ready:
             if model.queue is batch.queue and not batch.failed:
                 model.statistics.batch(batch.images, batch.seconds)
+
+
+def make_registry(settings: Settings, scheduler: Scheduler, load: Load) -> Registry:
+    """An empty registry as the settings ask for. Raises EngineError if the device is unavailable."""
+    loader = Loader(
+        scheduler,
+        load,
+        device=settings.device,
+        threads=settings.threads or available_cores(),
+        intra_op_threads=settings.intra_op_threads,
+        max_batch=settings.max_batch,
+        tuning=settings.tuning(),
+    )
+    return Registry(
+        loader,
+        scheduler,
+        repository=settings.repository,
+        names=settings.models,
+        default_model=settings.default_model,
+        versions_to_serve=settings.versions_to_serve,
+        step_up_headroom=settings.step_up_headroom,
+    )

@@ -10,9 +10,7 @@ from rich.console import Console
 from loadtests.accuracy import report as accuracy_report
 from loadtests.accuracy.figures import figures
 from loadtests.accuracy.survey import AccuracyError, Plan, Survey, survey
-from loadtests.experiment.machine import environment
-from loadtests.experiment.server import ServerError
-from loadtests.experiment.terminal import (
+from loadtests.experiment.command import (
     Command,
     ServiceArgs,
     console,
@@ -22,6 +20,8 @@ from loadtests.experiment.terminal import (
     this_command,
     warn,
 )
+from loadtests.experiment.environment import environment
+from loadtests.experiment.server import ServerError
 from loadtests.generator.payloads import PayloadError
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from loadtests.accuracy.figures import CONFIDENCE, Check, Figures, Share, Versus, disagreements, figures, versus
 from loadtests.accuracy.survey import Answer, Asked, Survey
-from loadtests.experiment.documents import write_json
+from loadtests.experiment.json_files import write_json
 
 SIGNIFICANT = 1 - CONFIDENCE
 _SHOWN = 10

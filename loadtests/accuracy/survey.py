@@ -14,8 +14,9 @@ from typing import Any
 
 import httpx
 
+from loadtests.errors import LoadTestError
 from loadtests.experiment.server import running_server
-from loadtests.generator.labelled import Label, Payload, PayloadError, Source, source_of
+from loadtests.generator.readers import Label, Payload, PayloadError, Source, open_source
 
 TOP = 5
 _ATTEMPTS = 8
@@ -27,7 +28,7 @@ _LOST_AFTER = 3
 _GRACE_SECONDS = 5
 
 
-class AccuracyError(Exception):
+class AccuracyError(LoadTestError):
     """The models cannot be asked; the message says what to change."""
 
 
@@ -119,12 +120,12 @@ def survey(plan: Plan, out: Path, found: Survey, *, on_progress: Callable[[int, 
     `on_progress` is told how many images of how many were answered. The log of a server of our own is kept in `out`.
     Raises PayloadError, ServerError, AccuracyError.
     """
-    source = source_of(plan.data)
+    source = open_source(plan.data)
     out.mkdir(parents=True, exist_ok=True)
     with _server(plan, out / "server.log") as url, _client(url, plan.connections) as client:
         found.models = tuple(_model(client, name) for name in plan.models)
         wanted = _wanted(source, plan, found)
-        found.words, found.images = source.words, len(wanted)
+        found.words, found.images = source.description, len(wanted)
         _check_labels([source.labels[index] for index in wanted], found.models)
         asker = _Asker(client, found.models, zip(wanted, source.read(wanted), strict=True))
         started = time.monotonic()

@@ -1,14 +1,12 @@
-"""A model behind FastAPI as one writes it on the first day: a thread a request, each calls `session.run` by itself.
+"""A model behind FastAPI as one writes it on the first day: one thread per request, each calls `session.run` itself.
 
-    python loadtests/baseline/plain_fastapi.py models/cifar100-mha/1 --port 8001
+    python -m loadtests.baseline.plain_fastapi models/cifar100-mha/1 --port 8001
 
-The yardstick of `python -m loadtests limit`: same decoding, resizing and model as the service's, ONNX Runtime's
-defaults, and no queue, batches, limits, proof or metrics.
+The baseline of `python -m loadtests limit`: the service's own model and decoding, ONNX Runtime's defaults, and no
+queue, batches, limits, golden outputs or metrics.
 """
 
 import argparse
-import io
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +14,12 @@ import numpy as np
 import onnxruntime
 import uvicorn
 from fastapi import Depends, FastAPI, Request
-from PIL import Image
+
+from service.bundle import read_bundle
+from service.images import decode
+
+_MAX_PIXELS = 178_956_970
+"""What Pillow itself accepts."""
 
 
 async def body(request: Request) -> bytes:
@@ -24,23 +27,18 @@ async def body(request: Request) -> bytes:
     return await request.body()
 
 
-def create_app(bundle: Path) -> FastAPI:
+def create_app(folder: Path) -> FastAPI:
     """Answer `POST /v1/classify` with the five most probable classes, whatever the query says."""
-    session = onnxruntime.InferenceSession(bundle / "model.onnx")
-    labels = (bundle / "labels.txt").read_text(encoding="utf-8").splitlines()
-    how = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["preprocessing"]
+    bundle = read_bundle(folder)
+    session = onnxruntime.InferenceSession(bundle.model_path)
     app = FastAPI()
 
     @app.post("/v1/classify")
     def classify(data: Annotated[bytes, Depends(body)]) -> dict[str, Any]:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        width, height = (int(how["resize"] * side / min(image.size)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling[how["interpolation"].upper()])
-        left, top = round((width - how["crop"]) / 2), round((height - how["crop"]) / 2)
-        pixels = np.asarray(image.crop((left, top, left + how["crop"], top + how["crop"])))
+        pixels = decode(data, bundle.manifest.preprocessing, max_pixels=_MAX_PIXELS)
         (probabilities,) = session.run(["probabilities"], {"image": pixels[np.newaxis]})[0]
         best = np.argsort(-probabilities)[:5]
-        classes = [{"index": int(i), "label": labels[i], "probability": float(probabilities[i])} for i in best]
+        classes = [{"index": int(i), "label": bundle.labels[i], "probability": float(probabilities[i])} for i in best]
         return {"results": [{"predictions": classes}]}
 
     @app.get("/readyz")

@@ -2,22 +2,15 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from loadtests.compare.compare import Asked
 from loadtests.compare.compare import compare as run_comparison
-from loadtests.experiment.arms import ArmError, parse_arms, resolved, twin
-from loadtests.experiment.documents import write_json
-from loadtests.experiment.machine import environment
-from loadtests.experiment.model import Comparison, Plan
-from loadtests.experiment.schedule import Costs, fitted
-from loadtests.experiment.server import ServerError
-from loadtests.experiment.store import Store, StoreError
-from loadtests.experiment.terminal import (
+from loadtests.experiment.arms import ArmError, parse_arms, repeated, resolved
+from loadtests.experiment.command import (
     Command,
     Data,
     Repository,
@@ -29,16 +22,20 @@ from loadtests.experiment.terminal import (
     this_command,
     warn,
 )
-from loadtests.generator.load import Protocol
+from loadtests.experiment.environment import environment
+from loadtests.experiment.model import Comparison, Plan
+from loadtests.experiment.schedule import Costs, fitted
+from loadtests.experiment.server import ServerError
+from loadtests.experiment.store import Store, StoreError
+from loadtests.generator.load_result import Protocol
 from loadtests.generator.payloads import DEFAULT_SIZES, Payload, PayloadError, describe, parse_sizes, read_payloads
-from loadtests.report import regress, report
-from loadtests.report.page import write_page
-from loadtests.report.plots import write_plots
-from loadtests.report.regress import ResultsError
-from loadtests.report.verdicts import Findings, judge
+from loadtests.report import regress
+from loadtests.report.document import ResultsError, read_results
+from loadtests.report.rendering import print_tables
+from loadtests.report.report import write_comparison
 
-DEFAULT_BLOCKS = 10
-_QUICK_BLOCKS, _QUICK_SECONDS = 3, 3.0
+DEFAULT_ROUNDS = 10
+_QUICK_ROUNDS, _QUICK_SECONDS = 3, 3.0
 _REGRESSED = 3
 """Exit code."""
 
@@ -61,11 +58,16 @@ def compare(
         str | None, typer.Option(help="Of generated JPEGs, with weights: '640x480:3,1920x1080:1'. [640x480]")
     ] = None,
     protocol: Annotated[Protocol, typer.Option(help="v1 sends image files, v2 binary tensors.")] = "v1",
-    users: Annotated[int, typer.Option(min=1, help="Users of the closed loop, enough to saturate the server.")] = 16,
-    loads: Annotated[
-        str, typer.Option(help="Rates of the two open loops, as parts of what the slowest arm can do.")
+    connections: Annotated[
+        int, typer.Option(min=1, help="Concurrent requests of the closed loop, enough to saturate the server.")
+    ] = 16,
+    load: Annotated[
+        str,
+        typer.Option(help="Rates of the two open loops, as fractions of the slowest arm's throughput at saturation."),
     ] = "0.3,0.7",
-    blocks: Annotated[int, typer.Option(min=2, help="Blocks of each arm, interleaved.")] = DEFAULT_BLOCKS,
+    rounds: Annotated[
+        int, typer.Option(min=2, help="Rounds; each holds one block of every arm, interleaved.")
+    ] = DEFAULT_ROUNDS,
     seconds: Annotated[
         float | None,
         typer.Option(min=1, help="Measured seconds of each of a block's three loads. [fitted to the budget]"),
@@ -73,16 +75,17 @@ def compare(
     warmup: Annotated[float, typer.Option(min=0, help="Seconds dropped at the start of each load.")] = 1.0,
     budget_minutes: Annotated[float, typer.Option(min=0.5, help="The plan is made to fit in this time.")] = 30.0,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A look: 3 short blocks of each arm, no search; the report says so.")
+        bool, typer.Option("--quick", help="A preview: 3 short rounds and no capacity search; the report says so.")
     ] = False,
-    noise_arm: Annotated[
-        bool, typer.Option("--noise-arm/--no-noise-arm", help="Measure the baseline twice (A/A), to see the noise.")
+    aa_run: Annotated[
+        bool, typer.Option("--aa-run/--no-aa-run", help="Measure the baseline twice (A/A), to show the noise.")
     ] = True,
     objective_ms: Annotated[
-        float | None, typer.Option(min=0.1, help="Latency to keep, for the largest rate. [users / saturated rate]")
+        float | None,
+        typer.Option(min=0.1, help="Latency to keep, for the largest rate. [connections / saturated rate]"),
     ] = None,
     objective_percentile: Annotated[float, typer.Option(min=50, max=99.9, help="By this part of the images.")] = 99.0,
-    searches: Annotated[int, typer.Option(min=0, help="Searches of that rate for each arm.")] = 1,
+    capacity_searches: Annotated[int, typer.Option(min=0, help="Searches for that rate, per arm; 0 for none.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of arrivals, order of blocks and order of images.")] = 0,
     against: Annotated[
         Path | None,
@@ -108,34 +111,34 @@ def compare(
         fail("--sizes is of generated images: it does not go with --data")
     try:
         arms = tuple(resolved(arm) for arm in parse_arms(models))
-        shares = _shares(loads)
+        load_fractions = _load_fractions(load)
         payloads = read_payloads(data, seed=seed, sizes=parse_sizes(sizes) if sizes else DEFAULT_SIZES)
-        former = regress.read(against) if against else None
+        former = read_results(against) if against else None
     except (ArmError, PayloadError, ResultsError, ValueError) as problem:
         fail(str(problem))
-    if noise_arm:
-        arms = (*arms, twin(arms[0]))
+    if aa_run:
+        arms = (*arms, repeated(arms[0]))
     plan = Plan(
         repository=repository,
         arms=arms,
         data=data,
         protocol=protocol,
-        users=users,
+        connections=connections,
         seconds=seconds or (_QUICK_SECONDS if quick else 0.0),
         warmup_seconds=warmup,
-        rounds=min(blocks, _QUICK_BLOCKS) if quick else blocks,
-        default_rounds=DEFAULT_BLOCKS,
-        shares=shares,
+        rounds=min(rounds, _QUICK_ROUNDS) if quick else rounds,
+        default_rounds=DEFAULT_ROUNDS,
+        load_fractions=load_fractions,
         objective_ms=objective_ms or 0.0,
         objective_percentile=objective_percentile,
-        searches=0 if quick else searches,
+        capacity_searches=0 if quick else capacity_searches,
         budget_minutes=budget_minutes,
         service_arguments=tuple(shlex.split(service_args)),
         seed=seed,
     )
     guess = fitted(plan, Costs(), seconds=plan.seconds or None)
     console.print(
-        f"{len(arms)} arms, {guess.rounds} blocks each: about {Costs().whole(guess) / 60:.0f} minutes; "
+        f"{len(arms)} arms, {guess.rounds} rounds: about {Costs().whole(guess) / 60:.0f} minutes; "
         "a better estimate follows when each has been tried once"
     )
     comparison = Comparison(
@@ -145,12 +148,18 @@ def compare(
         payloads=describe(payloads, data),
     )
     out.mkdir(parents=True, exist_ok=True)
-    asked = Asked(seconds=plan.seconds or None, objective_ms=objective_ms, rates=former["rates"] if former else None)
+    asked = Asked(seconds=plan.seconds or None, objective_ms=objective_ms, rates=former.rates if former else None)
     code = _run(comparison, payloads, out, asked=asked, fresh=fresh)
-    findings = _write(comparison, out)
+    report = write_comparison(comparison, out)
+    print_tables(report.table, width=140)
+    for caveat in report.caveats:
+        warn(caveat)
+    typer.echo(f"report: {out / 'report.html'}")
     if comparison.ended_early is None:
         Store(out / "blocks").clear()
-    if any(row.failed for row in findings.rows) or any(search.failed for search in comparison.searches):
+    if any(counts.failures for counts in report.findings.counts) or any(
+        search.failed for search in comparison.capacity_searches
+    ):
         code = code or 1
     if former is not None and not _compared(former, comparison, tolerance):
         code = code or _REGRESSED
@@ -194,37 +203,23 @@ def _run(comparison: Comparison, payloads: list[Payload], out: Path, *, asked: A
 def _settled(plan: Plan, rates: dict[str, float], left: float) -> str:
     loops = " and ".join(f"{rate:g}/s" for rate in rates.values())
     return (
-        f"{plan.rounds} blocks of each of {len(plan.arms)} arms, {plan.seconds:g} s for each load: open loops at "
-        f"{loops}, closed loop with {plan.users} users; p{plan.objective_percentile:g} to keep: "
+        f"{plan.rounds} rounds of {len(plan.arms)} arms, {plan.seconds:g} s for each load: open loops at "
+        f"{loops}, closed loop with {plan.connections} connections; p{plan.objective_percentile:g} to keep: "
         f"{plan.objective_ms:g} ms; about {left / 60:.0f} minutes left"
     )
 
 
-def _write(comparison: Comparison, out: Path) -> Findings:
-    findings = judge(comparison)
-    write_json(report.as_json(comparison, findings), out / "results.json")
-    report.write_samples(comparison, out / "samples.npz")
-    (out / "report.md").write_text(report.markdown(comparison, findings), encoding="utf-8")
-    write_plots(comparison, findings, out)
-    write_page(comparison, findings, out / "report.html")
-    Console(width=max(140, Console().width)).print(report.terminal_table(comparison, findings))
-    for warning in findings.warnings:
-        warn(warning)
-    typer.echo(f"report: {out / 'report.html'}")
-    return findings
-
-
-def _shares(text: str) -> tuple[float, float]:
+def _load_fractions(text: str) -> tuple[float, float]:
     try:
         moderate, high = (float(word) for word in text.split(","))
     except ValueError:
         moderate = high = 0.0
     if not 0 < moderate < high:
-        raise ValueError(f"--loads {text!r}: give two numbers, the smaller first, such as 0.3,0.7")
+        raise ValueError(f"--load {text!r}: give two numbers, the smaller first, such as 0.3,0.7")
     return moderate, high
 
 
-def _compared(former: dict[str, Any], comparison: Comparison, tolerance: float) -> bool:
+def _compared(former: Comparison, comparison: Comparison, tolerance: float) -> bool:
     """Whether nothing became worse; what did is told."""
     for note in regress.notes(former, comparison):
         warn(note)
@@ -234,5 +229,5 @@ def _compared(former: dict[str, Any], comparison: Comparison, tolerance: float) 
     if not found.tests:
         fail("nothing could be compared with --against: the notes say why")
     if not found.worse:
-        console.print(f"of {found.tests} figures none is worse than before by more than {tolerance:.0%}")
+        console.print(f"of {found.tests} metrics none is worse than before by more than {tolerance:.0%}")
     return not found.worse

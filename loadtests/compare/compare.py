@@ -20,15 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from loadtests.experiment.arms import bundles, describe, serving
-from loadtests.experiment.documents import strict
-from loadtests.experiment.drive import Ask, closed_loop, open_loop
-from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Arm, Block, Comparison, Plan, Search
+from loadtests.experiment.json_files import to_json
+from loadtests.experiment.locust_runner import RequestSpec, closed_loop, open_loop
+from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Arm, Block, CapacitySearch, Comparison, Plan
 from loadtests.experiment.objective import MOST_SECONDS, Objective, largest_rate
 from loadtests.experiment.schedule import Costs, fitted, order, tried
 from loadtests.experiment.server import Server, ServerError
 from loadtests.experiment.store import Store
-from loadtests.generator import sequence
-from loadtests.generator.load import Load
+from loadtests.generator import payload_cache
+from loadtests.generator.load_result import LoadResult
 from loadtests.generator.payloads import Payload
 
 CALIBRATION_SECONDS = 3.0
@@ -74,7 +74,7 @@ def compare(
     store = Store(out / "blocks")
     plan = comparison.plan
     wanted = {
-        **strict(plan),
+        **to_json(plan),
         **asdict(asked),
         "payloads": _digest(payloads),
         "bundles": bundles(plan.arms, plan.repository),
@@ -87,7 +87,7 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="stridevit-load-") as folder:
         files = Path(folder) / "payloads"
         files.mkdir()
-        sequence.save(payloads, files)
+        payload_cache.save(payloads, files)
         bench = _Bench(plan=comparison.plan, payloads=files, checkouts=Path(folder) / "checkouts", logs=out / "logs")
         bench.checkouts.mkdir()
         if not settled:
@@ -120,11 +120,11 @@ class _Bench:
             log=self.logs / f"{what}-{name}.log",
         )
 
-    def ask(self, arm: Arm) -> Ask:
+    def ask(self, arm: Arm) -> RequestSpec:
         """What is sent to it."""
-        return Ask(payloads=self.payloads, model=arm.model, protocol=self.plan.protocol)
+        return RequestSpec(payloads=self.payloads, model=arm.model, protocol=self.plan.protocol)
 
-    def saturate(self, arm: Arm, server: Server, seconds: float, *, seed: int) -> Load:
+    def saturate(self, arm: Arm, server: Server, seconds: float, *, seed: int) -> LoadResult:
         """The closed loop."""
         # A slow server answers in bursts, whose beat begins with the load. Were every window to begin at the same
         # moment of it, what it cuts off at its ends would look like a difference between arms.
@@ -132,12 +132,12 @@ class _Bench:
         return closed_loop(
             server,
             self.ask(arm),
-            connections=self.plan.users,
+            connections=self.plan.connections,
             warmup_seconds=self.plan.warmup_seconds + jitter,
             seconds=seconds,
         )
 
-    def offer(self, arm: Arm, server: Server, rate: float, *, seconds: float, seed: int) -> Load:
+    def offer(self, arm: Arm, server: Server, rate: float, *, seconds: float, seed: int) -> LoadResult:
         """The open loop."""
         return open_loop(
             server,
@@ -161,7 +161,7 @@ def _settle(bench: _Bench, asked: Asked, *, on_step: OnStep) -> dict[str, Any]:
             load = bench.saturate(arm, server, CALIBRATION_SECONDS, seed=plan.seed)
             loaded = time.monotonic()
         if not load.throughput:
-            raise ServerError(f"{server.name} answered nothing with 200; its log: {server.log}\n{server.last_words()}")
+            raise ServerError(f"{server.name} answered nothing with 200; its log: {server.log}\n{server.log_tail()}")
         throughputs.append(load.throughput)
         serving_seconds.append(ready - began + time.monotonic() - loaded)
         generator_seconds.append(loaded - ready - CALIBRATION_SECONDS - plan.warmup_seconds - 1)
@@ -172,14 +172,14 @@ def _settle(bench: _Bench, asked: Asked, *, on_step: OnStep) -> dict[str, Any]:
     percentile = Objective(ms=0.0, percentile=plan.objective_percentile)
     costs = replace(costs, probe=min(MOST_SECONDS, percentile.probe_seconds(slowest / 2, 0.0)))
     fits = fitted(plan, costs, seconds=asked.seconds)
-    chosen = {MODERATE: rounded(plan.shares[0] * slowest), HIGH: rounded(plan.shares[1] * slowest)}
+    chosen = {MODERATE: rounded(plan.load_fractions[0] * slowest), HIGH: rounded(plan.load_fractions[1] * slowest)}
     return {
         "costs": asdict(costs),
         "rates": asked.rates or chosen,
         "plan": {
             "seconds": fits.seconds,
             "rounds": fits.rounds,
-            "objective_ms": asked.objective_ms or one_two_five(1000 * plan.users / slowest),
+            "objective_ms": asked.objective_ms or one_two_five(1000 * plan.connections / slowest),
         },
     }
 
@@ -195,10 +195,10 @@ def _measure(
 ) -> None:
     plan = bench.plan
     blocks = order(plan.arms, plan.rounds, seed=plan.seed)
-    searches = [(number, arm) for number in range(plan.searches) for arm in tried(plan)]
+    searches = [(number, arm) for number in range(plan.capacity_searches) for arm in tried(plan)]
     total = len(blocks) + len(searches)
     kept, kept_searches = _whole_rounds(store.blocks(), len(plan.arms)), store.searches()
-    comparison.blocks, comparison.searches = list(kept.values()), list(kept_searches.values())
+    comparison.blocks, comparison.capacity_searches = list(kept.values()), list(kept_searches.values())
     left = costs.whole(plan) - len(kept) * costs.block(plan) - len(kept_searches) * costs.search(plan)
     on_plan(plan, left)
     deadline = time.monotonic() + max(left, _OVERRUN * plan.budget_minutes * 60)
@@ -224,7 +224,7 @@ def _measure(
         on_step(f"largest rate of {arm.label}", len(blocks) + number, total)
         search = _search(bench, arm, round_number, comparison)
         store.add_search(search, number)
-        comparison.searches.append(search)
+        comparison.capacity_searches.append(search)
 
 
 def _whole_rounds(blocks: dict[int, Block], arms: int) -> dict[int, Block]:
@@ -238,7 +238,7 @@ def _whole_rounds(blocks: dict[int, Block], arms: int) -> dict[int, Block]:
 
 def _block(bench: _Bench, arm: Arm, number: int, rates: dict[str, float]) -> Block:
     plan = bench.plan
-    loads: dict[str, Load] = {}
+    loads: dict[str, LoadResult] = {}
     try:
         with bench.serving(arm, f"round{number + 1:02d}") as server:
             info = describe(arm, server, plan.repository)
@@ -258,9 +258,9 @@ def _block(bench: _Bench, arm: Arm, number: int, rates: dict[str, float]) -> Blo
     return Block(arm=arm.label, round=number, idle_bytes=idle, after_bytes=after, loads=loads, info=info)
 
 
-def _search(bench: _Bench, arm: Arm, number: int, comparison: Comparison) -> Search:
+def _search(bench: _Bench, arm: Arm, number: int, comparison: Comparison) -> CapacitySearch:
     plan = bench.plan
-    measured = [block.loads[SATURATED].throughput for block in comparison.of(arm.label)]
+    measured = [block.loads[SATURATED].throughput for block in comparison.blocks_of(arm.label)]
     objective = Objective(ms=plan.objective_ms, percentile=plan.objective_percentile)
     try:
         with bench.serving(arm, f"search{number + 1:02d}") as server:
@@ -278,8 +278,8 @@ def _search(bench: _Bench, arm: Arm, number: int, comparison: Comparison) -> Sea
                 probe=probe,
             )
     except ServerError as error:
-        return Search(
-            arm=arm.label, round=number, rate=None, probes=(), why_not=str(error).splitlines()[0], failed=True
+        return CapacitySearch(
+            arm=arm.label, round=number, rate=None, probes=(), reason=str(error).splitlines()[0], failed=True
         )
 
 

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from loadtests.experiment.machine import git
+from loadtests.errors import LoadTestError
 from loadtests.experiment.model import Arm
 from loadtests.experiment.server import Server, ServerError, remote_server, running_server
+from service.host import git
 
 _SETTING = re.compile(r"[a-z][a-z0-9_]*")
 
 
-class ArmError(Exception):
+class ArmError(LoadTestError):
     """An arm that cannot be understood; the message says how one is written."""
 
 
@@ -60,9 +61,9 @@ def _parse(word: str) -> Arm:
     return Arm(label=word, model=model, settings=settings)
 
 
-def twin(arm: Arm) -> Arm:
+def repeated(arm: Arm) -> Arm:
     """The same again, under another name: the A/A arm."""
-    return replace(arm, label=f"{arm.label} (again)", twin_of=arm.label)
+    return replace(arm, label=f"{arm.label} (again)", repeat_of=arm.label)
 
 
 def resolved(arm: Arm) -> Arm:

@@ -7,12 +7,13 @@ one after the other.
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from loadtests.generator.load import Load, Protocol
+from loadtests.generator.load_result import LoadResult
+from loadtests.generator.load_result import Protocol as ApiProtocol
 
 SATURATED = "saturated"
-"""The closed loop: as many users as keep the server busy."""
+"""The closed loop: as many connections as keep the server busy."""
 MODERATE = "moderate"
 """An open loop at a rate that every arm masters with ease."""
 HIGH = "high"
@@ -33,7 +34,7 @@ class Arm:
     """Of a server that runs already; then memory and CPU are not known."""
     commit: str | None = None
     """The service of this commit, instead of the one at hand."""
-    twin_of: str | None = None
+    repeat_of: str | None = None
     """Label of the arm that this one repeats, to see what the machine's noise alone makes of it (A/A)."""
 
 
@@ -48,7 +49,7 @@ class Block:
     """Of the fresh process; 0 where it is not known, as in `after_bytes`."""
     after_bytes: int = 0
     """When all loads were over."""
-    loads: dict[str, Load] = field(default_factory=dict)
+    loads: dict[str, LoadResult] = field(default_factory=dict)
     """By the names in `LOADS`."""
     info: dict[str, Any] = field(default_factory=dict, repr=False)
     """What the service says of the model: variant, tokens, kv_tokens, params, precision, accuracy, sha256, ..."""
@@ -57,7 +58,7 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
+class CapacitySearch:
     """The largest rate of arrivals at which an arm keeps its objective, by bisection."""
 
     arm: str
@@ -66,7 +67,7 @@ class Search:
     """Images a second; 0 if not even the lowest rate that was tried kept it; None if it could not be found."""
     probes: tuple[tuple[float, float | None], ...]
     """(rate, latency in ms at the objective's percentile, None where it was infinite or not reached)."""
-    why_not: str | None = None
+    reason: str | None = None
     """Why there is no rate."""
     failed: bool = False
     """Because the server failed."""
@@ -78,10 +79,11 @@ class Plan:
 
     repository: Path
     arms: tuple[Arm, ...]
-    """The first is the baseline. An arm with `twin_of` is the A/A arm."""
+    """The first is the baseline. An arm with `repeat_of` is the A/A arm."""
     data: Path | None
-    protocol: Protocol
-    users: int
+    protocol: ApiProtocol
+    connections: int
+    """Concurrent requests of the closed loop."""
     seconds: float
     """Measured seconds of each load."""
     warmup_seconds: float
@@ -89,33 +91,62 @@ class Plan:
     rounds: int
     default_rounds: int
     """A run with fewer rounds says so."""
-    shares: tuple[float, float]
-    """Of the slowest arm's saturated throughput: the rates of the moderate and the high open loop."""
+    load_fractions: tuple[float, float]
+    """Rates of the moderate and the high open loop, as fractions of the slowest arm's saturated throughput."""
     objective_ms: float
     objective_percentile: float
-    searches: int
+    capacity_searches: int
     """Rounds of the bisection; 0 for none."""
     budget_minutes: float
     service_arguments: tuple[str, ...]
     seed: int
 
 
-@dataclass(kw_only=True)
-class Comparison:
-    """All that was measured, and where."""
+class Progress(Protocol):
+    """Where a measurement reports how far it is."""
 
-    plan: Plan
+    def step(self, what: str, done: float, total: float) -> None:
+        """`what` begins now; `done` of `total` steps or seconds are over."""
+
+    def note(self, message: str) -> None:
+        """A line that stays."""
+
+
+@dataclass(kw_only=True)
+class Measurement:
+    """What the results of every command hold beside their figures."""
+
     command: str
+    """As it can be run again."""
     environment: dict[str, str]
     payloads: str = ""
+    """What was sent, in words."""
+    ended_early: str | None = None
+    """Why the measurement did not finish; the report then holds what was measured until then."""
+    finished: datetime | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is anything to report yet."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class Comparison(Measurement):
+    """All that `compare` measured."""
+
+    plan: Plan
     rates: dict[str, float] = field(default_factory=dict)
     """Arrivals a second of the open loops: of `MODERATE` and `HIGH`."""
     blocks: list[Block] = field(default_factory=list)
-    searches: list[Search] = field(default_factory=list)
-    ended_early: str | None = None
-    finished: datetime | None = None
+    capacity_searches: list[CapacitySearch] = field(default_factory=list)
 
-    def of(self, label: str) -> list[Block]:
+    @property
+    def measured(self) -> bool:
+        """Whether a block was measured."""
+        return bool(self.blocks)
+
+    def blocks_of(self, label: str) -> list[Block]:
         """The blocks of one arm that were measured to their end, by round."""
         return sorted(
             (block for block in self.blocks if block.arm == label and block.failure is None),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from loadtests.experiment.model import Search
+from loadtests.experiment.model import CapacitySearch
 from loadtests.experiment.schedule import PROBES
 
 MOST_SECONDS = 60.0
@@ -45,7 +45,7 @@ def largest_rate(
     saturated: float,
     seconds: float,
     probe: Callable[[float, float, int], npt.NDArray[np.float64]],
-) -> Search:
+) -> CapacitySearch:
     """Halve the interval between a rate that keeps the objective and one that does not, `PROBES` times.
 
     `probe(rate, seconds, number)` gives latencies in ms. The rate that is found kept it; so it may be too low by what
@@ -55,20 +55,22 @@ def largest_rate(
     low, high = 0.0, _HIGHEST * saturated
     probes: list[tuple[float, float | None]] = []
     if saturated <= 0:
-        return Search(arm=arm, round=round_number, rate=None, probes=(), why_not="nothing was answered at saturation")
+        return CapacitySearch(
+            arm=arm, round=round_number, rate=None, probes=(), reason="nothing was answered at saturation"
+        )
     for number in range(PROBES):
         rate = (max(low, _LOWEST * saturated) + high) / 2
         needed = objective.probe_seconds(rate, seconds)
         if needed > MOST_SECONDS:
-            return Search(
+            return CapacitySearch(
                 arm=arm,
                 round=round_number,
                 rate=None,
                 probes=tuple(probes),
-                why_not=f"p{objective.percentile:g} at {rate:.3g}/s needs a probe of {needed:.0f} s, more than "
+                reason=f"p{objective.percentile:g} at {rate:.3g}/s needs a probe of {needed:.0f} s, more than "
                 f"{MOST_SECONDS:.0f}: ask for a lower --objective-percentile",
             )
         kept, reached = objective.kept(probe(rate, needed, number))
         probes.append((rate, reached))
         low, high = (rate, high) if kept else (low, rate)
-    return Search(arm=arm, round=round_number, rate=low, probes=tuple(probes))
+    return CapacitySearch(arm=arm, round=round_number, rate=low, probes=tuple(probes))

@@ -43,12 +43,14 @@ class Costs:
 
     def whole(self, plan: Plan) -> float:
         """All blocks and bisections."""
-        return plan.rounds * len(plan.arms) * self.block(plan) + plan.searches * len(tried(plan)) * self.search(plan)
+        return plan.rounds * len(plan.arms) * self.block(plan) + plan.capacity_searches * len(
+            tried(plan)
+        ) * self.search(plan)
 
 
 def tried(plan: Plan) -> list[Arm]:
     """The arms without the A/A arm."""
-    return [arm for arm in plan.arms if arm.twin_of is None]
+    return [arm for arm in plan.arms if arm.repeat_of is None]
 
 
 def fitted(plan: Plan, costs: Costs, *, seconds: float | None) -> Plan:

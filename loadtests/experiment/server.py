@@ -15,14 +15,16 @@ from urllib.parse import quote
 
 import psutil
 
-from loadtests.experiment.direct import get, get_json
+from loadtests.errors import LoadTestError
+from loadtests.experiment.http_get import get, get_json
+from service.host import process_tree, process_tree_bytes
 
 _START_SECONDS = 120
 _STOP_SECONDS = 20
 """The services are on this machine: a proxy of the environment has no business in between."""
 
 
-class ServerError(Exception):
+class ServerError(LoadTestError):
     """A server did not start, or died; the message holds the end of its log."""
 
 
@@ -53,9 +55,9 @@ class Server:
 
     def memory_bytes(self) -> int:
         """Of its process tree now; 0 where that is not known."""
-        return tree_bytes(self.pid) if self.pid is not None else 0
+        return process_tree_bytes(self.pid) if self.pid is not None else 0
 
-    def last_words(self, lines: int = 15) -> str:
+    def log_tail(self, lines: int = 15) -> str:
         """The end of its log."""
         if self.log is None:
             return ""
@@ -112,7 +114,7 @@ def running(
 
 def end(process: subprocess.Popen[Any]) -> None:
     """Stop a process and those that it started."""
-    family = tree(process.pid)
+    family = process_tree(process.pid)
     for member in family:
         with suppress(psutil.Error):
             member.terminate()
@@ -132,36 +134,17 @@ def remote_server(url: str) -> Server:
     return server
 
 
-def tree(pid: int) -> list[psutil.Process]:
-    """A process and those that it started; none if it has ended."""
-    try:
-        root = psutil.Process(pid)
-        return [root, *root.children(recursive=True)]
-    except psutil.Error:
-        return []
-
-
-def tree_bytes(pid: int) -> int:
-    """Memory of a process and its children: PSS where the system tells it, else the memory unique to each."""
-    total = 0
-    for process in tree(pid):
-        with suppress(psutil.Error):
-            memory = process.memory_full_info()
-            total += getattr(memory, "pss", 0) or memory.uss
-    return total
-
-
 def _wait_until_ready(server: Server) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if not server.alive():
-            raise ServerError(f"{server.name} did not start:\n{server.last_words()}")
+            raise ServerError(f"{server.name} did not start:\n{server.log_tail()}")
         try:
             get(server.url + "/readyz", timeout=2)
             return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
-    raise ServerError(f"{server.name} was not ready after {_START_SECONDS} s:\n{server.last_words()}")
+    raise ServerError(f"{server.name} was not ready after {_START_SECONDS} s:\n{server.log_tail()}")
 
 
 def free_port() -> int:

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from loadtests.experiment.model import Block, Search
-from loadtests.generator.load import Load
+from loadtests.errors import LoadTestError
+from loadtests.experiment.model import Block, CapacitySearch
+from loadtests.generator.load_result import LoadResult
 
 _PLAN = "plan.json"
 
 
-class StoreError(Exception):
+class StoreError(LoadTestError):
     """The folder holds another comparison; the message says what to do."""
 
 
@@ -58,7 +59,7 @@ class Store:
         np.savez_compressed(self._folder / f"{number:04d}.npz", allow_pickle=False, **latencies)
         self._write(self._folder / f"{number:04d}.json", values)
 
-    def add_search(self, search: Search, number: int) -> None:
+    def add_search(self, search: CapacitySearch, number: int) -> None:
         """Keep a search."""
         self._write(self._folder / f"search-{number:04d}.json", asdict(search))
 
@@ -68,17 +69,19 @@ class Store:
         for path in sorted(self._folder.glob("[0-9]*.json")):
             values = json.loads(path.read_text(encoding="utf-8"))
             with np.load(path.with_suffix(".npz"), allow_pickle=False) as latencies:
-                loads = {name: Load(**load, latencies_ms=latencies[name]) for name, load in values.pop("loads").items()}
+                loads = {
+                    name: LoadResult(**load, latencies_ms=latencies[name]) for name, load in values.pop("loads").items()
+                }
             found[int(path.stem)] = replace(Block(**values), loads=loads)
         return found
 
-    def searches(self) -> dict[int, Search]:
+    def searches(self) -> dict[int, CapacitySearch]:
         """All that were kept, by number."""
         found = {}
         for path in sorted(self._folder.glob("search-*.json")):
             values = json.loads(path.read_text(encoding="utf-8"))
             probes = tuple((rate, latency) for rate, latency in values.pop("probes"))
-            found[int(path.stem.removeprefix("search-"))] = Search(**values, probes=probes)
+            found[int(path.stem.removeprefix("search-"))] = CapacitySearch(**values, probes=probes)
         return found
 
     def clear(self) -> None:

@@ -1,40 +1,39 @@
-"""Raw samples, a row a request, as the locustfile writes them; and what a window of them says."""
+"""Raw samples, one row per request, as the locustfile writes them; and what a time window of them shows."""
 
 import csv
 import io
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 import numpy.typing as npt
 
-COLUMNS = ("due_s", "latency_ms", "status", "behind_ms", "model", "image", "correct")
 UNSENT = -1
-"""Status of an arrival that was not sent, for too many were under way; 0 is one without an answer."""
+"""Status of an arrival that was not sent because too many requests were in flight; 0 is a request without an answer."""
 
 LATE_MS = 5.0
-"""Sent more than this after its moment, an image is late: the generator, not the server, was slow."""
+"""A request sent more than this after it was due is late: the generator, not the server, was slow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What became of one request."""
+    """The outcome of one request."""
 
     due_s: float
-    """Unix time at which it was to be sent."""
+    """Unix time at which it was scheduled."""
     latency_ms: float
-    """From then to the end of its answer."""
+    """From `due_s` to the end of the answer."""
     status: int
     behind_ms: float
-    """How much later it was sent."""
+    """Delay between `due_s` and sending."""
     model: str
-    """That answered, as name/version."""
+    """The model that answered, as name/version."""
     image: int
-    """Its number in the sequence of payloads."""
+    """Number of the payload."""
     correct: bool | None
-    """Whether the first class was the right one; None where that is not known."""
+    """Whether the first class was the right one; None if unknown."""
 
     @property
     def ok(self) -> bool:
@@ -42,24 +41,26 @@ class Sample:
         return self.status == 200
 
 
-def writer(stream: TextIO) -> Callable[[Sample], None]:
-    """Write a header, and give the function that adds a row."""
+COLUMNS = tuple(field.name for field in fields(Sample))
+
+
+def sample_writer(stream: TextIO) -> Callable[[Sample], None]:
+    """Write a header, and return the function that adds a row."""
     table = csv.writer(stream)
     table.writerow(COLUMNS)
 
     def write(sample: Sample) -> None:
-        right = "" if sample.correct is None else int(sample.correct)
         numbers = (f"{sample.due_s:.6f}", f"{sample.latency_ms:.3f}", sample.status, f"{sample.behind_ms:.3f}")
-        table.writerow((*numbers, sample.model, sample.image, right))
+        correct = "" if sample.correct is None else int(sample.correct)
+        table.writerow((*numbers, sample.model, sample.image, correct))
 
     return write
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """All whole rows of a file: the last may be cut off where a generator was ended."""
+    """All complete rows of a file: the last may be cut off if the generator was killed."""
     with path.open(encoding="utf-8", newline="") as stream:
         text = stream.read()
-    whole = text[: text.rfind("\n") + 1]
     return [
         Sample(
             due_s=float(row["due_s"]),
@@ -70,45 +71,47 @@ def read_samples(path: Path) -> list[Sample]:
             image=int(row["image"]),
             correct=None if row["correct"] == "" else row["correct"] == "1",
         )
-        for row in csv.DictReader(io.StringIO(whole))
+        for row in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """What the samples say of a window in time."""
+    """What the samples of a time window show."""
 
     begin: float
     """Unix time."""
     throughput: float
+    """Images a second."""
     latencies_ms: npt.NDArray[np.float64]
-    """Of all requests that were due in the window; infinite where they were not answered with 200."""
+    """Latencies of all requests that were due in the window; infinite if not answered with 200."""
     errors: int
-    late: int
-    """Sent more than `LATE_MS` after their moment."""
-    unsent: int
+    late_arrivals: int
+    """Sent more than `LATE_MS` after they were due."""
+    unsent_arrivals: int
     labelled: int
     correct: int
 
 
-def window(samples: list[Sample], *, warmup_seconds: float, seconds: float) -> Window:
-    """The `seconds` that follow the warm-up, which begins with the first request.
+def window(samples: Sequence[Sample], *, warmup_seconds: float, seconds: float) -> Window:
+    """The `seconds` after the warm-up, which begins with the first request.
 
     Throughput counts the answers that *ended* in the window; latencies are of the requests that were *due* in it,
-    whenever they ended. To ask for both would leave out the slowest, and those of a slow server most.
+    whenever they ended. Requiring both would leave out the slowest, most of all those of a slow server.
     """
     begin = min(sample.due_s for sample in samples) + warmup_seconds
     end = begin + seconds
     ended = sum(sample.ok and begin < sample.due_s + sample.latency_ms / 1000 <= end for sample in samples)
     due = [sample for sample in samples if begin <= sample.due_s < end]
-    known = [sample.correct for sample in due if sample.correct is not None]
+    sent = [sample for sample in due if sample.status != UNSENT]
+    labelled = [sample.correct for sample in due if sample.correct is not None]
     return Window(
         begin=begin,
         throughput=ended / seconds,
         latencies_ms=np.array([sample.latency_ms if sample.ok else np.inf for sample in due], dtype=np.float64),
-        errors=sum(not sample.ok and sample.status != UNSENT for sample in due),
-        late=sum(sample.behind_ms > LATE_MS and sample.status != UNSENT for sample in due),
-        unsent=sum(sample.status == UNSENT for sample in due),
-        labelled=len(known),
-        correct=sum(known),
+        errors=sum(not sample.ok for sample in sent),
+        late_arrivals=sum(sample.behind_ms > LATE_MS for sample in sent),
+        unsent_arrivals=len(due) - len(sent),
+        labelled=len(labelled),
+        correct=sum(labelled),
     )

@@ -2,8 +2,8 @@
 
     locust -f loadtests/generator/locustfile.py,loadtests/generator/shapes.py --rates 200:30,900:10,200:30 ...
 
-Rates are written as loadtests/generator/rates.py says: steps, ramps, spikes, a soak. The test ends with the last.
-A rate is made of whole users: `--rate-per-user` is its step.
+`--rates` is written as loadtests/generator/rates.py describes: steps, ramps, spikes, a soak. The test ends with the
+last part. The number of users makes the rate, in steps of `--rate-per-user`.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call"
@@ -12,27 +12,23 @@ from typing import Any
 from locust import LoadTestShape, events
 from locust.argument_parser import LocustArgumentParser
 
-from loadtests.generator.rates import Part, parse_rates, rate_at
+from loadtests.generator.rates import parse_rates, rate_at
 
 
 class Rates(LoadTestShape):
     """Turns `--rates` into a number of users."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._parts: tuple[Part, ...] = ()
-
     def tick(self) -> tuple[int, float] | None:
-        """Users, and how many may come or go in a second."""
-        if self.runner is None:
+        """Number of users, and how many may start or stop in a second."""
+        options = self.runner.environment.parsed_options if self.runner else None
+        if options is None:
             return None
-        asked = self.runner.environment.parsed_options
-        if asked is None or not asked.rates:
+        if not options.rates:
             raise ValueError("--rates is missing: RATE:SECONDS or FROM>TO:SECONDS, separated by commas")
-        rate = rate_at(parse_rates(asked.rates), self.get_run_time())
+        rate = rate_at(parse_rates(options.rates), self.get_run_time())
         if rate is None:
             return None
-        users = round(rate / asked.rate_per_user)
+        users = round(rate / options.rate_per_user)
         return users, max(1, users, self.get_current_user_count())
 
 

@@ -7,9 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from loadtests.experiment.machine import environment
-from loadtests.experiment.server import ServerError
-from loadtests.experiment.terminal import (
+from loadtests.experiment.command import (
     Command,
     Data,
     Repository,
@@ -21,6 +19,8 @@ from loadtests.experiment.terminal import (
     progress_bar,
     this_command,
 )
+from loadtests.experiment.environment import environment
+from loadtests.experiment.server import ServerError
 from loadtests.generator.payloads import PayloadError
 from loadtests.limit import report as limit_report
 from loadtests.limit.measure import Plan, Results, measure
@@ -76,7 +76,7 @@ def limit(
                 seconds=seconds,
                 warmup_seconds=warmup,
                 connections=loops,
-                share=load,
+                load_fraction=load,
                 service_arguments=arguments,
             )
             _limit(plan, out, said)

@@ -17,16 +17,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from loadtests.experiment.drive import Ask, closed_loop, open_loop
+from loadtests.experiment.locust_runner import RequestSpec, closed_loop, open_loop
 from loadtests.experiment.server import Server, ServerError, end, running, running_server
-from loadtests.generator import sequence
-from loadtests.generator.load import Load
+from loadtests.generator import payload_cache
+from loadtests.generator.load_result import LoadResult
 from loadtests.generator.payloads import describe, read_payloads
 
 Arm = Literal["engine", "service", "plain"]
 ARMS: tuple[Arm, ...] = ("engine", "service", "plain")
 
-_PLAIN = Path(__file__).parents[1] / "baseline" / "plain_fastapi.py"
+_PLAIN = "loadtests.baseline.plain_fastapi"
 _ENGINE_SPARE_SECONDS = 600
 _ENGINE_TRIALS_SECONDS = 20
 _START_STOP_SECONDS = 6
@@ -46,7 +46,7 @@ class Plan:
     warmup_seconds: float
     connections: tuple[int, ...]
     """Ascending; the last stands for saturation."""
-    share: float
+    load_fraction: float
     """Of the saturated throughput, offered in the open loop."""
     service_arguments: tuple[str, ...]
 
@@ -74,7 +74,7 @@ class Drive:
     round: int
     arm: Arm
     idle_bytes: int
-    load: Load
+    load: LoadResult
 
 
 @dataclass(kw_only=True)
@@ -104,12 +104,12 @@ def measure(plan: Plan, out: Path, results: Results, *, on_step: Callable[[str, 
 
     with tempfile.TemporaryDirectory(prefix="stridevit-load-") as folder:
         files, payloads = Path(folder), read_payloads(plan.data)
-        sequence.save(payloads, files)
+        payload_cache.save(payloads, files)
         results.payloads = describe(payloads, plan.data)
         for number, arm in plan.steps():
             if arm == "engine":
                 tell(number, "engine limit")
-                results.limits[number] = engine_limit(plan, files / sequence.IMAGES)
+                results.limits[number] = engine_limit(plan, files / payload_cache.IMAGES)
                 continue
             with _server(plan, arm, log=out / f"{arm}-{number}.log") as server:
                 idle_bytes = server.memory_bytes()
@@ -120,8 +120,8 @@ def measure(plan: Plan, out: Path, results: Results, *, on_step: Callable[[str, 
 
 def _loads(
     plan: Plan, arm: Arm, server: Server, payloads: Path, *, seed: int, tell: Callable[[str], None]
-) -> Iterator[Load]:
-    ask = Ask(payloads=payloads, model=plan.model)
+) -> Iterator[LoadResult]:
+    ask = RequestSpec(payloads=payloads, model=plan.model)
     window = {"warmup_seconds": plan.warmup_seconds, "seconds": plan.seconds}
     saturated = 0.0
     for connections in plan.connections:
@@ -133,14 +133,14 @@ def _loads(
         return
     if not saturated:
         raise ServerError(f"{server.name} answered no image within {plan.seconds:g} s; its log is {server.log}")
-    tell(f"service, {plan.share:.0%} load")
-    yield open_loop(server, ask, rate=plan.share * saturated, seed=seed, **window)
+    tell(f"service, {plan.load_fraction:.0%} load")
+    yield open_loop(server, ask, rate=plan.load_fraction * saturated, seed=seed, **window)
 
 
 def _server(plan: Plan, arm: Arm, *, log: Path) -> AbstractContextManager[Server]:
     if arm == "service":
         return running_server(plan.repository, plan.model, log=log, arguments=plan.service_arguments)
-    plain = [sys.executable, str(_PLAIN), str(newest(plan.repository, plan.model)), "--port"]
+    plain = [sys.executable, "-m", _PLAIN, str(newest(plan.repository, plan.model)), "--port"]
     return running(lambda port: [*plain, str(port)], name="the plain server", log=log)
 
 
@@ -154,7 +154,7 @@ def newest(repository: Path, model: str) -> Path:
 
 def engine_limit(plan: Plan, images: Path) -> dict[str, Any]:
     """Ask the service's own command, in a process of its own. Raises ServerError."""
-    command = [sys.executable, "-m", "service", "engine-limit", "--model", plan.model, "--images", str(images)]
+    command = [sys.executable, "-m", "service", "engine-limit", "--model", plan.model, "--data", str(images)]
     asked = ["--repository", str(plan.repository), "--seconds", f"{plan.seconds:g}", "--json"]
     process = subprocess.Popen(  # noqa: S603 (our own command)
         [*command, *asked], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from loadtests.experiment.documents import strict, write_json
+from loadtests.experiment.json_files import to_json, write_json
 from loadtests.limit.measure import Arm, Drive, Results
 from loadtests.statistics import percentile
 
@@ -39,8 +39,8 @@ class Row:
     answered: int
     errors: int
     arrivals: int
-    late: int
-    unsent: int
+    late_arrivals: int
+    unsent_arrivals: int
 
     @property
     def tail(self) -> Figures:
@@ -117,8 +117,8 @@ def _row(arm: Arm, connections: int | None, drives: list[Drive]) -> Row:
         answered=sum(drive.load.answered for drive in drives),
         errors=sum(drive.load.errors for drive in drives),
         arrivals=sum(drive.load.arrivals for drive in drives),
-        late=sum(drive.load.late for drive in drives),
-        unsent=sum(drive.load.unsent for drive in drives),
+        late_arrivals=sum(drive.load.late_arrivals for drive in drives),
+        unsent_arrivals=sum(drive.load.unsent_arrivals for drive in drives),
     )
 
 
@@ -158,7 +158,7 @@ def ratios(results: Results) -> list[Ratio]:
             ]
     opened, single = by_load.get(("service", None)), by_load.get(("service", 1))
     if opened and single:
-        name = f"service, p99 at {results.plan.share:.0%} load (open loop) / p50 at 1 connection"
+        name = f"service, p99 at {results.plan.load_fraction:.0%} load (open loop) / p50 at 1 connection"
         found.append(Ratio(name=name, values=ratio(opened.p99_ms, single.p50_ms)))
     found.append(
         Ratio(name="service idle, memory above ONNX Runtime and model alone", values=_above(results), unit="MB")
@@ -169,7 +169,7 @@ def ratios(results: Results) -> list[Ratio]:
 def _above(results: Results) -> Figures:
     """MB of the idle service above the baseline process of the same round."""
     idle = {drive.round: drive.idle_bytes for drive in results.drives if drive.arm == "service"}
-    alone = {number: said["baseline_bytes"] for number, said in results.limits.items() if said["baseline_bytes"]}
+    alone = {number: pss for number, said in results.limits.items() if (pss := said["baseline_pss_bytes"])}
     return {number: (idle[number] - alone[number]) / 1e6 for number in idle if number in alone}
 
 
@@ -197,9 +197,9 @@ def cells(results: Results) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = []
     if results.limits:
         said = results.limits.values()
-        batches = "/".join(dict.fromkeys(str(one["batch"]) for one in said))
+        batches = "/".join(dict.fromkeys(str(one["batch_size"]) for one in said))
         rates = {number: one["images_per_second"] for number, one in results.limits.items()}
-        alone = [one["baseline_bytes"] / 1e6 for one in said if one["baseline_bytes"]]
+        alone = [one["baseline_pss_bytes"] / 1e6 for one in said if one["baseline_pss_bytes"]]
         memory = f"{np.median(alone):.1f}" if alone else "–"
         lines.append(("engine limit", f"batch {batches}", _range(rates), *"––––", memory, *"–––"))
     for row in rows(results):
@@ -207,12 +207,13 @@ def cells(results: Results) -> list[tuple[str, ...]]:
         lines.append(
             (
                 row.arm,
-                f"{results.plan.share:.0%}, open loop" if opened else f"{row.connections} conn.",
+                f"{results.plan.load_fraction:.0%}, open loop" if opened else f"{row.connections} conn.",
                 _range(row.throughput),
                 _middle(row.p50_ms, ".1f"),
                 _middle(row.p99_ms, ".1f"),
                 _middle(row.tail, ".2f"),
-                f"{row.errors}" + (f" (of {row.arrivals}: unsent {row.unsent}, late {row.late})" if opened else ""),
+                f"{row.errors}"
+                + (f" (of {row.arrivals}: unsent {row.unsent_arrivals}, late {row.late_arrivals})" if opened else ""),
                 f"{np.median(list(row.idle_bytes.values())) / 1e6:.1f}",
                 f"{max(row.peak_bytes.values()) / 1e6:.1f}",
                 _middle(row.server_cores, ".2f"),
@@ -273,7 +274,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "finished": results.finished.isoformat(timespec="seconds") if results.finished else None,
         "ended_early": results.ended_early,
         "environment": _where(results),
-        "plan": strict(results.plan),
+        "plan": to_json(results.plan),
         "payloads": results.payloads,
         "ratios": [
             {"name": one.name, "unit": one.unit, "median": one.median, "rounds": list(one.values.values())}
@@ -290,14 +291,15 @@ def _drive_as_json(drive: Drive) -> dict[str, Any]:
         "round": drive.round,
         "arm": drive.arm,
         "connections": load.connections,
-        "offered": load.offered,
+        "mode": load.mode,
+        "offered_rate": load.offered_rate,
         "throughput": load.throughput,
         "answered": load.answered,
         **{f"p{rank}_ms": percentile(load.latencies_ms, rank) for rank in (50, 95, 99)},
         "errors": load.errors,
         "arrivals": load.arrivals,
-        "late": load.late,
-        "unsent": load.unsent,
+        "late_arrivals": load.late_arrivals,
+        "unsent_arrivals": load.unsent_arrivals,
         "idle_bytes": drive.idle_bytes,
         "peak_bytes": load.peak_bytes,
         "server_cores": load.server_cores,

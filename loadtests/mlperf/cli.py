@@ -8,9 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from loadtests.experiment.machine import environment
-from loadtests.experiment.server import ServerError
-from loadtests.experiment.terminal import (
+from loadtests.experiment.command import (
     Command,
     Data,
     ServiceArgs,
@@ -20,6 +18,8 @@ from loadtests.experiment.terminal import (
     fail,
     this_command,
 )
+from loadtests.experiment.environment import environment
+from loadtests.experiment.server import ServerError
 from loadtests.generator.payloads import PayloadError
 from loadtests.mlperf import report as mlperf_report
 from loadtests.mlperf.drive import SCENARIOS, SHORT_LATENCY_MS, MlperfError, Plan, Results, Scenario, drive

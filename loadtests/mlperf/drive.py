@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-from loadtests.experiment.direct import get_json
+from loadtests.errors import LoadTestError
+from loadtests.experiment.http_get import get_json
 from loadtests.experiment.server import Server, ServerError, running_server
 from loadtests.generator.payloads import Payload, PayloadError, describe, read_payloads
 from loadtests.mlperf.summary import Accuracy, Summary, accuracy_of, parse_summary
@@ -44,7 +45,7 @@ _DEATH_SECONDS = 1.0
 _LAST_WORDS = 2000
 
 
-class MlperfError(Exception):
+class MlperfError(LoadTestError):
     """LoadGen did not run to its end; the message holds what the service, or LoadGen, said."""
 
 
@@ -147,7 +148,7 @@ def drive(plan: Plan, out: Path, results: Results, *, on_step: Callable[[Scenari
     `on_step(scenario, seconds)` is told all along how long a scenario has run. Raises PayloadError, ServerError if a
     server does not start or dies, and MlperfError if LoadGen does not come to its end.
     """
-    payloads = read_payloads(plan.data, most=None if plan.accuracy else IMAGES)
+    payloads = read_payloads(plan.data, limit=None if plan.accuracy else IMAGES)
     if plan.accuracy and not any(payload.label is not None for payload in payloads):
         raise PayloadError("--accuracy needs labelled images: --data must name a set with labels")
     results.payloads = describe(payloads, plan.data)
@@ -267,7 +268,7 @@ def _dies(server: Server) -> bool:
 
 
 def _died(server: Server) -> ServerError:
-    return ServerError(f"{server.name} died under load; its log, {server.log}, ends:\n{server.last_words()}")
+    return ServerError(f"{server.name} died under load; its log, {server.log}, ends:\n{server.log_tail()}")
 
 
 def _model(url: str, name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from loadtests.experiment.documents import strict, write_json
+from loadtests.experiment.json_files import to_json, write_json
 from loadtests.mlperf.drive import Results, Run, Scenario
 
 HEADLINES: dict[Scenario, str] = {
@@ -113,7 +113,7 @@ def as_json(results: Results) -> dict[str, Any]:
     return {
         "command": results.command,
         "environment": results.environment,
-        "plan": strict(results.plan),
+        "plan": to_json(results.plan),
         "payloads": results.payloads,
         "notes": notes(results),
         "ended_early": results.ended_early,

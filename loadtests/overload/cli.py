@@ -6,10 +6,7 @@ from typing import Annotated
 
 import typer
 
-from loadtests.experiment.documents import write_json
-from loadtests.experiment.machine import environment
-from loadtests.experiment.server import ServerError
-from loadtests.experiment.terminal import (
+from loadtests.experiment.command import (
     Command,
     Data,
     ServiceArgs,
@@ -20,6 +17,9 @@ from loadtests.experiment.terminal import (
     progress_bar,
     this_command,
 )
+from loadtests.experiment.environment import environment
+from loadtests.experiment.json_files import write_json
+from loadtests.experiment.server import ServerError
 from loadtests.generator.payloads import PayloadError
 from loadtests.generator.rates import parse_rates
 from loadtests.overload import measure as report

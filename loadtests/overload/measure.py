@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from loadtests.experiment.documents import strict
-from loadtests.experiment.drive import Ask, shaped
+from loadtests.experiment.json_files import to_json
+from loadtests.experiment.locust_runner import RequestSpec, shaped_loop
 from loadtests.experiment.server import running_server
-from loadtests.generator import sequence
+from loadtests.generator import payload_cache
 from loadtests.generator.payloads import read_payloads
 from loadtests.generator.samples import LATE_MS, UNSENT
 from loadtests.statistics import percentile
@@ -73,8 +73,8 @@ class Block:
     answers: list[Answer] = field(repr=False)
     top1: dict[str, float]
     """Of each model, from its manifest: on the test split, not on these requests."""
-    unsent: int
-    late_sent: int
+    unsent_arrivals: int
+    late_arrivals: int
     generator_cores: float
     server_cores: float
 
@@ -85,7 +85,7 @@ class StepResult:
 
     target: str
     rate: float
-    offered: float
+    offered_rate: float
     """Requests a second that were due."""
     goodput: float
     """Answered with 200 within the deadline, a second."""
@@ -112,7 +112,7 @@ def overload(plan: Plan, out: Path, blocks: list[Block], *, on_block: Callable[[
     out.mkdir(parents=True, exist_ok=True)
     order = plan.order()
     with tempfile.TemporaryDirectory(prefix="stridevit-load-") as folder:
-        sequence.save(read_payloads(plan.data), Path(folder))
+        payload_cache.save(read_payloads(plan.data), Path(folder))
         for done, (number, target) in enumerate(order):
             on_block(target, done, len(order))
             blocks.append(_measure(plan, target, number, Path(folder), out / f"server-{number}-{target}.log"))
@@ -121,9 +121,9 @@ def overload(plan: Plan, out: Path, blocks: list[Block], *, on_block: Callable[[
 def _measure(plan: Plan, target: str, number: int, payloads: Path, log: Path) -> Block:
     seconds = sum(length for _, length in plan.steps)
     with running_server(plan.repository, None, log=log, arguments=plan.service_arguments) as server:
-        samples, meter = shaped(
+        samples, meter = shaped_loop(
             server,
-            Ask(payloads=payloads, model=target, deadline_ms=plan.deadline_ms),
+            RequestSpec(payloads=payloads, model=target, deadline_ms=plan.deadline_ms),
             rates=",".join(f"{rate:g}:{length:g}" for rate, length in plan.steps),
             rate_per_user=min(rate for rate, _ in plan.steps) / _USERS_AT_LEAST,
             seconds=seconds,
@@ -145,8 +145,8 @@ def _measure(plan: Plan, target: str, number: int, payloads: Path, log: Path) ->
             for sample in samples
         ],
         top1={name: info["accuracy"]["top1"] for name, info in models.items() if info.get("accuracy")},
-        unsent=sum(sample.status == UNSENT for sample in samples),
-        late_sent=sum(sample.behind_ms > LATE_MS for sample in samples),
+        unsent_arrivals=sum(sample.status == UNSENT for sample in samples),
+        late_arrivals=sum(sample.behind_ms > LATE_MS for sample in samples),
         generator_cores=generator_cores,
         server_cores=server_cores,
     )
@@ -180,7 +180,7 @@ def _step(plan: Plan, blocks: list[Block], place: int) -> StepResult:
     return StepResult(
         target=blocks[0].target,
         rate=rate,
-        offered=due / whole,
+        offered_rate=due / whole,
         goodput=len(good) / whole,
         goodput_range=(min(rates), max(rates)),
         within_deadline=len(good) / due if due else 0.0,
@@ -212,7 +212,7 @@ def markdown(found: list[StepResult]) -> str:
         low, high = step.goodput_range
         parts = (step.within_deadline, step.refused, step.too_late, step.failed)
         lines.append(
-            f"| `{step.target}` | {step.offered:.0f} | {step.goodput:.0f} ({low:.0f}–{high:.0f}) | "
+            f"| `{step.target}` | {step.offered_rate:.0f} | {step.goodput:.0f} ({low:.0f}–{high:.0f}) | "
             + " | ".join(f"{part:.1%}" for part in parts)
             + f" | {_known(step.p99_ms, '.0f')} | {_known(step.mean_top1, '.2%')} |"
         )
@@ -227,7 +227,7 @@ def as_json(plan: Plan, blocks: list[Block], found: list[StepResult], about: dic
     """All but the single answers."""
     return {
         "about": about,
-        "plan": strict(plan),
+        "plan": to_json(plan),
         "steps": [asdict(step) for step in found],
         "blocks": [
             {key: value for key, value in asdict(block).items() if key != "answers"} | {"answers": len(block.answers)}

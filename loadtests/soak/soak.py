@@ -18,8 +18,8 @@ from urllib.parse import quote, urlsplit
 import numpy as np
 from PIL import Image
 
-from loadtests.experiment.documents import write_json
-from loadtests.experiment.machine import environment
+from loadtests.experiment.environment import environment
+from loadtests.experiment.json_files import write_json
 from loadtests.experiment.server import Server, ServerError, running_server
 from loadtests.generator.payloads import Payload, PayloadError, read_payloads
 
@@ -119,7 +119,7 @@ def soak(
 
 def mixed_sizes(data: Path | None) -> tuple[list[bytes], str]:
     """Eight images of `data`, or generated ones, each as a JPEG of six sizes, shuffled; and in words what they are."""
-    originals = [_opened(payload) for payload in read_payloads(data, most=_ORIGINALS)]
+    originals = [_opened(payload) for payload in read_payloads(data, limit=_ORIGINALS)]
     images = []
     for image, side in itertools.product(originals, LONGER_SIDES):
         scale = side / max(image.size)
@@ -172,7 +172,7 @@ def _send(
                     if not server.alive():
                         raise ServerError(
                             f"{server.name} died after {number} requests; its log, {server.log}, ends:\n"
-                            f"{server.last_words()}"
+                            f"{server.log_tail()}"
                         )
                 if number % every == 0:
                     used = server.memory_bytes()

@@ -9,7 +9,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from service.bundle import Accuracy, Manifest
 from service.errors import RequestError
 from service.http.body import read_images
 from service.http.openapi import Direct, query_parameters, responses
@@ -23,6 +22,7 @@ from service.http.request_options import (
     validated,
     watch_disconnect,
 )
+from service.manifest import AccuracySummary, Manifest
 from service.models.family import Choice
 from service.models.model import Model
 from service.models.registry import State
@@ -72,8 +72,8 @@ class Timings(BaseModel):
     total: float
 
 
-class PassedOver(BaseModel):
-    """A more accurate model that was not taken."""
+class Skipped(BaseModel):
+    """A more accurate model that was not chosen."""
 
     model: str
     predicted_ms: float
@@ -84,9 +84,9 @@ class Chosen(BaseModel):
 
     family: str
     reason: str
-    """`most_accurate`, `deadline`, or `recovering`: the family had stepped down and waits for more headroom."""
+    """`most_accurate`, `deadline`, or `headroom`: a more accurate one would be in time, but only just."""
     predicted_ms: float
-    passed_over: list[PassedOver]
+    skipped: list[Skipped]
 
 
 class Classification(BaseModel):
@@ -111,6 +111,7 @@ class ModelSummary(BaseModel):
     reason: str | None = None
     default: bool = False
     family: str | None = None
+    architecture: str | None = None
     variant: str | None = None
     kv_tokens: int | None = None
     tokens: int | None = None
@@ -119,7 +120,8 @@ class ModelSummary(BaseModel):
     precision: str | None = None
     image_size: int | None = None
     classes: int | None = None
-    accuracy: Accuracy | None = None
+    accuracy: AccuracySummary | None = None
+    """Without the bits of `manifest.accuracy.correct`, which the detail has."""
 
 
 class ModelList(BaseModel):
@@ -151,7 +153,7 @@ _EXAMPLE = {
         "family": "cifar100",
         "reason": "deadline",
         "predicted_ms": 12.5,
-        "passed_over": [{"model": "cifar100-lsra-r4", "predicted_ms": 48.1}],
+        "skipped": [{"model": "cifar100-lsra-r4", "predicted_ms": 48.1}],
     },
     "timings_ms": {"read": 0.2, "decode": 1.9, "queue": 4.0, "inference": 2.1, "total": 8.6},
     "request_id": "c8c774003f9448b49c0964e4feeb8708",
@@ -163,6 +165,7 @@ _SUMMARY = {
     "state": "ready",
     "default": False,
     "family": "cifar100",
+    "architecture": "vit-xs",
     "variant": "csra-r2",
     "kv_tokens": 16,
     "tokens": 64,
@@ -181,7 +184,11 @@ _MODEL_EXAMPLE = {
     "name": "cifar100-csra-r2",
     "versions": [3],
     "version": 3,
-    "manifest": {"name": "cifar100-csra-r2", "variant": "csra-r2", "kv_tokens": 16, "...": "the rest of manifest.json"},
+    "manifest": {
+        "name": "cifar100-csra-r2",
+        "attention": {"variant": "csra-r2", "kv_tokens": 16},
+        "...": "the rest of manifest.json",
+    },
     "batch_ms": {"1": 1.2, "2": 2.1, "4": 4.2},
     "waiting": 0,
     "labels": ["apple", "aquarium_fish", "..."],
@@ -350,19 +357,21 @@ def _result(model: Model, answer: Classified | RequestError, top_k: int) -> dict
 
 def _summary(model: Model, *, default: bool) -> ModelSummary:
     manifest = model.manifest
+    attention = manifest.attention
     return ModelSummary(
         name=manifest.name,
         version=model.bundle.version,
         state="ready",
         default=default,
         family=manifest.family,
-        variant=manifest.variant,
-        kv_tokens=manifest.kv_tokens,
-        tokens=manifest.tokens,
-        parameters=manifest.parameters,
+        architecture=manifest.architecture,
+        variant=attention.variant if attention else None,
+        kv_tokens=attention.kv_tokens if attention else None,
+        tokens=attention.tokens if attention else None,
+        parameters=manifest.params,
         macs=manifest.macs,
         precision=manifest.precision,
         image_size=manifest.preprocessing.crop,
-        classes=manifest.classes,
+        classes=manifest.num_classes,
         accuracy=manifest.accuracy,
     )

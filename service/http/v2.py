@@ -12,13 +12,13 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ValidationError
 
-from service.bundle import Tensor
 from service.errors import BadRequest, BundleError, NotReady, RequestError, UnknownModel
 from service.http import tensors
 from service.http.body import read_body
 from service.http.openapi import Direct
 from service.http.request_options import RequestOptions, admitted_request, terms_of, validated, watch_disconnect
 from service.http.v1 import answer_headers
+from service.manifest import Tensor
 from service.models.family import Choice
 from service.models.model import Model, Sum
 from service.pipeline import Classified, Classifier, ModelSelector

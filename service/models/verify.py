@@ -1,23 +1,29 @@
-"""The proof before traffic: a loaded model must give its golden outputs on this very machine."""
+"""The check before traffic: a loaded model must give its golden outputs on this machine."""
 
-import platform
 from pathlib import Path
 
 import numpy as np
 
-from service.bundle import GOLDEN_FILE, Bundle, Golden, Manifest
+from service.bundle import GOLDEN_FILE, Bundle, Golden
 from service.engine import Engine
 from service.errors import BundleError, ImageError
+from service.host import cpu_features
 from service.images import decode
+from service.manifest import Manifest
 
 MAX_GOLDEN_PIXELS = 4_000_000
+
+
+def verify_golden(bundle: Bundle, engine: Engine) -> None:
+    """Check a bundle on disk against its own golden file. Raises BundleError."""
+    check_golden(bundle.golden(), bundle.manifest, engine, path=bundle.folder / GOLDEN_FILE)
 
 
 def check_golden(golden: Golden, manifest: Manifest, engine: Engine, *, path: Path) -> None:
     """Decode the golden images of the file `path`, run them in as few batches as the model allows, and compare.
 
-    Raises BundleError naming the file, the largest difference and the CPU if an output is beyond the manifest's
-    tolerance or a top-1 differs.
+    Raises BundleError if an output exceeds the manifest's tolerance or a top-1 differs. Its message names the file, the
+    largest differences, the device and the CPU.
     """
     try:
         pixels = np.stack(
@@ -45,21 +51,3 @@ def check_golden(golden: Golden, manifest: Manifest, engine: Engine, *, path: Pa
             f"(allowed {manifest.tolerance.max_abs_probability:g}), and in {flips} top-1 of {len(logits)}; "
             f"engine {engine.device}, CPU {cpu_features()}"
         )
-
-
-def prove(bundle: Bundle, engine: Engine) -> None:
-    """Check a bundle on disk against its own golden file. Raises BundleError."""
-    check_golden(bundle.golden(), bundle.manifest, engine, path=bundle.folder / GOLDEN_FILE)
-
-
-def cpu_features() -> str:
-    """The processor and its vector extensions, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = dict(line.split("\t", 1) for line in lines if "\t" in line)
-    flags = facts.get("flags", "").split()
-    vector = [flag for flag in flags if flag.startswith(("avx", "amx", "fma", "sse4"))]
-    model = facts.get("model name", platform.machine()).strip(": \t")
-    return f"{model} ({' '.join(vector)})"

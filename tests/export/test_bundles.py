@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 from export.__main__ import app
 from export.graph import ExportError, serialise, to_onnx
 from export.parity import check_parity
-from export.precision import PROMISES
+from export.precision import TOLERANCES
 from service.bundle import CONTENT_FILES, SUMS_FILE, read_bundle
 from service.engine import Engine
+from service.manifest import Attention
 from training.data import Split, load_dataset
 from training.runs import load_final
 
@@ -28,9 +29,8 @@ ROOT = Path(__file__).parents[2]
 def test_bundle_says_what_the_model_is(repository: Path) -> None:
     bundle = read_bundle(repository / "digits-csra-r2" / "1")
     manifest = bundle.manifest
-    assert (manifest.name, manifest.family, manifest.variant) == ("digits-csra-r2", "digits", "csra-r2")
-    assert (manifest.stride, manifest.block_size, manifest.rank) == (2, None, 32)
-    assert (manifest.tokens, manifest.kv_tokens) == (64, 16)
+    assert (manifest.name, manifest.family, manifest.architecture) == ("digits-csra-r2", "digits", "vit-xs")
+    assert manifest.attention == Attention(variant="csra-r2", tokens=64, kv_tokens=16, stride=2, rank=32)
     assert bundle.labels == tuple("0123456789")
     assert manifest.accuracy
     assert (manifest.accuracy.split, manifest.accuracy.n) == ("test", 360)
@@ -92,7 +92,7 @@ def test_a_graph_that_disagrees_with_torch_is_refused(digits_run: Path, change: 
     head.CopyFrom(numpy_helper.from_array(values, head.name))
     images = first_images(16)
     with pytest.raises(ExportError, match=r"disagree|not finite"):
-        check_parity(classifier, Engine(serialise(graph)), images, PROMISES["fp32"])
+        check_parity(classifier, Engine(serialise(graph)), images, TOLERANCES["fp32"])
 
 
 def test_a_top1_flip_is_refused_however_small(digits_run: Path) -> None:
@@ -110,17 +110,18 @@ def test_a_top1_flip_is_refused_however_small(digits_run: Path) -> None:
     values[0] += 2e-4
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     with pytest.raises(ExportError, match="top-1 flips"):
-        check_parity(classifier, Engine(serialise(graph)), first_images(8), PROMISES["fp32"])
+        check_parity(classifier, Engine(serialise(graph)), first_images(8), TOLERANCES["fp32"])
 
 
 def test_random_weights_are_exported_and_said_to_be_random(tmp_path: Path) -> None:
-    arguments = ["run", "--random-weights", "--preset", "vit-xs", "--variant", "lsra-r3", "--image-size", "48"]
+    arguments = ["run", "--random-weights", "--preset", "vit-xs", "--variant", "lsra-r3", "--img-size", "48"]
     for repository in ("a", "b"):
         result = CliRunner().invoke(app, [*arguments, "--repository", str(tmp_path / repository)])
         assert result.exit_code == 0, result.stderr
     one, again = (tmp_path / repository / "vit-xs-48-random-lsra-r3" / "1" for repository in ("a", "b"))
     manifest = read_bundle(one).manifest
-    assert (manifest.weights, manifest.accuracy, manifest.kv_tokens) == ("random", None, 48)
+    assert manifest.attention
+    assert (manifest.random_weights, manifest.accuracy, manifest.attention.kv_tokens) == (True, None, 48)
     assert (one / SUMS_FILE).read_bytes() == (again / SUMS_FILE).read_bytes()
     golden = read_bundle(one).golden()
     assert np.ptp(golden.logits, axis=0).max() > 1e-3, "every image has the same answer"

@@ -8,8 +8,9 @@ import numpy.typing as npt
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from service.bundle import Accuracy, Golden, Manifest, Parity, Preprocessing, Source, Tensor, Tolerance, publish
+from service.bundle import Golden, publish
 from service.engine import OUTPUTS, Engine
+from service.manifest import Accuracy, Manifest, Parity, Preprocessing, Source, Tensor, Tolerance
 
 SIDE = 2
 CLASSES = SIDE * SIDE * 3
@@ -83,23 +84,16 @@ def publish_identity(
     manifest = Manifest(
         name=name,
         family=family,
-        variant="mha",
-        stride=None,
-        block_size=None,
-        rank=None,
-        tokens=1,
-        kv_tokens=1,
-        preset="identity",
-        parameters=1,
-        macs=1,
+        architecture="identity",
+        params=1,
         precision="fp32",
         opset=18,
         op_types={"Identity": 1},
         preprocessing=Preprocessing(resize=SIDE, crop=SIDE, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1)),
         input=Tensor(name="image", datatype="UINT8", shape=(-1, SIDE, SIDE, 3)),
         outputs=tuple(Tensor(name=name, datatype="FP32", shape=(-1, CLASSES)) for name in OUTPUTS),
-        classes=CLASSES,
-        weights="random" if top1 is None else "trained",
+        num_classes=CLASSES,
+        random_weights=top1 is None,
         accuracy=None if top1 is None else Accuracy(dataset="none", split="test", n=1, top1=top1, top5=top1),
         parity=Parity(
             images=1,

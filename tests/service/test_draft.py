@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from service.bundle import Preprocessing
 from service.errors import BadImage
 from service.images import decode
+from service.manifest import Preprocessing
 from tests.service.conftest import encoded, noise
 
 MUCH_LARGER = 6

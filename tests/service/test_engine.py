@@ -1,13 +1,12 @@
-"""Exactly one ONNX Runtime, a device as asked for, and as many threads as the process may use."""
+"""Exactly one ONNX Runtime and a device as asked for."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from service import engine, host
+from service import engine
 from service.engine import Engine, require_one_engine, resolve_device
 from service.errors import EngineError
 from tests.processes import ROOT
@@ -42,7 +41,7 @@ def test_the_one_that_is_installed_is_found() -> None:
 @pytest.mark.parametrize("asked", ["cuda", "cuda:1", "tensorrt"])
 def test_a_device_that_cannot_be_had_is_an_error(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(EngineError, match=f"'{asked}' was asked for"):
+    with pytest.raises(EngineError, match=f"'{asked}' is unavailable"):
         resolve_device(asked)
 
 
@@ -67,16 +66,3 @@ def test_a_file_that_is_no_model_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(b"not a model")
     with pytest.raises(EngineError, match="cannot load the model"):
         Engine(path)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"), [("max 100000", 4), ("150000 100000", 1), ("50000 100000", 1), ("300000 100000", 3)]
-)
-def test_threads_follow_the_container_s_quota(
-    text: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    quota = tmp_path / "cpu.max"
-    quota.write_text(text)
-    monkeypatch.setattr(host, "_CGROUP_V2", quota)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
-    assert host.available_cores() == expected

@@ -1,5 +1,6 @@
 """Decoding: every kind of image becomes the pixels that a person would expect."""
 
+import base64
 import contextlib
 import gc
 import io
@@ -12,15 +13,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
+from service.app import create_app
+from service.bundle import read_bundle
 from service.errors import BadImage, ImageError, TooManyPixels, UnsupportedImage
-from service.images import LARGE_PIXELS, decode, open_image
+from service.images import LARGE_PIXELS, MAX_PIXELS, decode, open_image
+from service.settings import Settings
 from tests.processes import ROOT
 from tests.service.conftest import encoded, noise
+from tests.service.identity import publish_identity
 from tests.service.test_draft import MUCH_LARGER, difference, grain, preprocessing
 
 
@@ -134,7 +140,7 @@ def test_a_large_image_is_not_held_many_times_over() -> None:
     code = """
 import io, resource, sys
 from PIL import Image
-from service.bundle import Preprocessing
+from service.manifest import Preprocessing
 from service.images import decode
 mode = sys.argv[1]
 buffer = io.BytesIO()
@@ -293,3 +299,35 @@ def test_images_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
             image.load()  # its pixels are gone though the opened image is still held
     finally:
         gc.enable()
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(noise(64, 48), "JPEG", exif=exif.tobytes())
+
+
+def half_transparent() -> bytes:
+    image = noise(40, 30).convert("RGBA")
+    image.putalpha(128)
+    return encoded(image)
+
+
+def deep_grey() -> bytes:
+    return encoded(Image.fromarray(np.linspace(0, 65535, 32 * 24).astype(np.uint16).reshape(24, 32)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [turned(), half_transparent(), deep_grey(), encoded(noise(53, 37), "WEBP"), encoded(noise(640, 427), "JPEG")],
+    ids=["EXIF", "alpha", "16 bits", "WebP", "drafted JPEG"],
+)
+def test_decode_gives_the_pixels_that_are_served(data: bytes, tmp_path: Path) -> None:
+    """The model's logits are the pixels of its input."""
+    bundle = read_bundle(publish_identity(tmp_path))
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(data).decode()]}
+    with TestClient(create_app(Settings(repository=tmp_path, threads=1))) as client:
+        answer = client.post("/v2/models/identity-a/infer", json={"inputs": [tensor]})
+    (logits,) = (output["data"] for output in answer.json()["outputs"] if output["name"] == "logits")
+    ours = decode(data, bundle.manifest.preprocessing, max_pixels=MAX_PIXELS)
+    assert ours.flatten().tolist() == logits

@@ -34,7 +34,14 @@ def test_the_environment_sets_what_arguments_do_not(monkeypatch: pytest.MonkeyPa
 def test_arguments_win_over_the_environment_over_the_file_over_defaults(
     named_in: str, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config.write_text('max_batch = 2\nmax_images = 2\nmax_pending = 2\nmodels = ["a", "b"]\ntf32 = true\n')
+    lines = (
+        "max_batch = 2",
+        "max_images_per_request = 2",
+        "max_pending_images = 2",
+        'models = ["a", "b"]',
+        "tf32 = true",
+    )
+    config.write_text("\n".join(lines))
     monkeypatch.setenv("STRIDEVIT_MAX_BATCH", "3")
     monkeypatch.setenv("STRIDEVIT_MAX_IMAGES_PER_REQUEST", "1")
     if named_in == "environment":

@@ -8,11 +8,11 @@ from typing import Any
 
 from tests.processes import ROOT
 
-SHORT = ["--blocks", "2", "--seconds", "1", "--warmup", "0", "--users", "4", "--searches", "0"]
+SHORT = ["--rounds", "2", "--seconds", "1", "--warmup", "0", "--connections", "4", "--capacity-searches", "0"]
 
 
 def command(models: str, out: Path, *arguments: str, noise: bool = False) -> list[str]:
-    asked = [*SHORT, "--noise-arm" if noise else "--no-noise-arm", *arguments]
+    asked = [*SHORT, "--aa-run" if noise else "--no-aa-run", *arguments]
     return [sys.executable, "-m", "loadtests", "compare", "--models", models, "--out", str(out), *asked]
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from loadtests.experiment.machine import git
-from loadtests.experiment.server import tree_bytes
+from service.host import git, process_tree_bytes
 from tests.loadtests.compare.runs import command, read, run
 from tests.processes import ROOT, in_a_checkout
 
@@ -34,7 +33,7 @@ def test_compare_measures_arms_and_reports(repository: Path, tmp_path: Path) -> 
         assert block["failure"] is None
         assert min(block["idle_bytes"], block["after_bytes"]) > 30_000_000
         for name, load in block["loads"].items():
-            assert (load["errors"], load["unsent"]) == (0, 0), name
+            assert (load["errors"], load["unsent_arrivals"]) == (0, 0), name
             assert load["answered"] > 5, name
             assert load["peak_bytes"] > 30_000_000, name
             assert load["server_cores"] > 0, name
@@ -47,7 +46,7 @@ def test_compare_measures_arms_and_reports(repository: Path, tmp_path: Path) -> 
         assert (tmp_path / name).stat().st_size > 1000, name
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as samples:
         assert len(samples.files) == 4 * 3
-    assert "2 of 10 rounds: a look, not a result" in ended.stderr
+    assert "2 of 10 rounds: a quick look, not a result" in ended.stderr
     page = (tmp_path / "report.html").read_text()
     assert str(tmp_path) not in page
     # What is finished is not gone on with.
@@ -97,7 +96,7 @@ def test_a_model_that_does_not_load_ends_with_the_service_s_own_words(repository
     ("arguments", "reason"),
     [
         (["--models", "a@ftp://x"], "http://HOST:PORT or git:COMMIT"),
-        (["--models", "a", "--loads", "0.7,0.3"], "the smaller first"),
+        (["--models", "a", "--load", "0.7,0.3"], "the smaller first"),
         (["--models", "a", "--sizes", "big"], "640x480"),
         (["--models", "a", "--data", "nowhere"], "is not a folder"),
         (["--models", "a", "--against", "nowhere.json"], "give the results.json of an earlier compare"),
@@ -166,7 +165,7 @@ def test_memory_counts_the_whole_tree() -> None:
         assert process.stdout
         assert process.stdin
         process.stdout.readline()
-        assert tree_bytes(process.pid) > 80_000_000
+        assert process_tree_bytes(process.pid) > 80_000_000
         process.stdin.close()
         process.wait(10)
-    assert tree_bytes(process.pid) == 0
+    assert process_tree_bytes(process.pid) == 0

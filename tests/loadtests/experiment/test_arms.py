@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtests.compare.compare import one_two_five, rounded
-from loadtests.experiment.arms import ArmError, checkout, parse_arms, resolved, twin
-from loadtests.experiment.machine import git
+from loadtests.experiment.arms import ArmError, checkout, parse_arms, repeated, resolved
 from loadtests.experiment.model import Arm, Plan
 from loadtests.experiment.schedule import LONGEST_SECONDS, SHORTEST_SECONDS, Costs, fitted, order
-from loadtests.generator.rates import Part, parse_rates, rate_at
+from service.host import git
 from tests.processes import in_a_checkout
 
 
@@ -28,7 +27,7 @@ def test_models_settings_urls_and_commits_are_arms() -> None:
         Arm(label="a@http://10.0.0.7:8000", model="a", url="http://10.0.0.7:8000"),
         Arm(label="a?max_batch=1@git:HEAD~1", model="a", settings=(("max_batch", "1"),), commit="HEAD~1"),
     )
-    assert twin(arms[0]) == Arm(label="a (again)", model="a", twin_of="a")
+    assert repeated(arms[0]) == Arm(label="a (again)", model="a", repeat_of="a")
 
 
 @pytest.mark.parametrize(
@@ -65,18 +64,18 @@ def plan(**changes: object) -> Plan:
     arms = parse_arms("a,b,c")
     values: dict[str, object] = {
         "repository": Path("models"),
-        "arms": (*arms, twin(arms[0])),
+        "arms": (*arms, repeated(arms[0])),
         "data": None,
         "protocol": "v1",
-        "users": 16,
+        "connections": 16,
         "seconds": 0.0,
         "warmup_seconds": 1.0,
         "rounds": 10,
         "default_rounds": 10,
-        "shares": (0.3, 0.7),
+        "load_fractions": (0.3, 0.7),
         "objective_ms": 50.0,
         "objective_percentile": 99.0,
-        "searches": 1,
+        "capacity_searches": 1,
         "budget_minutes": 30.0,
         "service_arguments": (),
         "seed": 0,
@@ -108,7 +107,7 @@ def test_a_plan_fits_its_budget_or_is_as_small_as_it_can_be(
     budget: float, server: float, generator: float, rounds: int, searches: int
 ) -> None:
     costs = Costs(server=server, generator=generator)
-    found = fitted(plan(budget_minutes=budget, rounds=rounds, searches=searches), costs, seconds=None)
+    found = fitted(plan(budget_minutes=budget, rounds=rounds, capacity_searches=searches), costs, seconds=None)
     assert SHORTEST_SECONDS <= found.seconds <= LONGEST_SECONDS
     assert 2 <= found.rounds <= rounds
     assert costs.whole(found) <= budget * 60 or (found.seconds, found.rounds) == (SHORTEST_SECONDS, 2)
@@ -120,22 +119,10 @@ def test_a_plan_fits_its_budget_or_is_as_small_as_it_can_be(
 
 
 def test_a_wished_length_stays_and_rounds_give_way() -> None:
-    found = fitted(plan(budget_minutes=10, searches=0), Costs(), seconds=12.0)
+    found = fitted(plan(budget_minutes=10, capacity_searches=0), Costs(), seconds=12.0)
     assert found.seconds == 12
     assert 2 <= found.rounds < 10
     assert Costs().whole(found) <= 600
-
-
-def test_rates_over_time() -> None:
-    parts = parse_rates("200:30, 50>500:60,1000:5")
-    assert parts[1] == Part(first=50, last=500, seconds=60)
-    assert rate_at(parts, 29.9) == 200
-    assert rate_at(parts, 60) == pytest.approx(275)
-    assert rate_at(parts, 94.9) == 1000
-    assert rate_at(parts, 95.1) is None
-    for wrong in ("", "200", "200:", "0:5", "5:0", "a:1", "1:2:3", "1>2"):
-        with pytest.raises(ValueError, match=r"RATE:SECONDS|more than nothing"):
-            parse_rates(wrong)
 
 
 def test_numbers_that_one_can_say() -> None:

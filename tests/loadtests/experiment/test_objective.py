@@ -5,13 +5,13 @@ import numpy.typing as npt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadtests.experiment.model import Search
+from loadtests.experiment.model import CapacitySearch
 from loadtests.experiment.objective import MOST_SECONDS, Objective, largest_rate
 
 P99 = Objective(ms=50, percentile=99)
 
 
-def search(capacity: float, *, saturated: float, objective: Objective = P99, seconds: float = 1) -> Search:
+def search(capacity: float, *, saturated: float, objective: Objective = P99, seconds: float = 1) -> CapacitySearch:
     """Of a server that answers in 10 ms up to its capacity, and in 100 ms beyond it."""
 
     def probe(rate: float, _: float, __: int) -> npt.NDArray[np.float64]:
@@ -33,7 +33,7 @@ def test_the_rate_kept_it_and_little_more_would_not(share: float) -> None:
 
 def test_a_server_that_never_keeps_it_has_the_rate_nothing() -> None:
     found = search(1, saturated=500)
-    assert (found.rate, found.why_not) == (0, None)
+    assert (found.rate, found.reason) == (0, None)
 
 
 def test_where_a_percentile_cannot_be_seen_the_reason_is_given() -> None:
@@ -42,10 +42,10 @@ def test_where_a_percentile_cannot_be_seen_the_reason_is_given() -> None:
     lower = search(1, saturated=13.5)
     assert (lower.rate, len(lower.probes)) == (None, 1)
     assert slow.rate is None
-    assert slow.why_not is not None
-    assert "--objective-percentile" in slow.why_not
+    assert slow.reason is not None
+    assert "--objective-percentile" in slow.reason
     assert search(4, saturated=5, objective=Objective(ms=50, percentile=95)).rate is not None
-    assert search(4, saturated=0).why_not == "nothing was answered at saturation"
+    assert search(4, saturated=0).reason == "nothing was answered at saturation"
 
 
 def test_a_probe_is_long_enough_for_its_percentile() -> None:

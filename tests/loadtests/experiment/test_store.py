@@ -5,15 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loadtests.experiment.model import HIGH, Block, Search
+from loadtests.experiment.model import HIGH, Block, CapacitySearch
 from loadtests.experiment.store import Store, StoreError
-from loadtests.generator.load import Load
+from loadtests.generator.load_result import LoadResult
 
 
 def block(number: int, **changes: object) -> Block:
-    load = Load(
+    load = LoadResult(
         connections=None,
-        offered=30.0,
+        mode="open",
+        offered_rate=30.0,
         throughput=29.5,
         latencies_ms=np.array([1.5, np.inf, 2.25]),
         errors=1,
@@ -32,7 +33,7 @@ def test_blocks_and_searches_come_back_as_they_were(tmp_path: Path) -> None:
     store.settle({"seconds": 4.0})
     store.add(block(0), 0)
     store.add(block(1, failure="it died", loads={}), 3)
-    store.add_search(Search(arm="a", round=0, rate=None, probes=((1.0, None), (2.0, 3.5)), why_not="so"), 1)
+    store.add_search(CapacitySearch(arm="a", round=0, rate=None, probes=((1.0, None), (2.0, 3.5)), reason="so"), 1)
 
     again = Store(tmp_path / "blocks")
     assert again.open({"models": ("a", "b")}, fresh=False) == {"seconds": 4.0}
@@ -42,18 +43,20 @@ def test_blocks_and_searches_come_back_as_they_were(tmp_path: Path) -> None:
     assert found[0].loads[HIGH].stages_ms == {"queue": 0.25}
     assert (found[0].arm, found[0].info, found[0].failure) == ("a", {"kv_tokens": 3}, None)
     assert (found[3].failure, found[3].loads) == ("it died", {})
-    assert again.searches() == {1: Search(arm="a", round=0, rate=None, probes=((1.0, None), (2.0, 3.5)), why_not="so")}
+    assert again.searches() == {
+        1: CapacitySearch(arm="a", round=0, rate=None, probes=((1.0, None), (2.0, 3.5)), reason="so")
+    }
 
 
 def test_another_comparison_in_the_same_folder_is_an_error_that_names_what_differs(tmp_path: Path) -> None:
     store = Store(tmp_path / "blocks")
-    store.open({"users": 16, "seed": 0}, fresh=False)
+    store.open({"connections": 16, "seed": 0}, fresh=False)
     store.add(block(0), 0)
-    with pytest.raises(StoreError, match=r"another users: .*--fresh"):
-        store.open({"users": 8, "seed": 0}, fresh=False)
-    assert store.open({"users": 8, "seed": 0}, fresh=True) == {}
+    with pytest.raises(StoreError, match=r"another connections: .*--fresh"):
+        store.open({"connections": 8, "seed": 0}, fresh=False)
+    assert store.open({"connections": 8, "seed": 0}, fresh=True) == {}
     # Nothing is lost where no block was measured.
-    assert store.open({"users": 4, "seed": 0}, fresh=False) == {}
+    assert store.open({"connections": 4, "seed": 0}, fresh=False) == {}
     assert store.blocks() == {}
 
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from loadtests.generator.payloads import PayloadError, describe, parse_sizes, read_payloads
+from loadtests.generator.payloads import PayloadError, describe, generated, parse_sizes, read_payloads
 
 
 def sent(data: Path | None) -> tuple[list[bytes], str]:
@@ -56,7 +56,7 @@ def test_a_folder_s_images_are_all_sent_in_the_same_order_every_time(tmp_path: P
     assert "median 1.0 kB" in what
     assert what.endswith("unlabelled")
     assert [payload.data for payload in read_payloads(data, seed=1)] != first
-    assert [payload.data for payload in read_payloads(data, most=5)] == first[:5]
+    assert [payload.data for payload in read_payloads(data, limit=5)] == first[:5]
     assert [payload.data for payload in read_payloads(data, shuffle=False)][:3] == [
         (data / name).read_bytes() for name in ("0.jpg", "1.jpg", "10.jpg")
     ]
@@ -84,7 +84,7 @@ def test_labels_stay_with_their_rows_over_all_files_of_the_split(column: str, tm
     in_order = read_payloads(tmp_path, shuffle=False)
     assert [payload.label for payload in in_order] == list(range(827))
     assert (in_order[306].name, in_order[307].name) == ("test-1.parquet#6", "test-2.parquet#0")
-    for payload in read_payloads(tmp_path, most=100):
+    for payload in read_payloads(tmp_path, limit=100):
         assert payload.data == f"image {payload.label}".encode()
     assert "827 rows of test-0.parquet and 2 more" in describe(in_order, tmp_path)
 
@@ -157,7 +157,8 @@ def test_generated_jpegs_have_the_sizes_that_were_asked_for(tmp_path: Path) -> N
     assert "75 % 33×20, 25 % 1×1" in describe(payloads, None)
     assert payloads == read_payloads(None, sizes=parse_sizes("33x20:3,1x1:1"))
     # Of large images there are fewer, each of at least one.
-    assert len(read_payloads(None, sizes=parse_sizes("3000x2000"))) == 25
+    assert len(generated(parse_sizes("3000x2000"), seed=0).labels) == 25
+    assert len(generated(parse_sizes("8000x8000,8192x8192,8192x8000"), seed=0).labels) == 3
 
 
 def test_sizes_are_parsed_with_their_weights() -> None:
@@ -167,7 +168,7 @@ def test_sizes_are_parsed_with_their_weights() -> None:
 
 @pytest.mark.parametrize("text", ["", "640", "640x", "0x10", "640x480:0", "9000x10", "640x480;10x10", "10x10,"])
 def test_a_wrong_size_names_the_format(text: str) -> None:
-    with pytest.raises(ValueError, match=r"is no size: give WIDTHxHEIGHT in pixels.*such as 640x480:3,1920x1080:1"):
+    with pytest.raises(ValueError, match=r"is not a size: give WIDTHxHEIGHT in pixels.*such as 640x480:3,1920x1080:1"):
         parse_sizes(text)
 
 
@@ -213,7 +214,7 @@ def test_a_parquet_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
 
 
 def test_real_data_is_read_with_its_labels(data_dir: Path) -> None:
-    cifar = read_payloads(data_dir / "cifar100", most=None, shuffle=False)
+    cifar = read_payloads(data_dir / "cifar100", limit=None, shuffle=False)
     assert len(cifar) == 10_000
     assert Counter(payload.label for payload in cifar) == dict.fromkeys(range(100), 100)
     assert "32×32 pixels" in describe(cifar, data_dir / "cifar100")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtests.generator.histogram import Latencies
-from loadtests.generator.samples import UNSENT, Sample, read_samples, window, writer
+from loadtests.generator.samples import UNSENT, Sample, read_samples, sample_writer, window
 
 
 def sample(due_s: float, latency_ms: float, status: int = 200, correct: bool | None = None) -> Sample:
@@ -31,13 +31,13 @@ def test_failed_and_unsent_requests_stay_as_endless_latencies() -> None:
     samples = [sample(0, 1), sample(1, 5), sample(2, 5, status=429), sample(3, 0.1, status=UNSENT), sample(9, 1)]
     found = window(samples, warmup_seconds=1, seconds=4)
     assert found.latencies_ms.tolist() == [5, np.inf, np.inf]
-    assert (found.errors, found.unsent, found.throughput) == (1, 1, 0.25)
+    assert (found.errors, found.unsent_arrivals, found.throughput) == (1, 1, 0.25)
 
 
 def test_late_is_what_the_generator_sent_after_its_moment() -> None:
     punctual, late = sample(0, 1), replace(sample(0, 1), behind_ms=5.5)
     found = window([punctual, late, replace(late, status=UNSENT)], warmup_seconds=0, seconds=1)
-    assert (found.late, found.unsent) == (1, 1)
+    assert (found.late_arrivals, found.unsent_arrivals) == (1, 1)
 
 
 def test_labelled_answers_are_counted() -> None:
@@ -49,7 +49,7 @@ def test_samples_survive_their_file_and_a_cut_off_last_line_is_left_out(tmp_path
     kept = [sample(1795404587.747507, 13.814), sample(2, 0.5, status=0), sample(3, 1, correct=True)]
     path = tmp_path / "samples.csv"
     with path.open("w", newline="", encoding="utf-8") as stream:
-        write = writer(stream)
+        write = sample_writer(stream)
         for one in kept:
             write(one)
     assert read_samples(path) == kept
@@ -91,4 +91,4 @@ def test_a_failed_request_is_slower_than_every_answered_one() -> None:
     assert (found["answered"], found["failed"]) == (94, 6)
     assert found["p50_ms"] == pytest.approx(50, rel=1e-3)
     assert found["p95_ms"] is None
-    assert "p95 not answered" in latencies.lines()[0]
+    assert "p95 not answered" in latencies.summary()

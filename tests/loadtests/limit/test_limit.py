@@ -15,14 +15,14 @@ import psutil
 import pytest
 
 from loadtests.experiment.server import ServerError, running
-from loadtests.generator.load import Load
+from loadtests.generator.load_result import LoadResult
 from loadtests.limit.measure import Arm, Drive, Plan, Results, newest
 from loadtests.limit.report import POOLED, as_json, markdown, ratio, ratios, rows
 from loadtests.soak.soak import LONGER_SIDES, Soak, mixed_sizes
 from tests.processes import ROOT, serving
 from tests.service.conftest import encoded, noise
 
-PLAIN = ROOT / "loadtests" / "baseline" / "plain_fastapi.py"
+PLAIN = "loadtests.baseline.plain_fastapi"
 THOUSAND = np.arange(1.0, 1001.0)
 """Milliseconds: p50 500.5, p99 990.01."""
 
@@ -36,7 +36,7 @@ def plan(**changes: object) -> Plan:
         "seconds": 1.0,
         "warmup_seconds": 0.5,
         "connections": (1, 32),
-        "share": 0.7,
+        "load_fraction": 0.7,
         "service_arguments": (),
     }
     return Plan(**{**values, **changes})  # type: ignore[arg-type]
@@ -47,9 +47,10 @@ def drive(number: int, arm: Arm, connections: int | None, throughput: float, *, 
         round=number,
         arm=arm,
         idle_bytes=100_000_000,
-        load=Load(
+        load=LoadResult(
             connections=connections,
-            offered=None if connections else throughput,
+            mode="closed" if connections else "open",
+            offered_rate=None if connections else throughput,
             throughput=throughput,
             latencies_ms=THOUSAND * scale,
             errors=1,
@@ -57,7 +58,7 @@ def drive(number: int, arm: Arm, connections: int | None, throughput: float, *, 
             server_cores=1.5,
             generator_cores=0.25,
             arrivals=0 if connections else 50,
-            unsent=0 if connections else 3,
+            unsent_arrivals=0 if connections else 3,
         ),
     )
 
@@ -65,8 +66,13 @@ def drive(number: int, arm: Arm, connections: int | None, throughput: float, *, 
 @pytest.fixture
 def results() -> Results:
     found = Results(plan=plan(), command="python -m loadtests limit", environment={"cpu": "test"})
-    said = {"images_per_second": 100.0, "batch": 4, "baseline_bytes": 60_000_000, "versions": {"onnxruntime": "1"}}
-    found.limits = {0: said, 1: {**said, "images_per_second": 50.0, "batch": 8}}
+    said = {
+        "images_per_second": 100.0,
+        "batch_size": 4,
+        "baseline_pss_bytes": 60_000_000,
+        "versions": {"onnxruntime": "1"},
+    }
+    found.limits = {0: said, 1: {**said, "images_per_second": 50.0, "batch_size": 8}}
     for number, share in ((0, 1.0), (1, 0.5)):
         found.drives += [
             drive(number, "service", 1, 40 * share, scale=0.01, peak=105_000_000),
@@ -117,7 +123,7 @@ def test_percentiles_are_medians_of_rounds_or_pooled_where_a_round_holds_too_few
             round=one.round,
             arm=one.arm,
             idle_bytes=1,
-            load=Load(**{**vars(one.load), "latencies_ms": np.full(300, 10.0 + one.round)}),
+            load=LoadResult(**{**vars(one.load), "latencies_ms": np.full(300, 10.0 + one.round)}),
         )
         for one in few
     ]
@@ -156,7 +162,7 @@ def test_report_holds_every_arm_and_survives_a_measurement_that_ended_early(resu
 
 def test_the_plain_server_answers_like_the_service(repository: Path, tmp_path: Path) -> None:
     bundle = newest(repository, "digits-csra-r2")
-    command = [sys.executable, str(PLAIN), str(bundle), "--port"]
+    command = [sys.executable, "-m", PLAIN, str(bundle), "--port"]
     # The service lets libjpeg scale a large JPEG down before it resizes it: almost the same pixels.
     images = [
         (encoded(noise(seed=0)), 1e-5),
@@ -226,7 +232,7 @@ def test_limit_measures_every_arm_and_reports(repository: Path, tmp_path: Path) 
         assert one["peak_bytes"] > 30_000_000, name
         assert one["server_cores"] > 0, name
         assert one["generator_cores"] > 0, name
-    assert drives["service", None]["offered"] == pytest.approx(0.7 * drives["service", 4]["throughput"])
+    assert drives["service", None]["offered_rate"] == pytest.approx(0.7 * drives["service", 4]["throughput"])
     (limit,) = document["engine_limits"]
     assert limit["images_per_second"] > 0
     names = [one["name"] for one in document["ratios"]]

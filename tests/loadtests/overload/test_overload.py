@@ -29,8 +29,8 @@ def block(number: int, *answers: Answer) -> Block:
         round=number,
         answers=list(answers),
         top1={"good": 0.8, "fast": 0.6},
-        unsent=0,
-        late_sent=0,
+        unsent_arrivals=0,
+        late_arrivals=0,
         generator_cores=0.1,
         server_cores=1.0,
     )
@@ -58,11 +58,11 @@ def test_each_request_is_counted_in_the_step_in_which_it_was_due() -> None:
     )
     second = block(1, answer(2.2), answer(6.7, latency_ms=100))
     calm, crowded = results(plan_of("family"), [first, second])
-    assert (calm.offered, calm.goodput, calm.goodput_range) == (1.0, 0.75, (0.5, 1.0))
+    assert (calm.offered_rate, calm.goodput, calm.goodput_range) == (1.0, 0.75, (0.5, 1.0))
     assert (calm.within_deadline, calm.refused, calm.too_late, calm.failed) == (0.75, 0, 0.25, 0)
     assert calm.mean_top1 == pytest.approx((0.8 + 0.8 + 0.6) / 3)
     assert calm.models == {"good": pytest.approx(2 / 3), "fast": pytest.approx(1 / 3)}
-    assert (crowded.offered, crowded.goodput) == (1.75, 0.5)
+    assert (crowded.offered_rate, crowded.goodput) == (1.75, 0.5)
     parts = (crowded.within_deadline, crowded.refused, crowded.too_late, crowded.failed)
     assert parts == pytest.approx((2 / 7, 1 / 7, 2 / 7, 2 / 7))
 

@@ -7,28 +7,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, Arm, Block, Comparison, Plan, Search
-from loadtests.generator.load import Load
-from loadtests.report.verdicts import Change, Figure, Findings, Metric, Row, Verdict
+from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Arm, Block, CapacitySearch, Comparison, Plan
+from loadtests.generator.load_result import LoadResult
 
 BASELINE, LSRA, CSRA, TWIN = "cifar100-mha", "cifar100-lsra-r2", "cifar100-csra-r2", "cifar100-mha (again)"
 ARMS = (
     Arm(label=BASELINE, model=BASELINE),
     Arm(label=LSRA, model=LSRA),
     Arm(label=CSRA, model=CSRA, settings=(("STRIDEVIT_MAX_BATCH", "8"),)),
-    Arm(label=TWIN, model=BASELINE, twin_of=BASELINE),
+    Arm(label=TWIN, model=BASELINE, repeat_of=BASELINE),
 )
 RATES = {MODERATE: 170.0, HIGH: 289.0}
-METRICS = [
-    Metric(key="top1", name="top-1", better="higher", kind="difference"),
-    Metric(key="throughput", name="images/s", better="higher", kind="ratio"),
-    *(
-        Metric(key=f"{load}_{rank}", name=f"{rank} ms at {RATES[load]:g}/s", better="lower", kind="difference")
-        for load in (MODERATE, HIGH)
-        for rank in ("p50", "p95", "p99")
-    ),
-    Metric(key="peak_bytes", name="peak memory", better="lower", kind="ratio"),
-]
 _SPEED = {BASELINE: 345.0, LSRA: 352.0, CSRA: 378.0, TWIN: 345.0}
 _PEAK = {BASELINE: 171e6, LSRA: 163e6, CSRA: 158e6, TWIN: 171e6}
 _TOP1 = {BASELINE: 0.5371, LSRA: 0.5391, CSRA: 0.5366, TWIN: 0.5371}
@@ -41,15 +30,15 @@ def plan(**changes: Any) -> Plan:
         "arms": ARMS,
         "data": Path("photos"),
         "protocol": "v1",
-        "users": 16,
+        "connections": 16,
         "seconds": 8.0,
         "warmup_seconds": 2.0,
         "rounds": 10,
         "default_rounds": 10,
-        "shares": (0.5, 0.85),
+        "load_fractions": (0.5, 0.85),
         "objective_ms": 50.0,
         "objective_percentile": 99.0,
-        "searches": 3,
+        "capacity_searches": 3,
         "budget_minutes": 30.0,
         "service_arguments": ("--intra-op-threads", "2"),
         "seed": 7,
@@ -57,10 +46,11 @@ def plan(**changes: Any) -> Plan:
     return Plan(**(values | changes))
 
 
-def load(latencies_ms: npt.NDArray[np.float64], **changes: Any) -> Load:
+def load(latencies_ms: npt.NDArray[np.float64], **changes: Any) -> LoadResult:
     values: dict[str, Any] = {
+        "mode": "closed" if changes.get("connections") else "open",
         "connections": None,
-        "offered": 170.0,
+        "offered_rate": 170.0,
         "throughput": 170.0,
         "latencies_ms": latencies_ms,
         "errors": 0,
@@ -68,7 +58,7 @@ def load(latencies_ms: npt.NDArray[np.float64], **changes: Any) -> Load:
         "server_cores": 1.1,
         "generator_cores": 0.2,
     }
-    return Load(**(values | changes))
+    return LoadResult(**(values | changes))
 
 
 def comparison(*, trained: bool = True, rounds: int = 10, seed: int = 3) -> Comparison:
@@ -97,13 +87,13 @@ def comparison(*, trained: bool = True, rounds: int = 10, seed: int = 3) -> Comp
         payloads="400 JPEGs, 12–148 kB, median 61 kB",
         rates=dict(RATES),
         blocks=blocks,
-        searches=[
+        capacity_searches=[
             *(
-                Search(arm=arm, round=number, rate=rate + 6 * number, probes=((200.0, 18.2), (400.0, None)))
+                CapacitySearch(arm=arm, round=number, rate=rate + 6 * number, probes=((200.0, 18.2), (400.0, None)))
                 for number in range(3)
                 for arm, rate in ((BASELINE, 262.0), (LSRA, 271.0))
             ),
-            Search(arm=CSRA, round=0, rate=None, probes=(), why_not="the generator could not send 500/s"),
+            CapacitySearch(arm=CSRA, round=0, rate=None, probes=(), reason="the generator could not send 500/s"),
         ],
         finished=datetime(2026, 11, 23, 4, 5, tzinfo=UTC),
     )
@@ -116,10 +106,10 @@ def _block(generator: np.random.Generator, arm: Arm, number: int, drift: float, 
         "name": arm.model,
         "tokens": 64,
         "kv_tokens": _KV[name],
-        "parameters": 814_308 if _KV[name] == 64 else 693_924,
+        "params": 814_308 if _KV[name] == 64 else 693_924,
         "macs": 57_029_120 if _KV[name] == 64 else 42_114_560,
         "precision": "fp32",
-        "image_size": 32,
+        "img_size": 32,
         "accuracy": accuracy if trained else None,
         "labels": ["apple", "bear"],
         "source": {"checkpoint_sha256": f"{name.encode().hex():0<64}"[:64], "git_commit": "0f10cd6"},
@@ -133,7 +123,7 @@ def _block(generator: np.random.Generator, arm: Arm, number: int, drift: float, 
         count = int(generator.poisson(RATES[kind] * 8))
         # The heaviest load loses a few requests of the slow ones.
         lost = int(count * 0.003) if kind == HIGH and name in {BASELINE, TWIN} and number % 4 == 1 else 0
-        loads[kind] = _load(generator, mean, shape, count, RATES[kind], offered=RATES[kind], peak=peak, lost=lost)
+        loads[kind] = _load(generator, mean, shape, count, RATES[kind], offered_rate=RATES[kind], peak=peak, lost=lost)
     return Block(
         arm=name, round=number, idle_bytes=118_000_000, after_bytes=peak - 6_000_000, loads=loads, info=info
     )  # fmt: skip
@@ -147,21 +137,21 @@ def _load(
     throughput: float,
     *,
     connections: int | None = None,
-    offered: float | None = None,
+    offered_rate: float | None = None,
     peak: int,
     lost: int = 0,
-) -> Load:
+) -> LoadResult:
     latencies = generator.gamma(shape, mean_ms / shape, size=count)
     latencies[:lost] = np.inf
     return load(
         generator.permutation(latencies),
         connections=connections,
-        offered=offered,
+        offered_rate=offered_rate,
         throughput=throughput,
         errors=lost // 2,
-        unsent=lost - lost // 2,
-        late=count // 400 if offered else 0,
-        arrivals=int(count * 1.25) if offered else 0,
+        unsent_arrivals=lost - lost // 2,
+        late_arrivals=count // 400 if offered_rate else 0,
+        arrivals=int(count * 1.25) if offered_rate else 0,
         peak_bytes=peak,
         server_cores=1.5 if connections else 0.9,
         generator_cores=0.31,
@@ -174,76 +164,4 @@ def _load(
         },
         labelled=count,
         correct=int(count * 0.53),
-    )
-
-
-def findings(measured: Comparison) -> Findings:
-    """Medians of the blocks; as intervals the second smallest and largest round, which is good enough to look at."""
-    values = {arm.label: {metric.key: _figures(measured, arm, metric) for metric in METRICS} for arm in ARMS}
-    return Findings(
-        metrics=METRICS,
-        rows=[
-            Row(
-                arm=arm,
-                figures={
-                    metric.key: _figure(metric, values[arm.label][metric.key], values[BASELINE][metric.key], arm)
-                    for metric in METRICS
-                },
-                blocks=len(measured.of(arm.label)),
-                failed=[block.failure for block in measured.blocks if block.arm == arm.label and block.failure],
-                errors=sum(part.errors for part in _loads(measured, arm)),
-                unsent=sum(part.unsent for part in _loads(measured, arm)),
-                requests=sum(len(part.latencies_ms) for part in _loads(measured, arm)),
-            )
-            for arm in ARMS
-        ],
-        warnings=[
-            f"1 of {len(measured.of(LSRA)) + 1} blocks of {LSRA} failed: the service died under load",
-            "0.1 % of the requests at 289/s were not answered",
-        ],
-    )
-
-
-def _loads(measured: Comparison, arm: Arm) -> list[Load]:
-    return [part for block in measured.of(arm.label) for part in block.loads.values()]
-
-
-def _figures(measured: Comparison, arm: Arm, metric: Metric) -> dict[int, float]:
-    found = {}
-    for block in measured.of(arm.label):
-        if metric.key == "throughput":
-            found[block.round] = block.loads[SATURATED].throughput
-        elif metric.key == "peak_bytes":
-            found[block.round] = float(max(block.loads[name].peak_bytes for name in LOADS))
-        elif metric.key == "top1":
-            if block.info["accuracy"]:
-                found[block.round] = block.info["accuracy"]["top1"]
-        else:
-            kind, _, rank = metric.key.partition("_p")
-            latencies = np.sort(block.loads[kind].latencies_ms)
-            found[block.round] = float(latencies[int(len(latencies) * int(rank) / 100)])
-    return found
-
-
-def _figure(metric: Metric, own: dict[int, float], base: dict[int, float], arm: Arm) -> Figure:
-    if not own:
-        return Figure(value=None, smallest=None, largest=None, change=None)
-    shared = sorted(own.keys() & base.keys())
-    changes = sorted(
-        own[number] / base[number] if metric.kind == "ratio" else own[number] - base[number] for number in shared
-    )
-    change = None
-    if arm.label != BASELINE and metric.key != "top1" and len(changes) > 3:
-        low, high, even = changes[1], changes[-2], 1.0 if metric.kind == "ratio" else 0.0
-        verdict: Verdict = "no difference seen"
-        if not low <= even <= high:
-            verdict = "better" if (low > even) == (metric.better == "higher") else "worse"
-        change = Change(
-            estimate=float(np.median(changes)), low=low, high=high, level=0.994, p_value=0.0002, verdict=verdict
-        )
-    return Figure(
-        value=float(np.median(list(own.values()))),
-        smallest=min(own.values()),
-        largest=max(own.values()),
-        change=change,
     )

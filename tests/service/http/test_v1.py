@@ -14,10 +14,11 @@ from starlette.types import Message
 from structlog.testing import capture_logs
 
 from service.app import create_app
-from service.bundle import Manifest, read_bundle
+from service.bundle import read_bundle
 from service.engine import Engine
 from service.http.v1 import Classification
 from service.images import decode
+from service.manifest import Manifest
 from service.scheduling.request import RequestState
 from service.settings import Settings
 from tests.service.conftest import PNG, encoded, noise
@@ -287,6 +288,7 @@ def test_models_are_listed_with_what_they_are(client: TestClient) -> None:
     assert (model["name"], model["state"], model["default"]) == ("digits-csra-r2", "ready", True)
     assert (model["kv_tokens"], model["tokens"], model["variant"]) == (16, 64, "csra-r2")
     assert model["accuracy"]["n"] == 360
+    assert "correct" not in model["accuracy"]
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"])

@@ -2,9 +2,9 @@
 
 import os
 
-from loadtests.experiment.gpu import device_bytes
 from loadtests.experiment.server import free_port
-from loadtests.experiment.stages import between, totals
+from loadtests.experiment.service_metrics import between, totals
+from service.host import gpu_process_bytes
 
 
 def test_means_are_of_what_came_between() -> None:
@@ -19,4 +19,4 @@ def test_a_server_without_metrics_tells_nothing() -> None:
 
 
 def test_no_gpu_is_no_memory_on_it() -> None:
-    assert device_bytes([os.getpid()]) is None
+    assert gpu_process_bytes([os.getpid()]) is None

@@ -9,17 +9,17 @@ from typing import Any
 
 def write_json(document: Any, path: Path) -> None:
     """For people and programs; ends with a line break."""
-    path.write_text(json.dumps(strict(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(to_json(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def strict(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """As JSON knows it: dataclasses as objects, paths as text, tuples as lists, and null for what is not finite."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: strict(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
-        return {str(name): strict(item) for name, item in value.items()}
+        return {str(name): to_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [strict(item) for item in value]
+        return [to_json(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     return value if isinstance(value, bool | int | str | None) else str(value)

@@ -2,7 +2,7 @@
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from loadtests.experiment.direct import get
+from loadtests.experiment.http_get import get
 
 _METRIC = "stridevit_stage_duration_seconds"
 

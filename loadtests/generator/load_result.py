@@ -1,4 +1,4 @@
-"""What is known of a server under one load.
+"""What a server did under one load.
 
 Failed and unsent requests stay among the latencies, as infinite ones: a server that answers its errors quickly does not
 look fast by them.
@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+Mode = Literal["open", "closed"]
+"""An open loop sends at scheduled moments, a closed one when an answer is there."""
 Protocol = Literal["v1", "v2"]
 """Image files to `/v1/classify`, or binary tensors to `/v2/models/NAME/infer`."""
 PROTOCOLS: tuple[Protocol, ...] = ("v1", "v2")
@@ -21,13 +23,14 @@ IN_FLIGHT = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
+class LoadResult:
     """What a server did under one load, in its measured window. Rates in images a second."""
 
+    mode: Mode
     connections: int | None
-    """Of a closed loop; None in an open one."""
-    offered: float | None
-    """Arrivals a second of an open loop."""
+    """Concurrent requests of a closed loop; None in an open one."""
+    offered_rate: float | None
+    """Arrivals per second of an open loop; None in a closed one."""
     throughput: float
     """Images answered with 200."""
     latencies_ms: npt.NDArray[np.float64] = field(repr=False)
@@ -41,9 +44,9 @@ class Load:
     """CPU time by wall time."""
     generator_cores: float
     arrivals: int = 0
-    """Of an open loop: all that were due in the window, those that were sent late, or not at all, among them."""
-    late: int = 0
-    unsent: int = 0
+    """In an open loop: all requests due in the window, including those sent late or not at all."""
+    late_arrivals: int = 0
+    unsent_arrivals: int = 0
     device_bytes: int | None = None
     """Largest memory on the GPU; None where there is none."""
     stages_ms: dict[str, float] = field(default_factory=dict)
@@ -52,6 +55,8 @@ class Load:
     """Answers for images whose class is known."""
     correct: int = 0
     """Of them those whose first class was the right one."""
+    percentiles_ms: dict[str, float | None] = field(default_factory=dict)
+    """`p50_ms`, `p95_ms`, `p99_ms` of a result that was read back from results.json, which keeps no latencies."""
 
     @property
     def answered(self) -> int:

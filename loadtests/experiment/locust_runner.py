@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from loadtests.experiment import stages
-from loadtests.experiment.gpu import device_bytes
-from loadtests.experiment.server import Server, ServerError, end, tree, tree_bytes
-from loadtests.generator.load import ANSWER_SECONDS, Load, Protocol
+from loadtests.experiment import service_metrics
+from loadtests.experiment.server import Server, ServerError, end
+from loadtests.generator.load_result import ANSWER_SECONDS, LoadResult, Protocol
 from loadtests.generator.samples import Sample, read_samples, window
+from service.host import gpu_process_bytes, process_tree, process_tree_bytes
 
 LOCUSTFILE = Path(__file__).parents[1] / "generator" / "locustfile.py"
 SHAPES = Path(__file__).parents[1] / "generator" / "shapes.py"
@@ -30,11 +30,11 @@ _FIRST_ARRIVAL = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class RequestSpec:
     """What is asked of a server: which payloads, of which model, and how."""
 
     payloads: Path
-    """A folder that `loadtests.generator.sequence.save` has filled."""
+    """A folder that `loadtests.generator.payload_cache.save` has filled."""
     model: str
     protocol: Protocol = "v1"
     deadline_ms: float | None = None
@@ -74,8 +74,8 @@ class Meter:
         if self._server is None:
             return
         if resident > _PSS_GROWTH * self._resident or now > self._read_at + _PSS_SECONDS:
-            self.peak_bytes = max(self.peak_bytes, tree_bytes(self._server))
-            on_device = device_bytes(process.pid for process in tree(self._server))
+            self.peak_bytes = max(self.peak_bytes, process_tree_bytes(self._server))
+            on_device = gpu_process_bytes(process.pid for process in process_tree(self._server))
             if on_device is not None:
                 self.device_bytes = max(on_device, self.device_bytes or 0)
             self._resident, self._read_at = max(resident, self._resident), now
@@ -90,49 +90,56 @@ class Meter:
         return float(server), float(generator)
 
 
-def closed_loop(server: Server, ask: Ask, *, connections: int, warmup_seconds: float, seconds: float) -> Load:
+def closed_loop(
+    server: Server, ask: RequestSpec, *, connections: int, warmup_seconds: float, seconds: float
+) -> LoadResult:
     """`connections` users, each sends its next image when its last is answered. Raises ServerError."""
     users = ["--loop", "closed", "--users", str(connections), "--spawn-rate", str(connections)]
     return _load(
-        server, ask, users, warmup_seconds=warmup_seconds, seconds=seconds, connections=connections, offered=None
+        server, ask, users, warmup_seconds=warmup_seconds, seconds=seconds, connections=connections, offered_rate=None
     )
 
 
-def open_loop(server: Server, ask: Ask, *, rate: float, warmup_seconds: float, seconds: float, seed: int) -> Load:
+def open_loop(
+    server: Server, ask: RequestSpec, *, rate: float, warmup_seconds: float, seconds: float, seed: int
+) -> LoadResult:
     """Poisson arrivals at `rate` a second; latencies from the scheduled moments. Raises ServerError."""
     source = ["--loop", "open", "--users", "1", "--rate-per-user", f"{rate:.6f}", "--seed", str(seed)]
-    return _load(server, ask, source, warmup_seconds=warmup_seconds, seconds=seconds, connections=None, offered=rate)
+    return _load(
+        server, ask, source, warmup_seconds=warmup_seconds, seconds=seconds, connections=None, offered_rate=rate
+    )
 
 
-def shaped(
-    server: Server, ask: Ask, *, rates: str, seconds: float, rate_per_user: float, seed: int
+def shaped_loop(
+    server: Server, ask: RequestSpec, *, rates: str, seconds: float, rate_per_user: float, seed: int
 ) -> tuple[list[Sample], Meter]:
     """An open loop whose rate changes, as loadtests/generator/shapes.py reads it. Raises ServerError."""
     shape = ["--loop", "open", "--rates", rates, "--rate-per-user", f"{rate_per_user:g}", "--seed", str(seed)]
-    return locust(server, ask, shape, seconds=seconds, files=(LOCUSTFILE, SHAPES))
+    return run_locust(server, ask, shape, seconds=seconds, files=(LOCUSTFILE, SHAPES))
 
 
 def _load(
     server: Server,
-    ask: Ask,
+    ask: RequestSpec,
     arguments: list[str],
     *,
     warmup_seconds: float,
     seconds: float,
     connections: int | None,
-    offered: float | None,
-) -> Load:
+    offered_rate: float | None,
+) -> LoadResult:
     # The window begins with the first arrival, which an open loop may wait for; and a second more, so that the last of
     # the window are sent as all others are.
-    whole = math.ceil(warmup_seconds + seconds + 1 + (_FIRST_ARRIVAL / offered if offered else 0))
-    before = stages.totals(server.url)
-    samples, meter = locust(server, ask, [*arguments, "--run-time", f"{whole}s"], seconds=whole)
+    whole = math.ceil(warmup_seconds + seconds + 1 + (_FIRST_ARRIVAL / offered_rate if offered_rate else 0))
+    before = service_metrics.totals(server.url)
+    samples, meter = run_locust(server, ask, [*arguments, "--seconds", str(whole)], seconds=whole)
     found = window(samples, warmup_seconds=warmup_seconds, seconds=seconds)
     server_cores, generator_cores = meter.cores(found.begin, seconds)
-    opened = offered is not None
-    return Load(
+    opened = offered_rate is not None
+    return LoadResult(
+        mode="open" if opened else "closed",
         connections=connections,
-        offered=offered,
+        offered_rate=offered_rate,
         throughput=found.throughput,
         latencies_ms=found.latencies_ms,
         errors=found.errors,
@@ -140,17 +147,17 @@ def _load(
         server_cores=server_cores,
         generator_cores=generator_cores,
         arrivals=len(found.latencies_ms) if opened else 0,
-        late=found.late if opened else 0,
-        unsent=found.unsent,
+        late_arrivals=found.late_arrivals if opened else 0,
+        unsent_arrivals=found.unsent_arrivals,
         device_bytes=meter.device_bytes,
-        stages_ms=stages.between(before, stages.totals(server.url)),
+        stages_ms=service_metrics.between(before, service_metrics.totals(server.url)),
         labelled=found.labelled,
         correct=found.correct,
     )
 
 
-def locust(
-    server: Server, ask: Ask, arguments: list[str], *, seconds: float, files: tuple[Path, ...] = (LOCUSTFILE,)
+def run_locust(
+    server: Server, ask: RequestSpec, arguments: list[str], *, seconds: float, files: tuple[Path, ...] = (LOCUSTFILE,)
 ) -> tuple[list[Sample], Meter]:
     """Run Locust against a server to its end. Raises ServerError if the server dies, or nothing was sent."""
     command = ["-m", "locust", "-f", ",".join(map(str, files)), "--headless", "--host", server.url]
@@ -187,7 +194,7 @@ def _generate(arguments: list[str], server: Server, seconds: float) -> Meter:
         finally:
             end(process)
         if not server.alive():
-            raise ServerError(f"{server.name} died under load; its log, {server.log}, ends:\n{server.last_words()}")
+            raise ServerError(f"{server.name} died under load; its log, {server.log}, ends:\n{server.log_tail()}")
         if late:
             raise ServerError(f"the load generator did not end within {seconds + _SPARE_SECONDS:.0f} s")
         if process.returncode:

@@ -1,0 +1,150 @@
+"""What the commands share: options that mean the same everywhere, progress, interruption, exit codes, the report.
+
+A command turns its flags into a plan, hands `run_measurement` how to measure and how to report, and exits with the
+code that it returns:
+
+    results = Results(plan=plan, command=command or this_command(), environment=environment())
+    code = run_measurement(
+        results,
+        lambda progress: measure(plan, out, results, progress),
+        report=lambda: write(results, out),
+    )
+    raise typer.Exit(code)
+"""
+
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich import progress as rich_progress
+from rich.console import Console
+from rich.markup import escape
+
+from loadtests.errors import LoadTestError
+from loadtests.experiment.model import Measurement, Progress
+
+console = Console(stderr=True)
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM."""
+
+Model = Annotated[str, typer.Option(help="Name of the model; its newest version is measured.")]
+Repository = Annotated[Path, typer.Option(help="Folder of model bundles.")]
+Url = Annotated[
+    str | None, typer.Option(help="Measure a server that already runs, such as http://127.0.0.1:8000, instead.")
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="Images to send: a folder of image files, of class folders, or of parquet files. [generated JPEGs]"
+    ),
+]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds; each holds one block of every arm, interleaved.")]
+Seconds = Annotated[float, typer.Option(min=1, help="Measured seconds of each load.")]
+Warmup = Annotated[float, typer.Option(min=0, help="Seconds dropped at the start of each load.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what an interrupted run has left in --out.")]
+ServiceArgs = Annotated[str, typer.Option(help="Flags for the service, as one string: '--intra-op-threads 2'.")]
+Command = Annotated[str | None, typer.Option(help="The command to quote in the report. [this command line]")]
+
+
+def run_measurement(
+    results: Measurement,
+    measure: Callable[[Progress], None],
+    *,
+    report: Callable[[], Path],
+    resumable: bool = False,
+) -> int:
+    """Measure, then report what there is, also after an interruption or an error; returns the exit code.
+
+    0 if the measurement finished, 1 after a LoadTestError, 130 after Ctrl-C or SIGTERM. `report` writes the report and
+    returns its path; it is called only if `results.measured`. Sets `results.ended_early` and `results.finished`.
+    """
+    # A terminated measurement must stop its servers and report, just as an interrupted one.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    code = 0
+    try:
+        with _progress_bar() as bar:
+            measure(_TerminalProgress(bar))
+        results.finished = datetime.now(UTC)
+    except LoadTestError as problem:
+        code, results.ended_early = 1, str(problem).splitlines()[0].rstrip(":")
+        error(str(problem))
+    except KeyboardInterrupt:
+        code, results.ended_early = INTERRUPTED, "interrupted"
+        console.print("\nstopped; no server of this measurement is left running", highlight=False)
+    if results.measured:
+        if code and resumable:
+            console.print("The same command resumes the measurement. Measured so far:")
+        typer.echo(f"report: {report()}")
+    elif code == INTERRUPTED:
+        console.print("Nothing was measured yet, so there is no report.")
+    return code
+
+
+def this_command() -> str:
+    """The command line of this process, ready to be run again."""
+    script = Path(sys.argv[0])
+    program = ["python", "-m", script.parent.name] if script.name == "__main__.py" else [script.name]
+    return shlex.join([*program, *sys.argv[1:]])
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The words of a list separated by commas, without repetitions."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def fail(message: str) -> NoReturn:
+    """Print an error, and exit with 1."""
+    error(message)
+    raise typer.Exit(1)
+
+
+def error(message: str) -> None:
+    """Print an error."""
+    console.print(f"[red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """Print a warning."""
+    console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def progress_bar() -> rich_progress.Progress:
+    """Only until every command uses `run_measurement`."""
+    return _progress_bar()
+
+
+def end_as_if_interrupted() -> None:
+    """Only until every command uses `run_measurement`."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+class _TerminalProgress:
+    """A progress bar on standard error."""
+
+    def __init__(self, bar: rich_progress.Progress) -> None:
+        self._bar = bar
+        self._task = bar.add_task("starting", total=None)
+
+    def step(self, what: str, done: float, total: float) -> None:
+        self._bar.update(self._task, description=what, completed=done, total=total)
+
+    def note(self, message: str) -> None:
+        self._bar.console.print(escape(message), highlight=False, soft_wrap=True)
+
+
+def _progress_bar() -> rich_progress.Progress:
+    return rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TextColumn("left"),
+        rich_progress.TimeRemainingColumn(),
+        console=console,
+    )

@@ -1,0 +1,33 @@
+"""The payloads in the order in which they are sent, on disk between the processes of a measurement."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from loadtests.generator.readers import Payload
+
+IMAGES = "images"
+"""Subfolder of the image files alone, named by number."""
+_ORDER = "order.json"
+
+
+def save(payloads: Sequence[Payload], folder: Path) -> None:
+    """Write `images/00000`, `images/00001`, ... and `order.json`."""
+    images = folder / IMAGES
+    images.mkdir()
+    for number, payload in enumerate(payloads):
+        (images / f"{number:05d}").write_bytes(payload.data)
+    order = [{"name": payload.name, "label": payload.label} for payload in payloads]
+    (folder / _ORDER).write_text(json.dumps(order), encoding="utf-8")
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save` has filled the folder."""
+    return (folder / _ORDER).is_file()
+
+
+def load(folder: Path) -> list[Payload]:
+    """What was saved, in the same order."""
+    order = json.loads((folder / _ORDER).read_text(encoding="utf-8"))
+    files = (folder / IMAGES / f"{number:05d}" for number in range(len(order)))
+    return [Payload(entry["name"], file.read_bytes(), entry["label"]) for entry, file in zip(order, files, strict=True)]

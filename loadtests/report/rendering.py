@@ -1,0 +1,190 @@
+"""How every command writes its report: tables of text, one Jinja template a format, strict JSON, and the terminal.
+
+A command makes `Table`s of text, puts them into a template, and prints those that belong in the terminal:
+
+    {# templates/limit.md.j2 #}
+    {% extends "base.md.j2" %}
+    {% block title %}The service against its engine limit{% endblock %}
+    {% block body %}
+    {{ conditions }}
+
+    {{ macros.table(loads) }}
+    {% endblock %}
+
+    loads = Table(headings=("arm", "load", "images/s"), rows=rows, text=(0, 1), note="Median over rounds.")
+    write_report(out, document=as_json(results), template="limit.md.j2", command=results.command,
+                 environment=results.environment, conditions=conditions(results), loads=loads)
+    print_tables(loads, width=120)
+
+`base.md.j2` ends every page with the environment and the command, and so needs `command` and `environment`.
+`macros` holds what the templates share: `table(table)` with its note, `bullets(items)`, `facts(mapping)` and
+`caveats(warnings)`. In a Markdown template the output of every `{{ }}` is escaped for Markdown, except that of a macro
+and of the filters `code` (inline) and `fenced("sh")` (a block); in an HTML template it is escaped for HTML.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+from markupsafe import Markup
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from loadtests.experiment.json_files import write_json
+
+UNKNOWN = "–"
+"""The text of a cell whose value is unknown, or would rest on too few samples."""
+
+Tone = Literal["better", "worse", "faint"]
+_COLOURS: dict[Tone, str] = {"better": "blue", "worse": "red", "faint": "dim"}
+
+_LABEL = 24
+"""Letters of a label of usual length."""
+
+_TEMPLATES = Path(__file__).with_name("templates")
+_MARKDOWN = re.compile(
+    r"[\\`*\[|~]"  # code, emphasis, links, columns, strikethrough
+    r"|(?<![^\W_])_|_(?![^\W_])"  # emphasis, unless inside a word
+    r"|^[#>+-](?=\s|$)|(?<=^\d)[.)](?=\s)|(?<=^\d\d)[.)](?=\s)"  # a heading, a quotation, a list
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell whose last line has the colour of its tone (in the terminal and in HTML)."""
+
+    text: str
+    tone: Tone | None = None
+
+    def __str__(self) -> str:
+        """The text alone."""
+        return self.text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of text for Markdown, HTML and the terminal alike.
+
+    A newline in a cell begins a new line there; the first of several lines of a number is bold.
+    """
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str | Cell]]
+    text: Sequence[int] = (0,)
+    """Columns of text, aligned left, counted from 0 (-1 is the last); all others hold numbers, aligned right."""
+    title: str = ""
+    """Shown in the terminal; a template writes its own headings."""
+    note: str = ""
+    """Shown below the table."""
+
+    def is_text(self, column: int) -> bool:
+        """Whether a column, counted from 0, holds text."""
+        return column in self.text or column - len(self.headings) in self.text
+
+
+def write_report(out: Path, *, document: Any, template: str, html: str | None = None, **context: Any) -> None:
+    """Write `results.json`, `report.md` and, if `html` names a template, `report.html` into the folder `out`.
+
+    `document` may hold dataclasses, paths and infinities (`loadtests.experiment.json_files`); `template`
+    is a file in `loadtests/report/templates`; both templates get `context`. Raises jinja2.UndefinedError for a name
+    that `context` lacks.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(document, out / "results.json")
+    (out / "report.md").write_text(render(template, **context), encoding="utf-8")
+    if html is not None:
+        (out / "report.html").write_text(render(html, **context), encoding="utf-8")
+
+
+def render(template: str, **context: Any) -> str:
+    """One template (`*.md.j2` or `*.html.j2`) as text; ends with a newline."""
+    text = _environment(markdown=template.endswith(".md.j2")).get_template(template).render(**context)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def print_tables(*tables: Table, width: int) -> None:
+    """To standard output, which counts as at least `width` columns wide."""
+    console = Console(width=max(width, Console().width))
+    for table in tables:
+        console.print(rich_table(table))
+
+
+def rich_table(table: Table) -> RichTable:
+    """A table for the terminal, with title and note; no text in it is taken for markup."""
+    multiline = any("\n" in str(cell) for row in table.rows for cell in row)
+    drawn = RichTable(
+        title=Text(table.title) if table.title else None,
+        title_justify="left",
+        caption=Text(table.note) if table.note else None,
+        caption_justify="left",
+        show_lines=multiline,
+        padding=(0, 0) if multiline else (0, 1),
+    )
+    for number, heading in enumerate(table.headings):
+        lines = [line for row in table.rows for line in str(row[number]).split("\n")]
+        drawn.add_column(
+            Text(heading),
+            justify="left" if table.is_text(number) else "right",
+            overflow="fold",
+            # Labels of usual length stay in one line; paths and reasons do not.
+            no_wrap=table.is_text(number) and max(map(len, lines), default=0) <= _LABEL,
+        )
+    for row in table.rows:
+        drawn.add_row(*(_rich_cell(cell, bold=not table.is_text(number)) for number, cell in enumerate(row)))
+    return drawn
+
+
+def _rich_cell(cell: str | Cell, *, bold: bool) -> Text:
+    lines = str(cell).split("\n")
+    text = Text("\n".join(lines))
+    if bold and len(lines) > 1:
+        text.stylize("bold", 0, len(lines[0]))
+    if isinstance(cell, Cell) and cell.tone:
+        text.stylize(_COLOURS[cell.tone], len(text) - len(lines[-1]))
+    return text
+
+
+@cache
+def _environment(*, markdown: bool) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        # Macros and filters give Markup, which is not escaped again. In Markdown `finalize` escapes the rest.
+        autoescape=True,
+        finalize=escaped if markdown else None,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"code": _code, "fenced": _fenced}
+    macros: Any = environment.get_template("macros.md.j2" if markdown else "macros.html.j2").module
+    environment.globals["macros"] = macros
+    return environment
+
+
+def escaped(value: object) -> Markup:
+    """A value as Markdown that shows its very text, in one line; Markup stays as it is."""
+    if isinstance(value, Markup):
+        return value
+    text = " ".join(str(value).split("\n"))
+    text = _MARKDOWN.sub(lambda match: "\\" + match[0], text)
+    return Markup(text.replace("&", "&amp;").replace("<", "&lt;"))  # noqa: S704 (escaped here)
+
+
+def _code(value: object) -> Markup:
+    """Inline code; also within a table."""
+    text = " ".join(str(value).split("\n")).replace("|", "\\|")
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return Markup(f"{ticks}{space}{text}{space}{ticks}")  # noqa: S704 (code is not escaped in Markdown)
+
+
+def _fenced(value: object, language: str = "") -> Markup:
+    """A block of code."""
+    text = str(value)
+    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return Markup(f"{ticks}{language}\n{text}\n{ticks}")  # noqa: S704 (code is not escaped in Markdown)
