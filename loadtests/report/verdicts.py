@@ -39,7 +39,7 @@ MEMORY = Metric(name="peak_bytes", kind="ratio")
 METRICS = (TOP1, THROUGHPUT, *LATENCIES, MEMORY)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Change:
     """One arm's metric against the baseline's."""
 
@@ -247,4 +247,4 @@ def _change(metric: Metric, effect: Effect, test: Holm) -> Change:
     # An exact test and its interval may disagree by a hair: then no difference is seen.
     if test.rejected and not low <= none <= high:
         verdict = "better" if (low > none) == (metric.better == "higher") else "worse"
-    return Change(estimate=estimate, low=low, high=high, level=test.level, p_value=test.p_value, verdict=verdict)
+    return Change(estimate, low, high, level=test.level, p_value=test.p_value, verdict=verdict)
