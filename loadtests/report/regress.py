@@ -16,9 +16,19 @@ from typing import NamedTuple
 import numpy as np
 
 from loadtests.experiment.model import HIGH, MODERATE, Block, Comparison
-from loadtests.report.format import metric_name, scaled, unit
-from loadtests.report.top1 import top1_effect, top1_percent
-from loadtests.report.verdicts import METRICS, THROUGHPUT, TOP1, Change, Metric, block_value, model_info, uses_device
+from loadtests.report.format import median, metric_name
+from loadtests.report.top1 import compare_top1, top1_percent
+from loadtests.report.verdicts import (
+    METRICS,
+    THROUGHPUT,
+    TOP1,
+    Change,
+    Metric,
+    block_value,
+    model_info,
+    uses_device,
+    values_by_round,
+)
 from loadtests.statistics import MIN_ROUNDS, Effect, holm, unpaired_ratio
 
 _SAME_RATE = 0.05
@@ -47,11 +57,9 @@ class Regression:
 
     def __str__(self) -> str:
         """One sentence."""
-        of = "of the baseline's" if self.relative else "%" if self.metric == TOP1 else unit(self.metric)
-        old, new = (value if self.relative else scaled(self.metric, value) for value in (self.old, self.new))
-        change = self.change
+        change, of = self.change, " of the baseline's" if self.relative else f" {self.metric.unit}".rstrip()
         return (
-            f"{self.arm}: {self.name} went from {old:.4g} to {new:.4g} {of}, "
+            f"{self.arm}: {self.name} went from {self.old:.4g} to {self.new:.4g}{of}, "
             f"×{change.estimate:.3f} ({change.low:.3f} to {change.high:.3f} at {change.level:.2%})."
         )
 
@@ -114,7 +122,10 @@ def _speeds(old: Comparison, new: Comparison, *, relative: bool) -> dict[tuple[s
     found = {}
     on_device, arms = all(uses_device(new)), _labels(old)[1:] if relative else _labels(old)
     for metric in _comparable(old, new):
-        runs = [_by_round(run, metric, on_device=on_device) for run in (old, new)]
+        runs = [
+            {arm: values_by_round(_measured(run, arm), metric, on_device=on_device) for arm in _labels(run)}
+            for run in (old, new)
+        ]
         every = [value for run in runs for own in run.values() for value in own.values()]
         ceiling = _UNANSWERED * max(filter(math.isfinite, every), default=1.0)
         for arm in arms:
@@ -126,18 +137,6 @@ def _speeds(old: Comparison, new: Comparison, *, relative: bool) -> dict[tuple[s
 
 
 _Rounds = dict[int, float]
-
-
-def _by_round(run: Comparison, metric: Metric, *, on_device: bool) -> dict[str, _Rounds]:
-    """A metric of all measured blocks, by arm and round."""
-    return {
-        label: {
-            block.round: value
-            for block in _measured(run, label)
-            if (value := block_value(block, metric, on_device=on_device)) is not None
-        }
-        for label in _labels(run)
-    }
 
 
 def _values(run: dict[str, _Rounds], arm: str, ceiling: float, *, baseline: str | None) -> list[float]:
@@ -156,7 +155,7 @@ def _accuracies(old: Comparison, new: Comparison) -> dict[tuple[str, Metric], _T
     return {
         (arm, TOP1): _Tested(effect, top1_percent(was) or 0.0, top1_percent(now) or 0.0)
         for arm, (was, now) in infos.items()
-        if (effect := top1_effect(now, was)) is not None
+        if (effect := compare_top1(now, was)[0]) is not None
     }
 
 
@@ -235,8 +234,7 @@ def _comparable(old: Comparison, new: Comparison) -> list[Metric]:
 
 
 def _throughput(run: Comparison, label: str) -> float:
-    values = [value for block in _measured(run, label) if (value := block_value(block, THROUGHPUT))]
-    return float(np.median(values)) if values else 0.0
+    return median(values_by_round(_measured(run, label), THROUGHPUT).values()) or 0.0
 
 
 def _slower(old: Comparison, new: Comparison, label: str) -> float:

@@ -90,7 +90,7 @@ def test_conclusion_holds_gains_then_losses_then_what_shows_no_difference(pair: 
             THROUGHPUT: (373, change(1.08, 1.04, 1.12, "better")),
             HIGH_P99: (30, change(-12.34, -15.1, -9.0, "better")),
             MODERATE_P50: (6, change(0.1, -0.4, 0.5, "no difference seen")),
-            MEMORY: (150e6, None),
+            MEMORY: (150, None),
         },
     )
     summary, sentence = conclusion(pair, changed)
@@ -233,7 +233,7 @@ def test_json_has_one_row_for_each_arm_load_and_metric_and_the_counts_of_each_ar
     document = as_document(measured, found, [])
     assert len({(row["arm"], row["load"], row["metric"]) for row in document["rows"]}) == len(document["rows"]) == 4 * 9
     arms = {arm["label"]: arm for arm in document["arms"]}
-    assert (arms[LSRA]["blocks"], len(arms[LSRA]["failures"]), arms[TWIN]["repeat_of"]) == (9, 1, BASELINE)
+    assert (arms[LSRA]["blocks"], arms[LSRA]["failed_blocks"], arms[TWIN]["repeat_of"]) == (9, 1, BASELINE)
     assert (arms[BASELINE]["errors"], arms[BASELINE]["unsent"]) == (9, 9)
 
 
