@@ -21,15 +21,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from service import flags
-from service.app import create_app
+from service.app import create_app, make_registry
 from service.bundle import model_names
 from service.engine_limit import measure_engine_limit, read_images
 from service.errors import StartupError
 from service.flags import with_settings
-from service.http.keys import new_key
+from service.http.auth import new_key
 from service.models.model import Model
 from service.models.registry import Entry
-from service.pipeline import Classifier, make_registry
+from service.pipeline import Pipeline
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
@@ -66,7 +66,7 @@ def serve(settings: Settings) -> None:
             forwarded_allow_ips=list(settings.trusted_proxies),
             timeout_graceful_shutdown=settings.graceful_timeout_seconds,
         ),
-        application.state.classifier,
+        application.state.pipeline,
         delay_seconds=settings.shutdown_delay_seconds,
     )
     # After shutdown, uvicorn raises the signal that stopped it again. All is done by then: ignore it, and exit with 0.
@@ -179,12 +179,12 @@ def show_settings(
 class _Server(uvicorn.Server):
     """At shutdown: reports that it is not ready, serves on for the delay, then finishes what it accepted."""
 
-    def __init__(self, config: uvicorn.Config, classifier: Classifier, *, delay_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, pipeline: Pipeline, *, delay_seconds: float) -> None:
         super().__init__(config)
-        self._classifier, self._delay_seconds = classifier, delay_seconds
+        self._pipeline, self._delay_seconds = pipeline, delay_seconds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._classifier.ready = False
+        self._pipeline.ready = False
         await asyncio.sleep(self._delay_seconds)
         await super().shutdown(sockets)
 
