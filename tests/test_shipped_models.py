@@ -1,4 +1,4 @@
-"""The models in models/ are those in runs/released/, served as torch computes them."""
+"""The models in models/ are those in runs/released/, and are served as torch computes them."""
 
 import json
 import os
@@ -91,6 +91,7 @@ def expected_answers(bundle: Bundle, pixels: torch.Tensor) -> npt.NDArray[np.int
         return torch.cat([model(chunk).argmax(dim=1) for chunk in chunks]).numpy()
 
 
+@pytest.mark.slow
 def test_served_answers_agree_with_torch_and_with_the_manifest_bits(test_images: TestImages) -> None:
     encoded, pixels, labels = test_images
     with serving(MODELS) as (url, _), httpx.Client(base_url=url, timeout=60) as client:
