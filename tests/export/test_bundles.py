@@ -37,6 +37,9 @@ def test_manifest_states_what_the_model_is(repository: Path) -> None:
     assert bundle.labels == tuple("0123456789")
     assert manifest.accuracy
     assert (manifest.accuracy.split, manifest.accuracy.n) == ("test", 360)
+    correct = manifest.accuracy.correct_top1()
+    assert correct is not None
+    assert correct.mean() == pytest.approx(manifest.accuracy.top1)
     assert manifest.parity.images == 256 + 3
     assert manifest.parity.max_abs_logit < 1e-3
     assert manifest.parity.top1_flips == 0
