@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from loadtests.errors import LoadTestError
-from loadtests.experiment.server import running_server
+from loadtests.experiment.server import service_for
 from loadtests.generator.readers import Label, Payload, PayloadError, Source, open_source
 
 TOP = 5
@@ -143,7 +143,7 @@ def _server(plan: Plan, log: Path) -> Iterator[str]:
         yield plan.url
         return
     names = ",".join(plan.models)
-    with running_server(plan.repository, names, log=log, arguments=plan.service_arguments) as server:
+    with service_for(names, repository=plan.repository, log=log, arguments=plan.service_arguments) as server:
         yield server.url
 
 

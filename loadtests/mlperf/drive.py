@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from loadtests.errors import LoadTestError
 from loadtests.experiment.http_get import get_json
-from loadtests.experiment.server import Server, ServerError, running_server
+from loadtests.experiment.server import Server, ServerError, service_for
 from loadtests.generator.payloads import Payload, PayloadError, describe, read_payloads
 from loadtests.mlperf.summary import Accuracy, Summary, accuracy_of, parse_summary
 
@@ -221,7 +221,7 @@ def _service(plan: Plan, log: Path) -> Iterator[tuple[str, Server | None]]:
         return
     if plan.repository is None:
         raise MlperfError("name a repository to serve, or the URL of a service that runs")
-    with running_server(plan.repository, plan.model, log=log, arguments=plan.service_arguments) as server:
+    with service_for(plan.model, repository=plan.repository, log=log, arguments=plan.service_arguments) as server:
         yield server.url, server
 
 

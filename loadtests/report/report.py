@@ -148,7 +148,7 @@ def as_json(comparison: Comparison, findings: Findings) -> dict[str, Any]:
         "rows": _verdicts(findings),
         "warnings": findings.warnings,
         "capacity_searches": [to_json(search) for search in comparison.capacity_searches],
-        "blocks": [_block(block) for block in comparison.blocks],
+        "blocks": [block_document(block) for block in comparison.blocks],
         "info": {arm.label: _info(comparison, arm.label) for arm in comparison.plan.arms},
     }
 
@@ -158,7 +158,7 @@ def _info(comparison: Comparison, label: str) -> Any:
     return to_json({name: value for name, value in known.items() if name != "labels"})
 
 
-def _block(block: Block) -> dict[str, Any]:
+def block_document(block: Block) -> dict[str, Any]:
     return {
         "arm": block.arm,
         "round": block.round,
@@ -172,7 +172,9 @@ def _block(block: Block) -> dict[str, Any]:
 def _load(load: LoadResult) -> dict[str, Any]:
     latencies = load.latencies_ms
     answered = int(np.isfinite(latencies).sum())
-    values = {field.name: getattr(load, field.name) for field in fields(load) if field.name != "latencies_ms"}
+    values = {
+        field.name: getattr(load, field.name) for field in fields(load) if field.name not in {"latencies_ms", "trace"}
+    }
     return {
         **{name: to_json(value) for name, value in values.items()},
         **{f"p{rank}_ms": to_json(percentile(latencies, rank)) for rank in (50, 95, 99)},

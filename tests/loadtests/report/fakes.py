@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, Arm, Block, CapacitySearch, Comparison, Plan
+from loadtests.experiment.model import (
+    HIGH,
+    LOADS,
+    MODERATE,
+    SATURATED,
+    Arm,
+    Block,
+    CapacitySearch,
+    Comparison,
+    ComparisonPlan,
+)
 from loadtests.generator.load_result import LoadResult
 from loadtests.report.verdicts import Change, Figure, Findings, Metric, Row, Verdict
 
@@ -35,7 +45,7 @@ _TOP1 = {BASELINE: 0.5371, LSRA: 0.5391, CSRA: 0.5366, TWIN: 0.5371}
 _KV = {BASELINE: 64, LSRA: 32, CSRA: 16, TWIN: 64}
 
 
-def plan(**changes: Any) -> Plan:
+def plan(**changes: Any) -> ComparisonPlan:
     values: dict[str, Any] = {
         "repository": Path("models"),
         "arms": ARMS,
@@ -54,7 +64,7 @@ def plan(**changes: Any) -> Plan:
         "service_arguments": ("--intra-op-threads", "2"),
         "seed": 7,
     }
-    return Plan(**(values | changes))
+    return ComparisonPlan(**(values | changes))
 
 
 def load(latencies_ms: npt.NDArray[np.float64], **changes: Any) -> LoadResult:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, Arm, Block, Comparison, Plan
+from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, Arm, Block, Comparison, ComparisonPlan
 from loadtests.generator.load_result import LoadResult
 from loadtests.report.verdicts import Change, Findings, judge
 
@@ -46,7 +46,7 @@ def comparison(*, rounds: int = 10, spread: float = 0.03, count: int = 100, seed
             }
             blocks.append(Block(arm=arm.label, round=number, loads=loads, info=accuracy(0.5)))
     return Comparison(
-        plan=Plan(
+        plan=ComparisonPlan(
             repository=Path("models"),
             arms=ARMS[:arms],
             data=None,
