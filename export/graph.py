@@ -1,32 +1,33 @@
-"""A trained classifier as one plain ONNX graph: standard operators, dynamic batch, no trace of where it was made."""
+"""A trained classifier as one plain ONNX graph: standard operators, dynamic batch, no metadata of its origin."""
 
 from collections import Counter
-from typing import cast
+from typing import Any, cast
 
 import onnx
 import torch
 from torch import Tensor, nn
 
-from export.served import MLP_PARTS, Served
+from export.inference_model import MLP_PARTS, InferenceModel
+from service import manifest
 from service.engine import INPUT, OUTPUTS
-from training.models import Classifier, StrideViT
+from training.models import NormalizedModel, StrideViT
 
 OPSET = 23
-"""The first opset with a standard `Attention` operator, which needs less memory than its parts."""
+"""The first opset with a standard `Attention` operator, which takes less memory than its decomposition."""
 OPSETS = range(18, OPSET + 1)
-"""What can be exported: older ones lack operators that every variant needs, ONNX Runtime's CUDA kernels newer ones."""
+"""Older opsets lack operators that every variant needs; ONNX Runtime's CUDA kernels do not cover newer ones."""
 AVOIDED = frozenset({"Shape", "Size", "NonZero"})
-"""Operators on shapes, which runtimes compute on the CPU in the middle of the graph."""
+"""Operators on shapes, which runtimes compute on the CPU between the nodes of a GPU."""
 
 
 class ExportError(Exception):
-    """The model cannot be exported; the message says which rule it breaks."""
+    """The model cannot be exported; the message names the rule that it breaks."""
 
 
 class _Unshaped(nn.Module):
-    """What is served as the exporter itself would write it, to compare with."""
+    """The model as torch's exporter writes it without our rewriting, for comparison."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: NormalizedModel) -> None:
         super().__init__()
         self.classifier = classifier
 
@@ -36,24 +37,24 @@ class _Unshaped(nn.Module):
 
 
 def to_onnx(
-    classifier: Classifier, *, opset: int = OPSET, half: bool = False, mlp_parts: int = MLP_PARTS, shaped: bool = True
+    model: NormalizedModel, *, opset: int = OPSET, half: bool = False, mlp_parts: int = MLP_PARTS, shaped: bool = True
 ) -> onnx.ModelProto:
-    """The graph of `classifier`, checked and stripped: uint8 images in, float32 logits and probabilities out.
+    """The graph of `model`, checked and stripped: uint8 images in, float32 logits and probabilities out.
 
-    With `half` it computes in float16; the MLP is taken in `mlp_parts`. `shaped=False` leaves the form to torch's
-    exporter, which below opset 23 adds operators on shapes: to measure, not to serve. Raises ExportError.
+    With `half` it computes in float16; `mlp_parts` splits the MLP. `shaped=False` skips our rewriting, for comparison
+    only: below opset 23 such graphs compute on shapes. Raises ExportError.
     """
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} cannot be exported: choose one from {OPSETS[0]} to {OPSETS[-1]}")
-    model = classifier.model
-    if not isinstance(model, StrideViT):
-        raise ExportError(f"this is a {type(model).__name__}, not a StrideViT")
-    served = (
-        Served(classifier, operator=opset >= OPSET, half=half, mlp_parts=mlp_parts) if shaped else _Unshaped(classifier)
-    )
-    example = torch.zeros(2, *model.spec.image_shape, 3, dtype=torch.uint8)
+    trained = model.model
+    if not isinstance(trained, StrideViT):
+        raise ExportError(f"this is a {type(trained).__name__}, not a StrideViT")
+    module: nn.Module = _Unshaped(model)
+    if shaped:
+        module = InferenceModel(model, operator=opset >= OPSET, half=half, mlp_parts=mlp_parts)
+    example = torch.zeros(2, *trained.spec.image_shape, 3, dtype=torch.uint8)
     program = torch.onnx.export(
-        served.eval(),
+        module.eval(),
         (example,),
         dynamo=True,
         verbose=False,
@@ -72,7 +73,7 @@ def to_onnx(
 
 
 def plain(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """`graph` without all that tells where and how it was made. Raises ExportError if what is left is not plain."""
+    """Strip `graph` of metadata and check it. Raises ExportError if the rest is not plain ONNX."""
     _strip(graph)
     check_standard(graph)
     return graph
@@ -83,13 +84,32 @@ def op_types(model: onnx.ModelProto) -> dict[str, int]:
     return dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
 
 
+def manifest_fields(model: onnx.ModelProto) -> dict[str, Any]:
+    """The fields of a manifest that follow from the graph."""
+    _, num_classes = _tensor(model.graph.output[0]).shape
+    return {
+        "opset": model.opset_import[0].version,
+        "op_types": op_types(model),
+        "input": _tensor(model.graph.input[0]),
+        "outputs": tuple(map(_tensor, model.graph.output)),
+        "num_classes": num_classes,
+    }
+
+
+def _tensor(value: onnx.ValueInfoProto) -> manifest.Tensor:
+    found = value.type.tensor_type
+    datatype = onnx.TensorProto.DataType.Name(found.elem_type).replace("FLOAT", "FP32")
+    shape = tuple(-1 if dim.dim_param else dim.dim_value for dim in found.shape.dim)
+    return manifest.Tensor(name=value.name, datatype=datatype, shape=shape)
+
+
 def serialise(model: onnx.ModelProto) -> bytes:
-    """Bytes that depend on the model alone."""
+    """Deterministic bytes of the model."""
     return cast(bytes, model.SerializeToString(deterministic=True))
 
 
 def check_standard(model: onnx.ModelProto) -> None:
-    """Raise ExportError unless the graph is plain: standard domain, no functions, valid, agreed names and shapes."""
+    """Raise ExportError unless the graph is plain: standard domain, no functions, valid, expected names and batch."""
     foreign = sorted({f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain})
     domains = sorted({entry.domain for entry in model.opset_import if entry.domain})
     if foreign or domains or model.functions:
@@ -107,21 +127,12 @@ def check_standard(model: onnx.ModelProto) -> None:
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Remove all that tells where and how the graph was made: stack traces, source paths, names of scopes."""
-    model.doc_string = ""
-    model.producer_name, model.producer_version = "stridevit", ""
-    del model.metadata_props[:]
+    """Remove what depends on where and how the graph was made: stack traces, source paths, scope names."""
     graph = model.graph
-    graph.name, graph.doc_string = "stridevit", ""
-    del graph.metadata_props[:]
-    # Inner shapes are for readers only, and stale ones break tools that edit the graph.
+    # Inner shapes are only informative, and stale ones break tools that edit the graph.
     del graph.value_info[:]
-    for node in graph.node:
-        node.doc_string = ""
-        del node.metadata_props[:]
-    for value in (*graph.input, *graph.output):
-        value.doc_string = ""
-        del value.metadata_props[:]
-    for tensor in graph.initializer:
-        tensor.doc_string = ""
-        del tensor.metadata_props[:]
+    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        part.doc_string = ""
+        del part.metadata_props[:]
+    model.producer_name, model.producer_version = "stridevit", ""
+    graph.name = "stridevit"

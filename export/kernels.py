@@ -1,8 +1,8 @@
-"""Whether a GPU's runtime has a kernel for every node of a graph, by what its makers' documentation says.
+"""Whether CUDA and TensorRT have a kernel for every node of a graph, according to their documentation.
 
 kernels.json holds the rows of the operators that our graphs may use, copied from ONNX Runtime's list of CUDA kernels
-and from TensorRT's operator support matrix; it names the commits. So a graph that would fall back to the CPU, or fail
-to start, is found here, without a GPU.
+and TensorRT's operator support matrix, with their commits. A graph that would fall back to the CPU, or fail to load,
+is found here without a GPU.
 """
 
 import json
@@ -16,26 +16,18 @@ import onnx
 from onnx import TensorProto
 
 _TABLE = Path(__file__).with_name("kernels.json")
-_TENSORRT_TYPES: dict[int, str] = {
-    TensorProto.FLOAT: "FP32",
-    TensorProto.FLOAT16: "FP16",
-    TensorProto.INT32: "INT32",
-    TensorProto.INT64: "INT64",
-    TensorProto.UINT8: "UINT8",
-    TensorProto.INT8: "INT8",
-    TensorProto.BOOL: "BOOL",
-}
+_TENSORRT_NAMES = {"float": "FP32", "float16": "FP16"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """One node, and what stands in the way of each provider; empty if nothing does."""
+    """One node, and the reason why each provider cannot run it; empty if it can."""
 
     op: str
     version: int
-    """Of the operator's definition that the graph's opset means."""
+    """Version of the operator in the graph's opset."""
     types: tuple[str, ...]
-    """Element types of its inputs."""
+    """Element types of the inputs."""
     cuda: str
     tensorrt: str
 
@@ -45,8 +37,8 @@ def kernels(graph: onnx.ModelProto) -> list[Kernel]:
     opset = graph.opset_import[0].version
     inferred = onnx.shape_inference.infer_shapes(graph, strict_mode=True, data_prop=True).graph
     values = {value.name: value.type.tensor_type for value in (*inferred.input, *inferred.value_info, *inferred.output)}
-    types = {name: tensor.elem_type for name, tensor in values.items()}
-    types |= {tensor.name: tensor.data_type for tensor in inferred.initializer}
+    types = {name: _name(tensor.elem_type) for name, tensor in values.items()}
+    types |= {tensor.name: _name(tensor.data_type) for tensor in inferred.initializer}
     ranks = {name: len(tensor.shape.dim) for name, tensor in values.items()}
     constants = {tensor.name for tensor in inferred.initializer}
     found = []
@@ -56,7 +48,7 @@ def kernels(graph: onnx.ModelProto) -> list[Kernel]:
             Kernel(
                 op=node.op_type,
                 version=schema.since_version,
-                types=tuple(_name(types[name]) for name in node.input if name),
+                types=tuple(types[name] for name in node.input if name),
                 cuda="; ".join(_missing_on_cuda(node, schema, types)),
                 tensorrt="; ".join(_missing_in_tensorrt(node, types, ranks, constants)),
             )
@@ -65,7 +57,7 @@ def kernels(graph: onnx.ModelProto) -> list[Kernel]:
 
 
 def gaps(graph: onnx.ModelProto) -> list[str]:
-    """What no GPU provider of the tables could run, one line a kind of node; empty for a graph that runs on all."""
+    """What CUDA or TensorRT cannot run, one line per kind of node; empty for a graph that both can run."""
     lines = [
         f"{provider}: {kernel.op}-{kernel.version} ({', '.join(kernel.types)}): {reason}"
         for kernel in kernels(graph)
@@ -76,11 +68,11 @@ def gaps(graph: onnx.ModelProto) -> list[str]:
 
 
 def sources() -> dict[str, str]:
-    """Where each table was copied from."""
+    """URL of each table's origin."""
     return {provider: source["url"] for provider, source in _tables()["sources"].items()}
 
 
-def _missing_on_cuda(node: onnx.NodeProto, schema: onnx.defs.OpSchema, types: dict[str, int]) -> Iterator[str]:
+def _missing_on_cuda(node: onnx.NodeProto, schema: onnx.defs.OpSchema, types: dict[str, str]) -> Iterator[str]:
     rows = _tables()["cuda"].get(node.op_type, [])
     row = next((row for row in rows if _covers(row, schema.since_version)), None)
     if row is None:
@@ -92,28 +84,29 @@ def _missing_on_cuda(node: onnx.NodeProto, schema: onnx.defs.OpSchema, types: di
         formal = schema.inputs[min(index, len(schema.inputs) - 1)].name
         constraint = row["inputs"].get(formal)
         allowed = row["types"].get(constraint, [str(constraint).removeprefix("tensor(").removesuffix(")")])
-        if _name(types[name]) not in allowed:
-            yield f"{formal} is {_name(types[name])}, not one of {', '.join(allowed)}"
+        if types[name] not in allowed:
+            yield f"{formal} is {types[name]}, not one of {', '.join(allowed)}"
 
 
 def _covers(row: dict[str, Any], version: int) -> bool:
-    """ONNX Runtime takes a kernel without an upper end only for exactly the version at which it begins."""
+    """ONNX Runtime uses a kernel without an upper version only for exactly the version at which it begins."""
     return bool(row["since"] == version or (row["until"] is not None and row["since"] <= version <= row["until"]))
 
 
 def _missing_in_tensorrt(
-    node: onnx.NodeProto, types: dict[str, int], ranks: dict[str, int], constants: set[str]
+    node: onnx.NodeProto, types: dict[str, str], ranks: dict[str, int], constants: set[str]
 ) -> Iterator[str]:
     row = _tables()["tensorrt"].get(node.op_type)
     if row is None:
         yield "not supported"
         return
-    first = _TENSORRT_TYPES.get(types[node.input[0]], _name(types[node.input[0]]))
+    first = types[node.input[0]]
+    first = _TENSORRT_NAMES.get(first, first.upper())
     if first not in row["types"]:
         yield f"{first} is not one of {', '.join(row['types'])}"
     match node.op_type:
         case "Attention":
-            # No mask, no cache, no further outputs: then only the ranks are left of its restrictions.
+            # Without mask, cache and further outputs, only the restriction on ranks applies.
             plain = len(node.input) == 3 and len(list(filter(None, node.output))) == 1
             plain &= all(ranks[name] == 4 for name in node.input)
             plain &= not {"softcap", "qk_matmul_output_mode"} & {attribute.name for attribute in node.attribute}
@@ -128,7 +121,7 @@ def _missing_in_tensorrt(
 
 
 def _name(element_type: int) -> str:
-    """As ONNX Runtime writes it: float, float16, int64."""
+    """ONNX Runtime's name of an element type: float, float16, int64."""
     return str(TensorProto.DataType.Name(element_type)).lower()
 
 

@@ -1,9 +1,9 @@
-"""int8 for CPUs: products with weights in 8 bits, all else in float32, as standard ONNX operators.
+"""int8 for CPUs: products with weights in 8 bits, everything else in float32, as standard ONNX operators.
 
-Chosen on held-out train images (docs/results.md has the table): the inputs of a product are quantised, its output is
-not; weights have a scale a column; ranges are the smallest and largest value seen in calibration. Activations are
-unsigned and weights signed, the pair that processors with VNNI multiply in one instruction. Without VNNI ONNX Runtime's
-kernels may saturate: then the golden outputs refuse the model at its start.
+Chosen on held-out train images (table in docs/results.md): the inputs of a product are quantised, its output is not;
+weights have one scale per column; activation ranges are the smallest and largest values seen in calibration.
+Activations are unsigned and weights signed, the pair that processors with VNNI multiply in one instruction. Without
+VNNI, ONNX Runtime's kernels may saturate: then the golden outputs reject the model when it is loaded.
 """
 
 import tempfile
@@ -14,13 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    QuantFormat,
-    QuantType,
-    quantize_dynamic,
-    quantize_static,
-)
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 from export.graph import plain
 from service.engine import INPUT
@@ -31,7 +25,7 @@ _ONLY_WITH_WEIGHTS: dict[str, object] = {"MatMulConstBOnly": True}
 
 
 def quantize(graph: onnx.ModelProto, calibration: npt.NDArray[np.uint8]) -> onnx.ModelProto:
-    """`graph` with fixed ranges, found on `calibration` images (n,H,W,3): an answer depends on its own image alone."""
+    """`graph` with fixed ranges from `calibration` images (n,H,W,3): an output depends on its own image alone."""
     convert = partial(
         quantize_static,
         calibration_data_reader=_Batches(calibration),
@@ -42,13 +36,13 @@ def quantize(graph: onnx.ModelProto, calibration: npt.NDArray[np.uint8]) -> onnx
 
 
 def quantize_by_batch(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """`graph` with ranges found anew for each batch: nothing to calibrate, but an answer depends on the whole batch."""
+    """`graph` with ranges computed per batch: no calibration, but an output depends on the whole batch."""
     return _converted(graph, quantize_dynamic, _ONLY_WITH_WEIGHTS)
 
 
 def _converted(graph: onnx.ModelProto, convert: Callable[..., None], extra: dict[str, object]) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
-        # By way of a file: given the graph itself, static quantisation would move the weights out of it.
+        # Through a file, because given a graph in memory, static quantisation moves its weights to external data.
         source, written = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
         onnx.save(graph, source)
         convert(

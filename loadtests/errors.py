@@ -5,7 +5,7 @@ LoadTestError
 ├── ArmError         an arm is malformed, or its commit unknown  (experiment/arms.py)
 ├── ServerError      a server did not start, or died             (experiment/server.py)
 ├── StoreError       the folder holds another measurement        (experiment/store.py)
-├── ResultsError     an earlier results.json is unusable         (report/regress.py)
+├── ResultsError     an earlier results.json is unusable         (report/document.py)
 ├── AccuracyError    the models cannot be evaluated              (accuracy/)
 └── MlperfError      LoadGen did not finish                      (mlperf/)
 """

@@ -1,19 +1,15 @@
-"""The engine limit: what decoding and the engine reach together with no HTTP, and the least memory that a model needs.
+"""The engine limit: what decoding and the engine reach together without HTTP.
 
-Decode threads keep a bounded queue full, and one thread takes full batches from it: the way of an image through the
+Decode threads keep a bounded queue full, and one thread takes full batches from it: the path of an image through the
 service, without requests. Served throughput is quoted as a fraction of this.
 """
 
 import io
 import itertools
-import json
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,183 +20,140 @@ import numpy.typing as npt
 from PIL import Image
 
 from service.bundle import Bundle, read_bundle, versions
-from service.engine import INPUT, Engine, require_one_engine, resolve_device
+from service.engine import Engine, require_one_engine, resolve_device
+from service.engine_memory import measure_memory
+from service.engine_timer import time_runs
 from service.errors import BundleError, ImageError, StartupError
 from service.host import available_cores
 from service.images import decode
-from service.models.registry import tuning
 from service.scheduling.cost import candidate_sizes
 from service.settings import Settings
 
 Pixels = npt.NDArray[np.uint8]
 
-_SHORTEST_TRIAL, _LONGEST_TRIAL = 0.1, 1.0
+_MIN_TRIAL_SECONDS, _MAX_TRIAL_SECONDS = 0.1, 1.0
 _WARM_UP_BATCHES = 2
 _STALLED_SECONDS = 120
-_BASELINE_SECONDS = 300
-
-# No package of ours: what ONNX Runtime and this model need, with the session options of service/engine.py.
-_BASELINE = """
-import json, os, sys
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-import numpy, onnxruntime
-
-def pss():
-    for line in open("/proc/self/smaps_rollup"):
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-
-model, name, shape, threads, batch = json.loads(sys.argv[1])
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-options.log_severity_level, options.enable_mem_pattern = 3, False
-session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-session.run(None, {name: numpy.zeros((1, *shape), numpy.uint8)})
-one = pss()
-session.run(None, {name: numpy.zeros((batch, *shape), numpy.uint8)})
-print(json.dumps([one, pss()]))
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limit:
-    """What one process reached; rates in images a second."""
+class EngineLimit:
+    """What one process reached."""
 
     model: str
     version: int
     device: str
     intra_op_threads: int
-    """One or all, whichever was faster, unless the settings say how many."""
+    """One or all, whichever was faster, unless the settings give a number."""
     decode_threads: int
     allow_spinning: bool
     images: int
-    """How many different ones were decoded, round and round."""
-    image_bytes: int
-    """Median of their sizes."""
+    """Number of different images, which were decoded in turn."""
+    median_image_bytes: int
     seconds: float
     images_per_second: float
-    """The limit: decoding and engine together, in batches of `batch`."""
-    batch: int
-    """The fastest of `by_batch`."""
-    by_batch: dict[int, float]
-    """The same in short trials of each batch size."""
-    decode_only: float
-    engine_only: dict[int, float]
-    """By batch size, on images decoded before."""
-    baseline_bytes: int | None
-    """PSS of a process with ONNX Runtime and the model alone, after one run of the largest batch. Null where the system
-    does not tell, and off the CPU."""
-    baseline_batch1_bytes: int | None
+    """The limit: decoding and engine together, in batches of `batch_size`."""
+    batch_size: int
+    """The fastest one."""
+    images_per_second_by_batch_size: dict[int, float]
+    """Decoding and engine together, in short trials."""
+    decode_images_per_second: float
+    """Decoding alone."""
+    engine_images_per_second_by_batch_size: dict[int, float]
+    """The engine alone, on decoded images."""
+    baseline_pss_bytes: int | None
+    """Memory of a process with ONNX Runtime and the model alone, after one run of the largest batch. Null where the
+    system does not report it, and on a GPU."""
+    baseline_pss_one_image_bytes: int | None
     """The same after a run of one image only."""
     versions: dict[str, str]
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Trial:
-    threads: int
-    pipeline: Callable[..., float]
-    engine_only: dict[int, float]
-    by_batch: dict[int, float]
+    def text(self) -> str:
+        """For the terminal: one line per figure."""
+        return "\n".join(f"{name.replace('_', ' '):40}{_shown(value)}" for name, value in asdict(self).items())
 
 
-def run(settings: Settings, name: str, images_folder: Path | None, seconds: float) -> Limit:
-    """Measure the newest version of `name` on the files of a folder; without one, on a JPEG of about 100 kB.
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_shown(inner)}" for key, inner in value.items())
+    return f"{value:.1f}" if isinstance(value, float) else "unknown" if value is None else str(value)
 
-    Raises StartupError, in words for the user.
+
+def read_images(data: Path | None) -> list[bytes]:
+    """The image files in a folder, by name; without one, a generated JPEG of about 100 kB. Raises StartupError.
+
+    Hidden files, `labels.csv` and folders are left out.
     """
-    if images_folder is None:
-        return measure_limit(settings, name, [drawn_jpeg()], seconds=seconds)
+    if data is None:
+        return [generated_jpeg()]
     try:
-        files = sorted(file for file in images_folder.iterdir() if file.is_file())
-        images = [file.read_bytes() for file in files]
+        files = sorted(file for file in data.iterdir() if file.is_file() and not file.name.startswith("."))
+        images = [file.read_bytes() for file in files if file.name != "labels.csv"]
     except OSError as error:
-        raise StartupError(f"--images {images_folder}: cannot be read ({error.strerror})") from error
+        raise StartupError(f"--data {data}: cannot be read ({error.strerror})") from error
     if not images:
-        raise StartupError(f"--images {images_folder}: there is no file in it")
-    return measure_limit(settings, name, images, seconds=seconds)
+        raise StartupError(f"--data {data}: there is no image in it")
+    return images
 
 
-def measure_limit(settings: Settings, name: str, images: list[bytes], *, seconds: float) -> Limit:
-    """Try batch sizes 1, 2, 4, … up to the settings' and the model's largest, then measure the best for `seconds`.
+def measure_engine_limit(settings: Settings, name: str, images: list[bytes], *, seconds: float) -> EngineLimit:
+    """Try batch sizes 1, 2, 4, … up to the largest of the settings and the model, then measure the best for `seconds`.
 
     Raises StartupError if the model cannot be loaded, or an image not be decoded.
     """
     device, number = resolve_device(settings.device)
     bundle = _newest(settings.repository, name)
     cores = settings.threads or available_cores()
-    decoders = settings.decode_threads or cores
-    # As the service would, and more thoroughly: one thread may be worth as much as all of them.
-    options = (
-        [settings.intra_op_threads] if settings.intra_op_threads else sorted({1, cores} if device == "cpu" else {cores})
+    decode_threads = settings.decode_threads or cores
+    # The service chooses between one thread and all too, by single images; here both are tried at each batch size.
+    thread_counts = (
+        {settings.intra_op_threads} if settings.intra_op_threads else {cores, 1 if device == "cpu" else cores}
     )
     sizes = candidate_sizes(min(settings.max_batch, bundle.manifest.max_batch or settings.max_batch))
-    # First: a process shares with this one what both have loaded, and PSS then counts only half of it.
-    one, largest = _baseline(bundle, threads=options[-1], batch=sizes[-1]) if device == "cpu" else (None, None)
+    # Before this process loads ONNX Runtime: see measure_memory.
+    one, largest = (
+        measure_memory(bundle, threads=max(thread_counts), batch=sizes[-1]) if device == "cpu" else (None, None)
+    )
     decode_one = partial(decode, preprocessing=bundle.manifest.preprocessing, max_pixels=settings.max_pixels)
     try:
         decoded = [decode_one(image) for image in images][: sizes[-1]]
     except ImageError as error:
         raise StartupError(f"not all of the images can be decoded: {error}") from error
-    trial = min(_LONGEST_TRIAL, max(_SHORTEST_TRIAL, seconds / 10))
-    decode_only = _decode_rate(decode_one, images, threads=decoders, seconds=trial)
-    trials: list[_Trial] = []
-    for threads in options:
-        engine = Engine(bundle.model_path, device=device, number=number, threads=threads, tuning=tuning(settings))
-        pipeline = partial(_pipeline, engine, decode_one, images, decoders=decoders)
-        engine_only = {size: _engine_rate(engine, decoded, batch=size, seconds=trial) for size in sizes}
-        # There and back again: what slows the machine for a moment does not hit one size alone.
-        there = {size: pipeline(batch=size, seconds=trial) for size in sizes}
-        back = {size: pipeline(batch=size, seconds=trial) for size in sizes[::-1]}
-        by_batch = {size: (there[size] + back[size]) / 2 for size in sizes}
-        trials.append(_Trial(threads=threads, pipeline=pipeline, engine_only=engine_only, by_batch=by_batch))
-    best = max(trials, key=lambda trial: max(trial.by_batch.values()))
-    batch = max(best.by_batch, key=lambda size: best.by_batch[size])
-    return Limit(
+    trial_seconds = min(_MAX_TRIAL_SECONDS, max(_MIN_TRIAL_SECONDS, seconds / 10))
+    decode_only = _decode_rate(decode_one, images, threads=decode_threads, seconds=trial_seconds)
+    trials = []
+    for threads in sorted(thread_counts):
+        engine = Engine(bundle.model_path, device=device, number=number, threads=threads, tuning=settings.tuning())
+        pipeline = partial(_pipeline_rate, engine, decode_one, images, decode_threads=decode_threads)
+        alone = {size: _engine_rate(engine, decoded, batch=size, seconds=trial_seconds) for size in sizes}
+        # Forwards and backwards, so that interference of a moment does not hit one size alone.
+        rates = [(size, pipeline(batch=size, seconds=trial_seconds)) for size in (*sizes, *reversed(sizes))]
+        together = {size: sum(rate for other, rate in rates if other == size) / 2 for size in sizes}
+        trials.append((max(together.values()), threads, pipeline, alone, together))
+    _, threads, pipeline, alone, together = max(trials, key=lambda trial: trial[0])
+    batch_size = max(together, key=lambda size: together[size])
+    return EngineLimit(
         model=name,
         version=bundle.version,
         device=device,
-        intra_op_threads=best.threads,
-        decode_threads=decoders,
+        intra_op_threads=threads,
+        decode_threads=decode_threads,
         allow_spinning=settings.allow_spinning,
         images=len(images),
-        image_bytes=int(np.median([len(image) for image in images])),
+        median_image_bytes=int(np.median([len(image) for image in images])),
         seconds=seconds,
-        images_per_second=best.pipeline(batch=batch, seconds=seconds),
-        batch=batch,
-        by_batch=best.by_batch,
-        decode_only=decode_only,
-        engine_only=best.engine_only,
-        baseline_bytes=largest,
-        baseline_batch1_bytes=one,
+        images_per_second=pipeline(batch=batch_size, seconds=seconds),
+        batch_size=batch_size,
+        images_per_second_by_batch_size=together,
+        decode_images_per_second=decode_only,
+        engine_images_per_second_by_batch_size=alone,
+        baseline_pss_bytes=largest,
+        baseline_pss_one_image_bytes=one,
         versions={package: version(package) for package in (require_one_engine(), "pillow", "numpy")},
     )
 
 
-def render(limit: Limit) -> str:
-    """For the terminal: a line a figure."""
-    pairs = ", ".join(f"{size}: {rate:.1f}" for size, rate in limit.by_batch.items())
-    alone = ", ".join(f"{size}: {rate:.1f}" for size, rate in limit.engine_only.items())
-    memory = "not known on this system or device"
-    if limit.baseline_bytes is not None and limit.baseline_batch1_bytes is not None:
-        memory = (
-            f"{limit.baseline_bytes / 1e6:.1f} MB PSS after a batch of {max(limit.by_batch)}, "
-            f"{limit.baseline_batch1_bytes / 1e6:.1f} MB after one image"
-        )
-    return "\n".join(
-        (
-            f"engine limit   {limit.images_per_second:.1f} images/s: {limit.model}, version {limit.version}, in "
-            f"batches of {limit.batch}, for {limit.seconds:g} s",
-            f"by batch size  {pairs}",
-            f"engine alone   {alone}",
-            f"decode alone   {limit.decode_only:.1f} ({limit.images} images, median {limit.image_bytes / 1e3:.1f} kB)",
-            f"threads        engine {limit.intra_op_threads}, {'' if limit.allow_spinning else 'not '}allow_spinning; "
-            f"decode {limit.decode_threads}; device {limit.device}",
-            f"memory         {memory}: ONNX Runtime and the model alone",
-        )
-    )
-
-
-def drawn_jpeg() -> bytes:
+def generated_jpeg() -> bytes:
     """Blurred noise with grain, 640 × 480, about 100 kB: costs about what a photo costs to decode."""
     generator = np.random.default_rng(0)
     coarse = Image.fromarray(generator.integers(0, 256, size=(12, 16, 3), dtype=np.uint8))
@@ -221,17 +174,17 @@ def _newest(repository: Path, name: str) -> Bundle:
         raise StartupError(f"model {name!r}: {error}") from error
 
 
-def _pipeline(
+def _pipeline_rate(
     engine: Engine,
     decode_one: Callable[[bytes], Pixels],
     images: list[bytes],
     *,
-    decoders: int,
+    decode_threads: int,
     batch: int,
     seconds: float,
 ) -> float:
-    """Images a second through decode threads, a bounded queue and the engine, from one end of a batch to another."""
-    ready: Queue[Pixels] = Queue(maxsize=2 * max(batch, decoders))
+    """Images per second through decode threads, a bounded queue and the engine."""
+    ready: Queue[Pixels] = Queue(maxsize=2 * max(batch, decode_threads))
     supply, lock, stop = itertools.cycle(images), threading.Lock(), threading.Event()
 
     def feed() -> None:
@@ -243,35 +196,24 @@ def _pipeline(
     def run_batch() -> None:
         engine.run(np.stack([ready.get(timeout=_STALLED_SECONDS) for _ in range(batch)]))
 
-    with ThreadPoolExecutor(decoders, thread_name_prefix="decode") as pool:
-        feeders = [pool.submit(feed) for _ in range(decoders)]
+    with ThreadPoolExecutor(decode_threads, thread_name_prefix="decode") as pool:
+        feeders = [pool.submit(feed) for _ in range(decode_threads)]
         try:
-            for _ in range(_WARM_UP_BATCHES):
-                run_batch()
-            started, done = time.perf_counter(), 0
-            while (elapsed := time.perf_counter() - started) < seconds or not done:
-                run_batch()
-                done += batch
+            return _rate(run_batch, images=batch, seconds=seconds, warm_up_runs=_WARM_UP_BATCHES)
         finally:
             stop.set()
             while not all(feeder.done() for feeder in feeders):
-                # A feeder may wait for room in the queue.
+                # A feeder may be waiting for room in the queue.
                 try:
                     ready.get(timeout=0.01)
                 except Empty:
                     continue
-    return done / elapsed
 
 
 def _decode_rate(decode_one: Callable[[bytes], Pixels], images: list[bytes], *, threads: int, seconds: float) -> float:
     def work(offset: int) -> float:
-        started, done = time.perf_counter(), 0
-        for image in itertools.cycle(images[offset:] + images[:offset]):
-            if (elapsed := time.perf_counter() - started) >= seconds and done:
-                break
-            decode_one(image)
-            done += 1
-        return done / elapsed
+        supply = itertools.cycle(images[offset:] + images[:offset])
+        return _rate(lambda: decode_one(next(supply)), images=1, seconds=seconds, warm_up_runs=0)
 
     with ThreadPoolExecutor(threads) as pool:
         return sum(pool.map(work, [number * len(images) // threads for number in range(threads)]))
@@ -279,32 +221,10 @@ def _decode_rate(decode_one: Callable[[bytes], Pixels], images: list[bytes], *, 
 
 def _engine_rate(engine: Engine, decoded: list[Pixels], *, batch: int, seconds: float) -> float:
     pixels = np.stack(list(itertools.islice(itertools.cycle(decoded), batch)))
-    engine.run(pixels)
-    started, done = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - started) < seconds or not done:
-        engine.run(pixels)
-        done += batch
-    return done / elapsed
+    return _rate(lambda: engine.run(pixels), images=batch, seconds=seconds, warm_up_runs=1)
 
 
-def _baseline(bundle: Bundle, *, threads: int, batch: int) -> tuple[int | None, int | None]:
-    """PSS of a fresh process after a run of one image, and of `batch`."""
-    if not Path("/proc/self/smaps_rollup").exists():
-        return None, None
-    _, *shape = bundle.manifest.input.shape
-    asked = json.dumps([str(bundle.model_path), INPUT, shape, threads, batch])
-    try:
-        ended = subprocess.run(  # noqa: S603 (our own command)
-            [sys.executable, "-c", _BASELINE, asked],
-            capture_output=True,
-            text=True,
-            timeout=_BASELINE_SECONDS,
-            check=True,
-        )
-    except subprocess.SubprocessError as error:
-        said = getattr(error, "stderr", None) or ""
-        raise StartupError(
-            f"the process with ONNX Runtime and the model alone failed: {error}\n{said[-1000:]}"
-        ) from error
-    one, largest = json.loads(ended.stdout)
-    return one, largest
+def _rate(run: Callable[[], object], *, images: int, seconds: float, warm_up_runs: int) -> float:
+    """Images per second of runs that process `images` each."""
+    runs = time_runs(run, seconds=seconds, warm_up_runs=warm_up_runs)
+    return images * len(runs) / sum(runs)

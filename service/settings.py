@@ -1,6 +1,6 @@
-"""Settings of the service: flags, over STRIDEVIT_<NAME> in the environment, over a TOML file, over the defaults.
+"""Settings of the service: flags override STRIDEVIT_<NAME> in the environment, which overrides a TOML file.
 
-The docstring under a setting is its only documentation: the flags' help and docs/settings.md are made from it.
+The docstring under a setting is its only documentation: --help and docs/settings.md are generated from it.
 """
 
 import difflib
@@ -19,8 +19,17 @@ from pydantic import (
     PositiveInt,
     model_validator,
 )
-from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from service.engine import Tuning
+from service.images import MAX_PIXELS
 
 ENV_PREFIX: Final = "STRIDEVIT_"
 
@@ -33,26 +42,34 @@ GROUPS: Final = {
     "default_deadline_ms": "Deadlines",
     "config": "Operation",
 }
-"""The first setting of each group, in the order of declaration: parts the flags' help and docs/settings.md."""
+"""The first setting of each group, in the order of declaration: the sections of --help and docs/settings.md."""
+
+_NEVER_ADMITTED = ": the largest request could never be admitted"
+_BOUNDED: Final = (
+    ("max_images_per_request", "max_pending_images", _NEVER_ADMITTED),
+    ("max_body_bytes", "max_pending_bytes", _NEVER_ADMITTED),
+    ("default_deadline_ms", "max_deadline_ms", ""),
+)
+"""Settings that may not exceed another one."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def _split(value: object) -> object:
-    """Lists come as text from the environment and from flags."""
+    """Lists are comma-separated text in the environment and in flags."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 def _empty_is_unset(value: object) -> object:
-    """An empty flag takes back what the environment or the file says; an empty path would be the current folder."""
+    """An empty flag resets a value of the environment or the file. As a path it would be the current folder."""
     return None if value == "" else value
 
 
 def _key_hash(value: str) -> str:
     digest = value.strip().lower()
     if not _SHA256.fullmatch(digest):
-        # The value stays out of the message: it may well be the key itself.
-        raise ValueError("must be 64 hexadecimal digits, the SHA-256 of a key: `python -m service key` makes both")
+        # Without the value: it may be the key itself.
+        raise ValueError("must be 64 hexadecimal digits, the SHA-256 of a key: `python -m service key` generates both")
     return digest
 
 
@@ -68,22 +85,13 @@ def _address(value: str) -> str:
 def _origin(value: str) -> str:
     parts = urlsplit(value)
     if value != "*" and (parts.scheme not in {"http", "https"} or value != f"{parts.scheme}://{parts.netloc}"):
-        # Browsers send an origin in exactly this form, and it is compared letter by letter.
+        # Browsers send an origin in exactly this form, and it is compared as text.
         raise ValueError(f"{value!r} is not an origin: write https://example.com, without a path or a final slash")
     return value
 
 
-def _http_url(value: str) -> str:
-    if not value.startswith(("http://", "https://")):
-        raise ValueError("must begin with http:// or https://")
-    return value
-
-
-def _log_level(value: object) -> object:
-    level = value.lower() if isinstance(value, str) else value
-    if level not in {"debug", "info", "warning", "error"}:
-        raise ValueError(f"unknown log level {value!r}: use debug, info, warning or error")
-    return level
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
 
 
 _T = TypeVar("_T")
@@ -92,129 +100,130 @@ _Optional = Annotated[_T | None, BeforeValidator(_empty_is_unset)]
 _Hash = Annotated[str, AfterValidator(_key_hash)]
 _Address = Annotated[str, AfterValidator(_address)]
 _Origin = Annotated[str, AfterValidator(_origin)]
-_Url = Annotated[str, AfterValidator(_http_url)]
-_Margin = Annotated[float, Field(gt=0, le=1)]
+_Url = Annotated[str, Field(pattern="^https?://")]
+_Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class Settings(BaseSettings):
-    """What the service is asked to be."""
+    """All settings of the service, validated and frozen."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
-        # Compose files and charts pass on variables that are not set as empty ones.
+        # Compose files and charts pass unset variables as empty ones.
         env_ignore_empty=True,
         frozen=True,
         extra="forbid",
         use_attribute_docstrings=True,
         allow_inf_nan=False,
-        # A wrong value may be a secret that was put into the wrong place.
+        # An invalid value may be a misplaced secret.
         hide_input_in_errors=True,
     )
 
     repository: Path = Path("models")
-    """Folder of bundles: `<name>/<version>/`."""
+    """Folder of bundles, as `<name>/<version>/`."""
     models: _List[str] = ()
-    """Names of the models to serve; empty: all in the repository."""
+    """Names of the models to serve; empty: all models in the repository."""
     default_model: _Optional[str] = None
-    """What answers a request that names no model; unset: the one with the highest top-1."""
+    """Model for requests that name none; unset: the one with the highest top-1."""
     versions_to_serve: PositiveInt = 1
-    """How many versions of each model to serve, the newest first."""
+    """Number of versions of each model to serve, the newest first."""
     poll_seconds: Annotated[float, Field(ge=0)] = 0.0
-    """Seconds between two looks for new and removed versions; 0: only when asked through `/v2/repository`."""
+    """Interval in seconds at which the repository is scanned for new and removed versions; 0: no polling, only
+    requests to `/v2/repository` load and unload."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all of IPv4."""
+    """Address to listen on; 0.0.0.0: all IPv4 addresses."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    """TCP port to listen on; 0 for any free one."""
+    """TCP port to listen on; 0: any free port."""
     trusted_proxies: _List[_Address] = ()
-    """Addresses or networks of the reverse proxies whose `X-Forwarded-For` and `X-Forwarded-Proto` are believed; empty:
-    nobody's; `*`: everybody's, only where none but the proxy can reach the service."""
+    """Addresses or networks of reverse proxies whose `X-Forwarded-For` and `X-Forwarded-Proto` are trusted; empty:
+    none; `*`: all, where only the proxy can reach the service."""
     cors_origins: _List[_Origin] = ()
-    """Origins whose web pages may call the service from a browser, such as `https://example.com`; empty: CORS is off.
-    `*` stands for all, also where keys are needed: a browser never adds a key by itself, as it would a cookie."""
+    """Origins whose pages may call the service from a browser, such as `https://example.com`; empty: CORS is off; `*`:
+    all, which is safe with API keys too, because a browser sends a key, unlike a cookie, only if the page does."""
 
     api_key_hashes: _List[_Hash] = Field(default=(), repr=False)
-    """SHA-256 in hexadecimal of each API key that is accepted; empty: no key is needed. `python -m service key` makes
-    one."""
+    """SHA-256 in hexadecimal of each accepted API key; empty: no key is needed. `python -m service key` generates a key
+    and its hash."""
     admin_key_hash: _Optional[_Hash] = Field(default=None, repr=False)
     """SHA-256 in hexadecimal of the key that may load and unload models; unset: nobody may."""
 
     device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:N` or `tensorrt`. One that cannot be had is an error, never a silent fall back."""
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `tensorrt`. The start fails if it is unavailable: no silent fallback."""
     gpu_memory_bytes: NonNegativeInt = 0
-    """Limit of the memory that the engine takes on the GPU, in bytes; 0: none."""
+    """Limit of the engine's GPU memory, in bytes; 0: no limit."""
     tf32: bool = False
-    """Multiply float32 matrices on the GPU's TF32 units: faster, with 10 bits of mantissa instead of 23."""
+    """Multiply float32 matrices in TF32 on the GPU: faster, with a mantissa of 10 bits instead of 23."""
     cuda_graphs: bool = False
-    """Record one CUDA graph for each warmed-up batch size, which spares the launch of each kernel."""
+    """Record one CUDA graph for each warmed-up batch size, which saves kernel launches."""
     tensorrt_cache: _Optional[Path] = None
-    """Folder where TensorRT keeps the engines that it builds, so that only the first start is slow; unset: none."""
+    """Folder for the engines that TensorRT builds, so that only the first start is slow; unset: no cache."""
     threads: NonNegativeInt = 0
-    """Cores to use in all; 0: those granted by affinity and the container's CPU quota."""
+    """Number of cores to use; 0: all that affinity and the container's CPU quota allow."""
     intra_op_threads: NonNegativeInt = 0
-    """Threads that compute one batch on the CPU; 0: all of `threads`."""
+    """Threads that compute one batch on the CPU; 0: one or all of `threads`, measured for each model."""
     decode_threads: NonNegativeInt = 0
-    """Threads that decode and resize images; 0: all of `threads`."""
+    """Threads that decode and resize images; 0: as many as `threads`."""
     allow_spinning: bool = False
-    """Engine threads spin while they wait: a little faster, and all their cores are busy for it."""
+    """Let idle engine threads spin: slightly faster, but they keep their cores busy."""
     max_batch: PositiveInt = 16
-    """Images that the engine takes at once, at most: within it, warm-up chooses for each model the size that pays."""
+    """Largest batch of the engine, in images; up to it, warm-up chooses the best size for each model."""
 
     max_pending_images: PositiveInt = 256
-    """Images accepted and not yet answered, at most; beyond it requests get 429."""
+    """Largest number of images accepted and not yet answered; beyond it requests get 429."""
     max_pending_bytes: PositiveInt = 256 * 1024 * 1024
-    """Bodies accepted and not yet answered, together, in bytes; beyond it requests get 429."""
+    """Largest size of all bodies accepted and not yet answered, in bytes; beyond it requests get 429."""
     max_body_bytes: PositiveInt = 32 * 1024 * 1024
     """Largest request body, in bytes; beyond it requests get 413."""
     max_images_per_request: PositiveInt = 32
-    """Images in one request, at most."""
-    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 50_000_000
-    """Largest image, in pixels, checked before decoding. Pillow itself refuses more than 178,956,970 pixels."""
+    """Largest number of images in one request."""
+    max_pixels: Annotated[int, Field(ge=1, le=MAX_PIXELS)] = 50_000_000
+    """Largest image, in pixels, checked before decoding. Pillow itself refuses more than 178,956,970."""
     body_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Seconds that a client may take to send its body, before it gets 408."""
 
     default_deadline_ms: PositiveInt = 30_000
-    """Milliseconds in which a request wants its answer if it does not say."""
+    """Deadline in milliseconds of requests that set none."""
     max_deadline_ms: PositiveInt = 120_000
-    """Longest deadline that a request may ask for, in milliseconds; longer wishes are cut to it."""
-    deadline_margin: _Margin = 0.8
-    """Part of its deadline within which a request's predicted finish must lie, or it is turned away at once."""
-    step_up_headroom: _Margin = 0.5
-    """Part of what the deadline leaves beside a model's own work that waiting may take before a family returns to that
-    more accurate model: below 1, so that the choice does not swing."""
+    """Longest deadline that a request may set, in milliseconds; longer ones are reduced to it."""
+    deadline_margin: _Fraction = 0.8
+    """Fraction of its deadline within which a request must be predicted to finish; otherwise it is refused at once."""
+    step_up_headroom: _Fraction = 0.5
+    """Fraction of the time left beside a more accurate model's own work, within which waiting must lie before a family
+    steps back up to that model; below 1, so that the choice does not oscillate."""
 
     config: _Optional[Path] = None
-    """TOML file of settings, one `name = value` each, without tables; relative paths in it are relative to the current
-    folder."""
+    """TOML file of settings, one `name = value` per line, without tables; relative paths in it are relative to the
+    current folder."""
     shutdown_delay_seconds: Annotated[float, Field(ge=0)] = 0.0
-    """After SIGTERM, seconds to serve on while `/readyz` says 503, so that load balancers can turn away first."""
+    """Seconds of serving after SIGTERM while `/readyz` answers 503, so that load balancers stop sending requests."""
     graceful_timeout_seconds: PositiveInt = 30
-    """After SIGTERM and the grace period, seconds that accepted requests may take to finish."""
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_log_level)] = "info"
-    """Least severe events to log."""
+    """Seconds that accepted requests may take to finish, after SIGTERM and `shutdown_delay_seconds`."""
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = "info"
+    """Lowest level of events to log."""
     log_requests: Literal["none", "errors", "all"] = "errors"
-    """Requests to log, one line each: those answered with 4xx or 5xx, all, or none."""
+    """Requests to log, one line each: `errors` (answered with 4xx or 5xx), `all` or `none`."""
     otlp_endpoint: _Optional[_Url] = None
-    """URL that takes OpenTelemetry traces by OTLP over HTTP, such as `http://collector:4318/v1/traces`; unset: none are
-    made."""
+    """URL of a collector of OpenTelemetry traces (OTLP over HTTP), such as `http://collector:4318/v1/traces`; unset: no
+    traces."""
 
     @model_validator(mode="after")
     def _limits_fit_each_other(self) -> Self:
-        if self.max_images_per_request > self.max_pending_images:
-            raise ValueError(
-                f"max_images_per_request ({self.max_images_per_request}) exceeds max_pending_images "
-                f"({self.max_pending_images}): the largest request could never be admitted"
-            )
-        if self.max_body_bytes > self.max_pending_bytes:
-            raise ValueError(
-                f"max_body_bytes ({self.max_body_bytes}) exceeds max_pending_bytes ({self.max_pending_bytes}): "
-                "the largest request could never be admitted"
-            )
-        if self.default_deadline_ms > self.max_deadline_ms:
-            raise ValueError(
-                f"default_deadline_ms ({self.default_deadline_ms}) exceeds max_deadline_ms ({self.max_deadline_ms})"
-            )
+        for name, bound, consequence in _BOUNDED:
+            value, limit = getattr(self, name), getattr(self, bound)
+            if value > limit:
+                raise ValueError(f"{name} ({value}) exceeds {bound} ({limit}){consequence}")
         return self
+
+    def tuning(self) -> Tuning:
+        """The settings of the engine beside its device and threads."""
+        return Tuning(
+            allow_spinning=self.allow_spinning,
+            gpu_memory_bytes=self.gpu_memory_bytes,
+            tf32=self.tf32,
+            cuda_graphs=self.cuda_graphs,
+            tensorrt_cache=self.tensorrt_cache,
+        )
 
     @classmethod
     def settings_customise_sources(
@@ -225,24 +234,14 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The sources, the strongest first."""
-        return init_settings, env_settings, _File(settings_cls)
-
-
-class _File(PydanticBaseSettingsSource):
-    """The file that `config` names, be it an argument or in the environment."""
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """Not used: the file is read as a whole."""
-        raise NotImplementedError
-
-    def __call__(self) -> dict[str, Any]:
-        path = self.current_state.get("config")
-        return read_file(Path(path)) if path else {}
+        """The sources, by descending priority."""
+        config = {**env_settings(), **init_settings()}.get("config")
+        in_file = InitSettingsSource(settings_cls, read_file(Path(config)) if config else {})
+        return init_settings, env_settings, in_file
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file, not yet validated. Raises SettingsError, a ValueError."""
+    """The settings in a TOML file, before validation. Raises SettingsError, a ValueError."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -255,6 +254,6 @@ def read_file(path: Path) -> dict[str, Any]:
             continue
         near = difflib.get_close_matches(key.lower().replace("-", "_"), names, n=1, cutoff=0)[0]
         if isinstance(value, dict):
-            raise SettingsError(f"{path}: unknown table [{key}]: settings stand in no table")
+            raise SettingsError(f"{path}: unknown table [{key}]: settings are top-level keys")
         raise SettingsError(f"{path}: unknown setting {key!r}: did you mean {near!r}?")
     return values

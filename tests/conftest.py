@@ -8,11 +8,11 @@ import torch
 from rich.console import Console
 
 from export.bundles import export
-from export.subjects import finished_run
+from export.sources import finished_run
 from training.data import load_dataset
+from training.distributed import World
 from training.loop import train
 from training.recipes import load_recipe
-from training.world import World
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,7 +13,7 @@ import torch
 from export.precision import MAX_ACCURACY_LOSS
 from service.bundle import Bundle, model_names, read_bundle, versions
 from service.engine import Engine
-from service.models.verify import prove
+from service.models.verify import verify_golden
 from tests.processes import ROOT, serving
 from training.data import load_dataset
 from training.runs import ModelCard, load_final
@@ -46,13 +46,13 @@ def test_all_variants_are_shipped() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_model_proves_itself_and_says_what_its_run_says(name: str) -> None:
     bundle = newest(name)
-    prove(bundle, Engine(bundle.model_path))
+    verify_golden(bundle, Engine(bundle.model_path))
     _, card = released(bundle)
     assert bundle.manifest.accuracy
     assert card.accuracy
     measured, trained = bundle.manifest.accuracy, card.accuracy
     if bundle.manifest.precision == "fp32":
-        assert measured.model_dump() == trained.model_dump()
+        assert measured.model_dump() == trained.model_dump(exclude={"correct"})
     assert measured.top1 >= trained.top1 - MAX_ACCURACY_LOSS
     assert (measured.dataset, measured.split, measured.n) == ("cifar100", "test", 10_000)
     assert bundle.manifest.attention

@@ -22,6 +22,8 @@ from training.augment import default_workers
 from training.checkpoints import can_resume
 from training.data import Dataset, load_dataset
 from training.describe import describe as describe_model
+from training.distributed import World, join
+from training.evaluate import accuracy_of
 from training.evaluate import evaluate as evaluate_model
 from training.loop import TrainingError
 from training.loop import train as train_run
@@ -34,7 +36,6 @@ from training.study import study as run_study
 from training.tables import class_table, confusion_table, description_table, evaluation_record
 from training.throughput import measure
 from training.variants import REGISTERED, parse_variant
-from training.world import World, join
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -172,18 +173,23 @@ def study(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     data: DataOption = None,
-    image_size: Annotated[
+    img_size: Annotated[
         int | None, typer.Option(help="Evaluate at another size than it was trained at, such as 384.")
     ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Top-1 of every class, worst first.")] = False,
     confusions: Annotated[int, typer.Option(min=0, help="How many of the pairs confused most often to show.")] = 5,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write the accuracy, and which images are right, into final/model.json.")
+    ] = False,
     as_json: JsonOption = False,
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Top-1 and top-5 of a finished run over the full test split of its data set, class by class if asked to."""
     with _errors():
-        model, card = runs.load_final(run, image_size=image_size)
+        if record and img_size is not None:
+            raise ValueError("--record is for the size that the model was trained at: leave out --img-size")
+        model, card = runs.load_final(run, img_size=img_size)
         dataset = load_dataset(card.dataset, data, in_memory=False)
         if dataset.classes != card.labels:
             raise ValueError(
@@ -194,12 +200,14 @@ def evaluate(
         result = evaluate_model(
             model.to(world.device),
             dataset.test,
-            classes=len(card.labels),
+            num_classes=len(card.labels),
             preprocessing=card.preprocessing,
             world=world,
             # To start processes takes longer than to decode a small test split here.
             workers=_workers(0 if workers is None and len(dataset.test) <= 20_000 else workers),
         )
+        if record:
+            runs.save_accuracy(run, accuracy_of(result, dataset))
     if as_json:
         typer.echo(json.dumps(evaluation_record(card, dataset.test_split, result), indent=2))
         return
@@ -216,19 +224,19 @@ def evaluate(
 @app.command()
 def describe(
     preset: Annotated[str, typer.Option(help=f"One of: {', '.join(PRESETS)}.")],
-    image_size: Annotated[int | None, typer.Option(help="Another image size than the preset's.")] = None,
+    img_size: Annotated[int | None, typer.Option(help="Another image size than the preset's.")] = None,
     variants: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(REGISTERED),
-    classes: Annotated[int | None, typer.Option(min=1, help="Another number of classes than the preset's.")] = None,
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Another number of classes than the preset's.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Another rank of the latent than the preset's.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """What each variant of a preset costs for one image: parameters, multiply-accumulates, attention memory.
 
-    Example: `python -m training describe --preset vit-s16 --image-size 384`
+    Example: `python -m training describe --preset vit-s16 --img-size 384`
     """
     with _errors():
         described = [
-            describe_model(architecture(preset, name, classes=classes, image_size=image_size, rank=rank))
+            describe_model(architecture(preset, name, num_classes=num_classes, img_size=img_size, rank=rank))
             for name in variants.split(",")
         ]
     if as_json:

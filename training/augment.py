@@ -38,16 +38,16 @@ def training_batches(
     augment: Augment,
     index: Sequence[Index],
     *,
-    image_size: int,
+    img_size: int,
     seed: int,
     epoch: int,
     workers: int = 0,
 ) -> Iterator[Batch]:
     """The samples of each `index` (B,), augmented. Raises DataError with the name of an unreadable image."""
-    if isinstance(images, Split) and augment.crop_area is None and augment.rand_augment is None:
+    if isinstance(images, Split) and augment.scale is None and augment.rand_augment is None:
         table = InMemoryEpoch(images, augment, seed=seed, epoch=epoch)
         return (table.batch(part) for part in index)
-    return _read(_Augmented(images, augment, image_size, (seed, epoch)), index, workers)
+    return _read(_Augmented(images, augment, img_size, (seed, epoch)), index, workers)
 
 
 def evaluation_batches(
@@ -74,7 +74,7 @@ class InMemoryEpoch:
         size = len(split)
         draw = _generator(seed, epoch, 1)
         self._offsets = draw.integers(0, 2 * augment.crop_padding + 1, size=(size, 2))
-        self._flip = draw.random(size) < (0.5 if augment.flip else 0.0)
+        self._flip = draw.random(size) < augment.hflip
 
     def batch(self, index: Index) -> Batch:
         """The samples at `index` (B,)."""
@@ -96,13 +96,13 @@ class InMemoryEpoch:
 class _Augmented(Dataset[tuple[Tensor, int]]):
     """Pictures through timm's training transforms, one by one."""
 
-    def __init__(self, files: Images, augment: Augment, image_size: int, key: tuple[int, ...]) -> None:
+    def __init__(self, files: Images, augment: Augment, img_size: int, key: tuple[int, ...]) -> None:
         self._files, self._labels, self._key = files, files.labels, key
         self._transform = create_transform(
-            image_size,
+            img_size,
             is_training=True,
-            scale=augment.crop_area or (1.0, 1.0),
-            hflip=0.5 if augment.flip else 0.0,
+            scale=augment.scale or (1.0, 1.0),
+            hflip=augment.hflip,
             color_jitter=0.0,
             auto_augment=augment.rand_augment,
             interpolation="bicubic",

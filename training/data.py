@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 
-from training.pictures import Fit, decode
+from training.images import Fit, decode
 from training.readers import EVALUATION, HUB, TRAIN, DataError, Reader, open_split
 
 _SPLIT_SEED = 0
@@ -141,13 +141,13 @@ def load_dataset(name: str, source: str | Path | None = None, *, in_memory: bool
     )
 
 
-def split_holdout(train: Images, size: int) -> tuple[Images, Images]:
+def split_val(train: Images, size: int) -> tuple[Images, Images]:
     """Split `train` into (fit, held out), `size` images stratified by class in the second. The same for every seed."""
     classes = len(np.unique(train.labels))
     if size and not classes <= size <= len(train) - classes:
         raise DataError(
-            f"holdout={size} cannot be stratified: with {classes} classes and {len(train)} train images, set it to 0 "
-            f"or to {classes} and more"
+            f"val_images={size} cannot be stratified: with {classes} classes and {len(train)} train images, set it to "
+            f"0 or to {classes} and more"
         )
     if size == 0:
         return train, train.take(np.empty(0, dtype=np.int64))
@@ -181,7 +181,7 @@ def _load(reader: Reader) -> Split:
             size, first = (f"{i.shape[1]} × {i.shape[0]}" for i in (image, images[0]))
             raise DataError(
                 f"{reader.where(row)} is {size}, but the first image {first}: images of several sizes cannot be held "
-                "in memory; choose a recipe with --set augment.crop_area=[0.05,1]"
+                "in memory; choose a recipe with --set augment.scale=[0.05,1]"
             )
     return Split(images=np.stack(images), labels=reader.labels)
 

@@ -50,13 +50,13 @@ def describe(spec: Architecture) -> Description:
         macs_total=sum(macs.values()),
         elementwise=elementwise,
         elementwise_total=sum(elementwise.values()),
-        attention_score_bytes=spec.heads * N * M * FLOAT32_BYTES,
+        attention_score_bytes=spec.num_heads * N * M * FLOAT32_BYTES,
     )
 
 
 def count_macs(spec: Architecture) -> dict[str, int]:
     """Multiply-accumulates of one image by part, matrix products and convolutions only."""
-    N, M, D, r = spec.grid[0] * spec.grid[1], spec.kv_tokens, spec.width, spec.rank
+    N, M, D, r = spec.grid[0] * spec.grid[1], spec.kv_tokens, spec.embed_dim, spec.rank
     variant = parse_variant(spec.variant)
     match variant.kind:
         case "mha":
@@ -73,17 +73,17 @@ def count_macs(spec: Architecture) -> dict[str, int]:
         "attention": spec.depth * 2 * N * M * D,
         "projection": spec.depth * N * D * D,
         "mlp": spec.depth * 2 * N * D * _hidden(spec),
-        "head": D * spec.classes,
+        "head": D * spec.num_classes,
     }
 
 
 def _elementwise(spec: Architecture) -> dict[str, int]:
-    N, M, D, r = spec.grid[0] * spec.grid[1], spec.kv_tokens, spec.width, spec.rank
+    N, M, D, r = spec.grid[0] * spec.grid[1], spec.kv_tokens, spec.embed_dim, spec.rank
     variant = parse_variant(spec.variant)
     gate = M * variant.reduction if variant.kind == "lsra" else 0
     return {
         "layer norm": spec.depth * (2 * N * D + (M * r if variant.kind != "mha" else 0)) + D,
-        "softmax": spec.depth * (spec.heads * N * M + gate),
+        "softmax": spec.depth * (spec.num_heads * N * M + gate),
         "gate logits": spec.depth * gate * r,
         "gelu": spec.depth * N * _hidden(spec),
         "residual and positions": (2 * spec.depth + 1) * N * D,
@@ -91,4 +91,4 @@ def _elementwise(spec: Architecture) -> dict[str, int]:
 
 
 def _hidden(spec: Architecture) -> int:
-    return int(spec.width * spec.mlp_ratio)
+    return int(spec.embed_dim * spec.mlp_ratio)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from training.world import World
+from training.distributed import World
 
 MetricsRow = dict[str, float | int]
 """One epoch of metrics.csv."""

@@ -14,14 +14,14 @@ from rich.console import Console
 from training import runs
 from training.augment import Batch, epoch_order, training_batches
 from training.checkpoints import LAST_FILE, can_resume, load_checkpoint, save_checkpoint
-from training.data import Dataset, Images, Split, split_holdout
+from training.data import Dataset, Images, Split, split_val
 from training.display import Board, MetricsRow, progress_bar
-from training.evaluate import Evaluation, evaluate
-from training.models import Classifier, StrideViT, architecture, count_parameters
+from training.distributed import World
+from training.evaluate import Evaluation, accuracy_of, evaluate
+from training.models import NormalizedModel, StrideViT, architecture, count_parameters
 from training.recipes import Recipe
 from training.step import Diverged, Stepper
 from training.stopping import Stopped, StopRequest, stop_requests
-from training.world import World
 
 
 class TrainingError(Exception):
@@ -69,8 +69,9 @@ def train(
 
 def run_identity(recipe: Recipe, variant: str, dataset: Dataset) -> dict[str, Any]:
     """What makes a run this one and no other, as run.json has it."""
-    spec = architecture(recipe.preset, variant, classes=len(dataset.classes), image_size=recipe.image_size)
+    spec = architecture(recipe.preset, variant, num_classes=len(dataset.classes), img_size=recipe.img_size)
     return {
+        "schema_version": runs.SCHEMA_VERSION,
         "recipe": recipe.model_dump(mode="json"),
         "variant": spec.variant,
         "architecture": spec.model_dump(mode="json"),
@@ -102,21 +103,21 @@ class _Run:
     ) -> None:
         self.recipe, self.dataset, self.out, self.world = recipe, dataset, out, world
         self.workers, self.console = workers, console
-        self.spec = architecture(recipe.preset, variant, classes=len(dataset.classes), image_size=recipe.image_size)
-        self.fit, self.held_out = split_holdout(dataset.train, recipe.holdout)
+        self.spec = architecture(recipe.preset, variant, num_classes=len(dataset.classes), img_size=recipe.img_size)
+        self.fit, self.val = split_val(dataset.train, recipe.val_images)
         self._check_sizes()
         self.steps_per_epoch = len(self.fit) // recipe.schedule.batch_size
         self.total_steps = recipe.schedule.epochs * self.steps_per_epoch
         crop = self.spec.image_shape[0]
         self.preprocessing = runs.Preprocessing(
-            resize=round(crop / recipe.eval_crop), crop=crop, mean=dataset.mean, std=dataset.std
+            resize=round(crop / recipe.crop_pct), crop=crop, mean=dataset.mean, std=dataset.std
         )
         self.model = StrideViT(self.spec, seed=recipe.seed, drop_path_rate=recipe.drop_path)
         self.stepper = Stepper(
-            Classifier(self.model, mean=dataset.mean, std=dataset.std).to(world.device),
+            NormalizedModel(self.model, mean=dataset.mean, std=dataset.std).to(world.device),
             recipe,
             world,
-            classes=self.spec.classes,
+            num_classes=self.spec.num_classes,
             steps_per_epoch=self.steps_per_epoch,
         )
         self.rows: list[MetricsRow] = []
@@ -133,8 +134,8 @@ class _Run:
         recipe, spec = self.recipe, self.spec
         if isinstance(self.fit, Split) and (shape := self.fit.images.shape[1:3]) != spec.image_shape:
             raise TrainingError(
-                f"preset {recipe.preset} takes {spec.image_size} px images, but {self.dataset.name} has "
-                f"{shape[1]} × {shape[0]}: choose another --preset, or --set image_size={shape[0]}"
+                f"preset {recipe.preset} takes {spec.img_size} px images, but {self.dataset.name} has "
+                f"{shape[1]} × {shape[0]}: choose another --preset, or --set img_size={shape[0]}"
             )
         parts = self.world.size * recipe.schedule.accumulate
         if recipe.schedule.batch_size % parts:
@@ -166,6 +167,7 @@ class _Run:
     def restore(self) -> None:
         """Go on from the last good checkpoint. Raises RunError if there is none, or if it is of another run."""
         state, warning = self.world.decide(lambda: load_checkpoint(self.out))
+        self.started = self.world.decide(lambda: runs.read_started(self.out))
         if _decisive(state["identity"]) != _decisive(self.identity):
             raise runs.RunError(f"{self.out} was trained with another recipe, variant or data: choose another --out")
         if warning:
@@ -173,7 +175,6 @@ class _Run:
         self.stepper.restore(state["stepper"])
         self.rows, self.step = state["rows"], state["step"]
         self.epoch_loss, self.seconds = state["epoch_loss"], state["seconds"]
-        self.started = self.world.decide(lambda: runs.read_started(self.out))
 
     def save(self) -> None:
         """Write metrics.csv and a checkpoint. A disk that is full costs a warning, not the run."""
@@ -266,7 +267,7 @@ class _Run:
             self.fit,
             self.recipe.augment,
             list(index),
-            image_size=self.preprocessing.crop,
+            img_size=self.preprocessing.crop,
             seed=self.recipe.seed,
             epoch=epoch,
             workers=self.workers,
@@ -279,12 +280,12 @@ class _Run:
             "lr": round(self.stepper.lr, 8),
             "train_loss": round(self.epoch_loss / self.steps_per_epoch, 5),
         }
-        if len(self.held_out):
-            held = self._evaluate(self.held_out)
+        if len(self.val):
+            held = self._evaluate(self.val)
             row |= {
-                "holdout_loss": round(held.loss, 5),
-                "holdout_top1": round(held.top1, 5),
-                "holdout_top5": round(held.top5, 5),
+                "val_loss": round(held.loss, 5),
+                "val_top1": round(held.top1, 5),
+                "val_top5": round(held.top5, 5),
             }
         self.rows.append(row)
         self.epoch_loss = 0.0
@@ -294,7 +295,7 @@ class _Run:
         return evaluate(
             self.stepper.evaluated,
             images,
-            classes=self.spec.classes,
+            num_classes=self.spec.num_classes,
             preprocessing=self.preprocessing,
             world=self.world,
             workers=self.workers,
@@ -305,9 +306,7 @@ class _Run:
         dataset, accuracy = self.dataset, None
         if test:
             result = self._evaluate(dataset.test)
-            accuracy = runs.Accuracy(
-                dataset=dataset.name, split=dataset.test_split, n=result.n, top1=result.top1, top5=result.top5
-            )
+            accuracy = accuracy_of(result, dataset)
 
         def card(weights_sha256: str) -> runs.ModelCard:
             return runs.ModelCard(

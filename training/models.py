@@ -34,15 +34,15 @@ class Architecture(BaseModel):
 
     preset: str
     variant: str
-    image_size: ImageSize
+    img_size: ImageSize
     patch_size: PositiveInt
-    width: PositiveInt
+    embed_dim: PositiveInt
     depth: PositiveInt
-    heads: PositiveInt
+    num_heads: PositiveInt
     mlp_ratio: float
     rank: PositiveInt
     """Width r of the latent that keys and values are made from; unused by MHA."""
-    classes: NonNegativeInt
+    num_classes: NonNegativeInt
     """0 leaves the head out, as in timm."""
 
     @field_validator("variant")
@@ -53,13 +53,13 @@ class Architecture(BaseModel):
     @model_validator(mode="after")
     def _whole_patches(self) -> "Architecture":
         if any(side % self.patch_size for side in self.image_shape):
-            raise ValueError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
+            raise ValueError(f"image size {self.img_size} is not a multiple of the patch size {self.patch_size}")
         return self
 
     @property
     def image_shape(self) -> tuple[int, int]:
         """Pixels (height, width)."""
-        height, width = to_2tuple(self.image_size)
+        height, width = to_2tuple(self.img_size)
         return height, width
 
     @property
@@ -75,22 +75,22 @@ class Architecture(BaseModel):
 
 
 class Preset(NamedTuple):
-    """A size of model: `width` is D, `rank` is r; `image_size` and `classes` are defaults."""
+    """A size of model; its `img_size`, `rank` and `num_classes` are defaults. Names as in timm."""
 
-    image_size: int
+    img_size: int
     patch_size: int
-    width: int
+    embed_dim: int
     depth: int
-    heads: int
+    num_heads: int
     mlp_ratio: float
     rank: int
-    classes: int
+    num_classes: int
 
 
 PRESETS = {
-    "vit-s16": Preset(224, 16, width=384, depth=12, heads=6, mlp_ratio=4.0, rank=16, classes=1000),
-    "vit-cifar": Preset(32, 4, width=192, depth=9, heads=3, mlp_ratio=2.0, rank=48, classes=100),
-    "vit-xs": Preset(32, 4, width=128, depth=6, heads=2, mlp_ratio=2.0, rank=32, classes=100),
+    "vit-s16": Preset(224, 16, embed_dim=384, depth=12, num_heads=6, mlp_ratio=4.0, rank=16, num_classes=1000),
+    "vit-cifar": Preset(32, 4, embed_dim=192, depth=9, num_heads=3, mlp_ratio=2.0, rank=48, num_classes=100),
+    "vit-xs": Preset(32, 4, embed_dim=128, depth=6, num_heads=2, mlp_ratio=2.0, rank=32, num_classes=100),
 }
 
 
@@ -98,8 +98,8 @@ def architecture(
     preset: str,
     variant: str,
     *,
-    classes: int | None = None,
-    image_size: ImageSize | None = None,
+    num_classes: int | None = None,
+    img_size: ImageSize | None = None,
     rank: int | None = None,
 ) -> Architecture:
     """The architecture of a preset with one variant; what is left out is the preset's own.
@@ -108,7 +108,7 @@ def architecture(
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    chosen = {"classes": classes, "image_size": image_size, "rank": rank}
+    chosen = {"num_classes": num_classes, "img_size": img_size, "rank": rank}
     sizes = PRESETS[preset]._asdict() | {name: value for name, value in chosen.items() if value is not None}
     return Architecture(preset=preset, variant=variant, **sizes)
 
@@ -127,10 +127,10 @@ class StrideViT(VisionTransformer):
             super().__init__(
                 img_size=spec.image_shape,
                 patch_size=spec.patch_size,
-                num_classes=spec.classes,
-                embed_dim=spec.width,
+                num_classes=spec.num_classes,
+                embed_dim=spec.embed_dim,
                 depth=spec.depth,
-                num_heads=spec.heads,
+                num_heads=spec.num_heads,
                 mlp_ratio=spec.mlp_ratio,
                 class_token=False,
                 global_pool="avg",
@@ -140,7 +140,7 @@ class StrideViT(VisionTransformer):
                 attn_layer=attention_layer(parse_variant(spec.variant), grid=spec.grid, rank=spec.rank),
                 **timm,
             )
-        positions_1ND = build_sincos2d_pos_embed(list(spec.grid), dim=spec.width).unsqueeze(0)
+        positions_1ND = build_sincos2d_pos_embed(list(spec.grid), dim=spec.embed_dim).unsqueeze(0)
         del self.pos_embed
         self.register_buffer("pos_embed", positions_1ND, persistent=False)
         self.init_from(seed)
@@ -165,7 +165,7 @@ def _seeded(text: str) -> Iterator[None]:
         yield
 
 
-class Classifier(nn.Module):
+class NormalizedModel(nn.Module):
     """A model that takes uint8 images, so that normalisation can neither be forgotten nor done twice.
 
     `mean` and `std` are in units of the 0..1 range, one value a channel.
@@ -182,7 +182,7 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1) * 255, persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        """uint8 images (B,H,W,3) -> logits (B,classes)."""
+        """uint8 images (B,H,W,3) -> logits (B,num_classes)."""
         pixels = (image.permute(0, 3, 1, 2).float() - self.mean) / self.std
         logits: Tensor = self.model(pixels)
         return logits
@@ -220,7 +220,7 @@ def _timm_model(
     drop_path_rate: float = 0.0,
 ) -> StrideViT:
     return StrideViT(
-        architecture(preset, variant, classes=num_classes, image_size=img_size, rank=rank),
+        architecture(preset, variant, num_classes=num_classes, img_size=img_size, rank=rank),
         seed=seed,
         drop_path_rate=drop_path_rate,
         in_chans=in_chans,
@@ -241,13 +241,13 @@ def _timm_names() -> dict[str, tuple[str, str]]:
 
 
 def _timm_cfg(preset: str) -> dict[str, Any]:
-    image_size = PRESETS[preset].image_size
+    img_size = PRESETS[preset].img_size
     return {
         "url": "",
-        "num_classes": PRESETS[preset].classes,
-        "input_size": (3, image_size, image_size),
+        "num_classes": PRESETS[preset].num_classes,
+        "input_size": (3, img_size, img_size),
         "fixed_input_size": True,
-        "crop_pct": 0.875 if image_size == 224 else 1.0,
+        "crop_pct": 0.875 if img_size == 224 else 1.0,
         "interpolation": "bicubic",
         "mean": IMAGENET_INCEPTION_MEAN,
         "std": IMAGENET_INCEPTION_STD,

@@ -55,9 +55,9 @@ class Augment(_Section):
 
     crop_padding: NonNegativeInt = 0
     """Pixels of zero padding on each side before a random crop back to the image size; data in memory only."""
-    flip: bool = False
-    """Flip left to right with probability one half."""
-    crop_area: tuple[PositiveFloat, PositiveFloat] | None = None
+    hflip: float = Field(default=0.0, ge=0, le=1, strict=True)
+    """Probability of a flip from left to right."""
+    scale: tuple[PositiveFloat, PositiveFloat] | None = None
     """Inception crop: a random part of the image with this share of its area, resized; for data read from disk."""
     rand_augment: str | None = None
     """timm's name for RandAugment, such as rand-m10-n2-p1.0: two operations of magnitude 10, applied always."""
@@ -66,15 +66,15 @@ class Augment(_Section):
 
     @model_validator(mode="after")
     def _possible(self) -> "Augment":
-        if self.crop_area and not self.crop_area[0] <= self.crop_area[1] <= 1:
-            raise ValueError(f"crop_area {list(self.crop_area)} is not [smallest, largest] share, at most 1")
+        if self.scale and not self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale {list(self.scale)} is not [smallest, largest] share, at most 1")
         if self.rand_augment is not None:
             try:
                 rand_augment_transform(self.rand_augment, {})
             except (AssertionError, ValueError) as error:
                 raise ValueError(f"rand_augment {self.rand_augment!r} is not such as rand-m10-n2-p1.0") from error
-        if self.crop_padding and (self.crop_area or self.rand_augment):
-            raise ValueError("crop_padding goes with neither crop_area nor rand_augment: set it to 0")
+        if self.crop_padding and (self.scale or self.rand_augment):
+            raise ValueError("crop_padding goes with neither scale nor rand_augment: set it to 0")
         return self
 
 
@@ -85,11 +85,11 @@ class Recipe(_Section):
     preset: str
     dataset: str
     """Its name in tables and cards; `digits` comes with scikit-learn, all others are read from `--data`."""
-    holdout: NonNegativeInt
+    val_images: NonNegativeInt
     """Train images kept aside, stratified by class, for every decision; the test split is used once, at the end."""
-    image_size: PositiveInt | None = None
+    img_size: PositiveInt | None = None
     """Another image size than the preset's."""
-    eval_crop: float = Field(default=1.0, gt=0, le=1)
+    crop_pct: float = Field(default=1.0, gt=0, le=1)
     """For evaluation: side of the centre crop over the shorter side of the resized image (0.875 = 224 of 256)."""
     optim: Optim = Optim()
     schedule: Schedule
@@ -110,7 +110,7 @@ class Recipe(_Section):
 
         Inception crops and RandAugment work on single pictures of any size, which worker processes read from disk.
         """
-        return self.augment.crop_area is None and self.augment.rand_augment is None
+        return self.augment.scale is None and self.augment.rand_augment is None
 
 
 def cifar100_xs() -> Recipe:
@@ -124,10 +124,10 @@ def cifar100_xs() -> Recipe:
         name="cifar100-xs",
         preset="vit-xs",
         dataset="cifar100",
-        holdout=5000,
+        val_images=5000,
         optim=Optim(lr=2e-3),
         schedule=Schedule(epochs=20),
-        augment=Augment(crop_padding=4, flip=True),
+        augment=Augment(crop_padding=4, hflip=0.5),
         precision="bf16",
     )
 
@@ -143,10 +143,10 @@ def cifar100_full() -> Recipe:
         name="cifar100-full",
         preset="vit-cifar",
         dataset="cifar100",
-        holdout=5000,
+        val_images=5000,
         optim=Optim(lr=1e-3, ema_decay=0.9998),
         schedule=Schedule(epochs=100, batch_size=256, warmup_epochs=10),
-        augment=Augment(crop_area=(0.4, 1.0), flip=True, rand_augment="rand-m9-n2-p1.0", mixup_alpha=0.2),
+        augment=Augment(scale=(0.4, 1.0), hflip=0.5, rand_augment="rand-m9-n2-p1.0", mixup_alpha=0.2),
         drop_path=0.1,
         precision="bf16",
     )
@@ -157,8 +157,8 @@ def imagenet_s16() -> Recipe:
 
     torchrun --nproc-per-node 8 -m training train --recipe imagenet-s16 --variant csra-r2 --data DIR --out runs/x
     The paper's ViT-S/16 reaches 76.5 % top-1 in 90 epochs (6 h 30 on a TPU v3-8). Not run here: no accuracy or time of
-    ours is known for any variant. Evaluate at 384 px, without fine-tuning: evaluate RUN --image-size 384; train at
-    384 px, as the thesis did for its efficiency figures: --set image_size=384. Warm-up 10,000 steps; holdout 1 %.
+    ours is known for any variant. Evaluate at 384 px, without fine-tuning: evaluate RUN --img-size 384; train at
+    384 px, as the thesis did for its efficiency figures: --set img_size=384. Warm-up 10,000 steps; val_images is 1 %.
     Known to differ from big_vision's vit_s16_i1k.py: no tanh layer before the head, the last norm after pooling instead
     of before, and timm's RandAugment (its 15 operations and fill colour).
     """
@@ -166,11 +166,11 @@ def imagenet_s16() -> Recipe:
         name="imagenet-s16",
         preset="vit-s16",
         dataset="imagenet",
-        holdout=12_812,
-        eval_crop=0.875,
+        val_images=12_812,
+        crop_pct=0.875,
         optim=Optim(lr=1e-3, weight_decay=0.1, clip_norm=1.0),
         schedule=Schedule(epochs=90, batch_size=1024, warmup_steps=10_000, cosine_after_warmup=True, min_lr=0.0),
-        augment=Augment(crop_area=(0.05, 1.0), flip=True, rand_augment="rand-m10-n2-p1.0", mixup_alpha=0.2),
+        augment=Augment(scale=(0.05, 1.0), hflip=0.5, rand_augment="rand-m10-n2-p1.0", mixup_alpha=0.2),
         label_smoothing=0.0,
         precision="bf16",
     )
@@ -185,7 +185,7 @@ def digits() -> Recipe:
         name="digits",
         preset="vit-xs",
         dataset="digits",
-        holdout=0,
+        val_images=0,
         schedule=Schedule(epochs=10, batch_size=32),
         label_smoothing=0.05,
     )

@@ -23,17 +23,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from safetensors.torch import load_file, save
 from torch import nn
 
-from training.models import Architecture, Classifier, StrideViT
+from training.models import Architecture, NormalizedModel, StrideViT
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.csv"
 FINAL_FOLDER = "final"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "model.json"
+
+SCHEMA_VERSION: Literal[2] = 2
+"""Of run.json and model.json. Version 1 had other names than timm: a card of it is converted, a record is not."""
+
+_VERSION_1_NAMES = {"image_size": "img_size", "width": "embed_dim", "heads": "num_heads", "classes": "num_classes"}
 
 
 class Preprocessing(BaseModel):
@@ -52,6 +57,17 @@ class Preprocessing(BaseModel):
     std: tuple[float, float, float]
 
 
+class Correct(BaseModel):
+    """Which images of a split the model classifies correctly, so that two models can be compared image by image."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    top1: str
+    """One bit per image, in the order of the split: base64 of numpy.packbits."""
+    labels_sha256: str
+    """sha256 over the true class indices in the order of the split, as little-endian int64."""
+
+
 class Accuracy(BaseModel):
     """Fractions of `n` images of a split whose label is the first, or among the first five, of the model's answer."""
 
@@ -62,6 +78,8 @@ class Accuracy(BaseModel):
     n: PositiveInt
     top1: float
     top5: float
+    correct: Correct | None = None
+    """None where it was not recorded."""
 
 
 class ModelCard(BaseModel):
@@ -69,7 +87,7 @@ class ModelCard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = SCHEMA_VERSION
     name: str
     architecture: Architecture
     preprocessing: Preprocessing
@@ -81,6 +99,14 @@ class ModelCard(BaseModel):
     epochs: PositiveInt
     git_commit: str | None
     weights_sha256: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _converted_from_version_1(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("schema_version") != 1:
+            return values
+        sizes = {_VERSION_1_NAMES.get(name, name): value for name, value in values["architecture"].items()}
+        return {**values, "schema_version": SCHEMA_VERSION, "architecture": sizes}
 
 
 class RunError(Exception):
@@ -139,20 +165,35 @@ def save_final(folder: Path, model: nn.Module, card: Callable[[str], ModelCard])
     write_json(folder / FINAL_FOLDER / CARD_FILE, card(sha256_file(weights)).model_dump(mode="json"))
 
 
-def load_final(folder: Path, *, image_size: int | None = None) -> tuple[Classifier, ModelCard]:
+def save_accuracy(folder: Path, accuracy: Accuracy) -> None:
+    """Write the accuracy of a finished model into its card. Raises RunError if another one is there already."""
+    card = read_card(folder)
+    known = card.accuracy or accuracy
+    if known.model_dump(exclude={"correct"}) != accuracy.model_dump(exclude={"correct"}):
+        raise RunError(
+            f"{folder} has top-1 {known.top1} and top-5 {known.top5} of {known.n} images in its {CARD_FILE}, but this "
+            f"evaluation gives {accuracy.top1} and {accuracy.top5} of {accuracy.n}: nothing was recorded; evaluate "
+            f"with the data, device and library versions that {RUN_FILE} names"
+        )
+    write_json(
+        folder / FINAL_FOLDER / CARD_FILE, card.model_copy(update={"accuracy": accuracy}).model_dump(mode="json")
+    )
+
+
+def load_final(folder: Path, *, img_size: int | None = None) -> tuple[NormalizedModel, ModelCard]:
     """The finished model of a run, in evaluation mode, and its card. Raises RunError.
 
-    With `image_size` the same weights see images of another size; the card says how they are to be prepared then.
+    With `img_size` the same weights see images of another size; the card says how they are to be prepared then.
     """
     card = read_card(folder)
     weights = folder / FINAL_FOLDER / WEIGHTS_FILE
     if (digest := sha256_file(weights)) != card.weights_sha256:
         raise RunError(f"{weights} has sha256 {digest}, but its card says {card.weights_sha256}")
-    if image_size is not None:
-        card = _at_size(card, image_size)
+    if img_size is not None:
+        card = _at_size(card, img_size)
     model = StrideViT(card.architecture)
     model.load_state_dict(load_file(weights))
-    classifier = Classifier(model, mean=card.preprocessing.mean, std=card.preprocessing.std)
+    classifier = NormalizedModel(model, mean=card.preprocessing.mean, std=card.preprocessing.std)
     return classifier.eval(), card
 
 
@@ -169,14 +210,14 @@ def read_card(folder: Path) -> ModelCard:
         raise RunError(f"{path}: {'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}") from None
 
 
-def _at_size(card: ModelCard, image_size: int) -> ModelCard:
+def _at_size(card: ModelCard, img_size: int) -> ModelCard:
     """The card for other images than the model was trained on; resize keeps its ratio to the crop, and no accuracy."""
     architecture, before = card.architecture, card.preprocessing
     return card.model_copy(
         update={
-            "architecture": Architecture.model_validate({**architecture.model_dump(), "image_size": image_size}),
+            "architecture": Architecture.model_validate({**architecture.model_dump(), "img_size": img_size}),
             "preprocessing": before.model_copy(
-                update={"crop": image_size, "resize": round(image_size * before.resize / before.crop)}
+                update={"crop": img_size, "resize": round(img_size * before.resize / before.crop)}
             ),
             "accuracy": None,
         }
@@ -190,6 +231,11 @@ def read_record(folder: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read ({error}): restore it, or start the run again elsewhere") from error
+    if record.get("schema_version") != SCHEMA_VERSION:
+        raise RunError(
+            f"{path} was written by an earlier version of training, whose runs cannot be continued or compared "
+            "(evaluate and export still read its final/): train it again with another --out"
+        )
     return record
 
 

@@ -19,9 +19,9 @@ from torchvision.transforms.v2 import MixUp
 
 from training.attention import CompressedAttention
 from training.augment import Batch
-from training.models import Classifier
+from training.distributed import World
+from training.models import NormalizedModel
 from training.recipes import Recipe
-from training.world import World
 
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,7 +34,7 @@ class Stepper:
     """Holds the optimiser and everything else that a step changes beside the weights."""
 
     def __init__(
-        self, classifier: Classifier, recipe: Recipe, world: World, *, classes: int, steps_per_epoch: int
+        self, classifier: NormalizedModel, recipe: Recipe, world: World, *, num_classes: int, steps_per_epoch: int
     ) -> None:
         if recipe.precision == "fp16" and world.device.type == "cpu":
             raise ValueError("precision fp16 needs a GPU: use --set precision=bf16 on a CPU")
@@ -69,7 +69,7 @@ class Stepper:
         decay = recipe.optim.ema_decay
         self.average = ModelEmaV3(classifier, decay=decay, use_warmup=True) if decay else None
         self.mixup = (
-            MixUp(alpha=recipe.augment.mixup_alpha, num_classes=classes) if recipe.augment.mixup_alpha else None
+            MixUp(alpha=recipe.augment.mixup_alpha, num_classes=num_classes) if recipe.augment.mixup_alpha else None
         )
         self.distributed: DistributedDataParallel | None = None
         forward: nn.Module = classifier
@@ -84,11 +84,11 @@ class Stepper:
         self.forward = torch.compile(forward) if recipe.compile else forward
 
     @property
-    def evaluated(self) -> Classifier:
+    def evaluated(self) -> NormalizedModel:
         """The classifier that is evaluated and shipped: the moving average, where there is one."""
         if self.average is None:
             return self.classifier
-        averaged: Classifier = self.average.module
+        averaged: NormalizedModel = self.average.module
         return averaged
 
     @property

@@ -15,10 +15,10 @@ from training import runs
 from training.checkpoints import can_resume
 from training.data import Dataset
 from training.describe import count_macs
+from training.distributed import World
 from training.loop import TrainingError, run_identity, train
 from training.recipes import Recipe
 from training.runs import ModelCard, RunError
-from training.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,9 @@ class FinishedRun:
     minutes: float
 
     @property
-    def held_out_top1(self) -> float | None:
+    def val_top1(self) -> float | None:
         """Top-1 on the held-out slice of train after the last epoch."""
-        return self.curve[-1].get("holdout_top1")
+        return self.curve[-1].get("val_top1")
 
 
 def run_folder(out: Path, recipe: Recipe, variant: str) -> Path:
@@ -126,7 +126,7 @@ def markdown_table(finished: Sequence[FinishedRun]) -> str:
             f"{spec.kv_tokens} of {height * width}",
             f"{group[0].parameters:,}",
             f"{sum(count_macs(spec).values()) / 1e6:,.1f} M",
-            _percent([run.held_out_top1 for run in group]),
+            _percent([run.val_top1 for run in group]),
             _percent([run.card.accuracy.top1 if run.card.accuracy else None for run in group]),
             _percent([run.card.accuracy.top5 if run.card.accuracy else None for run in group]),
             f"{statistics.mean(run.minutes for run in group):.0f}",
@@ -149,8 +149,8 @@ def write_report(finished: Sequence[FinishedRun], folder: Path) -> list[Path]:
                     "variant": run.card.architecture.variant,
                     "seed": run.card.seed,
                     "git_commit": run.card.git_commit,
-                    "held_out_top1": run.held_out_top1,
-                    "accuracy": run.card.accuracy.model_dump() if run.card.accuracy else None,
+                    "val_top1": run.val_top1,
+                    "accuracy": run.card.accuracy.model_dump(exclude={"correct"}) if run.card.accuracy else None,
                     "minutes": round(run.minutes, 1),
                 }
                 for run in finished
@@ -174,8 +174,8 @@ def _curves(finished: Sequence[FinishedRun]) -> Figure:
             epochs = [row["epoch"] for row in run.curve]
             style = {"color": f"C{number}", "label": variant if run is group[0] else None, "linewidth": 1.2}
             loss.plot(epochs, [row["train_loss"] for row in run.curve], **style)
-            if run.held_out_top1 is not None:
-                accuracy.plot(epochs, [100 * row["holdout_top1"] for row in run.curve], **style)
+            if run.val_top1 is not None:
+                accuracy.plot(epochs, [100 * row["val_top1"] for row in run.curve], **style)
     loss.set(xlabel="epoch", ylabel="training loss")
     accuracy.set(xlabel="epoch", ylabel="held-out top-1, %")
     for axes in (loss, accuracy):

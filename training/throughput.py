@@ -9,10 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from training.augment import InMemoryEpoch
 from training.data import Split
-from training.models import Classifier, StrideViT, architecture
+from training.distributed import World
+from training.models import NormalizedModel, StrideViT, architecture
 from training.recipes import Recipe
 from training.step import Stepper
-from training.world import World
 
 WARMUP_STEPS = 3
 
@@ -32,10 +32,10 @@ class Throughput:
 
 def measure(recipe: Recipe, variant: str, *, world: World, steps: int) -> Throughput:
     """Take `steps` steps after a warm-up, then some more under torch's profiler."""
-    spec = architecture(recipe.preset, variant, image_size=recipe.image_size)
+    spec = architecture(recipe.preset, variant, img_size=recipe.img_size)
     model = StrideViT(spec, seed=recipe.seed, drop_path_rate=recipe.drop_path)
-    classifier = Classifier(model, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)).to(world.device)
-    stepper = Stepper(classifier, recipe, world, classes=100, steps_per_epoch=steps)
+    classifier = NormalizedModel(model, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)).to(world.device)
+    stepper = Stepper(classifier, recipe, world, num_classes=100, steps_per_epoch=steps)
     parts = recipe.schedule.accumulate
     size = recipe.schedule.batch_size // parts
     draw = np.random.default_rng(recipe.seed)

@@ -2,10 +2,9 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from loadtests.compare.compare import Chosen
@@ -14,16 +13,15 @@ from loadtests.errors import LoadTestError
 from loadtests.experiment import command as cli
 from loadtests.experiment.arms import parse_arms, repeated
 from loadtests.experiment.environment import this_command
-from loadtests.experiment.json_files import write_json
 from loadtests.experiment.model import Comparison, ComparisonPlan
 from loadtests.experiment.run import Bench
 from loadtests.experiment.schedule import Costs, fitted
 from loadtests.generator.load_result import Protocol
 from loadtests.generator.payloads import DEFAULT_SIZES, describe, parse_sizes, read_payloads
-from loadtests.report import regress, report
-from loadtests.report.page import write_page
-from loadtests.report.plots import write_plots
-from loadtests.report.verdicts import judge
+from loadtests.report import regress
+from loadtests.report.document import read_results
+from loadtests.report.rendering import print_tables
+from loadtests.report.report import write_comparison
 
 DEFAULT_ROUNDS = 10
 _QUICK_ROUNDS, _QUICK_SECONDS = 3, 3.0
@@ -106,7 +104,7 @@ def compare(
         arms = parse_arms(models)
         load_fractions = _load_fractions(load)
         payloads = read_payloads(data, seed=seed, sizes=parse_sizes(sizes) if sizes else DEFAULT_SIZES)
-        former = regress.read(against) if against else None
+        former = read_results(against) if against else None
     except (LoadTestError, ValueError) as problem:
         cli.fail(str(problem))
     plan = ComparisonPlan(
@@ -127,7 +125,7 @@ def compare(
         service_arguments=tuple(shlex.split(service_args)),
         seed=seed,
     )
-    chosen = Chosen(seconds=plan.seconds or None, objective_ms=objective_ms, rates=former["rates"] if former else None)
+    chosen = Chosen(seconds=plan.seconds or None, objective_ms=objective_ms, rates=former.rates if former else None)
     guess = fitted(plan, Costs(), seconds=chosen.seconds)
     cli.console.print(
         f"{len(plan.arms)} arms, {guess.rounds} rounds: about {Costs().whole(guess) / 60:.0f} minutes; "
@@ -151,15 +149,10 @@ def compare(
 
 
 def _report(comparison: Comparison, out: Path) -> Path:
-    findings = judge(comparison)
-    write_json(report.as_json(comparison, findings), out / "results.json")
-    report.write_samples(comparison, out / "samples.npz")
-    (out / "report.md").write_text(report.markdown(comparison, findings), encoding="utf-8")
-    write_plots(comparison, findings, out)
-    write_page(comparison, findings, out / "report.html")
-    Console(width=max(140, Console().width)).print(report.terminal_table(comparison, findings))
-    for warning in findings.warnings:
-        cli.warn(warning)
+    report = write_comparison(comparison, out)
+    print_tables(report.table, width=140)
+    for caveat in report.caveats:
+        cli.warn(caveat)
     return out / "report.html"
 
 
@@ -173,7 +166,7 @@ def _load_fractions(text: str) -> tuple[float, float]:
     return moderate, high
 
 
-def _compared(former: dict[str, Any], comparison: Comparison, tolerance: float) -> bool:
+def _compared(former: Comparison, comparison: Comparison, tolerance: float) -> bool:
     """Whether nothing has become worse; prints what has."""
     for note in regress.notes(former, comparison):
         cli.warn(note)
@@ -183,5 +176,5 @@ def _compared(former: dict[str, Any], comparison: Comparison, tolerance: float) 
     if not found.tests:
         cli.fail("nothing could be compared with --against: the notes say why")
     if not found.worse:
-        cli.console.print(f"of {found.tests} figures none is worse than before by more than {tolerance:.0%}")
+        cli.console.print(f"of {found.tests} metrics none is worse than before by more than {tolerance:.0%}")
     return not found.worse

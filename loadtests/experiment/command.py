@@ -22,12 +22,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from loadtests.errors import LoadTestError
-from loadtests.experiment.environment import this_command
 from loadtests.experiment.model import Arm, Load, Measurement, Progress
 from loadtests.experiment.run import Bench
 from loadtests.experiment.store import Store
-
-__all__ = ["this_command"]
 
 console = Console(stderr=True)
 
@@ -103,6 +100,13 @@ def run_measurement(
     return code
 
 
+def repository_unless(url: str | None, repository: Path | None, service_args: str) -> Path:
+    """The repository to serve; exits with an error if `--url` comes with the flags of a server that is started."""
+    if url is not None and (repository is not None or service_args):
+        fail("--url names a server that runs already: --repository and --service-args are for one that is started")
+    return repository or Path("models")
+
+
 def names(text: str) -> tuple[str, ...]:
     """The words of a list separated by commas, without repetitions."""
     return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
@@ -122,16 +126,6 @@ def error(message: str) -> None:
 def warn(message: str) -> None:
     """Print a warning."""
     console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
-
-
-def progress_bar() -> rich_progress.Progress:
-    """Only until every command uses `run_measurement`."""
-    return _progress_bar()
-
-
-def end_as_if_interrupted() -> None:
-    """Only until every command uses `run_measurement`."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 class _TerminalProgress:

@@ -121,7 +121,7 @@ def apply_load(
         arguments += ["--loop", "open", "--users", "1", "--rate-per-user", f"{load.rate:.6f}"]
     whole = warmup_seconds + seconds + BEYOND_SECONDS + (_FIRST_ARRIVAL / load.rate if load.rate else 0)
     if not load.steps:
-        arguments += ["--run-time", f"{math.ceil(whole)}s"]
+        arguments += ["--seconds", str(math.ceil(whole))]
     before = stage_totals(server.url)
     samples, meter = run_locust(server, spec, arguments, seconds=whole, files=files)
     found = window(samples, warmup_seconds=warmup_seconds, seconds=seconds)

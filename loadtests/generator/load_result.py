@@ -67,6 +67,8 @@ class LoadResult:
     """Answers for images whose class is known."""
     correct: int = 0
     """Those of them whose first class was the right one."""
+    percentiles_ms: dict[str, float | None] = field(default_factory=dict)
+    """`p50_ms`, `p95_ms`, `p99_ms` of a result that was read back from results.json, which keeps no latencies."""
     trace: RequestTrace | None = None
     """Only where single requests matter."""
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from loadtests.experiment.model import Experiment
+from loadtests.report.document import block_document
 from loadtests.report.rendering import write_report
-from loadtests.report.report import block_document
 
 SCHEMA_VERSION = 2
 

@@ -1,249 +1,134 @@
 """The picture to choose by: accuracy against throughput, memory as area; without accuracies, memory by throughput."""
 
-import itertools
 import math
-from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
+from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
-from matplotlib.transforms import Bbox
 
-from loadtests.accuracy.figures import wilson
 from loadtests.experiment.model import Comparison
-from loadtests.report.figures import info_of, load_name, number
-from loadtests.report.plot_style import FAINT, INK, WIDTH, Style, say, styles
-from loadtests.report.verdicts import Findings, Row
+from loadtests.report.format import metric_name, number
+from loadtests.report.plot_style import FAINT, INK, SMALL, WIDTH, Style, instead, shown, small_print, styles
+from loadtests.report.verdicts import LATENCIES, MEMORY, THROUGHPUT, TOP1, Findings, Row, model_info
+from loadtests.statistics import wilson
 
-_MOST_AREA = 900.0
+_LARGEST = 900.0
 """Square points of the largest marker."""
-_PLAIN_AREA = 120.0
-"""Where there is nothing to be shown by area."""
+_PLAIN = 120.0
+"""Square points of a marker where there is nothing to be shown by area."""
+
+_Ends = tuple[float, float, float]
+"""A value and both ends of its whisker."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Point:
-    name: str
-    look: Style
-    across: float
-    across_ends: tuple[float, float]
-    up: float
-    up_ends: tuple[float, float]
+class _Point(NamedTuple):
+    style: Style
+    x: _Ends
+    y: _Ends
     area: float
-    """0 if not known."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Area:
-    """What the area of a marker stands for."""
-
-    title: str
-    unit: str
-    before: str
-    """Of the number, in a label."""
+    """0 if it is unknown."""
 
 
 def pareto(comparison: Comparison, findings: Findings) -> Figure:
-    """A point an arm, the A/A arm left out; those that no other beats in both directions are joined."""
+    """One point for each arm but the A/A arm; those that no other beats in both directions are joined."""
     figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
-    axes = figure.subplots()
-    rows = [row for row in findings.rows if row.arm.repeat_of is None and _value(row, "throughput") is not None]
-    accurate = [row for row in rows if _value(row, "top1") is not None]
-    heavy = [row for row in rows if _value(row, "peak_bytes")]
+    axes, looks = figure.subplots(), styles(comparison.plan)
+    rows = [findings.row(arm.label, THROUGHPUT) for arm in shown(comparison.plan)]
+    speeds = {row.arm: _ends(row) for row in rows if row and row.value is not None}
+    memory = {label: _ends(row, 1e-6) for label in speeds if (row := findings.row(label, MEMORY)) and row.value}
+    accurate = [label for label in speeds if findings.value(label, TOP1) is not None]
     whiskers = "Whiskers: slowest and fastest block"
-    if len(accurate) > 1 or (accurate and len(rows) == 1):
-        points, area = _by_accuracy(comparison, accurate)
-        _draw(axes, points, area, up_is_better=True)
-        left = ", ".join(row.arm.label for row in rows if row not in accurate)
-        missing = f"; without accuracy, so not shown: {left}" if left else ""
+    if len(accurate) > 1 or (accurate and len(speeds) == 1):
+        points = [
+            _Point(looks[label], speeds[label], _top1(model_info(comparison, label)), memory.get(label, (0.0,))[0])
+            for label in accurate
+        ]
+        area, unit = metric_name(comparison, MEMORY), "MB"
+        left_out = ", ".join(label for label in speeds if label not in accurate)
+        missing = f"; without accuracy, so not shown: {left_out}" if left_out else ""
         axes.set_title(f"Accuracy against throughput: up and to the right is better{missing}")
         axes.set_ylabel("top-1, %")
-        whiskers += "; upwards, 95 % interval of top-1 on so many test images"
-    elif heavy:
-        points, area = _by_memory(comparison, heavy)
-        _draw(axes, points, area, up_is_better=False)
-        axes.set_title(
-            "Memory against throughput (accuracy not known: random weights): down and to the right is better"
-        )
-        axes.set_ylabel("peak memory, MB")
+        whiskers += "; upwards, 95 % interval of top-1 for that many test images"
+    elif memory:
+        tails = [metric for metric in reversed(LATENCIES) if metric.rank == 99]
+        known = [tail for tail in tails if all(math.isfinite(findings.value(one, tail) or math.inf) for one in memory)]
+        area, unit = metric_name(comparison, known[0]) if known else "", "ms"
+        points = [
+            _Point(looks[label], speeds[label], ends, (findings.value(label, known[0]) or 0.0) if known else 0.0)
+            for label, ends in memory.items()
+        ]
+        axes.set_title("Memory against throughput (accuracy unknown: random weights): down and to the right is better")
+        axes.set_ylabel(f"{metric_name(comparison, MEMORY)}, MB")
     else:
-        say(axes, "Neither accuracy nor memory is known: nothing to weigh throughput against.")
+        instead(axes, "Neither accuracy nor memory is known: nothing to weigh throughput against.")
         return figure
     axes.set_xlabel("throughput at saturation, images/s")
-    figure.supxlabel(
-        f"{whiskers}. Dashed: not beaten in both directions.", x=0.01, ha="left", fontsize=7.5, color=FAINT
-    )
     axes.grid(visible=True)
-    _name(figure, axes, points, area)
+    small_print(figure, f"{whiskers}. Dashed: not beaten in both directions.")
+    _draw(figure, axes, points, area, unit, up_is_better=bool(accurate))
     return figure
 
 
-def _by_accuracy(comparison: Comparison, rows: list[Row]) -> tuple[list[_Point], _Area]:
-    points = []
-    for row in rows:
-        top1 = _value(row, "top1") or 0.0
-        images = _images(comparison, row)
-        low, high = wilson(round(top1 * images), images) if images else (top1, top1)
-        points.append(
-            _point(comparison, row, up=top1 * 100, up_ends=(low * 100, high * 100), area=_value(row, "peak_bytes"))
-        )
-    area = _Area(title="Area: peak memory", unit="MB", before="peak ")
-    return [replace(point, area=point.area / 1e6) for point in points], area
-
-
-def _by_memory(comparison: Comparison, rows: list[Row]) -> tuple[list[_Point], _Area]:
-    load = next((load for load in ("high", "moderate") if all(_finite(row, f"{load}_p99") for row in rows)), None)
-    points = []
-    for row in rows:
-        figure = row.figures["peak_bytes"]
-        peak = (figure.value or 0.0) / 1e6
-        ends = (peak if end is None else end / 1e6 for end in (figure.smallest, figure.largest))
-        points.append(
-            _point(comparison, row, up=peak, up_ends=(next(ends), next(ends)), area=_value(row, f"{load}_p99"))
-        )
-    title = f"Area: p99 at {load_name(comparison, load)}" if load else ""
-    return points, _Area(title=title, unit="ms", before="p99 ")
-
-
-def _point(comparison: Comparison, row: Row, *, up: float, up_ends: tuple[float, float], area: float | None) -> _Point:
-    figure, baseline = row.figures["throughput"], comparison.plan.arms[0].label
-    across = figure.value or 0.0
-    return _Point(
-        name=row.arm.label + (" (baseline)" if row.arm.label == baseline else ""),
-        look=styles(comparison.plan)[row.arm.label],
-        across=across,
-        across_ends=(
-            across if figure.smallest is None else figure.smallest,
-            across if figure.largest is None else figure.largest,
-        ),
-        up=up,
-        up_ends=up_ends,
-        area=area if area is not None and math.isfinite(area) else 0.0,
+def _ends(row: Row, scale: float = 1.0) -> _Ends:
+    value, smallest, largest = (
+        (row.value or 0.0) if end is None else end for end in (row.value, row.smallest, row.largest)
     )
+    return value * scale, smallest * scale, largest * scale
 
 
-def _draw(axes: Axes, points: list[_Point], area: _Area, *, up_is_better: bool) -> None:
-    most = max(point.area for point in points)
+def _top1(info: dict[str, Any]) -> _Ends:
+    top1, count = info["accuracy"]["top1"], info["accuracy"]["n"]
+    low, high = wilson(round(top1 * count), count)
+    return 100 * top1, 100 * low, 100 * high
+
+
+def _draw(figure: Figure, axes: Axes, points: list[_Point], area: str, unit: str, *, up_is_better: bool) -> None:
     front = _front(points, up_is_better=up_is_better)
-    axes.plot(
-        [point.across for point in front],
-        [point.up for point in front],
-        color=FAINT,
-        linewidth=1,
-        linestyle="--",
-        zorder=1,
+    axes.plot([one.x[0] for one in front], [one.y[0] for one in front], color=FAINT, linewidth=1, linestyle="--")
+    (x, left, right), (y, low, high) = (
+        zip(*(one.x for one in points), strict=True),
+        zip(*(one.y for one in points), strict=True),
     )
-    for point in points:
-        size = _size(point, most)
-        axes.hlines(point.up, *point.across_ends, color=point.look.colour, linewidth=1.2, zorder=2)
-        axes.vlines(point.across, *point.up_ends, color=point.look.colour, linewidth=1.2, zorder=2)
-        axes.scatter(point.across, point.up, s=size, color=point.look.colour, alpha=0.55, zorder=3)
-        axes.scatter(point.across, point.up, s=5, color=INK, zorder=4)
-    axes.margins(0.08, 0.15)
-    if most:
-        _size_key(axes, area, most)
-
-
-def _size(point: _Point, most: float) -> float:
-    return _MOST_AREA * point.area / most if most else _PLAIN_AREA
-
-
-def _name(figure: Figure, axes: Axes, points: list[_Point], area: _Area) -> None:
-    """Label every point where its label covers least of the markers and of other labels, close by if it can."""
-    # Where things lie is known only after the layout.
+    colours, largest = [one.style.colour for one in points], max(one.area for one in points)
+    sizes = [_LARGEST * one.area / largest if largest else _PLAIN for one in points]
+    axes.hlines(y, left, right, color=colours, linewidth=1.2)
+    axes.vlines(x, low, high, color=colours, linewidth=1.2)
+    markers = axes.scatter(x, y, s=sizes, color=colours, alpha=0.55, zorder=3)
+    axes.scatter(x, y, s=5, color=INK, zorder=4)
+    axes.margins(0.12, 0.2)
+    if largest:
+        _area_key(axes, f"Area: {area}", unit, largest)
+    box: dict[str, Any] = {"facecolor": "white", "linewidth": 0.8, "alpha": 0.85, "pad": 2}
+    labels = []
+    for one in points:
+        text = one.style.name + (f"\n{area} {number(one.area)} {unit}" if one.area else "")
+        colour = {"edgecolor": one.style.colour}
+        labels.append(axes.text(one.x[0], one.y[0], text, fontsize=SMALL, bbox=box | colour, zorder=5))
+    # Where things lie is known only after the layout. A limit of steps, not of time, gives the same picture each time.
     figure.draw_without_rendering()
-    most, pixels, taken = max(point.area for point in points), figure.dpi / 72, []
-    for point in points:
-        x, y = axes.transData.transform((point.across, point.up))
-        reach = math.sqrt(_size(point, most)) / 2 * pixels
-        (left, low), (right, high) = axes.transData.transform(list(zip(point.across_ends, point.up_ends, strict=True)))
-        taken += [
-            Bbox.from_extents(x - reach, y - reach, x + reach, y + reach),
-            Bbox.from_extents(left, y - 2, right, y + 2),
-            Bbox.from_extents(x - 2, low, x + 2, high),
-        ]
-    for point in points:
-        label = axes.annotate(
-            point.name + (f"\n{area.before}{number(point.area)} {area.unit}" if point.area else ""),
-            (point.across, point.up),
-            xytext=(0, 0),
-            textcoords="offset points",
-            fontsize=8,
-            bbox={"facecolor": "white", "edgecolor": point.look.colour, "linewidth": 0.8, "alpha": 0.85, "pad": 2},
-            zorder=5,
-        )
-        reach = math.sqrt(_size(point, most)) / 2 * 0.75 + 2
-        choices = [
-            (_covered(_put(label, right, up, reach * far), taken, axes) + far, right, up, reach * far)
-            for far, up, right in itertools.product((1.0, 2.0, 3.0, 4.0), (1, -1), (1, -1))
-        ]
-        _, right, up, stands_off = min(choices)
-        taken.append(_put(label, right, up, stands_off))
-        if stands_off > reach:
-            line = {"arrowstyle": "-", "color": point.look.colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 2}
-            at = (right * stands_off, up * stands_off)
-            axes.annotate(
-                "", (point.across, point.up), xytext=at, textcoords="offset points", arrowprops=line, zorder=4
-            )
-
-
-def _put(label: Annotation, right: int, up: int, reach: float) -> Bbox:
-    label.set(position=(right * reach, up * reach))
-    label.set(ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top")
-    return label.get_window_extent()
-
-
-def _covered(box: Bbox, taken: list[Bbox], axes: Axes) -> float:
-    """Square pixels of what lies below it, or beyond the plot."""
-    below = (Bbox.intersection(box, other) for other in taken)
-    inside = Bbox.intersection(box, axes.get_window_extent())
-    whole = box.width * box.height
-    out = whole - (inside.width * inside.height if inside else 0.0)
-    return sum(part.width * part.height for part in below if part) + 10 * out
+    line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.8}
+    adjust_text(labels, objects=markers, ax=axes, expand=(1.1, 1.3), iter_lim=300, arrowprops=line)
 
 
 def _front(points: list[_Point], *, up_is_better: bool) -> list[_Point]:
     """Those that no other equals or beats in both directions, from left to right."""
-
-    def beats(one: _Point, other: _Point) -> bool:
-        higher = one.up >= other.up if up_is_better else one.up <= other.up
-        return one.across >= other.across and higher and (one.across, one.up) != (other.across, other.up)
-
-    return sorted(
-        (point for point in points if not any(beats(other, point) for other in points)), key=lambda point: point.across
-    )
-
-
-def _size_key(axes: Axes, area: _Area, most: float) -> None:
-    power = 10 ** math.floor(math.log10(most))
-    largest = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= most)
-    values = (largest / 4, largest / 2, largest)
-    handles = [axes.scatter([], [], s=_MOST_AREA * value / most, color="#fff", edgecolors=FAINT) for value in values]
-    names = [f"{number(value)} {area.unit}" for value in values]
-    axes.legend(
-        handles,
-        names,
-        title=area.title,
-        loc="center left",
-        bbox_to_anchor=(1.01, 0.5),
-        labelspacing=2.6,
-        borderpad=1.4,
-        handletextpad=1.4,
-    )
+    sign = 1 if up_is_better else -1
+    places = {(one.x[0], sign * one.y[0]): one for one in points}
+    beaten = {
+        place
+        for place in places
+        for other in places
+        if other != place and other[0] >= place[0] and other[1] >= place[1]
+    }
+    return [places[place] for place in sorted(places.keys() - beaten)]
 
 
-def _images(comparison: Comparison, row: Row) -> int:
-    """How many images the manifest's accuracy is of; 0 if the row's accuracy is another."""
-    accuracy = info_of(comparison, row.arm.label).get("accuracy") or {}
-    same = math.isclose(accuracy.get("top1", -1.0), _value(row, "top1") or 0.0, abs_tol=1e-9)
-    return int(accuracy.get("n", 0)) if same else 0
-
-
-def _value(row: Row, key: str) -> float | None:
-    figure = row.figures.get(key)
-    return figure.value if figure else None
-
-
-def _finite(row: Row, key: str) -> bool:
-    value = _value(row, key)
-    return value is not None and math.isfinite(value)
+def _area_key(axes: Axes, title: str, unit: str, largest: float) -> None:
+    power = 10 ** math.floor(math.log10(largest))
+    most = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= largest)
+    values = (most / 4, most / 2, most)
+    handles = [axes.scatter([], [], s=_LARGEST * value / largest, color="#fff", edgecolors=FAINT) for value in values]
+    room = {"labelspacing": 2.6, "borderpad": 1.4, "handletextpad": 1.4}
+    names = [f"{number(value)} {unit}" for value in values]
+    axes.legend(handles, names, title=title, loc="center left", bbox_to_anchor=(1.01, 0.5), **room)

@@ -43,6 +43,9 @@ UNKNOWN = "–"
 Tone = Literal["better", "worse", "faint"]
 _COLOURS: dict[Tone, str] = {"better": "blue", "worse": "red", "faint": "dim"}
 
+_LABEL = 24
+"""Letters of a label of usual length."""
+
 _TEMPLATES = Path(__file__).with_name("templates")
 _MARKDOWN = re.compile(
     r"[\\`*\[|~]"  # code, emphasis, links, columns, strikethrough
@@ -67,7 +70,7 @@ class Cell:
 class Table:
     """Rows of text for Markdown, HTML and the terminal alike.
 
-    A newline in a cell begins a new line there; the first of several lines is bold.
+    A newline in a cell begins a new line there; the first of several lines of a number is bold.
     """
 
     headings: Sequence[str]
@@ -113,27 +116,34 @@ def print_tables(*tables: Table, width: int) -> None:
 
 def rich_table(table: Table) -> RichTable:
     """A table for the terminal, with title and note; no text in it is taken for markup."""
-    lines = any("\n" in str(cell) for row in table.rows for cell in row)
+    multiline = any("\n" in str(cell) for row in table.rows for cell in row)
     drawn = RichTable(
         title=Text(table.title) if table.title else None,
         title_justify="left",
         caption=Text(table.note) if table.note else None,
         caption_justify="left",
-        show_lines=lines,
-        padding=(0, 0) if lines else (0, 1),
+        show_lines=multiline,
+        padding=(0, 0) if multiline else (0, 1),
     )
     for number, heading in enumerate(table.headings):
+        lines = [line for row in table.rows for line in str(row[number]).split("\n")]
         drawn.add_column(
-            Text(heading), justify="left" if table.is_text(number) else "right", overflow="fold", vertical="top"
+            Text(heading),
+            justify="left" if table.is_text(number) else "right",
+            overflow="fold",
+            # Labels of usual length stay in one line; paths and reasons do not.
+            no_wrap=table.is_text(number) and max(map(len, lines), default=0) <= _LABEL,
         )
     for row in table.rows:
-        drawn.add_row(*map(_rich_cell, row))
+        drawn.add_row(*(_rich_cell(cell, bold=not table.is_text(number)) for number, cell in enumerate(row)))
     return drawn
 
 
-def _rich_cell(cell: str | Cell) -> Text:
+def _rich_cell(cell: str | Cell, *, bold: bool) -> Text:
     lines = str(cell).split("\n")
-    text = Text("\n").join(Text(line, style="bold" if line is lines[0] and len(lines) > 1 else "") for line in lines)
+    text = Text("\n".join(lines))
+    if bold and len(lines) > 1:
+        text.stylize("bold", 0, len(lines[0]))
     if isinstance(cell, Cell) and cell.tone:
         text.stylize(_COLOURS[cell.tone], len(text) - len(lines[-1]))
     return text

@@ -1,10 +1,10 @@
 """The choice of variant: under load a family gives up a little accuracy, instead of a lot of latency.
 
-A family's models stand on a ladder by accuracy. A request takes the most accurate one whose predicted finish fits its
-deadline. A step down is taken at once; a step back up needs more headroom than staying would, so that the choice does
-not flap while the load hovers around a limit.
+A request takes the family's most accurate model whose predicted finish fits its deadline. The family steps down to a
+less accurate model at once; stepping back up needs more headroom than staying would, so that the choice does not
+oscillate while the load is near a limit.
 
-Research systems choose so: INFaaS (ATC'21), Proteus (ASPLOS'24), SuperServe (NSDI'25).
+Research systems choose in this way: INFaaS (ATC'21), Proteus (ASPLOS'24), SuperServe (NSDI'25).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,9 @@ from typing import Literal
 from service.errors import NoSuitableModel
 from service.models.model import Model
 
-Reason = Literal["most_accurate", "deadline", "recovering"]
+Reason = Literal["most_accurate", "deadline", "headroom"]
+
+_MAX_RELATIVE_COST = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,92 +26,81 @@ class Choice:
     family: str
     model: Model
     reason: Reason
-    """`most_accurate` of those allowed; `deadline`: the more accurate ones would be late; `recovering`: they would be
-    in time, but only just, and the family had stepped down."""
+    """`most_accurate`: no model that the request allows is more accurate; `deadline`: more accurate ones would be late;
+    `headroom`: a more accurate one would be in time, but without enough headroom to step back up to it."""
     predicted_ms: float
-    """Of the model that was chosen."""
-    passed_over: tuple[tuple[str, float], ...]
-    """More accurate models that were not taken, and their predicted milliseconds."""
+    """Predicted finish of the chosen model."""
+    skipped: tuple[tuple[str, float], ...]
+    """More accurate models that were not chosen, and their predicted milliseconds."""
 
     def as_dict(self) -> dict[str, object]:
-        """For an answer."""
+        """For an answer in JSON."""
         return {
             "family": self.family,
             "reason": self.reason,
             "predicted_ms": round(self.predicted_ms, 3),
-            "passed_over": [
-                {"model": name, "predicted_ms": round(predicted, 3)} for name, predicted in self.passed_over
-            ],
+            "skipped": [{"model": name, "predicted_ms": round(predicted, 3)} for name, predicted in self.skipped],
         }
 
 
-_MIN_SPEEDUP = 0.9
+def pareto_front(members: Sequence[Model]) -> list[Model]:
+    """Members (most accurate first) that cost at most 0.9 times as much per image as every more accurate one.
 
-
-def pareto_front(ladder: Sequence[Model]) -> list[Model]:
-    """Of a ladder, best first, the models that cost a good deal less an image than every more accurate one.
-
-    The others would never be the better choice, and each more queue makes the batches smaller.
+    The others would hardly ever be the better choice, and each further queue makes the batches smaller.
     """
     kept: list[Model] = []
-    for model in ladder:
-        if not kept or model.queue.cost.per_image() < _MIN_SPEEDUP * kept[-1].queue.cost.per_image():
+    for model in members:
+        if not kept or model.queue.cost.per_image() < _MAX_RELATIVE_COST * kept[-1].queue.cost.per_image():
             kept.append(model)
     return kept
 
 
 class Family:
-    """Remembers how far down the ladder the family stands."""
+    """Chooses among the models of a family, and remembers which it chose last."""
 
-    def __init__(self, name: str, *, recover: float = 0.6) -> None:
-        """`recover`: to step back up, waiting may take this part of what the deadline leaves beside the work itself."""
+    def __init__(self, name: str, *, step_up_headroom: float) -> None:
+        """`step_up_headroom`: fraction of the deadline left beside a more accurate model's own work, within which its
+        waiting must lie before the family steps back up to it."""
         self.name = name
-        self._recover = recover
-        self._standing = 1.0
-        """Top-1 of the model that was last chosen."""
+        self._step_up_headroom = step_up_headroom
+        self._last_top1 = 1.0
 
     def choose(
         self,
-        ladder: Sequence[Model],
+        members: Sequence[Model],
         *,
         predict: Callable[[Model], float],
-        alone: Callable[[Model], float],
+        predict_idle: Callable[[Model], float],
         allowed_seconds: float,
         min_top1: float = 0.0,
     ) -> Choice:
-        """The most accurate model of the `ladder` (best first) that fits `allowed_seconds`.
+        """The most accurate of `members` (most accurate first) that fits `allowed_seconds`.
 
-        `predict` gives a model's predicted finish, `alone` what it would be on an idle service.
-        If none does, the one with the earliest predicted finish, for admission to judge. Raises NoSuitableModel if
-        none reaches `min_top1`.
+        `predict` gives a model's predicted finish in seconds, `predict_idle` what it would be on an idle service. If
+        none fits, the one with the earliest predicted finish, for admission to judge. Raises NoSuitableModel if none
+        reaches `min_top1`.
         """
-        candidates = [model for model in ladder if model.top1 >= min_top1]
+        candidates = [model for model in members if model.top1 >= min_top1]
         if not candidates:
-            best = f"the best has {ladder[0].top1:.4f}" if ladder else "it has no ready model with a known accuracy"
+            best = f"the best has {members[0].top1:.4f}" if members else "it has no ready model with a known accuracy"
             raise NoSuitableModel(f"no model of family {self.name!r} reaches a top-1 of {min_top1:g}: {best}")
-        passed_over: list[tuple[str, float]] = []
-        recovering = False
+        skipped: list[tuple[str, float]] = []
+        lacks_headroom = False
         for model in candidates:
-            predicted = predict(model)
-            own = alone(model)
-            enough = own + (allowed_seconds - own) * (self._recover if model.top1 > self._standing else 1.0)
-            if predicted <= enough <= allowed_seconds:
-                self._standing = model.top1
-                reason: Reason = "recovering" if recovering else "deadline" if passed_over else "most_accurate"
-                return self._chosen(model, reason, predicted, passed_over)
-            recovering = predicted <= allowed_seconds
-            passed_over.append((model.name, predicted * 1000))
-        # Nothing fits, or all that fits was to be left alone until there is more headroom.
+            predicted, idle = predict(model), predict_idle(model)
+            share = self._step_up_headroom if model.top1 > self._last_top1 else 1.0
+            limit = idle + (allowed_seconds - idle) * share
+            if predicted <= limit <= allowed_seconds:
+                reason: Reason = "headroom" if lacks_headroom else "deadline" if skipped else "most_accurate"
+                return self._choice(model, reason, predicted, skipped)
+            lacks_headroom = predicted <= allowed_seconds
+            skipped.append((model.name, predicted * 1000))
+        # None fits, or the one that does has to wait for more headroom.
         model, predicted = min(((model, predict(model)) for model in candidates), key=lambda pair: pair[1])
-        self._standing = model.top1
-        others = [other for other in passed_over if other[0] != model.name]
-        return self._chosen(model, "deadline", predicted, others)
+        return self._choice(model, "deadline", predicted, [other for other in skipped if other[0] != model.name])
 
-    def _chosen(self, model: Model, reason: Reason, predicted: float, passed_over: list[tuple[str, float]]) -> Choice:
+    def _choice(self, model: Model, reason: Reason, predicted: float, skipped: list[tuple[str, float]]) -> Choice:
+        self._last_top1 = model.top1
         return Choice(
-            family=self.name,
-            model=model,
-            reason=reason,
-            predicted_ms=predicted * 1000,
-            passed_over=tuple(passed_over),
+            family=self.name, model=model, reason=reason, predicted_ms=predicted * 1000, skipped=tuple(skipped)
         )

@@ -1,4 +1,4 @@
-"""A model that takes traffic: a proven bundle, its engine, its queue, and what it has done so far."""
+"""A model that takes traffic: a verified bundle, its engine, its queue, and its statistics."""
 
 import asyncio
 import time
@@ -7,27 +7,28 @@ from dataclasses import dataclass, field
 from service.bundle import Bundle
 from service.engine import Engine
 from service.manifest import Manifest
+from service.metrics import ModelGauges
 from service.scheduling.scheduler import Queue
 
 
 @dataclass(slots=True)
 class Sum:
-    """A count and the nanoseconds that went into it."""
+    """A number of events and their total nanoseconds."""
 
     count: int = 0
     ns: int = 0
 
     def add(self, seconds: float) -> None:
-        """Count one more event, that took `seconds`."""
+        """Count one event that took `seconds`."""
         self.count += 1
         self.ns += round(seconds * 1e9)
 
 
 @dataclass(slots=True)
 class Statistics:
-    """What the statistics extension of the Open Inference Protocol asks for.
+    """What the statistics extension of the Open Inference Protocol reports.
 
-    Requests are counted once and in all stages at the same moment: perf_analyzer stops where the counts differ.
+    A request is counted once, in all stages at the same moment: perf_analyzer stops where the counts differ.
     """
 
     last_inference_ms: int = 0
@@ -41,10 +42,10 @@ class Statistics:
     answer: Sum = field(default_factory=Sum)
     """Writing the answer."""
     batches: dict[int, Sum] = field(default_factory=dict)
-    """By images in the batch."""
+    """By number of images in the batch."""
 
     def succeeded(self, *, total: float, queue: float, decode: float, inference: float, answer: float) -> None:
-        """Count a request by its seconds; with several images, those of the slowest."""
+        """Count an answered request by its seconds; with several images, those of the slowest."""
         self.success.add(total)
         self.queue.add(queue)
         self.decode.add(decode)
@@ -63,14 +64,14 @@ class Statistics:
 
 
 class Model:
-    """Holds an engine for as long as somebody uses it: a request enters it as a context."""
+    """An engine that stays open as long as requests use it: each request enters the model as a context."""
 
     def __init__(
         self, bundle: Bundle, engine: Engine, queue: Queue, *, model_bytes: int = 0, arena_bytes: int = 0
     ) -> None:
         self.bundle, self.engine, self.queue = bundle, engine, queue
         self.model_bytes, self.arena_bytes = model_bytes, arena_bytes
-        """Growth of resident memory as the model was loaded and warmed up."""
+        """Growth of resident memory while the model was loaded, and while it was warmed up."""
         self.statistics = Statistics()
         self._users = 0
         self._unused = asyncio.Event()
@@ -78,22 +79,22 @@ class Model:
 
     @property
     def manifest(self) -> Manifest:
-        """What the model is."""
+        """The bundle's manifest."""
         return self.bundle.manifest
 
     @property
     def name(self) -> str:
-        """The bundle's."""
+        """The model's name."""
         return self.bundle.manifest.name
 
     @property
     def version(self) -> int:
-        """The bundle's."""
+        """The bundle's version."""
         return self.bundle.version
 
     @property
     def top1(self) -> float:
-        """On the test split; below zero for random weights."""
+        """Top-1 on the test split; below zero if unknown."""
         accuracy = self.manifest.accuracy
         return accuracy.top1 if accuracy else -1.0
 
@@ -110,3 +111,15 @@ class Model:
     async def unused(self) -> None:
         """Wait until every request that holds the model is answered."""
         await self._unused.wait()
+
+    def gauges(self) -> ModelGauges:
+        """Its present state, for metrics."""
+        return ModelGauges(
+            name=self.name,
+            version=self.version,
+            variant=self.manifest.attention.variant if self.manifest.attention else "",
+            queue_depth=len(self.queue),
+            model_bytes=self.model_bytes,
+            arena_bytes=self.arena_bytes,
+            batch_seconds=self.queue.cost.as_dict(),
+        )

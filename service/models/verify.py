@@ -1,4 +1,4 @@
-"""The proof before traffic: a loaded model must give its golden outputs on this very machine."""
+"""The check before traffic: a loaded model must give its golden outputs on this machine."""
 
 from pathlib import Path
 
@@ -14,11 +14,16 @@ from service.manifest import Manifest
 MAX_GOLDEN_PIXELS = 4_000_000
 
 
+def verify_golden(bundle: Bundle, engine: Engine) -> None:
+    """Check a bundle on disk against its own golden file. Raises BundleError."""
+    check_golden(bundle.golden(), bundle.manifest, engine, path=bundle.folder / GOLDEN_FILE)
+
+
 def check_golden(golden: Golden, manifest: Manifest, engine: Engine, *, path: Path) -> None:
     """Decode the golden images of the file `path`, run them in as few batches as the model allows, and compare.
 
-    Raises BundleError naming the file, the largest difference and the CPU if an output is beyond the manifest's
-    tolerance or a top-1 differs.
+    Raises BundleError if an output exceeds the manifest's tolerance or a top-1 differs. Its message names the file, the
+    largest differences, the device and the CPU.
     """
     try:
         pixels = np.stack(
@@ -46,8 +51,3 @@ def check_golden(golden: Golden, manifest: Manifest, engine: Engine, *, path: Pa
             f"(allowed {manifest.tolerance.max_abs_probability:g}), and in {flips} top-1 of {len(logits)}; "
             f"engine {engine.device}, CPU {cpu_features()}"
         )
-
-
-def prove(bundle: Bundle, engine: Engine) -> None:
-    """Check a bundle on disk against its own golden file. Raises BundleError."""
-    check_golden(bundle.golden(), bundle.manifest, engine, path=bundle.folder / GOLDEN_FILE)

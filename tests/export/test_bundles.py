@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from export.__main__ import app
 from export.graph import ExportError, serialise, to_onnx
 from export.parity import check_parity
-from export.precision import PROMISES
+from export.precision import TOLERANCES
 from service.bundle import CONTENT_FILES, SUMS_FILE, read_bundle
 from service.engine import Engine
 from service.manifest import Attention
@@ -92,7 +92,7 @@ def test_a_graph_that_disagrees_with_torch_is_refused(digits_run: Path, change: 
     head.CopyFrom(numpy_helper.from_array(values, head.name))
     images = first_images(16)
     with pytest.raises(ExportError, match=r"disagree|not finite"):
-        check_parity(classifier, Engine(serialise(graph)), images, PROMISES["fp32"])
+        check_parity(classifier, Engine(serialise(graph)), images, TOLERANCES["fp32"])
 
 
 def test_a_top1_flip_is_refused_however_small(digits_run: Path) -> None:
@@ -110,11 +110,11 @@ def test_a_top1_flip_is_refused_however_small(digits_run: Path) -> None:
     values[0] += 2e-4
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     with pytest.raises(ExportError, match="top-1 flips"):
-        check_parity(classifier, Engine(serialise(graph)), first_images(8), PROMISES["fp32"])
+        check_parity(classifier, Engine(serialise(graph)), first_images(8), TOLERANCES["fp32"])
 
 
 def test_random_weights_are_exported_and_said_to_be_random(tmp_path: Path) -> None:
-    arguments = ["run", "--random-weights", "--preset", "vit-xs", "--variant", "lsra-r3", "--image-size", "48"]
+    arguments = ["run", "--random-weights", "--preset", "vit-xs", "--variant", "lsra-r3", "--img-size", "48"]
     for repository in ("a", "b"):
         result = CliRunner().invoke(app, [*arguments, "--repository", str(tmp_path / repository)])
         assert result.exit_code == 0, result.stderr

@@ -17,7 +17,7 @@ from service.images import decode
 from service.manifest import Preprocessing
 from tests.service.conftest import encoded, noise
 from tests.service.test_draft import MUCH_LARGER
-from training import pictures
+from training import images
 from training.augment import upright
 
 SERVED = Preprocessing(resize=36, crop=32, interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -26,7 +26,7 @@ SERVED = Preprocessing(resize=36, crop=32, interpolation="bicubic", mean=(0.5, 0
 def both(data: bytes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """The same encoded image by the service and by training, (32,32,3)."""
     served = decode(data, SERVED, max_pixels=50_000_000)
-    trained = np.asarray(pictures.decode(data, upright(SERVED.resize, SERVED.crop)))
+    trained = np.asarray(images.decode(data, upright(SERVED.resize, SERVED.crop)))
     return served.astype(np.int64), trained.astype(np.int64)
 
 
@@ -69,7 +69,7 @@ def test_training_sees_real_odd_files_as_the_service_does(data_dir: Path) -> Non
         data = path.read_bytes()
         try:
             decode(data, SERVED, max_pixels=50_000_000)
-            pictures.decode(data)
+            images.decode(data)
         except ImageError:
             continue
         except Exception:  # noqa: BLE001, S112 (training reports it by name; here only what both can read counts)

@@ -11,6 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from service import __main__ as command_line
 from service.app import create_app
 from service.bundle import CONTENT_FILES, SUMS_FILE
 from service.settings import Settings
@@ -42,6 +43,12 @@ def resum(bundle: Path) -> None:
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():  # noqa: ASYNC110 (another thread makes it true)
         await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def _no_logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configured logging would outlive the test, and write to its closed output."""
+    monkeypatch.setattr(command_line, "_configure_logging", lambda _: None)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from service.bundle import CONTENT_FILES, SUMS_FILE, Golden, model_names, publish, read_bundle, versions
 from service.engine import Engine
 from service.errors import BundleError
-from service.models.verify import prove
+from service.models.verify import verify_golden
 from tests.service.conftest import resum
 
 
@@ -76,7 +76,7 @@ def test_a_bundle_under_another_name_is_refused(bundle: Path) -> None:
 def test_golden_outputs_that_do_not_come_out_are_refused_with_the_difference(bundle: Path) -> None:
     loaded = read_bundle(bundle)
     engine = Engine(loaded.model_path)
-    prove(loaded, engine)
+    verify_golden(loaded, engine)
     golden = loaded.golden()
     logits = golden.logits.copy()
     logits[2, 5] += 0.25
@@ -84,7 +84,7 @@ def test_golden_outputs_that_do_not_come_out_are_refused_with_the_difference(bun
     np.savez(bundle / "golden.npz", allow_pickle=False, logits=logits, probabilities=golden.probabilities, **arrays)
     resum(bundle)
     with pytest.raises(BundleError, match=r"golden\.npz: .* differ .* by 0\.25 in a logit .*CPU"):
-        prove(read_bundle(bundle), engine)
+        verify_golden(read_bundle(bundle), engine)
 
 
 def test_golden_files_are_never_unpickled(bundle: Path) -> None:

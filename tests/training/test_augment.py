@@ -14,7 +14,7 @@ SPLIT = Split(
     images=np.random.default_rng(0).integers(0, 256, size=(N, 8, 8, 3), dtype=np.uint8),
     labels=np.arange(N) % CLASSES,
 )
-FULL = Augment(crop_padding=2, flip=True)
+FULL = Augment(crop_padding=2, hflip=0.5)
 
 
 def epoch(augment: Augment = FULL, *, seed: int = 0, number: int = 0) -> InMemoryEpoch:
@@ -54,7 +54,7 @@ def test_a_crop_is_a_shift_with_zeros_around() -> None:
 
 
 def test_flips_happen_to_about_half() -> None:
-    images, _ = epoch(Augment(flip=True)).batch(np.arange(N))
+    images, _ = epoch(Augment(hflip=0.5)).batch(np.arange(N))
     flipped = [
         np.array_equal(image, source[:, ::-1]) for image, source in zip(images.numpy(), SPLIT.images, strict=True)
     ]

@@ -1,6 +1,8 @@
 """The command line: errors that name the fix, and images as files."""
 
+import base64
 import csv
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from training.__main__ import app
+from training.data import load_dataset
 from training.runs import load_final
 
 
@@ -23,13 +26,13 @@ from training.runs import load_final
         (["--recipe", "digits", "--variant", "mha", "--preset", "vit-xl"], "unknown preset 'vit-xl'"),
         (["--recipe", "digits", "--variant", "mha", "--preset", "vit-s16"], "takes 224 px images, but digits has 32"),
         (["--recipe", "digits", "--variant", "mha", "--set", "precision=fp16", "--device", "cpu"], "fp16 needs a GPU"),
-        (["--recipe", "digits", "--variant", "mha", "--set", "holdout=5"], "set it to 0 or to 10 and more"),
+        (["--recipe", "digits", "--variant", "mha", "--set", "val_images=5"], "set it to 0 or to 10 and more"),
         (
             ["--recipe", "digits", "--variant", "mha", "--set", "schedule.warmup_epochs=11"],
             "warm-up of 484 steps never",
         ),
         (["--recipe", "digits", "--variant", "mha", "--set", "augment.rand_augment=foo"], "such as rand-m10-n2-p1.0"),
-        (["--recipe", "digits", "--variant", "mha", "--set", "augment.crop_area=[0.9,0.1]"], "[smallest, largest]"),
+        (["--recipe", "digits", "--variant", "mha", "--set", "augment.scale=[0.9,0.1]"], "[smallest, largest]"),
         (
             ["--recipe", "digits", "--variant", "mha", "--set", "optim.lr=fast"],
             "optim.lr: Input should be a valid number",
@@ -83,6 +86,30 @@ def test_evaluate_repeats_the_accuracy_of_the_card(digits_run: Path) -> None:
     assert sum(one["top1"] for one in record["classes"]) / 10 == pytest.approx(accuracy.top1, abs=0.01)
 
 
+def test_evaluate_records_which_images_are_correct(digits_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(digits_run, run)
+    path = run / "final" / "model.json"
+    trained = path.read_bytes()
+    card = json.loads(trained)
+    correct = card["accuracy"]["correct"]
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(correct["top1"]), dtype=np.uint8))
+    assert bits[:360].sum() == round(360 * card["accuracy"]["top1"])
+    assert not bits[360:].any()
+    labels = load_dataset("digits").test.labels
+    assert correct["labels_sha256"] == hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
+
+    path.write_text(json.dumps({**card, "accuracy": {**card["accuracy"], "correct": None}}))
+    assert CliRunner().invoke(app, ["evaluate", str(run), "--record"]).exit_code == 0
+    assert path.read_bytes() == trained
+
+    path.write_text(json.dumps({**card, "accuracy": {**card["accuracy"], "top1": 0.5}}))
+    refused = CliRunner().invoke(app, ["evaluate", str(run), "--record"])
+    assert refused.exit_code == 1
+    assert "nothing was recorded" in " ".join(refused.stderr.split())
+    assert json.loads(path.read_text())["accuracy"]["top1"] == 0.5
+
+
 def test_evaluate_refuses_data_with_other_classes(digits_run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(digits_run, copy)
@@ -94,7 +121,7 @@ def test_evaluate_refuses_data_with_other_classes(digits_run: Path, tmp_path: Pa
 
 
 def test_evaluate_at_another_size_resizes_what_is_in_memory(digits_run: Path) -> None:
-    result = CliRunner().invoke(app, ["evaluate", str(digits_run), "--image-size", "48"])
+    result = CliRunner().invoke(app, ["evaluate", str(digits_run), "--img-size", "48"])
     assert result.exit_code == 0, result.stderr
     assert "on 360 test images" in result.stdout
 
@@ -108,7 +135,7 @@ def test_the_imagenet_recipe_runs_on_class_folders(tmp_path: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = generator.integers(0, 256, (40 + number, 60, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(path)
-    small = ["preset=vit-xs", "schedule.epochs=2", "schedule.batch_size=8", "schedule.warmup_steps=2", "holdout=6"]
+    small = ["preset=vit-xs", "schedule.epochs=2", "schedule.batch_size=8", "schedule.warmup_steps=2", "val_images=6"]
     arguments = ["--recipe", "imagenet-s16", "--variant", "csra-r2", "--data", str(tmp_path), "--workers", "2"]
     out = tmp_path / "run"
     overrides = [word for override in small for word in ("--set", override)]
@@ -119,6 +146,6 @@ def test_the_imagenet_recipe_runs_on_class_folders(tmp_path: Path) -> None:
     assert (card.preprocessing.resize, card.preprocessing.crop) == (37, 32)
     assert card.accuracy
     assert (card.accuracy.split, card.accuracy.n) == ("val", 6)
-    larger = CliRunner().invoke(app, ["evaluate", str(out), "--data", str(tmp_path), "--image-size", "48"])
+    larger = CliRunner().invoke(app, ["evaluate", str(out), "--data", str(tmp_path), "--img-size", "48"])
     assert larger.exit_code == 0, larger.output
     assert "on 6 val images of imagenet" in larger.stdout

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from training.augment import evaluation_batches, training_batches
-from training.data import Dataset, Files, Images, Split, load_dataset, split_holdout
+from training.data import Dataset, Files, Images, Split, load_dataset, split_val
 from training.readers import DataError
 from training.recipes import Augment
 
@@ -174,14 +174,14 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
 
 
 def test_images_of_several_sizes_do_not_fit_into_one_array(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"2\.png is 34 × 32, but the first image 32 × 32: .*augment\.crop_area"):
+    with pytest.raises(DataError, match=r"2\.png is 34 × 32, but the first image 32 × 32: .*augment\.scale"):
         load_dataset("fruit", class_folders(tmp_path))
 
 
 def batches(images: Images, *, workers: int = 0, seed: int = 0, epoch: int = 0) -> npt.NDArray[np.uint8]:
-    augment = Augment(crop_area=(0.05, 1.0), flip=True, rand_augment="rand-m10-n2")
+    augment = Augment(scale=(0.05, 1.0), hflip=0.5, rand_augment="rand-m10-n2")
     index = [np.array([5, 2, 7]), np.array([0, 1, 2])]
-    made = training_batches(images, augment, index, image_size=16, seed=seed, epoch=epoch, workers=workers)
+    made = training_batches(images, augment, index, img_size=16, seed=seed, epoch=epoch, workers=workers)
     return np.concatenate([pixels.numpy() for pixels, _ in made])
 
 
@@ -233,9 +233,9 @@ def test_an_upright_picture_is_what_its_exif_says(tmp_path: Path) -> None:
     assert load_dataset("turned", tmp_path, in_memory=False).train.read(0).size == (20, 40)
 
 
-def test_holdout_is_stratified_and_disjoint() -> None:
+def test_val_images_are_stratified_and_disjoint() -> None:
     train = load_dataset("digits").train
-    fit, held = (in_memory(part) for part in split_holdout(train, 200))
+    fit, held = (in_memory(part) for part in split_val(train, 200))
     assert (len(fit), len(held)) == (1237, 200)
     assert np.bincount(held.labels).min() >= 19
     assert np.array_equal(np.sort(np.concatenate([fit.labels, held.labels])), np.sort(train.labels))

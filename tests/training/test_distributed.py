@@ -1,17 +1,19 @@
 """Several processes train what one would have trained."""
 
+import base64
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.processes import ROOT
 from training.runs import load_final, read_metrics
 
 OPTIONS = ["--recipe", "digits", "--variant", "csra-r2", "--device", "cpu"]
-OVERRIDES = ["schedule.epochs=2", "holdout=200", "augment.crop_padding=1", "schedule.accumulate=2"]
+OVERRIDES = ["schedule.epochs=2", "val_images=200", "augment.crop_padding=1", "schedule.accumulate=2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -32,12 +34,18 @@ def test_two_gloo_processes_follow_the_loss_curve_of_one(tmp_path: Path) -> None
     for alone, together in zip(read_metrics(one / "metrics.csv"), read_metrics(two / "metrics.csv"), strict=True):
         assert alone["lr"] == together["lr"]
         assert alone["train_loss"] == pytest.approx(together["train_loss"], abs=2e-4)
-        assert alone["holdout_loss"] == pytest.approx(together["holdout_loss"], abs=2e-3)
+        assert alone["val_loss"] == pytest.approx(together["val_loss"], abs=2e-3)
     accuracies = [load_final(out)[1].accuracy for out in (one, two)]
     assert accuracies[0]
     assert accuracies[1]
     assert accuracies[0].n == accuracies[1].n == 360
     assert abs(accuracies[0].top1 - accuracies[1].top1) <= 2 / 360
+    one_correct, two_correct = accuracies[0].correct, accuracies[1].correct
+    assert one_correct
+    assert two_correct
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(two_correct.top1), dtype=np.uint8))
+    assert bits.sum() == round(360 * accuracies[1].top1)
+    assert one_correct.labels_sha256 == two_correct.labels_sha256
 
 
 def test_an_error_of_the_main_process_ends_all(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from training.data import Split
+from training.distributed import World
 from training.evaluate import evaluate
 from training.runs import Preprocessing
-from training.world import World
 
 LABELS = np.array([0, 1, 2, 9])
 RED = [0, 3, 9, 9]
@@ -27,12 +27,13 @@ def test_top1_top5_classes_and_confusions_are_counted(batch_size: int) -> None:
     result = evaluate(
         Near(),
         Split(images=images, labels=LABELS),
-        classes=10,
+        num_classes=10,
         preprocessing=Preprocessing(resize=1, crop=1, mean=(0, 0, 0), std=(1, 1, 1)),
         world=World(device=torch.device("cpu")),
         batch_size=batch_size,
     )
     assert (result.n, result.top1, result.top5) == (4, 0.5, 0.75)
+    assert result.correct.tolist() == [True, False, False, True]
     shares = result.by_class()
     assert (shares[0], shares[1], shares[2], shares[9]) == (1, 0, 0, 1)
     assert np.isnan(shares[5])

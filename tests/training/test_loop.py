@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,11 @@ from rich.console import Console
 
 from training import runs
 from training.data import Dataset, Split, load_dataset
+from training.distributed import World
 from training.evaluate import evaluate
 from training.loop import TrainingError, train
 from training.recipes import Recipe, load_recipe
 from training.step import use_plain_attention
-from training.world import World
 
 HERE = World(device=torch.device("cpu"))
 QUIET = Console(quiet=True)
@@ -34,7 +35,7 @@ def few_digits() -> Dataset:
 
 
 def recipe(*overrides: str) -> Recipe:
-    return load_recipe("digits", ["schedule.epochs=3", "holdout=32", *overrides])
+    return load_recipe("digits", ["schedule.epochs=3", "val_images=32", *overrides])
 
 
 def test_a_run_leaves_the_artefacts_of_the_design(few_digits: Dataset, tmp_path: Path) -> None:
@@ -50,11 +51,11 @@ def test_a_run_leaves_the_artefacts_of_the_design(few_digits: Dataset, tmp_path:
         rows = list(csv.DictReader(stream))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert float(rows[0]["train_loss"]) > float(rows[-1]["train_loss"])
-    assert {"holdout_loss", "holdout_top1"} <= set(rows[0])
+    assert {"val_loss", "val_top1"} <= set(rows[0])
     assert list((out / "tensorboard").iterdir())
     model, read_back = runs.load_final(out)
     assert read_back == card
-    again = evaluate(model, few_digits.test, classes=10, preprocessing=card.preprocessing, world=HERE)
+    again = evaluate(model, few_digits.test, num_classes=10, preprocessing=card.preprocessing, world=HERE)
     assert card.accuracy
     assert (again.top1, again.top5, card.accuracy.n) == (card.accuracy.top1, card.accuracy.top5, 50)
 
@@ -102,7 +103,7 @@ def test_a_folder_with_a_run_is_not_overwritten(few_digits: Dataset, tmp_path: P
     [
         ("schedule.batch_size=129", "exceeds the 128 train images"),
         ("schedule.accumulate=3", "cannot be divided by 1 processes × 3 micro-batches"),
-        ("image_size=64", "takes 64 px images, but digits has 32 × 32"),
+        ("img_size=64", "takes 64 px images, but digits has 32 × 32"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(few_digits: Dataset, tmp_path: Path, override: str, message: str) -> None:
@@ -137,8 +138,26 @@ def test_a_changed_weight_file_is_refused(digits_run: Path, tmp_path: Path) -> N
         runs.load_final(copy)
 
 
+def test_a_card_of_version_1_is_converted(digits_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits_run / "final", tmp_path / "final")
+    card = json.loads((tmp_path / "final" / "model.json").read_text())
+    sizes = card["architecture"]
+    old = {"img_size": "image_size", "embed_dim": "width", "num_heads": "heads", "num_classes": "classes"}
+    card |= {"schema_version": 1, "architecture": {old.get(name, name): value for name, value in sizes.items()}}
+    (tmp_path / "final" / "model.json").write_text(json.dumps(card))
+    assert runs.read_card(tmp_path) == runs.read_card(digits_run)
+
+
+def test_a_run_of_an_earlier_version_is_not_continued(digits_run: Path, tmp_path: Path) -> None:
+    record = runs.read_record(digits_run)
+    del record["schema_version"]
+    runs.write_json(tmp_path / "run.json", record)
+    with pytest.raises(runs.RunError, match=r"earlier version of training.*train it again with another --out"):
+        runs.read_record(tmp_path)
+
+
 def test_the_weights_fit_images_of_another_size(digits_run: Path) -> None:
-    model, card = runs.load_final(digits_run, image_size=48)
+    model, card = runs.load_final(digits_run, img_size=48)
     assert card.architecture.grid == (12, 12)
     assert (card.preprocessing.resize, card.preprocessing.crop, card.accuracy) == (48, 48, None)
     assert model(torch.zeros(2, 48, 48, 3, dtype=torch.uint8)).shape == (2, 10)

@@ -7,29 +7,29 @@ import timm
 import torch
 from timm.data import resolve_data_config
 
-from training.models import PRESETS, Classifier, StrideViT, architecture, count_macs_by_torch, count_parameters
+from training.models import PRESETS, NormalizedModel, StrideViT, architecture, count_macs_by_torch, count_parameters
 
 VARIANTS = ["mha", "lsra-r2", "lsra-r4", "csra-r2", "csra-r4"]
 
 
 def test_vit_s16_has_the_known_number_of_parameters() -> None:
-    mha = count_parameters(StrideViT(architecture("vit-s16", "mha", classes=1000)))
-    csra = count_parameters(StrideViT(architecture("vit-s16", "csra-r2", classes=1000)))
+    mha = count_parameters(StrideViT(architecture("vit-s16", "mha", num_classes=1000)))
+    csra = count_parameters(StrideViT(architecture("vit-s16", "csra-r2", num_classes=1000)))
     assert mha == 21_974_632
     assert round((mha - csra) / 1e6, 1) == 3.3
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_start_equal_outside_attention_for_one_seed(variant: str) -> None:
-    mha = StrideViT(architecture("vit-xs", "mha", classes=10), seed=3).state_dict()
-    other = StrideViT(architecture("vit-xs", variant, classes=10), seed=3).state_dict()
+    mha = StrideViT(architecture("vit-xs", "mha", num_classes=10), seed=3).state_dict()
+    other = StrideViT(architecture("vit-xs", variant, num_classes=10), seed=3).state_dict()
     shared = [name for name in mha if ".attn." not in name]
     assert shared == [name for name in other if ".attn." not in name]
     assert all(torch.equal(mha[name], other[name]) for name in shared)
 
 
 def test_initial_weights_follow_the_seed_and_nothing_else() -> None:
-    spec = architecture("vit-xs", "csra-r2", classes=10)
+    spec = architecture("vit-xs", "csra-r2", num_classes=10)
     first = StrideViT(spec, seed=1).state_dict()
     torch.manual_seed(99)
     torch.rand(5)
@@ -46,20 +46,20 @@ def test_initial_weights_follow_the_seed_and_nothing_else() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("preset", ["vit-cifar", "vit-xs"])
 def test_presets_answer_uint8_images(preset: str, variant: str) -> None:
-    model = StrideViT(architecture(preset, variant, classes=7))
-    classifier = Classifier(model, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2)).eval()
+    model = StrideViT(architecture(preset, variant, num_classes=7))
+    classifier = NormalizedModel(model, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2)).eval()
     assert classifier(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).shape == (2, 7)
 
 
 def test_classifier_normalises_by_mean_and_std() -> None:
     seen = torch.nn.Identity()
-    classifier = Classifier(seen, mean=(0.5, 0.25, 0.0), std=(0.5, 0.5, 1.0))
+    classifier = NormalizedModel(seen, mean=(0.5, 0.25, 0.0), std=(0.5, 0.5, 1.0))
     white = torch.full((1, 2, 2, 3), 255, dtype=torch.uint8)
     torch.testing.assert_close(classifier(white)[0, :, 0, 0], torch.tensor([1.0, 1.5, 1.0]))
 
 
 def test_fewer_kv_tokens_cost_fewer_macs() -> None:
-    macs = {v: count_macs_by_torch(StrideViT(architecture("vit-xs", v, classes=100))) for v in VARIANTS}
+    macs = {v: count_macs_by_torch(StrideViT(architecture("vit-xs", v, num_classes=100))) for v in VARIANTS}
     assert macs["csra-r4"] < macs["csra-r2"] < macs["lsra-r2"] < macs["mha"]
     # By hand: per block 4·N·D² + 2·N²·D for attention and 4·N·D² for the MLP (ratio 2), patches, and the head.
     n, d, depth = 64, 128, 6
@@ -79,7 +79,7 @@ def test_timm_makes_every_registered_model(name: str) -> None:
     model = from_timm(name, img_size=(size, 3 * size), num_classes=5, drop_path_rate=0.1).eval()
     assert model(torch.zeros(2, 3, size, 3 * size)).shape == (2, 5)
     assert model.spec.grid == (2, 6)
-    assert resolve_data_config(model=model)["input_size"][1] == PRESETS[preset].image_size  # type: ignore[no-untyped-call]
+    assert resolve_data_config(model=model)["input_size"][1] == PRESETS[preset].img_size  # type: ignore[no-untyped-call]
 
 
 def test_timm_knows_five_variants_of_each_preset() -> None:
@@ -104,4 +104,4 @@ def test_timm_tools_get_features_and_clear_refusals() -> None:
 
 def test_unknown_preset_names_those_there_are() -> None:
     with pytest.raises(ValueError, match=", ".join(PRESETS)):
-        architecture("vit-xl", "mha", classes=10)
+        architecture("vit-xl", "mha", num_classes=10)

@@ -11,20 +11,18 @@ def test_recipes_are_complete(name: str) -> None:
 
 
 def test_overrides_are_typed() -> None:
-    recipe = load_recipe(
-        "cifar100-xs", ["optim.lr=5e-4", "schedule.epochs=3", "augment.flip=false", "preset=vit-cifar"]
-    )
-    assert (recipe.optim.lr, recipe.schedule.epochs, recipe.augment.flip, recipe.preset) == (
+    recipe = load_recipe("cifar100-xs", ["optim.lr=5e-4", "schedule.epochs=3", "augment.hflip=0", "preset=vit-cifar"])
+    assert (recipe.optim.lr, recipe.schedule.epochs, recipe.augment.hflip, recipe.preset) == (
         5e-4,
         3,
-        False,
+        0,
         "vit-cifar",
     )
 
 
 def test_overrides_may_be_lists_null_and_text() -> None:
-    recipe = load_recipe("imagenet-s16", ["augment.crop_area=[0.2, 1]", "schedule.warmup_steps=null", "dataset=mine"])
-    assert (recipe.augment.crop_area, recipe.schedule.warmup_steps, recipe.dataset) == ((0.2, 1.0), None, "mine")
+    recipe = load_recipe("imagenet-s16", ["augment.scale=[0.2, 1]", "schedule.warmup_steps=null", "dataset=mine"])
+    assert (recipe.augment.scale, recipe.schedule.warmup_steps, recipe.dataset) == ((0.2, 1.0), None, "mine")
 
 
 def test_the_imagenet_recipe_is_that_of_better_plain_vit_baselines() -> None:
@@ -33,9 +31,9 @@ def test_the_imagenet_recipe_is_that_of_better_plain_vit_baselines() -> None:
     schedule, augment = recipe.schedule, recipe.augment
     assert (recipe.preset, schedule.epochs, schedule.batch_size, schedule.warmup_steps) == ("vit-s16", 90, 1024, 10_000)
     assert (recipe.optim.lr, recipe.optim.weight_decay, recipe.optim.clip_norm) == (1e-3, 0.1, 1.0)
-    assert (augment.crop_area, augment.rand_augment, augment.mixup_alpha) == ((0.05, 1.0), "rand-m10-n2-p1.0", 0.2)
-    assert (augment.flip, recipe.label_smoothing, recipe.drop_path, schedule.min_lr) == (True, 0, 0, 0)
-    assert round(224 / recipe.eval_crop) == 256
+    assert (augment.scale, augment.rand_augment, augment.mixup_alpha) == ((0.05, 1.0), "rand-m10-n2-p1.0", 0.2)
+    assert (augment.hflip, recipe.label_smoothing, recipe.drop_path, schedule.min_lr) == (0.5, 0, 0, 0)
+    assert round(224 / recipe.crop_pct) == 256
 
 
 @pytest.mark.parametrize(

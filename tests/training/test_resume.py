@@ -24,16 +24,16 @@ from training import runs
 from training.augment import Batch
 from training.checkpoints import load_checkpoint
 from training.data import Dataset, load_dataset
+from training.distributed import World
 from training.loop import TrainingError, train
 from training.recipes import Recipe, load_recipe
 from training.step import Stepper
 from training.stopping import Stopped
-from training.world import World
 
 HERE = World(device=torch.device("cpu"))
 QUIET = Console(quiet=True)
 EVERYTHING = [
-    "holdout=1200",
+    "val_images=1200",
     "schedule.epochs=4",
     "schedule.accumulate=2",
     "optim.ema_decay=0.9",

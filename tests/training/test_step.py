@@ -8,21 +8,21 @@ import pytest
 import torch
 
 from training.augment import Batch
-from training.models import Classifier, StrideViT, architecture
+from training.distributed import World
+from training.models import NormalizedModel, StrideViT, architecture
 from training.recipes import Recipe, load_recipe
 from training.step import Diverged, Stepper
-from training.world import World
 
 HERE = World(device=torch.device("cpu"))
 
 
 def stepper(*overrides: str, variant: str = "csra-r2") -> Stepper:
     recipe: Recipe = load_recipe("digits", ["schedule.warmup_epochs=0", *overrides])
-    model = StrideViT(architecture("vit-xs", variant, classes=10), drop_path_rate=recipe.drop_path)
+    model = StrideViT(architecture("vit-xs", variant, num_classes=10), drop_path_rate=recipe.drop_path)
     torch.manual_seed(0)
     torch.nn.init.normal_(model.get_parameter("head.weight"), std=0.1)
-    classifier = Classifier(model, mean=(0.5,) * 3, std=(0.25,) * 3)
-    return Stepper(classifier, recipe, HERE, classes=10, steps_per_epoch=10)
+    classifier = NormalizedModel(model, mean=(0.5,) * 3, std=(0.25,) * 3)
+    return Stepper(classifier, recipe, HERE, num_classes=10, steps_per_epoch=10)
 
 
 def batch(seed: int = 0, size: int = 8) -> Batch:

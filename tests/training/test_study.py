@@ -26,7 +26,7 @@ STUDY = [
     "--set",
     "schedule.epochs=2",
     "--set",
-    "holdout=1200",
+    "val_images=1200",
 ]
 
 

@@ -4,44 +4,39 @@ from pathlib import Path
 
 import pytest
 
-from tests.loadtests.compare.runs import command, read, run
+from tests.loadtests.compare.runs import arguments, read, run
 from tests.loadtests.servers import fake_server
 
 
-def test_a_tenth_slower_is_found_and_counts_as_regression(tmp_path: Path) -> None:
-    # One image at a time: 20 ms each, or 22.
-    with fake_server(lambda _: 0.02, serial=True) as fast, fake_server(lambda _: 0.022, serial=True) as slow:
+@pytest.mark.slow
+def test_a_slower_server_is_found(tmp_path: Path) -> None:
+    # One image at a time: 20 ms each, or 40.
+    with fake_server(lambda _: 0.02, serial=True) as fast, fake_server(lambda _: 0.04, serial=True) as slow:
         arms = f"m@{fast.url},m@{slow.url}"
-        asked = ["--rounds", "5", "--load", "0.3,0.5", "--budget-minutes", "10"]
-        ended = run(*command(arms, tmp_path / "new", *asked))
+        ended = run(*arguments(arms, tmp_path, "--rounds", "5", "--load", "0.3,0.5", "--budget-minutes", "10"))
         assert ended.returncode == 0, ended.stderr
-    document = read(tmp_path / "new")
-    (row,) = [row for row in document["rows"] if row["arm"]["label"].endswith(slow.url)]
-    throughput = row["figures"]["throughput"]["change"]
+    rows = {(row["load"], row["metric"]): row for row in read(tmp_path)["rows"] if row["arm"].endswith(slow.url)}
+    throughput = rows["saturated", "images_per_second"]["change"]
     assert throughput["verdict"] == "worse"
-    assert throughput["estimate"] == pytest.approx(1 / 1.1, abs=0.03)
-    assert throughput["low"] < 1 / 1.1 + 0.01
-    assert throughput["high"] < 1
-    assert row["figures"]["moderate_p50"]["change"]["verdict"] == "worse"
-    # Memory of a server elsewhere is not known, and not made up.
-    assert row["figures"]["peak_bytes"]["value"] is None
+    assert throughput["low"] < throughput["estimate"] < throughput["high"] < 1
+    assert rows["moderate", "p50_ms"]["change"]["verdict"] == "worse"
 
 
-def test_a_server_that_fails_on_the_way_is_told_and_not_averaged_away(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_server_that_fails_on_the_way_is_reported_and_not_averaged_away(tmp_path: Path) -> None:
     # It answers its errors as quickly as its answers.
     first = tmp_path / "blocks" / "0001.json"
     sick = fake_server(lambda _: 0.005, status=lambda number: 500 if first.is_file() and number % 5 == 0 else 200)
     with fake_server(lambda _: 0.005) as well, sick as ill:
-        ended = run(*command(f"m@{well.url},m@{ill.url}", tmp_path))
+        ended = run(*arguments(f"m@{well.url},m@{ill.url}", tmp_path))
     assert ended.returncode == 0, ended.stderr
     document = read(tmp_path)
-    rows = {row["arm"]["label"]: row for row in document["rows"]}
-    assert rows[f"m@{well.url}"]["errors"] == 0
-    failed = rows[f"m@{ill.url}"]
-    assert failed["errors"] > 50
+    arms = {arm["label"]: arm for arm in document["arms"]}
+    assert arms[f"m@{well.url}"]["errors"] == 0
+    assert arms[f"m@{ill.url}"]["errors"] > 50
     by_round = {block["round"]: block for block in document["blocks"] if block["arm"].endswith(ill.url)}
     assert by_round[0]["loads"]["high"]["errors"] == 0
     # A fifth of the second round was not answered: no percentile above the 80th is.
     assert by_round[1]["loads"]["high"]["p95_ms"] is None
     assert by_round[1]["loads"]["high"]["unanswered"] == pytest.approx(0.2, abs=0.02)
-    assert any(ill.url in warning and "not answered" in warning for warning in document["warnings"])
+    assert any(ill.url in caveat and "not answered" in caveat for caveat in document["caveats"])

@@ -15,7 +15,7 @@ from loadtests.limit.measure import LimitExperiment, LimitPlan, closed_name, wit
 from loadtests.limit.report import POOLED, Figures, load_table, ratio, ratio_table, ratios, write
 
 THOUSAND = np.arange(1.0, 1001.0)
-"""Milliseconds: p50 500.5, p99 990.01."""
+"""Milliseconds: p50 501, p99 991."""
 OPEN = "open loop at 70%"
 
 
@@ -94,9 +94,9 @@ def test_ratios_are_paired_by_round(experiment: LimitExperiment) -> None:
     assert found["plain server / engine limit, images/s, 32 connections"].median == pytest.approx(0.6)
     assert found["m / plain server, images/s, 32 connections"].median == pytest.approx(1.5)
     assert found["m / plain server, p50, 1 connection"].median == pytest.approx(0.5)
-    assert found["m, p99 / p50, 32 connections"].median == pytest.approx(990.01 / 500.5)
+    assert found["m, p99 / p50, 32 connections"].median == pytest.approx(991 / 501)
     opened = found["m, p99 in the open loop at 70% / p50 at 1 connection"]
-    assert opened.median == pytest.approx(1.5 * 990.01 / 500.5)
+    assert opened.median == pytest.approx(1.5 * 991 / 501)
     memory = found["m, peak memory above idle, 32 connections"]
     assert memory.values == pytest.approx({0: 10, 1: 20})
     assert memory.text == "15.00 (10.00–20.00) %"
@@ -127,7 +127,7 @@ def test_fewer_than_five_rounds_have_no_interval(experiment: LimitExperiment) ->
 def test_percentiles_are_medians_of_rounds_or_pooled_where_a_round_holds_too_few(experiment: LimitExperiment) -> None:
     plain = experiment.plan.arms[-1]
     figures = Figures(experiment, plain, closed_name(1))
-    assert figures.percentile_ms(99) == pytest.approx({0: 19.8002, 1: 19.8002})
+    assert figures.percentile_ms(99) == pytest.approx({0: 19.82, 1: 19.82})
     figures.loads = {
         number: replace(load, latencies_ms=np.full(300, 10.0 + number)) for number, load in figures.loads.items()
     }

@@ -47,7 +47,7 @@ def block(number: int, *requests: Request) -> Block:
         peak_bytes=1,
         server_cores=1.0,
         generator_cores=0.1,
-        trace=RequestTrace(due_s, statuses, models),
+        trace=RequestTrace(due_s=due_s, statuses=statuses, models=models),
     )
     return Block(arm="family", round=number, loads={STEPS: load}, info={"top1": {"good": 0.8, "fast": 0.6}})
 
@@ -88,7 +88,7 @@ def test_no_answer_in_time_has_no_accuracy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [("10", "RATE:SECONDS"), ("10:0", "more than nothing"), ("1>5:3", "a ramp")]
+    ("text", "reason"), [("10", "RATE:SECONDS"), ("10:0", "greater than zero"), ("1>5:3", "a ramp")]
 )
 def test_malformed_steps_are_refused(text: str, reason: str) -> None:
     ended = CliRunner().invoke(app, ["overload", "--models", "a", "--steps", text])

@@ -7,19 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loadtests.experiment.model import (
-    HIGH,
-    LOADS,
-    MODERATE,
-    SATURATED,
-    Arm,
-    Block,
-    CapacitySearch,
-    Comparison,
-    ComparisonPlan,
-)
+from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Arm, Block, CapacitySearch, Comparison, ComparisonPlan
 from loadtests.generator.load_result import LoadResult
-from loadtests.report.verdicts import Change, Figure, Findings, Metric, Row, Verdict
 
 BASELINE, LSRA, CSRA, TWIN = "cifar100-mha", "cifar100-lsra-r2", "cifar100-csra-r2", "cifar100-mha (again)"
 ARMS = (
@@ -29,16 +18,6 @@ ARMS = (
     Arm(label=TWIN, model=BASELINE, repeat_of=BASELINE),
 )
 RATES = {MODERATE: 170.0, HIGH: 289.0}
-METRICS = [
-    Metric(key="top1", name="top-1", better="higher", kind="difference"),
-    Metric(key="throughput", name="images/s", better="higher", kind="ratio"),
-    *(
-        Metric(key=f"{load}_{rank}", name=f"{rank} ms at {RATES[load]:g}/s", better="lower", kind="difference")
-        for load in (MODERATE, HIGH)
-        for rank in ("p50", "p95", "p99")
-    ),
-    Metric(key="peak_bytes", name="peak memory", better="lower", kind="ratio"),
-]
 _SPEED = {BASELINE: 345.0, LSRA: 352.0, CSRA: 378.0, TWIN: 345.0}
 _PEAK = {BASELINE: 171e6, LSRA: 163e6, CSRA: 158e6, TWIN: 171e6}
 _TOP1 = {BASELINE: 0.5371, LSRA: 0.5391, CSRA: 0.5366, TWIN: 0.5371}
@@ -127,10 +106,10 @@ def _block(generator: np.random.Generator, arm: Arm, number: int, drift: float, 
         "name": arm.model,
         "tokens": 64,
         "kv_tokens": _KV[name],
-        "parameters": 814_308 if _KV[name] == 64 else 693_924,
+        "params": 814_308 if _KV[name] == 64 else 693_924,
         "macs": 57_029_120 if _KV[name] == 64 else 42_114_560,
         "precision": "fp32",
-        "image_size": 32,
+        "img_size": 32,
         "accuracy": accuracy if trained else None,
         "labels": ["apple", "bear"],
         "source": {"checkpoint_sha256": f"{name.encode().hex():0<64}"[:64], "git_commit": "0f10cd6"},
@@ -185,76 +164,4 @@ def _load(
         },
         labelled=count,
         correct=int(count * 0.53),
-    )
-
-
-def findings(measured: Comparison) -> Findings:
-    """Medians of the blocks; as intervals the second smallest and largest round, which is good enough to look at."""
-    values = {arm.label: {metric.key: _figures(measured, arm, metric) for metric in METRICS} for arm in ARMS}
-    return Findings(
-        metrics=METRICS,
-        rows=[
-            Row(
-                arm=arm,
-                figures={
-                    metric.key: _figure(metric, values[arm.label][metric.key], values[BASELINE][metric.key], arm)
-                    for metric in METRICS
-                },
-                blocks=len(measured.blocks_of(arm.label)),
-                failed=[block.failure for block in measured.blocks if block.arm == arm.label and block.failure],
-                errors=sum(part.errors for part in _loads(measured, arm)),
-                unsent_arrivals=sum(part.unsent_arrivals for part in _loads(measured, arm)),
-                requests=sum(len(part.latencies_ms) for part in _loads(measured, arm)),
-            )
-            for arm in ARMS
-        ],
-        warnings=[
-            f"1 of {len(measured.blocks_of(LSRA)) + 1} blocks of {LSRA} failed: the service died under load",
-            "0.1 % of the requests at 289/s were not answered",
-        ],
-    )
-
-
-def _loads(measured: Comparison, arm: Arm) -> list[LoadResult]:
-    return [part for block in measured.blocks_of(arm.label) for part in block.loads.values()]
-
-
-def _figures(measured: Comparison, arm: Arm, metric: Metric) -> dict[int, float]:
-    found = {}
-    for block in measured.blocks_of(arm.label):
-        if metric.key == "throughput":
-            found[block.round] = block.loads[SATURATED].throughput
-        elif metric.key == "peak_bytes":
-            found[block.round] = float(max(block.loads[name].peak_bytes for name in LOADS))
-        elif metric.key == "top1":
-            if block.info["accuracy"]:
-                found[block.round] = block.info["accuracy"]["top1"]
-        else:
-            kind, _, rank = metric.key.partition("_p")
-            latencies = np.sort(block.loads[kind].latencies_ms)
-            found[block.round] = float(latencies[int(len(latencies) * int(rank) / 100)])
-    return found
-
-
-def _figure(metric: Metric, own: dict[int, float], base: dict[int, float], arm: Arm) -> Figure:
-    if not own:
-        return Figure(value=None, smallest=None, largest=None, change=None)
-    shared = sorted(own.keys() & base.keys())
-    changes = sorted(
-        own[number] / base[number] if metric.kind == "ratio" else own[number] - base[number] for number in shared
-    )
-    change = None
-    if arm.label != BASELINE and metric.key != "top1" and len(changes) > 3:
-        low, high, even = changes[1], changes[-2], 1.0 if metric.kind == "ratio" else 0.0
-        verdict: Verdict = "no difference seen"
-        if not low <= even <= high:
-            verdict = "better" if (low > even) == (metric.better == "higher") else "worse"
-        change = Change(
-            estimate=float(np.median(changes)), low=low, high=high, level=0.994, p_value=0.0002, verdict=verdict
-        )
-    return Figure(
-        value=float(np.median(list(own.values()))),
-        smallest=min(own.values()),
-        largest=max(own.values()),
-        change=change,
     )

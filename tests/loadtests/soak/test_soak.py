@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from loadtests.__main__ import app
@@ -13,7 +14,7 @@ def test_the_first_tenth_of_the_requests_is_compared_with_the_last() -> None:
     samples = [(0, 50), (5, 100), (10, 102), (50, 300), (90, 1), (95, 103), (98, 105), (100, 104)]
     soak = Soak(model="m", planned_requests=100, samples=samples, command="", environment={})
     figures = soak.figures()
-    assert figures.pop("growth") == 3 / 101
+    assert figures.pop("growth") == pytest.approx(3 / 101)
     assert figures == {"idle_bytes": 50, "first_bytes": 101, "last_bytes": 104, "peak_bytes": 300}
 
 

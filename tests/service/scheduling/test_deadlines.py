@@ -99,7 +99,7 @@ def test_a_family_answers_with_its_most_accurate_model_and_says_so(client: TestC
     answer = client.post("/v1/classify?model=identity", content=picture(1))
     body = answer.json()
     assert (body["model"], body["requested"]) == ("identity-slow", "identity")
-    assert (body["choice"]["reason"], body["choice"]["passed_over"]) == ("most_accurate", [])
+    assert (body["choice"]["reason"], body["choice"]["skipped"]) == ("most_accurate", [])
     assert answer.headers["x-stridevit-choice"] == "most_accurate"
     labels = 'family="identity",model="identity-slow",reason="most_accurate"'
     assert metric(client, f"stridevit_choices_total{{{labels}}}") == 1
@@ -111,9 +111,9 @@ def test_a_family_keeps_a_tight_deadline_with_a_faster_model(client: TestClient)
     assert answer.status_code == 200, answer.text
     body = answer.json()
     assert (body["model"], body["choice"]["reason"]) == ("identity-fast", "deadline")
-    (passed_over,) = body["choice"]["passed_over"]
-    assert passed_over["model"] == "identity-slow"
-    assert passed_over["predicted_ms"] > 1000
+    (skipped,) = body["choice"]["skipped"]
+    assert skipped["model"] == "identity-slow"
+    assert skipped["predicted_ms"] > 1000
 
 
 def test_a_floor_is_kept_rather_than_the_deadline(client: TestClient) -> None:

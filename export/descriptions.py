@@ -1,8 +1,7 @@
-"""What `list`, `inspect` and `diff` show of bundles."""
+"""Tables that describe bundles: for `list`, `inspect`, `diff` and `kernels`."""
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from rich.table import Table
 from export.kernels import kernels, sources
 from service.bundle import CONTENT_FILES, Bundle, model_names, read_bundle, versions
 from service.errors import BundleError
-from service.manifest import Manifest
+from service.manifest import Attention, Manifest
 
 
 def listing(repository: Path) -> Table:
-    """All versions of all models in a repository; a broken one says why. Raises BundleError for no repository."""
+    """One row per version of each model; a broken one shows its error. Raises BundleError without a repository."""
     table = Table("model", "version", "precision", "weights", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("K/V tokens", "parameters", "top-1", "MB"):
         table.add_column(column, justify="right")
@@ -34,8 +33,8 @@ def listing(repository: Path) -> Table:
                 name,
                 str(version),
                 manifest.precision,
-                "random" if manifest.random_weights else "trained",
-                kv_tokens(manifest),
+                _weights(manifest),
+                kv_tokens(manifest.attention),
                 f"{manifest.params:,}",
                 f"{manifest.accuracy.top1:.2%}" if manifest.accuracy else "–",
                 f"{_size(bundle) / 1e6:.1f}",
@@ -44,7 +43,7 @@ def listing(repository: Path) -> Table:
 
 
 def card(bundle: Bundle) -> Table:
-    """One bundle, readable."""
+    """All facts about one bundle."""
     manifest = bundle.manifest
     table = Table(title=f"{manifest.name}, version {bundle.version}", show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in _facts(manifest):
@@ -54,12 +53,12 @@ def card(bundle: Bundle) -> Table:
 
 
 def difference(one: Bundle, other: Bundle) -> Table:
-    """Only what differs: manifest fields by their path, and the files by size."""
+    """One row per manifest field, by its path, and per file that differs; no rows for equal bundles."""
     table = Table("", f"{one.manifest.name}/{one.version}", f"{other.manifest.name}/{other.version}", box=SIMPLE_HEAD)
     first, second = (_flat(bundle.manifest.model_dump(mode="json")) for bundle in (one, other))
     for key in sorted(first | second):
         if first.get(key) != second.get(key):
-            table.add_row(escape(key), *(escape(str(values.get(key, "–"))) for values in (first, second)))
+            table.add_row(escape(key), *(escape(_shortened(values.get(key, "–"))) for values in (first, second)))
     for file in CONTENT_FILES:
         contents = [(bundle.folder / file).read_bytes() for bundle in (one, other)]
         if contents[0] != contents[1]:
@@ -68,46 +67,44 @@ def difference(one: Bundle, other: Bundle) -> Table:
 
 
 def kernel_table(graph: onnx.ModelProto) -> tuple[Table, bool]:
-    """Each kind of node and what CUDA and TensorRT say to it; and whether either lacks any."""
+    """One row per kind of node with its support by CUDA and TensorRT; and whether either lacks one."""
     counted = Counter(kernels(graph))
     table = Table("operator", "inputs", box=SIMPLE_HEAD, caption="\n".join(f"{k}: {v}" for k, v in sources().items()))
     table.add_column("nodes", justify="right")
     table.add_column("CUDA")
     table.add_column("TensorRT")
     for kernel, count in sorted(counted.items(), key=lambda item: (item[0].op, item[0].types)):
-        answers = (f"[red]{escape(reason)}[/]" if reason else "yes" for reason in (kernel.cuda, kernel.tensorrt))
-        table.add_row(f"{kernel.op}-{kernel.version}", ", ".join(kernel.types), str(count), *answers)
+        support = (f"[red]{escape(reason)}[/]" if reason else "yes" for reason in (kernel.cuda, kernel.tensorrt))
+        table.add_row(f"{kernel.op}-{kernel.version}", ", ".join(kernel.types), str(count), *support)
     return table, any(kernel.cuda or kernel.tensorrt for kernel in counted)
 
 
-def kv_tokens(manifest: Manifest) -> str:
-    """Key/value tokens out of all tokens; a dash for a model without attention."""
-    attention = manifest.attention
-    return f"{attention.kv_tokens} of {attention.tokens}" if attention else "–"
-
-
-def model_words(manifest: Manifest) -> str:
-    """Variant and key/value tokens; the architecture of a model without attention."""
-    attention = manifest.attention
-    return f"{attention.variant}, {kv_tokens(manifest)} K/V tokens" if attention else manifest.architecture
+def summary(bundle: Bundle) -> str:
+    """One bundle in a line."""
+    manifest, attention = bundle.manifest, bundle.manifest.attention
+    variant = f"{attention.variant}, {kv_tokens(manifest.attention)} K/V tokens" if attention else manifest.architecture
+    accuracy = f"top-1 {manifest.accuracy.top1:.2%}, " if manifest.accuracy else ""
+    return (
+        f"{bundle.folder}: {variant}, {manifest.params:,} parameters, {manifest.precision}, "
+        f"{bundle.model_path.stat().st_size / 1e6:.1f} MB, {accuracy}"
+        f"largest difference from torch {manifest.parity.max_abs_logit:g} in a logit on {manifest.parity.images} images"
+    )
 
 
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
-    accuracy = "not known"
+    accuracy, attention = "unknown", manifest.attention
     if manifest.accuracy:
         known = manifest.accuracy
         accuracy = (
             f"top-1 {known.top1:.2%}, top-5 {known.top5:.2%} on {known.n:,} {known.split} images of {known.dataset}"
         )
-    primitives: dict[str, int | None] = {}
-    if attention := manifest.attention:
-        primitives = {"stride": attention.stride, "block size": attention.block_size, "rank": attention.rank}
-    size = manifest.preprocessing
+    primitives = attention.model_dump(include={"stride", "block_size", "rank"}, exclude_none=True) if attention else {}
+    size, parity = manifest.preprocessing, manifest.parity
     return [
         ("variant", f"{attention.variant} of {manifest.architecture}" if attention else manifest.architecture),
-        ("primitives", ", ".join(f"{name} {value}" for name, value in primitives.items() if value) or "none"),
-        ("K/V tokens", kv_tokens(manifest)),
-        ("weights", "random" if manifest.random_weights else "trained"),
+        ("primitives", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in primitives.items()) or "none"),
+        ("K/V tokens", kv_tokens(manifest.attention)),
+        ("weights", _weights(manifest)),
         ("accuracy", accuracy),
         ("parameters", f"{manifest.params:,}"),
         ("MACs", f"{manifest.macs / 1e6:,.1f} M per image" if manifest.macs else "unknown"),
@@ -116,14 +113,23 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("operators", _operators(manifest)),
         (
             "parity",
-            f"on {manifest.parity.images} images at most {manifest.parity.max_abs_logit:g} in a logit from torch, "
-            f"{manifest.parity.top1_flips} with another top-1; {manifest.parity.max_abs_by_batch:g} by the batch",
+            f"on {parity.images} images at most {parity.max_abs_logit:g} in a logit from torch, "
+            f"{parity.top1_flips} with another top-1; {parity.max_abs_by_batch:g} between batch sizes",
         ),
         ("devices", ", ".join(manifest.devices)),
         ("checkpoint", manifest.source.checkpoint_sha256),
-        ("commit", manifest.source.git_commit or "not known"),
+        ("commit", manifest.source.git_commit or "unknown"),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest.source.exporter.items())),
     ]
+
+
+def kv_tokens(attention: Attention | None) -> str:
+    """Key/value tokens out of all tokens; a dash without attention."""
+    return f"{attention.kv_tokens} of {attention.tokens}" if attention else "–"
+
+
+def _weights(manifest: Manifest) -> str:
+    return "random" if manifest.random_weights else "trained"
 
 
 def _operators(manifest: Manifest) -> str:
@@ -139,12 +145,15 @@ def _size(bundle: Bundle) -> int:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 8:
-            flat[prefix + key] = f"{len(value)} values"
-        elif isinstance(value, str) and len(value) > 100:
-            flat[prefix + key] = f"{len(value):,} characters, sha256 {hashlib.sha256(value.encode()).hexdigest()[:12]}"
-        else:
-            flat[prefix + key] = value
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def _shortened(value: Any) -> str:
+    """`value` as text that fits a column; what is too long is told apart by its digest."""
+    text = str(value)
+    return (
+        text
+        if len(text) <= 80
+        else f"{len(text):,} characters, sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    )

@@ -1,18 +1,16 @@
-"""The model as it is served: what `Classifier` computes, shaped for an inference runtime, all variants alike.
+"""The model rewritten for inference: what `NormalizedModel` computes, in operators that suit a runtime.
 
-Shape suffixes as in training/attention.py; P is the patch size, and T = B·N the tokens of a whole batch, which stand in
-one matrix everywhere but in attention: then a product and its bias are one operator, `Gemm`. What is done once here,
-instead of for every image:
+Shape suffixes are those of training/attention.py; P is the patch size and T = B·N the tokens of a batch. Outside
+attention all tokens of a batch are the rows of one matrix, so that a matrix product and its bias are one `Gemm`.
 
-- the normalisation of pixels is folded into the patch embedding, and its bias into the positions;
-- L-SRA's gate is one more column of the latent's matrix, and its pooling one batched product. A last block that is not
-  full is pooled by itself: ONNX Runtime has no CUDA kernel for `Pad` at opset 23.
+- Pixel normalisation is folded into the patch embedding, and the embedding's bias into the position embedding.
+- Keys and values are one product. L-SRA's gate is one more column of the latent projection, and its pooling one batched
+  product; an incomplete last block is pooled by itself, as ONNX Runtime has no CUDA kernel for `Pad` at opset 23.
+- The MLP can be split along its hidden layer and the parts summed: the same arithmetic with a smaller intermediate.
+- Attention is the standard operator on 4-D tensors where the opset has it, else its decomposition with the scale
+  folded into the queries. TensorRT supports neither the operator on 3-D tensors nor uint8 in Reshape and Transpose.
 
-Keys and values are one product. The MLP can be taken in parts of its hidden layer, which are added up: nothing is
-computed twice, and the largest intermediate is as much smaller. Attention is the standard operator on 4-D tensors where
-the opset has it, and else its parts with the scale folded into the queries. (The operator takes 3-D tensors too, and
-Reshape and Transpose take uint8: TensorRT does not promise either.) `python -m export profile --forms unshaped,shaped`
-compares.
+`python -m export profile --forms unshaped,shaped` compares this form with the one torch's exporter writes by itself.
 """
 
 import copy
@@ -24,11 +22,11 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from training.attention import CompressedAttention, ConvolutionalSRA, LocalSRA
-from training.models import Classifier, StrideViT
+from training.models import NormalizedModel, StrideViT
 
 MLP_PARTS = 2
-"""In float32. Quantised, a product that adds to another one would stay in float32; and a GPU at small batches would
-rather have one large product, so float16 has it."""
+"""Parts of the MLP in fp32. int8 has one, since quantisation skips a product that adds to another one; so has fp16,
+since one large product is faster on a GPU at small batches."""
 
 
 class _Product(nn.Module):
@@ -44,13 +42,13 @@ class _Product(nn.Module):
 
     @classmethod
     def of(cls, layer: nn.Module | Tensor) -> "_Product":
-        """The product that a linear layer computes."""
+        """The matrix product of a linear layer."""
         if not isinstance(layer, nn.Linear):
-            raise TypeError(f"{type(layer).__name__} is no linear layer")
+            raise TypeError(f"{type(layer).__name__} is not a linear layer")
         return cls(layer.weight.t(), layer.bias)
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        """(T, in) -> (T, out); `plus` (T, out) instead of the bias."""
+        """(T, in) -> (T, out); `plus` (T, out) replaces the bias."""
         return torch.addmm(self.bias if plus is None else plus, x, self.weight)
 
 
@@ -77,8 +75,8 @@ class _Attend(nn.Module):
         return x_BMD.view(-1, x_BMD.shape[1], self.heads, x_BMD.shape[2] // self.heads).transpose(1, 2)
 
 
-class _ServedMHA(nn.Module):
-    """Standard attention, its queries, keys and values one product: (T,D) -> (T,D)."""
+class _MHA(nn.Module):
+    """Multi-head attention with queries, keys and values in one product: (T,D) -> (T,D)."""
 
     def __init__(self, trained: Attention, tokens: int, *, operator: bool) -> None:
         super().__init__()
@@ -97,7 +95,7 @@ class _ServedMHA(nn.Module):
         return y_TD
 
 
-class _ServedSRA(nn.Module):
+class _SRA(nn.Module):
     """Attention over pooled keys and values: (T,D) -> (T,D)."""
 
     def __init__(self, trained: CompressedAttention, tokens: int, *, operator: bool) -> None:
@@ -112,7 +110,7 @@ class _ServedSRA(nn.Module):
             self.latent = _Product.of(trained.latent)
             self.pool = _ConvolutionalPool(trained)
         else:
-            raise TypeError(f"no served form of {type(trained).__name__}")
+            raise TypeError(f"no inference form of {type(trained).__name__}")
         self.norm = trained.norm
         self.kv = _Product.of(trained.kv)
         self.attend = _Attend(trained.num_heads, tokens, trained.proj, operator=operator)
@@ -141,7 +139,7 @@ class _ConvolutionalPool(nn.Module):
 
 
 class _LocalPool(nn.Module):
-    """L-SRA's `reduce`: (B,N,r+1) -> (B,M,r). The last column is the gate's logit."""
+    """L-SRA's `reduce`: (B,N,r+1) -> (B,M,r). The last column is the gate logit."""
 
     gate_bias: Tensor
 
@@ -161,7 +159,7 @@ class _LocalPool(nn.Module):
         return torch.cat([self._blocks(whole_BNr, self.block), rest_B1r], dim=1) if self.whole else rest_B1r
 
     def _blocks(self, c_BNr: Tensor, size: int) -> Tensor:
-        """Each `size` tokens as one, weighted by the softmax of their gates in float32."""
+        """Pool every `size` tokens to one, weighted by the float32 softmax of their gate logits."""
         _, N, columns = c_BNr.shape
         c_BMRr, logit_BMR1 = torch.split(c_BNr.view(-1, N // size, size, columns), [self.rank, 1], dim=-1)
         logit_BM1R = logit_BMR1.transpose(-2, -1) + self.gate_bias[:size]
@@ -170,7 +168,7 @@ class _LocalPool(nn.Module):
 
 
 def _latent_with_gate(trained: LocalSRA) -> _Product:
-    """(T,D) -> (T,r+1): the latent, and each token's logit without the bias of its place."""
+    """(T,D) -> (T,r+1): the latent, and each token's gate logit without the bias of its position in the block."""
     weight_Dr, bias_r, gate_r = trained.latent.weight.t(), trained.latent.bias, trained.gate_weight
     return _Product(
         torch.cat([weight_Dr, (weight_Dr @ gate_r).unsqueeze(1)], dim=1),
@@ -178,14 +176,14 @@ def _latent_with_gate(trained: LocalSRA) -> _Product:
     )
 
 
-class _ServedMLP(nn.Module):
-    """The MLP in `parts` of its hidden layer: (T,D) -> (T,D)."""
+class _MLP(nn.Module):
+    """The MLP, split along its hidden layer into `parts`: (T,D) -> (T,D)."""
 
     def __init__(self, trained: Mlp, parts: int) -> None:
         super().__init__()
         into, out = _Product.of(trained.fc1), _Product.of(trained.fc2)
         self.into = nn.ModuleList(map(_Product, into.weight.chunk(parts, dim=1), into.bias.chunk(parts)))
-        # The bias is the first part's: the others add to what is there.
+        # Only the first part adds the bias; the others add to its sum.
         self.out = nn.ModuleList(_Product(rows, out.bias) for rows in out.weight.chunk(parts))
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -195,23 +193,22 @@ class _ServedMLP(nn.Module):
         return y_TD
 
 
-class _ServedBlock(nn.Module):
-    """One transformer block in evaluation mode, no drop-path, no dropout: (T,D) -> (T,D)."""
+class _Block(nn.Module):
+    """One transformer block in evaluation mode, without drop-path and dropout: (T,D) -> (T,D)."""
 
     def __init__(self, trained: nn.Module, tokens: int, *, operator: bool, mlp_parts: int) -> None:
         super().__init__()
-        if not isinstance(trained, Block):
-            raise TypeError(f"no served form of a {type(trained).__name__}")
+        if not isinstance(trained, Block) or not isinstance(trained.mlp, Mlp):
+            raise TypeError(f"no inference form of {trained}")
         self.norm1, self.norm2 = trained.norm1, trained.norm2
-        if isinstance(trained.attn, CompressedAttention):
-            self.attention: nn.Module = _ServedSRA(trained.attn, tokens, operator=operator)
-        elif isinstance(trained.attn, Attention):
-            self.attention = _ServedMHA(trained.attn, tokens, operator=operator)
-        else:
-            raise TypeError(f"no served form of {type(trained.attn).__name__}")
-        if not isinstance(trained.mlp, Mlp):
-            raise TypeError(f"no served form of {type(trained.mlp).__name__}")
-        self.mlp = _ServedMLP(trained.mlp, mlp_parts)
+        match trained.attn:
+            case CompressedAttention():
+                self.attention: nn.Module = _SRA(trained.attn, tokens, operator=operator)
+            case Attention():
+                self.attention = _MHA(trained.attn, tokens, operator=operator)
+            case other:
+                raise TypeError(f"no inference form of {other}")
+        self.mlp = _MLP(trained.mlp, mlp_parts)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         x_TD = x_TD + self.attention(self.norm1(x_TD))
@@ -219,23 +216,23 @@ class _ServedBlock(nn.Module):
         return y_TD
 
 
-class Served(nn.Module):
+class InferenceModel(nn.Module):
     """uint8 images (B,H,W,3) -> logits and probabilities, float32 (B,classes).
 
-    `operator` uses the standard `Attention`. With `half`, weights and activations between the patch embedding and the
-    head are float16; the embedding of raw pixels, L-SRA's softmax, and the probabilities stay float32, and the standard
-    says that `LayerNormalization` computes in float32 inside.
+    `operator` uses the standard `Attention` operator. With `half`, weights and activations between the patch embedding
+    and the head are float16; the patch embedding, L-SRA's softmax and the probabilities stay float32, and the ONNX
+    standard makes `LayerNormalization` compute in float32.
     """
 
     embedding: Tensor
     positions_ND: Tensor
 
-    def __init__(self, classifier: Classifier, *, operator: bool, half: bool, mlp_parts: int) -> None:
+    def __init__(self, classifier: NormalizedModel, *, operator: bool, half: bool, mlp_parts: int) -> None:
         super().__init__()
-        # What is shared with the trained model may become half precision here.
+        # A copy, since the modules reused from the trained model may be converted to float16.
         model = copy.deepcopy(classifier.model)
         if not isinstance(model, StrideViT):
-            raise TypeError(f"no served form of a {type(model).__name__}")
+            raise TypeError(f"no inference form of a {type(model).__name__}")
         weight_D3PP = model.get_parameter("patch_embed.proj.weight").double()
         mean, std = classifier.mean.double(), classifier.std.double()
         bias_D = model.get_parameter("patch_embed.proj.bias").double() - (weight_D3PP * (mean / std)).sum(dim=(1, 2, 3))
@@ -244,7 +241,7 @@ class Served(nn.Module):
         self.patch, self.grid = model.spec.patch_size, model.spec.grid
         self.dtype = torch.float16 if half else torch.float32
         tokens = len(self.positions_ND)
-        blocks = (_ServedBlock(block, tokens, operator=operator, mlp_parts=mlp_parts) for block in model.blocks)
+        blocks = (_Block(block, tokens, operator=operator, mlp_parts=mlp_parts) for block in model.blocks)
         self.trunk = nn.Sequential(*blocks, model.norm).to(self.dtype)
         self.fc_norm, self.head = model.fc_norm.to(self.dtype), model.head.to(self.dtype)
 

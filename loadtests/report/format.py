@@ -1,0 +1,113 @@
+"""Numbers, changes and names of a comparison as text."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from loadtests.experiment.model import SATURATED, Comparison
+from loadtests.report.rendering import UNKNOWN
+from loadtests.report.verdicts import MEMORY, THROUGHPUT, TOP1, Change, Metric, Row, uses_device
+
+_CLOSE_TO_1 = 0.005
+"""An end of an interval that is closer to 1 needs a third decimal, or it would read 1.00."""
+
+
+def number(value: float | None) -> str:
+    """Three significant digits or more, without an exponent: 4.27, 12.4, 151, 1,395."""
+    if value is None or math.isnan(value):
+        return UNKNOWN
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    size = abs(value)
+    places = 2 if size < 9.995 else 1 if size < 99.95 else 0
+    return f"{value:,.{places}f}".replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """The same with its sign, also where it is a plus."""
+    text = number(value)
+    return f"+{text}" if value > 0 else text
+
+
+def span(values: Sequence[float]) -> str:
+    """`4.27–12.4`: the smallest and the largest, once where they are the same."""
+    return "–".join(dict.fromkeys((number(min(values)), number(max(values))))) if values else UNKNOWN
+
+
+def median(values: Iterable[float | None]) -> float | None:
+    """The median of the values that are known; None if there is none."""
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None
+
+
+def joined(items: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
+
+
+def load_name(comparison: Comparison, load: str) -> str:
+    """A load as a reader knows it: `340/s`, or `saturation`."""
+    rate = comparison.rates.get(load)
+    if rate is None:
+        return "saturation" if load == SATURATED else load
+    # 170.0 per second is 170/s, 4.25 stays; never 1.7e+03.
+    return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
+
+
+def metric_name(comparison: Comparison, metric: Metric) -> str:
+    """As it stands in a sentence, without its unit: `p99 at 340/s`."""
+    if metric.rank is not None and metric.load is not None:
+        return f"p{metric.rank} at {load_name(comparison, metric.load)}"
+    memory = "peak GPU memory" if all(uses_device(comparison)) else "peak memory"
+    return {TOP1: "top-1", THROUGHPUT: "images/s at saturation"}.get(metric, memory)
+
+
+def heading(comparison: Comparison, metric: Metric) -> str:
+    """As it stands above a column, with its unit: `p99 at 340/s, ms`."""
+    name = metric_name(comparison, metric)
+    return name if metric == THROUGHPUT else f"{name}, {'%' if metric == TOP1 else unit(metric)}"
+
+
+def unit(metric: Metric) -> str:
+    """The unit of a difference."""
+    return {TOP1: "points", THROUGHPUT: "images/s", MEMORY: "MB"}.get(metric, "ms")
+
+
+def value_text(metric: Metric, value: float | None) -> str:
+    """A value alone, in the unit of its heading."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:.2f}%" if metric == TOP1 else number(scaled(metric, value))
+
+
+def range_text(row: Row) -> str:
+    """The smallest and the largest block, once where they are the same."""
+    ends = [value_text(row.metric, end) for end in (row.smallest, row.largest) if end is not None]
+    return "–".join(dict.fromkeys(ends)) or UNKNOWN
+
+
+def scaled(metric: Metric, value: float) -> float:
+    """In the unit that a reader sees: MB for bytes."""
+    return value / 1e6 if metric == MEMORY else value
+
+
+def estimate_text(metric: Metric, change: Change) -> str:
+    """`×1.08`, or `+1.2 ms`."""
+    if metric.kind == "ratio":
+        return f"×{_ratio(change.estimate, change)}"
+    return f"{signed(change.estimate)} {unit(metric)}"
+
+
+def interval_text(metric: Metric, change: Change) -> str:
+    """`1.04–1.12`, or `+0.3 to +2.1`."""
+    if metric.kind == "ratio":
+        return f"{_ratio(change.low, change)}–{_ratio(change.high, change)}"
+    return f"{signed(change.low)} to {signed(change.high)}"
+
+
+def _ratio(value: float, change: Change) -> str:
+    if not math.isfinite(value):
+        return number(value)
+    places = 3 if any(abs(end - 1) < _CLOSE_TO_1 for end in (change.estimate, change.low, change.high)) else 2
+    return f"{value:.{places}f}"
