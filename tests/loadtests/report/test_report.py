@@ -121,7 +121,7 @@ def test_a_baseline_that_differs_from_itself_is_told(measured: Comparison, found
     assert said.startswith(f"Noise floor: {BASELINE}, measured a second time")
     assert said.endswith("shows no difference in any of 8 metrics, as it should.")
     noisy = only(found, TWIN, {THROUGHPUT: (373, change(1.05, 1.02, 1.08, "better"))})
-    assert "differs from itself in images/s at saturation" in conclusion(measured, noisy)[-1]
+    assert "differs from itself in images/s at saturation. The machine makes" in conclusion(measured, noisy)[-1]
 
 
 def test_the_note_on_top1_says_how_it_is_compared_and_that_seeds_differ(measured: Comparison) -> None:
