@@ -22,7 +22,8 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca_bundle,target=/run/secrets/ca_bundle \
     --mount=type=cache,target=/root/.cache/pip \
     pip install --quiet --require-hashes --only-binary :all: --requirement lock/service-cpu.txt
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md CHANGELOG.md LICENSE ./
+COPY stridevit stridevit
 COPY service service
 RUN pip install --quiet --no-cache-dir --no-index --no-build-isolation --no-deps . \
     && pip uninstall --quiet --yes hatchling editables pathspec pluggy tomlkit trove-classifiers setuptools pip
@@ -33,7 +34,8 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca_bundle,target=/run/secrets/ca_bundle \
     --mount=type=cache,target=/root/.cache/pip \
     pip install --quiet --require-hashes --only-binary :all: --requirement lock/service-gpu.txt
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md CHANGELOG.md LICENSE ./
+COPY stridevit stridevit
 COPY service service
 RUN pip install --quiet --no-cache-dir --no-index --no-build-isolation --no-deps . \
     && pip uninstall --quiet --yes hatchling editables pathspec pluggy tomlkit trove-classifiers setuptools pip
