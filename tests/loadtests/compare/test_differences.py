@@ -20,6 +20,8 @@ def test_a_slower_server_is_found(tmp_path: Path) -> None:
     assert throughput["verdict"] == "worse"
     assert throughput["low"] < throughput["estimate"] < throughput["high"] < 1
     assert rows["moderate", "p50_ms"]["change"]["verdict"] == "worse"
+    # Memory of a server at a URL is unknown, and none is made up.
+    assert rows[None, "peak_mb"]["value"] is None
 
 
 @pytest.mark.slow
