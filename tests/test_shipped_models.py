@@ -21,8 +21,8 @@ from training.runs import ModelCard, load_final
 MODELS, RELEASED = ROOT / "models", ROOT / "runs" / "released"
 NAMES = model_names(MODELS)
 IMAGES = int(os.environ.get("STRIDEVIT_AGREEMENT_IMAGES", "1000"))
-"""Of the 10,000 test images; all of them take some minutes."""
-IN_A_REQUEST = 25
+"""How many of the 10,000 test images are sent; all of them take some minutes."""
+IMAGES_PER_REQUEST = 25
 
 
 def newest(name: str) -> Bundle:
@@ -44,7 +44,7 @@ def test_all_variants_are_shipped() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shipped_model_proves_itself_and_says_what_its_run_says(name: str) -> None:
+def test_shipped_model_gives_its_golden_outputs_and_agrees_with_its_run(name: str) -> None:
     bundle = newest(name)
     verify_golden(bundle, Engine(bundle.model_path))
     _, card = released(bundle)
@@ -69,7 +69,7 @@ def test_images(data_dir: Path) -> tuple[list[bytes], torch.Tensor]:
 
 
 def expected_answers(bundle: Bundle, pixels: torch.Tensor) -> npt.NDArray[np.int64]:
-    """Torch's, and for int8, which is as often right but not always alike, those of its graph outside the service."""
+    """Top-1 by torch; for int8, which may differ from torch on single images, by its graph outside the service."""
     chunks = torch.split(pixels, 250)
     if bundle.manifest.precision != "fp32":
         engine = Engine(bundle.model_path)
@@ -85,8 +85,8 @@ def test_served_answers_agree_with_torch(test_images: tuple[list[bytes], torch.T
     with serving(MODELS) as (url, _), httpx.Client(base_url=url, timeout=60) as client:
         for name in NAMES:
             served: list[int] = []
-            for start in range(0, IMAGES, IN_A_REQUEST):
-                files = [("image", ("i.png", image)) for image in encoded[start : start + IN_A_REQUEST]]
+            for start in range(0, IMAGES, IMAGES_PER_REQUEST):
+                files = [("image", ("i.png", image)) for image in encoded[start : start + IMAGES_PER_REQUEST]]
                 answer = client.post(f"/v1/classify?model={name}&top_k=1", files=files)
                 served += [result["predictions"][0]["index"] for result in answer.json()["results"]]
             differences = int((np.array(served) != expected_answers(newest(name), pixels)).sum())
