@@ -157,7 +157,7 @@ def compare(
     typer.echo(f"report: {out / 'report.html'}")
     if comparison.ended_early is None:
         Store(out / "blocks").clear()
-    if any(counts.failures for counts in report.findings.counts) or any(
+    if any(block.failure for block in comparison.blocks) or any(
         search.failed for search in comparison.capacity_searches
     ):
         code = code or 1

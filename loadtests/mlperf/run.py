@@ -171,7 +171,9 @@ def _run(
     for old in (*out.glob("mlperf_log_*"), *out.glob("sut.*"), *out.glob("server.log")):
         old.unlink()
     log = out / "server.log"
-    with served([plan.model], repository=plan.repository, log=log, flags=plan.service_arguments, url=plan.url) as server:
+    with served(
+        [plan.model], repository=plan.repository, log=log, flags=plan.service_arguments, url=plan.url
+    ) as server:
         model = _describe(server, plan.model)
         spec = {
             "url": f"{server.url}/v1/classify?model={quote(plan.model)}",

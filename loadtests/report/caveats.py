@@ -5,7 +5,7 @@ import numpy as np
 from loadtests.experiment.model import Comparison
 from loadtests.generator.load_result import LoadResult
 from loadtests.report.format import joined, load_name, metric_name
-from loadtests.report.verdicts import Counts, Findings, loads_of, uses_device
+from loadtests.report.verdicts import Findings, counts, loads_of, uses_device
 from loadtests.statistics import MIN_ROUNDS
 
 _BUSY_CORES = 0.9
@@ -23,13 +23,14 @@ _Loads = list[tuple[str, list[LoadResult]]]
 
 def caveats(comparison: Comparison, findings: Findings) -> list[str]:
     """One sentence each."""
-    said = [sentence for counts in findings.counts for sentence in _failed_blocks(counts)]
-    said += [
-        f"{counts.errors:,} requests to {counts.arm.label} were not answered with 200 and {counts.unsent:,} were not "
-        f"sent, of {counts.requests:,} that were due: they count as infinitely slow."
-        for counts in findings.counts
-        if counts.errors or counts.unsent
-    ]
+    said = [sentence for arm in comparison.plan.arms for sentence in _failed_blocks(comparison, arm.label)]
+    for arm in comparison.plan.arms:
+        count = counts(comparison, arm.label)
+        if count["errors"] or count["unsent"]:
+            said.append(
+                f"{count['errors']:,} requests to {arm.label} were not answered with 200 and {count['unsent']:,} were "
+                f"not sent, of {count['requests']:,} that were due: they count as infinitely slow."
+            )
     said += _noise(comparison, findings)
     if (done := _complete_rounds(comparison)) < comparison.plan.default_rounds:
         few = f"; there are no intervals with fewer than {MIN_ROUNDS}" if done < MIN_ROUNDS else ""
@@ -43,14 +44,13 @@ def caveats(comparison: Comparison, findings: Findings) -> list[str]:
     return said + _overload(comparison, loads) + _full_machine(comparison, loads)
 
 
-def _failed_blocks(counts: Counts) -> list[str]:
-    failed = len(counts.failures)
-    if failed:
-        reasons = "; ".join(dict.fromkeys(reason.rstrip(".") for reason in counts.failures))
-        return [
-            f"{failed} of {counts.blocks + failed} blocks of {counts.arm.label} failed and do not count: {reasons}."
-        ]
-    return [] if counts.blocks else [f"No block of {counts.arm.label} was measured."]
+def _failed_blocks(comparison: Comparison, label: str) -> list[str]:
+    blocks = [block for block in comparison.blocks if block.arm == label]
+    reasons = [block.failure.rstrip(".") for block in blocks if block.failure is not None]
+    if not reasons:
+        return [] if blocks else [f"No block of {label} was measured."]
+    said = "; ".join(dict.fromkeys(reasons))
+    return [f"{len(reasons)} of {len(blocks)} blocks of {label} failed and do not count: {said}."]
 
 
 def _complete_rounds(comparison: Comparison) -> int:

@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Comparison
 from loadtests.report.format import load_name, median
 from loadtests.report.plot_style import FAINT, INK, PALE, SMALL, SMALLER, WIDTH, instead, legend_below, styles
-from loadtests.report.verdicts import loads_of
+from loadtests.report.verdicts import THROUGHPUT, loads_of, values_by_round
 from loadtests.statistics import MIN_BEYOND, percentile
 
 _ORDER = "blocks in the order run (lines between them: a new round begins)"
@@ -134,10 +134,7 @@ def _in_order(axes: Axes, comparison: Comparison) -> None:
 
 def _ratios(axes: Axes, comparison: Comparison) -> None:
     looks = styles(comparison.plan)
-    throughput = {
-        label: {block.round: block.loads[SATURATED].throughput for block in comparison.blocks_of(label)}
-        for label in looks
-    }
+    throughput = {label: values_by_round(comparison.blocks_of(label), THROUGHPUT) for label in looks}
     (baseline, base), *others = throughput.items()
     ratios = {
         label: {number: value / base[number] for number, value in own.items() if base.get(number)}

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import typer
+from service.http.keys import KeyRing
 from typer.testing import CliRunner, Result
 
 from service import __main__ as command_line
 from service.flags import markdown
-from service.http.keys import KeyRing
 from service.settings import ENV_PREFIX, Settings
 from tests.processes import ROOT
 

@@ -24,7 +24,7 @@ def test_a_tenth_slower_is_found_and_counts_as_regression(tmp_path: Path) -> Non
     assert throughput["high"] < 1
     assert rows["moderate", "p50_ms"]["change"]["verdict"] == "worse"
     # Memory of a server elsewhere is not known, and not made up.
-    assert rows[None, "peak_bytes"]["value"] is None
+    assert rows[None, "peak_mb"]["value"] is None
 
 
 def test_a_server_that_fails_on_the_way_is_told_and_not_averaged_away(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 import typer
+from loadtests.mlperf.spec import Spec
 from PIL import Image
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner, Result
@@ -31,7 +32,6 @@ from loadtests.mlperf.cli import mlperf
 from loadtests.mlperf.loadgen_logs import AccuracyCount, Summary, count_correct, parse_summary
 from loadtests.mlperf.report import as_json, notes, unmet, write
 from loadtests.mlperf.run import MlperfRun, Plan, ScenarioRun
-from loadtests.mlperf.spec import Spec
 from loadtests.mlperf.sut import Connection, RequestFailed
 from tests.processes import ROOT, serving
 
