@@ -17,10 +17,9 @@ from loadtests.experiment.command import (
     fail,
     repository_unless,
     run_measurement,
-    this_command,
     warn,
 )
-from loadtests.experiment.environment import environment
+from loadtests.experiment.environment import this_command
 from loadtests.report.rendering import print_tables
 
 
@@ -76,7 +75,6 @@ def accuracy(
             service_arguments=tuple(shlex.split(service_args)),
         ),
         command=command or this_command(),
-        environment=environment(),
     )
 
     def write() -> Path:

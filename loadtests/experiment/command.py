@@ -3,19 +3,15 @@
 A command turns its flags into a plan, hands `run_measurement` how to measure and how to report, and exits with the
 code that it returns:
 
-    results = Results(plan=plan, command=command or this_command(), environment=environment())
+    results = Results(plan=plan, command=command or this_command())
     code = run_measurement(
-        results,
-        lambda progress: measure(plan, out, results, progress),
-        report=lambda: write(results, out),
+        results, lambda progress: measure(plan, out, results, progress), report=lambda: write(results, out)
     )
     raise typer.Exit(code)
 """
 
-import shlex
 import signal
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -26,7 +22,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from loadtests.errors import LoadTestError
-from loadtests.experiment.model import Measurement, Progress
+from loadtests.experiment.model import Arm, Load, Measurement, Progress
+from loadtests.experiment.run import Bench
+from loadtests.experiment.store import Store
 
 console = Console(stderr=True)
 
@@ -52,17 +50,31 @@ ServiceArgs = Annotated[str, typer.Option(help="Flags for the service, as one st
 Command = Annotated[str | None, typer.Option(help="The command to quote in the report. [this command line]")]
 
 
+def run_rounds(
+    bench: Bench, loads: Callable[[Arm], Sequence[Load]], *, fresh: bool, report: Callable[[], Path]
+) -> NoReturn:
+    """Measure a plan that is settled from the start, report, and exit: with 1 also if a block failed."""
+
+    def measure(progress: Progress) -> None:
+        with bench.opened(progress, fresh=fresh):
+            bench.rounds(loads, progress)
+
+    code = run_measurement(bench.experiment, measure, report=report, store=bench.store)
+    raise typer.Exit(code or int(bool(bench.experiment.failures)))
+
+
 def run_measurement(
     results: Measurement,
     measure: Callable[[Progress], None],
     *,
     report: Callable[[], Path],
-    resumable: bool = False,
+    store: Store | None = None,
 ) -> int:
     """Measure, then report what there is, also after an interruption or an error; returns the exit code.
 
     0 if the measurement finished, 1 after a LoadTestError, 130 after Ctrl-C or SIGTERM. `report` writes the report and
-    returns its path; it is called only if `results.measured`. Sets `results.ended_early` and `results.finished`.
+    returns its path; it is called only if `results.measured`. Sets `results.ended_early` and `results.finished`. A
+    `store` is kept to resume what did not finish, and else cleared.
     """
     # A terminated measurement must stop its servers and report, just as an interrupted one.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -78,19 +90,21 @@ def run_measurement(
         code, results.ended_early = INTERRUPTED, "interrupted"
         console.print("\nstopped; no server of this measurement is left running", highlight=False)
     if results.measured:
-        if code and resumable:
+        if code and store:
             console.print("The same command resumes the measurement. Measured so far:")
         typer.echo(f"report: {report()}")
+        if store and results.ended_early is None:
+            store.clear()
     elif code == INTERRUPTED:
         console.print("Nothing was measured yet, so there is no report.")
     return code
 
 
-def this_command() -> str:
-    """The command line of this process, ready to be run again."""
-    script = Path(sys.argv[0])
-    program = ["python", "-m", script.parent.name] if script.name == "__main__.py" else [script.name]
-    return shlex.join([*program, *sys.argv[1:]])
+def repository_unless(url: str | None, repository: Path | None, service_args: str) -> Path:
+    """The repository to serve; exits with an error if `--url` comes with the flags of a server that is started."""
+    if url is not None and (repository is not None or service_args):
+        fail("--url names a server that runs already: --repository and --service-args are for one that is started")
+    return repository or Path("models")
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -112,16 +126,6 @@ def error(message: str) -> None:
 def warn(message: str) -> None:
     """Print a warning."""
     console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
-
-
-def progress_bar() -> rich_progress.Progress:
-    """Only until every command uses `run_measurement`."""
-    return _progress_bar()
-
-
-def end_as_if_interrupted() -> None:
-    """Only until every command uses `run_measurement`."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 class _TerminalProgress:

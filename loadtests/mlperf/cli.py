@@ -16,9 +16,8 @@ from loadtests.experiment.command import (
     names,
     repository_unless,
     run_measurement,
-    this_command,
 )
-from loadtests.experiment.environment import environment
+from loadtests.experiment.environment import this_command
 from loadtests.mlperf import report
 from loadtests.mlperf.run import QUICK_LATENCY_MS, SCENARIOS, MlperfRun, Plan, Scenario, run_scenarios
 from loadtests.report.rendering import print_tables
@@ -90,7 +89,7 @@ def mlperf(
         connections=connections,
         service_arguments=tuple(shlex.split(service_args)),
     )
-    results = MlperfRun(plan=plan, command=command or this_command(), environment=environment())
+    results = MlperfRun(plan=plan, command=command or this_command())
 
     def write() -> Path:
         report.write(results, out)

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from loadtests.errors import LoadTestError
 from loadtests.experiment.model import Measurement, Progress
 from loadtests.experiment.process import end, start
-from loadtests.experiment.server import Server, served
+from loadtests.experiment.server import Server, service_for
 from loadtests.generator import payload_cache
 from loadtests.generator.payloads import describe, read_payloads
 from loadtests.generator.readers import Payload, PayloadError
@@ -171,8 +171,8 @@ def _run(
     for old in (*out.glob("mlperf_log_*"), *out.glob("sut.*"), *out.glob("server.log")):
         old.unlink()
     log = out / "server.log"
-    with served(
-        [plan.model], repository=plan.repository, log=log, flags=plan.service_arguments, url=plan.url
+    with service_for(
+        plan.model, url=plan.url, repository=plan.repository, log=log, arguments=plan.service_arguments
     ) as server:
         model = _describe(server, plan.model)
         spec = {

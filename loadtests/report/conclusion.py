@@ -34,7 +34,7 @@ def conclusion(comparison: Comparison, findings: Findings) -> list[str]:
         return ["Only one arm was measured: there is nothing to compare it with."]
     sentences = [f"The baseline is {baseline.label}. {_summary(comparison, findings, compared)}"]
     sentences += [_sentence(comparison, findings, arm.label) for arm in compared]
-    return sentences + [_noise(comparison, findings, arm) for arm in others if arm.repeat_of is not None]
+    return sentences + [sentence for _, sentence in noise_floor(comparison, findings)]
 
 
 def _summary(comparison: Comparison, findings: Findings, arms: list[Arm]) -> str:
@@ -85,17 +85,24 @@ def _phrase(name: str, metric: Metric, change: Change) -> str:
     return f"{name} is {difference(metric, number(abs(change.estimate)))} {side} ({number(least)}–{number(most)})"
 
 
-def _noise(comparison: Comparison, findings: Findings, arm: Arm) -> str:
-    # Its top-1 is the same by nature.
-    tested = [row for row in findings.rows if row.arm == arm.label and row.change and row.metric != TOP1]
-    seen = [row.metric for row in tested if row.change and row.change.verdict != "no difference seen"]
-    start = f"Noise floor: {arm.repeat_of}, measured a second time as if it were another arm,"
-    if not tested:
-        return f"{start} has too few blocks for intervals."
-    if seen:
+def noise_floor(comparison: Comparison, findings: Findings) -> list[tuple[bool, str]]:
+    """Whether an A/A arm differs from the arm that it repeats, and a sentence about it."""
+    said = []
+    for arm in comparison.plan.arms:
+        # Its top-1 is the same by nature.
+        tested = [row for row in findings.rows if row.arm == arm.label and row.change and row.metric != TOP1]
+        seen = [row.metric for row in tested if row.change and row.change.verdict != "no difference seen"]
         names = joined([metric_name(comparison, metric) for metric in seen])
-        return f"{start} differs from itself in {names}: do not trust differences of that size in this report."
-    return f"{start} shows no difference in any of {len(tested)} metrics, as it should."
+        found = f"shows no difference in any of {len(tested)} metrics, as it should."
+        if seen:
+            found = f"differs from itself in {names}. The machine makes such differences, not the models: "
+            found += "do not believe others of that size here."
+        elif not tested:
+            found = "has too few blocks for intervals."
+        if arm.repeat_of is not None:
+            start = f"Noise floor: {arm.repeat_of}, measured a second time as if it were another arm,"
+            said.append((bool(seen), f"{start} {found}"))
+    return said
 
 
 def top1_note(comparison: Comparison) -> str:

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from loadtests.errors import LoadTestError
 from loadtests.experiment.json_files import to_json
-from loadtests.experiment.model import Block, CapacitySearch, Comparison, Plan
+from loadtests.experiment.model import Block, CapacitySearch, Comparison, ComparisonPlan
 from loadtests.generator.load_result import LoadResult
 from loadtests.report.verdicts import Findings, Row, counts, model_info
 from loadtests.statistics import MIN_BEYOND, percentile
@@ -20,6 +20,7 @@ from loadtests.statistics import MIN_BEYOND, percentile
 SCHEMA_VERSION = 3
 """Version 1 had a single closed loop; version 2 had other names, by which it is still read."""
 _PERCENTILES = {"p50_ms": 50, "p95_ms": 95, "p99_ms": 99}
+_NOT_KEPT = {"latencies_ms", "percentiles_ms", "trace"}
 _RENAMED = {
     "classes": "num_classes",
     "image_size": "img_size",
@@ -45,24 +46,19 @@ def as_document(comparison: Comparison, findings: Findings, caveats: list[str]) 
 
     What is infinite is null: a row says so by `unanswered: true`, a load by the share of its requests.
     """
-    infos = {arm.label: model_info(comparison, arm.label) for arm in comparison.plan.arms}
     document: dict[str, Any] = to_json(
         {
             "schema_version": SCHEMA_VERSION,
-            "command": comparison.command,
-            "finished": comparison.finished and comparison.finished.isoformat(timespec="seconds"),
-            "ended_early": comparison.ended_early,
-            "environment": comparison.environment,
+            **comparison.facts(),
             "plan": comparison.plan,
-            "payloads": comparison.payloads,
             "rates": comparison.rates,
             "arms": [{**asdict(arm), **counts(comparison, arm.label)} for arm in comparison.plan.arms],
             "metrics": findings.metrics,
             "rows": [_row(row) for row in findings.rows],
             "caveats": caveats,
             "capacity_searches": comparison.capacity_searches,
-            "blocks": [_block(block) for block in comparison.blocks],
-            "info": {label: {name: info[name] for name in info if name != "labels"} for label, info in infos.items()},
+            "blocks": [block_document(block) for block in comparison.blocks],
+            "info": {arm.label: model_info(comparison, arm.label) for arm in comparison.plan.arms},
         }
     )
     return document
@@ -76,7 +72,8 @@ def _row(row: Row) -> dict[str, Any]:
     return {**where, **values, "unanswered": unanswered, "change": change}
 
 
-def _block(block: Block) -> dict[str, Any]:
+def block_document(block: Block) -> dict[str, Any]:
+    """A block as it stands in results.json, with percentiles in place of latencies."""
     values = {name: value for name, value in vars(block).items() if name != "info"}
     return {**values, "loads": {name: _load(load) for name, load in block.loads.items()}}
 
@@ -84,7 +81,7 @@ def _block(block: Block) -> dict[str, Any]:
 def _load(load: LoadResult) -> dict[str, Any]:
     requests = len(load.latencies_ms)
     return {
-        **{name: value for name, value in vars(load).items() if name not in {"latencies_ms", "percentiles_ms"}},
+        **{name: value for name, value in vars(load).items() if name not in _NOT_KEPT},
         **{name: percentile(load.latencies_ms, rank) for name, rank in _PERCENTILES.items()},
         "requests": requests,
         "answered": load.answered,
@@ -128,7 +125,7 @@ def from_document(document: dict[str, Any]) -> Comparison:
     return Comparison(
         **{name: document[name] for name in ("command", "environment", "payloads", "rates", "ended_early")},
         finished=TypeAdapter(datetime | None).validate_python(document["finished"]),
-        plan=TypeAdapter(Plan).validate_python(document["plan"]),
+        plan=TypeAdapter(ComparisonPlan).validate_python(document["plan"]),
         blocks=[_read_block(block, document["info"]) for block in document["blocks"]],
         capacity_searches=TypeAdapter(list[CapacitySearch]).validate_python(document["capacity_searches"]),
     )

@@ -7,7 +7,7 @@ import numpy as np
 
 from loadtests.experiment.model import SATURATED, Comparison
 from loadtests.report.rendering import UNKNOWN
-from loadtests.report.verdicts import MEMORY, TOP1, Change, Metric, Row, uses_device
+from loadtests.report.verdicts import TOP1, Change, Metric, Row
 
 _CLOSE_TO_1 = 0.005
 """An end of an interval that is closer to 1 needs a third decimal, or it would read 1.00."""
@@ -57,9 +57,7 @@ def load_name(comparison: Comparison, load: str) -> str:
 
 def metric_name(comparison: Comparison, metric: Metric) -> str:
     """As it stands in a sentence, without its unit: `p99 at 340/s`."""
-    if metric.load is not None:
-        return f"{metric.label} at {load_name(comparison, metric.load)}"
-    return "peak GPU memory" if metric == MEMORY and all(uses_device(comparison)) else metric.label
+    return f"{metric.label} at {load_name(comparison, metric.load)}" if metric.load else metric.label
 
 
 def heading(comparison: Comparison, metric: Metric) -> str:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from loadtests.experiment.model import Comparison
 from loadtests.report.format import heading, metric_name, number
 from loadtests.report.plot_style import FAINT, INK, SMALL, WIDTH, Style, instead, shown, small_print, styles
-from loadtests.report.verdicts import LATENCIES, MEMORY, THROUGHPUT, TOP1, Findings, Row, model_info
+from loadtests.report.verdicts import LATENCIES, THROUGHPUT, TOP1, Findings, Row, model_info
 from loadtests.statistics import wilson
 
 _LARGEST = 900.0
@@ -36,7 +36,7 @@ def pareto(comparison: Comparison, findings: Findings) -> Figure:
     axes, looks = figure.subplots(), styles(comparison.plan)
     rows = [findings.row(arm.label, THROUGHPUT) for arm in shown(comparison.plan)]
     speeds = {row.arm: _ends(row) for row in rows if row and row.value is not None}
-    memory = {label: _ends(row) for label in speeds if (row := findings.row(label, MEMORY)) and row.value}
+    memory = {label: _ends(row) for label in speeds if (row := findings.row(label, findings.memory)) and row.value}
     accurate = [label for label in speeds if findings.value(label, TOP1) is not None]
     whiskers = "Whiskers: slowest and fastest block"
     if len(accurate) > 1 or (accurate and len(speeds) == 1):
@@ -44,7 +44,7 @@ def pareto(comparison: Comparison, findings: Findings) -> Figure:
             _Point(looks[label], speeds[label], _top1(model_info(comparison, label)), memory.get(label, (0.0,))[0])
             for label in accurate
         ]
-        area, unit = metric_name(comparison, MEMORY), "MB"
+        area, unit = findings.memory.label, "MB"
         left_out = ", ".join(label for label in speeds if label not in accurate)
         missing = f"; without accuracy, so not shown: {left_out}" if left_out else ""
         axes.set_title(f"Accuracy against throughput: up and to the right is better{missing}")
@@ -59,7 +59,7 @@ def pareto(comparison: Comparison, findings: Findings) -> Figure:
             for label, ends in memory.items()
         ]
         axes.set_title("Memory against throughput (accuracy unknown: random weights): down and to the right is better")
-        axes.set_ylabel(heading(comparison, MEMORY))
+        axes.set_ylabel(heading(comparison, findings.memory))
     else:
         instead(axes, "Neither accuracy nor memory is known: nothing to weigh throughput against.")
         return figure

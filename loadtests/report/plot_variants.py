@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from loadtests.experiment.model import HIGH, MODERATE, Comparison
 from loadtests.report.format import load_name, median, number, span
 from loadtests.report.plot_style import FAINT, INK, SMALL, WIDTH, shown, small_print, styles
-from loadtests.report.verdicts import LATENCIES, MEMORY, THROUGHPUT, TOP1, Findings, Row, model_info
+from loadtests.report.verdicts import LATENCIES, THROUGHPUT, TOP1, Findings, Row, model_info
 
 _LIGHT = 0.4
 """Opacity of the bar that stands for a p99, or for the memory that load adds."""
@@ -38,10 +38,9 @@ def variants(comparison: Comparison, findings: Findings) -> Figure:
     memory.set_title("Memory, MB: idle (solid), peak (light)")
     blocks = [comparison.blocks_of(label) for label in labels]
     idle = [median(block.idle_bytes / 1e6 for block in one if block.idle_bytes) for one in blocks]
-    peaks = [
-        _Bar(at, findings.row(label, MEMORY), colours[at], _LIGHT, f"{number(idle[at])} → " if idle[at] else "")
-        for at, label in enumerate(labels)
-    ]
+    rows = [findings.row(label, findings.memory) for label in labels]
+    before = [f"{number(value)} → " if value else "" for value in idle]
+    peaks = [_Bar(at, row, colours[at], _LIGHT, before[at]) for at, row in enumerate(rows)]
     _bars(memory, peaks, 0.6, room=1.4)
     memory.barh(range(len(labels)), [value or 0.0 for value in idle], height=0.6, color=colours)
     for axes, load in ((moderate, MODERATE), (high, HIGH)):

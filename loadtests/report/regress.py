@@ -19,14 +19,15 @@ from loadtests.experiment.model import HIGH, MODERATE, Block, Comparison
 from loadtests.report.format import median, metric_name
 from loadtests.report.top1 import compare_top1, top1_percent
 from loadtests.report.verdicts import (
-    METRICS,
+    GPU_MEMORY,
+    LATENCIES,
+    MEMORY,
     THROUGHPUT,
     TOP1,
     Change,
     Metric,
     block_value,
     model_info,
-    uses_device,
     values_by_round,
 )
 from loadtests.statistics import MIN_ROUNDS, Effect, holm, unpaired_ratio
@@ -120,12 +121,9 @@ def regressions(old: Comparison, new: Comparison, *, tolerance: float = 0.05, al
 
 def _speeds(old: Comparison, new: Comparison, *, relative: bool) -> dict[tuple[str, Metric], _Tested]:
     found = {}
-    on_device, arms = all(uses_device(new)), _labels(old)[1:] if relative else _labels(old)
+    arms = _labels(old)[1:] if relative else _labels(old)
     for metric in _comparable(old, new):
-        runs = [
-            {arm: values_by_round(_measured(run, arm), metric, on_device=on_device) for arm in _labels(run)}
-            for run in (old, new)
-        ]
+        runs = [{arm: values_by_round(_measured(run, arm), metric) for arm in _labels(run)} for run in (old, new)]
         every = [value for run in runs for own in run.values() for value in own.values()]
         ceiling = _UNANSWERED * max(filter(math.isfinite, every), default=1.0)
         for arm in arms:
@@ -230,7 +228,7 @@ def _comparable(old: Comparison, new: Comparison) -> list[Metric]:
         for name in old.rates.keys() & new.rates.keys()
         if abs(math.log(new.rates[name] / old.rates[name])) <= math.log1p(_SAME_RATE)
     }
-    return [metric for metric in METRICS if metric != TOP1 and (metric.rank is None or metric.load in same)]
+    return [THROUGHPUT, *(metric for metric in LATENCIES if metric.load in same), MEMORY, GPU_MEMORY]
 
 
 def _throughput(run: Comparison, label: str) -> float:

@@ -42,7 +42,7 @@ LATENCIES = tuple(
     for rank in (50, 95, 99)
 )
 MEMORY = Metric(name="peak_mb", label="peak memory", unit="MB", kind="ratio")
-METRICS = (TOP1, THROUGHPUT, *LATENCIES, MEMORY)
+GPU_MEMORY = Metric(name="peak_gpu_mb", label="peak GPU memory", unit="MB", kind="ratio")
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,11 @@ class Findings:
         return list(dict.fromkeys(row.metric for row in self.rows))
 
     @property
+    def memory(self) -> Metric:
+        """`GPU_MEMORY` if it was measured in every block, else `MEMORY`."""
+        return self.metrics[-1]
+
+    @property
     def headline(self) -> list[Metric]:
         """The metrics of the verdict table and the conclusion."""
         return [metric for metric in self.metrics if metric.rank != 95]
@@ -111,20 +116,20 @@ def judge(comparison: Comparison, *, alpha: float = 0.05) -> Findings:
     their throughputs or peaks, the mean difference of their own percentiles. Where one round went very badly, a change
     may therefore differ from that of the values, and its interval is wide. See `loadtests.statistics`.
     """
-    on_device, arms = all(uses_device(comparison)), comparison.plan.arms
-    metrics = [metric for metric in METRICS if metric.load in {None, SATURATED, *comparison.rates}]
+    arms, memory = comparison.plan.arms, GPU_MEMORY if all(uses_device(comparison)) else MEMORY
+    metrics = [TOP1, THROUGHPUT, *(metric for metric in LATENCIES if metric.load in comparison.rates), memory]
     blocks = {arm.label: comparison.blocks_of(arm.label) for arm in arms}
     effects = {
         (arm.label, metric): effect
         for arm in arms[1:]
         for metric in metrics
-        if (effect := _effect(metric, blocks[arm.label], blocks[arms[0].label], on_device)) is not None
+        if (effect := _effect(metric, blocks[arm.label], blocks[arms[0].label])) is not None
     }
     tests = dict(zip(effects, holm([effect.p_value for effect in effects.values()], alpha), strict=True))
     changes = {key: _change(key[1], effect, tests[key]) for key, effect in effects.items()}
     return Findings(
         rows=[
-            _row(arm.label, metric, blocks[arm.label], changes.get((arm.label, metric)), on_device)
+            _row(arm.label, metric, blocks[arm.label], changes.get((arm.label, metric)))
             for metric in metrics
             for arm in arms
         ]
@@ -141,12 +146,12 @@ def uses_device(comparison: Comparison) -> set[bool]:
     return known or {False}
 
 
-def block_value(block: Block, metric: Metric, *, on_device: bool = False, min_beyond: int = MIN_BEYOND) -> float | None:
+def block_value(block: Block, metric: Metric, *, min_beyond: int = MIN_BEYOND) -> float | None:
     """A metric of one block, None where it is unknown, or fewer than `min_beyond` samples lie beyond a percentile."""
     if metric == TOP1:
         return top1_percent(block.info)
-    if metric == MEMORY:
-        peaks = (load.device_bytes or 0 if on_device else load.peak_bytes for load in block.loads.values())
+    if metric in (MEMORY, GPU_MEMORY):
+        peaks = ((load.peak_bytes if metric == MEMORY else load.device_bytes) or 0 for load in block.loads.values())
         return max(peaks, default=0) / 1e6 or None
     load = block.loads.get(metric.load or "")
     if load is None or metric.rank is None:
@@ -156,11 +161,9 @@ def block_value(block: Block, metric: Metric, *, on_device: bool = False, min_be
     return percentile(load.latencies_ms, metric.rank, min_beyond=min_beyond)
 
 
-def values_by_round(
-    blocks: Sequence[Block], metric: Metric, *, on_device: bool = False, min_beyond: int = MIN_BEYOND
-) -> dict[int, float]:
+def values_by_round(blocks: Sequence[Block], metric: Metric, *, min_beyond: int = MIN_BEYOND) -> dict[int, float]:
     """`block_value` of each block where it is known."""
-    values = {block.round: block_value(block, metric, on_device=on_device, min_beyond=min_beyond) for block in blocks}
+    values = {block.round: block_value(block, metric, min_beyond=min_beyond) for block in blocks}
     return {number: value for number, value in values.items() if value is not None}
 
 
@@ -192,13 +195,13 @@ def model_info(comparison: Comparison, label: str) -> dict[str, Any]:
     return next((block.info for block in comparison.blocks if block.arm == label and block.info), {})
 
 
-def _row(arm: str, metric: Metric, blocks: Sequence[Block], change: Change | None, on_device: bool) -> Row:
-    known = values_by_round(blocks, metric, on_device=on_device).values()
+def _row(arm: str, metric: Metric, blocks: Sequence[Block], change: Change | None) -> Row:
+    known = values_by_round(blocks, metric).values()
     value: float | None = None
     if metric.rank is not None:
         value = percentile(_pooled(blocks, metric), metric.rank)
     elif known:
-        value = max(known) if metric == MEMORY else float(np.median(list(known)))
+        value = max(known) if metric.unit == "MB" else float(np.median(list(known)))
     return Row(
         arm=arm,
         metric=metric,
@@ -214,10 +217,10 @@ def _pooled(blocks: Sequence[Block], metric: Metric) -> npt.NDArray[np.float64]:
     return np.concatenate([np.empty(0), *(load.latencies_ms for load in loads)])
 
 
-def _effect(metric: Metric, arm: Sequence[Block], baseline: Sequence[Block], on_device: bool) -> Effect | None:
+def _effect(metric: Metric, arm: Sequence[Block], baseline: Sequence[Block]) -> Effect | None:
     if metric == TOP1:
         return compare_top1(arm[0].info, baseline[0].info)[0] if arm and baseline else None
-    ours, theirs = (values_by_round(blocks, metric, on_device=on_device, min_beyond=0) for blocks in (arm, baseline))
+    ours, theirs = (values_by_round(blocks, metric, min_beyond=0) for blocks in (arm, baseline))
     rounds = sorted(ours.keys() & theirs.keys())
     pairs = [ours[number] for number in rounds], [theirs[number] for number in rounds]
     if metric.kind == "ratio":

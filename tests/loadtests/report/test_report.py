@@ -36,7 +36,7 @@ from loadtests.report.verdicts import (
     Verdict,
     judge,
 )
-from tests.loadtests.report.fakes import ARMS, BASELINE, CSRA, LSRA, TWIN, comparison, load, plan
+from tests.loadtests.report.fakes import ARMS, BASELINE, CSRA, LSRA, REPEATED, comparison, load, plan
 from tests.loadtests.report.test_verdicts import correct
 
 MODERATE_P50 = LATENCIES[0]
@@ -120,8 +120,8 @@ def test_a_baseline_that_differs_from_itself_is_told(measured: Comparison, found
     said = conclusion(measured, found)[-1]
     assert said.startswith(f"Noise floor: {BASELINE}, measured a second time")
     assert said.endswith("shows no difference in any of 8 metrics, as it should.")
-    noisy = only(found, TWIN, {THROUGHPUT: (373, change(1.05, 1.02, 1.08, "better"))})
-    assert "differs from itself in images/s at saturation" in conclusion(measured, noisy)[-1]
+    noisy = only(found, REPEATED, {THROUGHPUT: (373, change(1.05, 1.02, 1.08, "better"))})
+    assert "differs from itself in images/s at saturation. The machine makes" in conclusion(measured, noisy)[-1]
 
 
 def test_the_note_on_top1_says_how_it_is_compared_and_that_seeds_differ(measured: Comparison) -> None:
@@ -155,7 +155,7 @@ def test_an_interval_close_to_one_keeps_the_digit_that_decides() -> None:
 
 def test_verdict_rows_mark_the_baseline_and_the_noise_floor(measured: Comparison, found: Findings) -> None:
     rows = verdict_table(measured, found).rows
-    assert [str(row[0]) for row in rows] == [f"{BASELINE}\nbaseline", LSRA, CSRA, f"{TWIN}\nnoise floor"]
+    assert [str(row[0]) for row in rows] == [f"{BASELINE}\nbaseline", LSRA, CSRA, f"{REPEATED}\nnoise floor"]
     assert [row[1] for row in rows] == ["64 of 64", "32 of 64", "16 of 64", "64 of 64"]
     assert str(rows[0][2]) == "53.71%"
     assert all("\n" not in str(cell) for cell in rows[0][2:])
@@ -208,7 +208,7 @@ def test_json_is_strict_and_keeps_what_is_infinite_apart_from_what_is_unknown(fo
         arm=BASELINE,
         round=0,
         loads={SATURATED: saturating, HIGH: load(np.arange(50.0))},
-        info={"labels": ["a"], "kv_tokens": 64, "batch_ms": {1: math.nan}},
+        info={"kv_tokens": 64, "batch_ms": {1: math.nan}},
     )
     whole = Comparison(plan=plan(), command="x", environment={}, blocks=[block])
     lost = only(found, CSRA, {HIGH_P99: (math.inf, change(math.inf, 1.0, math.inf, "worse"))})
@@ -233,7 +233,7 @@ def test_json_has_one_row_for_each_arm_load_and_metric_and_the_counts_of_each_ar
     document = as_document(measured, found, [])
     assert len({(row["arm"], row["load"], row["metric"]) for row in document["rows"]}) == len(document["rows"]) == 4 * 9
     arms = {arm["label"]: arm for arm in document["arms"]}
-    assert (arms[LSRA]["blocks"], arms[LSRA]["failed_blocks"], arms[TWIN]["repeat_of"]) == (9, 1, BASELINE)
+    assert (arms[LSRA]["blocks"], arms[LSRA]["failed_blocks"], arms[REPEATED]["repeat_of"]) == (9, 1, BASELINE)
     assert (arms[BASELINE]["errors"], arms[BASELINE]["unsent"]) == (9, 9)
 
 
@@ -324,7 +324,7 @@ def test_plots_are_the_same_bytes_each_time(measured: Comparison, found: Finding
     assert write_plots(measured, found, tmp_path) == write_plots(measured, found, tmp_path)
 
 
-def test_bars_begin_at_zero_and_leave_out_the_twin(measured: Comparison, found: Findings) -> None:
+def test_bars_begin_at_zero_and_leave_out_the_a_a_arm(measured: Comparison, found: Findings) -> None:
     drawn = variants(measured, found)
     labels = [text.get_text() for text in drawn.axes[2].get_yticklabels()]
     assert labels == [BASELINE, LSRA, CSRA]
@@ -350,7 +350,7 @@ def test_pareto_joins_only_what_nothing_beats(measured: Comparison, found: Findi
     assert "Accuracy against throughput" in axes.get_title()
     names = " ".join(text.get_text() for text in axes.texts)
     assert f"{BASELINE} (baseline)" in names
-    assert TWIN not in names
+    assert REPEATED not in names
 
 
 def test_pareto_without_accuracies_says_so() -> None:

@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, Arm, Block, Comparison, Plan
+from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, Arm, Block, Comparison, ComparisonPlan
 from loadtests.generator.load_result import LoadResult
 from loadtests.report.caveats import caveats
 from loadtests.report.verdicts import (
+    GPU_MEMORY,
     LATENCIES,
     MEMORY,
-    METRICS,
     THROUGHPUT,
     TOP1,
     Change,
@@ -67,7 +67,7 @@ def comparison(*, rounds: int = 10, spread: float = 0.03, count: int = 100, seed
             }
             blocks.append(Block(arm=arm.label, round=number, loads=loads, info=accuracy(0.5)))
     return Comparison(
-        plan=Plan(
+        plan=ComparisonPlan(
             repository=Path("models"),
             arms=ARMS[:arms],
             data=None,
@@ -157,7 +157,7 @@ def test_values_are_medians_pooled_percentiles_and_peaks() -> None:
     assert p99.smallest is p99.largest is None
     assert (peak.value, peak.largest) == (300, 300)
     assert findings.value("b", TOP1) == 50
-    assert findings.metrics == list(METRICS)
+    assert findings.metrics == [TOP1, THROUGHPUT, *LATENCIES, MEMORY]
 
 
 def test_ten_percent_less_throughput_is_worse_and_nothing_else_is() -> None:
@@ -269,8 +269,8 @@ def test_only_rounds_that_both_arms_finished_are_paired() -> None:
 
 def test_an_a_a_arm_that_differs_is_the_machine_s_doing() -> None:
     assert warnings(changed(comparison(), "a again", SATURATED, throughput=lambda value: 0.8 * value)) == [
-        "a again is the same as a, but differs from it in images/s at saturation: the machine makes such differences, "
-        "not the models. Do not believe others of that size here."
+        "Noise floor: a, measured a second time as if it were another arm, differs from itself in images/s at "
+        "saturation. The machine makes such differences, not the models: do not believe others of that size here."
     ]
 
 
@@ -313,7 +313,7 @@ def test_the_most_important_caveat_comes_first() -> None:
     changed(measured, "a again", SATURATED, throughput=lambda value: 0.5 * value)
     changed(measured, "b", HIGH, unsent_arrivals=1, late_arrivals=50, throughput=1.0, server_cores=8.0)
     measured.blocks[1] = replace(measured.blocks[1], failure="no memory")
-    starts = ["1 of 6 blocks", "0 requests to b", "a again is the same", "6 of 10 rounds", "The generator sent"]
+    starts = ["1 of 6 blocks", "0 requests to b", "Noise floor: a, measured", "6 of 10 rounds", "The generator sent"]
     starts += ["The run ended early: interrupted.", "Overloaded", "Server and generator"]
     said = warnings(measured)
     assert len(said) == len(starts)
@@ -324,7 +324,7 @@ def test_on_a_gpu_its_memory_is_what_is_compared() -> None:
     measured = comparison()
     for arm, used in (("a", 4e9), ("a again", 4e9), ("b", 3e9)):
         measured = changed(measured, arm, HIGH, device_bytes=int(used))
-    found = row(judge(measured), "b", MEMORY)
+    found = row(judge(measured), "b", GPU_MEMORY)
     assert found.value == 3e3
     assert found.change is not None
     assert found.change.verdict == "better"
