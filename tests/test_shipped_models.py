@@ -22,8 +22,8 @@ from training.runs import ModelCard, load_final
 MODELS, RELEASED = ROOT / "models", ROOT / "runs" / "released"
 NAMES = model_names(MODELS)
 IMAGES = int(os.environ.get("STRIDEVIT_AGREEMENT_IMAGES", "1000"))
-"""Of the 10,000 test images; all of them take some minutes."""
-IN_A_REQUEST = 25
+"""How many of the 10,000 test images are sent; all of them take some minutes."""
+IMAGES_PER_REQUEST = 25
 
 
 def newest(name: str) -> Bundle:
@@ -45,7 +45,7 @@ def test_all_variants_are_shipped() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shipped_model_proves_itself_and_states_what_its_run_states(name: str) -> None:
+def test_shipped_model_gives_its_golden_outputs_and_agrees_with_its_run(name: str) -> None:
     assert len(versions(MODELS, name)) == 1
     bundle = newest(name)
     verify_golden(bundle, Engine(bundle.model_path))
@@ -97,8 +97,8 @@ def test_served_answers_agree_with_torch_and_with_the_manifest_bits(test_images:
     with serving(MODELS) as (url, _), httpx.Client(base_url=url, timeout=60) as client:
         for name in NAMES:
             served: list[int] = []
-            for start in range(0, IMAGES, IN_A_REQUEST):
-                files = [("image", ("i.png", image)) for image in encoded[start : start + IN_A_REQUEST]]
+            for start in range(0, IMAGES, IMAGES_PER_REQUEST):
+                files = [("image", ("i.png", image)) for image in encoded[start : start + IMAGES_PER_REQUEST]]
                 answer = client.post(f"/v1/classify?model={name}&top_k=1", files=files)
                 served += [result["predictions"][0]["index"] for result in answer.json()["results"]]
             differences = int((np.array(served) != expected_answers(newest(name), pixels)).sum())

@@ -1,4 +1,4 @@
-"""Everything in one go, by the commands that a user types: train, export, serve over a socket, classify."""
+"""From training to an answer over HTTP, by the commands that a user types."""
 
 import csv
 import os
@@ -15,14 +15,14 @@ STRIDEVIT = Path(sys.executable).with_name("stridevit")
 
 
 def run(*arguments: str, cwd: Path) -> None:
-    # One thread: two would wait for each other on a machine that is shared.
+    # One thread: two would wait for each other on a shared machine.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run([STRIDEVIT, *arguments], cwd=cwd, check=True, env=environment)
 
 
 @pytest.mark.slow
-def test_a_model_is_trained_exported_served_and_right(tmp_path: Path) -> None:
-    """In a folder of another project, whose modules have the names of ours."""
+def test_model_is_trained_exported_served_and_accurate(tmp_path: Path) -> None:
+    """In the folder of another project, whose modules have the same names as our packages."""
     (tmp_path / "service.py").write_text("raise SystemExit('the wrong service')\n")
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "__init__.py").write_text("raise SystemExit('the wrong training')\n")

@@ -40,6 +40,16 @@ def resum(bundle: Path) -> None:
     (bundle / SUMS_FILE).write_text("".join(lines))
 
 
+class Clock:
+    """Time that passes only when a test says so, in place of `time.perf_counter`."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():  # noqa: ASYNC110 (another thread makes it true)
         await asyncio.sleep(0.001)

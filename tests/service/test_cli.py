@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import typer
-from service.http.keys import KeyRing
 from typer.testing import CliRunner, Result
 
 from service import __main__ as command_line
 from service.flags import markdown
+from service.http.auth import KeyRing
 from service.settings import ENV_PREFIX, Settings
 from tests.processes import ROOT
 
@@ -216,7 +216,7 @@ def test_only_named_proxies_are_trusted(
 
     class Application:
         class state:  # noqa: N801
-            classifier = None
+            pipeline = None
 
     monkeypatch.setattr(command_line, "_Server", Listening)
     monkeypatch.setattr(command_line, "create_app", lambda _: Application)

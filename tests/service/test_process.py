@@ -108,19 +108,19 @@ def test_in_the_shutdown_delay_it_is_not_ready_and_serves_on(repository: Path) -
 def test_shutdown_reports_not_ready_then_waits_then_closes(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[object] = []
 
-    class Classifier:
+    class Pipeline:
         ready = True
 
     async def sleep(seconds: float) -> None:
-        steps.extend([("ready", classifier.ready), ("delay", seconds)])
+        steps.extend([("ready", pipeline.ready), ("delay", seconds)])
 
     async def close(*_: object) -> None:
         steps.append("closed")
 
-    classifier = Classifier()
+    pipeline = Pipeline()
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(uvicorn.Server, "shutdown", close)
-    server = _Server(uvicorn.Config("no:app"), classifier, delay_seconds=5)  # type: ignore[arg-type]
+    server = _Server(uvicorn.Config("no:app"), pipeline, delay_seconds=5)  # type: ignore[arg-type]
     asyncio.run(server.shutdown())
     assert steps == [("ready", False), ("delay", 5), "closed"]
 
