@@ -100,7 +100,7 @@ BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder o
 def verify(bundle: BundleArgument) -> None:
     """Check a bundle from its files alone: digests, manifest, operators, shapes, kernels, golden outputs.
 
-    Example: `python -m export verify models/cifar100-csra-r2/3`
+    Example: `python -m export verify models/cifar100-csra-r2/4`
     """
     with _errors():
         findings = verify_bundle(bundle)
@@ -137,7 +137,7 @@ def diff(one: BundleArgument, other: Annotated[Path, typer.Argument(metavar="OTH
 def kernels(bundle: BundleArgument) -> None:
     """Check whether CUDA and TensorRT document a kernel for each node of a bundle. Exit code 1 if not.
 
-    Example: `python -m export kernels models/cifar100-csra-r2/3`
+    Example: `python -m export kernels models/cifar100-csra-r2/4`
     """
     with _errors():
         table, missing = kernel_table(read_graph(read_bundle(bundle)))
@@ -174,7 +174,7 @@ def profile(
 
     Example: `python -m export profile --preset vit-s16 --img-size 384 --batch 1,8 --out profile`
 
-    Example: `python -m export profile models/cifar100-mha/3 models/cifar100-mha-int8/1`
+    Example: `python -m export profile models/cifar100-mha/4 models/cifar100-mha-int8/2`
     """
     _quieten_exporter()
     with _errors(), tempfile.TemporaryDirectory() as folder:
@@ -222,10 +222,9 @@ def _listed(choices: Any, text: str) -> list[Any]:
 
 def _quieten_exporter() -> None:
     """Silence progress reports and warnings: what matters is checked and raised as an error."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
     # onnxruntime.quantization warns on the root logger that the model was not pre-processed.
-    logging.getLogger().setLevel(logging.ERROR)
+    for name in ("torch.onnx", "onnxscript", None):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch")
 
 

@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from export.descriptions import kv_tokens
+from export.intervals import MIN_ROUNDS_FOR_INTERVAL
 from export.profile import THESIS, Cell, Measured
 from service.host import cpu_features, git_commit
 
@@ -64,10 +65,11 @@ def caption(measured: Measured) -> str:
     thesis = "; ".join(
         f"{variant} {speed:+.1f} % throughput, {memory:+.1f} % memory" for variant, (speed, memory) in THESIS.items()
     )
+    intervals = ", with 95 % intervals (paired Student t over rounds)"
     return (
         f"{measured.rounds} interleaved rounds of {setup.seconds:g} s, a fresh process each, on {on}. Ratios are to "
-        f"{measured.arms[0].label}, with 95 % intervals (paired Student t over rounds). Added: peak above the loaded "
-        f"session. The thesis, on a GPU at 384 px, in total memory: {thesis}."
+        f"{measured.arms[0].label}{intervals if measured.rounds >= MIN_ROUNDS_FOR_INTERVAL else ''}. Added: peak above "
+        f"the loaded session. The thesis, on a GPU at 384 px, in total memory: {thesis}."
     )
 
 

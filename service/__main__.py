@@ -41,7 +41,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exce
 @app.callback(invoke_without_command=True)
 @with_settings
 def serve(settings: Settings) -> None:
-    """Serve image classification models over HTTP, or run one of the commands below.
+    """Serve image classification models over HTTP.
 
     `/` is a page to try it, `/docs` documents the API, and `/metrics` has the metrics. SIGTERM or Ctrl-C finishes the
     accepted requests, then exits.

@@ -1,263 +1,203 @@
-"""What a survey of accuracy says: a table for the terminal, a page, a JSON file, and lists of disagreements."""
+"""What an accuracy run reports: tables for page and terminal, results.json, and lists of images."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from loadtests.accuracy.evaluate import AccuracyRun, Answer, Image
+from loadtests.accuracy.results import (
+    CONFIDENCE,
+    ManifestCheck,
+    Proportion,
+    disagreements,
+    model_results,
+    pair_result,
+)
+from loadtests.report.rendering import UNKNOWN, Cell, Table, write_report
 
-from loadtests.accuracy.figures import CONFIDENCE, Check, Figures, Share, Versus, disagreements, figures, versus
-from loadtests.accuracy.survey import Answer, Asked, Survey
-from loadtests.experiment.json_files import write_json
-
-SIGNIFICANT = 1 - CONFIDENCE
-_SHOWN = 10
-"""Of the disagreements, on the page."""
-_HEADINGS = ("model", "version", "images", "top-1 %", "top-5 %", "failed", "manifest")
+_SHOWN_DISAGREEMENTS = 10
 
 
-def write(survey: Survey, out: Path, *, tolerance: float, about: Mapping[str, str]) -> None:
+def write(run: AccuracyRun, out: Path) -> None:
     """report.md, results.json, disagreements.csv, and failures.csv if a request failed, in `out`."""
-    (out / "report.md").write_text(markdown(survey, tolerance=tolerance, about=about), encoding="utf-8")
-    write_json(as_json(survey, tolerance=tolerance, about=about), out / "results.json")
-    _write_disagreements(survey, out / "disagreements.csv")
-    _write_failures(survey, out / "failures.csv")
+    differing = disagreements(run)
+    write_report(
+        out,
+        document=as_json(run),
+        template="accuracy.md.j2",
+        command=run.command,
+        environment=run.environment,
+        summary=summary(run),
+        caveats=caveats(run),
+        models=table(run),
+        max_drop_points=run.plan.max_drop_points,
+        comparison=comparison(run),
+        pair=len(run.models) > 1,
+        disagreements=len(differing),
+        most_certain=_most_certain(run, differing),
+    )
+    columns = [f"{model.name} {what}" for model in run.models for what in ("index", "class", "probability", "right")]
+    _write_csv(out / "disagreements.csv", ["name", "label", *columns], map(_csv_row, differing))
+    failures = [
+        (image.name, model.name, answer.failure)
+        for image in run.images
+        for model, answer in zip(run.models, image.answers, strict=True)
+        if answer.failure is not None
+    ]
+    # One of an earlier run must not pass for this one's.
+    (out / "failures.csv").unlink(missing_ok=True)
+    if failures:
+        _write_csv(out / "failures.csv", ["name", "model", "failure"], failures)
 
 
-def warnings(survey: Survey) -> list[str]:
+def as_json(run: AccuracyRun) -> dict[str, Any]:
+    """Everything but the single answers."""
+    return {
+        "schema_version": 2,
+        "command": run.command,
+        "environment": run.environment,
+        "finished": run.finished.isoformat(timespec="seconds") if run.finished else None,
+        "ended_early": run.ended_early,
+        "plan": run.plan,
+        "payloads": run.payloads,
+        "images": run.total,
+        "sent": len(run.images),
+        "unlabelled_left_out": run.unlabelled,
+        "retries": run.retries,
+        "seconds": run.seconds,
+        "confidence": CONFIDENCE,
+        "models": model_results(run),
+        "reference": pair_result(run),
+    }
+
+
+def caveats(run: AccuracyRun) -> list[str]:
     """What a reader must know before the figures."""
-    said = []
-    if survey.ended_early:
-        said.append(f"Ended early: {survey.ended_early}; {len(survey.asked):,} of {survey.images:,} images were asked.")
-    failed = sum(answer.failure is not None for asked in survey.asked for answer in asked.answers)
-    if failed:
-        said.append(
+    found = []
+    if run.ended_early:
+        found.append(f"Ended early: {run.ended_early}; {len(run.images):,} of {run.total:,} images were sent.")
+    if failed := sum(result.failed for result in model_results(run)):
+        found.append(
             f"{failed:,} {'request' if failed == 1 else 'requests'} failed: they count as wrong answers, "
             "and failures.csv lists them."
         )
-    if survey.cut:
-        said.append(f"Not the whole set: --most left out its last {survey.cut:,} images.")
-    if survey.unlabelled:
-        said.append(f"{survey.unlabelled:,} images have no label and were left out.")
-    return said
+    if run.beyond_limit:
+        found.append(f"Not the whole set: --limit left out its last {run.beyond_limit:,} images.")
+    if run.unlabelled:
+        found.append(f"{run.unlabelled:,} images have no label and were left out.")
+    return found
 
 
-def summary(survey: Survey) -> str:
-    """What was asked, and how fast."""
-    speed = f", {len(survey.asked) / survey.seconds:,.0f} a second" if survey.seconds else ""
-    retries = f", {survey.retries:,} retries after 429" if survey.retries else ""
+def summary(run: AccuracyRun) -> str:
+    """What was sent, and how fast."""
+    speed = f", {len(run.images) / run.seconds:,.0f} a second" if run.seconds else ""
+    retries = f", {run.retries:,} retries after 429" if run.retries else ""
     return (
-        f"{len(survey.asked):,} {survey.words}, asked over HTTP, one a request, {survey.plan.connections} at a time, "
-        f"in {survey.seconds:.1f} s{speed}{retries}"
+        f"{len(run.images):,} {run.payloads}, sent over HTTP, one per request, {run.plan.connections} at a time, "
+        f"in {run.seconds:.1f} s{speed}{retries}."
     )
 
 
-def table(survey: Survey, *, tolerance: float) -> Table:
-    """For the terminal."""
-    shown = Table(title="Accuracy as served", caption=f"in brackets: {100 * CONFIDENCE:.0f} % intervals (Wilson)")
-    for number, heading in enumerate(_HEADINGS):
-        shown.add_column(heading, justify="left" if number in (0, len(_HEADINGS) - 1) else "right")
-    for one in figures(survey, tolerance=tolerance):
-        style = "red" if one.failed or (one.check and one.check.same_set and not one.check.holds) else None
-        shown.add_row(*_row(one), style=style)
-    return shown
-
-
-def comparison_lines(survey: Survey) -> list[str]:
-    """The first model against the second, in words; nothing with one model."""
-    found = versus(survey)
-    if found is None:
-        return []
-    first, second = (model.name for model in survey.models)
-    lines = [f"{first} and {second} give the same class for {_counted(found.equal)}."]
-    if found.labelled:
-        lines.append(
-            f"Of {found.labelled:,} labelled images {first} alone has {found.only_first:,} right, {second} alone "
-            f"{found.only_second:,}: {found.points:+.2f} points of top-1 for {first} "
-            f"({found.interval[0]:+.2f} to {found.interval[1]:+.2f}), {_verdict(found, first, second)} "
-            f"(exact McNemar test, p {_p(found.p_value)})."
-        )
-    return lines
-
-
-def markdown(survey: Survey, *, tolerance: float, about: Mapping[str, str]) -> str:
-    """The page."""
-    parts = ["# Accuracy as served", f"{summary(survey)}."]
-    parts += [f"**{warning}**" for warning in warnings(survey)]
-    rows = [_HEADINGS, ("---",) * len(_HEADINGS), *map(_row, figures(survey, tolerance=tolerance))]
-    parts.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
-    parts.append(
-        f"In brackets: {100 * CONFIDENCE:.0f} % intervals (Wilson), for the chance that lies in the choice of images. "
-        f"A manifest's figure for the same images must be met within {tolerance:g} points; for others it should lie in "
-        "the interval."
-    )
-    parts += comparison_lines(survey)
-    differing = disagreements(survey)
-    if differing:
-        what = "Disagreements of the two models" if len(survey.models) > 1 else "Images it has wrong"
-        parts.append(f"## {what}\n\n{len(differing):,}, all in disagreements.csv. The most certain:")
-        parts.append(_most_certain(survey, differing))
-    parts.append("## Measured on\n\n" + "\n".join(f"- {name}: {value}" for name, value in about.items()))
-    return "\n\n".join(parts) + "\n"
-
-
-def as_json(survey: Survey, *, tolerance: float, about: Mapping[str, str]) -> dict[str, Any]:
-    """Everything but the single answers."""
-    against = versus(survey)
-    return {
-        "schema_version": 1,
-        "about": dict(about),
-        "data": survey.words,
-        "images": survey.images,
-        "asked": len(survey.asked),
-        "unlabelled_left_out": survey.unlabelled,
-        "retries": survey.retries,
-        "seconds": round(survey.seconds, 3),
-        "connections": survey.plan.connections,
-        "ended_early": survey.ended_early,
-        "confidence": CONFIDENCE,
-        "tolerance_points": tolerance,
-        "models": [
-            {
-                "model": one.model.name,
-                "version": one.model.version,
-                "top1": _share_as_json(one.top1),
-                "top5": _share_as_json(one.top5),
-                "failed": one.failed,
-                "manifest": _check_as_json(one.check),
-            }
-            for one in figures(survey, tolerance=tolerance)
+def table(run: AccuracyRun) -> Table:
+    """One row per model."""
+    return Table(
+        title="Accuracy as served",
+        headings=("model", "version", "images", "top-1 %", "top-5 %", "failed", "manifest"),
+        rows=[
+            (
+                result.model,
+                str(result.version),
+                f"{result.top1.of:,}",
+                _percent(result.top1),
+                _percent(result.top5) if result.top5 else UNKNOWN,
+                Cell(f"{result.failed:,}", "worse" if result.failed else None),
+                Cell(_manifest(result.manifest), "worse" if result.misses_manifest else None),
+            )
+            for result in model_results(run)
         ],
-        "against": {
-            "same_class": _share_as_json(against.equal),
-            "labelled": against.labelled,
-            "only_first_right": against.only_first,
-            "only_second_right": against.only_second,
-            "points": against.points if against.labelled else None,
-            "interval_points": against.interval if against.labelled else None,
-            "p_value": against.p_value if against.labelled else None,
-        }
-        if against
-        else None,
-    }
-
-
-def _row(one: Figures) -> tuple[str, ...]:
-    return (
-        one.model.name,
-        str(one.model.version),
-        f"{one.top1.of:,}",
-        _percent(one.top1),
-        _percent(one.top5) if one.top5 else "–",
-        f"{one.failed:,}",
-        _manifest(one.check),
+        text=(0, -1),
+        note=f"In brackets: {CONFIDENCE:.0%} intervals (Wilson).",
     )
 
 
-def _percent(share: Share) -> str:
-    if not share.of:
-        return "–"
+def comparison(run: AccuracyRun) -> list[str]:
+    """The model against the reference in sentences; none without a reference."""
+    pair = pair_result(run)
+    if pair is None:
+        return []
+    first, second = (model.name for model in run.models)
+    shared = f"{pair.same_class.hits:,} of {pair.same_class.of:,} images, {_percent(pair.same_class)} %"
+    sentences = [f"{first} and {second} give the same class for {shared}."]
+    if not pair.labelled:
+        return sentences
+    better = first if pair.only_model_right > pair.only_reference_right else second
+    verdict = "no difference seen" if pair.p_value >= 1 - CONFIDENCE else f"{better} is better"
+    p_value = "< 0.0001" if pair.p_value < 0.0001 else f"= {pair.p_value:.4f}"
+    low, high = pair.interval_points
+    sentences.append(
+        f"Of {pair.labelled:,} labelled images {first} alone has {pair.only_model_right:,} right, {second} alone "
+        f"{pair.only_reference_right:,}: {pair.points:+.2f} points of top-1 for {first} ({low:+.2f} to {high:+.2f}), "
+        f"{verdict} (exact McNemar test, p {p_value})."
+    )
+    if all(model.trained for model in run.models):
+        sentences.append("It belongs to these weights: training with another seed may change it by as much.")
+    return sentences
+
+
+def _percent(share: Proportion) -> str:
     low, high = share.interval
-    return f"{100 * share.value:.2f} ({100 * low:.2f}–{100 * high:.2f})"
+    return f"{100 * share.share:.2f} ({100 * low:.2f}–{100 * high:.2f})" if share.of else UNKNOWN
 
 
-def _counted(share: Share) -> str:
-    return f"{share.hits:,} of {share.of:,} images, {_percent(share)} %"
-
-
-def _manifest(check: Check | None) -> str:
+def _manifest(check: ManifestCheck | None) -> str:
     if check is None:
         return "nothing to compare with"
-    stated = f"{100 * check.stated.top1:.2f} of {check.stated.n:,} ({check.stated.dataset} {check.stated.split})"
-    if not check.same_set:
-        return f"{stated}: {'inside' if check.holds else 'OUTSIDE'} the interval"
-    if not check.images:
-        return f"{stated}: the same"
-    found = f"{check.images:+,} {'image' if abs(check.images) == 1 else 'images'} here ({check.points:+.2f} points)"
-    return f"{stated}: {'' if check.holds else 'DIFFERS, '}{found}"
+    images = check.images_more_here
+    text = f"{100 * check.top1:.2f} of {check.n:,} ({check.dataset} {check.split})"
+    if images is None:
+        return f"{text}: {'inside' if check.holds else 'OUTSIDE'} the interval"
+    if not images:
+        return f"{text}: the same"
+    found = f"{images:+,} {'image' if abs(images) == 1 else 'images'} here ({check.points_more_here:+.2f} points)"
+    return f"{text}: {'' if check.holds else 'DIFFERS, '}{found}"
 
 
-def _verdict(found: Versus, first: str, second: str) -> str:
-    if found.p_value >= SIGNIFICANT:
-        return "no difference seen"
-    return f"{first if found.only_first > found.only_second else second} is better"
+def _most_certain(run: AccuracyRun, differing: Sequence[Image]) -> Table:
+    """The disagreements of which the models are most certain, with the label by name, as the answers are."""
+    ordered = sorted(differing, key=lambda image: -min(answer.probability for answer in image.answers))
+    names, labels = [model.name for model in run.models], run.models[0].labels
+    return Table(
+        headings=("image", "label", *names),
+        rows=[
+            (
+                image.name,
+                labels[image.label] if isinstance(image.label, int) else image.label or UNKNOWN,
+                *map(_answer, image.answers),
+            )
+            for image in ordered[:_SHOWN_DISAGREEMENTS]
+        ],
+        text=range(2 + len(names)),
+    )
 
 
-def _p(value: float) -> str:
-    return "< 0.0001" if value < 0.0001 else f"= {value:.4f}"
-
-
-def _most_certain(survey: Survey, differing: list[Asked]) -> str:
-    names = [model.name for model in survey.models]
-    rows = [["image", "label", *names], ["---"] * (2 + len(names))]
-    first = sorted(differing, key=lambda asked: -min(answer.probability for answer in asked.answers))
-    for asked in first[:_SHOWN]:
-        rows.append([asked.name, _label(survey, asked), *map(_said, asked.answers)])
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-
-
-def _label(survey: Survey, asked: Asked) -> str:
-    """By name, as the answers are."""
-    if isinstance(asked.label, int):
-        return survey.models[0].labels[asked.label]
-    return asked.label or "–"
-
-
-def _said(answer: Answer) -> str:
+def _answer(answer: Answer) -> str:
     if answer.failure is not None:
         return "failed"
-    return f"{answer.label} {100 * answer.probability:.0f} %" + (" ✓" if answer.right else "")
+    return f"{answer.label} {answer.probability:.0%}" + (" ✓" if answer.correct else "")
 
 
-def _write_disagreements(survey: Survey, file: Path) -> None:
-    """In the order of the data."""
-    columns = [f"{model.name} {what}" for model in survey.models for what in ("index", "class", "probability", "right")]
+def _csv_row(image: Image) -> list[object]:
+    row: list[object] = [image.name, "" if image.label is None else image.label]
+    for answer in image.answers:
+        if answer.failure is not None:
+            row += ["", "failed", "", 0]
+        else:
+            right = "" if image.label is None else int(answer.correct)
+            row += [answer.index, answer.label, f"{answer.probability:.6f}", right]
+    return row
+
+
+def _write_csv(file: Path, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     with file.open("w", newline="", encoding="utf-8") as stream:
-        rows = csv.writer(stream)
-        rows.writerow(["name", "label", *columns])
-        for asked in disagreements(survey):
-            label = "" if asked.label is None else asked.label
-            cells: list[object] = []
-            for answer in asked.answers:
-                if answer.failure is not None:
-                    cells += ["", "failed", "", 0]
-                else:
-                    right = "" if asked.label is None else int(answer.right)
-                    cells += [answer.index, answer.label, f"{answer.probability:.6f}", right]
-            rows.writerow([asked.name, label, *cells])
-
-
-def _write_failures(survey: Survey, file: Path) -> None:
-    failed = [
-        (asked.name, model.name, answer.failure)
-        for asked in survey.asked
-        for model, answer in zip(survey.models, asked.answers, strict=True)
-        if answer.failure is not None
-    ]
-    if not failed:
-        # One of an earlier run must not pass for this one's.
-        file.unlink(missing_ok=True)
-        return
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        rows = csv.writer(stream)
-        rows.writerow(["name", "model", "failure"])
-        rows.writerows(failed)
-
-
-def _share_as_json(share: Share | None) -> dict[str, Any] | None:
-    if share is None or not share.of:
-        return None
-    return {"hits": share.hits, "of": share.of, "share": share.value, "interval": share.interval}
-
-
-def _check_as_json(check: Check | None) -> dict[str, Any] | None:
-    if check is None:
-        return None
-    return {
-        **vars(check.stated),
-        "same_set": check.same_set,
-        "images_more_here": check.images,
-        "points_more_here": check.points,
-        "holds": check.holds,
-    }
+        csv.writer(stream).writerows([headings, *rows])

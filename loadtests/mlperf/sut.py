@@ -1,12 +1,11 @@
 """MLPerf LoadGen drives a service over HTTP: its system under test (SUT) and its sample library (QSL).
 
-A process of its own, without Locust: LoadGen calls back from its own threads, which gevent's patches would break.
-LoadGen makes the queries, takes the times and gives the verdict; here images are posted to `/v1/classify` and answers
-handed back, by as many threads as there are connections. LoadGen knows no failed query: one that fails is completed,
-or the run would wait for ever, and counted in `sut.json`.
+A process of its own without Locust: LoadGen calls back from its own threads, which gevent's patches would break.
+LoadGen makes the queries, takes the times and gives the verdict; here images are posted and answers handed back, by one
+thread per connection. LoadGen knows no failed query: one that fails is completed, or the run would wait for ever, and
+counted in `sut.json`.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -16,7 +15,9 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,185 +27,193 @@ from urllib.parse import urlsplit
 import mlperf_loadgen as loadgen
 
 RULES = "resnet50"
-"""The benchmark of image classification whose rules LoadGen carries: seeds, percentiles, least counts."""
+"""The image classification benchmark whose rules LoadGen contains: seeds, percentiles, minimum counts."""
 
 _ANSWER_SECONDS = 60.0
-_LOST_AFTER = 50
-_LOST_SECONDS = 5.0
+_MAX_FAILURES = 50
+_MAX_FAILING_SECONDS = 5.0
 _OFFLINE_SPARE = 1.4
-"""A query that the warm-up's rate would work on so many times longer than it must: the rate may be too low."""
+"""The Offline query is this much larger than the warm-up's rate demands, because that rate may be too low."""
 _SINGLE_STREAM_SPARE = 0.5
-"""Of the warm-up's latency: then LoadGen prepares twice the queries that it takes."""
+"""Fraction of the warm-up's latency: LoadGen then prepares twice the queries that it needs."""
 _FOREIGN = ("locust", "gevent", "geventhttpclient")
 
 
-class Refused(Exception):
-    """A request was not answered with 200; the message holds the server's words."""
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What this process is told on its command line, as JSON. Minimums and bounds that are None are MLPerf's own."""
+
+    url: str
+    """Address of the service's route, with the query."""
+    scenario: str
+    mode: str
+    """`PerformanceOnly` or `AccuracyOnly`."""
+    images: str
+    """Folder of image files."""
+    out: str
+    """Folder for LoadGen's logs and `sut.json`."""
+    connections: int
+    warmup_seconds: float
+    load: float
+    """The Server scenario's rate as a fraction of the warm-up's, without `target_qps`."""
+    target_qps: float | None = None
+    min_seconds: float | None = None
+    min_queries: int | None = None
+    latency_ms: float | None = None
+    """Bound of the Server scenario's 99th percentile."""
+
+
+class RequestFailed(Exception):
+    """A request was not answered with 200; the message is the server's."""
 
 
 class Connection:
-    """One connection that is kept alive, and opened anew where the server has closed it."""
+    """A kept-alive connection to one route, reopened after the server has closed it."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self._http = kind(parts.netloc, timeout=_ANSWER_SECONDS)
+        self._path = f"{parts.path or '/'}?{parts.query}"
 
-    def ask(self, request: bytes) -> bytes:
-        """Send a whole request, head and body, in one piece; the answer's body. Raises Refused."""
+    def post(self, image: bytes) -> bytes:
+        """The body of the answer. Raises RequestFailed."""
+        reused = self._http.sock is not None
         try:
-            reused = self._http.sock is not None
             try:
-                status, body = self._exchange(request)
+                status, body = self._exchange(image)
             except ConnectionError:
-                # The server may close a connection that was idle just as it is used again.
+                # The server may close an idle connection just as it is used again.
                 if not reused:
                     raise
                 self._http.close()
-                status, body = self._exchange(request)
+                status, body = self._exchange(image)
         except (OSError, HTTPException) as error:
             self._http.close()
-            raise Refused(f"{type(error).__name__}: {error}") from error
+            raise RequestFailed(f"{type(error).__name__}: {error}") from error
         if status != 200:
-            raise Refused(f"{status}: {_words(body)}")
+            raise RequestFailed(f"{status}: {_message(body)}")
         return body
 
-    def _exchange(self, request: bytes) -> tuple[int, bytes]:
-        if self._http.sock is None:
-            self._http.connect()
-        self._http.sock.sendall(request)
-        response = HTTPResponse(self._http.sock, method="POST")
-        try:
-            response.begin()
-            body = response.read()
-        finally:
-            response.close()
-        if response.will_close:
-            self._http.close()
-        return response.status, body
+    def _exchange(self, image: bytes) -> tuple[int, bytes]:
+        self._http.request("POST", self._path, image)
+        response = self._http.getresponse()
+        return response.status, response.read()
 
 
 class Sut:
-    """The service, as LoadGen sees it: each connection has a thread, and all take from one queue."""
+    """The service as LoadGen sees it: every connection has a thread, and all take from one queue."""
 
-    def __init__(self, connections: Sequence[Connection], requests: Sequence[bytes], *, logs_classes: bool) -> None:
-        self._requests, self._logs_classes = requests, logs_classes
+    def __init__(self, connections: Sequence[Connection], images: Sequence[bytes], *, logs_classes: bool) -> None:
+        self._images, self._logs_classes = images, logs_classes
         self._jobs: SimpleQueue[tuple[int, int]] = SimpleQueue()
         self._lock = threading.Lock()
-        self._in_a_row = 0
+        self._failed_in_a_row = 0
         self._answered_at = time.monotonic()
         self.answered = 0
         self.failures: Counter[str] = Counter()
-        """By what the server, or the connection, said."""
+        """By the message of the server or the connection."""
         for connection in connections:
             threading.Thread(target=self._work, args=(connection,), daemon=True).start()
 
     def issue(self, samples: Sequence[Any]) -> None:
-        """LoadGen's queries."""
+        """Take LoadGen's queries."""
         for sample in samples:
             self._jobs.put((sample.id, sample.index))
 
     def _work(self, connection: Connection) -> None:
         while True:
-            ident, index = self._jobs.get()
+            query, index = self._jobs.get()
             answer = array("i")
             try:
-                body = connection.ask(self._requests[index])
+                body = connection.post(self._images[index])
                 if self._logs_classes:
                     answer.append(_class_index(body))
-            except Refused as error:
-                self._failed(str(error))
+            except RequestFailed as error:
+                self._count_failure(str(error))
             else:
                 with self._lock:
                     self.answered += 1
-                    self._in_a_row, self._answered_at = 0, time.monotonic()
+                    self._failed_in_a_row, self._answered_at = 0, time.monotonic()
             address, count = answer.buffer_info()
-            loadgen.QuerySamplesComplete([loadgen.QuerySampleResponse(ident, address, count * answer.itemsize)])
+            loadgen.QuerySamplesComplete([loadgen.QuerySampleResponse(query, address, count * answer.itemsize)])
 
-    def _failed(self, words: str) -> None:
+    def _count_failure(self, message: str) -> None:
         with self._lock:
-            self.failures[words] += 1
-            self._in_a_row += 1
-            lost = self._in_a_row >= _LOST_AFTER and time.monotonic() > self._answered_at + _LOST_SECONDS
-        if lost:
-            # LoadGen cannot be told to stop.
-            _give_up(f"{self._in_a_row} requests failed in a row, the last one with: {words}")
+            self.failures[message] += 1
+            self._failed_in_a_row += 1
+            failing_seconds = time.monotonic() - self._answered_at
+            gone = self._failed_in_a_row >= _MAX_FAILURES and failing_seconds > _MAX_FAILING_SECONDS
+        if gone:
+            # LoadGen offers no way to stop it.
+            _exit(f"{self._failed_in_a_row} requests failed in a row, the last one with: {message}")
 
 
-def warm_up(connections: Sequence[Connection], requests: Sequence[bytes], *, seconds: float) -> float:
-    """All connections busy for so long; the images a second that they got in the second half. Raises Refused."""
-    connections[0].ask(requests[0])
-    begin = time.perf_counter()
-    ended_at: list[float] = []
-    refused: list[Refused] = []
+def warm_up(connections: Sequence[Connection], images: Sequence[bytes], *, seconds: float) -> float:
+    """Keep all connections busy; images a second in the second half. Raises RequestFailed."""
+    connections[0].post(images[0])
+    middle = time.perf_counter() + seconds / 2
+    end = middle + seconds / 2
 
-    def work(connection: Connection, position: int) -> None:
-        while not refused and time.perf_counter() < begin + seconds:
-            try:
-                connection.ask(requests[position % len(requests)])
-            except Refused as error:
-                refused.append(error)
-            else:
-                ended_at.append(time.perf_counter())
+    def work(connection: Connection, position: int) -> int:
+        counted = 0
+        while time.perf_counter() < end:
+            connection.post(images[position % len(images)])
+            counted += middle <= time.perf_counter() < end
             position += len(connections)
+        return counted
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(connections, range(len(connections)))]  # noqa: B905
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if refused:
-        raise refused[0]
-    measured = sum(begin + seconds / 2 <= moment < begin + seconds for moment in ended_at)
-    if not measured:
-        raise Refused(f"no image was answered within {seconds / 2:g} s")
-    return measured / (seconds / 2)
+    with ThreadPoolExecutor(len(connections)) as pool:
+        counted = sum(pool.map(work, connections, range(len(connections))))
+    if not counted:
+        raise RequestFailed(f"no image was answered within {seconds / 2:g} s")
+    return counted / (seconds / 2)
 
 
-def settings_of(asked: argparse.Namespace, *, rate: float, images: int) -> tuple[Any, dict[str, float]]:
-    """LoadGen's settings, and the least that MLPerf's rules for image classification ask for."""
+def settings_for(spec: Spec, *, rate: float, images: int) -> tuple[Any, dict[str, float]]:
+    """LoadGen's settings, and the minimums that MLPerf's rules for image classification demand."""
     settings = loadgen.TestSettings()
-    if settings.FromConfig("", RULES, asked.scenario, 0):
-        raise SystemExit(f"this LoadGen ({version('mlcommons-loadgen')}) carries no rules for {RULES}")
+    if settings.FromConfig("", RULES, spec.scenario, 0):
+        raise SystemExit(f"this LoadGen ({version('mlcommons-loadgen')}) contains no rules for {RULES}")
     rules = {
         "min_duration_s": settings.min_duration_ms / 1000,
         "min_query_count": settings.min_query_count,
         "performance_sample_count": settings.performance_sample_count_override,
     }
-    if asked.scenario == "Server":
+    if spec.scenario == "Server":
         rules["target_latency_ms"] = settings.server_target_latency_ns / 1e6
-    settings.scenario = getattr(loadgen.TestScenario, asked.scenario)
-    settings.mode = getattr(loadgen.TestMode, asked.mode)
+    settings.scenario = getattr(loadgen.TestScenario, spec.scenario)
+    settings.mode = getattr(loadgen.TestMode, spec.mode)
     settings.performance_sample_count_override = images
-    if asked.min_seconds is not None:
-        settings.min_duration_ms = round(asked.min_seconds * 1000)
-    if asked.min_queries is not None:
-        settings.min_query_count = asked.min_queries
-    settings.server_target_qps = asked.target_qps or asked.share * rate
-    if asked.latency_ms is not None:
-        settings.server_target_latency_ns = round(asked.latency_ms * 1e6)
+    if spec.min_seconds is not None:
+        settings.min_duration_ms = round(spec.min_seconds * 1000)
+    if spec.min_queries is not None:
+        settings.min_query_count = spec.min_queries
+    if spec.latency_ms is not None:
+        settings.server_target_latency_ns = round(spec.latency_ms * 1e6)
+    settings.server_target_qps = spec.target_qps or spec.load * rate
     settings.offline_expected_qps = _OFFLINE_SPARE * rate
     settings.single_stream_expected_latency_ns = round(_SINGLE_STREAM_SPARE * 1e9 / rate)
     return settings, rules
 
 
-def drive(asked: argparse.Namespace) -> dict[str, Any]:
-    """Warm up, let LoadGen run, and say what it cannot know. Raises Refused if the warm-up fails."""
-    requests = _requests(asked.url, asked.path, asked.images)
-    connections = [Connection(asked.url) for _ in range(asked.connections)]
-    rate = warm_up(connections, requests, seconds=asked.warmup)
-    settings, rules = settings_of(asked, rate=rate, images=len(requests))
+def drive(spec: Spec) -> dict[str, Any]:
+    """Warm up, let LoadGen run, and return what LoadGen cannot know. Raises RequestFailed if the warm-up fails."""
+    images = [file.read_bytes() for file in sorted(Path(spec.images).iterdir())]
+    connections = [Connection(spec.url) for _ in range(spec.connections)]
+    rate = warm_up(connections, images, seconds=spec.warmup_seconds)
+    settings, rules = settings_for(spec, rate=rate, images=len(images))
     logs = loadgen.LogSettings()
-    logs.log_output.outdir = str(asked.out)
+    logs.log_output.outdir = spec.out
     logs.enable_trace = False
-    sut = Sut(connections, requests, logs_classes=asked.mode == "AccuracyOnly")
+    sut = Sut(connections, images, logs_classes=spec.mode == "AccuracyOnly")
     # All images are in memory from the start.
-    library = loadgen.ConstructQSL(len(requests), len(requests), lambda _: None, lambda _: None)
+    library = loadgen.ConstructQSL(len(images), len(images), lambda _: None, lambda _: None)
     handle = loadgen.ConstructSUT(sut.issue, lambda: None)
     began, spent = time.perf_counter(), time.process_time()
-    # LoadGen would take an audit.config of the current folder for an order.
-    loadgen.StartTestWithLogSettings(handle, library, settings, logs, str(asked.out / "no-audit.config"))
-    seconds, cpu = time.perf_counter() - began, time.process_time() - spent
+    # LoadGen would obey an audit.config of the current folder.
+    loadgen.StartTestWithLogSettings(handle, library, settings, logs, str(Path(spec.out) / "no-audit.config"))
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - spent
     loadgen.DestroyQSL(library)
     loadgen.DestroySUT(handle)
     return {
@@ -212,75 +221,45 @@ def drive(asked: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "answered": sut.answered,
         "failures": dict(sut.failures),
-        "connections": asked.connections,
-        "generator_cores": cpu / seconds,
+        "connections": spec.connections,
+        "generator_cores": cpu_seconds / seconds,
         "warmup_rate": rate,
-        "images": len(requests),
+        "images": len(images),
         "rules": rules,
     }
 
 
 def main() -> None:
-    """Read the command line, drive, and write `sut.json` beside LoadGen's logs."""
-    parser = argparse.ArgumentParser(prog="python -m loadtests.mlperf.sut", description=__doc__)
-    parser.add_argument("url")
-    parser.add_argument("path", help="of the service's route, with the query")
-    parser.add_argument("--scenario", choices=("SingleStream", "Server", "Offline"), required=True)
-    parser.add_argument("--mode", choices=("PerformanceOnly", "AccuracyOnly"), default="PerformanceOnly")
-    parser.add_argument("--images", type=Path, required=True, help="folder of image files")
-    parser.add_argument("--out", type=Path, required=True, help="folder for LoadGen's logs; must be there")
-    parser.add_argument("--min-seconds", type=float, help="least duration; MLPerf's own if not given")
-    parser.add_argument("--min-queries", type=int, help="least queries; MLPerf's own if not given")
-    parser.add_argument("--warmup", type=float, default=3.0, help="seconds before LoadGen starts")
-    parser.add_argument("--connections", type=int, default=128)
-    parser.add_argument("--target-qps", type=float, help="of the Server scenario; else a share of the warm-up's rate")
-    parser.add_argument("--share", type=float, default=0.6, help="of the warm-up's rate, for the Server scenario")
-    parser.add_argument("--latency-ms", type=float, help="p99 of the Server scenario; MLPerf's own if not given")
-    asked = parser.parse_args()
-    foreign = [name for name in _FOREIGN if name in sys.modules]
-    if foreign:
+    """Drive as the command line says, and write `sut.json` beside LoadGen's logs."""
+    spec = Spec(**json.loads(sys.argv[1]))
+    if foreign := [name for name in _FOREIGN if name in sys.modules]:
         raise SystemExit(f"{', '.join(foreign)} must not be loaded beside LoadGen")
-    # LoadGen holds the main thread, so that Python's own handler would not be reached.
+    # LoadGen occupies the main thread, so that Python's own handler would not be reached.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
-        found = drive(asked)
-    except Refused as error:
-        _give_up(str(error))
-    (asked.out / "sut.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
-def _requests(url: str, path: str, folder: Path) -> list[bytes]:
-    parts = urlsplit(url)
-    line = f"POST {parts.path.rstrip('/')}{path} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
-    images = [file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file() and file.suffix != ".json"]
-    return [f"{line}Content-Length: {len(image)}\r\n\r\n".encode("ascii") + image for image in images]
+        found = drive(spec)
+    except RequestFailed as error:
+        _exit(str(error))
+    (Path(spec.out) / "sut.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _class_index(body: bytes) -> int:
     try:
-        index = json.loads(body)["results"][0]["predictions"][0]["index"]
+        return int(json.loads(body)["results"][0]["predictions"][0]["index"])
     except (ValueError, LookupError, TypeError) as error:
-        raise Refused(f"200, but no class: {_words(body)}") from error
-    return int(index)
+        raise RequestFailed(f"200, but no class: {_message(body)}") from error
 
 
-def _words(body: bytes) -> str:
-    """What an answer says, without what is different in each: requests that fail alike are counted together."""
+def _message(body: bytes) -> str:
+    """The part of an error answer that is the same in all of its kind, so that they are counted together."""
     try:
         return str(json.loads(body)["detail"])
     except (ValueError, LookupError, TypeError):
         return body[:200].decode("utf-8", "replace")
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _give_up(words: str) -> NoReturn:
-    print(words, file=sys.stderr, flush=True)
+def _exit(message: str) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
     os._exit(1)
 
 

@@ -35,7 +35,7 @@ PNG = encoded(noise(32, 32))
 
 
 def resum(bundle: Path) -> None:
-    """Make the digests right again, as somebody who edits a bundle would."""
+    """Write the digests again after a bundle was edited."""
     lines = [f"{hashlib.sha256((bundle / file).read_bytes()).hexdigest()}  {file}\n" for file in CONTENT_FILES]
     (bundle / SUMS_FILE).write_text("".join(lines))
 

@@ -18,7 +18,8 @@ import httpx
 import numpy as np
 import pytest
 
-from loadtests.experiment.locust_runner import LOCUSTFILE, SHAPES, RequestSpec, closed_loop, run_locust
+from loadtests.experiment.locust_runner import LOCUSTFILE, SHAPES, RequestSpec, apply_load, run_locust
+from loadtests.experiment.model import Load
 from loadtests.experiment.server import Server, ServerError, free_port, running
 from loadtests.generator import payload_cache
 from loadtests.generator.payloads import Payload
@@ -173,9 +174,9 @@ class Handler(BaseHTTPRequestHandler):
 
 HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
-    mortal = running(lambda port: [sys.executable, "-c", code, str(port)], name="the mortal", log=tmp_path / "log")
+    mortal = running([sys.executable, "-c", code], name="the mortal", log=tmp_path / "log")
     with mortal as server, pytest.raises(ServerError, match=r"the mortal died under load[^!]*out of luck"):
-        closed_loop(server, ask, connections=2, warmup_seconds=0, seconds=20)
+        apply_load(server, ask, Load(name="closed", connections=2), warmup_seconds=0, seconds=20, seed=0)
 
 
 @pytest.mark.slow
