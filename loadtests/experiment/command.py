@@ -1,13 +1,7 @@
 """What the commands share: options that mean the same everywhere, progress, interruption, exit codes, the report.
 
 A command turns its flags into a plan, hands `run_measurement` how to measure and how to report, and exits with the
-code that it returns:
-
-    results = Results(plan=plan, command=command or this_command())
-    code = run_measurement(
-        results, lambda progress: measure(plan, out, results, progress), report=lambda: write(results, out)
-    )
-    raise typer.Exit(code)
+code that it returns.
 """
 
 import signal
@@ -33,14 +27,10 @@ INTERRUPTED = 130
 
 Model = Annotated[str, typer.Option(help="Name of the model; its newest version is measured.")]
 Repository = Annotated[Path, typer.Option(help="Folder of model bundles.")]
-Url = Annotated[
-    str | None, typer.Option(help="Measure a server that already runs, such as http://127.0.0.1:8000, instead.")
-]
+Url = Annotated[str | None, typer.Option(help="Instead, a server that already runs, such as http://127.0.0.1:8000.")]
 Data = Annotated[
     Path | None,
-    typer.Option(
-        help="Images to send: a folder of image files, of class folders, or of parquet files. [generated JPEGs]"
-    ),
+    typer.Option(help="Images to send: a folder of image files, class folders, or parquet files. [generated JPEGs]"),
 ]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds; each holds one block of every arm, interleaved.")]
 Seconds = Annotated[float, typer.Option(min=1, help="Measured seconds of each load.")]
@@ -80,8 +70,8 @@ def run_measurement(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = 0
     try:
-        with _progress_bar() as bar:
-            measure(_TerminalProgress(bar))
+        with _ProgressBar() as progress:
+            measure(progress)
         results.finished = datetime.now(UTC)
     except LoadTestError as problem:
         code, results.ended_early = 1, str(problem).splitlines()[0].rstrip(":")
@@ -128,27 +118,17 @@ def warn(message: str) -> None:
     console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
-class _TerminalProgress:
+class _ProgressBar(rich_progress.Progress):
     """A progress bar on standard error."""
 
-    def __init__(self, bar: rich_progress.Progress) -> None:
-        self._bar = bar
-        self._task = bar.add_task("starting", total=None)
+    def __init__(self) -> None:
+        text, bar, count = rich_progress.TextColumn, rich_progress.BarColumn(), rich_progress.MofNCompleteColumn()
+        elapsed, left = rich_progress.TimeElapsedColumn(), rich_progress.TimeRemainingColumn()
+        super().__init__(text("{task.description}"), bar, count, elapsed, text("left"), left, console=console)
+        self._task = self.add_task("starting", total=None)
 
     def step(self, what: str, done: float, total: float) -> None:
-        self._bar.update(self._task, description=what, completed=done, total=total)
+        self.update(self._task, description=what, completed=done, total=total)
 
     def note(self, message: str) -> None:
-        self._bar.console.print(escape(message), highlight=False, soft_wrap=True)
-
-
-def _progress_bar() -> rich_progress.Progress:
-    return rich_progress.Progress(
-        rich_progress.TextColumn("{task.description}"),
-        rich_progress.BarColumn(),
-        rich_progress.MofNCompleteColumn(),
-        rich_progress.TimeElapsedColumn(),
-        rich_progress.TextColumn("left"),
-        rich_progress.TimeRemainingColumn(),
-        console=console,
-    )
+        self.console.print(escape(message), highlight=False, soft_wrap=True)

@@ -5,14 +5,14 @@ percentile, the answers of all rounds are pooled instead, and the figure is mark
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from loadtests.experiment.model import Arm
-from loadtests.generator.load_result import IN_FLIGHT, LoadResult
+from loadtests.generator.load_result import IN_FLIGHT
 from loadtests.generator.samples import LATE_MS
 from loadtests.limit.measure import LimitExperiment, closed_name
 from loadtests.report.experiment import conditions, write_experiment
@@ -22,6 +22,16 @@ from loadtests.statistics import paired_ratio, percentile
 POOLED = -1
 """The key of a figure of all rounds together."""
 _LEVEL = 0.95
+_FORMATS = {
+    "images/s": ".1f",
+    "p50 ms": ".1f",
+    "p99 ms": ".1f",
+    "p99/p50": ".2f",
+    "idle MB": ".1f",
+    "peak MB": ".1f",
+    "server cores": ".2f",
+    "generator cores": ".2f",
+}
 
 ByRound = dict[int, float]
 """A figure by round."""
@@ -55,36 +65,33 @@ class Ratio:
         return effect.at(_LEVEL)[1:] if effect else None
 
 
-class Figures:
-    """The figures of one arm under one load; empty if no block has it."""
+def figures(experiment: LimitExperiment, arm: Arm, load: str) -> dict[str, ByRound]:
+    """The columns of an arm under a load, by round; empty ones if no block has it."""
+    blocks = {block.round: block for block in experiment.blocks_of(arm.label) if load in block.loads}
+    loads = {number: block.loads[load] for number, block in blocks.items()}
+    samples = {number: load.latencies_ms for number, load in loads.items()}
+    if any(percentile(latencies, 99) is None for latencies in samples.values()):
+        samples = {POOLED: np.concatenate(list(samples.values()))}
+    p50_ms, p99_ms = (
+        {number: value for number, latencies in samples.items() if (value := percentile(latencies, rank)) is not None}
+        for rank in (50, 99)
+    )
+    return {
+        "images/s": {number: load.throughput for number, load in loads.items()},
+        "p50 ms": p50_ms,
+        "p99 ms": p99_ms,
+        "p99/p50": ratio(p99_ms, p50_ms),
+        "idle MB": {number: block.idle_bytes / 1e6 for number, block in blocks.items() if block.idle_bytes},
+        "peak MB": {number: load.peak_bytes / 1e6 for number, load in loads.items()},
+        "server cores": {number: load.server_cores for number, load in loads.items()},
+        "generator cores": {number: load.generator_cores for number, load in loads.items()},
+    }
 
-    def __init__(self, experiment: LimitExperiment, arm: Arm, load: str) -> None:
-        self.label = arm.label
-        blocks = [block for block in experiment.blocks_of(arm.label) if load in block.loads]
-        self.loads = {block.round: block.loads[load] for block in blocks}
-        self.idle_bytes = {block.round: float(block.idle_bytes) for block in blocks if block.idle_bytes}
 
-    def of(self, read: Callable[[LoadResult], float]) -> ByRound:
-        """Any figure of the load."""
-        return {number: read(load) for number, load in self.loads.items()}
-
-    def percentile_ms(self, rank: float) -> ByRound:
-        """A latency percentile by round, or pooled if a round is too small for the 99th."""
-        samples = {number: load.latencies_ms for number, load in self.loads.items()}
-        if any(percentile(latencies, 99) is None for latencies in samples.values()):
-            samples = {POOLED: np.concatenate(list(samples.values()))}
-        values = {number: percentile(latencies, rank) for number, latencies in samples.items()}
-        return {number: value for number, value in values.items() if value is not None}
-
-    @property
-    def throughput(self) -> ByRound:
-        """Images per second."""
-        return self.of(lambda load: load.throughput)
-
-    @property
-    def tail(self) -> ByRound:
-        """p99 divided by p50."""
-        return ratio(self.percentile_ms(99), self.percentile_ms(50))
+def engine_figure(experiment: LimitExperiment, model: str, name: str) -> ByRound:
+    """A figure of a model's engine limit by round, where it is known."""
+    arm = next(arm for arm in experiment.plan.arms if arm.kind == "engine" and arm.model == model)
+    return {block.round: block.info[name] for block in experiment.blocks_of(arm.label) if block.info[name]}
 
 
 def ratio(above: ByRound, below: ByRound) -> ByRound:
@@ -106,68 +113,58 @@ def ratios(experiment: LimitExperiment) -> list[Ratio]:
 
 def _ratios(experiment: LimitExperiment, model: str) -> Iterator[Ratio]:
     plan = experiment.plan
-    arms = [arm for arm in plan.arms if arm.model == model and arm.kind != "engine"]
-    services, limits = arms[:-1], _engine(experiment, model, "images_per_second")
+    *services, plain = [arm for arm in plan.arms if arm.model == model and arm.kind != "engine"]
+    limits = engine_figure(experiment, model, "images_per_second")
     for load in map(closed_name, plan.connections):
-        *found, plain = (Figures(experiment, arm, load) for arm in arms)
-        for one in (*found, plain):
-            peak = one.of(lambda load: load.peak_bytes)
-            growth = {n: 100 * (value - 1) for n, value in ratio(peak, one.idle_bytes).items()}
-            yield Ratio(name=f"{one.label} / engine limit, images/s, {load}", values=ratio(one.throughput, limits))
-            yield Ratio(name=f"{one.label}, p99 / p50, {load}", values=one.tail)
-            yield Ratio(name=f"{one.label}, peak memory above idle, {load}", values=growth, unit="%")
-        for one, other in [*((one, plain) for one in found), *((one, found[0]) for one in found[1:])]:
-            name = f"{one.label} / {other.label}"
-            yield Ratio(name=f"{name}, images/s, {load}", values=ratio(one.throughput, other.throughput))
-            p50_ms = ratio(one.percentile_ms(50), other.percentile_ms(50))
-            yield Ratio(name=f"{name}, p50, {load}", values=p50_ms)
+        found = {arm: figures(experiment, arm, load) for arm in (*services, plain)}
+        for arm, own in found.items():
+            growth = {number: 100 * (value - 1) for number, value in ratio(own["peak MB"], own["idle MB"]).items()}
+            yield Ratio(name=f"{arm.label} / engine limit, images/s, {load}", values=ratio(own["images/s"], limits))
+            yield Ratio(name=f"{arm.label}, p99 / p50, {load}", values=own["p99/p50"])
+            yield Ratio(name=f"{arm.label}, peak memory above idle, {load}", values=growth, unit="%")
+        for arm, other in [*((arm, plain) for arm in services), *((arm, services[0]) for arm in services[1:])]:
+            for figure in ("images/s", "p50 ms"):
+                values = ratio(found[arm][figure], found[other][figure])
+                yield Ratio(name=f"{arm.label} / {other.label}, {figure.removesuffix(' ms')}, {load}", values=values)
     for arm in services:
-        opened, single = Figures(experiment, arm, plan.open_name), Figures(experiment, arm, closed_name(1))
-        values = ratio(opened.percentile_ms(99), single.percentile_ms(50))
-        yield Ratio(name=f"{arm.label}, p99 in the {plan.open_name} / p50 at {closed_name(1)}", values=values)
-        alone = _engine(experiment, model, "baseline_pss_bytes")
-        above = {n: (idle - alone[n]) / 1e6 for n, idle in opened.idle_bytes.items() if n in alone}
+        opened, single = (figures(experiment, arm, load) for load in (plan.open_name, closed_name(1)))
+        name = f"{arm.label}, p99 in the {plan.open_name} / p50 at {closed_name(1)}"
+        yield Ratio(name=name, values=ratio(opened["p99 ms"], single["p50 ms"]))
+        alone = engine_figure(experiment, model, "baseline_pss_bytes")
+        above = {number: idle - alone[number] / 1e6 for number, idle in opened["idle MB"].items() if number in alone}
         yield Ratio(name=f"{arm.label} idle, memory above ONNX Runtime and model alone", values=above, unit="MB")
-
-
-def _engine(experiment: LimitExperiment, model: str, name: str) -> ByRound:
-    """A figure of a model's engine limit."""
-    arm = next(arm for arm in experiment.plan.arms if arm.kind == "engine" and arm.model == model)
-    return {block.round: block.info[name] for block in experiment.blocks_of(arm.label) if block.info[name]}
 
 
 def load_table(experiment: LimitExperiment) -> Table:
     """Every arm under every load."""
-    rows: list[tuple[str, ...]] = []
+    rows = []
     for arm in experiment.plan.arms:
         blocks = experiment.blocks_of(arm.label)
         if arm.kind == "engine" and blocks:
+            rates = engine_figure(experiment, arm.model, "images_per_second")
+            alone = engine_figure(experiment, arm.model, "baseline_pss_bytes")
+            columns = {"images/s": rates, "idle MB": {number: pss / 1e6 for number, pss in alone.items()}}
             batches = "/".join(dict.fromkeys(str(block.info["batch_size"]) for block in blocks))
-            alone = _middle(_engine(experiment, arm.model, "baseline_pss_bytes"), ".1f", scale=1e-6)
-            rates = _range(_engine(experiment, arm.model, "images_per_second"))
-            rows.append((arm.label, f"batch {batches}", rates, *[UNKNOWN] * 4, alone, *[UNKNOWN] * 3))
+            rows.append((arm.label, f"batch {batches}", *_cells(columns), UNKNOWN))
         for load in experiment.plan.loads(arm):
-            figures = Figures(experiment, arm, load.name)
-            if figures.loads:
-                rows.append((arm.label, load.name, *_cells(figures)))
-    headings = ("arm", "load", "images/s (min–max)", "p50 ms", "p99 ms", "p99/p50", "errors")
-    memory_and_cpu = ("idle MB", "peak MB", "server cores", "generator cores")
-    return Table(title=_conditions(experiment), headings=(*headings, *memory_and_cpu), rows=rows, text=(0, 1))
+            results = [block.loads[load.name] for block in blocks if load.name in block.loads]
+            if not results:
+                continue
+            errors, arrivals = sum(one.errors for one in results), sum(one.arrivals for one in results)
+            unsent, late = sum(one.unsent_arrivals for one in results), sum(one.late_arrivals for one in results)
+            said = f"{errors} (of {arrivals}: unsent {unsent}, late {late})" if arrivals else str(errors)
+            rows.append((arm.label, load.name, *_cells(figures(experiment, arm, load.name)), said))
+    headings = ("arm", "load", "images/s (min–max)", *list(_FORMATS)[1:], "errors")
+    return Table(title=_conditions(experiment), headings=headings, rows=rows, text=(0, 1))
 
 
-def _cells(figures: Figures) -> Iterator[str]:
-    loads = figures.loads.values()
-    yield _range(figures.throughput)
-    yield _middle(figures.percentile_ms(50), ".1f")
-    yield _middle(figures.percentile_ms(99), ".1f")
-    yield _middle(figures.tail, ".2f")
-    errors, arrivals = sum(load.errors for load in loads), sum(load.arrivals for load in loads)
-    unsent, late = sum(load.unsent_arrivals for load in loads), sum(load.late_arrivals for load in loads)
-    yield f"{errors}" + (f" (of {arrivals}: unsent {unsent}, late {late})" if arrivals else "")
-    yield _middle(figures.idle_bytes, ".1f", scale=1e-6)
-    yield f"{max(load.peak_bytes for load in loads) / 1e6:.1f}"
-    yield _middle(figures.of(lambda load: load.server_cores), ".2f")
-    yield _middle(figures.of(lambda load: load.generator_cores), ".2f")
+def _cells(columns: dict[str, ByRound]) -> Iterator[str]:
+    """Medians over rounds, but the largest peak; of the first column, with the smallest and the largest round."""
+    for name, form in _FORMATS.items():
+        values = list(columns.get(name, {}).values())
+        middle = max if name == "peak MB" else np.median
+        text = f"{middle(values):{form}}" + "*" * (POOLED in columns[name]) if values else UNKNOWN
+        yield f"{text} ({min(values):{form}}–{max(values):{form}})" if name == "images/s" else text
 
 
 def ratio_table(experiment: LimitExperiment) -> Table:
@@ -189,31 +186,18 @@ def _conditions(experiment: LimitExperiment) -> str:
 def write(experiment: LimitExperiment, out: Path) -> Path:
     """Write `report.md` and `results.json` in the folder `out`, print the tables, and return the report's path."""
     loads, found = load_table(experiment), ratio_table(experiment)
-    versions: Mapping[str, str] = next((b.info["versions"] for b in experiment.blocks if "versions" in b.info), {})
     keys = ("name", "unit", "median", "interval", "values")
-    figures = [{key: getattr(one, key) for key in keys} for one in ratios(experiment)]
     write_experiment(
         experiment,
         out,
         template="limit.md.j2",
-        figures={"ratios": figures},
+        figures={"ratios": [{key: getattr(one, key) for key in keys} for one in ratios(experiment)]},
         conditions=_conditions(experiment),
         loads=loads,
         ratios=found,
         in_flight=IN_FLIGHT,
         late_ms=LATE_MS,
-        versions=versions,
+        versions=next((block.info["versions"] for block in experiment.blocks if "versions" in block.info), {}),
     )
     print_tables(loads, found, width=190)
     return out / "report.md"
-
-
-def _range(values: ByRound) -> str:
-    numbers = list(values.values())
-    return f"{np.median(numbers):.1f} ({min(numbers):.1f}–{max(numbers):.1f})"
-
-
-def _middle(values: ByRound, form: str, *, scale: float = 1.0) -> str:
-    if not values:
-        return UNKNOWN
-    return f"{np.median(list(values.values())) * scale:{form}}" + "*" * (POOLED in values)

@@ -6,6 +6,7 @@ open loop whose rate steps up and down again; every request has the same deadlin
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import numpy.typing as npt
 
 from loadtests.experiment.model import Arm, Block, Experiment, Load, Plan
 from loadtests.experiment.server import Server
-from loadtests.generator.load_result import RequestTrace
 from loadtests.statistics import percentile
 
 STEPS = "steps"
@@ -68,22 +68,19 @@ class StepResult:
     """The fraction of these answers that each model gave."""
 
 
-@dataclass(frozen=True)
 class Requests:
-    """The requests of a whole block."""
+    """The requests of some whole blocks, as arrays in the same order."""
 
-    trace: RequestTrace
-    latencies_ms: npt.NDArray[np.float64]
-    good: npt.NDArray[np.bool_]
-    """Answered with 200 within the deadline, counted from the moment at which each was due."""
-
-    @classmethod
-    def of(cls, block: Block, deadline_ms: float) -> "Requests":
-        """Raises ValueError for a load without a trace."""
-        load = block.loads[STEPS]
-        if load.trace is None:
-            raise ValueError("a stepped load has a trace")
-        return cls(load.trace, load.latencies_ms, (load.trace.statuses == 200) & (load.latencies_ms <= deadline_ms))
+    def __init__(self, blocks: Sequence[Block], deadline_ms: float) -> None:
+        loads = [block.loads[STEPS] for block in blocks]
+        traces = [load.trace for load in loads if load.trace]
+        self.due_s = np.concatenate([trace.due_s for trace in traces])
+        self.statuses = np.concatenate([trace.statuses for trace in traces])
+        self.models = np.concatenate([trace.models for trace in traces])
+        self.latencies_ms = np.concatenate([load.latencies_ms for load in loads])
+        self.blocks = np.repeat(np.arange(len(blocks)), [len(load.latencies_ms) for load in loads])
+        self.good = (self.statuses == 200) & (self.latencies_ms <= deadline_ms)
+        """Answered with 200 within the deadline, counted from the moment at which each was due."""
 
 
 def top1_of_models(_arm: Arm, server: Server, _repository: Path) -> dict[str, Any]:
@@ -105,34 +102,30 @@ def _step(plan: OverloadPlan, blocks: list[Block], place: int) -> StepResult:
     rate, length = plan.steps[place]
     changing = min(_CHANGE_SECONDS, length / 2)
     begin, seconds = sum(earlier for _, earlier in plan.steps[:place]) + changing, length - changing
-    due = refused = late = 0
-    served: Counter[str] = Counter()
-    rates: list[float] = []
-    answered: list[npt.NDArray[np.float64]] = []
-    for block in blocks:
-        requests = Requests.of(block, plan.deadline_ms)
-        within = (requests.trace.due_s >= begin) & (requests.trace.due_s < begin + seconds)
-        statuses, good = requests.trace.statuses[within], requests.good[within]
-        due += len(statuses)
-        refused += int((statuses == 429).sum())
-        late += int((((statuses == 200) & ~good) | (statuses == 504)).sum())
-        served.update(requests.trace.models[within][good].tolist())
-        rates.append(int(good.sum()) / seconds)
-        answered.append(requests.latencies_ms[within][statuses == 200])
-    count, whole = served.total(), seconds * len(blocks)
-    top1: dict[str, float] = blocks[0].info["top1"]
-    p99_ms = percentile(np.concatenate(answered), 99)
+    every = Requests(blocks, plan.deadline_ms)
+    within = (every.due_s >= begin) & (every.due_s < begin + seconds)
+    statuses, good, due = every.statuses[within], every.good[within], int(within.sum())
+    late = ((statuses == 200) & ~good) | (statuses == 504)
+    refused = statuses == 429
+    rates = np.bincount(every.blocks[within][good], minlength=len(blocks)) / seconds
+    served = Counter(every.models[within][good].tolist())
+    answers, top1 = served.total(), blocks[0].info["top1"]
+    p99_ms = percentile(every.latencies_ms[within][statuses == 200], 99)
+
+    def fraction(requests: npt.NDArray[np.bool_]) -> float:
+        return float(requests.mean()) if due else 0.0
+
     return StepResult(
         arm=blocks[0].arm,
         rate=rate,
-        offered_rate=due / whole,
-        goodput=count / whole,
-        goodput_range=(min(rates), max(rates)),
-        within_deadline=count / due if due else 0.0,
-        refused=refused / due if due else 0.0,
-        too_late=late / due if due else 0.0,
-        failed=(due - count - late - refused) / due if due else 0.0,
+        offered_rate=due / (seconds * len(blocks)),
+        goodput=float(rates.mean()),
+        goodput_range=(float(rates.min()), float(rates.max())),
+        within_deadline=fraction(good),
+        refused=fraction(refused),
+        too_late=fraction(late),
+        failed=fraction(~(good | late | refused)),
         p99_ms=math.nan if p99_ms is None else p99_ms,
-        mean_top1=sum(top1.get(model, math.nan) * n / count for model, n in served.items()) if count else math.nan,
-        models={model: n / count for model, n in served.most_common()},
+        mean_top1=sum(top1.get(model, math.nan) * n / answers for model, n in served.items()) if answers else math.nan,
+        models={model: n / answers for model, n in served.most_common()},
     )

@@ -48,16 +48,15 @@ def _plot(experiment: OverloadExperiment, path: Path) -> None:
     edges = np.arange(seconds + 1)
     first = [blocks[0] for arm in experiment.plan.arms if (blocks := experiment.blocks_of(arm.label))]
     for block in first:
-        requests, top1 = Requests.of(block, experiment.plan.deadline_ms), block.info["top1"]
-        due_s = requests.trace.due_s[requests.good]
-        percent = [top1.get(model, math.nan) * 100 for model in requests.trace.models[requests.good].tolist()]
+        requests, top1 = Requests([block], experiment.plan.deadline_ms), block.info["top1"]
+        due_s, models = requests.due_s[requests.good], requests.models[requests.good].tolist()
         counts, _ = np.histogram(due_s, bins=edges)
-        sums, _ = np.histogram(due_s, bins=edges, weights=percent)
+        sums, _ = np.histogram(due_s, bins=edges, weights=[top1.get(model, math.nan) * 100 for model in models])
         means = np.divide(sums, counts, where=counts > 0, out=np.full(seconds, np.nan))
         above.plot(edges[:-1] + 0.5, counts, label=f"{block.arm}: in time")
         below.plot(edges[:-1] + 0.5, means, label=block.arm)
         if block is first[-1]:
-            due, _ = np.histogram(requests.trace.due_s, bins=edges)
+            due, _ = np.histogram(requests.due_s, bins=edges)
             above.plot(edges[:-1] + 0.5, due, color="grey", linestyle=":", label="arrivals")
     above.set_ylabel("requests per second")
     above.set_ylim(bottom=0)

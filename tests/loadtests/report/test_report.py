@@ -60,8 +60,9 @@ def change(estimate: float, low: float, high: float, verdict: Verdict) -> Change
 def only(found: Findings, label: str, values: dict[Metric, tuple[float | None, Change | None]]) -> Findings:
     """Of one arm, only these values and changes are known."""
     rows = [row for row in found.rows if row.arm != label]
+    labelled = {metric: metric for metric in found.metrics}
     rows += [
-        Row(arm=label, metric=metric, value=value, smallest=value, largest=value, change=changed)
+        Row(arm=label, metric=labelled[metric], value=value, smallest=value, largest=value, change=changed)
         for metric, (value, changed) in values.items()
     ]
     return replace(found, rows=rows)
