@@ -343,7 +343,8 @@ def test_connections_that_fail_now_and_then_do_not_end_the_run(fake: Fake, tmp_p
     assert (found["ended_early"], found["sent"], found["models"][0]["failed"]) == (None, 30, 10)
 
 
-def test_what_fails_only_because_all_is_being_stopped_is_not_counted(fake: Fake, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_an_interruption_cancels_is_not_counted(number: signal.Signals, fake: Fake, tmp_path: Path) -> None:
     stopped = threading.Event()
 
     def answer(model: str, image: str, _: int) -> Answers:
@@ -355,8 +356,7 @@ def test_what_fails_only_because_all_is_being_stopped_is_not_counted(fake: Fake,
     class Interrupt:
         def step(self, what: str, done: float, total: float) -> None:
             if done == 4:
-                stopped.set()
-                raise KeyboardInterrupt
+                signal.raise_signal(number)
 
         def note(self, message: str) -> None: ...
 
@@ -372,8 +372,15 @@ def test_what_fails_only_because_all_is_being_stopped_is_not_counted(fake: Fake,
         max_drop_points=0.1,
     )
     run = AccuracyRun(plan=plan, command="as typed", environment={})
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(run, tmp_path / "out", Interrupt())
+    # If the tests run in the background, SIGINT is ignored.
+    before = [(one, signal.signal(one, signal.default_int_handler)) for one in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(run, tmp_path / "out", Interrupt())
+    finally:
+        stopped.set()
+        for one, handler in before:
+            signal.signal(one, handler)
     assert [image.position for image in run.images] == [0, 1, 2, 3]
 
 
@@ -384,7 +391,7 @@ def test_what_fails_only_because_all_is_being_stopped_is_not_counted(fake: Fake,
         (["--model", "animals"], "no model 'animals' (a family: name one of its models)"),
         (["--model", "broken"], "broken does not serve: model.onnx: missing"),
         (["--reference", "right"], "--reference right is the model itself"),
-        (["--repository", "models"], "--url names a server that runs already"),
+        (["--repository", "models"], "--url names a server that already runs"),
         (["--url", "127.0.0.1:8000"], "give the address of a running service, such as http://127.0.0.1:8000"),
         (["--url", "http://127.0.0.1:1"], "the server at http://127.0.0.1:1 is not ready"),
         (["--data", "nowhere"], "nowhere is not a folder"),

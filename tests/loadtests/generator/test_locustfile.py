@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 
-from loadtests.experiment.locust_runner import LOCUSTFILE, SHAPES, RequestSpec, closed_loop, run_locust
+from loadtests.experiment.locust_runner import LOCUSTFILE, RequestSpec, closed_loop, run_locust
 from loadtests.experiment.server import Server, ServerError, free_port, running
 from loadtests.generator import payload_cache
 from loadtests.generator.payloads import Payload
@@ -141,17 +141,17 @@ def test_the_closed_loop_waits_for_each_answer_and_judges_it(ask: RequestSpec) -
     assert found.labelled == sum(sample.status == 200 for sample in samples)
 
 
-def test_a_load_shape_turns_rates_into_users() -> None:
+def test_rates_become_numbers_of_users() -> None:
     code = """
 from types import SimpleNamespace
-from loadtests.generator.shapes import Rates
+from loadtests.generator.locustfile import Rates, parse_rates
 
-shape = Rates()
-options = SimpleNamespace(rates="20:4,120:4,100>200:10", rate_per_user=5)
-shape.runner = SimpleNamespace(environment=SimpleNamespace(parsed_options=options), user_count=0)
+options = SimpleNamespace(rate_per_user=5)
+environment = SimpleNamespace(parsed_options=options, runner=SimpleNamespace(user_count=0))
+rates = Rates(parse_rates("20:4,120:4,100>200:10"), environment)
 for seconds in (0, 3.9, 4, 13, 18):
-    shape.get_run_time = lambda: seconds
-    print(shape.tick())
+    rates.get_run_time = lambda: seconds
+    print(rates.tick())
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert ended.stdout.splitlines() == ["(4, 4)", "(4, 4)", "(24, 24)", "(30, 30)", "None"]
@@ -231,12 +231,15 @@ def test_whoever_opens_the_web_page_cannot_name_a_file(ask: RequestSpec, tmp_pat
     assert set(fake.bodies) == {bytes([number]) * 10 for number in range(5)}
 
 
-def test_images_that_cannot_be_read_end_locust_with_the_reason() -> None:
-    arguments = [str(LOCUSTFILE), "--headless", "--host", "http://127.0.0.1:1", "--data", "nowhere"]
+@pytest.mark.parametrize(
+    ("option", "value", "message"), [("data", "nowhere", "is not a folder"), ("rates", "9", "give RATE:SECONDS")]
+)
+def test_what_cannot_be_sent_ends_locust_with_the_reason(option: str, value: str, message: str) -> None:
+    arguments = [str(LOCUSTFILE), "--headless", "--host", "http://127.0.0.1:1", f"--{option}", value]
     with locust_process(*arguments) as process:
         _, errors = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert "is not a folder" in errors
+    assert message in errors
 
 
 def test_ctrl_c_keeps_the_samples_so_far(ask: RequestSpec, tmp_path: Path) -> None:
@@ -244,7 +247,7 @@ def test_ctrl_c_keeps_the_samples_so_far(ask: RequestSpec, tmp_path: Path) -> No
     options = [*ask.arguments(), "--rates", "50:600", "--samples", str(samples), "--only-summary"]
     with (
         fake_server(lambda _: 0.0) as fake,
-        locust_process(f"{LOCUSTFILE},{SHAPES}", "--headless", "--host", fake.url, *options) as process,
+        locust_process(str(LOCUSTFILE), "--headless", "--host", fake.url, *options) as process,
     ):
         wait_for_requests(fake, process, 20)
         process.send_signal(signal.SIGINT)
