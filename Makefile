@@ -1,4 +1,4 @@
-# The commands one must know. `make help` lists them.
+# All commands that development needs. `make help` lists them.
 PYTHON ?= python3
 DEV := .venv
 SERVE := .venv-serve
@@ -8,65 +8,85 @@ ENGINE := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo
 WORKERS := $(shell nproc 2>/dev/null || echo 2)
 DEMO := demo
 DEMO_VARIANTS := mha lsra-r2 csra-r2
+STRIDEVIT := $(DEV)/bin/stridevit
+PYTEST = STRIDEVIT_SERVICE_PYTHON=$(CURDIR)/$(SERVE)/bin/python $(DEV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+ALL := -m "slow or not slow"
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve demo test test-clients check format lock image-test clean
+.PHONY: help serve demo test test-all coverage test-clients check format lock dist image-test clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 serve: $(SERVE)/.$(ENGINE) ## Serve models/ on http://127.0.0.1:8000 (no torch; takes a GPU where there is one)
 	@echo "serving models/ on http://127.0.0.1:8000: page at /, API at /docs; Ctrl-C stops"
-	@exec $(SERVE)/bin/python -m service --repository models
+	@exec $(SERVE)/bin/stridevit serve --repository models
 
 demo: $(DEV)/.installed ## Train three variants on digits, export, serve and compare them (about 5 minutes on 2 cores)
 	@rm -rf $(DEMO)
 	@for variant in $(DEMO_VARIANTS); do \
 	  echo "== train and export $$variant on scikit-learn's digits" && \
-	  $(DEV)/bin/python -m training train --recipe digits --variant $$variant --out $(DEMO)/runs/digits-$$variant && \
-	  $(DEV)/bin/python -m export run $(DEMO)/runs/digits-$$variant --repository $(DEMO)/models || exit 1; \
+	  $(STRIDEVIT) train --recipe digits --variant $$variant --out $(DEMO)/runs/digits-$$variant && \
+	  $(STRIDEVIT) export run $(DEMO)/runs/digits-$$variant --repository $(DEMO)/models || exit 1; \
 	done
 	@echo "== serve and compare them under load"
-	@$(DEV)/bin/python -m training images --dataset digits --out $(DEMO)/images
-	@$(DEV)/bin/python -m loadtests compare --repository $(DEMO)/models --data $(DEMO)/images --out $(DEMO) \
+	@$(STRIDEVIT) images --dataset digits --out $(DEMO)/images
+	@$(STRIDEVIT) compare --repository $(DEMO)/models --data $(DEMO)/images --out $(DEMO) \
 	  --models digits-mha,digits-lsra-r2,digits-csra-r2 --quick --no-aa-run --fresh
 
-test: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run all tests (those on real data need STRIDEVIT_DATA)
-	@echo "running the tests; real data: $${STRIDEVIT_DATA:-none, set STRIDEVIT_DATA to use it}"
-	@STRIDEVIT_SERVICE_PYTHON=$(CURDIR)/$(SERVE)/bin/python $(DEV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+test: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run the tests, all but the slow ones (those on real data need STRIDEVIT_DATA)
+	@echo "running the tests but the slow ones on $(WORKERS) workers; real data: $${STRIDEVIT_DATA:-none}"
+	@$(PYTEST) $(ARGS)
 
-test-clients: $(SERVE)/.$(ENGINE) $(CLIENTS)/triton/.installed $(CLIENTS)/kserve/.installed $(CLIENTS)/perf/.installed ## Ask the service with tritonclient, the KServe SDK and perf_analyzer
-	@echo "serving models/ to other people's clients, each in an environment of its own"
+test-all: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run all tests, also those that are slow by nature
+	@echo "running all tests on $(WORKERS) workers; real data: $${STRIDEVIT_DATA:-none}"
+	@$(PYTEST) $(ALL) $(ARGS)
+
+coverage: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run all tests and fail if they cover less of the packages than pyproject.toml asks for
+	@echo "running all tests on $(WORKERS) workers, measuring coverage; real data: $${STRIDEVIT_DATA:-none}"
+	@$(PYTEST) $(ALL) --cov --cov-report=term $(ARGS)
+
+test-clients: $(SERVE)/.$(ENGINE) $(CLIENTS)/triton/.installed $(CLIENTS)/kserve/.installed $(CLIENTS)/perf/.installed ## Test the service with tritonclient, the KServe SDK and perf_analyzer
+	@echo "serving models/ to third-party clients, each in its own environment"
 	@$(PYTHON) -m tests.clients.run --service $(SERVE)/bin/python --clients $(CLIENTS)
 
 check: $(DEV)/.installed ## Lint, format check, types and import rules
-	@echo "ruff, ruff format, mypy --strict, import-linter"
+	@echo "checking with ruff, ruff format, mypy --strict and import-linter"
 	@$(DEV)/bin/ruff check .
 	@$(DEV)/bin/ruff format --check .
 	@$(DEV)/bin/mypy
 	@$(DEV)/bin/lint-imports
 
-format: $(DEV)/.installed ## Format the code and mend what ruff can
+format: $(DEV)/.installed ## Format the code and fix what ruff can
+	@echo "formatting with ruff"
 	@$(DEV)/bin/ruff check --fix-only --quiet .
 	@$(DEV)/bin/ruff format .
 
-lock: $(UV) ## Resolve pyproject.toml anew into lock/ (exact versions and hashes)
-	@echo "resolving lock/dev.txt, then the service's locks within it"
+lock: $(UV) ## Resolve pyproject.toml again into lock/ (exact versions and hashes)
+	@echo "resolving lock/dev.txt, then the service's locks within it, then the clients'"
 	@$(LOCK) pyproject.toml lock/build.in -c lock/pins.in -o lock/dev.txt \
 	  --extra cpu --extra train --extra export --extra loadtest --extra dev
 	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-cpu.txt --extra cpu
 	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-gpu.txt --extra gpu
 	@for client in triton kserve perf; do $(LOCK) lock/client-$$client.in -o lock/client-$$client.txt || exit 1; done
 
-image-test: ## Build the container image and ask a running container for a photo
+dist: $(DEV)/.installed ## Build sdist and wheel into dist/, install the wheel elsewhere and serve with it
+	@echo "building dist/ and installing the wheel into a new environment"
+	@rm -rf dist
+	@$(DEV)/bin/python -m build --no-isolation >/dev/null
+	@$(DEV)/bin/python -m tests.distribution dist lock/service-cpu.txt
+
+image-test: ## Build the container image and test a running container (needs a Docker engine)
+	@echo "building the image's target cpu and testing a container of it"
 	@bash deploy/image-test.sh
 
-clean: ## Remove environments, caches and the demo
-	@rm -rf .venv .venv-serve .venv-lock $(CLIENTS) $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean: ## Remove environments, caches, dist/ and the demo
+	@echo "removing environments, caches, dist/ and $(DEMO)/"
+	@rm -rf $(DEV) $(SERVE) .venv-lock $(CLIENTS) $(DEMO) dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-# An environment is made anew when its lock or pyproject.toml changes; the marker's name says which engine is inside.
+# An environment is rebuilt when its lock or pyproject.toml changes; the marker's name says which engine it has.
 $(DEV)/.installed: lock/dev.txt pyproject.toml
 	@echo "setting up $(DEV) for development (torch and all; several GB, some minutes)"
 	@rm -rf $(DEV)
@@ -96,7 +116,7 @@ $(UV):
 	@.venv-lock/bin/pip install --quiet --disable-pip-version-check uv
 
 define new-environment
-$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ...")' && \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")' && \
 $(PYTHON) -m venv $(1) && \
 $(1)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(2) && \
 $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .

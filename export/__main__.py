@@ -1,7 +1,6 @@
-"""`python -m export`: publish finished runs as bundles, prove bundles again, and show what they are."""
+"""`python -m export`: publish finished runs as bundles, check bundles, show and profile them."""
 
 import contextlib
-import itertools
 import logging
 import re
 import signal
@@ -14,13 +13,13 @@ from typing import Annotated, Any, get_args
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from export import profile_report
 from export.bundles import export
 from export.descriptions import card, difference, kernel_table, listing, summary
 from export.graph import OPSET, OPSETS, ExportError
-from export.profile import Arm, Form, Setup, bundle_arm, estimated_seconds, measure, operators, random_arm
+from export.profile import Form, Setup, bundle_arm, estimated_seconds, measure, operators, random_arms
 from export.sources import finished_run, random_weights
 from export.verify import read_graph
 from export.verify import verify as verify_bundle
@@ -37,8 +36,8 @@ from training.variants import REGISTERED
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="""Export trained models to bundles: plain ONNX with uint8 input, normalisation inside and a dynamic batch,
-    proven against torch on real images before anything is published.""",
+    help="""Export trained models to bundles: plain ONNX with uint8 input, built-in normalisation and a dynamic batch,
+    compared with torch on real images before anything is published.""",
 )
 console = Console(stderr=True)
 
@@ -52,36 +51,26 @@ def run(
         typer.Option(
             envvar="STRIDEVIT_DATA",
             metavar="DIR|hub:OWNER/NAME",
-            help="The data set, as in training: its test images prove the export, and its train images find the ranges "
-            "of int8. Not needed for `digits`.",
+            help="Data set, as in training; none for digits. Test images prove the export, others calibrate int8.",
         ),
     ] = None,
-    family: Annotated[
-        str | None, typer.Option(help="Models that may stand in for each other. [the data set's name]")
-    ] = None,
-    precision: Annotated[
-        Precision,
-        typer.Option(help="fp16 is for GPUs, int8 for CPUs; int8-dynamic is int8 for one image at a time."),
-    ] = "fp32",
+    family: Annotated[str | None, typer.Option(help="Family of the model; the data set's name by default.")] = None,
+    precision: Annotated[Precision, typer.Option(help="fp16 for GPUs; int8 and int8-dynamic for CPUs.")] = "fp32",
     opset: Annotated[
-        int,
-        typer.Option(
-            min=OPSETS[0], max=OPSETS[-1], help=f"Below {OPSET}, attention is written as its parts, for older runtimes."
-        ),
+        int, typer.Option(min=OPSETS[0], max=OPSETS[-1], help=f"Below {OPSET} attention is decomposed.")
     ] = OPSET,
     accept_accuracy_loss: Annotated[
         bool, typer.Option("--accept-accuracy-loss", help="Publish even if more than half a point of top-1 is lost.")
     ] = False,
-    random: Annotated[
-        bool, typer.Option("--random-weights", help="Instead of a run: untrained, to measure speed and memory.")
-    ] = False,
+    random: Annotated[bool, typer.Option("--random-weights", help="An untrained model, to measure speed.")] = False,
     preset: Annotated[str, typer.Option(help=f"With --random-weights: {', '.join(PRESETS)}.")] = "vit-s16",
     img_size: Annotated[int | None, typer.Option(help="With --random-weights; the preset's by default.")] = None,
     variant: Annotated[str, typer.Option(help="With --random-weights.")] = "csra-r2",
 ) -> None:
     """Publish a run as the next version of `<family>-<variant>`; random weights as `<preset>-<size>-random-<variant>`.
 
-    Other precisions than fp32 add `-<precision>` to the name. Their accuracy is measured on the full test split.
+    Precisions other than fp32 add `-<precision>` to the name; their accuracy is measured on the full test split.
+    int8-dynamic is for single images: it limits batches to one.
 
     Example: `python -m export run runs/digits-csra-r2 --repository models`
 
@@ -109,36 +98,33 @@ BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder o
 
 @app.command()
 def verify(bundle: BundleArgument) -> None:
-    """Prove a bundle again from its files alone: digests, manifest, operators, shapes, golden outputs.
+    """Check a bundle from its files alone: digests, manifest, operators, shapes, kernels, golden outputs.
 
-    Example: `python -m export verify models/cifar100-csra-r2/3`
+    Example: `python -m export verify models/cifar100-csra-r2/4`
     """
     with _errors():
-        checks = verify_bundle(bundle)
-    for check in checks:
-        typer.echo(f"ok  {check.name:<9} {check.found}")
+        findings = verify_bundle(bundle)
+    for check, finding in findings.items():
+        typer.echo(f"ok  {check:<9} {finding}")
 
 
 @app.command(name="list")
 def list_(repository: Annotated[Path, typer.Option(help="Folder of bundles.")] = Path("models")) -> None:
-    """All models of a repository and their versions; a broken one says why."""
+    """List all versions of all models in a repository; a broken one shows its error."""
     with _errors():
         Console().print(listing(repository))
 
 
 @app.command()
 def inspect(bundle: BundleArgument) -> None:
-    """What a bundle is: variant, accuracy, size, operators, where it comes from."""
+    """Show the facts about a bundle: variant, accuracy, size, operators, origin."""
     with _errors():
         Console().print(card(read_bundle(bundle)))
 
 
 @app.command()
-def diff(
-    one: BundleArgument,
-    other: Annotated[Path, typer.Argument(metavar="OTHER", help="Folder of the other version.")],
-) -> None:
-    """What differs between two bundles. Exits with 0 if nothing does, else with 1, as diff does."""
+def diff(one: BundleArgument, other: Annotated[Path, typer.Argument(metavar="OTHER", help="Another one.")]) -> None:
+    """Show what differs between two bundles. Exit code 0 if nothing does, else 1, like diff."""
     with _errors():
         table = difference(read_bundle(one), read_bundle(other))
     if table.row_count:
@@ -149,9 +135,9 @@ def diff(
 
 @app.command()
 def kernels(bundle: BundleArgument) -> None:
-    """Whether CUDA and TensorRT have a kernel for each node of a bundle, by their documentation. Exits with 1 if not.
+    """Check whether CUDA and TensorRT document a kernel for each node of a bundle. Exit code 1 if not.
 
-    Example: `python -m export kernels models/cifar100-csra-r2/3`
+    Example: `python -m export kernels models/cifar100-csra-r2/4`
     """
     with _errors():
         table, missing = kernel_table(read_graph(read_bundle(bundle)))
@@ -165,35 +151,30 @@ def profile(
     bundles: Annotated[
         list[Path] | None, typer.Argument(metavar="[BUNDLE]...", help="Bundles to compare, instead of random weights.")
     ] = None,
-    preset: Annotated[str, typer.Option(help=f"Of random weights: {', '.join(PRESETS)}.")] = "vit-s16",
-    img_size: Annotated[int | None, typer.Option(help="Of random weights; the preset's by default.")] = None,
-    variants: Annotated[
-        str, typer.Option(help="Of random weights, separated by commas; ratios are to the first.")
-    ] = ",".join(REGISTERED),
-    precisions: Annotated[str, typer.Option(help="Of random weights: fp32, fp16, int8, int8-dynamic.")] = "fp32",
-    opsets: Annotated[str, typer.Option(help=f"Of random weights: {OPSETS[0]} to {OPSETS[-1]}.")] = str(OPSET),
-    forms: Annotated[
-        str, typer.Option(help="Of random weights: shaped, as served; unshaped, as torch's exporter writes it.")
-    ] = "shaped",
-    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
-    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each model; fewer than 5 give no interval.")] = 10,
-    seconds: Annotated[float, typer.Option(min=0.05, help="Of each measurement.")] = 2.0,
-    threads: Annotated[int | None, typer.Option(min=1, help="On a CPU; those this process may use by default.")] = None,
+    preset: Annotated[str, typer.Option(help=f"Random weights: {', '.join(PRESETS)}.")] = "vit-s16",
+    img_size: Annotated[int | None, typer.Option(help="Random weights: the preset's by default.")] = None,
+    variants: Annotated[str, typer.Option(help="Random weights: ratios are to the first.")] = ",".join(REGISTERED),
+    precisions: Annotated[str, typer.Option(help="Random weights: fp32, fp16, int8, int8-dynamic.")] = "fp32",
+    opsets: Annotated[str, typer.Option(help=f"Random weights: {OPSETS[0]} to {OPSETS[-1]}.")] = str(OPSET),
+    forms: Annotated[str, typer.Option(help="Random weights: shaped (served) or unshaped (torch's own).")] = "shaped",
+    batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8",
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements per model; fewer than 5 give no interval.")] = 10,
+    seconds: Annotated[float, typer.Option(min=0.05, help="Duration of each measurement.")] = 2.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all available cores by default.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or tensorrt.")] = "auto",
     by_operator: Annotated[
-        bool, typer.Option("--by-operator", help="Then, where the time goes, at the largest batch size.")
+        bool, typer.Option("--by-operator", help="Also time operators at the largest batch.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for profile.md, .json, .svg and .png; printed only by default.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for profile.md, .json, .svg and .png.")] = None,
 ) -> None:
     """Throughput, latency and peak memory of the engine alone, models side by side in interleaved rounds.
 
-    Ctrl-C ends with what whole rounds have shown. On a GPU, nothing else may use it: memory is the whole device's.
+    Lists are separated by commas; of random weights every combination is measured. Ctrl-C reports the complete rounds.
+    Nothing else may use the GPU, because memory is the whole device's.
 
     Example: `python -m export profile --preset vit-s16 --img-size 384 --batch 1,8 --out profile`
 
-    Example: `python -m export profile models/cifar100-mha/3 models/cifar100-mha-int8/1`
+    Example: `python -m export profile models/cifar100-mha/4 models/cifar100-mha-int8/2`
     """
     _quieten_exporter()
     with _errors(), tempfile.TemporaryDirectory() as folder:
@@ -209,11 +190,16 @@ def profile(
         )
         with console.status("exporting random weights"):
             arms = [bundle_arm(path) for path in bundles or []] or list(
-                _random_arms(Path(folder), preset, img_size, variants, precisions, opsets, forms)
+                random_arms(
+                    Path(folder),
+                    [architecture(preset, variant, img_size=img_size) for variant in variants.split(",")],
+                    _listed(Precision, precisions),
+                    list(map(int, opsets.split(","))),
+                    _listed(Form, forms),
+                )
             )
         console.print(f"about {estimated_seconds(arms, setup) / 60:.0f} minutes for {len(arms)} models")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
+        with Progress(console=console, transient=True) as progress:
             bar = progress.add_task("", total=len(arms) * len(setup.batches) * rounds)
             measured = measure(arms, setup, lambda what: progress.update(bar, description=what, advance=1))
         Console().print(profile_report.table(measured))
@@ -226,45 +212,25 @@ def profile(
         raise typer.Exit(128 + signal.SIGINT)
 
 
-def _random_arms(
-    folder: Path, preset: str, img_size: int | None, variants: str, precisions: str, opsets: str, forms: str
-) -> Iterator[Arm]:
-    """One for each combination; a label names what there is more than one of."""
-    lists = [text.split(",") for text in (precisions, opsets, forms)]
-    for variant, *rest in itertools.product(variants.split(","), *lists):
-        precision, opset, form = rest
-        shown = [
-            text for text, values in zip((precision, f"opset {opset}", form), lists, strict=True) if len(values) > 1
-        ]
-        yield random_arm(
-            architecture(preset, variant, img_size=img_size),
-            folder,
-            label=" ".join([variant, *shown]),
-            precision=_one_of(Precision, precision),
-            opset=int(opset),
-            form=_one_of(Form, form),
-        )
-
-
-def _one_of(choices: Any, text: str) -> Any:
-    """`text`, if it is one of a Literal's values. Raises ValueError naming them."""
-    if text not in get_args(choices):
-        raise ValueError(f"unknown {text!r}: choose from {', '.join(get_args(choices))}")
-    return text
+def _listed(choices: Any, text: str) -> list[Any]:
+    """The values in `text`, separated by commas. Raises ValueError for one that is not in the Literal `choices`."""
+    for word in text.split(","):
+        if word not in get_args(choices):
+            raise ValueError(f"unknown {word!r}: choose from {', '.join(get_args(choices))}")
+    return text.split(",")
 
 
 def _quieten_exporter() -> None:
-    """It reports its own progress at length; what matters is checked and raised as an error."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    # onnxruntime.quantization writes to the root logger, that the model might be pre-processed first.
-    logging.getLogger().setLevel(logging.ERROR)
+    """Silence progress reports and warnings: what matters is checked and raised as an error."""
+    # onnxruntime.quantization warns on the root logger that the model was not pre-processed.
+    for name in ("torch.onnx", "onnxscript", None):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch")
 
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """What the user can mend, as one line that says how."""
+    """Print an expected error in one line and exit with 1."""
     try:
         yield
     except (ExportError, RunError, DataError, BundleError, EngineError, ValueError) as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 import torch
 
-from export.graph import OPSET, ExportError, op_types, serialise, to_onnx
+from export.graph import OPSET, ExportError, manifest_fields, serialise, to_onnx
 from export.inference_model import MLP_PARTS
 from export.kernels import gaps
 from export.parity import check_parity, predict_by_torch, predict_in_batches
@@ -16,12 +16,13 @@ from export.proof_images import draw_golden, parity_images
 from export.quantize import quantize, quantize_by_batch
 from export.sources import ExportSource
 from service.bundle import GOLDEN_FILE, publish
-from service.engine import INPUT, OUTPUTS, Engine
+from service.engine import Engine
 from service.host import available_cores
-from service.manifest import Accuracy, Attention, Manifest, Precision, Source, Tensor
+from service.manifest import Accuracy, Attention, Manifest, Precision, Source
 from service.models.verify import check_golden
+from training.data import Dataset
 from training.describe import count_macs
-from training.models import count_parameters
+from training.models import Architecture, count_parameters
 from training.variants import parse_variant
 
 ACCURACY_BATCH = 32
@@ -52,25 +53,21 @@ def export(
     parity = check_parity(classifier, engine, parity_images(source), tolerances)
     accuracy = source.accuracy
     if precision != "fp32" and source.dataset:
-        accuracy = _evaluate(source, engine, batch=tolerances.max_batch or ACCURACY_BATCH)
+        accuracy = _evaluate(source, source.dataset, engine, batch=tolerances.max_batch or ACCURACY_BATCH)
         if not accept_accuracy_loss:
-            _check_accuracy(source.accuracy, accuracy, precision)
+            check_accuracy(source.accuracy, accuracy, precision)
     family = family or source.family
     manifest = Manifest(
         name=f"{family}-{spec.variant}" + ("" if precision == "fp32" else f"-{precision}"),
         family=family,
         architecture=spec.preset,
-        attention=_attention(source),
+        attention=attention(spec),
         params=count_parameters(classifier.model),
         macs=sum(count_macs(spec).values()),
         precision=precision,
         max_batch=tolerances.max_batch,
-        opset=opset,
-        op_types=op_types(graph),
+        **manifest_fields(graph),
         preprocessing=source.preprocessing,
-        input=Tensor(name=INPUT, datatype="UINT8", shape=(-1, height, width, 3)),
-        outputs=tuple(Tensor(name=name, datatype="FP32", shape=(-1, spec.num_classes)) for name in OUTPUTS),
-        num_classes=spec.num_classes,
         random_weights=source.dataset is None,
         accuracy=accuracy,
         parity=parity,
@@ -104,8 +101,9 @@ def make_graph(source: ExportSource, precision: Precision, *, opset: int = OPSET
     return graph
 
 
-def _attention(source: ExportSource) -> Attention:
-    spec, variant = source.spec, parse_variant(source.spec.variant)
+def attention(spec: Architecture) -> Attention:
+    """The attention of `spec` as a manifest records it."""
+    variant = parse_variant(spec.variant)
     return Attention(
         variant=spec.variant,
         tokens=spec.grid[0] * spec.grid[1],
@@ -116,11 +114,8 @@ def _attention(source: ExportSource) -> Attention:
     )
 
 
-def _evaluate(source: ExportSource, engine: Engine, *, batch: int) -> Accuracy:
+def _evaluate(source: ExportSource, dataset: Dataset, engine: Engine, *, batch: int) -> Accuracy:
     """Accuracy of the graph on the full test split."""
-    dataset = source.dataset
-    if dataset is None:
-        raise ExportError("random weights have no accuracy")
     hits, labels = [], []
     for images, label_B in source.batches(dataset.test, ACCURACY_BATCH):
         logits, _ = predict_in_batches(engine, images.numpy(), batch=batch)
@@ -136,16 +131,17 @@ def _evaluate(source: ExportSource, engine: Engine, *, batch: int) -> Accuracy:
     )
 
 
-def _check_accuracy(checkpoint: Accuracy | None, measured: Accuracy, precision: Precision) -> None:
+def check_accuracy(checkpoint: Accuracy | None, measured: Accuracy, precision: Precision) -> None:
+    """Raise ExportError if `measured` loses more than half a point of top-1, or there is nothing to compare with."""
+    lost = checkpoint.top1 - measured.top1 if checkpoint else 0
     if checkpoint is None:
-        raise ExportError(
-            f"the run has no test accuracy to compare {precision} with, which has top-1 {measured.top1:.2%}: "
-            "publish it anyway with --accept-accuracy-loss"
-        )
-    lost = checkpoint.top1 - measured.top1
+        reason = f"the run has no test accuracy to compare {precision} with, which has top-1 {measured.top1:.2%}"
     # Rounded, so that a loss of exactly half a point passes.
-    if round(lost, 6) > MAX_ACCURACY_LOSS:
-        raise ExportError(
+    elif round(lost, 6) > MAX_ACCURACY_LOSS:
+        reason = (
             f"{precision} loses {lost * 100:.2f} points of top-1 ({checkpoint.top1:.2%} to {measured.top1:.2%} of "
-            f"{measured.n}), more than {MAX_ACCURACY_LOSS * 100:g}: publish it anyway with --accept-accuracy-loss"
+            f"{measured.n}), more than {MAX_ACCURACY_LOSS * 100:g}"
         )
+    else:
+        return
+    raise ExportError(f"{reason}: publish it anyway with --accept-accuracy-loss")

@@ -13,7 +13,7 @@ from rich.table import Table
 from export.kernels import kernels, sources
 from service.bundle import CONTENT_FILES, Bundle, model_names, read_bundle, versions
 from service.errors import BundleError
-from service.manifest import Manifest
+from service.manifest import Attention, Manifest
 
 
 def listing(repository: Path) -> Table:
@@ -33,8 +33,8 @@ def listing(repository: Path) -> Table:
                 name,
                 str(version),
                 manifest.precision,
-                _weights(manifest),
-                _kv_tokens(manifest),
+                "random" if manifest.random_weights else "trained",
+                kv_tokens(manifest.attention),
                 f"{manifest.params:,}",
                 f"{manifest.accuracy.top1:.2%}" if manifest.accuracy else "–",
                 f"{_size(bundle) / 1e6:.1f}",
@@ -82,7 +82,7 @@ def kernel_table(graph: onnx.ModelProto) -> tuple[Table, bool]:
 def summary(bundle: Bundle) -> str:
     """One bundle in a line."""
     manifest, attention = bundle.manifest, bundle.manifest.attention
-    variant = f"{attention.variant}, {_kv_tokens(manifest)} K/V tokens" if attention else manifest.architecture
+    variant = f"{attention.variant}, {kv_tokens(manifest.attention)} K/V tokens" if attention else manifest.architecture
     accuracy = f"top-1 {manifest.accuracy.top1:.2%}, " if manifest.accuracy else ""
     return (
         f"{bundle.folder}: {variant}, {manifest.params:,} parameters, {manifest.precision}, "
@@ -103,8 +103,8 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     return [
         ("variant", f"{attention.variant} of {manifest.architecture}" if attention else manifest.architecture),
         ("primitives", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in primitives.items()) or "none"),
-        ("K/V tokens", _kv_tokens(manifest)),
-        ("weights", _weights(manifest)),
+        ("K/V tokens", kv_tokens(manifest.attention)),
+        ("weights", "random" if manifest.random_weights else "trained"),
         ("accuracy", accuracy),
         ("parameters", f"{manifest.params:,}"),
         ("MACs", f"{manifest.macs / 1e6:,.1f} M per image" if manifest.macs else "unknown"),
@@ -123,13 +123,9 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     ]
 
 
-def _kv_tokens(manifest: Manifest) -> str:
-    attention = manifest.attention
+def kv_tokens(attention: Attention | None) -> str:
+    """Key/value tokens out of all tokens; a dash without attention."""
     return f"{attention.kv_tokens} of {attention.tokens}" if attention else "–"
-
-
-def _weights(manifest: Manifest) -> str:
-    return "random" if manifest.random_weights else "trained"
 
 
 def _operators(manifest: Manifest) -> str:

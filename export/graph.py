@@ -1,13 +1,14 @@
 """A trained classifier as one plain ONNX graph: standard operators, dynamic batch, no metadata of its origin."""
 
 from collections import Counter
-from typing import cast
+from typing import Any, cast
 
 import onnx
 import torch
 from torch import Tensor, nn
 
 from export.inference_model import MLP_PARTS, InferenceModel
+from service import manifest
 from service.engine import INPUT, OUTPUTS
 from training.models import NormalizedModel, StrideViT
 
@@ -36,29 +37,22 @@ class _Unshaped(nn.Module):
 
 
 def to_onnx(
-    classifier: NormalizedModel,
-    *,
-    opset: int = OPSET,
-    half: bool = False,
-    mlp_parts: int = MLP_PARTS,
-    shaped: bool = True,
+    model: NormalizedModel, *, opset: int = OPSET, half: bool = False, mlp_parts: int = MLP_PARTS, shaped: bool = True
 ) -> onnx.ModelProto:
-    """The graph of `classifier`, checked and stripped: uint8 images in, float32 logits and probabilities out.
+    """The graph of `model`, checked and stripped: uint8 images in, float32 logits and probabilities out.
 
     With `half` it computes in float16; `mlp_parts` splits the MLP. `shaped=False` skips our rewriting, for comparison
     only: below opset 23 such graphs compute on shapes. Raises ExportError.
     """
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} cannot be exported: choose one from {OPSETS[0]} to {OPSETS[-1]}")
-    model = classifier.model
-    if not isinstance(model, StrideViT):
-        raise ExportError(f"this is a {type(model).__name__}, not a StrideViT")
-    module = (
-        InferenceModel(classifier, operator=opset >= OPSET, half=half, mlp_parts=mlp_parts)
-        if shaped
-        else _Unshaped(classifier)
-    )
-    example = torch.zeros(2, *model.spec.image_shape, 3, dtype=torch.uint8)
+    trained = model.model
+    if not isinstance(trained, StrideViT):
+        raise ExportError(f"this is a {type(trained).__name__}, not a StrideViT")
+    module: nn.Module = _Unshaped(model)
+    if shaped:
+        module = InferenceModel(model, operator=opset >= OPSET, half=half, mlp_parts=mlp_parts)
+    example = torch.zeros(2, *trained.spec.image_shape, 3, dtype=torch.uint8)
     program = torch.onnx.export(
         module.eval(),
         (example,),
@@ -88,6 +82,25 @@ def plain(graph: onnx.ModelProto) -> onnx.ModelProto:
 def op_types(model: onnx.ModelProto) -> dict[str, int]:
     """Operator histogram, by name."""
     return dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
+
+
+def manifest_fields(model: onnx.ModelProto) -> dict[str, Any]:
+    """The fields of a manifest that follow from the graph."""
+    _, num_classes = _tensor(model.graph.output[0]).shape
+    return {
+        "opset": model.opset_import[0].version,
+        "op_types": op_types(model),
+        "input": _tensor(model.graph.input[0]),
+        "outputs": tuple(map(_tensor, model.graph.output)),
+        "num_classes": num_classes,
+    }
+
+
+def _tensor(value: onnx.ValueInfoProto) -> manifest.Tensor:
+    found = value.type.tensor_type
+    datatype = onnx.TensorProto.DataType.Name(found.elem_type).replace("FLOAT", "FP32")
+    shape = tuple(-1 if dim.dim_param else dim.dim_value for dim in found.shape.dim)
+    return manifest.Tensor(name=value.name, datatype=datatype, shape=shape)
 
 
 def serialise(model: onnx.ModelProto) -> bytes:

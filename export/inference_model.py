@@ -4,9 +4,8 @@ Shape suffixes are those of training/attention.py; P is the patch size and T = B
 attention all tokens of a batch are the rows of one matrix, so that a matrix product and its bias are one `Gemm`.
 
 - Pixel normalisation is folded into the patch embedding, and the embedding's bias into the position embedding.
-- Keys and values are one product.
-- L-SRA's gate is one more column of the latent projection, and its pooling one batched product. A last block that is
-  not full is pooled by itself, because ONNX Runtime has no CUDA kernel for `Pad` at opset 23.
+- Keys and values are one product. L-SRA's gate is one more column of the latent projection, and its pooling one batched
+  product; an incomplete last block is pooled by itself, as ONNX Runtime has no CUDA kernel for `Pad` at opset 23.
 - The MLP can be split along its hidden layer and the parts summed: the same arithmetic with a smaller intermediate.
 - Attention is the standard operator on 4-D tensors where the opset has it, else its decomposition with the scale
   folded into the queries. TensorRT supports neither the operator on 3-D tensors nor uint8 in Reshape and Transpose.
@@ -199,17 +198,16 @@ class _Block(nn.Module):
 
     def __init__(self, trained: nn.Module, tokens: int, *, operator: bool, mlp_parts: int) -> None:
         super().__init__()
-        if not isinstance(trained, Block):
-            raise TypeError(f"no inference form of a {type(trained).__name__}")
+        if not isinstance(trained, Block) or not isinstance(trained.mlp, Mlp):
+            raise TypeError(f"no inference form of {trained}")
         self.norm1, self.norm2 = trained.norm1, trained.norm2
-        if isinstance(trained.attn, CompressedAttention):
-            self.attention: nn.Module = _SRA(trained.attn, tokens, operator=operator)
-        elif isinstance(trained.attn, Attention):
-            self.attention = _MHA(trained.attn, tokens, operator=operator)
-        else:
-            raise TypeError(f"no inference form of {type(trained.attn).__name__}")
-        if not isinstance(trained.mlp, Mlp):
-            raise TypeError(f"no inference form of {type(trained.mlp).__name__}")
+        match trained.attn:
+            case CompressedAttention():
+                self.attention: nn.Module = _SRA(trained.attn, tokens, operator=operator)
+            case Attention():
+                self.attention = _MHA(trained.attn, tokens, operator=operator)
+            case other:
+                raise TypeError(f"no inference form of {other}")
         self.mlp = _MLP(trained.mlp, mlp_parts)
 
     def forward(self, x_TD: Tensor) -> Tensor:

@@ -16,15 +16,7 @@ import onnx
 from onnx import TensorProto
 
 _TABLE = Path(__file__).with_name("kernels.json")
-_TENSORRT_TYPES: dict[int, str] = {
-    TensorProto.FLOAT: "FP32",
-    TensorProto.FLOAT16: "FP16",
-    TensorProto.INT32: "INT32",
-    TensorProto.INT64: "INT64",
-    TensorProto.UINT8: "UINT8",
-    TensorProto.INT8: "INT8",
-    TensorProto.BOOL: "BOOL",
-}
+_TENSORRT_NAMES = {"float": "FP32", "float16": "FP16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +37,8 @@ def kernels(graph: onnx.ModelProto) -> list[Kernel]:
     opset = graph.opset_import[0].version
     inferred = onnx.shape_inference.infer_shapes(graph, strict_mode=True, data_prop=True).graph
     values = {value.name: value.type.tensor_type for value in (*inferred.input, *inferred.value_info, *inferred.output)}
-    types = {name: tensor.elem_type for name, tensor in values.items()}
-    types |= {tensor.name: tensor.data_type for tensor in inferred.initializer}
+    types = {name: _name(tensor.elem_type) for name, tensor in values.items()}
+    types |= {tensor.name: _name(tensor.data_type) for tensor in inferred.initializer}
     ranks = {name: len(tensor.shape.dim) for name, tensor in values.items()}
     constants = {tensor.name for tensor in inferred.initializer}
     found = []
@@ -56,7 +48,7 @@ def kernels(graph: onnx.ModelProto) -> list[Kernel]:
             Kernel(
                 op=node.op_type,
                 version=schema.since_version,
-                types=tuple(_name(types[name]) for name in node.input if name),
+                types=tuple(types[name] for name in node.input if name),
                 cuda="; ".join(_missing_on_cuda(node, schema, types)),
                 tensorrt="; ".join(_missing_in_tensorrt(node, types, ranks, constants)),
             )
@@ -80,7 +72,7 @@ def sources() -> dict[str, str]:
     return {provider: source["url"] for provider, source in _tables()["sources"].items()}
 
 
-def _missing_on_cuda(node: onnx.NodeProto, schema: onnx.defs.OpSchema, types: dict[str, int]) -> Iterator[str]:
+def _missing_on_cuda(node: onnx.NodeProto, schema: onnx.defs.OpSchema, types: dict[str, str]) -> Iterator[str]:
     rows = _tables()["cuda"].get(node.op_type, [])
     row = next((row for row in rows if _covers(row, schema.since_version)), None)
     if row is None:
@@ -92,8 +84,8 @@ def _missing_on_cuda(node: onnx.NodeProto, schema: onnx.defs.OpSchema, types: di
         formal = schema.inputs[min(index, len(schema.inputs) - 1)].name
         constraint = row["inputs"].get(formal)
         allowed = row["types"].get(constraint, [str(constraint).removeprefix("tensor(").removesuffix(")")])
-        if _name(types[name]) not in allowed:
-            yield f"{formal} is {_name(types[name])}, not one of {', '.join(allowed)}"
+        if types[name] not in allowed:
+            yield f"{formal} is {types[name]}, not one of {', '.join(allowed)}"
 
 
 def _covers(row: dict[str, Any], version: int) -> bool:
@@ -102,13 +94,14 @@ def _covers(row: dict[str, Any], version: int) -> bool:
 
 
 def _missing_in_tensorrt(
-    node: onnx.NodeProto, types: dict[str, int], ranks: dict[str, int], constants: set[str]
+    node: onnx.NodeProto, types: dict[str, str], ranks: dict[str, int], constants: set[str]
 ) -> Iterator[str]:
     row = _tables()["tensorrt"].get(node.op_type)
     if row is None:
         yield "not supported"
         return
-    first = _TENSORRT_TYPES.get(types[node.input[0]], _name(types[node.input[0]]))
+    first = types[node.input[0]]
+    first = _TENSORRT_NAMES.get(first, first.upper())
     if first not in row["types"]:
         yield f"{first} is not one of {', '.join(row['types'])}"
     match node.op_type:

@@ -10,47 +10,28 @@ from service.manifest import Precision, Tolerance
 class Tolerances:
     """Largest differences in a logit, and where the precision may run."""
 
-    from_torch: float | None
-    """From the checkpoint, on every image and with equal top-1; None where the accuracy on the test split decides."""
-    by_batch: float | None
-    """Between an image alone and the same image in a batch; None if batches are not allowed."""
     golden: Tolerance
     """Between the exporting machine and any other."""
-    devices: tuple[Device, ...]
+    from_torch: float | None = None
+    """From the checkpoint, on every image and with equal top-1; None where the accuracy on the test split decides."""
+    by_batch: float | None = None
+    """Between an image alone and the same image in a batch; None if batches are not allowed."""
     max_batch: int | None = None
+    devices: tuple[Device, ...] = ("cpu", "cuda", "tensorrt")
 
 
-_ALL: tuple[Device, ...] = ("cpu", "cuda", "tensorrt")
+def _golden(*, logit: float, probability: float) -> Tolerance:
+    return Tolerance(max_abs_logit=logit, max_abs_probability=probability)
+
 
 TOLERANCES: dict[Precision, Tolerances] = {
-    "fp32": Tolerances(
-        from_torch=1e-3,
-        by_batch=1e-4,
-        golden=Tolerance(max_abs_logit=1e-3, max_abs_probability=1e-3),
-        devices=_ALL,
-    ),
+    "fp32": Tolerances(golden=_golden(logit=1e-3, probability=1e-3), from_torch=1e-3, by_batch=1e-4),
     # A GPU computes in float16 what ONNX Runtime's CPU kernels partly widen to float32 and back.
-    "fp16": Tolerances(
-        from_torch=None,
-        by_batch=1e-2,
-        golden=Tolerance(max_abs_logit=5e-2, max_abs_probability=1e-2),
-        devices=_ALL,
-    ),
+    "fp16": Tolerances(golden=_golden(logit=5e-2, probability=1e-2), by_batch=1e-2),
     # Integer sums are exact everywhere, but an activation may round to the neighbouring integer.
-    "int8": Tolerances(
-        from_torch=None,
-        by_batch=1e-1,
-        golden=Tolerance(max_abs_logit=2e-1, max_abs_probability=5e-2),
-        devices=("cpu",),
-    ),
+    "int8": Tolerances(golden=_golden(logit=2e-1, probability=5e-2), by_batch=1e-1, devices=("cpu",)),
     # One activation scale per batch: an output depends on the whole batch, so the batch is one image.
-    "int8-dynamic": Tolerances(
-        from_torch=None,
-        by_batch=None,
-        golden=Tolerance(max_abs_logit=2e-1, max_abs_probability=5e-2),
-        devices=("cpu",),
-        max_batch=1,
-    ),
+    "int8-dynamic": Tolerances(golden=_golden(logit=2e-1, probability=5e-2), max_batch=1, devices=("cpu",)),
 }
 
 MAX_ACCURACY_LOSS = 0.005

@@ -6,6 +6,7 @@ everywhere; the outputs are torch's in fp32, and else the graph's own. Accuracy 
 """
 
 import io
+import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -54,12 +55,10 @@ def draw_golden(predict: Predict, preprocessing: Preprocessing, tolerance: Toler
 def _drawings(side: int) -> Iterator[bytes]:
     """Endless blurred colour noise as PNG; every fourth image is larger and not square, to cover resizing."""
     generator = np.random.default_rng(20_261_122)
-    number = 0
-    while True:
+    for number in itertools.count():
         size = (side * 2 + 6, side * 2 - 2) if number % 4 == 3 else (side, side)
         coarse = generator.integers(0, 256, size=(5, 5, 3), dtype=np.uint8)
         drawing = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
         drawing.save(buffer, format="PNG")
         yield buffer.getvalue()
-        number += 1

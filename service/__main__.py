@@ -1,4 +1,4 @@
-"""`python -m service`: serve a repository of bundles over HTTP, or prove it, make keys and show the settings."""
+"""`python -m service`: serve a repository of bundles over HTTP, check it, generate keys and show the settings."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,13 +21,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from service import flags
-from service.app import create_app
+from service.app import create_app, make_registry
 from service.bundle import model_names
 from service.engine_limit import measure_engine_limit, read_images
 from service.errors import StartupError
 from service.flags import with_settings
-from service.http.keys import new_key
-from service.pipeline import Classifier, make_registry
+from service.http.auth import new_key
+from service.models.model import Model
+from service.models.registry import Entry
+from service.pipeline import Pipeline
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
@@ -39,13 +41,13 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exce
 @app.callback(invoke_without_command=True)
 @with_settings
 def serve(settings: Settings) -> None:
-    """Serve image classification models over HTTP, or run one of the commands below.
+    """Serve image classification models over HTTP.
 
-    A page is at `/`, the API's documentation at `/docs`, metrics at `/metrics`. SIGTERM or Ctrl-C finishes the accepted
-    requests, then exits.
+    `/` is a page to try it, `/docs` documents the API, and `/metrics` has the metrics. SIGTERM or Ctrl-C finishes the
+    accepted requests, then exits.
 
-    Every flag is also a variable in the environment, `STRIDEVIT_MAX_BATCH` for `--max-batch`, and a line in the TOML
-    file that `--config` names: flags win over the environment, that over the file. Lists are separated by commas.
+    Every flag is also an environment variable, `STRIDEVIT_MAX_BATCH` for `--max-batch`, and a line in the TOML file
+    that `--config` names: flags override the environment, which overrides the file. Lists are separated by commas.
 
     Example: `python -m service --repository models --port 8000`, then
     `curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/classify?model=cifar100-csra-r2'`
@@ -64,9 +66,10 @@ def serve(settings: Settings) -> None:
             forwarded_allow_ips=list(settings.trusted_proxies),
             timeout_graceful_shutdown=settings.graceful_timeout_seconds,
         ),
-        application.state.classifier,
+        application.state.pipeline,
+        delay_seconds=settings.shutdown_delay_seconds,
     )
-    # Once it has shut down, uvicorn raises again the signal that stopped it: by then all is done, and it ends with 0.
+    # After shutdown, uvicorn raises the signal that stopped it again. All is done by then: ignore it, and exit with 0.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     server.run()
@@ -74,63 +77,48 @@ def serve(settings: Settings) -> None:
         raise typer.Exit(1)
 
 
-@app.command(name="check")
+@app.command()
 @with_settings
-def check_command(settings: Settings) -> None:
-    """Load and prove every model that would be served, without serving: digests, golden outputs, device.
+def check(settings: Settings) -> None:
+    """Load and verify every model that would be served, without serving: digests, golden outputs, device.
 
-    The exit status is 0 if all are good, 1 if one is not, 2 if the settings are wrong.
+    The exit status is 0 if all are good, 1 if one is not, 2 if the settings are invalid.
     """
-    # The table says what went wrong; the log says it too where it was asked for.
+    # The table gives the errors; the log repeats them only on request.
     _configure_logging(settings.log_level if "log_level" in settings.model_fields_set else "critical")
-    rows = list(check(settings))
     table = Table("name", "version", "variant", "precision", "top-1", "state")
-    for row in rows:
-        state = "[green]good[/]" if row.good else f"[red]{escape(row.reason)}[/]"
-        table.add_row(row.name, row.version, row.variant, row.precision, row.top1, state)
+    good: set[str] = set()
+    bad: set[str] = set()
+    for entry, model in _load_each(settings):
+        (good if model else bad).add(entry.name)
+        cells, state = ["–"] * 3, f"[red]{escape(entry.reason)}[/]"
+        if model:
+            manifest, state = model.manifest, "[green]good[/]"
+            variant = manifest.attention.variant if manifest.attention else manifest.architecture
+            cells = [variant, manifest.precision, f"{manifest.accuracy.top1:.2%}" if manifest.accuracy else "–"]
+        table.add_row(entry.name, str(entry.version or "–"), *cells, state)
     Console().print(table)
-    if settings.default_model is not None and settings.default_model not in {row.name for row in rows if row.good}:
+    if settings.default_model is not None and settings.default_model not in good:
         raise StartupError(f"default_model {settings.default_model!r} is not among the good models")
-    if not rows or not all(row.good for row in rows):
+    if bad or not good:
         raise typer.Exit(1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checked:
-    """A version of a model that was proven, or the reason why it cannot be served."""
+def _load_each(settings: Settings) -> Iterator[tuple[Entry, Model | None]]:
+    """Every version that would be served, loaded one model after the other; None where that failed.
 
-    name: str
-    version: str = "–"
-    variant: str = "–"
-    precision: str = "–"
-    top1: str = "–"
-    good: bool = False
-    reason: str = ""
-
-
-def check(settings: Settings) -> Iterator[Checked]:
-    """Load the models that the settings ask for, one after the other. Raises BundleError or EngineError."""
+    Raises BundleError or EngineError.
+    """
     for name in settings.models or model_names(settings.repository):
-        alone = settings.model_copy(update={"models": (name,), "default_model": None})
         scheduler = Scheduler(load := Load())
+        alone = settings.model_copy(update={"models": (name,), "default_model": None})
         registry = make_registry(alone, scheduler, load)
-        # The index says why.
+        # The index holds the reason.
         with contextlib.suppress(StartupError):
             registry.load_all()
         ready = {model.version: model for model in registry.ready}
         for entry in registry.index:
-            if entry.version not in ready:
-                yield Checked(name=name, version=str(entry.version or "–"), reason=entry.reason)
-                continue
-            manifest = ready[entry.version].manifest
-            yield Checked(
-                name=name,
-                version=str(entry.version),
-                variant=manifest.attention.variant if manifest.attention else manifest.architecture,
-                precision=manifest.precision,
-                top1=f"{manifest.accuracy.top1:.2%}" if manifest.accuracy else "–",
-                good=True,
-            )
+            yield entry, ready.get(entry.version) if entry.version else None
         for model in ready.values():
             scheduler.on_engine(model.engine.close)
 
@@ -160,10 +148,10 @@ def engine_limit(
 
 @app.command()
 def key() -> None:
-    """Make an API key, and the hash by which the service knows it.
+    """Generate an API key, and its hash for the service.
 
-    Give the key to whoever shall use it, and put the hash into `STRIDEVIT_API_KEY_HASHES` (several are separated by
-    commas) or `STRIDEVIT_ADMIN_KEY_HASH`. The key itself is stored nowhere.
+    Give the key to its user, and put the hash into `STRIDEVIT_API_KEY_HASHES` (several are separated by commas) or
+    `STRIDEVIT_ADMIN_KEY_HASH`. The key itself is not stored anywhere.
     """
     made, digest = new_key()
     typer.echo(f"key      {made}\nSHA-256  {digest}")
@@ -177,41 +165,41 @@ def show_settings(
     *,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print `docs/settings.md` instead.")] = False,
 ) -> None:
-    """Show the settings in effect, and where the value of each comes from. Hashes of keys are hidden."""
+    """Show the settings in effect and the origin of each value. Hashes of keys are hidden."""
     if markdown:
         typer.echo(flags.markdown(), nl=False)
         return
     origins = flags.origins(given)
-    table = Table("setting", "value", "from")
+    table = Table("setting", "value", "origin")
     for name, value in flags.values(settings):
         table.add_row(name, escape(value), escape(origins[name]))
     Console().print(table)
 
 
 class _Server(uvicorn.Server):
-    """Says that it is not ready, serves on for the grace period, then stops accepting and finishes what it accepted."""
+    """At shutdown: reports that it is not ready, serves on for the delay, then finishes what it accepted."""
 
-    def __init__(self, config: uvicorn.Config, classifier: Classifier) -> None:
+    def __init__(self, config: uvicorn.Config, pipeline: Pipeline, *, delay_seconds: float) -> None:
         super().__init__(config)
-        self._classifier = classifier
+        self._pipeline, self._delay_seconds = pipeline, delay_seconds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._classifier.ready = False
-        await asyncio.sleep(self._classifier.settings.shutdown_delay_seconds)
+        self._pipeline.ready = False
+        await asyncio.sleep(self._delay_seconds)
         await super().shutdown(sockets)
 
 
 def _configure_logging(level: str) -> None:
-    """JSON lines, or colours where a person watches; the libraries' logs go the same way."""
+    """Log JSON lines, or coloured text on a terminal, also for the logs of libraries."""
     number = logging.getLevelNamesMapping()[level.upper()]
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    watched = sys.stderr.isatty()
-    renderer: Any = structlog.dev.ConsoleRenderer() if watched else structlog.processors.JSONRenderer()
-    errors = [] if watched else [structlog.processors.format_exc_info]
+    on_terminal = sys.stderr.isatty()
+    renderer: Any = structlog.dev.ConsoleRenderer() if on_terminal else structlog.processors.JSONRenderer()
+    errors = [] if on_terminal else [structlog.processors.format_exc_info]
     structlog.configure(
         processors=[*shared, *errors, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(number),
@@ -226,7 +214,7 @@ def _configure_logging(level: str) -> None:
         )
     )
     logging.basicConfig(level=max(number, logging.INFO), handlers=[handler], force=True)
-    # Pillow warns about odd metadata in clients' files; that is no business of the log.
+    # Pillow warns about odd metadata in clients' files.
     warnings.filterwarnings("ignore", module="PIL")
 
 

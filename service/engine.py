@@ -1,11 +1,12 @@
-"""The engine: one ONNX Runtime session for one model on one device. Fails loud, never falls back silently."""
+"""The engine: one ONNX Runtime session for one model on one device, without silent fallback to another."""
 
 import contextlib
 import ctypes
 import importlib.metadata
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,15 +19,15 @@ Device = Literal["cpu", "cuda", "tensorrt"]
 
 INPUT = "image"
 OUTPUTS = ("logits", "probabilities")
-"""The names that every graph has; export writes them."""
+"""Names of the input and the outputs of every graph that export writes."""
 
 _INSTALL = "install exactly one engine: pip install 'stridevit[cpu]' or pip install 'stridevit[gpu]'"
 
 
 def require_one_engine() -> str:
-    """The one ONNX Runtime distribution that is installed. Raises EngineError for none or two.
+    """The installed distribution of ONNX Runtime. Raises EngineError for none or two.
 
-    `onnxruntime` and `onnxruntime-gpu` unpack into the same folder, so with both the last one installed wins by chance.
+    `onnxruntime` and `onnxruntime-gpu` unpack into the same folder, so the one that was installed last would win.
     """
     found = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
     if not found:
@@ -39,12 +40,12 @@ def require_one_engine() -> str:
     return found[0]
 
 
-def resolve_device(asked: str) -> tuple[Device, int]:
-    """`auto`, `cpu`, `cuda`, `cuda:N` or `tensorrt` as (device, GPU number). Raises EngineError if it cannot be had."""
+def resolve_device(requested: str) -> tuple[Device, int]:
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `tensorrt` as (device, GPU number). Raises EngineError if unavailable."""
     ort = _onnxruntime()
-    kind, _, number = asked.partition(":")
+    kind, _, number = requested.partition(":")
     if kind not in ("auto", "cpu", "cuda", "tensorrt") or (number and not number.isdecimal()):
-        raise EngineError(f"unknown device {asked!r}: use auto, cpu, cuda, cuda:N or tensorrt")
+        raise EngineError(f"unknown device {requested!r}: use auto, cpu, cuda, cuda:N or tensorrt")
     available = ort.get_available_providers()
     if kind == "auto":
         has_gpu = "CUDAExecutionProvider" in available and Path("/proc/driver/nvidia/version").exists()
@@ -54,7 +55,7 @@ def resolve_device(asked: str) -> tuple[Device, int]:
     device: Device = "cuda" if kind == "cuda" else "tensorrt"
     if _PROVIDERS[device] not in available:
         raise EngineError(
-            f"device {asked!r} was asked for, but this ONNX Runtime has only {', '.join(available)}: "
+            f"device {requested!r} is unavailable: this ONNX Runtime has only {', '.join(available)}: "
             "pip install 'stridevit[gpu]', or use --device cpu"
         )
     return device, int(number or 0)
@@ -69,22 +70,22 @@ _PROVIDERS: dict[Device, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """What may be asked of an engine beside its device."""
+    """Options of an engine beside its device and threads. The defaults are ONNX Runtime's, not those of the service."""
 
     allow_spinning: bool = True
-    """Idle engine threads burn their core for a moment in the hope of work: faster alone, slower beside decoders."""
+    """Idle threads spin for a while before they sleep: faster alone, slower beside decoders."""
     gpu_memory_bytes: int = 0
-    """Limit of the device's memory arena; 0 for none."""
+    """Limit of the GPU's memory arena; 0: no limit."""
     tf32: bool = False
-    """Products in TF32: faster on Ampere and later, with a mantissa of 10 bits."""
+    """Matrix products in TF32: faster on Ampere and later, with a mantissa of 10 bits."""
     cuda_graphs: bool = False
-    """Record each batch size once and replay it: no launch costs, and memory for each size."""
+    """Record each batch size once and replay it: no launch costs, but memory for each size."""
     tensorrt_cache: Path | None = None
-    """Folder for TensorRT's engines, which take minutes to build."""
+    """Folder to keep TensorRT's engines, which take minutes to build."""
 
 
 class Engine:
-    """Runs one ONNX file. `run` may be called from one thread at a time."""
+    """Runs one ONNX file. `run` is for one thread at a time."""
 
     def __init__(
         self,
@@ -96,9 +97,9 @@ class Engine:
         tuning: Tuning | None = None,
         trace: Path | None = None,
     ) -> None:
-        """Load a model. Raises EngineError if the device does not take every node of it.
+        """Load a model from a file or its bytes. Raises EngineError if the device cannot run every node of it.
 
-        `trace` begins the name of a file with the time of every node, complete after `end_trace`.
+        `trace` is the prefix of a file with the time of every node, complete after `end_trace`.
         """
         ort = _onnxruntime()
         tuning = tuning or Tuning()
@@ -107,27 +108,25 @@ class Engine:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if tuning.allow_spinning else "0")
-        # With it, the second run of a batch size reserves one more block, as large as all that the first one needed.
+        # With patterns, the second run of a batch size reserves another block as large as all of the first run's.
         options.enable_mem_pattern = device != "cpu"
         if trace is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(trace)
         if device != "cpu":
-            # CUDA and cuDNN come as wheels of their own, where the loader does not look by itself.
+            # CUDA and cuDNN are wheels of their own, outside the loader's search path.
             ort.preload_dlls()
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         provider = _PROVIDERS[device]
-        try:
+        with _engine_errors(f"load the model on {device}"):
             self._session = ort.InferenceSession(
                 model if isinstance(model, bytes) else str(model),
                 sess_options=options,
                 providers=[(provider, _provider_options(device, number, tuning))],
             )
-        except Exception as error:  # ONNX Runtime raises classes of its own that share only Exception.
-            raise EngineError(f"ONNX Runtime cannot load the model on {device}: {error}") from error
         if provider not in self._session.get_providers():
             raise EngineError(
-                f"ONNX Runtime left {device} for {', '.join(self._session.get_providers())}; see its log above"
+                f"ONNX Runtime fell back from {device} to {', '.join(self._session.get_providers())}; see its log above"
             )
         self._session.disable_fallback()
         self.device, self._number = device, number
@@ -136,36 +135,30 @@ class Engine:
 
     def run(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """uint8 images (n,H,W,3) -> logits and probabilities, float32 (n, classes). Raises EngineError."""
-        try:
-            if self.device == "cpu":
-                logits, probabilities = self._session.run(OUTPUTS, {INPUT: images})
-            else:
-                logits, probabilities = self._run_bound(images)
-        except Exception as error:  # as above
-            raise EngineError(f"ONNX Runtime cannot run the model on {self.device}: {error}") from error
+        with _engine_errors(f"run the model on {self.device}"):
+            on_cpu = self.device == "cpu"
+            logits, probabilities = self._session.run(OUTPUTS, {INPUT: images}) if on_cpu else self._run_bound(images)
         return logits, probabilities
 
     def shrink(self, images: npt.NDArray[np.uint8]) -> None:
-        """Run once more and give the memory that the arena holds beyond this back to the system."""
+        """Run once, and free the memory that the arena holds beyond what this run needs."""
         ort = _onnxruntime()
         options = ort.RunOptions()
         arena = "cpu:0" if self.device == "cpu" else f"gpu:{self._number}"
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
-        try:
+        with _engine_errors(f"run the model on {self.device}"):
             self._session.run(OUTPUTS, {INPUT: images}, options)
-        except Exception as error:  # as above
-            raise EngineError(f"ONNX Runtime cannot run the model on {self.device}: {error}") from error
 
     def close(self) -> None:
-        """Give back the session's memory, arena and all. The engine is of no use afterwards."""
+        """Free the session's memory and its arena. The engine cannot be used afterwards."""
         for bound in self._bound.values():
             bound.close()
         self._bound.clear()
         self._session = None
-        give_memory_back()
+        _trim_heap()
 
     def _run_bound(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], ...]:
-        """On a GPU: through buffers that stay, one set a batch size. Not run on a GPU yet."""
+        """Run on a GPU through persistent buffers, one set per batch size. Not run on a GPU yet."""
         bound = self._bound.get(len(images))
         if bound is None:
             bound = self._bound[len(images)] = _Bound(self._session, images.shape, self._number)
@@ -176,20 +169,16 @@ class Engine:
         return bound.run(images, options)
 
     def end_trace(self) -> Path:
-        """Stop tracing and return the file, in Chrome's trace format."""
+        """Stop tracing and return the file, which is in Chrome's trace format."""
         return Path(self._session.end_profiling())
 
-    def bind(self, images: npt.NDArray[np.uint8]) -> Callable[[], None]:
-        """A function that runs the same images (n,H,W,3) again and waits for the end, to time the model alone.
+    def bind(self, images: npt.NDArray[np.uint8]) -> Callable[[], object]:
+        """A function that runs the same images (n,H,W,3) and waits for the end, to time the model alone.
 
-        On a GPU they are copied to its memory once, and the outputs stay there.
+        On a GPU the images are copied to its memory once, and the outputs stay there.
         """
         if self.device == "cpu":
-
-            def run() -> None:
-                self._session.run(OUTPUTS, {INPUT: images})
-
-            return run
+            return partial(self._session.run, OUTPUTS, {INPUT: images})
         ort = _onnxruntime()
         binding = self._session.io_binding()
         binding.bind_ortvalue_input(INPUT, ort.OrtValue.ortvalue_from_numpy(images, "cuda", self._number))
@@ -204,7 +193,7 @@ class Engine:
 
 
 class _Bound:
-    """Device buffers for one batch size, and page-locked ones on the host to copy from and to."""
+    """Buffers for one batch size: on the device, and page-locked ones on the host to copy from."""
 
     def __init__(self, session: Any, shape: tuple[int, ...], number: int) -> None:
         ort = _onnxruntime()
@@ -232,10 +221,18 @@ class _Bound:
 
 
 def _page_locked(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Host memory that the GPU can copy from without a detour. Raises OSError."""
+    """Host memory from which the GPU copies directly. Raises OSError."""
     array = np.zeros(shape, dtype=dtype)
     _cuda("cudaHostRegister", ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), 0)
     return array
+
+
+@contextlib.contextmanager
+def _engine_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime raises classes of its own that share only Exception
+        raise EngineError(f"ONNX Runtime cannot {what}: {error}") from error
 
 
 def _cuda(function: str, *arguments: Any) -> None:
@@ -257,7 +254,7 @@ def _provider_options(device: Device, number: int, tuning: Tuning) -> dict[str, 
     options = {
         "device_id": str(number),
         "arena_extend_strategy": "kSameAsRequested",
-        # An exhaustive search takes seconds for each batch size and much memory.
+        # An exhaustive search takes seconds per batch size, and much memory.
         "cudnn_conv_algo_search": "HEURISTIC",
         "use_tf32": str(int(tuning.tf32)),
         "enable_cuda_graph": str(int(tuning.cuda_graphs)),
@@ -267,7 +264,7 @@ def _provider_options(device: Device, number: int, tuning: Tuning) -> dict[str, 
     return options
 
 
-def give_memory_back() -> None:
+def _trim_heap() -> None:
     """Return freed memory to the system, where the C library would keep it."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
@@ -276,7 +273,7 @@ def give_memory_back() -> None:
 def _onnxruntime() -> Any:
     """Import ONNX Runtime after the check, so that its absence is a clear error, and with its telemetry off.
 
-    The published wheels report usage to their maker on every platform unless this variable says no.
+    The published wheels report usage to their maker unless this variable is set.
     """
     require_one_engine()
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

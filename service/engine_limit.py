@@ -6,11 +6,10 @@ service, without requests. Served throughput is quoted as a fraction of this.
 
 import io
 import itertools
-import subprocess
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from service.bundle import Bundle, read_bundle, versions
+from service.bundle import read_bundle, versions
 from service.engine import Engine, require_one_engine, resolve_device
-from service.engine_memory import EngineMemory, measure_memory
+from service.engine_memory import measure_memory
 from service.engine_timer import time_runs
-from service.errors import BundleError, ImageError, StartupError
+from service.errors import ImageError, StartupError
 from service.host import available_cores
 from service.images import decode
 from service.scheduling.cost import candidate_sizes
@@ -71,28 +70,13 @@ class EngineLimit:
 
     def text(self) -> str:
         """For the terminal: one line per figure."""
-        pairs = ", ".join(f"{size}: {rate:.1f}" for size, rate in self.images_per_second_by_batch_size.items())
-        alone = ", ".join(f"{size}: {rate:.1f}" for size, rate in self.engine_images_per_second_by_batch_size.items())
-        memory = "not known on this system or device"
-        if self.baseline_pss_bytes is not None and self.baseline_pss_one_image_bytes is not None:
-            memory = (
-                f"{self.baseline_pss_bytes / 1e6:.1f} MB PSS after a batch of "
-                f"{max(self.images_per_second_by_batch_size)}, "
-                f"{self.baseline_pss_one_image_bytes / 1e6:.1f} MB after one image"
-            )
-        return "\n".join(
-            (
-                f"engine limit   {self.images_per_second:.1f} images/s: {self.model}, version {self.version}, in "
-                f"batches of {self.batch_size}, for {self.seconds:g} s",
-                f"by batch size  {pairs}",
-                f"engine alone   {alone}",
-                f"decode alone   {self.decode_images_per_second:.1f} ({self.images} images, median "
-                f"{self.median_image_bytes / 1e3:.1f} kB)",
-                f"threads        engine {self.intra_op_threads}, {'' if self.allow_spinning else 'not '}spinning; "
-                f"decode {self.decode_threads}; device {self.device}",
-                f"memory         {memory}: ONNX Runtime and the model alone",
-            )
-        )
+        return "\n".join(f"{name.replace('_', ' '):40}{_shown(value)}" for name, value in asdict(self).items())
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_shown(inner)}" for key, inner in value.items())
+    return f"{value:.1f}" if isinstance(value, float) else "unknown" if value is None else str(value)
 
 
 def read_images(data: Path | None) -> list[bytes]:
@@ -115,19 +99,24 @@ def read_images(data: Path | None) -> list[bytes]:
 def measure_engine_limit(settings: Settings, name: str, images: list[bytes], *, seconds: float) -> EngineLimit:
     """Try batch sizes 1, 2, 4, … up to the largest of the settings and the model, then measure the best for `seconds`.
 
-    Raises StartupError if the model cannot be loaded, or an image not be decoded.
+    Raises StartupError, BundleError or EngineError if the model cannot be loaded, or an image not be decoded.
     """
     device, number = resolve_device(settings.device)
-    bundle = _newest(settings.repository, name)
+    published = versions(settings.repository, name)
+    if not published:
+        raise StartupError(f"model {name!r}: no version of it in {settings.repository}")
+    bundle = read_bundle(settings.repository / name / str(published[-1]))
     cores = settings.threads or available_cores()
     decode_threads = settings.decode_threads or cores
-    # The service chooses between one thread and all as well; here both are measured at each batch size.
+    # The service chooses between one thread and all too, by single images; here both are tried at each batch size.
     thread_counts = (
         {settings.intra_op_threads} if settings.intra_op_threads else {cores, 1 if device == "cpu" else cores}
     )
     sizes = candidate_sizes(min(settings.max_batch, bundle.manifest.max_batch or settings.max_batch))
-    # Before this process loads the model: see measure_memory.
-    memory = _memory(bundle, threads=max(thread_counts), batch=sizes[-1]) if device == "cpu" else None
+    # Before this process loads ONNX Runtime: see measure_memory.
+    one, largest = (
+        measure_memory(bundle, threads=max(thread_counts), batch=sizes[-1]) if device == "cpu" else (None, None)
+    )
     decode_one = partial(decode, preprocessing=bundle.manifest.preprocessing, max_pixels=settings.max_pixels)
     try:
         decoded = [decode_one(image) for image in images][: sizes[-1]]
@@ -135,45 +124,36 @@ def measure_engine_limit(settings: Settings, name: str, images: list[bytes], *, 
         raise StartupError(f"not all of the images can be decoded: {error}") from error
     trial_seconds = min(_MAX_TRIAL_SECONDS, max(_MIN_TRIAL_SECONDS, seconds / 10))
     decode_only = _decode_rate(decode_one, images, threads=decode_threads, seconds=trial_seconds)
-    trials: list[_Trial] = []
+    trials = []
     for threads in sorted(thread_counts):
         engine = Engine(bundle.model_path, device=device, number=number, threads=threads, tuning=settings.tuning())
         pipeline = partial(_pipeline_rate, engine, decode_one, images, decode_threads=decode_threads)
-        engine_only = {size: _engine_rate(engine, decoded, batch=size, seconds=trial_seconds) for size in sizes}
-        # Forwards and backwards: interference of a moment does not hit one size alone.
-        forwards = {size: pipeline(batch=size, seconds=trial_seconds) for size in sizes}
-        backwards = {size: pipeline(batch=size, seconds=trial_seconds) for size in reversed(sizes)}
-        by_size = {size: (forwards[size] + backwards[size]) / 2 for size in sizes}
-        trials.append(_Trial(threads=threads, pipeline=pipeline, engine_only=engine_only, by_size=by_size))
-    best = max(trials, key=lambda trial: max(trial.by_size.values()))
-    batch = max(best.by_size, key=lambda size: best.by_size[size])
+        alone = {size: _engine_rate(engine, decoded, batch=size, seconds=trial_seconds) for size in sizes}
+        # Forwards and backwards, so that interference of a moment does not hit one size alone.
+        rates = [(size, pipeline(batch=size, seconds=trial_seconds)) for size in (*sizes, *reversed(sizes))]
+        together = {size: sum(rate for other, rate in rates if other == size) / 2 for size in sizes}
+        trials.append((max(together.values()), threads, pipeline, alone, together))
+    _, threads, pipeline, alone, together = max(trials, key=lambda trial: trial[0])
+    batch_size = max(together, key=lambda size: together[size])
     return EngineLimit(
         model=name,
         version=bundle.version,
         device=device,
-        intra_op_threads=best.threads,
+        intra_op_threads=threads,
         decode_threads=decode_threads,
         allow_spinning=settings.allow_spinning,
         images=len(images),
         median_image_bytes=int(np.median([len(image) for image in images])),
         seconds=seconds,
-        images_per_second=best.pipeline(batch=batch, seconds=seconds),
-        batch_size=batch,
-        images_per_second_by_batch_size=best.by_size,
+        images_per_second=pipeline(batch=batch_size, seconds=seconds),
+        batch_size=batch_size,
+        images_per_second_by_batch_size=together,
         decode_images_per_second=decode_only,
-        engine_images_per_second_by_batch_size=best.engine_only,
-        baseline_pss_bytes=memory.largest_batch_bytes if memory else None,
-        baseline_pss_one_image_bytes=memory.one_image_bytes if memory else None,
+        engine_images_per_second_by_batch_size=alone,
+        baseline_pss_bytes=largest,
+        baseline_pss_one_image_bytes=one,
         versions={package: version(package) for package in (require_one_engine(), "pillow", "numpy")},
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Trial:
-    threads: int
-    pipeline: Callable[..., float]
-    engine_only: dict[int, float]
-    by_size: dict[int, float]
 
 
 def generated_jpeg() -> bytes:
@@ -185,27 +165,6 @@ def generated_jpeg() -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=90)
     return buffer.getvalue()
-
-
-def _newest(repository: Path, name: str) -> Bundle:
-    published = versions(repository, name)
-    if not published:
-        raise StartupError(f"model {name!r}: no version of it in {repository}")
-    try:
-        return read_bundle(repository / name / str(published[-1]))
-    except BundleError as error:
-        raise StartupError(f"model {name!r}: {error}") from error
-
-
-def _memory(bundle: Bundle, *, threads: int, batch: int) -> EngineMemory | None:
-    side = bundle.manifest.input.shape[1]
-    try:
-        return measure_memory(bundle.model_path, side=side, threads=threads, batch=batch)
-    except subprocess.SubprocessError as error:
-        log = getattr(error, "stderr", None) or ""
-        raise StartupError(
-            f"the process with ONNX Runtime and the model alone failed: {error}\n{log[-1000:]}"
-        ) from error
 
 
 def _pipeline_rate(

@@ -1,29 +1,29 @@
-"""Everything that can go wrong in the service, without HTTP in it (`service.http.problems` maps it once).
+"""Everything that can go wrong in the service. `service.http.problems` turns a RequestError into an answer.
 
 ServiceError
-├── StartupError              the service cannot start as it was asked to
-│   └── EngineError         no or two ONNX Runtimes, or a device that cannot be had
-├── BundleError             a bundle that must not take traffic
-└── RequestError            one request cannot be answered; nobody else's is lost
-    ├── BadRequest          malformed in itself
-    ├── InvalidParameter    a parameter of the query or a header is out of its range
-    ├── BodyTooLarge
-    ├── BodyTooSlow         safe to retry: nothing was done
-    ├── ImageError
-    │   ├── BadImage        damaged
-    │   ├── UnsupportedImage
-    │   └── TooManyPixels
-    ├── UnknownModel
-    ├── NoSuitableModel     no model of the family meets the caller's floor
-    ├── NotReady            loading or draining; safe to retry
-    ├── Overloaded                no room, or no way to finish in time; safe to retry after `retry_after_s`
-    ├── DeadlineExceeded             the deadline passed before the work was done; safe to retry
-    ├── ClientDisconnected              the caller has left: nobody reads the answer
-    ├── Unauthorized        no key, or a wrong one
-    └── Forbidden           not with this key, or switched off
+├── StartupError                the service cannot start with its settings
+│   └── EngineError             no ONNX Runtime, two of them, or an unavailable device
+├── BundleError                 a bundle that must not take traffic
+└── RequestError                one request, or one image of it, cannot be answered; others are not affected
+    ├── BadRequest              400 malformed
+    ├── InvalidParameter        422 a parameter of the query, or a header, is out of its range
+    ├── BodyTooLarge            413 more bytes than the limit
+    ├── BodyTooSlow             408 did not arrive in time
+    ├── ImageError              one image cannot be used
+    │   ├── BadImage            400 damaged
+    │   ├── UnsupportedImage    415 not an image, or of a format that is not accepted
+    │   └── TooManyPixels       422 larger than the pixel limit
+    ├── UnknownModel            404 no such model
+    ├── NoSuitableModel         422 no model of the family reaches the requested accuracy
+    ├── NotReady                503 loading or draining
+    ├── Overloaded              429 no room, or no way to finish in time
+    ├── DeadlineExceeded        504 the deadline passed before the work was done
+    ├── ClientDisconnected      408 nobody is left to read the answer
+    ├── Unauthorized            401 no API key, or a wrong one
+    └── Forbidden               403 not with this key, or switched off
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 class ServiceError(Exception):
@@ -31,11 +31,11 @@ class ServiceError(Exception):
 
 
 class StartupError(ServiceError):
-    """The service cannot start as it was asked to."""
+    """The service cannot start with its settings."""
 
 
 class EngineError(StartupError):
-    """No inference engine as asked for."""
+    """No inference engine as requested."""
 
 
 class BundleError(ServiceError):
@@ -43,55 +43,64 @@ class BundleError(ServiceError):
 
 
 class RequestError(ServiceError):
-    """One request, or one image of it, cannot be answered."""
+    """One request, or one image of it, cannot be answered. The docstrings of its kinds are shown in /docs."""
+
+    status: ClassVar[int]
+    """HTTP status of the answer."""
+    code: ClassVar[str]
+    """Name of the error in answers (`urn:stridevit:<code>`) and in metrics. Part of the API: it never changes."""
+
+    def __init_subclass__(cls, *, status: int | None = None, code: str | None = None) -> None:
+        if status is not None and code is not None:
+            cls.status, cls.code = status, code
 
 
-class BadRequest(RequestError):
+class BadRequest(RequestError, status=400, code="bad-request"):
     """The request is malformed."""
 
 
-class InvalidParameter(RequestError):
+class InvalidParameter(RequestError, status=422, code="invalid-parameter"):
     """A parameter of the query, or a header, is out of its range."""
 
 
-class BodyTooLarge(RequestError):
+class BodyTooLarge(RequestError, status=413, code="body-too-large"):
     """The body exceeds the byte limit."""
 
 
-class BodyTooSlow(RequestError):
-    """The body did not arrive in time."""
+class BodyTooSlow(RequestError, status=408, code="body-too-slow"):
+    """The body did not arrive in time. Nothing was done: it is safe to retry."""
 
 
 class ImageError(RequestError):
     """One image cannot be used."""
 
 
-class BadImage(ImageError):
+class BadImage(ImageError, status=400, code="bad-image"):
     """The image is damaged."""
 
 
-class UnsupportedImage(ImageError):
+class UnsupportedImage(ImageError, status=415, code="unsupported-image"):
     """Not an image, or of a format that is not accepted."""
 
 
-class TooManyPixels(ImageError):
+class TooManyPixels(ImageError, status=422, code="too-many-pixels"):
     """The image is larger than the pixel limit. Nothing of it was decoded."""
 
 
-class UnknownModel(RequestError):
-    """No such model."""
+class UnknownModel(RequestError, status=404, code="unknown-model"):
+    """There is no such model, or it is not loaded."""
 
 
-class NotReady(RequestError):
-    """The service is loading or draining."""
+class NotReady(RequestError, status=503, code="not-ready"):
+    """The service is loading or draining. It is safe to retry."""
 
 
-class NoSuitableModel(RequestError):
-    """The family has no model that meets the caller's floor."""
+class NoSuitableModel(RequestError, status=422, code="no-suitable-model"):
+    """No model of the family reaches the requested accuracy."""
 
 
-class Overloaded(RequestError):
-    """There is no room for the request, or it could not finish in time. Nothing was done for it."""
+class Overloaded(RequestError, status=429, code="overloaded"):
+    """There is no room, or no way to finish in time. Nothing was done: retry after `Retry-After` seconds."""
 
     def __init__(self, message: str, *, reason: Literal["images", "bytes", "deadline"], retry_after_s: float) -> None:
         super().__init__(message)
@@ -99,17 +108,18 @@ class Overloaded(RequestError):
         self.retry_after_s = retry_after_s
 
 
-class DeadlineExceeded(RequestError):
-    """The deadline passed before the work was done."""
+class DeadlineExceeded(RequestError, status=504, code="deadline-exceeded"):
+    """The deadline passed while the request waited. It is safe to retry."""
 
 
-class ClientDisconnected(RequestError):
-    """The caller has left."""
+# Nobody reads this answer. Proxies log 499 for it, which is not a registered status.
+class ClientDisconnected(RequestError, status=408, code="client-disconnected"):
+    """The client closed its connection."""
 
 
-class Unauthorized(RequestError):
-    """No key, or one that is not accepted."""
+class Unauthorized(RequestError, status=401, code="unauthorized"):
+    """No API key, or one that is not accepted."""
 
 
-class Forbidden(RequestError):
+class Forbidden(RequestError, status=403, code="forbidden"):
     """Not with this key, or switched off."""

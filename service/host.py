@@ -7,9 +7,10 @@ import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import psutil
@@ -111,23 +112,16 @@ def process_tree_bytes(pid: int) -> int:
 
     total = 0
     for process in process_tree(pid):
-        try:
+        with suppress(psutil.Error):  # it has ended
             memory = process.memory_full_info()
-        except psutil.Error:  # it has ended
-            continue
-        total += getattr(memory, "pss", 0) or memory.uss
+            total += getattr(memory, "pss", 0) or memory.uss
     return total
 
 
 def gpu_used_bytes(number: int) -> int:
     """Memory in use on one NVIDIA GPU by all processes. Raises pynvml.NVMLError without one. Needs nvidia-ml-py."""
-    import pynvml  # noqa: PLC0415
-
-    pynvml.nvmlInit()
-    try:
-        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(number)).used)
-    finally:
-        pynvml.nvmlShutdown()
+    with _nvml() as nvml:
+        return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(number)).used)
 
 
 def gpu_process_bytes(pids: Iterable[int]) -> int | None:
@@ -136,25 +130,28 @@ def gpu_process_bytes(pids: Iterable[int]) -> int | None:
     NVML gives process ids as the host numbers them: in a container with ids of its own none of `pids` is found, and the
     answer is None. Needs nvidia-ml-py. Not run on a GPU yet.
     """
-    import pynvml  # noqa: PLC0415
+    from pynvml import NVMLError  # noqa: PLC0415
 
     wanted = set(pids)
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
+        with _nvml() as nvml:
+            handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
+            running = [process for handle in handles for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+    except NVMLError:
         return None
+    used = [process.usedGpuMemory or 0 for process in running if process.pid in wanted]
+    return sum(used) if used else None
+
+
+@contextmanager
+def _nvml() -> Iterator[Any]:
+    import pynvml  # noqa: PLC0415
+
+    pynvml.nvmlInit()
     try:
-        used = [
-            process.usedGpuMemory or 0
-            for number in range(pynvml.nvmlDeviceGetCount())
-            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(number))
-            if process.pid in wanted
-        ]
-    except pynvml.NVMLError:
-        return None
+        yield pynvml
     finally:
         pynvml.nvmlShutdown()
-    return sum(used) if used else None
 
 
 def git(*arguments: str) -> str:

@@ -1,9 +1,10 @@
-"""From encoded bytes to the model's pixels. Every limit is checked before anything is decoded.
+"""Preprocessing: from an encoded image to the model's pixels. All limits are checked before anything is decoded.
 
-In two steps, so that a caller can look at the work before it is done: `open_image`, then `OpenedImage.render`.
+`decode` does it in one call. `open_image` and `OpenedImage.render` are its two steps, for callers that must know the
+amount of work first. Everything that needs the served pixels calls these, also the load tests.
 
-The rules, for all formats: first frame of an animation, EXIF orientation applied, alpha over white, 16-bit grey scaled
-(not clipped) to 8 bits, the shorter side resized and the centre cropped, all as RGB.
+The rules for all formats: the first frame of an animation, EXIF orientation applied, alpha over white, 16-bit grey
+scaled (not clipped) to 8 bits, the shorter side resized and the centre cropped, all as RGB.
 """
 
 import io
@@ -19,52 +20,50 @@ from service.manifest import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _JPEG = ("JPEG", "MPO")
-"""As Pillow names a JPEG: MPO if there are several pictures in it."""
+"""Pillow's names of a JPEG: MPO holds several pictures."""
 
-# What Pillow's readers raise on damaged or hostile files, found on decoder fuzzing samples.
+# What Pillow raises on damaged or hostile files, found with samples of fuzzed files.
 _DAMAGED = (
     OSError,
+    EOFError,
     ValueError,
     SyntaxError,
-    IndexError,
-    KeyError,
     TypeError,
     AttributeError,
-    OverflowError,
-    EOFError,
+    LookupError,
+    ArithmeticError,
     MemoryError,
-    struct.error,
     RuntimeError,
-    ZeroDivisionError,
+    struct.error,
 )
 
 _BACKGROUND = (255, 255, 255)
 
 _JPEG_SCAN = b"\xff\xda"
 _MAX_JPEG_WORK = 4_000_000_000
-"""Pixels times scans of a JPEG: some seconds of decoding. Encoders write about ten scans."""
+"""Limit of pixels times scans of a JPEG: some seconds of decoding. Encoders write about ten scans."""
 
 _SCANS_A_PIXEL = 10
-"""A further scan costs a tenth of decoding the picture: 0.5 to 1.1 ms of CPU a megapixel against 10."""
+"""A further scan costs a tenth of decoding the picture: 0.5 to 1.1 ms of CPU per megapixel against 10."""
 
 _OTHER_FORMATS = 2
-"""A pixel of the other formats costs as much as this many of a JPEG: measured 1.1 (GIF) to 4 (PNG with alpha)."""
+"""Cost of a pixel of the other formats, in pixels of a JPEG: measured 1.1 (GIF) to 4 (PNG with alpha)."""
 
 MAX_PIXELS = 178_956_970
 """Pillow refuses images of more pixels, whatever limit `decode` is given."""
 
 LARGE_PIXELS = 2_000_000
-"""Work of decoding, see OpenedImage.pixels, above which an image is large: too long for small ones to wait behind.
+"""Decoding work, as in OpenedImage.pixels, above which an image is large, so that small ones should not wait for it.
 
-At 10 ms of CPU a megapixel (on our 2-core machines) what is not large takes some 20 ms, at worst 40 (PNG with alpha). A
-JPEG of 640 × 480 takes 1 ms for a model of 32 pixels and 4 for one of 224. One of 12 megapixels takes 25 to 50
-although drafted and 100 if progressive, a PNG of that size 300 to 500.
+At 10 ms of CPU per megapixel (on 2-core machines) smaller images take about 20 ms, at worst 40 (PNG with alpha). A JPEG
+of 640 × 480 takes 1 ms for a model of 32 pixels, and 4 ms for one of 224. One of 12 megapixels takes 25 to 50 ms even
+if drafted, and 100 ms if progressive; a PNG of that size takes 300 to 500 ms.
 """
 
 _DRAFT_MARGIN = 3
-"""A JPEG is decoded at 1/2, 1/4 or 1/8 if its shorter side then still is this many times `resize`.
+"""A JPEG is decoded at 1/2, 1/4 or 1/8 if its shorter side is then still this many times `resize`.
 
-Mean and largest difference from decoding it whole, in levels of 255, at sizes that just allow the fraction; the worst
+Mean and largest difference from decoding it whole, in levels of 255, at sizes that just allow the fraction. The worst
 of all fractions, and of 4:4:4, 4:2:0 and, at 32 pixels, 4:2:2, grey, CMYK and progressive files:
 
 | margin | photos at 32 | photos at 224 to 384 | noise      | text, lines, checks |
@@ -75,24 +74,27 @@ of all fractions, and of 4:4:4, 4:2:0 and, at 32 pixels, 4:2:2, grey, CMYK and p
 | 3      | 0.9 and 14   | 0.5 and 15           | 2.2 and 11 | 3.7 and 39          |
 | 4      | 0.5 and 10   | 0.3 and 12           | 1.3 and 7  | 3.3 and 31          |
 
-Text in pure colours is what JPEG itself keeps worst: read whole it differs by 4.6 and 38 from what was encoded. A
-margin of 4 would leave 12 megapixels whole at 384 pixels.
+JPEG itself distorts text in pure colours most: decoded whole it differs by 4.6 and 38 from the original. With a margin
+of 4, images of 12 megapixels would be decoded whole for models of 384 pixels.
 """
 
 _MAX_STRETCH = 8
-"""Images whose sides differ by more than this factor are not resized as a whole."""
+"""Images with a larger aspect ratio are not resized as a whole."""
 
 _Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
 
 
 def decode(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) -> npt.NDArray[np.uint8]:
-    """Encoded image -> uint8 (crop, crop, 3). Raises UnsupportedImage, TooManyPixels or BadImage."""
+    """Encoded image -> uint8 (crop, crop, 3), RGB, exactly as it is served.
+
+    `max_pixels`: limit of width times height, at most MAX_PIXELS. Raises UnsupportedImage, TooManyPixels or BadImage.
+    """
     return open_image(data, preprocessing, max_pixels=max_pixels).render()
 
 
 def open_image(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) -> "OpenedImage":
-    """Read the header and check every limit; decode nothing. Raises UnsupportedImage, TooManyPixels or BadImage."""
+    """Read the header and check all limits, without decoding. Raises as `decode`."""
     if not data:
         raise BadImage("the image is empty: send its bytes as the body")
     try:
@@ -112,23 +114,23 @@ def open_image(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) ->
 
 
 class OpenedImage:
-    """An image whose header is read and within the limits. Dropped unrendered, it leaves nothing behind."""
+    """An image whose header is read and within the limits. If it is not rendered, nothing needs to be closed."""
 
     def __init__(
         self, image: ImageFile.ImageFile, preprocessing: Preprocessing, *, pixels: int, max_pixels: int
     ) -> None:
         self.pixels = pixels
-        """The work of decoding it whole, as that of so many pixels of a JPEG of one scan. Compare with LARGE_PIXELS.
+        """Work of decoding it whole, in pixels of a JPEG of one scan; to compare with LARGE_PIXELS.
 
-        Its width times its height; a JPEG's further scans weigh a tenth each and are rather counted too many than too
-        few; a pixel of other formats weighs two. What drafting saves is not taken off.
+        Width times height; each further scan of a JPEG adds a tenth (their number is an upper bound); a pixel of other
+        formats counts as two. What drafting saves is not subtracted.
         """
         self._image = image
         self._preprocessing = preprocessing
         self._max_pixels = max_pixels
 
     def render(self) -> npt.NDArray[np.uint8]:
-        """Decode, turn upright, resize and crop: uint8 (crop, crop, 3). Once: it closes the file.
+        """Decode, rotate upright, resize and crop: uint8 (crop, crop, 3). Only once: it closes the image.
 
         Raises TooManyPixels or BadImage.
         """
@@ -143,7 +145,7 @@ class OpenedImage:
         except _DAMAGED as error:
             raise BadImage(f"the image is damaged: {error}") from error
         finally:
-            # Not `with`: that would keep the decoded pixels as long as this object lives.
+            # `with` would keep the decoded pixels as long as this object lives.
             image.close()
 
 
@@ -154,9 +156,9 @@ def _work(image: ImageFile.ImageFile, data: bytes, *, max_pixels: int) -> int:
         raise TooManyPixels(f"the image is {width} × {height}; the limit is {max_pixels:,} pixels: make it smaller")
     if image.format not in _JPEG:
         return _OTHER_FORMATS * width * height
-    # Each scan of a progressive JPEG is a pass over all pixels, and a small file can ask for thousands. The count
-    # is an upper bound: compressed data never holds this marker, but metadata or a film behind the picture may.
-    # Pillow has read the header of the first scan, so what metadata holds, as in a thumbnail, is told apart.
+    # Each scan of a progressive JPEG is a pass over all pixels, and a small file can hold thousands. The count is an
+    # upper bound: compressed data never contains this marker, but metadata or a video behind the picture may. Pillow
+    # has read up to the first scan, so markers in the metadata before it, as of a thumbnail, are counted apart.
     header = image.fp.tell() if image.fp else 0
     further_scans = data.count(_JPEG_SCAN, header)
     if (data.count(_JPEG_SCAN, 0, header) + further_scans) * width * height > _MAX_JPEG_WORK:
@@ -165,10 +167,10 @@ def _work(image: ImageFile.ImageFile, data: bytes, *, max_pixels: int) -> int:
 
 
 def _draft(image: ImageFile.ImageFile, preprocessing: Preprocessing) -> _Box | None:
-    """Let a JPEG that is much larger than needed be decoded at 1/2, 1/4 or 1/8 of its size.
+    """Have a JPEG that is much larger than needed decoded at 1/2, 1/4 or 1/8 of its size.
 
-    Returns where the whole picture will lie in the decoded pixels once they are upright: their number is rounded up, so
-    the last row and column may be in it with a fraction only. None if nothing is drafted, as for all other formats.
+    Returns the box of the whole picture within the upright decoded pixels: their number is rounded up, so only a
+    fraction of the last row and column may belong to it. None if nothing is drafted, as for all other formats.
     """
     enough = _DRAFT_MARGIN * preprocessing.resize
     if image.format not in _JPEG or min(image.size) < 2 * enough:
@@ -187,12 +189,12 @@ def _draft(image: ImageFile.ImageFile, preprocessing: Preprocessing) -> _Box | N
 
 
 def _to_rgb_crop(image: Image.Image, box: _Box | None, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """Resize first, so that what follows works on few pixels: a large image must not be held several times over.
+    """Resize before converting, so that a large image is not held in memory several times.
 
-    `box` is where the picture lies in a drafted JPEG, which is never grey of more than 8 bits nor transparent.
+    `box`: the picture in a drafted JPEG, which is neither transparent nor grey of more than 8 bits.
     """
     if image.mode.startswith("I;16"):
-        # Pillow clips 16-bit grey to white where it should scale it.
+        # Pillow would clip 16-bit grey to white.
         grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return _resize_and_crop(grey.convert("RGB"), preprocessing)
     if image.mode in ("I", "F"):
@@ -201,7 +203,7 @@ def _to_rgb_crop(image: Image.Image, box: _Box | None, preprocessing: Preprocess
         grey = Image.fromarray((small * scale).clip(0, 255).round().astype(np.uint8))
         return np.asarray(grey.convert("RGB"))
     if image.has_transparency_data:
-        # Pillow weighs colours by alpha when it resizes RGBA, so what cannot be seen does not bleed into the rest.
+        # Pillow weighs colours by alpha when it resizes RGBA, so invisible colours do not bleed into visible ones.
         layer = Image.fromarray(_resize_and_crop(image.convert("RGBA"), preprocessing))
         background = Image.new("RGBA", layer.size, (*_BACKGROUND, 255))
         return np.asarray(Image.alpha_composite(background, layer).convert("RGB"))
@@ -217,11 +219,11 @@ def _scale_to_8_bits(image: Image.Image) -> float:
 
 
 def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, box: _Box | None = None) -> npt.NDArray[Any]:
-    """Shorter side to `resize`, then the centre `crop` × `crop`: torchvision's Resize and CenterCrop, to the pixel."""
+    """Shorter side to `resize`, then the centre `crop` × `crop`: exactly torchvision's Resize and CenterCrop."""
     x0, y0, x1, y1 = box or (0, 0, *image.size)
     sides = x1 - x0, y1 - y0
     crop, shorter = preprocessing.crop, min(sides)
-    # The sides of a drafted picture are exact in binary, so they give the very numbers that the whole ones would.
+    # The sides of a drafted picture are exact in binary, so they give the same numbers as those of the whole one.
     width, height = (int(preprocessing.resize * side / shorter) for side in sides)
     left, top = round((width - crop) / 2), round((height - crop) / 2)
     filter_ = Image.Resampling[preprocessing.interpolation.upper()]
@@ -230,8 +232,8 @@ def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, box: _Box
             image = image.resize((width, height), filter_, box)
         image = image.crop((left, top, left + crop, top + crop))
     else:
-        # A strip of one pixel by a million would be huge when resized as a whole: take the same region only, which
-        # differs by rounding.
+        # A strip of one pixel by a million would be huge when resized as a whole. The same region alone differs only by
+        # rounding.
         x, y = sides[0] / width, sides[1] / height
         region = (x0 + left * x, y0 + top * y, x0 + (left + crop) * x, y0 + (top + crop) * y)
         image = image.resize((crop, crop), filter_, region)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -9,6 +10,7 @@ from prometheus_client.metrics_core import Metric
 
 from service.host import peak_bytes
 
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -44,93 +46,64 @@ class Metrics:
     """All metrics of one application."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self.requests = Counter(
-            "stridevit_requests_total",
-            "HTTP requests answered.",
-            ["route", "method", "status"],
-            registry=self._registry,
+        self._registry = registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"stridevit_{name}_total", text, labels, registry=registry)
+
+        def seconds(name: str, text: str, *labels: str) -> Histogram:
+            return Histogram(f"stridevit_{name}_duration_seconds", text, labels, buckets=_SECONDS, registry=registry)
+
+        self.requests = counter("requests", "HTTP requests answered.", "route", "method", "status")
+        self.request_seconds = seconds(
+            "request", "Time from the first byte of a request's head to the end of its answer.", "route"
         )
-        self.request_seconds = Histogram(
-            "stridevit_request_duration_seconds",
-            "Time from the first byte of a request's head to the end of its answer.",
-            ["route"],
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self.images = Counter(
-            "stridevit_images_total",
-            "Images answered, by outcome: ok or the error's code.",
-            ["model", "outcome"],
-            registry=self._registry,
-        )
-        self.stage_seconds = Histogram(
-            "stridevit_stage_duration_seconds",
+        self.images = counter("images", "Images answered, by outcome: ok or the error's code.", "model", "outcome")
+        self.stage_seconds = seconds(
+            "stage",
             "Time of one image in a stage (decode, queue, inference), or of its whole request (total).",
-            ["model", "stage"],
-            buckets=_SECONDS,
-            registry=self._registry,
+            "model",
+            "stage",
         )
         self.batch_size = Histogram(
-            "stridevit_batch_size",
-            "Images in a batch.",
-            ["model"],
-            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
-            registry=self._registry,
+            "stridevit_batch_size", "Images in a batch.", ["model"], buckets=_BATCH_SIZES, registry=registry
         )
-        self.rows = Counter(
-            "stridevit_engine_rows_total",
+        self.rows = counter(
+            "engine_rows",
             "Rows computed by the engine: images, and the padding that fills a batch up to a warmed-up size.",
-            ["model", "kind"],
-            registry=self._registry,
+            "model",
+            "kind",
         )
-        self.batch_errors = Counter(
-            "stridevit_batch_errors_total",
-            "Batches that the engine could not run.",
-            ["model"],
-            registry=self._registry,
+        self.batch_errors = counter("batch_errors", "Batches that the engine could not run.", "model")
+        self.rejections = counter(
+            "rejections",
+            "Requests refused (images, bytes, deadline) or dropped (deadline-exceeded, client-disconnected).",
+            "reason",
         )
-        self.rejections = Counter(
-            "stridevit_rejections_total",
-            "Requests refused or dropped: images, bytes, deadline (429), expired (504), hung_up.",
-            ["reason"],
-            registry=self._registry,
+        self.choices = counter(
+            "choices", "Requests for a family, by the chosen model and the reason.", "family", "model", "reason"
         )
-        self.choices = Counter(
-            "stridevit_choices_total",
-            "Requests for a family, by the chosen model and the reason.",
-            ["family", "model", "reason"],
-            registry=self._registry,
-        )
-        Gauge("stridevit_peak_memory_bytes", "Largest resident memory so far.", registry=self._registry).set_function(
-            peak_bytes
-        )
-        ProcessCollector(registry=self._registry)
-        self._stages: dict[tuple[str, str], Histogram] = {}
-        self._requests: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
-        self._answered: dict[str, Counter] = {}
+        peak = Gauge("stridevit_peak_memory_bytes", "Largest resident memory so far.", registry=registry)
+        peak.set_function(peak_bytes)
+        ProcessCollector(registry=registry)
+        # To find a metric by its labels takes longer than to count.
+        self._request = cache(self.requests.labels)
+        self._request_seconds = cache(self.request_seconds.labels)
+        self._stage = cache(self.stage_seconds.labels)
+        self._image = cache(self.images.labels)
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count and time an HTTP request."""
-        key = (route, method, status)
-        if key not in self._requests:
-            self._requests[key] = (self.requests.labels(*key), self.request_seconds.labels(route))
-        counter, histogram = self._requests[key]
-        counter.inc()
-        histogram.observe(seconds)
+        self._request(route, method, status).inc()
+        self._request_seconds(route).observe(seconds)
 
     def stage(self, model: str, stage: str) -> Histogram:
-        """The histogram of one stage of one model, looked up once."""
-        key = (model, stage)
-        if key not in self._stages:
-            self._stages[key] = self.stage_seconds.labels(model, stage)
-        return self._stages[key]
+        """The histogram of one stage of one model."""
+        return self._stage(model, stage)
 
     def answered(self, model: str) -> None:
         """Count an image that was answered."""
-        if model not in self._answered:
-            self._answered[model] = self.images.labels(model, "ok")
-        self._answered[model].inc()
+        self._image(model, "ok").inc()
 
     def on_batch(self, model: str, images: int, size: int, *, failed: bool) -> None:
         """Count a batch."""
@@ -159,32 +132,21 @@ class _GaugeCollector:
 
     def collect(self) -> Iterator[Metric]:
         state = self._read()
-        yield _gauge("stridevit_pending_images", "Images accepted and not yet answered.", state.pending_images)
-        yield _gauge("stridevit_pending_bytes", "Bodies accepted and not yet answered.", state.pending_bytes)
-        yield _gauge(
-            "stridevit_predicted_drain_seconds",
-            "Predicted time until all accepted work is done, by the cost model.",
-            state.predicted_drain_seconds,
-        )
-        yield _gauge(
-            "stridevit_device_slowdown_ratio",
-            "Recent duration of batches divided by their duration at warm-up.",
-            state.slowdown,
-        )
-        by_model = ["model", "version"]
-        depth = GaugeMetricFamily("stridevit_queue_depth", "Images waiting for the engine.", labels=by_model)
-        info = GaugeMetricFamily(
-            "stridevit_model_info", "Models that take traffic; the value is always 1.", labels=[*by_model, "variant"]
-        )
-        memory = GaugeMetricFamily(
-            "stridevit_model_memory_bytes",
+        yield _gauge("pending_images", "Images accepted and not yet answered.", state.pending_images)
+        yield _gauge("pending_bytes", "Bodies accepted and not yet answered.", state.pending_bytes)
+        drain = "Predicted time until all accepted work is done, by the cost model."
+        yield _gauge("predicted_drain_seconds", drain, state.predicted_drain_seconds)
+        slowdown = "Recent duration of batches divided by their duration at warm-up."
+        yield _gauge("device_slowdown_ratio", slowdown, state.slowdown)
+        depth = _model_gauge("queue_depth", "Images waiting for the engine.")
+        info = _model_gauge("model_info", "Models that take traffic; the value is always 1.", "variant")
+        memory = _model_gauge(
+            "model_memory_bytes",
             "Growth of resident memory while the model was loaded (kind=model) and warmed up (kind=arena).",
-            labels=[*by_model, "kind"],
+            "kind",
         )
-        batch = GaugeMetricFamily(
-            "stridevit_predicted_batch_seconds",
-            "Predicted duration of a batch, for each batch size in use.",
-            labels=[*by_model, "size"],
+        batch = _model_gauge(
+            "predicted_batch_seconds", "Predicted duration of a batch, for each batch size in use.", "size"
         )
         for model in state.models:
             labels = [model.name, str(model.version)]
@@ -198,4 +160,8 @@ class _GaugeCollector:
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
-    return GaugeMetricFamily(name, text, value=value)
+    return GaugeMetricFamily(f"stridevit_{name}", text, value=value)
+
+
+def _model_gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"stridevit_{name}", text, labels=["model", "version", *labels])

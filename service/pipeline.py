@@ -1,77 +1,130 @@
-"""The way of an image through the service: choice of the model, admission, decode, queue and batch. Knows no HTTP."""
+"""A request's path through the service: select, admit, read, decode, batch, rank, account. Knows no HTTP."""
 
 import asyncio
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, Field
 
-from service.errors import RequestError
-from service.host import available_cores
-from service.images import LARGE_PIXELS, OpenedImage, open_image
+from service.errors import ClientDisconnected, DeadlineExceeded, NotReady, Overloaded, RequestError
 from service.metrics import Gauges, Metrics
 from service.models.family import Choice, Family, pareto_front
-from service.models.loading import Loader
 from service.models.model import Model
 from service.models.registry import Registry
-from service.scheduling.admission import Admission
+from service.scheduling.admission import Admission, Place
 from service.scheduling.cost import Load
-from service.scheduling.decode_pool import Lane
+from service.scheduling.decode_pool import DecodePool
 from service.scheduling.request import Priority, RequestState
 from service.scheduling.scheduler import Batch, Output, Scheduler
-from service.settings import Settings
 
 T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSelector:
-    """Which model a request asks for: by its name, by a family's, or the default one."""
+class Limits:
+    """What one request may ask for. The settings of the same names say more."""
 
-    model: str | None = None
-    version: int | None = None
-    min_top1: float = 0.0
-    """A family may not go below this accuracy."""
+    max_body_bytes: int
+    max_images_per_request: int
+    body_timeout_seconds: float
+    default_deadline_ms: float
+    max_deadline_ms: float
+
+
+class RequestOptions(BaseModel, frozen=True):
+    """What a request asks for, beside its images. The descriptions are shown in /docs."""
+
+    model: Annotated[
+        str | None,
+        Field(
+            max_length=100,
+            description="Name of a model, or of a family: then the most accurate model that can meet the deadline "
+            "answers. Without it the default model does.",
+        ),
+    ] = None
+    version: Annotated[int | None, Field(ge=1, description="Version of the model; the newest by default.")] = None
+    min_top1: Annotated[
+        float, Field(ge=0, le=1, description="A family does not choose a model below this top-1 accuracy.")
+    ] = 0.0
+    deadline_ms: Annotated[
+        float | None,
+        Field(
+            gt=0, le=1e9, description="Answer within this many milliseconds of the request's arrival, or not at all."
+        ),
+    ] = None
+    priority: Annotated[Priority, Field(description="`batch` work waits until no `interactive` work is left.")] = (
+        "interactive"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Classified:
-    """One image's answer, and how long its own decoding took."""
+class Inputs:
+    """What the body of a request holds."""
 
-    output: Output
-    decode_ms: float
+    images: Sequence[bytes] | Pixels
+    """Encoded images, or uint8 (n,H,W,3) that need no decoding."""
+    seconds: float | None = None
+    """An earlier deadline, counted from the request's arrival."""
+    priority: Priority | None = None
 
-    def ranked(self, top_k: int) -> list[tuple[int, float]]:
-        """The `top_k` most probable (class index, probability), best first."""
-        probabilities = self.output.probabilities
-        best = np.argsort(-probabilities, kind="stable")[:top_k]
-        return [(int(index), float(probabilities[index])) for index in best]
+    @property
+    def encoded(self) -> bool:
+        """Whether the images have to be decoded."""
+        return not isinstance(self.images, np.ndarray)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all images."""
+        return self.images.nbytes if isinstance(self.images, np.ndarray) else sum(map(len, self.images))
 
 
-class Classifier:
-    """Ready models and what it takes to ask them. Made once an app; loads and proves all models."""
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    """The outputs for every image of a request, in order, from one model."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self.settings = settings
-        self.metrics = metrics
-        decode_threads = settings.decode_threads or settings.threads or available_cores()
-        self.load = Load(decode_threads=decode_threads)
-        self.scheduler = Scheduler(self.load)
-        self.registry = make_registry(settings, self.scheduler, self.load)
-        self.registry.load_all()
-        self.admission = Admission(
-            self.scheduler,
-            self.load,
-            max_images_per_request=settings.max_pending_images,
-            max_bytes=settings.max_pending_bytes,
-            margin=settings.deadline_margin,
-        )
-        self._small = Lane(decode_threads, "decode")
-        self._large = Lane(max(1, decode_threads // 2), "decode-large")
+    model: Model
+    choice: Choice | None
+    """Why this model, if the request named a family."""
+    images: list[Output | RequestError]
+    """An image that cannot be used has an error instead."""
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    """`read`, `decode`, `queue`, `inference` and `total`, once the answer is written; those of the slowest image."""
+
+    @property
+    def outputs(self) -> list[Output]:
+        """The images that have no error."""
+        return [image for image in self.images if isinstance(image, Output)]
+
+
+def ranked(values: npt.NDArray[np.float32], count: int) -> list[tuple[int, float]]:
+    """The `count` highest of the values of all classes, (num_classes,), as (class index, value), best first."""
+    best = np.argsort(-values, kind="stable")[:count]
+    return [(int(index), float(values[index])) for index in best]
+
+
+class Pipeline:
+    """Ready models and what it takes to answer with them. One per application."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        scheduler: Scheduler,
+        admission: Admission,
+        decoders: DecodePool,
+        load: Load,
+        *,
+        limits: Limits,
+        metrics: Metrics,
+    ) -> None:
+        self.registry, self.scheduler, self.admission = registry, scheduler, admission
+        self.decoders, self.load = decoders, load
+        self.limits, self.metrics = limits, metrics
         self.ready = False
         metrics.watch(self._gauges)
 
@@ -81,207 +134,176 @@ class Classifier:
         self.ready = True
 
     async def close(self) -> None:
-        """Release the threads; call when all requests are answered."""
+        """End the threads; call when all requests are answered."""
         self.ready = False
         await self.scheduler.close()
-        self._small.close()
-        self._large.close()
+        self.decoders.close()
 
-    @property
-    def takes_traffic(self) -> bool:
-        """Whether requests are served: started, not draining, and with a model."""
-        return self.ready and bool(self.registry.ready)
+    def require_ready(self) -> None:
+        """Raise NotReady unless requests are served: started, not draining, and with a model."""
+        if not (self.ready and self.registry.ready):
+            raise NotReady("the service is starting or draining, or has no model: retry")
 
-    def ticket(self, *, deadline_ms: float | None, priority: Priority, since: float) -> RequestState:
-        """For a request that arrived at `since` and wants its answer within `deadline_ms`."""
-        wanted = self.settings.default_deadline_ms if deadline_ms is None else deadline_ms
-        return RequestState(seconds=min(wanted, self.settings.max_deadline_ms) / 1000, priority=priority, since=since)
+    def candidates(self, model: str | None, version: int | None = None) -> list[Model]:
+        """The models that may answer a request for `model`, the most accurate first. Raises UnknownModel, NotReady."""
+        found = self._family(model, version)
+        return found[1] if found else [self.registry.find(model, version)]
 
-    def reject_if_unreachable(self, wish: ModelSelector, ticket: RequestState, *, encoded: bool) -> None:
-        """Before its body is read: raise Overloaded if a request could not finish in time whichever model it gets.
-
-        Raises UnknownModel too.
-        """
-        fastest = pareto_front(self.members(wish))[-1]
-        self.admission.require_in_time(ticket, self.admission.predict(fastest.queue, ticket, encoded=encoded))
-
-    def choose(
-        self, wish: ModelSelector, ticket: RequestState, *, images: int, encoded: bool = True
-    ) -> tuple[Model, Choice | None]:
-        """The model that is to answer, and why if a family was asked for. Raises UnknownModel, NoSuitableModel."""
-        found = self._family(wish)
-        if found is None:
-            return self.registry.find(wish.model, wish.version), None
-        family, ladder = found
-        decode = self.load.decode_seconds if encoded else 0.0
-        choice = family.choose(
-            pareto_front(ladder),
-            predict=lambda model: self.admission.predict(model.queue, ticket, images, encoded=encoded),
-            predict_idle=lambda model: decode + model.queue.cost.total(images),
-            allowed_seconds=self.admission.allowed_seconds(ticket),
-            min_top1=wish.min_top1,
-        )
-        self.metrics.choices.labels(family.name, choice.model.name, choice.reason).inc()
-        return choice.model, choice
-
-    def members(self, wish: ModelSelector) -> list[Model]:
-        """The models that a wish may get, the most accurate first. Raises UnknownModel."""
-        found = self._family(wish)
-        return found[1] if found else [self.registry.find(wish.model, wish.version)]
-
-    async def run_in_decode_pool(self, ticket: RequestState, work: Callable[[], T]) -> T:
-        """Do work that takes long in the decode pool. Raises ClientDisconnected or DeadlineExceeded, work undone."""
-        return await self._small.run(ticket, work)
-
-    async def classify(
-        self, model: Model, ticket: RequestState, images: list[bytes]
-    ) -> list[Classified | RequestError]:
-        """Answer each image, in order; one that cannot be used gives its error and harms no other."""
-        if len(images) == 1:
-            return [await self._classify_one(model, ticket, images[0])]
-        # All end before a fault is raised: none may work on for a request that has left.
-        work = (self._classify_one(model, ticket, image) for image in images)
-        answers: list[Classified | RequestError] = []
-        for outcome in await asyncio.gather(*work, return_exceptions=True):
-            if not isinstance(outcome, Classified | RequestError):
-                raise outcome
-            answers.append(outcome)
-        return answers
-
-    async def infer(self, model: Model, ticket: RequestState, pixels: Pixels) -> list[Output]:
-        """Answer uint8 images (n,H,W,3) that need no decoding. Raises what the first of them raises."""
-        work = (self._infer_one(model, ticket, image) for image in pixels)
-        outputs: list[Output] = []
-        for outcome in await asyncio.gather(*work, return_exceptions=True):
-            if not isinstance(outcome, Output):
-                raise outcome
-            outputs.append(outcome)
-        return outputs
-
-    def finished(
+    async def answer(
         self,
-        model: Model,
+        options: RequestOptions,
         *,
-        started: float,
-        read_ms: float,
-        decode_ms: float,
-        outputs: list[Output],
-        answered_at: float,
-    ) -> dict[str, float]:
-        """Count a request that was answered, and give its timings in ms; with several images, of the slowest.
+        arrived_at: float,
+        read: Callable[[Place], Awaitable[Inputs]],
+        write: Callable[[Answer], T],
+        disconnected: Callable[[], Awaitable[None]],
+        encoded: bool = True,
+        partial: bool = False,
+    ) -> tuple[T, Answer]:
+        """Answer a request whose head has arrived at `arrived_at`, on `time.perf_counter`'s clock.
 
-        `started` and `answered_at`, when the last output was there, are on `time.perf_counter`'s clock.
+        `read` reads the body once the head is admitted, and holds its bytes with the place that it gets; `write` writes
+        the answer; `disconnected` returns once the client has left, and is called only after `read`. `encoded`: whether
+        the images will need decoding, as far as the head tells. `partial`: images with an error fail the request only
+        if all of them have one.
+
+        Returns what `write` returned, and the answer. Raises a RequestError, of the first image if images failed; or
+        the engine's own error.
         """
-        ended = time.perf_counter()
+        limit_ms = self.limits.default_deadline_ms if options.deadline_ms is None else options.deadline_ms
+        seconds = min(limit_ms, self.limits.max_deadline_ms) / 1000
+        state = RequestState(seconds=seconds, priority=options.priority, arrived_at=arrived_at)
+        try:
+            fastest = pareto_front(self.candidates(options.model, options.version))[-1]
+            with self.admission.admit(state, fastest.queue, encoded=encoded) as place:
+                inputs = await read(place)
+                read_seconds = time.perf_counter() - arrived_at
+                # Unpacked, the images may be much larger than the body was.
+                place.hold_bytes(max(0, inputs.nbytes - place.bytes))
+                state.amend(seconds=inputs.seconds, priority=inputs.priority)
+                model, choice = self._select(options, state, inputs)
+                self.admission.accept(place, model.queue, len(inputs.images), encoded=inputs.encoded)
+                with model, _watched(disconnected, state):
+                    images = await self._infer(model, state, inputs.images)
+                inferred_at = time.perf_counter()
+                answer = Answer(model=model, choice=choice, images=images)
+                errors = [image for image in images if isinstance(image, RequestError)]
+                if errors and not (partial and answer.outputs):
+                    model.statistics.failed(inferred_at - arrived_at)
+                    raise errors[0]
+                written = write(answer)
+                self._account(answer, arrived_at=arrived_at, read_seconds=read_seconds, inferred_at=inferred_at)
+                return written, answer
+        except (Overloaded, DeadlineExceeded, ClientDisconnected) as error:
+            self.metrics.rejections.labels(error.reason if isinstance(error, Overloaded) else error.code).inc()
+            raise
+
+    def _family(self, model: str | None, version: int | None) -> tuple[Family, list[Model]] | None:
+        return self.registry.family(model) if model and version is None else None
+
+    def _select(self, options: RequestOptions, state: RequestState, inputs: Inputs) -> tuple[Model, Choice | None]:
+        """The model that answers, and why if a family was asked for. Raises UnknownModel or NoSuitableModel."""
+        found = self._family(options.model, options.version)
+        choice = None
+        if found is None:
+            model = self.registry.find(options.model, options.version)
+        else:
+            family, members = found
+            count, encoded = len(inputs.images), inputs.encoded
+            decode = self.load.decode_seconds if encoded else 0.0
+            choice = family.choose(
+                pareto_front(members),
+                predict=lambda model: self.admission.predict(model.queue, state, count, encoded=encoded),
+                predict_idle=lambda model: decode + model.queue.cost.total(count),
+                allowed_seconds=self.admission.allowed_seconds(state),
+                min_top1=options.min_top1,
+            )
+            model = choice.model
+            self.metrics.choices.labels(family.name, model.name, choice.reason).inc()
+        if isinstance(inputs.images, np.ndarray) and inputs.images.shape[1:] != model.manifest.input.shape[1:]:
+            raise NotReady("the model was replaced by one of another image size in the meantime: retry")
+        return model, choice
+
+    async def _infer(
+        self, model: Model, state: RequestState, images: Sequence[bytes] | Pixels
+    ) -> list[Output | RequestError]:
+        if len(images) == 1:
+            return [await self._infer_one(model, state, images[0])]
+        # All end before an error is raised: none may go on working for a request that is already answered.
+        work = (self._infer_one(model, state, image) for image in images)
+        outcomes: list[Output | RequestError] = []
+        for outcome in await asyncio.gather(*work, return_exceptions=True):
+            if not isinstance(outcome, Output | RequestError):
+                raise outcome
+            outcomes.append(outcome)
+        return outcomes
+
+    async def _infer_one(self, model: Model, state: RequestState, image: bytes | Pixels) -> Output | RequestError:
+        metrics, name, decode_seconds = self.metrics, model.name, 0.0
+        try:
+            if isinstance(image, bytes):
+                preprocessing = model.manifest.preprocessing
+                image, decode_seconds = await self.decoders.decode(image, preprocessing, state, model.queue)
+                metrics.stage(name, "decode").observe(decode_seconds)
+            output = await self.scheduler.submit(model.queue, image, state)
+        except RequestError as error:
+            metrics.images.labels(name, error.code).inc()
+            return error
+        output.decode_ms = decode_seconds * 1000
+        metrics.stage(name, "queue").observe(output.queue_ms / 1000)
+        metrics.stage(name, "inference").observe(output.inference_ms / 1000)
+        metrics.answered(name)
+        return output
+
+    def _account(self, answer: Answer, *, arrived_at: float, read_seconds: float, inferred_at: float) -> None:
+        """Count a request that was answered, and note its timings."""
+        outputs, now = answer.outputs, time.perf_counter()
+        decode_ms = max(output.decode_ms for output in outputs)
         queue_ms = max(output.queue_ms for output in outputs)
         inference_ms = max(output.inference_ms for output in outputs)
-        model.statistics.succeeded(
-            total=ended - started,
+        total = now - arrived_at
+        answer.model.statistics.succeeded(
+            total=total,
             queue=queue_ms / 1000,
             decode=decode_ms / 1000,
             inference=inference_ms / 1000,
-            answer=ended - answered_at,
+            answer=now - inferred_at,
         )
-        self.metrics.stage(model.name, "total").observe(ended - started)
-        return {
-            "read": round(read_ms, 3),
+        self.metrics.stage(answer.model.name, "total").observe(total)
+        answer.timings_ms = {
+            "read": round(read_seconds * 1000, 3),
             "decode": round(decode_ms, 3),
             "queue": round(queue_ms, 3),
             "inference": round(inference_ms, 3),
-            "total": round((ended - started) * 1000, 3),
+            "total": round(total * 1000, 3),
         }
-
-    def _family(self, wish: ModelSelector) -> tuple[Family, list[Model]] | None:
-        return self.registry.family(wish.model) if wish.model and wish.version is None else None
-
-    async def _classify_one(self, model: Model, ticket: RequestState, image: bytes) -> Classified | RequestError:
-        try:
-            pixels, seconds = await self._decode(model, ticket, image)
-        except RequestError as error:
-            ticket.answered()
-            self.metrics.images.labels(model.name, type(error).__name__).inc()
-            return error
-        finally:
-            ticket.decoded()
-        self.metrics.stage(model.name, "decode").observe(seconds)
-        try:
-            output = await self._infer_one(model, ticket, pixels)
-        except RequestError as error:
-            self.metrics.images.labels(model.name, type(error).__name__).inc()
-            return error
-        return Classified(output=output, decode_ms=seconds * 1000)
-
-    async def _infer_one(self, model: Model, ticket: RequestState, pixels: Pixels) -> Output:
-        output = await self.scheduler.submit(model.queue, pixels, ticket)
-        metrics = self.metrics
-        metrics.stage(model.name, "queue").observe(output.queue_ms / 1000)
-        metrics.stage(model.name, "inference").observe(output.inference_ms / 1000)
-        metrics.answered(model.name)
-        return output
-
-    async def _decode(self, model: Model, ticket: RequestState, image: bytes) -> tuple[Pixels, float]:
-        preprocessing, max_pixels = model.manifest.preprocessing, self.settings.max_pixels
-
-        def small() -> tuple[Pixels | OpenedImage, float]:
-            started = time.perf_counter()
-            opened = open_image(image, preprocessing, max_pixels=max_pixels)
-            result = opened if opened.pixels > LARGE_PIXELS else opened.render()
-            return result, time.perf_counter() - started
-
-        coming, batch = model.queue.coming, ticket.key.batch
-        coming[batch] += 1
-        try:
-            result, seconds = await self._small.run(ticket, small)
-        finally:
-            coming[batch] -= 1
-            self.scheduler.wake()
-        if isinstance(result, np.ndarray):
-            # Large ones have their own lane: they say nothing of how long the next small one will take.
-            self.load.decoded(seconds)
-            return result, seconds
-        opened = result
-
-        def large() -> tuple[Pixels, float]:
-            started = time.perf_counter()
-            return opened.render(), time.perf_counter() - started
-
-        pixels, more = await self._large.run(ticket, large)
-        return pixels, seconds + more
 
     def _gauges(self) -> Gauges:
         return Gauges(
             pending_images=self.admission.images,
             pending_bytes=self.admission.bytes,
-            predicted_drain_seconds=self.admission.graceful_timeout_seconds(),
+            predicted_drain_seconds=self.admission.drain_seconds(),
             slowdown=self.load.slowdown,
             models=[model.gauges() for model in self.registry.ready],
         )
 
     def _on_batch(self, batch: Batch) -> None:
-        name = batch.queue.name
-        self.metrics.on_batch(name, batch.images, batch.size, failed=batch.failed)
+        self.metrics.on_batch(batch.queue.name, batch.images, batch.size, failed=batch.failed)
         for model in self.registry.ready:
             if model.queue is batch.queue and not batch.failed:
                 model.statistics.batch(batch.images, batch.seconds)
 
 
-def make_registry(settings: Settings, scheduler: Scheduler, load: Load) -> Registry:
-    """An empty registry as the settings ask for. Raises EngineError if the device is unavailable."""
-    loader = Loader(
-        scheduler,
-        load,
-        device=settings.device,
-        threads=settings.threads or available_cores(),
-        intra_op_threads=settings.intra_op_threads,
-        max_batch=settings.max_batch,
-        tuning=settings.tuning(),
-    )
-    return Registry(
-        loader,
-        scheduler,
-        repository=settings.repository,
-        names=settings.models,
-        default_model=settings.default_model,
-        versions_to_serve=settings.versions_to_serve,
-        step_up_headroom=settings.step_up_headroom,
-    )
+@contextmanager
+def _watched(disconnected: Callable[[], Awaitable[None]], state: RequestState) -> Iterator[None]:
+    """Until the block ends, mark the request as soon as its client leaves."""
+
+    async def watch() -> None:
+        await disconnected()
+        state.disconnected = True
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()

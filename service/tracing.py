@@ -1,6 +1,7 @@
-"""OpenTelemetry traces, with the extra `tracing`: a span a request, one for each stage, `traceparent` taken and given.
+"""OpenTelemetry traces, with the extra `tracing`: one span per request and one per stage, in the caller's trace.
 
-The hot path does not touch this: stages are written down as durations, and become spans when the request has ended.
+Stages are recorded as durations and become spans after the request, so that tracing costs the hot path nothing: these
+spans are laid end to end, without the gaps between stages.
 """
 
 import time
@@ -18,6 +19,7 @@ class Tracing:
     def __init__(self, endpoint: str, *, version: str, exporter: Any = None) -> None:
         """`endpoint`: such as http://collector:4318/v1/traces. Raises StartupError without the extra."""
         try:
+            from opentelemetry import trace  # noqa: PLC0415
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
             from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
             from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
@@ -27,6 +29,7 @@ class Tracing:
             raise StartupError(
                 f"otlp_endpoint is set, but {error.name} is not installed: pip install 'stridevit[tracing]'"
             ) from error
+        self._trace: Any = trace
         resource = Resource.create({"service.name": "stridevit", "service.version": version})
         self._provider = TracerProvider(resource=resource)
         self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter(endpoint=endpoint)))
@@ -34,18 +37,14 @@ class Tracing:
         self._propagator = TraceContextTextMapPropagator()
 
     def begin(self, method: str, traceparent: str | None) -> Any:
-        """The span of a request that has just arrived, within the caller's trace if it named one."""
-        from opentelemetry.trace import SpanKind  # noqa: PLC0415
-
+        """Start the span of a request, within the caller's trace if `traceparent` names one."""
         context = self._propagator.extract({"traceparent": traceparent} if traceparent else {})
-        return self._tracer.start_span(method, context=context, kind=SpanKind.SERVER)
+        return self._tracer.start_span(method, context=context, kind=self._trace.SpanKind.SERVER)
 
     def traceparent(self, span: Any) -> str:
-        """What names `span` to others."""
-        from opentelemetry.trace import set_span_in_context  # noqa: PLC0415
-
+        """The header that identifies `span` to others."""
         carrier: dict[str, str] = {}
-        self._propagator.inject(carrier, set_span_in_context(span))
+        self._propagator.inject(carrier, self._trace.set_span_in_context(span))
         return carrier.get("traceparent", "")
 
     def end(
@@ -56,14 +55,12 @@ class Tracing:
         attributes: Mapping[str, str | int],
         timings_ms: Mapping[str, float],
     ) -> None:
-        """End a request's span; its stages, laid end to end from its start, become its children."""
-        from opentelemetry.trace import Status, StatusCode, set_span_in_context  # noqa: PLC0415
-
+        """End a request's span; its stages become its children, laid end to end from its start."""
         span.update_name(name)
         span.set_attributes(attributes)
         if int(attributes["http.response.status_code"]) >= 500:
-            span.set_status(Status(StatusCode.ERROR))
-        context, at = set_span_in_context(span), span.start_time
+            span.set_status(self._trace.StatusCode.ERROR)
+        context, at = self._trace.set_span_in_context(span), span.start_time
         for stage in STAGES:
             if stage in timings_ms:
                 child = self._tracer.start_span(stage, context=context, start_time=at)
@@ -72,5 +69,5 @@ class Tracing:
         span.end(max(at, time.time_ns()))
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining spans."""
         self._provider.shutdown()

@@ -23,6 +23,7 @@ from training.checkpoints import can_resume
 from training.data import Dataset, load_dataset
 from training.describe import describe as describe_model
 from training.distributed import World, join
+from training.evaluate import accuracy_of
 from training.evaluate import evaluate as evaluate_model
 from training.loop import TrainingError
 from training.loop import train as train_run
@@ -177,12 +178,17 @@ def evaluate(
     ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Top-1 of every class, worst first.")] = False,
     confusions: Annotated[int, typer.Option(min=0, help="How many of the pairs confused most often to show.")] = 5,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write the accuracy, and which images are right, into final/model.json.")
+    ] = False,
     as_json: JsonOption = False,
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Top-1 and top-5 of a finished run over the full test split of its data set, class by class if asked to."""
     with _errors():
+        if record and img_size is not None:
+            raise ValueError("--record is for the size that the model was trained at: leave out --img-size")
         model, card = runs.load_final(run, img_size=img_size)
         dataset = load_dataset(card.dataset, data, in_memory=False)
         if dataset.classes != card.labels:
@@ -200,6 +206,8 @@ def evaluate(
             # To start processes takes longer than to decode a small test split here.
             workers=_workers(0 if workers is None and len(dataset.test) <= 20_000 else workers),
         )
+        if record:
+            runs.save_accuracy(run, accuracy_of(result, dataset))
     if as_json:
         typer.echo(json.dumps(evaluation_record(card, dataset.test_split, result), indent=2))
         return

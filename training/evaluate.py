@@ -1,15 +1,19 @@
-"""Accuracy of a model over a split, as a whole and class by class."""
+"""Accuracy of a model over a split: as a whole, class by class, and image by image."""
 
+import hashlib
+from base64 import b64encode
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from torch import Tensor, nn
 
 from training.augment import evaluation_batches
-from training.data import Images
+from training.data import Dataset, Images
 from training.distributed import World
-from training.runs import Preprocessing
+from training.runs import Accuracy, Correct, Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,6 +28,8 @@ class Evaluation:
     loss: float
     top5: float
     confusion: Tensor
+    correct: npt.NDArray[np.bool_]
+    """(n,), whether the first answer is the label, in the order of the images."""
 
     @property
     def top1(self) -> float:
@@ -65,6 +71,9 @@ def evaluate(
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64)
+    correct = torch.zeros(len(images), dtype=torch.int32)
+    own = correct[world.rank :: world.size]
+    done = 0
     for batch, labels in evaluation_batches(
         images,
         resize=preprocessing.resize,
@@ -79,8 +88,27 @@ def evaluate(
         best = logits.topk(min(5, num_classes)).indices
         sums[1] += (best == labels.unsqueeze(1)).sum()
         confusion += torch.bincount(labels * num_classes + best[:, 0], minlength=num_classes * num_classes)
+        own[done : done + len(labels)] = best[:, 0] == labels
+        done += len(labels)
     model.train(was_training)
     loss, hits5 = world.sum(sums.to(world.device)).tolist()
     confusion = world.sum(confusion.to(world.device)).cpu().view(num_classes, num_classes)
     n = len(images)
-    return Evaluation(n=n, loss=loss / n, top5=hits5 / n, confusion=confusion)
+    right = world.sum(correct.to(world.device)).cpu().numpy() > 0
+    return Evaluation(n=n, loss=loss / n, top5=hits5 / n, confusion=confusion, correct=right)
+
+
+def accuracy_of(result: Evaluation, dataset: Dataset) -> Accuracy:
+    """What a card says of `result`, an evaluation of `dataset.test`."""
+    labels = dataset.test.labels.astype("<i8").tobytes()
+    return Accuracy(
+        dataset=dataset.name,
+        split=dataset.test_split,
+        n=result.n,
+        top1=result.top1,
+        top5=result.top5,
+        correct=Correct(
+            top1=b64encode(np.packbits(result.correct).tobytes()).decode(),
+            labels_sha256=hashlib.sha256(labels).hexdigest(),
+        ),
+    )

@@ -17,7 +17,7 @@ from training.checkpoints import LAST_FILE, can_resume, load_checkpoint, save_ch
 from training.data import Dataset, Images, Split, split_val
 from training.display import Board, MetricsRow, progress_bar
 from training.distributed import World
-from training.evaluate import Evaluation, evaluate
+from training.evaluate import Evaluation, accuracy_of, evaluate
 from training.models import NormalizedModel, StrideViT, architecture, count_parameters
 from training.recipes import Recipe
 from training.step import Diverged, Stepper
@@ -306,9 +306,7 @@ class _Run:
         dataset, accuracy = self.dataset, None
         if test:
             result = self._evaluate(dataset.test)
-            accuracy = runs.Accuracy(
-                dataset=dataset.name, split=dataset.test_split, n=result.n, top1=result.top1, top5=result.top5
-            )
+            accuracy = accuracy_of(result, dataset)
 
         def card(weights_sha256: str) -> runs.ModelCard:
             return runs.ModelCard(

@@ -57,6 +57,17 @@ class Preprocessing(BaseModel):
     std: tuple[float, float, float]
 
 
+class Correct(BaseModel):
+    """Which images of a split the model classifies correctly, so that two models can be compared image by image."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    top1: str
+    """One bit per image, in the order of the split: base64 of numpy.packbits."""
+    labels_sha256: str
+    """sha256 over the true class indices in the order of the split, as little-endian int64."""
+
+
 class Accuracy(BaseModel):
     """Fractions of `n` images of a split whose label is the first, or among the first five, of the model's answer."""
 
@@ -67,6 +78,8 @@ class Accuracy(BaseModel):
     n: PositiveInt
     top1: float
     top5: float
+    correct: Correct | None = None
+    """None where it was not recorded."""
 
 
 class ModelCard(BaseModel):
@@ -150,6 +163,21 @@ def save_final(folder: Path, model: nn.Module, card: Callable[[str], ModelCard])
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(weights, lambda partial: partial.write_bytes(save(state)))
     write_json(folder / FINAL_FOLDER / CARD_FILE, card(sha256_file(weights)).model_dump(mode="json"))
+
+
+def save_accuracy(folder: Path, accuracy: Accuracy) -> None:
+    """Write the accuracy of a finished model into its card. Raises RunError if another one is there already."""
+    card = read_card(folder)
+    known = card.accuracy or accuracy
+    if known.model_dump(exclude={"correct"}) != accuracy.model_dump(exclude={"correct"}):
+        raise RunError(
+            f"{folder} has top-1 {known.top1} and top-5 {known.top5} of {known.n} images in its {CARD_FILE}, but this "
+            f"evaluation gives {accuracy.top1} and {accuracy.top5} of {accuracy.n}: nothing was recorded; evaluate "
+            f"with the data, device and library versions that {RUN_FILE} names"
+        )
+    write_json(
+        folder / FINAL_FOLDER / CARD_FILE, card.model_copy(update={"accuracy": accuracy}).model_dump(mode="json")
+    )
 
 
 def load_final(folder: Path, *, img_size: int | None = None) -> tuple[NormalizedModel, ModelCard]:

@@ -150,7 +150,7 @@ def write_report(finished: Sequence[FinishedRun], folder: Path) -> list[Path]:
                     "seed": run.card.seed,
                     "git_commit": run.card.git_commit,
                     "val_top1": run.val_top1,
-                    "accuracy": run.card.accuracy.model_dump() if run.card.accuracy else None,
+                    "accuracy": run.card.accuracy.model_dump(exclude={"correct"}) if run.card.accuracy else None,
                     "minutes": round(run.minutes, 1),
                 }
                 for run in finished

@@ -53,13 +53,11 @@ def accuracy(
     """
     if reference == model:
         cli.fail(f"--reference {reference} is the model itself")
-    if url is not None and (repository is not None or service_args):
-        cli.fail("--url names a server that already runs: --repository and --service-args are for one that is started")
     plan = Plan(
         models=(model,) if reference is None else (model, reference),
         data=data,
         url=url,
-        repository=repository or Path("models"),
+        repository=cli.repository_unless(url, repository, service_args),
         limit=limit,
         connections=connections,
         max_drop_points=max_drop_points,

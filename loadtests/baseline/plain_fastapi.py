@@ -1,6 +1,6 @@
 """A model behind FastAPI as one writes it on the first day: one thread per request, each calls `session.run` itself.
 
-    python -m loadtests.baseline.plain_fastapi models/cifar100-mha/1 --port 8001
+    python -m loadtests.baseline.plain_fastapi models/cifar100-mha/4 --port 8001
 
 The baseline of `python -m loadtests limit`: the service's own model and decoding, ONNX Runtime's defaults, and no
 queue, batches, limits, golden outputs or metrics.

@@ -44,8 +44,9 @@ from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 from loadtests.generator.histogram import Latencies
 from loadtests.generator.load_result import ANSWER_SECONDS, IN_FLIGHT, PROTOCOLS
 from loadtests.generator.payload_cache import is_saved, load
-from loadtests.generator.payloads import PayloadError, read_payloads
+from loadtests.generator.payloads import read_payloads
 from loadtests.generator.rates import Part, parse_rates, poisson_arrivals, rate_at
+from loadtests.generator.readers import PayloadError
 from loadtests.generator.request_encoder import target
 from loadtests.generator.samples import UNSENT, Sample, sample_writer
 

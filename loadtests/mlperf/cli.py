@@ -64,11 +64,9 @@ def mlperf(
 
     Example: `python -m loadtests mlperf --model cifar100-csra-r2 --data photos`
     """
-    if url is not None and (repository is not None or service_args):
-        cli.fail("--url names a server that already runs: --repository and --service-args are for one that is started")
     plan = Plan(
         model=model,
-        repository=repository or Path("models"),
+        repository=cli.repository_unless(url, repository, service_args),
         url=url,
         data=data,
         scenarios=_parse_scenarios(scenarios),

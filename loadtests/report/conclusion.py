@@ -4,17 +4,17 @@ import math
 
 from loadtests.experiment.model import HIGH, MODERATE, Arm, Comparison
 from loadtests.report.format import (
+    difference,
     estimate_text,
     interval_text,
     joined,
     load_name,
     metric_name,
     number,
-    unit,
     value_text,
 )
 from loadtests.report.rendering import UNKNOWN
-from loadtests.report.top1 import top1_pairing
+from loadtests.report.top1 import compare_top1
 from loadtests.report.verdicts import THROUGHPUT, TOP1, Change, Findings, Metric, model_info
 
 _KINDS = {
@@ -32,13 +32,13 @@ def conclusion(comparison: Comparison, findings: Findings) -> list[str]:
     compared = [arm for arm in others if arm.repeat_of is None]
     if not compared:
         return ["Only one arm was measured: there is nothing to compare it with."]
-    sentences = [f"The baseline is {baseline.label}. {_summary(findings, compared)}"]
+    sentences = [f"The baseline is {baseline.label}. {_summary(comparison, findings, compared)}"]
     sentences += [_sentence(comparison, findings, arm.label) for arm in compared]
-    return sentences + [_noise(comparison, findings, arm) for arm in others if arm.repeat_of is not None]
+    return sentences + [sentence for _, sentence in noise_floor(comparison, findings)]
 
 
-def _summary(findings: Findings, arms: list[Arm]) -> str:
-    failed = {counts.arm.label for counts in findings.counts if counts.failures}
+def _summary(comparison: Comparison, findings: Findings, arms: list[Arm]) -> str:
+    failed = {block.arm for block in comparison.blocks if block.failure is not None}
     kinds: dict[str, list[str]] = {words: [] for words in _KINDS.values()}
     for arm in arms:
         verdicts = {row.change.verdict for row in findings.rows if row.arm == arm.label and row.change}
@@ -81,21 +81,28 @@ def _phrase(name: str, metric: Metric, change: Change) -> str:
     side = "lower" if change.estimate < 0 else "higher"
     least, most = sorted((abs(change.low), abs(change.high)))
     if math.isinf(change.estimate):
-        return f"{name} is at least {number(least)} {unit(metric)} {side} (requests were not answered)"
-    return f"{name} is {number(abs(change.estimate))} {unit(metric)} {side} ({number(least)}–{number(most)})"
+        return f"{name} is at least {difference(metric, number(least))} {side} (requests were not answered)"
+    return f"{name} is {difference(metric, number(abs(change.estimate)))} {side} ({number(least)}–{number(most)})"
 
 
-def _noise(comparison: Comparison, findings: Findings, arm: Arm) -> str:
-    # Its top-1 is the same by nature.
-    tested = [row for row in findings.rows if row.arm == arm.label and row.change and row.metric != TOP1]
-    seen = [row.metric for row in tested if row.change and row.change.verdict != "no difference seen"]
-    start = f"Noise floor: {arm.repeat_of}, measured a second time as if it were another arm,"
-    if not tested:
-        return f"{start} has too few blocks for intervals."
-    if seen:
+def noise_floor(comparison: Comparison, findings: Findings) -> list[tuple[bool, str]]:
+    """Whether an A/A arm differs from the arm that it repeats, and a sentence about it."""
+    said = []
+    for arm in comparison.plan.arms:
+        # Its top-1 is the same by nature.
+        tested = [row for row in findings.rows if row.arm == arm.label and row.change and row.metric != TOP1]
+        seen = [row.metric for row in tested if row.change and row.change.verdict != "no difference seen"]
         names = joined([metric_name(comparison, metric) for metric in seen])
-        return f"{start} differs from itself in {names}: do not trust differences of that size in this report."
-    return f"{start} shows no difference in any of {len(tested)} metrics, as it should."
+        found = f"shows no difference in any of {len(tested)} metrics, as it should."
+        if seen:
+            found = f"differs from itself in {names}. The machine makes such differences, not the models: "
+            found += "do not believe others of that size here."
+        elif not tested:
+            found = "has too few blocks for intervals."
+        if arm.repeat_of is not None:
+            start = f"Noise floor: {arm.repeat_of}, measured a second time as if it were another arm,"
+            said.append((bool(seen), f"{start} {found}"))
+    return said
 
 
 def top1_note(comparison: Comparison) -> str:
@@ -106,7 +113,7 @@ def top1_note(comparison: Comparison) -> str:
     parts = []
     if accuracies:
         sets = {f"{one.get('dataset', '?')} {one.get('split', '')}, n = {one.get('n', 0):,}" for one in accuracies}
-        pairings = {top1_pairing(infos[arm.label], infos[baseline.label]) for arm in others if arm.repeat_of is None}
+        pairings = {compare_top1(infos[arm.label], infos[baseline.label])[1] for arm in others if arm.repeat_of is None}
         parts.append(f"Top-1 is the manifest's ({'; '.join(sorted(sets))}).")
         if "paired" in pairings:
             parts.append("It is compared image by image (exact McNemar test).")

@@ -1,7 +1,5 @@
 """Pictures of the raw measurements: the latency spectrum, and every block in the order in which it ran."""
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
@@ -11,9 +9,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Comparison
 from loadtests.report.format import load_name, median
 from loadtests.report.plot_style import FAINT, INK, PALE, SMALL, SMALLER, WIDTH, instead, legend_below, styles
-from loadtests.report.verdicts import loads_of
+from loadtests.report.verdicts import THROUGHPUT, loads_of, values_by_round
 from loadtests.statistics import MIN_BEYOND, percentile
 
+_ORDER = "blocks in the order run (lines between them: a new round begins)"
 _RANKS = (50.0, 90.0, 95.0, 99.0, 99.5, 99.9, 99.99)
 
 _Latencies = dict[str, npt.NDArray[np.float64]]
@@ -85,6 +84,20 @@ def blocks(comparison: Comparison) -> Figure:
     """Saturated throughput of every block in the order run, and each round's ratio to the baseline."""
     figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     above, below = figure.subplots(2, 1)
+    for axes, title, x, y in (
+        (above, "Throughput at saturation of every block; the axis does not begin at 0", _ORDER, "images/s"),
+        (
+            below,
+            "The same, as a ratio to the baseline's block of the same round (dashed: median)",
+            "round",
+            "× baseline",
+        ),
+    ):
+        axes.set_title(title)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.grid(visible=True, axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _in_order(above, comparison)
     _ratios(below, comparison)
     legend_below(figure, above, columns=4)
@@ -92,62 +105,47 @@ def blocks(comparison: Comparison) -> Figure:
 
 
 def _in_order(axes: Axes, comparison: Comparison) -> None:
-    looks = styles(comparison.plan)
-    places: dict[str, list[tuple[int, float]]] = {label: [] for label in looks}
-    failed = []
-    for place, block in enumerate(comparison.blocks, start=1):
-        if block.failure is not None or SATURATED not in block.loads:
-            failed.append((place, looks[block.arm].colour))
-        else:
-            places[block.arm].append((place, block.loads[SATURATED].throughput))
-    if not any(places.values()):
+    measured = [(at, block) for at, block in enumerate(comparison.blocks, start=1) if SATURATED in block.loads]
+    if not any(block.failure is None for _, block in measured):
         instead(axes, "no block was measured to its end")
         return
-    for label, style in looks.items():
-        if places[label]:
-            at, heights = zip(*places[label], strict=True)
-            axes.plot(at, heights, color=style.colour, linewidth=0.8, alpha=0.6)
-            marked: dict[str, Any] = {"marker": style.marker, "markersize": 5, "linestyle": ""}
-            axes.plot(at, heights, color=style.colour, label=style.name, **marked)
+    looks = styles(comparison.plan)
+    for label, look in looks.items():
+        own = [
+            (at, block.loads[SATURATED].throughput)
+            for at, block in measured
+            if (block.arm, block.failure) == (label, None)
+        ]
+        if own:
+            x, y = zip(*own, strict=True)
+            axes.plot(x, y, color=look.colour, linewidth=0.8, alpha=0.6)
+            axes.plot(x, y, look.marker, color=look.colour, markersize=5, label=look.name)
     rounds = [block.round for block in comparison.blocks]
-    begins = [place + 0.5 for place in range(1, len(rounds)) if rounds[place] != rounds[place - 1]]
+    begins = [at + 0.5 for at in range(1, len(rounds)) if rounds[at] != rounds[at - 1]]
     low, high = axes.get_ylim()
     axes.set_ylim(low - (high - low) * 0.08, high)
     axes.vlines(begins, 0, 1, transform=axes.get_xaxis_transform(), color=PALE, linewidth=0.8, zorder=0)
-    for place, colour in failed:
-        at_bottom: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": SMALL}
-        axes.annotate("✗ failed", (place, 0.02), color=colour, **at_bottom)
+    for at, block in enumerate(comparison.blocks, start=1):
+        if block.failure is not None:
+            place, colour = axes.get_xaxis_transform(), looks[block.arm].colour
+            axes.text(at, 0.02, "✗ failed", transform=place, ha="center", fontsize=SMALL, color=colour)
     axes.set_xlim(0.3, len(comparison.blocks) + 0.7)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title("Throughput at saturation of every block; the axis does not begin at 0")
-    axes.set_xlabel("blocks in the order run (lines between them: a new round begins)")
-    axes.set_ylabel("images/s")
-    axes.grid(visible=True, axis="y")
 
 
 def _ratios(axes: Axes, comparison: Comparison) -> None:
     looks = styles(comparison.plan)
-    baseline, *others = (
-        (
-            looks[arm.label],
-            {block.round: block.loads[SATURATED].throughput for block in comparison.blocks_of(arm.label)},
-        )
-        for arm in comparison.plan.arms
-    )
-    axes.axhline(1, color=baseline[0].colour, linewidth=1.4)
-    ratios = [
-        (style, {number: value / baseline[1][number] for number, value in own.items() if baseline[1].get(number)})
-        for style, own in others
-    ]
-    if not any(own for _, own in ratios):
+    throughput = {label: values_by_round(comparison.blocks_of(label), THROUGHPUT) for label in looks}
+    (baseline, base), *others = throughput.items()
+    ratios = {
+        label: {number: value / base[number] for number, value in own.items() if base.get(number)}
+        for label, own in others
+    }
+    if not any(ratios.values()):
         instead(axes, "no round has a block of the baseline and of another arm")
         return
-    for style, own in ratios:
-        marked: dict[str, Any] = {"marker": style.marker, "markersize": 5, "linestyle": style.dash, "linewidth": 0.8}
-        axes.plot([number + 1 for number in own], list(own.values()), color=style.colour, **marked)
-        axes.axhline(median(own.values()) or 1, color=style.colour, linewidth=0.8, linestyle=(0, (6, 4)), alpha=0.7)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title("The same, as a ratio to the baseline's block of the same round (dashed: median)")
-    axes.set_xlabel("round")
-    axes.set_ylabel("× baseline")
-    axes.grid(visible=True, axis="y")
+    axes.axhline(1, color=looks[baseline].colour, linewidth=1.4)
+    for label, own in ratios.items():
+        look, x = looks[label], [number + 1 for number in own]
+        line = f"{look.marker}{look.dash}"
+        axes.plot(x, list(own.values()), line, color=look.colour, markersize=5, linewidth=0.8)
+        axes.axhline(median(own.values()) or 1, color=look.colour, linewidth=0.8, linestyle=(0, (6, 4)), alpha=0.7)

@@ -2,11 +2,9 @@
 
 import io
 import re
-import textwrap
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -23,34 +21,7 @@ WIDTH = 8.3
 SMALL, SMALLER = 8.0, 7.5
 """Font sizes in points."""
 
-RC: Any = {
-    # Text stays text, so that a page can be searched and read aloud; paths would double its size.
-    "svg.fonttype": "none",
-    # The same numbers give the same bytes.
-    "svg.hashsalt": "stridevit",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
-    "font.size": 9,
-    # A label with dollar signs is no formula.
-    "text.parse_math": False,
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "grid.color": PALE,
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-}
+STYLE = Path(__file__).with_name("plots.mplstyle")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +57,6 @@ def shown(plan: Plan) -> list[Arm]:
     return [arm for arm in plan.arms if arm.repeat_of is None]
 
 
-def wrapped(label: str, width: int = 24) -> str:
-    """A long label in several lines, broken at its hyphens."""
-    return "\n".join(textwrap.wrap(label, width)) or label
-
-
 def instead(axes: Axes, text: str) -> None:
     """Text in place of a plot that has nothing to show."""
     axes.set_axis_off()
@@ -112,8 +78,7 @@ def small_print(figure: Figure, text: str) -> None:
 def as_svg(figure: Figure, name: str) -> str:
     """From `<svg` on; ids begin with `name`, so that several plots can stand in one page."""
     buffer = io.StringIO()
-    with mpl.rc_context(RC):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text[text.index("<svg") :])
     return re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -2,19 +2,29 @@
 
 import math
 import textwrap
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loadtests.experiment.model import HIGH, MODERATE, Comparison
 from loadtests.report.format import load_name, median, number, span
-from loadtests.report.plot_style import FAINT, INK, SMALL, WIDTH, shown, small_print, styles, wrapped
-from loadtests.report.verdicts import LATENCIES, MEMORY, THROUGHPUT, TOP1, Findings, Row, model_info
+from loadtests.report.plot_style import FAINT, INK, SMALL, WIDTH, shown, small_print, styles
+from loadtests.report.verdicts import LATENCIES, THROUGHPUT, TOP1, Findings, Row, model_info
 
 _LIGHT = 0.4
 """Opacity of the bar that stands for a p99, or for the memory that load adds."""
 _LINE = 125
 """Letters of the small print in the width of the picture."""
+
+
+class _Bar(NamedTuple):
+    place: float
+    row: Row | None
+    colour: str
+    opacity: float = 1.0
+    before: str = ""
+    """Before the number at its end."""
 
 
 def variants(comparison: Comparison, findings: Findings) -> Figure:
@@ -24,28 +34,31 @@ def variants(comparison: Comparison, findings: Findings) -> Figure:
     figure = Figure(figsize=(WIDTH, 2.2 + 0.98 * len(labels)), layout="constrained")
     (speed, memory), (moderate, high) = figure.subplots(2, 2, sharey="row", height_ratios=[0.85, 1])
     speed.set_title("Throughput at saturation, images/s")
-    rows = [findings.row(label, THROUGHPUT) for label in labels]
-    _bars(speed, [(place, row, colours[place], 1.0) for place, row in enumerate(rows)], 0.6)
-    _memory(memory, comparison, [findings.row(label, MEMORY) for label in labels], colours)
+    _bars(speed, [_Bar(at, findings.row(label, THROUGHPUT), colours[at]) for at, label in enumerate(labels)], 0.6)
+    memory.set_title("Memory, MB: idle (solid), peak (light)")
+    blocks = [comparison.blocks_of(label) for label in labels]
+    idle = [median(block.idle_bytes / 1e6 for block in one if block.idle_bytes) for one in blocks]
+    rows = [findings.row(label, findings.memory) for label in labels]
+    before = [f"{number(value)} → " if value else "" for value in idle]
+    peaks = [_Bar(at, row, colours[at], _LIGHT, before[at]) for at, row in enumerate(rows)]
+    _bars(memory, peaks, 0.6, room=1.4)
+    memory.barh(range(len(labels)), [value or 0.0 for value in idle], height=0.6, color=colours)
     for axes, load in ((moderate, MODERATE), (high, HIGH)):
         axes.set_title(f"Latency at {load_name(comparison, load)}, ms: p50 (solid), p99 (light)")
-        ranks = {metric.rank: metric for metric in LATENCIES if metric.load == load}
-        bars = [
-            (place + shift, findings.row(label, ranks[rank]), colours[place], opacity)
-            for place, label in enumerate(labels)
-            for rank, shift, opacity in ((50, -0.2, 1.0), (99, 0.2, _LIGHT))
-        ]
+        p50, _, p99 = (metric for metric in LATENCIES if metric.load == load)
+        bars = [_Bar(at - 0.2, findings.row(label, p50), colours[at]) for at, label in enumerate(labels)]
+        bars += [_Bar(at + 0.2, findings.row(label, p99), colours[at], _LIGHT) for at, label in enumerate(labels)]
         _bars(axes, bars, 0.36)
     for axes in (speed, memory, moderate, high):
         axes.grid(visible=True, axis="x")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_color(INK)
     speed.set_yticks(range(len(labels)), [_name(comparison, findings, label) for label in labels], fontsize=SMALL)
-    moderate.set_yticks(range(len(labels)), [wrapped(label) for label in labels], fontsize=SMALL)
+    moderate.set_yticks(range(len(labels)), ["\n".join(textwrap.wrap(label, 24)) for label in labels], fontsize=SMALL)
     for axes in (speed, moderate):
         axes.set_ylim(len(labels) - 0.45, -0.55)
     figure.suptitle("Throughput, memory and latency side by side", x=0.01, ha="left", fontsize=12, fontweight="bold")
-    small_print(figure, _conditions(comparison, findings, labels))
+    small_print(figure, _conditions(comparison, labels))
     return figure
 
 
@@ -53,56 +66,33 @@ def _name(comparison: Comparison, findings: Findings, label: str) -> str:
     info, top1 = model_info(comparison, label), findings.value(label, TOP1)
     facts = [f"K/V {info['kv_tokens']} of {info['tokens']}"] if info.get("kv_tokens") and info.get("tokens") else []
     facts += [f"top-1 {top1:.1f}%"] if top1 is not None else []
-    return "\n".join(filter(None, (wrapped(label), ", ".join(facts))))
+    return "\n".join(filter(None, (*textwrap.wrap(label, 24), ", ".join(facts))))
 
 
-def _memory(axes: Axes, comparison: Comparison, rows: list[Row | None], colours: list[str]) -> None:
-    axes.set_title("Memory, MB: idle (solid), peak (light)")
-    edge = 0.0
-    for place, (row, colour) in enumerate(zip(rows, colours, strict=True)):
-        if row is None or not row.value:
-            axes.text(0, place, " unknown", va="center", fontsize=SMALL, color=FAINT)
-            continue
-        idle = median(block.idle_bytes / 1e6 for block in comparison.blocks_of(row.arm) if block.idle_bytes)
-        peak, smallest, largest = (value / 1e6 for value in (row.value, row.smallest or 0.0, row.largest or 0.0))
-        axes.barh(place, peak, height=0.6, color=colour, alpha=_LIGHT)
-        axes.barh(place, min(idle or 0.0, peak), height=0.6, color=colour)
-        _whisker(axes, place, smallest, largest, 0.6)
-        _label(axes, largest, place, f"{number(idle)} → {number(peak)}" if idle else number(peak))
-        edge = max(edge, peak, largest)
-    axes.set_xlim(0, (edge or 1.0) * 1.4)
-
-
-def _bars(axes: Axes, bars: list[tuple[float, Row | None, str, float]], height: float) -> None:
-    """(place, row, colour, opacity). An infinite bar or whisker passes through the edge of the plot; a bar says so."""
-    ends = [end for _, row, _, _ in bars if row for end in (row.value, row.largest) if end is not None]
+def _bars(axes: Axes, bars: list[_Bar], height: float, *, room: float = 1.2) -> None:
+    """An infinite bar or whisker passes through the edge of the plot; a bar says so."""
+    ends = [end for bar in bars if bar.row for end in (bar.row.value, bar.row.largest) if end is not None]
     edge = max((end for end in ends if math.isfinite(end)), default=1.0) or 1.0
-    for place, row, colour, opacity in bars:
+    style: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": SMALL}
+    for place, row, colour, opacity, before in bars:
         if row is None or row.value is None:
-            axes.text(0, place, " too few samples", va="center", fontsize=SMALL, color=FAINT)
+            text = " unknown" if row is None or row.metric.rank is None else " too few samples"
+            axes.text(0, place, text, va="center", fontsize=SMALL, color=FAINT)
         elif math.isinf(row.value):
             axes.barh(place, edge * 2, height=height, color=colour, alpha=opacity, hatch="///", edgecolor="white")
-            _label(axes, 0, place, "∞: requests not answered", boxed=True)
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            axes.annotate("∞: requests not answered", (0, place), xytext=(4, 0), bbox=box, **style)
         else:
+            smallest, largest = (row.value if end is None else end for end in (row.smallest, row.largest))
+            whisker = smallest, min(largest, edge * 2)
             axes.barh(place, row.value, height=height, color=colour, alpha=opacity)
-            smallest = row.value if row.smallest is None else row.smallest
-            largest = min(row.value if row.largest is None else row.largest, edge * 2)
-            _whisker(axes, place, smallest, largest, height)
-            _label(axes, min(largest, edge), place, number(row.value))
-    axes.set_xlim(0, edge * 1.2)
+            axes.hlines(place, *whisker, color=INK, linewidth=1)
+            axes.vlines(whisker, place - height / 5, place + height / 5, color=INK, linewidth=1)
+            axes.annotate(before + number(row.value), (min(whisker[1], edge), place), xytext=(4, 0), **style)
+    axes.set_xlim(0, edge * room)
 
 
-def _whisker(axes: Axes, place: float, smallest: float, largest: float, height: float) -> None:
-    axes.hlines(place, smallest, largest, color=INK, linewidth=1)
-    axes.vlines([smallest, largest], place - height / 5, place + height / 5, color=INK, linewidth=1)
-
-
-def _label(axes: Axes, at: float, place: float, text: str, *, boxed: bool = False) -> None:
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1} if boxed else None
-    axes.annotate(text, (at, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=SMALL, bbox=box)
-
-
-def _conditions(comparison: Comparison, findings: Findings, labels: list[str]) -> str:
+def _conditions(comparison: Comparison, labels: list[str]) -> str:
     infos = [info for label in labels if (info := model_info(comparison, label))]
     sizes = [info["params"] / 1e6 for info in infos if info.get("params")]
     facts = [f"{span(sizes)} M parameters"] if sizes else []
@@ -110,10 +100,10 @@ def _conditions(comparison: Comparison, findings: Findings, labels: list[str]) -
     facts += ["random weights"] if infos and not any(info.get("accuracy") for info in infos) else []
     known = comparison.environment
     facts += [f"{known[name]}{' cores' * (name == 'cores')}" for name in ("cpu", "cores", "gpu") if known.get(name)]
-    blocks = sorted({counts.blocks for counts in findings.counts if counts.arm.label in labels})
-    counts = "–".join(dict.fromkeys((str(blocks[0]), str(blocks[-1])))) if blocks else "no"
+    blocks = [len(comparison.blocks_of(label)) for label in labels]
+    count = "–".join(dict.fromkeys((str(min(blocks)), str(max(blocks)))))
     how = (
-        f"{counts} blocks per arm, each a fresh server; whiskers: smallest and largest block. Percentiles: over all "
+        f"{count} blocks per arm, each a fresh server; whiskers: smallest and largest block. Percentiles: over all "
         "blocks, open loop, from the scheduled moment. The scales differ."
     )
     return "\n".join(line for text in (" · ".join(facts), how) for line in textwrap.wrap(text, _LINE))

@@ -29,7 +29,7 @@ def write_comparison(comparison: Comparison, out: Path) -> Report:
     findings = judge(comparison)
     said = caveats(comparison, findings)
     table = verdict_table(comparison, findings)
-    blocks = sorted({counts.blocks for counts in findings.counts})
+    blocks = sorted({len(comparison.blocks_of(arm.label)) for arm in comparison.plan.arms})
     levels = sorted({f"{row.change.level:.4g}" for row in findings.rows if row.change})
     out.mkdir(parents=True, exist_ok=True)
     plots = write_plots(comparison, findings, out)

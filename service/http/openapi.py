@@ -1,111 +1,125 @@
-"""Routes that FastAPI documents and does not handle: its layers cost more than a small model's batch."""
+"""What /docs and /openapi.json say beside FastAPI's own: parameters, bodies, examples, errors and security schemes."""
 
-from collections.abc import Callable, Coroutine, Iterable
-from http import HTTPStatus
+import inspect
+import itertools
 from typing import Any
 
-from fastapi import Request, Response
-from fastapi.routing import APIRoute
+from fastapi import Security
+from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic import BaseModel
-from starlette.routing import BaseRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import RequestError
-from service.http.problems import answer
+from service.http.exchange import DEADLINE_HEADER, PRIORITY_HEADER
+from service.http.problems import problem_members
 
+SECURITY = [
+    Security(HTTPBearer(scheme_name="bearer", description="An API key, where keys are in use.", auto_error=False)),
+    Security(APIKeyHeader(scheme_name="X-API-Key", name="X-API-Key", description="The same key.", auto_error=False)),
+]
+"""Declares the schemes for /docs; `service.http.auth` checks the keys before any route is found."""
 
-class Direct(APIRoute):
-    """Calls its endpoint with the request, and sends what it returns. `openapi_extra` tells what the endpoint takes."""
+_REQUEST_ID = "c8c774003f9448b49c0964e4feeb8708"
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The endpoint itself."""
-        endpoint: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
-        return endpoint
+CLASSIFY_HEADERS = {
+    DEADLINE_HEADER: "The same as `deadline_ms`; if both are given, the earlier deadline counts.",
+    PRIORITY_HEADER: "The same as `priority`.",
+    "X-Request-ID": "Returned with the answer and logged: 1 to 128 letters, digits, `_`, `.`, `:` and `-`.",
+}
 
+CLASSIFY_BODY = {
+    "required": True,
+    "description": "The bytes of one image (any Content-Type), or multipart/form-data with one or many files.",
+    "content": {
+        "image/*": {"schema": {"type": "string", "format": "binary"}},
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "properties": {"image": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+            }
+        },
+    },
+}
 
-class Shortcut:
-    """ASGI middleware: takes requests for direct routes past the routing and the layers behind it."""
+CLASSIFICATION_EXAMPLE = {
+    "model": "cifar100-csra-r2",
+    "version": 4,
+    "requested": "cifar100",
+    "results": [{"predictions": [{"index": 42, "label": "leopard", "probability": 0.9123}]}],
+    "choice": {
+        "family": "cifar100",
+        "reason": "deadline",
+        "predicted_ms": 12.5,
+        "skipped": [{"model": "cifar100-lsra-r4", "predicted_ms": 48.1}],
+    },
+    "timings_ms": {"read": 0.2, "decode": 1.9, "queue": 4.0, "inference": 2.1, "total": 8.6},
+    "request_id": _REQUEST_ID,
+}
 
-    def __init__(self, app: ASGIApp, *, routes: Iterable[BaseRoute]) -> None:
-        """Of `routes`, those that are `Direct` and have no parameters in their path."""
-        self._app = app
-        self._routes = {
-            (method, route.path): route
-            for route in routes
-            if isinstance(route, Direct) and not route.param_convertors
-            for method in route.methods or ()
-        }
+MODELS_EXAMPLE = {
+    "models": [
+        {
+            "name": "cifar100-csra-r2",
+            "version": 4,
+            "state": "ready",
+            "default": False,
+            "family": "cifar100",
+            "architecture": "vit-xs",
+            "variant": "csra-r2",
+            "kv_tokens": 16,
+            "tokens": 64,
+            "params": 693924,
+            "macs": 42100000,
+            "precision": "fp32",
+            "img_size": 32,
+            "num_classes": 100,
+            "accuracy": {"dataset": "cifar100", "split": "test", "n": 10000, "top1": 0.537, "top5": 0.8241},
+        },
+        {"name": "broken", "version": 1, "state": "unavailable", "reason": "model.onnx: missing"},
+    ],
+    "families": {"cifar100": ["cifar100-lsra-r4", "cifar100-csra-r2"]},
+}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = self._routes.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
-        if route is None:
-            await self._app(scope, receive, send)
-            return
-        scope["route"] = route
-        request = Request(scope, receive, send)
-        try:
-            response = await route.endpoint(request)
-        except RequestError as error:
-            response = answer(request, error)
-        await response(scope, receive, send)
-
-
-def query_parameters(*kinds: type[BaseModel], headers: dict[str, str]) -> list[dict[str, Any]]:
-    """The fields of pydantic models as OpenAPI's query parameters, and headers by name and description."""
-    parameters: list[dict[str, Any]] = []
-    for kind in kinds:
-        for name, schema in kind.model_json_schema()["properties"].items():
-            description = schema.pop("description", "")
-            parameters.append(
-                {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
-            )
-    return parameters + [
-        {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": "string"}}
-        for name, text in headers.items()
-    ]
-
-
-_MEANING = {
-    400: ("Damaged image or malformed body", "the image is damaged: image file is truncated"),
-    401: ("No API key, or a wrong one", "an API key is needed: send it as `Authorization: Bearer KEY`"),
-    403: ("Not with this key", "loading and unloading need the admin key"),
-    404: ("Unknown model", "no model 'x' here; there are: cifar100-mha; families: cifar100"),
-    408: ("The body took too long to arrive: safe to retry", "the body did not arrive within 30 s: send it again"),
-    413: ("Body too large", "the body has 40,000,000 bytes; the limit is 33,554,432"),
-    415: ("Not an image of an accepted format", "not an image of a format accepted here: JPEG, PNG, ..."),
-    422: ("Too many pixels, or a parameter out of its range", "top_k: Input should be greater than or equal to 1"),
-    429: (
-        "No room, or no way to finish before the deadline: retry after `Retry-After` seconds. Nothing was done.",
-        "the deadline leaves 20 ms and the work ahead takes about 95 ms: nothing was done for this request, ...",
-    ),
-    503: ("Not ready: safe to retry", "the service is starting or draining: retry"),
-    504: (
-        "The deadline passed while the request waited: safe to retry",
-        "the deadline passed while the image waited for the engine: nothing was computed",
-    ),
+MODEL_EXAMPLE = {
+    "name": "cifar100-csra-r2",
+    "versions": [4],
+    "version": 4,
+    "manifest": {
+        "name": "cifar100-csra-r2",
+        "attention": {"variant": "csra-r2", "kv_tokens": 16},
+        "...": "the rest of manifest.json",
+    },
+    "batch_ms": {"1": 1.2, "2": 2.1, "4": 4.2},
+    "waiting": 0,
+    "labels": ["apple", "aquarium_fish", "..."],
 }
 
 
-def responses(*statuses: int, example: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's descriptions of the problems that a route may answer, with examples; `example` is that of a 200."""
-    described: dict[int | str, dict[str, Any]] = {
-        status: {
-            "description": _MEANING[status][0],
+def query_parameters(query: type[BaseModel], *, headers: dict[str, str]) -> list[dict[str, Any]]:
+    """The fields of a pydantic model as query parameters, and headers by name and description."""
+    fields = query.model_json_schema()["properties"]
+    described = [("query", name, schema.pop("description", ""), schema) for name, schema in fields.items()]
+    described += [("header", name, text, {"type": "string"}) for name, text in headers.items()]
+    return [
+        {"name": name, "in": place, "required": False, "description": text, "schema": schema}
+        for place, name, text, schema in described
+    ]
+
+
+def responses(*errors: type[RequestError], example: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """The errors that a route may answer with, by status and each with an example, and the `example` of its 200."""
+    described: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {"example": example}}}}
+    for status, kinds in itertools.groupby(sorted(errors, key=lambda kind: kind.status), lambda kind: kind.status):
+        texts = {kind.code: inspect.getdoc(kind) or "" for kind in kinds}
+        described[status] = {
+            "description": " ".join(texts.values()),
             "content": {
                 "application/problem+json": {
                     "schema": {"$ref": "#/components/schemas/Problem"},
-                    "example": {
-                        "type": "about:blank",
-                        "title": HTTPStatus(status).phrase,
-                        "status": status,
-                        "detail": _MEANING[status][1],
-                        "request_id": "c8c774003f9448b49c0964e4feeb8708",
+                    "examples": {
+                        code: {"value": {**problem_members(status, code, text), "request_id": _REQUEST_ID}}
+                        for code, text in texts.items()
                     },
                 }
             },
         }
-        for status in statuses
-    }
-    if example is not None:
-        described[200] = {"content": {"application/json": {"example": example}}}
     return described

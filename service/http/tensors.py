@@ -8,106 +8,88 @@ https://github.com/triton-inference-server/server/tree/main/docs/protocol.
 import base64
 import json
 import math
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import BadRequest
-from service.http.compression import compress, decompress
-from service.http.json_numbers import lift_data
+from service.http.json_pixels import read_pixels
+from service.pipeline import Inputs, ranked
 
-__all__ = ["Asked", "AskedOutput", "OutputName", "answer", "compress", "decompress", "parse"]
-
+T = TypeVar("T")
 OutputName = Literal["logits", "probabilities"]
+Pixels = npt.NDArray[np.uint8]
 
 _OUTPUTS: tuple[OutputName, ...] = ("logits", "probabilities")
 _INPUT = "image"
-_MAX_JSON_VALUES = 100_000
-_MAX_INT = 2**63 - 1
+_MAX_STRINGS = 50_000
+_MAX_SHAPE_BYTES = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AskedOutput:
-    """One output as it shall be sent."""
+class RequestedOutput:
+    """One output, and how it is to be sent."""
 
     name: OutputName
     binary: bool
     classification: int
-    """How many classes, best first, to send as `value:index:label` in place of the tensor; 0 for the tensor itself."""
+    """How many classes, best first, to send as `value:index:label` instead of the tensor; 0 for the tensor itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """An inference request. Exactly one of `pixels` and `encoded` is set."""
+class InferenceRequest:
+    """An inference request of one input."""
 
     id: str | None
-    pixels: npt.NDArray[np.uint8] | None
-    """uint8 (n,H,W,3), where the input came as UINT8. A view of the body where it was binary."""
-    encoded: list[bytes] | None
-    """Encoded images, where the input came as BYTES."""
-    outputs: tuple[AskedOutput, ...]
-    timeout_us: int | None
-    """The request's time limit in microseconds; None for none (Triton's 0)."""
-    priority: int
-    """0 is the default; 1 the highest, 2 the next."""
-    parameters: dict[str, Any]
-    """All other request parameters: strings, finite numbers and booleans."""
+    inputs: Inputs
+    """Encoded images for a BYTES input; pixels for a UINT8 one, which are a view of the body where that is binary."""
+    outputs: tuple[RequestedOutput, ...]
 
 
 def parse(
-    body: bytes, *, header_length: int | None, image_shape: tuple[int, int, int], max_images_per_request: int
-) -> Asked:
-    """Read an inference request of 1 to `max_images_per_request` images. Raises BadRequest with the place of the fault.
+    body: bytes, *, header_length: int | None, image_shape: tuple[int, int, int], max_images: int
+) -> InferenceRequest:
+    """Read an inference request of 1 to `max_images` images. Raises BadRequest that names the place of the fault.
 
     `header_length` is the request's Inference-Header-Content-Length: None for JSON alone, N for JSON of N bytes and
     then binary data, 0 for nothing but the pixels of n images. JSON carries encoded images (BYTES) as base64 strings.
     """
     if header_length == 0:
-        # Triton: a raw request gets all outputs in binary.
-        return Asked(
+        # As in Triton, a raw request gets all outputs in binary.
+        return InferenceRequest(
             id=None,
-            pixels=_raw_pixels(body, image_shape, max_images_per_request),
-            encoded=None,
-            outputs=_asked_outputs(None, binary=True),
-            timeout_us=None,
-            priority=0,
-            parameters={},
+            inputs=Inputs(images=_raw_pixels(body, image_shape, max_images)),
+            outputs=_requested_outputs(None, binary=True),
         )
     if header_length is not None and not 0 < header_length <= len(body):
         raise BadRequest(f"Inference-Header-Content-Length: {header_length} is not between 0 and {len(body)}, the body")
-    request, numbers = _json(body if header_length is None else body[:header_length])
-    data = memoryview(body)[len(body) if header_length is None else header_length :]
-    tensor = _only_input(request, image_shape, max_images_per_request)
-    parameters = dict(request.parameters)
-    binary_output = _flag(parameters, "binary_data_output", "parameters")
-    timeout_us, priority = (_count(parameters, name, "parameters") or 0 for name in ("timeout", "priority"))
-    # This service keeps no state between requests: sequences mean nothing to it and do no harm.
-    for name in ("sequence_id", "sequence_start", "sequence_end"):
-        parameters.pop(name, None)
-    for name, value in parameters.items():
-        if not isinstance(value, str) and not (isinstance(value, int | float) and abs(value) <= _MAX_INT):
-            raise BadRequest(f"parameters.{_short(name, quoted=False)}: must be a string, a number or a boolean")
-    binary = _binary_data(tensor, data, has_header=header_length is not None)
-    pixels: npt.NDArray[np.uint8] | None = None
-    encoded: list[bytes] | None = None
+    text = body if header_length is None else body[:header_length]
+    request = _parse_json(text)
+    binary = memoryview(body)[len(text) :]
+    parameters = _converted(request.parameters, _RequestParameters, "parameters")
+    tensor, shape = _only_input(request, image_shape, max_images)
+    data = bytes(tensor.data)
+    size = _binary_size(tensor, binary, in_json=data != b"null", has_header=header_length is not None)
+    images: list[bytes] | Pixels
     if tensor.datatype == "UINT8":
-        lifted = numbers if tensor.data == [None] else None
-        pixels = _pixels(tensor, lifted if binary is None else binary)
+        images = read_pixels(data, shape, "inputs.0.data") if size is None else _pixels(binary, shape)
     else:
-        encoded = _decode_strings(tensor) if binary is None else _split_strings(binary, tensor.shape[0])
-    return Asked(
+        images = _decode_strings(data, shape) if size is None else _split_strings(binary, shape[0])
+    return InferenceRequest(
         id=request.id,
-        pixels=pixels,
-        encoded=encoded,
-        outputs=_asked_outputs(request.outputs, binary=bool(binary_output)),
-        timeout_us=timeout_us or None,
-        priority=priority,
-        parameters=parameters,
+        # In Triton's protocol a timeout of 0 is none, and priority 1 is the highest.
+        inputs=Inputs(
+            images=images,
+            seconds=parameters.timeout / 1e6 if parameters.timeout else None,
+            priority="batch" if (parameters.priority or 0) > 1 else None,
+        ),
+        outputs=_requested_outputs(request.outputs, binary=bool(parameters.binary_data_output)),
     )
 
 
@@ -116,7 +98,7 @@ def answer(
     id: str | None,  # noqa: A002 (the protocol's name)
     model_name: str,
     model_version: str,
-    outputs: Sequence[AskedOutput],
+    outputs: Sequence[RequestedOutput],
     logits: npt.NDArray[np.float32],
     probabilities: npt.NDArray[np.float32],
     labels: Sequence[str],
@@ -153,90 +135,118 @@ def answer(
     return b"".join([text, *binary]), len(text) if binary else None
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True)
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_Parameters = dict[str, str | bool | Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | float | None]
 
 
-class _Input(_Part):
+class _RequestParameters(msgspec.Struct):
+    """Those that mean something here. The service keeps no state between requests, so sequences are ignored."""
+
+    binary_data_output: bool | None = None
+    timeout: _Count | None = None
+    """Microseconds."""
+    priority: _Count | None = None
+
+
+class _TensorParameters(msgspec.Struct):
+    binary_data: bool | None = None
+    binary_data_size: _Count | None = None
+    classification: _Count | None = None
+
+
+class _Input(msgspec.Struct):
     name: str
-    shape: Annotated[list[Annotated[int, Field(ge=0, le=_MAX_INT)]], Field(max_length=8)]
+    shape: msgspec.Raw
     datatype: str
-    parameters: dict[str, Any] = {}
-    data: list[Any] | None = None
+    parameters: _Parameters = {}
+    data: msgspec.Raw = msgspec.Raw(b"null")
 
 
-class _Output(_Part):
+class _Output(msgspec.Struct):
     name: OutputName
-    parameters: dict[str, Any] = {}
+    parameters: _Parameters = {}
 
 
-class _Request(_Part):
+class _Request(msgspec.Struct):
+    inputs: list[_Input]
     id: str | None = None
-    parameters: dict[str, Any] = {}
-    inputs: Annotated[list[_Input], Field(max_length=64)]
-    outputs: Annotated[list[_Output], Field(max_length=64)] | None = None
+    parameters: _Parameters = {}
+    outputs: list[_Output] | None = None
 
 
-def _json(text: bytes) -> tuple[_Request, npt.NDArray[np.uint8] | None]:
-    """The request, and the numbers of its input's data if they are pixels."""
-    if not text.strip():
-        raise BadRequest("malformed inference request: the body is empty")
-    rest, numbers = lift_data(text)
-    if rest.count(b",") + rest.count(b"[") + rest.count(b"{") > _MAX_JSON_VALUES:
-        raise BadRequest(
-            f"malformed inference request: over {_MAX_JSON_VALUES:,} JSON values beside one flat or regularly nested "
-            "array of whole numbers from 0 to 255"
-        )
+_REQUEST = msgspec.json.Decoder(_Request)
+_SHAPE = msgspec.json.Decoder(list[_Count])
+_STRINGS = msgspec.json.Decoder(list[str | list[str]])
+
+
+def _parse_json(text: bytes) -> _Request:
+    # Each string and each key costs an object. Pixels have none; they and the shape are left as text.
+    if text.count(b'"') > 2 * _MAX_STRINGS:
+        raise BadRequest(f"malformed inference request: over {_MAX_STRINGS:,} strings")
+    return _decoded(_REQUEST, text, "")
+
+
+def _decoded(decoder: msgspec.json.Decoder[T], text: bytes, place: str) -> T:
     try:
-        return _Request.model_validate_json(rest), numbers
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = _short(".".join(str(step) for step in first["loc"]), quoted=False)
-        raise BadRequest(f"malformed inference request: {place + ': ' if place else ''}{first['msg']}") from error
+        return decoder.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _malformed(error, place) from error
 
 
-def _only_input(request: _Request, image_shape: tuple[int, int, int], max_images_per_request: int) -> _Input:
+def _converted(parameters: _Parameters, kind: type[T], place: str) -> T:
+    if any(name.startswith("shared_memory_") for name in parameters):
+        raise BadRequest(f"{place}: shared memory is not offered: send tensors in the body")
+    try:
+        return msgspec.convert(parameters, kind)
+    except msgspec.ValidationError as error:
+        raise _malformed(error, place) from error
+
+
+def _malformed(error: Exception, place: str) -> BadRequest:
+    """With msgspec's place, such as `$.inputs[0].name`, written as inputs.0.name and after `place`."""
+    message, _, path = str(error).partition(" - at `$")
+    path = place + re.sub(r"\[(\w+|\.\.\.)\]", r".\1", path.rstrip("`"))
+    return BadRequest(f"malformed inference request: {path.lstrip('.') + ': ' if path else ''}{_short(message)}")
+
+
+def _only_input(
+    request: _Request, image_shape: tuple[int, int, int], max_images: int
+) -> tuple[_Input, tuple[int, ...]]:
     pixels = f"datatype UINT8, shape [n,{','.join(map(str, image_shape))}]"
     expected = f"expected one input '{_INPUT}', {pixels}, or datatype BYTES, shape [n] or [n,1]"
     if len(request.inputs) != 1:
         raise BadRequest(f"inputs: {expected}; got {len(request.inputs)} inputs")
     tensor = request.inputs[0]
-    shapes = {"UINT8": [list(image_shape)], "BYTES": [[], [1]]}
-    got = f"got {_short(tensor.name)} {_short(tensor.datatype, quoted=False)} {tensor.shape}"
-    if tensor.name != _INPUT or not tensor.shape or tensor.shape[1:] not in shapes.get(tensor.datatype, []):
-        raise BadRequest(f"inputs.0: {expected}; {got}")
-    _check_images(tensor.shape[0], max_images_per_request, "inputs.0.shape: ")
-    return tensor
+    sizes = _decoded(_SHAPE, bytes(tensor.shape)[:_MAX_SHAPE_BYTES], "inputs.0.shape")
+    shape = tuple(sizes)
+    shapes: dict[str, list[tuple[int, ...]]] = {"UINT8": [image_shape], "BYTES": [(), (1,)]}
+    if tensor.name != _INPUT or not shape or shape[1:] not in shapes.get(tensor.datatype, []):
+        raise BadRequest(
+            f"inputs.0: {expected}; got {_short(tensor.name)!r} {_short(tensor.datatype)} {_short(str(list(shape)))}"
+        )
+    _check_count(shape[0], max_images, "inputs.0.shape: ")
+    return tensor, shape
 
 
-def _binary_data(tensor: _Input, data: memoryview, *, has_header: bool) -> memoryview | None:
-    """The input's binary data; None if it has JSON data."""
-    _refuse_shared_memory(tensor.parameters, "inputs.0")
-    size = _count(tensor.parameters, "binary_data_size", "inputs.0.parameters")
-    if (size is None) == (tensor.data is None):
+def _binary_size(tensor: _Input, binary: memoryview, *, in_json: bool, has_header: bool) -> int | None:
+    """The checked size of the input's binary data; None if its data is `in_json`."""
+    size = _converted(tensor.parameters, _TensorParameters, "inputs.0.parameters").binary_data_size
+    if (size is None) != in_json:
         raise BadRequest("inputs.0: give either 'data' or the parameter 'binary_data_size'")
     if size is not None and not has_header:
         raise BadRequest("inputs.0.parameters.binary_data_size: needs the header Inference-Header-Content-Length")
-    if len(data) != (size or 0):
-        raise BadRequest(f"{len(data)} bytes follow the JSON; its inputs declare {size or 0} (binary_data_size)")
-    return None if size is None else data
+    if len(binary) != (size or 0):
+        raise BadRequest(f"{len(binary)} bytes follow the JSON; its inputs declare {size or 0} (binary_data_size)")
+    return size
 
 
-def _pixels(tensor: _Input, data: npt.NDArray[np.uint8] | memoryview | None) -> npt.NDArray[np.uint8]:
-    needed = math.prod(tensor.shape)
-    if isinstance(data, memoryview):
-        if len(data) != needed:
-            raise BadRequest(f"inputs.0: shape {tensor.shape} needs {needed} bytes, got {len(data)}")
-        return np.frombuffer(data, dtype=np.uint8).reshape(tensor.shape)
-    if data is None or len(data) != needed:
-        got = "" if data is None else f", got {len(data)}"
-        raise BadRequest(
-            f"inputs.0.data: must be {needed} whole numbers from 0 to 255, flat or nested in row-major order{got}"
-        )
-    return data.reshape(tensor.shape)
+def _pixels(data: memoryview, shape: tuple[int, ...]) -> Pixels:
+    if len(data) != math.prod(shape):
+        raise BadRequest(f"inputs.0: shape {list(shape)} needs {math.prod(shape)} bytes, got {len(data)}")
+    return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
 
-def _raw_pixels(body: bytes, image_shape: tuple[int, int, int], max_images_per_request: int) -> npt.NDArray[np.uint8]:
+def _raw_pixels(body: bytes, image_shape: tuple[int, int, int], max_images: int) -> Pixels:
     size = math.prod(image_shape)
     images, rest = divmod(len(body), size)
     if rest:
@@ -244,33 +254,32 @@ def _raw_pixels(body: bytes, image_shape: tuple[int, int, int], max_images_per_r
             f"a raw body (Inference-Header-Content-Length: 0) is the pixels of n images, n times {size} bytes "
             f"({'·'.join(map(str, image_shape))}); got {len(body)}"
         )
-    _check_images(images, max_images_per_request, "")
+    _check_count(images, max_images, "")
     return np.frombuffer(body, dtype=np.uint8).reshape(images, *image_shape)
 
 
-def _check_images(images: int, max_images_per_request: int, place: str) -> None:
-    if not 1 <= images <= max_images_per_request:
-        raise BadRequest(f"{place}a request carries 1 to {max_images_per_request} images; got {images}")
+def _check_count(images: int, max_images: int, place: str) -> None:
+    if not 1 <= images <= max_images:
+        raise BadRequest(f"{place}a request carries 1 to {max_images} images; got {images}")
 
 
-def _decode_strings(tensor: _Input) -> list[bytes]:
+def _decode_strings(array: bytes, shape: tuple[int, ...]) -> list[bytes]:
     """The images in JSON data of shape [n] or [n,1], flat or nested: strings in base64."""
-    data = tensor.data or []
-    if len(tensor.shape) == 2 and all(isinstance(item, list) and len(item) == 1 for item in data):
-        data = [item[0] for item in data]
-    if len(data) != tensor.shape[0]:
-        raise BadRequest(f"inputs.0.data: shape {tensor.shape} needs {tensor.shape[0]} strings, got {len(data)}")
+    data = _decoded(_STRINGS, array, "inputs.0.data")
+    if len(data) != shape[0]:
+        raise BadRequest(f"inputs.0.data: shape {list(shape)} needs {shape[0]} strings, got {len(data)}")
     images = []
     for place, item in enumerate(data):
+        string = item[0] if isinstance(item, list) and len(item) == 1 and len(shape) == 2 else item
         try:
-            images.append(base64.b64decode(item, validate=True))
+            images.append(base64.b64decode(string, validate=True))  # type: ignore[arg-type]  # a list is a TypeError
         except (TypeError, ValueError) as error:
             raise BadRequest(f"inputs.0.data.{place}: must be an encoded image as a string in base64") from error
     return images
 
 
 def _split_strings(data: memoryview, images: int) -> list[bytes]:
-    """The elements of a binary BYTES tensor: each a 4-byte little-endian length, and so many bytes."""
+    """The elements of a binary BYTES tensor: each a 4-byte little-endian length, and that many bytes."""
     strings: list[bytes] = []
     offset = 0
     while offset < len(data) and len(strings) < images:
@@ -294,50 +303,28 @@ def _join_strings(strings: list[str]) -> bytes:
     return b"".join(part for string in encoded for part in (struct.pack("<I", len(string)), string))
 
 
-def _asked_outputs(outputs: list[_Output] | None, *, binary: bool) -> tuple[AskedOutput, ...]:
+def _requested_outputs(outputs: list[_Output] | None, *, binary: bool) -> tuple[RequestedOutput, ...]:
     if not outputs:
-        return tuple(AskedOutput(name=name, binary=binary, classification=0) for name in _OUTPUTS)
-    asked: list[AskedOutput] = []
+        return tuple(RequestedOutput(name=name, binary=binary, classification=0) for name in _OUTPUTS)
+    requested: list[RequestedOutput] = []
     for place, output in enumerate(outputs):
-        where = f"outputs.{place}.parameters"
-        if any(output.name == other.name for other in asked):
-            raise BadRequest(f"outputs.{place}: '{output.name}' is asked for twice")
-        _refuse_shared_memory(output.parameters, f"outputs.{place}")
-        own = _flag(output.parameters, "binary_data", where)
-        classes = _count(output.parameters, "classification", where) or 0
-        asked.append(AskedOutput(name=output.name, binary=binary if own is None else own, classification=classes))
-    return tuple(asked)
+        if any(output.name == other.name for other in requested):
+            raise BadRequest(f"outputs.{place}: '{output.name}' is requested twice")
+        parameters = _converted(output.parameters, _TensorParameters, f"outputs.{place}.parameters")
+        own, classes = parameters.binary_data, parameters.classification or 0
+        requested.append(
+            RequestedOutput(name=output.name, binary=binary if own is None else own, classification=classes)
+        )
+    return tuple(requested)
 
 
 def _classified(values: npt.NDArray[np.float32], count: int, labels: Sequence[str]) -> tuple[list[str], list[int]]:
     """The `count` highest values of each row as Triton writes them, `value:index:label`, and the shape [n,count]."""
-    best = np.argsort(-values, axis=1, kind="stable")[:, :count]
-    strings = [
-        f"{row[index]:f}:{index}:{labels[index]}" for row, places in zip(values, best, strict=True) for index in places
-    ]
-    return strings, list(best.shape)
+    rows = [ranked(row, count) for row in values]
+    strings = [f"{value:f}:{index}:{labels[index]}" for row in rows for index, value in row]
+    return strings, [len(rows), len(rows[0])]
 
 
-def _refuse_shared_memory(parameters: dict[str, Any], place: str) -> None:
-    if any(name.startswith("shared_memory_") for name in parameters):
-        raise BadRequest(f"{place}: shared memory is not offered: send tensors in the body")
-
-
-def _flag(parameters: dict[str, Any], name: str, place: str) -> bool | None:
-    value = parameters.pop(name, None)
-    if value is not None and not isinstance(value, bool):
-        raise BadRequest(f"{place}.{name}: must be true or false")
-    return value
-
-
-def _count(parameters: dict[str, Any], name: str, place: str) -> int | None:
-    value = parameters.pop(name, None)
-    if value is not None and not (type(value) is int and 0 <= value <= _MAX_INT):
-        raise BadRequest(f"{place}.{name}: must be a whole number, 0 or more")
-    return value
-
-
-def _short(text: str, *, quoted: bool = True) -> str:
-    """A client's own text for a message: no longer than one reads."""
-    short = text if len(text) <= 60 else text[:57] + "..."
-    return repr(short) if quoted else short
+def _short(text: str) -> str:
+    """Text that may hold the client's own, cut to a readable length."""
+    return text if len(text) <= 100 else text[:97] + "..."

@@ -2,40 +2,43 @@
 
     predicted seconds = baseline of (model, batch size)  ×  slowdown of the device
 
-Warm-up fills the baselines on an idle device. Live, decoding and other processes take their share of the cores; that
-strikes all models alike, so one fast-moving factor of the device follows it, and models that have not run for a
-while are predicted well too. A slower factor for each size follows what the first does not explain. Both fade.
+Warm-up measures the baselines on an idle device. Under traffic, decoding and other processes take their share of the
+cores. That slows all models alike, so one fast-moving factor of the device follows it, and models that have not run for
+a while are predicted well too. A slower factor for each batch size follows what the first does not explain. Both decay.
 """
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-_FAST, _SLOW = 0.2, 0.02
-"""Weights of a new timing: in the device's slowdown, and in the baseline of its own batch size."""
+_FAST_WEIGHT, _SLOW_WEIGHT = 0.2, 0.02
+"""Weights of a new timing: in the device's slowdown, and in the drift of its own batch size."""
 
 _GOOD_ENOUGH = 1.1
-"""A batch size pays if a smaller one takes over this factor longer an image; less than that is noise and latency."""
-
+"""A larger batch pays only if the smaller one takes over this factor longer per image; less is noise."""
 
 _HALF_LIFE_SECONDS, _DRIFT_HALF_LIFE_SECONDS = 5.0, 60.0
 
+_HANDOVER_SECONDS = 0.0003
+"""Cost of a batch beside the engine: two changes of thread. Measured; it matters to the smallest models only."""
+
 
 class Load:
-    """How busy the machine is, as seen by the timings of all its models and decoders.
+    """How busy the machine is, according to the timings of all its models and decoders.
 
-    What was seen fades with time. Else a stall that is long over could have every request with a tight deadline refused
-    for ever: what is refused is not timed.
+    Observations decay with time. Otherwise one stall could reject every request with a tight deadline for ever, because
+    rejected requests are not timed.
     """
 
-    def __init__(self, *, decode_threads: int = 1) -> None:
+    def __init__(self, *, decode_threads: int = 1, clock: Callable[[], float] = time.perf_counter) -> None:
         self.decode_threads = decode_threads
-        self._slowdown = _Fading(1.0)
-        self._decode_seconds = _Fading(0.0)
+        self.clock = clock
+        self._slowdown = _Decaying(1.0, clock)
+        self._decode_seconds = _Decaying(0.0, clock)
 
     @property
     def slowdown(self) -> float:
-        """Recent duration of batches over what the baselines say; 1 on an idle device."""
+        """Recent duration of batches divided by their baselines; 1 on an idle device."""
         return self._slowdown.value
 
     @slowdown.setter
@@ -44,21 +47,21 @@ class Load:
 
     @property
     def decode_seconds(self) -> float:
-        """Recent mean of an image's decoding; 0 before the first."""
+        """Recent mean duration of decoding one image; 0 before the first."""
         return self._decode_seconds.value
 
     def decoded(self, seconds: float) -> None:
-        """Take note of one image's decoding."""
-        self._decode_seconds.mix(seconds, _FAST)
+        """Record the decoding of one image."""
+        self._decode_seconds.mix(seconds, _FAST_WEIGHT)
 
 
-class _Fading:
-    """A value that goes back to what it is at rest, by half every `half_life` seconds since it was last set."""
+class _Decaying:
+    """A value that returns to its resting value, by half every `half_life` seconds since it was last set."""
 
-    def __init__(self, rest: float, half_life: float = _HALF_LIFE_SECONDS) -> None:
+    def __init__(self, rest: float, clock: Callable[[], float], half_life: float = _HALF_LIFE_SECONDS) -> None:
         self._rest = self._last = rest
-        self._half_life = half_life
-        self._at = -math.inf
+        self._clock, self._half_life = clock, half_life
+        self._set_at = -math.inf
 
     @property
     def value(self) -> float:
@@ -66,33 +69,33 @@ class _Fading:
 
     @value.setter
     def value(self, value: float) -> None:
-        self._last, self._at = value, time.perf_counter()
+        self._last, self._set_at = value, self._clock()
 
     def mix(self, new: float, weight: float) -> None:
-        """Move towards `new` by `weight`, and by more the longer nothing was seen."""
+        """Move towards `new` by `weight`, and by more the longer nothing was observed."""
         known, weight = self.value, 1 - (1 - weight) * self._freshness()
         self.value = known + (new - known) * weight
 
     def _freshness(self) -> float:
-        return float(0.5 ** ((time.perf_counter() - self._at) / self._half_life))
+        return float(0.5 ** ((self._clock() - self._set_at) / self._half_life))
 
 
 class Cost:
-    """What batches of one model cost. `sizes` are those that were warmed up: no other is ever run."""
+    """What batches of one model cost. `sizes` are the warmed-up batch sizes: no other is ever run."""
 
     def __init__(self, baseline: Mapping[int, float], load: Load) -> None:
-        """`baseline`: seconds of a batch, by its size, on an idle device."""
+        """`baseline`: seconds of a batch on an idle device, by its size."""
         if not baseline or min(baseline) < 1:
             raise ValueError("a cost model needs the time of at least one batch size")
         self._baseline = dict(sorted(baseline.items()))
-        # What the load does not explain, by size. It fades too, else a slow hour would be believed for ever.
-        self._drift = {size: _Fading(1.0, _DRIFT_HALF_LIFE_SECONDS) for size in self._baseline}
+        self._drift = {size: _Decaying(1.0, load.clock, _DRIFT_HALF_LIFE_SECONDS) for size in self._baseline}
+        """What the load does not explain, by size."""
         self._load = load
         self.sizes = tuple(self._baseline)
 
     @property
     def limit(self) -> int:
-        """Images in a batch, at most."""
+        """Largest number of images in a batch."""
         return self.sizes[-1]
 
     def padded(self, images: int) -> int:
@@ -103,7 +106,7 @@ class Cost:
         raise ValueError(f"{images} images exceed the largest batch, {self.limit}")
 
     def take(self, waiting: int) -> int:
-        """How many of the waiting images the next batch should hold: those that give most images a second.
+        """How many of the waiting images the next batch should hold: the number with the best throughput.
 
         Five images padded to eight may take longer than four of them now and the fifth afterwards.
         """
@@ -120,11 +123,11 @@ class Cost:
         return self._baseline[size] * self._drift[size].value * self._load.slowdown
 
     def per_image(self) -> float:
-        """Predicted seconds of an image in full batches."""
+        """Predicted seconds per image in full batches."""
         return self.seconds(self.limit) / self.limit
 
     def total(self, images: int) -> float:
-        """Predicted time that the device needs for `images`, in batches as they would be formed."""
+        """Predicted seconds of the device for `images`, in batches as they would be formed."""
         full, rest = divmod(images, self.limit)
         seconds = full * self.seconds(self.limit)
         while rest:
@@ -134,24 +137,20 @@ class Cost:
         return seconds
 
     def observe(self, size: int, seconds: float) -> None:
-        """Take note of how long a batch of a warmed-up size took."""
+        """Record how long a batch of a warmed-up size took."""
         ratio = seconds / self.seconds(size)
-        self._load.slowdown *= ratio**_FAST
-        self._drift[size].value *= ratio**_SLOW
+        self._load.slowdown *= ratio**_FAST_WEIGHT
+        self._drift[size].value *= ratio**_SLOW_WEIGHT
 
     def as_dict(self) -> dict[int, float]:
-        """Predicted seconds of a batch by size, now."""
+        """Predicted seconds of a batch at present, by its size."""
         return {size: self.seconds(size) for size in self.sizes}
 
 
-_HANDOVER_SECONDS = 0.0003
-"""What a batch costs beside the engine: two changes of thread. Measured; it matters to the smallest models only."""
-
-
 def worthwhile_sizes(seconds: Mapping[int, float]) -> tuple[int, ...]:
-    """The batch sizes to use, of those timed: up to the smallest that is about as fast an image as the fastest.
+    """The batch sizes to use, of those timed: up to the smallest that is about as fast per image as the fastest.
 
-    On a CPU a large batch of a large model is no faster an image than a single one, and only costs latency and memory.
+    On a CPU a large batch of a large model is no faster per image than a single one, and only costs latency and memory.
     """
     per_image = {size: (taken + _HANDOVER_SECONDS) / size for size, taken in sorted(seconds.items())}
     best = min(per_image.values())
@@ -160,6 +159,6 @@ def worthwhile_sizes(seconds: Mapping[int, float]) -> tuple[int, ...]:
 
 
 def candidate_sizes(max_batch: int) -> tuple[int, ...]:
-    """The sizes that warm-up tries: powers of two, and `max_batch` itself."""
+    """The batch sizes that warm-up tries: powers of two, and `max_batch` itself."""
     powers = [1 << power for power in range(max_batch.bit_length()) if 1 << power < max_batch]
     return (*powers, max_batch)

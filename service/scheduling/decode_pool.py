@@ -1,4 +1,4 @@
-"""The decode pool: the most urgent image first, and photos of many megapixels in a lane of their own.
+"""The decode pool: the most urgent image first, and images that take long in a lane of their own.
 
 Without the second lane a few large photos would occupy every decoder, and small images would wait behind them.
 """
@@ -11,19 +11,80 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from service.errors import ClientDisconnected, DeadlineExceeded
+from service.images import LARGE_PIXELS, OpenedImage, open_image
+from service.manifest import Preprocessing
+from service.scheduling.cost import Load
 from service.scheduling.request import Key, RequestState
+from service.scheduling.scheduler import Queue, Scheduler
 
 T = TypeVar("T")
+Pixels = npt.NDArray[np.uint8]
+_Job = tuple[Key, int, RequestState, Callable[[], Any], "asyncio.Future[Any]"]
 
 _SWEEP_SECONDS = 0.05
 
 
-class Lane:
-    """Some threads, and the jobs that wait for them in the order of their tickets."""
+class DecodePool:
+    """Decodes images, and keeps the scheduler and the cost model informed about it."""
 
-    def __init__(self, threads: int, name: str) -> None:
-        self._waiting: list[tuple[Key, int, RequestState, Callable[[], Any], asyncio.Future[Any]]] = []
+    def __init__(self, scheduler: Scheduler, load: Load, *, max_pixels: int) -> None:
+        """With as many threads as `load` says; images of more than `max_pixels` are refused."""
+        self._scheduler, self._load, self._max_pixels = scheduler, load, max_pixels
+        self._small = Lane(load.decode_threads, "decode", load.clock)
+        self._large = Lane(max(1, load.decode_threads // 2), "decode-large", load.clock)
+
+    async def decode(
+        self, image: bytes, preprocessing: Preprocessing, state: RequestState, queue: Queue
+    ) -> tuple[Pixels, float]:
+        """An encoded image of a request accepted by `queue` as uint8 (crop, crop, 3), and the seconds it took.
+
+        Raises ImageError, or what `run` raises.
+        """
+
+        def small() -> Pixels | OpenedImage:
+            opened = open_image(image, preprocessing, max_pixels=self._max_pixels)
+            return opened if opened.pixels > LARGE_PIXELS else opened.render()
+
+        try:
+            try:
+                with queue.backlog.in_decode_pool(state):
+                    result, seconds = await self._small.run(state, small)
+            finally:
+                self._scheduler.wake()
+            if isinstance(result, np.ndarray):
+                # Large images are left out: they say nothing about how long the next small one will take.
+                self._load.decoded(seconds)
+                return result, seconds
+            pixels, more = await self._large.run(state, result.render)
+            return pixels, seconds + more
+        except BaseException:
+            # It will never reach the engine.
+            queue.backlog.answered(state)
+            raise
+        finally:
+            queue.backlog.decoded(state)
+
+    async def run(self, state: RequestState, work: Callable[[], T]) -> T:
+        """Call `work` in the pool. Raises ClientDisconnected or DeadlineExceeded instead of calling it in vain."""
+        outcome, _ = await self._small.run(state, work)
+        return outcome
+
+    def close(self) -> None:
+        """Cancel waiting jobs; threads end with their current job. On the event loop."""
+        self._small.close()
+        self._large.close()
+
+
+class Lane:
+    """Some threads, and the jobs that wait for them in the order of their requests' keys."""
+
+    def __init__(self, threads: int, name: str, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._waiting: list[_Job] = []
         self._numbers = itertools.count()
         self._closing = False
         self._next_sweep = 0.0
@@ -31,16 +92,22 @@ class Lane:
         for number in range(threads):
             threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True).start()
 
-    async def run(self, ticket: RequestState, work: Callable[[], T]) -> T:
-        """Do `work` in a thread. Raises ClientDisconnected or DeadlineExceeded if nobody waits for it any more."""
-        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    async def run(self, state: RequestState, work: Callable[[], T]) -> tuple[T, float]:
+        """Call `work` in a thread: its result and its seconds.
+
+        Raises ClientDisconnected or DeadlineExceeded if the request is over by then.
+        """
+        answer: asyncio.Future[tuple[T, float]] = asyncio.get_running_loop().create_future()
         with self._change:
-            heapq.heappush(self._waiting, (ticket.key, next(self._numbers), ticket, work, answer))
+            heapq.heappush(self._waiting, (state.key, next(self._numbers), state, work, answer))
             self._change.notify()
         return await answer
 
     def close(self) -> None:
-        """Cancel what waits; the threads end with the job they are at. On the event loop."""
+        """Cancel waiting jobs; threads end with their current job. On the event loop."""
         with self._change:
             self._closing = True
             self._change.notify_all()
@@ -48,49 +115,52 @@ class Lane:
             answer.cancel()
 
     def _work(self) -> None:
-        """The life of a thread."""
+        """The main loop of a thread."""
         while True:
             with self._change:
                 while not (self._waiting or self._closing):
                     self._change.wait()
                 if self._closing:
                     return
-                _, _, ticket, work, answer = heapq.heappop(self._waiting)
-                dead = self._dead()
-            for *_, late, _, waiter in dead:
-                _tell(waiter, None, _ending(late))
+                _, _, state, work, answer = heapq.heappop(self._waiting)
+                swept = self._sweep()
+            for *_, over, _, waiter in swept:
+                _call_back(waiter, None, _reason_over(over))
             if answer.done():
                 continue
             try:
-                outcome: Any = _unless_over(ticket, work)
+                started = self._clock()
+                if state.over(started):
+                    raise _reason_over(state)
+                outcome: Any = work(), self._clock() - started
                 failure: BaseException | None = None
-            except BaseException as error:  # noqa: BLE001 (it is raised where the work was asked for)
+            except BaseException as error:  # noqa: BLE001 (it is raised in the caller)
                 outcome, failure = None, error
-            _tell(answer, outcome, failure)
-            # An idle thread must not keep an image.
-            del work, answer, outcome, failure, ticket, dead
+            _call_back(answer, outcome, failure)
+            # An idle thread must not keep an image alive.
+            del work, answer, outcome, failure, state, swept
 
-    def _dead(self) -> list[tuple[Key, int, RequestState, Callable[[], Any], asyncio.Future[Any]]]:
-        """Take out the jobs that nobody waits for, from time to time: those at the end may never have their turn."""
-        now = time.perf_counter()
+    def _sweep(self) -> list[_Job]:
+        """Now and then, take out the jobs of requests that are over: those at the end may never get their turn."""
+        now = self._clock()
         if now < self._next_sweep:
             return []
         self._next_sweep = now + _SWEEP_SECONDS
-        dead = [place for place in self._waiting if place[2].over]
-        if dead:
-            numbers = {place[1] for place in dead}
-            self._waiting = [place for place in self._waiting if place[1] not in numbers]
+        over = [job for job in self._waiting if job[2].over(now)]
+        if over:
+            numbers = {job[1] for job in over}
+            self._waiting = [job for job in self._waiting if job[1] not in numbers]
             heapq.heapify(self._waiting)
-        return dead
+        return over
 
 
-def _tell(answer: asyncio.Future[Any], outcome: Any, failure: BaseException | None) -> None:
+def _call_back(answer: "asyncio.Future[Any]", outcome: Any, failure: BaseException | None) -> None:
     loop = answer.get_loop()
     if not loop.is_closed():
         loop.call_soon_threadsafe(_settle, answer, outcome, failure)
 
 
-def _settle(answer: asyncio.Future[Any], outcome: Any, failure: BaseException | None) -> None:
+def _settle(answer: "asyncio.Future[Any]", outcome: Any, failure: BaseException | None) -> None:
     if answer.done():
         return
     if failure is not None:
@@ -99,13 +169,7 @@ def _settle(answer: asyncio.Future[Any], outcome: Any, failure: BaseException | 
         answer.set_result(outcome)
 
 
-def _unless_over(ticket: RequestState, work: Callable[[], T]) -> T:
-    if ticket.over:
-        raise _ending(ticket)
-    return work()
-
-
-def _ending(ticket: RequestState) -> ClientDisconnected | DeadlineExceeded:
-    if ticket.gone:
-        return ClientDisconnected("the client hung up")
+def _reason_over(state: RequestState) -> ClientDisconnected | DeadlineExceeded:
+    if state.disconnected:
+        return ClientDisconnected("the client has closed the connection")
     return DeadlineExceeded("the deadline passed before the image was decoded: nothing was computed")

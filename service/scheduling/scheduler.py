@@ -1,19 +1,18 @@
-"""Dynamic batching: what is waiting when the engine is free becomes the next batch.
+"""Dynamic batching: the images waiting when the engine becomes free are the next batch.
 
-A queue a model and one thread for all engines, so that two models never fight for the same cores. The thread takes its
-batches by itself, so a free engine does not wait for the event loop's next turn. There is no timer and no polling: a
-lone image starts at once, and batches form by themselves while the engine is busy. The order is priority, then
-deadline, then arrival. Who has hung up or is past its deadline is dropped before a batch is formed.
+There is one queue per model, and one thread for all engines, so that two models never compete for the same cores. The
+thread takes its batches itself: a free engine does not wait for the event loop's next turn. There is no timer and no
+polling: a single image starts at once, and batches form while the engine is busy. The order is priority, then deadline,
+then arrival. Requests whose client has left or whose deadline has passed are dropped before a batch is formed.
 
-One thing keeps a free engine waiting: images that wait for a decoder. Then every core is busy, a batch of one would
-take a decoder's core at the highest price an image, and the next image is a decoding away. See `Queue.holds`.
+A free engine waits for one thing only: images that wait for a decoder. Then every core is busy, a batch of one would
+take a decoder's core at the highest cost per image, and the next image is about to be decoded. See `Queue.holds`.
 """
 
 import asyncio
 import heapq
 import itertools
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -24,8 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from service.errors import ClientDisconnected, DeadlineExceeded
+from service.scheduling.backlog import Backlog
 from service.scheduling.cost import Cost, Load
-from service.scheduling.request import Backlog, Key, RequestState
+from service.scheduling.request import Key, RequestState
 
 T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
@@ -33,49 +33,49 @@ Outputs = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 RunBatch = Callable[[Pixels], Outputs]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Output:
-    """One image's answer and where its time went."""
+    """The outputs for one image, (num_classes,) each, and its time in each stage."""
 
     logits: npt.NDArray[np.float32]
     probabilities: npt.NDArray[np.float32]
     queue_ms: float
     inference_ms: float
+    decode_ms: float = 0.0
+    """Set by those who decoded it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What an observer is told of a batch that was run."""
+    """A batch that was run, as it is reported to an observer."""
 
     queue: "Queue"
     images: int
     size: int
-    """Rows of the engine: `images` and padding."""
+    """Rows computed by the engine: `images` and padding."""
     seconds: float
     failed: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
 class _Entry:
-    ticket: RequestState
+    state: RequestState
     pixels: Pixels
     answer: asyncio.Future[Output]
     since: float
 
 
 class Queue:
-    """Images of one model that wait for the engine."""
+    """The images of one model that wait for the engine."""
 
     def __init__(self, name: str, run: RunBatch, cost: Cost) -> None:
-        """`run` will be called on the engine's thread only."""
+        """`run` is called on the engine thread only."""
         self.name = name
         self.run = run
         self.cost = cost
         self.running: tuple[float, float] | None = None
-        """Start of the batch in flight, on `time.perf_counter`'s clock, and its predicted seconds."""
+        """Start of the running batch on the scheduler's clock, and its predicted seconds."""
         self.backlog = Backlog()
-        self.coming = {False: 0, True: 0}
-        """Images in the decode pool, by whether they are batch work."""
         self._heap: list[tuple[Key, int, _Entry]] = []
         self._numbers = itertools.count()
         self._buffers: dict[int, Pixels] = {}
@@ -85,47 +85,46 @@ class Queue:
 
     @property
     def head(self) -> Key:
-        """Of the entry that is next. There must be one."""
+        """Key of the next image. There must be one."""
         return self._heap[0][0]
 
     def holds(self, now: float, load: Load) -> bool:
         """Whether the next batch should wait for images that are about to be decoded.
 
-        Only while the decoders have more than they can work on at once, there is room in the batch, and the deadline of
-        the most urgent image allows for a full batch of decodings and for two of inference.
+        Only while more images are in the decode pool than its threads can work on, there is room in the batch, and the
+        deadline of the most urgent image leaves time to decode a full batch and to run two.
         """
-        limit, head = self.cost.limit, self.head
-        coming = self.coming[False] + (self.coming[True] if head.batch else 0)
-        if coming <= load.decode_threads or len(self._heap) >= limit:
+        limit, head, decoding = self.cost.limit, self.head, self.backlog.decoding
+        if decoding[False] + (decoding[True] if head.batch else 0) <= load.decode_threads or len(self._heap) >= limit:
             return False
         return head.deadline - now > limit * load.decode_seconds + 2 * self.cost.seconds(limit)
 
     def push(self, entry: _Entry) -> None:
-        """Put an image in its place."""
-        heapq.heappush(self._heap, (entry.ticket.key, next(self._numbers), entry))
+        """Add an image."""
+        heapq.heappush(self._heap, (entry.state.key, next(self._numbers), entry))
 
     def drop_expired(self, now: float) -> list[_Entry]:
-        """Take out all entries that nobody waits for or that are too late, wherever they stand."""
-        dead = [entry for _, _, entry in self._heap if _is_dead(entry, now)]
-        if dead:
-            gone = {id(entry) for entry in dead}
+        """Take out all images that nobody waits for or that are too late, wherever they stand in the queue."""
+        over = [entry for _, _, entry in self._heap if _is_over(entry, now)]
+        if over:
+            gone = {id(entry) for entry in over}
             self._heap = [place for place in self._heap if id(place[2]) not in gone]
             heapq.heapify(self._heap)
-        return dead
+        return over
 
     def pop(self, now: float) -> tuple[list[_Entry], list[_Entry]]:
-        """The images of the next batch, the most urgent first, and the dead ones found on the way."""
-        alive: list[_Entry] = []
-        dead: list[_Entry] = []
-        while self._heap and len(alive) < self.cost.limit:
+        """Take out the images of the next batch, the most urgent first, and the expired ones found on the way."""
+        batch: list[_Entry] = []
+        over: list[_Entry] = []
+        while self._heap and len(batch) < self.cost.limit:
             entry = heapq.heappop(self._heap)[2]
-            (dead if _is_dead(entry, now) else alive).append(entry)
-        if alive and not self._heap:
-            taken = self.cost.take(len(alive))
-            for entry in alive[taken:]:
+            (over if _is_over(entry, now) else batch).append(entry)
+        if batch and not self._heap:
+            taken = self.cost.take(len(batch))
+            for entry in batch[taken:]:
                 self.push(entry)
-            alive = alive[:taken]
-        return alive, dead
+            batch = batch[:taken]
+        return batch, over
 
     def fill(self, batch: list[_Entry]) -> Pixels:
         """The batch as one array, padded with black to a warmed-up size. Valid until the next call."""
@@ -140,26 +139,26 @@ class Queue:
         return pixels
 
     def abandon(self) -> list[_Entry]:
-        """Take out everything that waits."""
+        """Take out all images."""
         entries = [entry for _, _, entry in self._heap]
         self._heap.clear()
         return entries
 
 
-def _is_dead(entry: _Entry, now: float) -> bool:
-    return entry.answer.done() or entry.ticket.gone or now > entry.ticket.deadline
+def _is_over(entry: _Entry, now: float) -> bool:
+    return entry.answer.done() or entry.state.over(now)
 
 
 class Scheduler:
     """Start with `start`, stop with `close`; both on the event loop that calls `submit`."""
 
     def __init__(self, load: Load) -> None:
-        """`load`: of the machine that decoders and engines share."""
+        """`load`: that of the machine which decoders and engines share."""
         self.queues: list[Queue] = []
-        self._load = load
+        self._load, self._clock = load, load.clock
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_batch: Callable[[Batch], None] = lambda _: None
-        # Guards the queues' heaps and the jobs; the engine's thread sleeps on it.
+        # Guards the queues' heaps and the jobs; the engine thread sleeps on it.
         self._change = threading.Condition()
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._closing = False
@@ -167,12 +166,12 @@ class Scheduler:
         self._thread.start()
 
     def start(self, on_batch: Callable[[Batch], None] | None = None) -> None:
-        """Begin to take batches; `on_batch` is told of each."""
+        """Begin to run batches; `on_batch` is called with each."""
         self._on_batch = on_batch or self._on_batch
         self._loop = asyncio.get_running_loop()
 
     async def close(self) -> None:
-        """Stop after the batch in flight. Images still waiting are cancelled."""
+        """Stop after the running batch. Images still waiting are cancelled."""
         with self._change:
             self._closing = True
             self._change.notify_all()
@@ -186,7 +185,7 @@ class Scheduler:
         return queue
 
     def remove(self, queue: Queue) -> None:
-        """Forget a queue that nobody will submit to any more. What still waits in it is cancelled."""
+        """Stop serving a queue to which nothing will be submitted any more. Images still waiting are cancelled."""
         self.queues = [other for other in self.queues if other is not queue]
         with self._change:
             abandoned = queue.abandon()
@@ -194,16 +193,16 @@ class Scheduler:
             entry.answer.cancel()
 
     def wake(self) -> None:
-        """Something has changed that may have kept a batch waiting."""
+        """Check again whether a batch can start: an image has left the decode pool."""
         with self._change:
             self._change.notify()
 
     def on_engine(self, work: Callable[[], T]) -> T:
-        """Do `work` on the engine's thread, between batches, and wait for it. Not for the event loop's thread."""
+        """Call `work` on the engine thread, between batches, and wait for its result. Not from the event loop."""
         done: Future[T] = Future()
         with self._change:
             if self._closing:
-                raise RuntimeError("the engine's thread has ended")
+                raise RuntimeError("the engine thread has ended")
             self._jobs.append((work, done))
             self._change.notify()
         return done.result()
@@ -213,24 +212,20 @@ class Scheduler:
         """Images in all queues."""
         return sum(len(queue) for queue in self.queues)
 
-    async def submit(self, queue: Queue, pixels: Pixels, ticket: RequestState) -> Output:
-        """Answer one image. Raises DeadlineExceeded, ClientDisconnected, or what the engine raised for its batch.
+    async def submit(self, queue: Queue, pixels: Pixels, state: RequestState) -> Output:
+        """The outputs for one image. Raises DeadlineExceeded, ClientDisconnected, or the engine's error for its batch.
 
         A cancelled caller takes its own image out of the queue and no other.
         """
-        entry = _Entry(
-            ticket=ticket,
-            pixels=pixels,
-            answer=asyncio.get_running_loop().create_future(),
-            since=time.perf_counter(),
-        )
+        answer = asyncio.get_running_loop().create_future()
+        entry = _Entry(state=state, pixels=pixels, answer=answer, since=self._clock())
         with self._change:
             queue.push(entry)
             self._change.notify()
         return await entry.answer
 
     def _work(self) -> None:
-        """The life of the engine's thread."""
+        """The main loop of the engine thread."""
         while True:
             with self._change:
                 while not (self._jobs or self._closing or (found := self._next_batch())):
@@ -248,46 +243,47 @@ class Scheduler:
 
     def _run_batch(self, queue: Queue, batch: list[_Entry]) -> None:
         size = queue.cost.padded(len(batch))
-        started = time.perf_counter()
+        started = self._clock()
         queue.running = started, queue.cost.seconds(size)
         try:
             outputs = queue.run(queue.fill(batch))
-        except Exception as error:  # noqa: BLE001 (whatever it is, it belongs to the callers, and the thread goes on)
+        except Exception as error:  # noqa: BLE001 (it is raised in the callers, and the thread goes on)
             queue.running = None
-            self._tell(self._fail, queue, batch, size, error)
+            self._on_loop(self._fail, queue, batch, size, error)
         else:
-            seconds = time.perf_counter() - started
+            seconds = self._clock() - started
             queue.running = None
-            self._tell(self._deliver, queue, batch, size, started, seconds, outputs)
+            self._on_loop(self._deliver, queue, batch, size, started, seconds, outputs)
 
     def _next_batch(self) -> tuple[Queue, list[_Entry]] | None:
         """The most urgent images, all of one model; None if there is nothing to do now."""
         if self._loop is None:
             return None
-        now = time.perf_counter()
-        dead = [entry for queue in self.queues for entry in queue.drop_expired(now)]
+        now = self._clock()
+        for queue in self.queues:
+            self._drop(queue, queue.drop_expired(now))
         ready = [queue for queue in self.queues if len(queue) and not queue.holds(now, self._load)]
-        found: tuple[Queue, list[_Entry]] | None = None
         for queue in sorted(ready, key=lambda queue: queue.head):
-            batch, others = queue.pop(now)
-            dead += others
+            batch, expired = queue.pop(now)
+            self._drop(queue, expired)
             if batch:
-                found = queue, batch
-                break
-            # Its images have died since they were looked at: it is the next queue's turn.
-        if dead:
-            self._tell(_drop, dead)
-        return found
+                return queue, batch
+            # All its images were dropped in the meantime: the next queue takes its turn.
+        return None
 
-    def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Have the event loop do what touches futures."""
+    def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call what touches futures and backlogs on the event loop."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _drop(self, queue: Queue, expired: list[_Entry]) -> None:
+        if expired:
+            self._on_loop(_reject, queue, expired)
 
     def _fail(self, queue: Queue, batch: list[_Entry], size: int, error: Exception) -> None:
         self._on_batch(Batch(queue=queue, images=len(batch), size=size, seconds=0.0, failed=True))
         for entry in batch:
-            entry.ticket.answered()
+            queue.backlog.answered(entry.state)
             if not entry.answer.done():
                 entry.answer.set_exception(error)
 
@@ -298,7 +294,7 @@ class Scheduler:
         queue.cost.observe(size, seconds)
         self._on_batch(Batch(queue=queue, images=len(batch), size=size, seconds=seconds))
         for row, entry in enumerate(batch):
-            entry.ticket.answered()
+            queue.backlog.answered(entry.state)
             if not entry.answer.done():
                 entry.answer.set_result(
                     Output(
@@ -310,13 +306,13 @@ class Scheduler:
                 )
 
 
-def _drop(dead: list[_Entry]) -> None:
-    for entry in dead:
-        entry.ticket.answered()
+def _reject(queue: Queue, expired: list[_Entry]) -> None:
+    for entry in expired:
+        queue.backlog.answered(entry.state)
         if entry.answer.done():
             continue
-        if entry.ticket.gone:
-            entry.answer.set_exception(ClientDisconnected("the client hung up"))
+        if entry.state.disconnected:
+            entry.answer.set_exception(ClientDisconnected("the client has closed the connection"))
         else:
             entry.answer.set_exception(
                 DeadlineExceeded("the deadline passed while the image waited for the engine: nothing was computed")
@@ -326,5 +322,5 @@ def _drop(dead: list[_Entry]) -> None:
 def _run_job(job: Callable[[], Any], done: "Future[Any]") -> None:
     try:
         done.set_result(job())
-    except BaseException as error:  # noqa: BLE001 (it is raised where the job was asked for)
+    except BaseException as error:  # noqa: BLE001 (it is raised in the caller)
         done.set_exception(error)

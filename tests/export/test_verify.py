@@ -62,7 +62,7 @@ def test_a_manifest_that_says_something_else_than_the_graph_is_found(bundle: Pat
     seal(bundle)
     result = runner.invoke(app, ["verify", str(bundle)])
     assert result.exit_code == 1
-    assert "counts of Gemm differ" in result.stderr
+    assert "states op_types" in result.stderr
 
 
 @pytest.mark.parametrize("what", ["weights", "operator", "rubbish"])

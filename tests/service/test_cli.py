@@ -6,22 +6,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import typer
 from typer.testing import CliRunner, Result
 
 from service import __main__ as command_line
 from service.flags import markdown
-from service.http.keys import KeyRing
+from service.http.auth import KeyRing
 from service.settings import ENV_PREFIX, Settings
-from tests.processes import ROOT, serving
+from tests.processes import ROOT
 
 HASH = "0123456789abcdef" * 4
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in Settings.model_fields:
         monkeypatch.delenv(ENV_PREFIX + name.upper(), raising=False)
 
@@ -41,10 +40,10 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(command_line.app, arguments, env={"COLUMNS": "200"})
 
 
-def told(result: Result, name: str) -> list[str]:
-    """What a table's row says about `name`."""
+def row(result: Result, name: str) -> list[str]:
+    """The other cells of the table's row that begins with `name`."""
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if line[:1] == "│"]
-    return next(row[1:] for row in rows if row[0] == name)
+    return next(cells[1:] for cells in rows if cells[0] == name)
 
 
 @pytest.mark.parametrize("path", [[], ["check"], ["settings"]])
@@ -69,43 +68,39 @@ def test_help_shows_flags_in_their_groups_with_their_defaults() -> None:
     assert any("--tf32" in line and "--no-tf32" in line for line in lines)
 
 
-def test_settings_tell_the_value_in_effect_and_where_it_comes_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_show_the_value_in_effect_and_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "s.toml"
     config.write_text('max_batch = 2\nmax_images_per_request = 3\ndevice = "cpu"\ntf32 = true\n')
     monkeypatch.setenv("STRIDEVIT_MAX_BATCH", "4")
     monkeypatch.setenv("STRIDEVIT_MAX_IMAGES_PER_REQUEST", "5")
     result = run("settings", "--config", str(config), "--max-batch", "6", "--models", "a,b", "--no-tf32")
     assert result.exit_code == 0, result.output
-    assert told(result, "max_batch") == ["6", "flag --max-batch"]
-    assert told(result, "max_images_per_request") == ["5", "environment STRIDEVIT_MAX_IMAGES_PER_REQUEST"]
-    assert told(result, "device") == ["cpu", f"file {config}"]
-    assert told(result, "tf32") == ["false", "flag --tf32"]
-    assert told(result, "models") == ["a,b", "flag --models"]
-    assert told(result, "port") == ["8000", "default"]
+    assert row(result, "max_batch") == ["6", "flag --max-batch"]
+    assert row(result, "max_images_per_request") == ["5", "environment STRIDEVIT_MAX_IMAGES_PER_REQUEST"]
+    assert row(result, "device") == ["cpu", f"file {config}"]
+    assert row(result, "tf32") == ["false", "flag --tf32"]
+    assert row(result, "models") == ["a,b", "flag --models"]
+    assert row(result, "port") == ["8000", "default"]
 
 
-def test_an_empty_flag_takes_back_what_the_environment_and_the_file_say(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_empty_flag_resets_the_environment_and_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "s.toml"
     config.write_text("port = 1\n")
     monkeypatch.setenv("STRIDEVIT_CONFIG", str(config))
     monkeypatch.setenv("STRIDEVIT_MODELS", "a")
     result = run("settings", "--config", "", "--models", "", "--default-model", "")
-    assert told(result, "port") == ["8000", "default"]
-    assert told(result, "models")[0] == "–"
-    assert told(result, "default_model")[0] == "–"
+    assert row(result, "port") == ["8000", "default"]
+    assert row(result, "models")[0] == "–"
+    assert row(result, "default_model")[0] == "–"
 
 
-def test_flags_before_a_command_hold_for_it_and_its_own_win() -> None:
+def test_flags_before_a_command_hold_for_it_and_its_own_override_them() -> None:
     result = run("--port", "1", "--host", "::1", "settings", "--port", "2")
-    assert told(result, "port")[0] == "2"
-    assert told(result, "host")[0] == "::1"
+    assert row(result, "port")[0] == "2"
+    assert row(result, "host")[0] == "::1"
 
 
-def test_a_wrong_value_ends_with_2_and_a_line_that_says_where_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_value_ends_with_2_and_a_line_with_its_origin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STRIDEVIT_PORT", "tcp://10.0.0.1:80")
     result = run("settings", "--max-batch", "0")
     assert result.exit_code == 2
@@ -113,7 +108,7 @@ def test_a_wrong_value_ends_with_2_and_a_line_that_says_where_it_was_given(monke
     assert "error: max_batch (from flag --max-batch): Input should be greater than 0" in result.stderr
 
 
-def test_a_wrong_file_ends_with_2_and_names_the_nearest_setting(tmp_path: Path) -> None:
+def test_an_unknown_key_of_the_file_ends_with_2_and_names_the_nearest_setting(tmp_path: Path) -> None:
     config = tmp_path / "s.toml"
     config.write_text("max_bacth = 2\n")
     result = run("settings", "--config", str(config))
@@ -121,7 +116,7 @@ def test_a_wrong_file_ends_with_2_and_names_the_nearest_setting(tmp_path: Path) 
     assert "unknown setting 'max_bacth': did you mean 'max_batch'?" in result.stderr
 
 
-def test_a_misspelt_variable_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misspelt_variable_gives_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STRIDEVIT_MAX_BACTH", "2")
     monkeypatch.setenv("STRIDEVIT_DATA", "somewhere")
     result = run("settings")
@@ -134,8 +129,8 @@ def test_a_misspelt_variable_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> No
 def test_hashes_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STRIDEVIT_ADMIN_KEY_HASH", HASH)
     shown = run("settings", "--api-key-hashes", f"{HASH},{HASH}")
-    assert told(shown, "api_key_hashes") == ["hidden", "flag --api-key-hashes"]
-    assert told(shown, "admin_key_hash") == ["hidden", "environment STRIDEVIT_ADMIN_KEY_HASH"]
+    assert row(shown, "api_key_hashes") == ["hidden", "flag --api-key-hashes"]
+    assert row(shown, "admin_key_hash") == ["hidden", "environment STRIDEVIT_ADMIN_KEY_HASH"]
     failed = run("settings", "--api-key-hashes", f"{HASH},my-secret-key", "--port", "x")
     assert failed.exit_code == 2
     assert HASH not in shown.output + failed.output
@@ -158,7 +153,7 @@ def test_a_new_key_is_printed_with_the_hash_that_accepts_it() -> None:
 def test_check_of_a_good_repository_names_each_model_and_ends_with_0(repository: Path) -> None:
     result = run("check", "--repository", str(repository), "--threads", "1", "--max-batch", "2")
     assert result.exit_code == 0, result.output
-    version, variant, precision, top1, state = told(result, "digits-csra-r2")
+    version, variant, precision, top1, state = row(result, "digits-csra-r2")
     assert (version, variant, precision, state) == ("1", "csra-r2", "fp32", "good")
     assert top1.endswith("%")
 
@@ -168,9 +163,9 @@ def test_check_of_a_damaged_repository_gives_the_reason_and_ends_with_1(damaged:
     arguments = ["check", "--repository", str(damaged), "--threads", "1", "--max-batch", "2"]
     result = run(*arguments)
     assert result.exit_code == 1
-    assert told(result, "digits-csra-r2")[-1] == "good"
-    assert "labels.txt: sha256 is" in told(result, "digits-damaged")[-1]
-    # What was not asked for does no harm.
+    assert row(result, "digits-csra-r2")[-1] == "good"
+    assert "labels.txt: sha256 is" in row(result, "digits-damaged")[-1]
+    # A damaged model that is not served does no harm.
     assert run(*arguments, "--models", "digits-csra-r2").exit_code == 0
 
 
@@ -184,7 +179,9 @@ def test_check_of_a_damaged_repository_gives_the_reason_and_ends_with_1(damaged:
         (["--device", "toaster"], "unknown device 'toaster'"),
     ],
 )
-def test_check_of_what_cannot_be_served_ends_with_1(arguments: list[str], message: str, repository: Path) -> None:
+def test_check_of_a_model_or_device_that_is_missing_ends_with_1(
+    arguments: list[str], message: str, repository: Path
+) -> None:
     result = run("check", "--repository", str(repository), "--threads", "1", "--max-batch", "1", *arguments)
     assert result.exit_code == 1
     assert message in result.output
@@ -201,17 +198,17 @@ def test_check_in_a_process_of_its_own_prints_the_table_alone(damaged: Path) -> 
 
 @pytest.mark.usefixtures("_no_logging")
 @pytest.mark.parametrize(
-    ("arguments", "believed"), [([], []), (["--trusted-proxies", "10.0.0.0/8,::1"], ["10.0.0.0/8", "::1"])]
+    ("arguments", "trusted"), [([], []), (["--trusted-proxies", "10.0.0.0/8,::1"], ["10.0.0.0/8", "::1"])]
 )
-def test_proxies_are_believed_only_where_they_are_named(
-    arguments: list[str], believed: list[str], monkeypatch: pytest.MonkeyPatch
+def test_only_named_proxies_are_trusted(
+    arguments: list[str], trusted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
 
     class Listening:
         started = True
 
-        def __init__(self, config: Any, _: object) -> None:
+        def __init__(self, config: Any, *_: object, **__: object) -> None:
             seen.append(config)
 
         def run(self) -> None:
@@ -219,15 +216,10 @@ def test_proxies_are_believed_only_where_they_are_named(
 
     class Application:
         class state:  # noqa: N801
-            classifier = None
+            pipeline = None
 
     monkeypatch.setattr(command_line, "_Server", Listening)
     monkeypatch.setattr(command_line, "create_app", lambda _: Application)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     assert run(*arguments).exit_code == 0
-    assert (seen[0].proxy_headers, seen[0].forwarded_allow_ips) == (bool(believed), believed)
-
-
-def test_answers_do_not_name_the_server_software(repository: Path) -> None:
-    with serving(repository) as (url, _):
-        assert "server" not in httpx.get(url + "/healthz").headers
+    assert (seen[0].proxy_headers, seen[0].forwarded_allow_ips) == (bool(trusted), trusted)

@@ -1,4 +1,4 @@
-"""Exactly one ONNX Runtime and a device as asked for."""
+"""Exactly one ONNX Runtime and a device as requested for."""
 
 import subprocess
 import sys
@@ -31,24 +31,24 @@ def test_none_or_two_runtimes_are_an_error_that_names_the_extras(
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True)
     assert ended.returncode == 1
     assert message in ended.stderr
-    assert "pip install 'stridevit[cpu]'" in ended.stderr, "brackets must survive on the way to the terminal"
+    assert "pip install 'stridevit[cpu]'" in ended.stderr, "brackets must reach the terminal"
 
 
 def test_the_one_that_is_installed_is_found() -> None:
     assert require_one_engine() in ("onnxruntime", "onnxruntime-gpu")
 
 
-@pytest.mark.parametrize("asked", ["cuda", "cuda:1", "tensorrt"])
-def test_a_device_that_cannot_be_had_is_an_error(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("requested", ["cuda", "cuda:1", "tensorrt"])
+def test_an_unavailable_device_is_an_error(requested: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(EngineError, match=f"'{asked}' was asked for"):
-        resolve_device(asked)
+    with pytest.raises(EngineError, match=f"'{requested}' is unavailable"):
+        resolve_device(requested)
 
 
-@pytest.mark.parametrize("asked", ["gpu", "cuda:x", "", "cpu2"])
-def test_an_unknown_device_names_those_there_are(asked: str) -> None:
+@pytest.mark.parametrize("requested", ["gpu", "cuda:x", "", "cpu2"])
+def test_an_unknown_device_is_an_error_that_lists_the_known_ones(requested: str) -> None:
     with pytest.raises(EngineError, match="use auto, cpu, cuda, cuda:N or tensorrt"):
-        resolve_device(asked)
+        resolve_device(requested)
 
 
 def test_the_runtime_s_telemetry_is_off(repository: Path) -> None:
@@ -61,7 +61,7 @@ def test_the_runtime_s_telemetry_is_off(repository: Path) -> None:
     assert ended.stdout.strip() == "1"
 
 
-def test_a_file_that_is_no_model_is_an_error(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_model_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"not a model")
     with pytest.raises(EngineError, match="cannot load the model"):

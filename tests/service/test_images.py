@@ -1,5 +1,6 @@
-"""Decoding: every kind of image becomes the pixels that a person would expect."""
+"""Preprocessing: every kind of image becomes the pixels that a person would expect."""
 
+import base64
 import contextlib
 import gc
 import io
@@ -12,15 +13,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
+from service.app import create_app
+from service.bundle import read_bundle
 from service.errors import BadImage, ImageError, TooManyPixels, UnsupportedImage
-from service.images import LARGE_PIXELS, decode, open_image
+from service.images import LARGE_PIXELS, MAX_PIXELS, decode, open_image
+from service.settings import Settings
 from tests.processes import ROOT
 from tests.service.conftest import encoded, noise
+from tests.service.identity import publish_identity
 from tests.service.test_draft import MUCH_LARGER, difference, grain, preprocessing
 
 
@@ -28,7 +34,7 @@ def pixels(data: bytes, crop: int = 32) -> npt.NDArray[np.uint8]:
     return decode(data, preprocessing(crop), max_pixels=1_000_000)
 
 
-def test_an_image_of_the_right_size_is_not_touched() -> None:
+def test_an_image_of_the_right_size_is_unchanged() -> None:
     image = noise(32, 32)
     assert np.array_equal(pixels(encoded(image)), np.asarray(image))
 
@@ -64,7 +70,7 @@ def test_exif_orientation_is_applied_before_resizing(orientation: int) -> None:
     assert np.array_equal(pixels(encoded(stored, exif=exif.tobytes())), pixels(encoded(upright)))
 
 
-def test_transparency_shows_white() -> None:
+def test_transparent_pixels_become_white() -> None:
     clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
     assert pixels(encoded(clear)).min() == 255
     half = Image.new("RGBA", (32, 32), (0, 0, 0, 128))
@@ -117,20 +123,20 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_before_decoding(monkeypatch: py
         decode(whole[:-2] + last_scan * 1000 + whole[-2:], size, max_pixels=4_000_000)
 
 
-def test_a_photo_with_a_film_behind_it_is_read() -> None:
-    film = np.random.default_rng(0).bytes(8_000_000)
-    assert film.count(b"\xff\xda") > 100
-    assert pixels(encoded(noise(1000, 1000), "JPEG") + film).shape == (32, 32, 3)
+def test_a_photo_with_a_video_behind_it_is_read() -> None:
+    video = np.random.default_rng(0).bytes(8_000_000)
+    assert video.count(b"\xff\xda") > 100
+    assert pixels(encoded(noise(1000, 1000), "JPEG") + video).shape == (32, 32, 3)
 
 
-def test_transparent_colours_do_not_bleed_into_what_can_be_seen() -> None:
+def test_transparent_colours_do_not_bleed_into_visible_ones() -> None:
     image = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     image.paste((0, 0, 255, 255), (32, 0, 64, 64))
     edge = pixels(encoded(image))[16]
     assert edge[:, 1].tolist() == edge[:, 0].tolist(), "between white and blue, red and green fall alike"
 
 
-def test_a_large_image_is_not_held_many_times_over() -> None:
+def test_a_large_image_is_not_held_in_memory_several_times() -> None:
     code = """
 import io, resource, sys
 from PIL import Image
@@ -146,8 +152,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 16e
 """
     for mode in ("RGB", "RGBA", "F"):
         ended = subprocess.run([sys.executable, "-c", code, mode], cwd=ROOT, check=True, capture_output=True, text=True)
-        # The image that was encoded counts too, in `before`: Pillow frees and takes 4 bytes a pixel.
-        assert float(ended.stdout) < 10, f"{mode}: {ended.stdout} bytes a pixel"
+        # The image that was encoded counts too, in `before`: Pillow frees and takes 4 bytes per pixel.
+        assert float(ended.stdout) < 10, f"{mode}: {ended.stdout} bytes per pixel"
 
 
 def test_empty_and_truncated_images_are_bad() -> None:
@@ -212,7 +218,7 @@ def test_any_size_becomes_what_torchvision_makes(width: int, height: int, crop: 
     assert difference <= (0 if max(width, height) <= 7 * min(width, height) else 2)
 
 
-def test_a_strip_of_one_pixel_by_a_million_is_no_giant() -> None:
+def test_a_strip_of_one_pixel_by_a_million_is_not_resized_as_a_whole() -> None:
     strip = Image.new("RGB", (1_000_000, 1), (10, 20, 30))
     ours = decode(encoded(strip), preprocessing(224, resize=256), max_pixels=1_000_000)
     assert np.unique(ours.reshape(-1, 3), axis=0).tolist() == [[10, 20, 30]]
@@ -244,7 +250,7 @@ def test_limits_are_checked_when_an_image_is_opened(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "GIF", "BMP"])
-def test_damage_behind_the_header_shows_when_an_image_is_rendered(kind: str) -> None:
+def test_damage_behind_the_header_is_found_when_an_image_is_rendered(kind: str) -> None:
     data = encoded(grain(200, 200), kind)
     for crop in (32, 200):  # a JPEG at a fraction of its size, and whole
         opened = open_image(data[: len(data) // 2], preprocessing(crop), max_pixels=40_000)
@@ -293,3 +299,35 @@ def test_images_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
             image.load()  # its pixels are gone though the opened image is still held
     finally:
         gc.enable()
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(noise(64, 48), "JPEG", exif=exif.tobytes())
+
+
+def half_transparent() -> bytes:
+    image = noise(40, 30).convert("RGBA")
+    image.putalpha(128)
+    return encoded(image)
+
+
+def deep_grey() -> bytes:
+    return encoded(Image.fromarray(np.linspace(0, 65535, 32 * 24).astype(np.uint16).reshape(24, 32)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [turned(), half_transparent(), deep_grey(), encoded(noise(53, 37), "WEBP"), encoded(noise(640, 427), "JPEG")],
+    ids=["EXIF", "alpha", "16 bits", "WebP", "drafted JPEG"],
+)
+def test_decode_gives_the_pixels_that_are_served(data: bytes, tmp_path: Path) -> None:
+    """The model's logits are the pixels of its input."""
+    bundle = read_bundle(publish_identity(tmp_path))
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(data).decode()]}
+    with TestClient(create_app(Settings(repository=tmp_path, threads=1))) as client:
+        answer = client.post("/v2/models/identity-a/infer", json={"inputs": [tensor]})
+    (logits,) = (output["data"] for output in answer.json()["outputs"] if output["name"] == "logits")
+    ours = decode(data, bundle.manifest.preprocessing, max_pixels=MAX_PIXELS)
+    assert ours.flatten().tolist() == logits

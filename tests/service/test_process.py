@@ -1,41 +1,69 @@
 """The service as its users run it: a process and a socket."""
 
+import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from PIL import Image
+import uvicorn
 
+from service.__main__ import _Server
 from tests.processes import ROOT, serving
-from tests.service.conftest import PNG, encoded
+from tests.service.conftest import PNG
 
 
-def test_every_odd_file_gets_an_answer_or_a_4xx_and_the_service_lives(repository: Path, data_dir: Path) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Poll another process. A minute is for a machine that is very busy."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def listens(url: str) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def address(repository: Path) -> Iterator[str]:
+    """The URL of a service that the tests of this file share."""
+    with serving(repository) as (url, process):
+        yield url
+        assert process.poll() is None
+
+
+def test_every_odd_file_gets_an_answer_or_a_4xx_and_the_service_lives(address: str, data_dir: Path) -> None:
     files = sorted(file for file in (data_dir / "odd").iterdir() if file.suffix != ".csv")
     assert files
-    with serving(repository) as (url, process), httpx.Client(base_url=url, timeout=30) as client:
+    with httpx.Client(base_url=address, timeout=30) as client:
         statuses: dict[str, int] = {}
         for file in files:
             answer = client.post("/v1/classify", content=file.read_bytes())
             statuses[file.name] = answer.status_code
             assert answer.json(), file.name
-        assert process.poll() is None
         assert client.post("/v1/classify", content=PNG).status_code == 200
     wrong = {name: status for name, status in statuses.items() if status != 200 and not 400 <= status < 500}
     assert wrong == {}
     assert {200, 400, 415, 422} <= set(statuses.values())
 
 
-def test_every_photo_gets_five_classes(repository: Path, data_dir: Path) -> None:
+def test_every_photo_gets_five_classes(address: str, data_dir: Path) -> None:
     photos = sorted((data_dir / "photos").glob("*.jpg"))
     assert photos
-    with serving(repository) as (url, _), httpx.Client(base_url=url, timeout=30) as client:
+    with httpx.Client(base_url=address, timeout=30) as client:
         for photo in photos:
             answer = client.post("/v1/classify?model=digits-csra-r2", content=photo.read_bytes())
             assert answer.status_code == 200, photo.name
@@ -43,14 +71,19 @@ def test_every_photo_gets_five_classes(repository: Path, data_dir: Path) -> None
 
 
 def test_sigterm_finishes_what_was_accepted_and_exits_with_0(repository: Path) -> None:
-    # A JPEG of this size would be drafted, and done before the last one has arrived.
-    big = encoded(Image.new("RGB", (6000, 5000)))
+    released = threading.Event()
+
+    def body() -> Iterator[bytes]:
+        yield PNG[:-1]
+        assert released.wait(60)
+        yield PNG[-1:]
+
     with serving(repository) as (url, process), ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(httpx.post, url + "/v1/classify", content=big, timeout=30) for _ in range(6)]
-        deadline = time.monotonic() + 20
-        while "stridevit_pending_images 6" not in httpx.get(url + "/metrics").text:
-            assert time.monotonic() < deadline
+        answers = [pool.submit(httpx.post, url + "/v1/classify", content=body(), timeout=60) for _ in range(6)]
+        wait_until(lambda: f"stridevit_pending_bytes {6 * (len(PNG) - 1)}.0" in httpx.get(url + "/metrics").text)
         process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not listens(url))
+        released.set()
         assert [answer.result().status_code for answer in answers] == [200] * 6
         assert process.wait(20) == 0
 
@@ -64,27 +97,44 @@ def test_an_idle_service_ends_with_0(repository: Path, end: signal.Signals) -> N
         assert "Traceback" not in process.stderr.read()
 
 
-def test_in_the_grace_period_it_is_not_ready_and_serves_on(repository: Path) -> None:
-    with serving(repository, environment={"STRIDEVIT_SHUTDOWN_DELAY_SECONDS": "3"}) as (url, process):
+def test_in_the_shutdown_delay_it_is_not_ready_and_serves_on(repository: Path) -> None:
+    with serving(repository, environment={"STRIDEVIT_SHUTDOWN_DELAY_SECONDS": "600"}) as (url, process):
         process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + 2.5
-        while (ready := httpx.get(url + "/readyz")).status_code == 200:
-            assert time.monotonic() < deadline
-        assert ready.status_code == 503
+        wait_until(lambda: httpx.get(url + "/readyz").status_code == 503)
         assert httpx.post(url + "/v1/classify", content=PNG).status_code == 200
-        assert process.wait(20) == 0
+        process.kill()
+
+
+def test_shutdown_reports_not_ready_then_waits_then_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[object] = []
+
+    class Pipeline:
+        ready = True
+
+    async def sleep(seconds: float) -> None:
+        steps.extend([("ready", pipeline.ready), ("delay", seconds)])
+
+    async def close(*_: object) -> None:
+        steps.append("closed")
+
+    pipeline = Pipeline()
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(uvicorn.Server, "shutdown", close)
+    server = _Server(uvicorn.Config("no:app"), pipeline, delay_seconds=5)  # type: ignore[arg-type]
+    asyncio.run(server.shutdown())
+    assert steps == [("ready", False), ("delay", 5), "closed"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--repository", "no-such-folder"], "no model repository at no-such-folder: name one with --repository"),
-        (["--device", "cuda"], "device 'cuda' was asked for"),
+        (["--device", "cuda"], "device 'cuda' is unavailable"),
         (["--models", "no-such-model"], "no version of it"),
         (["--log-level", "loud"], "log_level (from flag --log-level): Input should be 'debug'"),
     ],
 )
-def test_a_start_that_cannot_be_ends_with_a_line_that_names_the_fix(
+def test_a_failed_start_ends_with_a_line_that_names_the_fix(
     arguments: list[str], message: str, repository: Path
 ) -> None:
     command = [sys.executable, "-m", "service", "--repository", str(repository), "--port", "0", *arguments]
@@ -94,12 +144,15 @@ def test_a_start_that_cannot_be_ends_with_a_line_that_names_the_fix(
     assert "Traceback" not in ended.stderr
 
 
-def test_a_port_in_use_is_an_error(repository: Path) -> None:
-    with serving(repository) as (url, _):
-        command = [sys.executable, "-m", "service", "--repository", str(repository), "--port", url.rsplit(":", 1)[1]]
-        ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60)
+def test_a_port_in_use_is_an_error(address: str, repository: Path) -> None:
+    command = [sys.executable, "-m", "service", "--repository", str(repository), "--port", address.rsplit(":", 1)[1]]
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60)
     assert ended.returncode != 0
     assert "address already in use" in ended.stderr
+
+
+def test_answers_do_not_name_the_server_software(address: str) -> None:
+    assert "server" not in httpx.get(address + "/healthz").headers
 
 
 def test_the_service_imports_neither_torch_nor_our_other_packages() -> None:

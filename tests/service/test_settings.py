@@ -11,7 +11,7 @@ HASH = "0123456789abcdef" * 4
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in Settings.model_fields:
         monkeypatch.delenv(ENV_PREFIX + name.upper(), raising=False)
 
@@ -31,7 +31,7 @@ def test_the_environment_sets_what_arguments_do_not(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("named_in", ["argument", "environment"])
-def test_arguments_win_over_the_environment_over_the_file_over_defaults(
+def test_arguments_override_the_environment_which_overrides_the_file_and_defaults(
     named_in: str, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = (
@@ -53,9 +53,7 @@ def test_arguments_win_over_the_environment_over_the_file_over_defaults(
     assert (settings.models, settings.tf32, settings.versions_to_serve) == (("a", "b"), True, 1)
 
 
-def test_an_argument_takes_back_the_file_that_the_environment_names(
-    config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_argument_resets_the_file_that_the_environment_names(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.write_text("port = 1\n")
     monkeypatch.setenv("STRIDEVIT_CONFIG", str(config))
     assert Settings(config=None).port == Settings.model_fields["port"].default
@@ -89,7 +87,7 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
         ("cors_origins", "https://example.com/"),
     ],
 )
-def test_a_value_that_cannot_be_is_an_error(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_value_is_an_error(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"STRIDEVIT_{name.upper()}", value)
     with pytest.raises(ValueError, match=name):
         Settings()
@@ -132,7 +130,7 @@ def test_a_file_with_anything_but_settings_is_an_error_that_names_it(text: str, 
         Settings(config=config)
 
 
-def test_a_file_that_is_not_there_is_an_error(config: Path) -> None:
+def test_a_missing_file_is_an_error(config: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot read the settings file .*settings\.toml"):
         Settings(config=config)
 
@@ -142,7 +140,7 @@ def test_an_unknown_argument_is_an_error() -> None:
         Settings.model_validate({"max_bacth": 1})
 
 
-def test_settings_do_not_change() -> None:
+def test_settings_are_frozen() -> None:
     settings = Settings()
     with pytest.raises(ValueError, match="frozen"):
         settings.port = 1  # type: ignore[misc]
@@ -152,7 +150,7 @@ def test_hashes_are_read_in_either_case() -> None:
     assert Settings(admin_key_hash=HASH.upper()).admin_key_hash == HASH
 
 
-def test_hashes_show_neither_in_the_settings_nor_in_an_error(config: Path) -> None:
+def test_hashes_appear_neither_in_the_settings_nor_in_an_error(config: Path) -> None:
     settings = Settings(api_key_hashes=(HASH,), admin_key_hash=HASH)
     assert HASH not in repr(settings) + str(settings)
     wrong = "my-secret-key"
@@ -163,7 +161,7 @@ def test_hashes_show_neither_in_the_settings_nor_in_an_error(config: Path) -> No
     assert wrong not in str(raised.value)
 
 
-def test_every_setting_says_what_it_is_for_and_its_unit() -> None:
+def test_every_setting_is_described_with_its_unit() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description, name
         assert field.description[0].isupper() or field.description[0] == "`", name

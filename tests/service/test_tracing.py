@@ -1,4 +1,4 @@
-"""A span a request and one for each stage, in the trace that the caller began."""
+"""One span per request and one per stage, in the caller's trace."""
 
 import re
 import sys

@@ -1,6 +1,8 @@
 """The command line: errors that name the fix, and images as files."""
 
+import base64
 import csv
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from training.__main__ import app
+from training.data import load_dataset
 from training.runs import load_final
 
 
@@ -81,6 +84,30 @@ def test_evaluate_repeats_the_accuracy_of_the_card(digits_run: Path) -> None:
     assert (record["top1"], record["top5"], record["n"]) == (accuracy.top1, accuracy.top5, 360)
     assert [one["label"] for one in record["classes"]] == list("0123456789")
     assert sum(one["top1"] for one in record["classes"]) / 10 == pytest.approx(accuracy.top1, abs=0.01)
+
+
+def test_evaluate_records_which_images_are_correct(digits_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(digits_run, run)
+    path = run / "final" / "model.json"
+    trained = path.read_bytes()
+    card = json.loads(trained)
+    correct = card["accuracy"]["correct"]
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(correct["top1"]), dtype=np.uint8))
+    assert bits[:360].sum() == round(360 * card["accuracy"]["top1"])
+    assert not bits[360:].any()
+    labels = load_dataset("digits").test.labels
+    assert correct["labels_sha256"] == hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
+
+    path.write_text(json.dumps({**card, "accuracy": {**card["accuracy"], "correct": None}}))
+    assert CliRunner().invoke(app, ["evaluate", str(run), "--record"]).exit_code == 0
+    assert path.read_bytes() == trained
+
+    path.write_text(json.dumps({**card, "accuracy": {**card["accuracy"], "top1": 0.5}}))
+    refused = CliRunner().invoke(app, ["evaluate", str(run), "--record"])
+    assert refused.exit_code == 1
+    assert "nothing was recorded" in " ".join(refused.stderr.split())
+    assert json.loads(path.read_text())["accuracy"]["top1"] == 0.5
 
 
 def test_evaluate_refuses_data_with_other_classes(digits_run: Path, tmp_path: Path) -> None:

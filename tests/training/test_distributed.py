@@ -1,10 +1,12 @@
 """Several processes train what one would have trained."""
 
+import base64
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.processes import ROOT
@@ -38,6 +40,12 @@ def test_two_gloo_processes_follow_the_loss_curve_of_one(tmp_path: Path) -> None
     assert accuracies[1]
     assert accuracies[0].n == accuracies[1].n == 360
     assert abs(accuracies[0].top1 - accuracies[1].top1) <= 2 / 360
+    one_correct, two_correct = accuracies[0].correct, accuracies[1].correct
+    assert one_correct
+    assert two_correct
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(two_correct.top1), dtype=np.uint8))
+    assert bits.sum() == round(360 * accuracies[1].top1)
+    assert one_correct.labels_sha256 == two_correct.labels_sha256
 
 
 def test_an_error_of_the_main_process_ends_all(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def test_top1_top5_classes_and_confusions_are_counted(batch_size: int) -> None:
         batch_size=batch_size,
     )
     assert (result.n, result.top1, result.top5) == (4, 0.5, 0.75)
+    assert result.correct.tolist() == [True, False, False, True]
     shares = result.by_class()
     assert (shares[0], shares[1], shares[2], shares[9]) == (1, 0, 0, 1)
     assert np.isnan(shares[5])

@@ -391,7 +391,7 @@ def test_what_an_interruption_cancels_is_not_counted(number: signal.Signals, fak
         (["--model", "animals"], "no model 'animals' (a family: name one of its models)"),
         (["--model", "broken"], "broken does not serve: model.onnx: missing"),
         (["--reference", "right"], "--reference right is the model itself"),
-        (["--repository", "models"], "--url names a server that already runs"),
+        (["--repository", "models"], "--url names a server that runs already"),
         (["--url", "127.0.0.1:8000"], "give the address of a running service, such as http://127.0.0.1:8000"),
         (["--url", "http://127.0.0.1:1"], "the server at http://127.0.0.1:1 is not ready"),
         (["--data", "nowhere"], "nowhere is not a folder"),
@@ -479,12 +479,11 @@ def test_an_interrupted_run_reports_what_it_has_and_leaves_no_process(repository
 def answering(pid: int) -> bool:
     """Whether the service that this process started has answered some requests."""
     for child in psutil.Process(pid).children(recursive=True):
-        words = child.cmdline()
-        if "--port" in words:
-            try:
+        try:
+            words = child.cmdline()
+            if "--port" in words:
                 url = f"http://127.0.0.1:{words[words.index('--port') + 1]}"
-                metrics = httpx.get(url + "/metrics", trust_env=False).text
-            except httpx.TransportError:
-                return False
-            return 'route="/v1/classify"' in metrics
+                return 'route="/v1/classify"' in httpx.get(url + "/metrics", trust_env=False).text
+        except (psutil.Error, httpx.TransportError):
+            continue
     return False

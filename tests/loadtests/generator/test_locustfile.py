@@ -18,11 +18,12 @@ import httpx
 import numpy as np
 import pytest
 
-from loadtests.experiment.locust_runner import LOCUSTFILE, RequestSpec, closed_loop, run_locust
+from loadtests.experiment.locust_runner import LOCUSTFILE, RequestSpec, apply_load, run_locust
+from loadtests.experiment.model import Load
 from loadtests.experiment.server import Server, ServerError, free_port, running
 from loadtests.generator import payload_cache
-from loadtests.generator.payloads import Payload
 from loadtests.generator.rates import poisson_arrivals
+from loadtests.generator.readers import Payload
 from loadtests.generator.samples import UNSENT, Sample, read_samples, window
 from tests.loadtests.servers import Fake, fake_server
 from tests.processes import ROOT
@@ -136,7 +137,7 @@ def test_the_closed_loop_waits_for_each_answer_and_judges_it(ask: RequestSpec) -
         assert (sample.image, sample.status) == (number % 5, (200, 503, 0)[number % 3])
         assert sample.correct == (sample.image == 3 if sample.status == 200 else None)
         assert sample.latency_ms >= 10
-    found = window(samples, warmup_seconds=0, seconds=1e6)
+    found = window(samples, begin=0, seconds=1e12)
     assert found.errors == np.isinf(found.latencies_ms).sum() == sum(sample.status != 200 for sample in samples)
     assert found.labelled == sum(sample.status == 200 for sample in samples)
 
@@ -173,9 +174,9 @@ class Handler(BaseHTTPRequestHandler):
 
 HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
-    mortal = running(lambda port: [sys.executable, "-c", code, str(port)], name="the mortal", log=tmp_path / "log")
+    mortal = running([sys.executable, "-c", code], name="the mortal", log=tmp_path / "log")
     with mortal as server, pytest.raises(ServerError, match=r"the mortal died under load[^!]*out of luck"):
-        closed_loop(server, ask, connections=2, warmup_seconds=0, seconds=20)
+        apply_load(server, ask, Load(name="load", connections=2), warmup_seconds=0, seconds=20, seed=0)
 
 
 @pytest.mark.slow

@@ -493,7 +493,7 @@ def test_an_interrupted_run_leaves_no_process_and_reports_the_scenarios_that_wer
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--repository", "models", "--url", "http://127.0.0.1:9"], "--url names a server that already runs"),
+        (["--repository", "models", "--url", "http://127.0.0.1:9"], "--url names a server that runs already"),
         (["--url", "127.0.0.1:9"], "give the address of a running service"),
         (["--repository", "models", "--scenarios", "Server,Multi"], "SingleStream, Offline, Server"),
         (["--repository", "models", "--accuracy"], "needs labelled images"),

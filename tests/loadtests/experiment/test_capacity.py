@@ -5,8 +5,8 @@ import numpy.typing as npt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loadtests.experiment.capacity import MOST_SECONDS, Objective, find_capacity
 from loadtests.experiment.model import CapacitySearch
-from loadtests.experiment.objective import MOST_SECONDS, Objective, largest_rate
 
 P99 = Objective(ms=50, percentile=99)
 
@@ -17,7 +17,7 @@ def search(capacity: float, *, saturated: float, objective: Objective = P99, sec
     def probe(rate: float, _: float, __: int) -> npt.NDArray[np.float64]:
         return np.full(1000, 10.0 if rate <= capacity else 100.0)
 
-    return largest_rate("m", 0, objective, saturated=saturated, seconds=seconds, probe=probe)
+    return find_capacity("m", 0, objective, saturated=saturated, seconds=seconds, probe=probe)
 
 
 @settings(deadline=None)
@@ -55,7 +55,7 @@ def test_a_probe_is_long_enough_for_its_percentile() -> None:
         lengths.append((rate, seconds))
         return np.array([1.0])
 
-    largest_rate("m", 0, P99, saturated=100, seconds=2, probe=probe)
+    find_capacity("m", 0, P99, saturated=100, seconds=2, probe=probe)
     for rate, seconds in lengths:
         assert rate * seconds >= 499
         assert 2 <= seconds <= MOST_SECONDS

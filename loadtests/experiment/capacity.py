@@ -7,15 +7,15 @@ import numpy as np
 import numpy.typing as npt
 
 from loadtests.experiment.model import CapacitySearch
-from loadtests.experiment.schedule import PROBES
+from loadtests.statistics import MIN_BEYOND
 
+PROBES = 5
+"""Probes of one bisection: they narrow the rate down to a 32nd of the first interval."""
 MOST_SECONDS = 60.0
-"""Of one probe."""
-BEYOND = 5
-"""Latencies that must lie beyond a percentile, for it to be believed."""
+"""Longest probe."""
 
 _LOWEST, _HIGHEST = 0.2, 1.1
-"""Of the saturated throughput: where the bisection begins."""
+"""Where the bisection begins, as fractions of the saturated throughput."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +26,18 @@ class Objective:
     percentile: float
 
     def kept(self, latencies_ms: npt.NDArray[np.float64]) -> tuple[bool, float | None]:
-        """Whether it was, and the latency at the percentile; None if that request was not answered."""
+        """Whether it was kept, and the latency at the percentile; None if that request was not answered."""
         if not len(latencies_ms):
             return False, None
         reached = float(np.percentile(latencies_ms, self.percentile, method="higher"))
         return reached <= self.ms, reached if np.isfinite(reached) else None
 
     def probe_seconds(self, rate: float, at_least: float) -> float:
-        """How long a probe must be, at that rate, to show the percentile."""
-        return max(at_least, BEYOND / (1 - self.percentile / 100) / rate)
+        """How long a probe at that rate must be, so that enough latencies lie beyond the percentile."""
+        return max(at_least, MIN_BEYOND / (1 - self.percentile / 100) / rate)
 
 
-def largest_rate(
+def find_capacity(
     arm: str,
     round_number: int,
     objective: Objective,
@@ -48,27 +48,24 @@ def largest_rate(
 ) -> CapacitySearch:
     """Halve the interval between a rate that keeps the objective and one that does not, `PROBES` times.
 
-    `probe(rate, seconds, number)` gives latencies in ms. The rate that is found kept it; so it may be too low by what
-    is left of the interval, and a probe that chance made too slow is not asked again: repeat the search to see how
-    much that is.
+    `probe(rate, seconds, number)` returns latencies in ms. The result kept the objective, so it may be too low by the
+    remaining interval, and by a probe that was slow by chance and is not repeated: more searches show how much that is.
     """
     low, high = 0.0, _HIGHEST * saturated
     probes: list[tuple[float, float | None]] = []
+
+    def without_rate(reason: str) -> CapacitySearch:
+        return CapacitySearch(arm=arm, round=round_number, rate=None, probes=tuple(probes), reason=reason)
+
     if saturated <= 0:
-        return CapacitySearch(
-            arm=arm, round=round_number, rate=None, probes=(), reason="nothing was answered at saturation"
-        )
+        return without_rate("nothing was answered at saturation")
     for number in range(PROBES):
         rate = (max(low, _LOWEST * saturated) + high) / 2
         needed = objective.probe_seconds(rate, seconds)
         if needed > MOST_SECONDS:
-            return CapacitySearch(
-                arm=arm,
-                round=round_number,
-                rate=None,
-                probes=tuple(probes),
-                reason=f"p{objective.percentile:g} at {rate:.3g}/s needs a probe of {needed:.0f} s, more than "
-                f"{MOST_SECONDS:.0f}: ask for a lower --objective-percentile",
+            return without_rate(
+                f"p{objective.percentile:g} at {rate:.3g}/s needs a probe of {needed:.0f} s, more than "
+                f"{MOST_SECONDS:.0f}: give a lower --objective-percentile"
             )
         kept, reached = objective.kept(probe(rate, needed, number))
         probes.append((rate, reached))

@@ -1,0 +1,83 @@
+"""Every request gets an id, and is counted, timed, traced and logged by its route."""
+
+import itertools
+import re
+import secrets
+import time
+from typing import Any
+
+import structlog
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.metrics import Metrics
+from service.tracing import Tracing
+
+log = structlog.get_logger()
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+
+
+class Observe:
+    """ASGI middleware, the outermost one. It leaves `request_id` and `started` in the state of the scope."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, tracing: Tracing | None, log_requests: str) -> None:
+        """`log_requests`: `none`, `errors` (4xx and 5xx) or `all`."""
+        self._app, self._metrics, self._tracing = app, metrics, tracing
+        # Unique without asking the system for random numbers at every request.
+        self._prefix, self._numbers = secrets.token_hex(8), itertools.count(1)
+        self._lowest_logged_status = {"none": 1000, "errors": 400, "all": 0}[log_requests]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        headers = Headers(scope=scope)
+        offered = headers.get("x-request-id", "")
+        request_id = offered if _REQUEST_ID.fullmatch(offered) else f"{self._prefix}{next(self._numbers):016x}"
+        state: dict[str, Any] = scope.setdefault("state", {})
+        state.update(request_id=request_id, started=started)
+        span = self._tracing.begin(scope["method"], headers.get("traceparent")) if self._tracing else None
+        status = 500
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                own = [(b"x-request-id", request_id.encode())]
+                if self._tracing:
+                    own.append((b"traceparent", self._tracing.traceparent(span).encode()))
+                message["headers"] = [*message["headers"], *own]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            seconds = time.perf_counter() - started
+            # The route's template, so that arbitrary paths add no time series.
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.request(route, scope["method"], status, seconds)
+            if self._tracing:
+                self._tracing.end(
+                    span,
+                    name=f"{scope['method']} {route}",
+                    attributes={
+                        "http.request.method": scope["method"],
+                        "http.route": route,
+                        "http.response.status_code": status,
+                        "stridevit.model": state.get("model", ""),
+                        "stridevit.request_id": request_id,
+                    },
+                    timings_ms=state.get("timings_ms", {}),
+                )
+            if status >= self._lowest_logged_status:
+                log.info(
+                    "request",
+                    request_id=request_id,
+                    method=scope["method"],
+                    route=route,
+                    status=status,
+                    ms=round(seconds * 1000, 3),
+                    model=state.get("model"),
+                )

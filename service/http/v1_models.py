@@ -1,0 +1,151 @@
+"""The JSON of /v1: what it takes in the query, and what it answers."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, Field
+
+from service.http.problems import Problem
+from service.manifest import AccuracySummary, Manifest
+from service.models.family import Reason
+from service.models.model import Model
+from service.models.registry import State
+from service.pipeline import RequestOptions
+
+
+class ClassifyQuery(RequestOptions, frozen=True):
+    """The query of a classification."""
+
+    top_k: Annotated[int, Field(ge=1, le=1000, description="How many classes to return, best first.")] = 5
+
+
+class Prediction(BaseModel):
+    """One class and its probability."""
+
+    index: int
+    label: str
+    probability: float
+
+
+class ImageResult(BaseModel):
+    """The answer to one image: predictions, best first, or an error."""
+
+    predictions: list[Prediction] | None = None
+    error: Problem | None = None
+
+
+class Timings(BaseModel):
+    """Milliseconds. With several images, `decode`, `queue` and `inference` are those of the slowest."""
+
+    read: float
+    decode: float
+    queue: float
+    inference: float
+    total: float
+
+
+class Skipped(BaseModel):
+    """A more accurate model that was not chosen."""
+
+    model: str
+    predicted_ms: float
+
+
+class Chosen(BaseModel):
+    """Why a family chose this model."""
+
+    family: str
+    reason: Reason
+    """`most_accurate`, `deadline`, or `headroom`: a more accurate one would be in time, but only just."""
+    predicted_ms: float
+    skipped: list[Skipped]
+
+
+class Classification(BaseModel):
+    """The answer to a request; `results` are in the order of its images."""
+
+    model: str
+    version: int
+    requested: str | None
+    results: list[ImageResult]
+    choice: Chosen | None
+    """Null if a model was named."""
+    timings_ms: Timings
+    request_id: str
+
+
+class ModelSummary(BaseModel):
+    """A model of the repository."""
+
+    name: str
+    version: int | None
+    state: State
+    reason: str | None = None
+    default: bool = False
+    family: str | None = None
+    architecture: str | None = None
+    variant: str | None = None
+    kv_tokens: int | None = None
+    tokens: int | None = None
+    params: int | None = None
+    macs: int | None = None
+    precision: str | None = None
+    img_size: int | None = None
+    num_classes: int | None = None
+    accuracy: AccuracySummary | None = None
+    """Without the bits of `manifest.accuracy.correct`, which the detail has."""
+
+
+class ModelList(BaseModel):
+    """All models of the repository, and the families of those that serve, the most accurate model first."""
+
+    models: list[ModelSummary]
+    families: dict[str, list[str]]
+
+
+class ModelDetail(BaseModel):
+    """A model that takes traffic: its manifest, and what the service has measured of it."""
+
+    name: str
+    versions: list[int]
+    version: int
+    manifest: Manifest
+    batch_ms: dict[int, float]
+    """Predicted duration of a batch, by its size; no other sizes are run."""
+    waiting: int
+    """Images that wait for the engine."""
+    labels: tuple[str, ...]
+
+
+def summary(model: Model, *, default: bool) -> ModelSummary:
+    """A model that takes traffic."""
+    manifest, attention = model.manifest, model.manifest.attention
+    return ModelSummary(
+        name=manifest.name,
+        version=model.version,
+        state="ready",
+        default=default,
+        family=manifest.family,
+        architecture=manifest.architecture,
+        variant=attention.variant if attention else None,
+        kv_tokens=attention.kv_tokens if attention else None,
+        tokens=attention.tokens if attention else None,
+        params=manifest.params,
+        macs=manifest.macs,
+        precision=manifest.precision,
+        img_size=manifest.preprocessing.crop,
+        num_classes=manifest.num_classes,
+        accuracy=manifest.accuracy,
+    )
+
+
+def detail(model: Model, *, versions: list[int]) -> ModelDetail:
+    """A model that takes traffic, with its manifest and labels."""
+    return ModelDetail(
+        name=model.name,
+        versions=versions,
+        version=model.version,
+        manifest=model.manifest,
+        batch_ms={size: round(seconds * 1000, 3) for size, seconds in model.queue.cost.as_dict().items()},
+        waiting=len(model.queue),
+        labels=model.bundle.labels,
+    )

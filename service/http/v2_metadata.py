@@ -1,0 +1,82 @@
+"""What /v2 says about models: metadata, configuration and statistics, as Triton's protocol writes them."""
+
+from typing import Any
+
+from service.manifest import Tensor
+from service.models.model import Model, Sum
+
+_DATA_TYPES = {"UINT8": "TYPE_UINT8", "FP32": "TYPE_FP32"}
+
+
+def metadata(name: str, model: Model, *, versions: list[int]) -> dict[str, Any]:
+    """A model's versions, inputs and outputs, under the name by which the request knows it."""
+
+    def described(tensor: Tensor) -> dict[str, Any]:
+        return {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
+
+    return {
+        "name": name,
+        "versions": [str(version) for version in versions],
+        "platform": "onnxruntime_onnx",
+        "inputs": [described(model.manifest.input)],
+        "outputs": [described(output) for output in model.manifest.outputs],
+    }
+
+
+def config(name: str, model: Model, *, max_images_per_request: int) -> dict[str, Any]:
+    """A model's configuration, as Triton would write it."""
+
+    def described(tensor: Tensor) -> dict[str, Any]:
+        return {"name": tensor.name, "data_type": _DATA_TYPES[tensor.datatype], "dims": list(tensor.shape[1:])}
+
+    return {
+        "name": name,
+        "platform": "onnxruntime_onnx",
+        "backend": "onnxruntime",
+        "version_policy": {"latest": {"num_versions": 1}},
+        "max_batch_size": max_images_per_request,
+        "input": [{**described(model.manifest.input), "format": "FORMAT_NONE"}],
+        "output": [{**described(output), "label_filename": "labels.txt"} for output in model.manifest.outputs],
+        "dynamic_batching": {
+            "preferred_batch_size": list(model.queue.cost.sizes),
+            "max_queue_delay_microseconds": 0,
+        },
+        "parameters": {},
+    }
+
+
+def statistics(model: Model) -> dict[str, Any]:
+    """What a model has done so far, as the statistics extension has it."""
+    done = model.statistics
+
+    def pair(total: Sum) -> dict[str, int]:
+        return {"count": total.count, "ns": total.ns}
+
+    nothing = {"count": 0, "ns": 0}
+    return {
+        "name": model.name,
+        "version": str(model.version),
+        "last_inference": done.last_inference_ms,
+        "inference_count": done.images,
+        "execution_count": sum(batch.count for batch in done.batches.values()),
+        "inference_stats": {
+            "success": pair(done.success),
+            "fail": pair(done.fail),
+            "queue": pair(done.queue),
+            "compute_input": pair(done.decode),
+            "compute_infer": pair(done.inference),
+            "compute_output": pair(done.answer),
+            "cache_hit": nothing,
+            "cache_miss": nothing,
+        },
+        "batch_stats": [
+            {
+                "batch_size": size,
+                "compute_input": {"count": done.batches[size].count, "ns": 0},
+                "compute_infer": pair(done.batches[size]),
+                "compute_output": {"count": done.batches[size].count, "ns": 0},
+            }
+            for size in sorted(done.batches)
+        ],
+        "memory_usage": [],
+    }

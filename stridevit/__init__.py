@@ -1,0 +1,1 @@
+"""The command `stridevit`. It imports the other packages only when one of their commands is called."""
