@@ -49,7 +49,7 @@ def accuracy(
     that fails counts as wrong. Exit code 1 if any request failed, or if a model misses its manifest's accuracy on the
     same images.
 
-    Example: `python -m loadtests accuracy --model cifar100-csra-r2 --reference cifar100-mha --data cifar100`
+    Example: `stridevit loadtest accuracy --model cifar100-csra-r2 --reference cifar100-mha --data cifar100`
     """
     if reference == model:
         cli.fail(f"--reference {reference} is the model itself")

@@ -62,7 +62,7 @@ def mlperf(
     SingleStream, Offline and Server, each with a new server and a LoadGen process of its own. Exit code 1 if any
     request failed, whatever LoadGen says; LoadGen's verdict alone does not change the exit code.
 
-    Example: `python -m loadtests mlperf --model cifar100-csra-r2 --data photos`
+    Example: `stridevit loadtest mlperf --model cifar100-csra-r2 --data photos`
     """
     plan = Plan(
         model=model,
