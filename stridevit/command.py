@@ -121,7 +121,11 @@ _TABLE: Final = {
             "loadtests compare",
             "Compare models, precisions, servers or commits: speed, latency, memory and accuracy, with intervals.",
         ),
-        ("loadtest", "loadtests", "Find out which model to run, at which load, at what cost in accuracy and memory."),
+        (
+            "loadtest",
+            "loadtests",
+            "Find out which model to run, at which load, and at what cost in accuracy and memory.",
+        ),
     ),
 }
 """Name, module and command for `python -m`, and the first paragraph of the command's own help: a test compares them."""

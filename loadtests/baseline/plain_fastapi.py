@@ -2,7 +2,7 @@
 
     python -m loadtests.baseline.plain_fastapi models/cifar100-mha/4 --port 8001
 
-The baseline of `python -m loadtests limit`: the service's own model and decoding, ONNX Runtime's defaults, and no
+The baseline of `stridevit loadtest limit`: the service's own model and decoding, ONNX Runtime's defaults, and no
 queue, batches, limits, golden outputs or metrics.
 """
 

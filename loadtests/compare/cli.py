@@ -89,7 +89,7 @@ def compare(
 
     Exit code 1 if a block failed, or nothing could be compared with --against; 3 if something has become worse.
 
-    Example: `python -m loadtests compare --models cifar100-mha,cifar100-csra-r2 --data DIR`
+    Example: `stridevit compare --models cifar100-mha,cifar100-csra-r2 --data DIR`
     """
     if sizes and data:
         cli.fail("--sizes describes generated images: it does not go with --data")

@@ -15,7 +15,7 @@ TRIALS_SECONDS = 20
 
 
 def engine_limit(model: str, repository: Path, images: Path, seconds: float, settings: Sequence[str]) -> dict[str, Any]:
-    """The JSON of `python -m service engine-limit` on the files of a folder. Raises ServerError."""
+    """The JSON of `stridevit engine-limit` on the files of a folder. Raises ServerError."""
     command = [sys.executable, "-m", "service", "engine-limit", "--model", model, "--repository", str(repository)]
     command += ["--data", str(images), "--seconds", f"{seconds:g}", "--json", *settings]
     process = start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -42,12 +42,12 @@ def limit(
 ) -> None:
     """Measure the service against the engine limit and a plain FastAPI server: speed, tail latency and memory.
 
-    The engine limit is what `python -m service engine-limit` reaches with the same images and settings but no HTTP.
+    The engine limit is what `stridevit engine-limit` reaches with the same images and settings but no HTTP.
     `--service-args`, and settings in the environment (`STRIDEVIT_*`), reach the service and the engine limit alike. The
     same command resumes an interrupted measurement.
 
-    Example: `python -m loadtests limit --models cifar100-csra-r2 --data photos`; whether the service has become faster:
-    `python -m loadtests limit --models cifar100-csra-r2,cifar100-csra-r2@git:v0.1 --rounds 10`
+    Example: `stridevit loadtest limit --models cifar100-csra-r2 --data photos`; whether the service has become faster:
+    `stridevit loadtest limit --models cifar100-csra-r2,cifar100-csra-r2@git:v0.1 --rounds 10`
     """
     try:
         loops = tuple(sorted({int(number) for number in connections.split(",")}))

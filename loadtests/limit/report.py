@@ -1,4 +1,4 @@
-"""What `python -m loadtests limit` found: the arms under each load, and ratios paired by round.
+"""What `stridevit loadtest limit` found: the arms under each load, and ratios paired by round.
 
 Percentiles are taken round by round, and their median is shown. Where a round holds too few answers for its 99th
 percentile, the answers of all rounds are pooled instead, and the figure is marked.

@@ -37,7 +37,7 @@ def overload(
     Poisson arrivals in an open loop; latency counts from the moment at which a request was due. The service serves all
     models of the repository. The same command resumes an interrupted measurement.
 
-    Example: `python -m loadtests overload --models cifar100-mha,cifar100`
+    Example: `stridevit loadtest overload --models cifar100-mha,cifar100`
     """
     try:
         parts = parse_rates(steps)

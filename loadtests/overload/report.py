@@ -1,4 +1,4 @@
-"""What `python -m loadtests overload` found: a table of steps, a page, and a plot over time."""
+"""What `stridevit loadtest overload` found: a table of steps, a page, and a plot over time."""
 
 import math
 from pathlib import Path

@@ -5,8 +5,7 @@ import numpy as np
 from loadtests.experiment.model import Comparison
 from loadtests.generator.load_result import LoadResult
 from loadtests.report.conclusion import noise_floor
-from loadtests.report.format import load_name
-from loadtests.report.verdicts import Findings, counts, loads_of, uses_device
+from loadtests.report.verdicts import Findings, counts, load_name, loads_of, uses_device
 from loadtests.statistics import MIN_ROUNDS
 
 _BUSY_CORES = 0.9

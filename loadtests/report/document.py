@@ -18,23 +18,9 @@ from loadtests.report.verdicts import Findings, Row, counts, model_info
 from loadtests.statistics import MIN_BEYOND, percentile
 
 SCHEMA_VERSION = 3
-"""Version 1 had a single closed loop; version 2 had other names, by which it is still read."""
+"""Version 2 had other names, version 1 a single closed loop."""
 _PERCENTILES = {"p50_ms": 50, "p95_ms": 95, "p99_ms": 99}
 _NOT_KEPT = {"latencies_ms", "percentiles_ms", "trace"}
-_RENAMED = {
-    "classes": "num_classes",
-    "image_size": "img_size",
-    "late": "late_arrivals",
-    "offered": "offered_rate",
-    "parameters": "params",
-    "searches": "capacity_searches",
-    "shares": "load_fractions",
-    "twin_of": "repeat_of",
-    "unsent": "unsent_arrivals",
-    "users": "connections",
-    "why_not": "reason",
-}
-"""Fields of version 2."""
 
 
 class ResultsError(LoadTestError):
@@ -109,13 +95,13 @@ def read_results(path: Path) -> Comparison:
     except ValueError as error:
         raise ResultsError(f"{path} is not JSON ({error}); {advice}") from error
     version = document.get("schema_version") if isinstance(document, dict) else None
-    if version not in {2, SCHEMA_VERSION}:
+    if version != SCHEMA_VERSION:
         raise ResultsError(
-            f"{path} is not a results.json of compare in version 2 or {SCHEMA_VERSION} (its schema_version is "
-            f"{version}): measure the old state again with `python -m loadtests compare`"
+            f"{path} is not a results.json of compare in version {SCHEMA_VERSION} (its schema_version is {version}): "
+            "measure the old state again with `stridevit compare`"
         )
     try:
-        return from_document(_renamed(document) if version == 2 else document)
+        return from_document(document)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ResultsError(f"{path} is not laid out as compare writes it ({error!r}); {advice}") from error
 
@@ -145,12 +131,4 @@ def _read_load(values: dict[str, Any]) -> LoadResult:
         for name, rank in _PERCENTILES.items()
     }
     known = {field.name: values[field.name] for field in fields(LoadResult) if field.name in values}
-    mode = "closed" if values["offered_rate"] is None else "open"
-    return LoadResult(**{"mode": mode, **known, "percentiles_ms": percentiles, "latencies_ms": np.empty(0)})
-
-
-def _renamed(value: Any) -> Any:
-    """A document of version 2 by today's names."""
-    if isinstance(value, dict):
-        return {_RENAMED.get(name, name): _renamed(item) for name, item in value.items()}
-    return [_renamed(item) for item in value] if isinstance(value, list) else value
+    return LoadResult(**known, percentiles_ms=percentiles, latencies_ms=np.empty(0))

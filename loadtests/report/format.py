@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from loadtests.experiment.model import SATURATED, Comparison
 from loadtests.report.rendering import UNKNOWN
 from loadtests.report.verdicts import TOP1, Change, Metric, Row
 
@@ -44,25 +43,6 @@ def median(values: Iterable[float | None]) -> float | None:
 def joined(items: Sequence[str]) -> str:
     """`a, b and c`."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
-
-
-def load_name(comparison: Comparison, load: str) -> str:
-    """A load as a reader knows it: `340/s`, or `saturation`."""
-    rate = comparison.rates.get(load)
-    if rate is None:
-        return "saturation" if load == SATURATED else load
-    # 170.0 per second is 170/s, 4.25 stays; never 1.7e+03.
-    return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
-
-
-def metric_name(comparison: Comparison, metric: Metric) -> str:
-    """As it stands in a sentence, without its unit: `p99 at 340/s`."""
-    return f"{metric.label} at {load_name(comparison, metric.load)}" if metric.load else metric.label
-
-
-def heading(comparison: Comparison, metric: Metric) -> str:
-    """As it stands above a column, with its unit: `p99 at 340/s, ms`."""
-    return ", ".join(filter(None, (metric_name(comparison, metric), metric.unit)))
 
 
 def value_text(metric: Metric, value: float | None) -> str:

@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loadtests.experiment.model import Comparison
-from loadtests.report.format import heading, metric_name, number
+from loadtests.report.format import number
 from loadtests.report.plot_style import FAINT, INK, SMALL, WIDTH, Style, instead, shown, small_print, styles
-from loadtests.report.verdicts import LATENCIES, THROUGHPUT, TOP1, Findings, Row, model_info
+from loadtests.report.verdicts import THROUGHPUT, TOP1, Findings, Row, model_info
 from loadtests.statistics import wilson
 
 _LARGEST = 900.0
@@ -47,19 +47,18 @@ def pareto(comparison: Comparison, findings: Findings) -> Figure:
         area, unit = findings.memory.label, "MB"
         left_out = ", ".join(label for label in speeds if label not in accurate)
         missing = f"; without accuracy, so not shown: {left_out}" if left_out else ""
-        axes.set_title(f"Accuracy against throughput: up and to the right is better{missing}")
-        axes.set_ylabel(heading(comparison, TOP1))
+        axes.set(title=f"Accuracy against throughput: up and to the right is better{missing}", ylabel=TOP1.heading)
         whiskers += "; upwards, 95 % interval of top-1 for that many test images"
     elif memory:
-        tails = [metric for metric in reversed(LATENCIES) if metric.rank == 99]
+        tails = [metric for metric in reversed(findings.metrics) if metric.rank == 99]
         known = [tail for tail in tails if all(math.isfinite(findings.value(one, tail) or math.inf) for one in memory)]
-        area, unit = metric_name(comparison, known[0]) if known else "", "ms"
+        area, unit = known[0].label if known else "", "ms"
         points = [
             _Point(looks[label], speeds[label], ends, (findings.value(label, known[0]) or 0.0) if known else 0.0)
             for label, ends in memory.items()
         ]
-        axes.set_title("Memory against throughput (accuracy unknown: random weights): down and to the right is better")
-        axes.set_ylabel(heading(comparison, findings.memory))
+        title = "Memory against throughput (accuracy unknown: random weights): down and to the right is better"
+        axes.set(title=title, ylabel=findings.memory.heading)
     else:
         instead(axes, "Neither accuracy nor memory is known: nothing to weigh throughput against.")
         return figure

@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loadtests.experiment.model import HIGH, MODERATE, Comparison
-from loadtests.report.format import load_name, median, number, span
+from loadtests.report.format import median, number, span
 from loadtests.report.plot_style import FAINT, INK, SMALL, WIDTH, shown, small_print, styles
-from loadtests.report.verdicts import LATENCIES, THROUGHPUT, TOP1, Findings, Row, model_info
+from loadtests.report.verdicts import LATENCIES, THROUGHPUT, TOP1, Findings, Row, load_name, model_info
 
 _LIGHT = 0.4
 """Opacity of the bar that stands for a p99, or for the memory that load adds."""

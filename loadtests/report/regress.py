@@ -16,17 +16,17 @@ from typing import NamedTuple
 import numpy as np
 
 from loadtests.experiment.model import HIGH, MODERATE, Block, Comparison
-from loadtests.report.format import median, metric_name
+from loadtests.report.format import median
 from loadtests.report.top1 import compare_top1, top1_percent
 from loadtests.report.verdicts import (
     GPU_MEMORY,
-    LATENCIES,
     MEMORY,
     THROUGHPUT,
     TOP1,
     Change,
     Metric,
     block_value,
+    latencies,
     model_info,
     values_by_round,
 )
@@ -46,8 +46,6 @@ class Regression:
 
     arm: str
     metric: Metric
-    name: str
-    """The metric in words."""
     old: float
     """Median of the blocks; if `relative`, of their ratios to the baseline's."""
     new: float
@@ -60,7 +58,7 @@ class Regression:
         """One sentence."""
         change, of = self.change, " of the baseline's" if self.relative else f" {self.metric.unit}".rstrip()
         return (
-            f"{self.arm}: {self.name} went from {self.old:.4g} to {self.new:.4g}{of}, "
+            f"{self.arm}: {self.metric.label} went from {self.old:.4g} to {self.new:.4g}{of}, "
             f"×{change.estimate:.3f} ({change.low:.3f} to {change.high:.3f} at {change.level:.2%})."
         )
 
@@ -98,17 +96,13 @@ def regressions(old: Comparison, new: Comparison, *, tolerance: float = 0.05, al
         fell = (ratio < 1) == (metric.better == "higher") and ratio != 1
         if test.rejected and fell and (metric == TOP1 or max(ratio, 1 / ratio) > 1 + tolerance):
             change = Change(ratio, low, high, level=test.level, p_value=test.p_value, verdict="worse")
-            name = metric_name(new, metric)
             of_baseline = relative and metric != TOP1
-            worse.append(
-                Regression(arm=arm, metric=metric, name=name, old=was, new=now, change=change, relative=of_baseline)
-            )
+            worse.append(Regression(arm=arm, metric=metric, old=was, new=now, change=change, relative=of_baseline))
     worse.sort(key=lambda regression: -abs(math.log(regression.change.estimate)))
     stopped = [
         Regression(
             arm=arm,
             metric=THROUGHPUT,
-            name=metric_name(new, THROUGHPUT),
             old=_throughput(old, arm),
             new=0.0,
             change=Change(0.0, 0.0, 0.0, level=1.0, p_value=0.0, verdict="worse"),
@@ -228,7 +222,7 @@ def _comparable(old: Comparison, new: Comparison) -> list[Metric]:
         for name in old.rates.keys() & new.rates.keys()
         if abs(math.log(new.rates[name] / old.rates[name])) <= math.log1p(_SAME_RATE)
     }
-    return [THROUGHPUT, *(metric for metric in LATENCIES if metric.load in same), MEMORY, GPU_MEMORY]
+    return [THROUGHPUT, *(metric for metric in latencies(new) if metric.load in same), MEMORY, GPU_MEMORY]
 
 
 def _throughput(run: Comparison, label: str) -> float:

@@ -8,11 +8,11 @@ from loadtests.generator.load_result import IN_FLIGHT
 from loadtests.report.caveats import caveats
 from loadtests.report.conclusion import conclusion, conditions, top1_note
 from loadtests.report.document import as_document, write_samples
-from loadtests.report.format import joined, load_name
+from loadtests.report.format import joined
 from loadtests.report.plots import write_plots
 from loadtests.report.rendering import Table, write_report
 from loadtests.report.tables import detail_tables, environment, verdict_table
-from loadtests.report.verdicts import Findings, judge
+from loadtests.report.verdicts import Findings, judge, load_name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,19 +4,9 @@ from collections.abc import Iterable
 
 from loadtests.experiment.model import LOADS, Comparison
 from loadtests.report.conclusion import arm_text, conditions, top1_note
-from loadtests.report.format import (
-    estimate_text,
-    heading,
-    interval_text,
-    load_name,
-    median,
-    number,
-    range_text,
-    span,
-    value_text,
-)
+from loadtests.report.format import estimate_text, interval_text, median, number, range_text, span, value_text
 from loadtests.report.rendering import UNKNOWN, Cell, Table, Tone
-from loadtests.report.verdicts import TOP1, Findings, Metric, Verdict, loads_of, model_info, uses_device
+from loadtests.report.verdicts import TOP1, Findings, Metric, Verdict, load_name, loads_of, model_info, uses_device
 
 _VERDICTS: dict[Verdict, str] = {"better": "✓ better", "worse": "✗ worse", "no difference seen": "○ no diff."}
 _TONES: dict[Verdict, Tone] = {"better": "better", "worse": "worse", "no difference seen": "faint"}
@@ -33,7 +23,7 @@ def verdict_table(comparison: Comparison, findings: Findings) -> Table:
         rows.append([Cell(f"{arm.label}\n{mark}".strip(), "faint"), tokens, *cells])
     return Table(
         title=f"{conditions(comparison)} {top1_note(comparison)}",
-        headings=("arm", "K/V tokens", *(heading(comparison, metric) for metric in findings.headline)),
+        headings=("arm", "K/V tokens", *(metric.heading for metric in findings.headline)),
         rows=rows,
         note="Below each value: its change against the baseline, the interval of that change, and what the interval "
         "says: ✓ better, ✗ worse, ○ no difference seen (which does not prove that there is none).",
@@ -61,7 +51,7 @@ def detail_tables(comparison: Comparison, findings: Findings) -> list[Table]:
         _stages(comparison),
         _loads(comparison),
         _failures(comparison),
-        _every_metric(comparison, findings),
+        _every_metric(findings),
         _arms(comparison),
     ]
     return [table for table in tables if table.rows]
@@ -179,14 +169,14 @@ def _failures(comparison: Comparison) -> Table:
     return _table("Failed blocks", rows, text=(0, 1, 2))
 
 
-def _every_metric(comparison: Comparison, findings: Findings) -> Table:
+def _every_metric(findings: Findings) -> Table:
     rows = []
     for row in findings.rows:
         metric, change = row.metric, row.change
         p_value = f"{change.p_value:.3f}" if change and change.p_value >= 0.0005 else "<0.001"
         rows.append(
             {
-                "metric": heading(comparison, metric),
+                "metric": metric.heading,
                 "arm": row.arm,
                 "value": value_text(metric, row.value),
                 "blocks": range_text(row),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,8 +22,8 @@ class Metric:
 
     name: str
     """For results.json; ends with the unit."""
-    label: str
-    """In words: `p99`."""
+    label: str = field(compare=False)
+    """In words, without its unit: `p99 at 340/s`."""
     unit: str = ""
     load: str | None = None
     """The load under which it is measured; None for top-1, and for memory, whose peak is that of all loads."""
@@ -33,9 +33,16 @@ class Metric:
     kind: Literal["ratio", "difference"] = "difference"
     """How two arms are compared."""
 
+    @property
+    def heading(self) -> str:
+        """In words, with its unit: `p99 at 340/s, ms`."""
+        return f"{self.label}, {self.unit}" if self.unit else self.label
+
 
 TOP1 = Metric(name="top1_percent", label="top-1", unit="%", better="higher")
-THROUGHPUT = Metric(name="images_per_second", label="images/s", load=SATURATED, better="higher", kind="ratio")
+THROUGHPUT = Metric(
+    name="images_per_second", label="images/s at saturation", load=SATURATED, better="higher", kind="ratio"
+)
 LATENCIES = tuple(
     Metric(name=f"p{rank}_ms", label=f"p{rank}", unit="ms", load=load, rank=rank)
     for load in (MODERATE, HIGH)
@@ -75,6 +82,11 @@ class Row:
     largest: float | None
     change: Change | None
     """None for the baseline, and where there are too few blocks for an interval."""
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """That of the change; None without one."""
+        return self.change.verdict if self.change else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +129,7 @@ def judge(comparison: Comparison, *, alpha: float = 0.05) -> Findings:
     may therefore differ from that of the values, and its interval is wide. See `loadtests.statistics`.
     """
     arms, memory = comparison.plan.arms, GPU_MEMORY if all(uses_device(comparison)) else MEMORY
-    metrics = [TOP1, THROUGHPUT, *(metric for metric in LATENCIES if metric.load in comparison.rates), memory]
+    metrics = [TOP1, THROUGHPUT, *latencies(comparison), memory]
     blocks = {arm.label: comparison.blocks_of(arm.label) for arm in arms}
     effects = {
         (arm.label, metric): effect
@@ -165,6 +177,24 @@ def values_by_round(blocks: Sequence[Block], metric: Metric, *, min_beyond: int 
     """`block_value` of each block where it is known."""
     values = {block.round: block_value(block, metric, min_beyond=min_beyond) for block in blocks}
     return {number: value for number, value in values.items() if value is not None}
+
+
+def latencies(comparison: Comparison) -> list[Metric]:
+    """Those of `LATENCIES` that were measured, labelled by the rate of their load."""
+    return [
+        replace(metric, label=f"{metric.label} at {load_name(comparison, metric.load)}")
+        for metric in LATENCIES
+        if metric.load in comparison.rates
+    ]
+
+
+def load_name(comparison: Comparison, load: str | None) -> str:
+    """A load as a reader knows it: `340/s`, or `saturation`."""
+    rate = comparison.rates.get(load or "")
+    if rate is None:
+        return "saturation" if load == SATURATED else str(load)
+    # 170.0 per second is 170/s, 4.25 stays; never 1.7e+03.
+    return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
 
 
 def loads_of(comparison: Comparison) -> list[tuple[str, str, list[LoadResult]]]:
@@ -228,8 +258,8 @@ def _effect(metric: Metric, arm: Sequence[Block], baseline: Sequence[Block]) -> 
     pools = [_pooled(blocks, metric) for blocks in (arm, baseline)]
     if any(percentile(pool, metric.rank or 0) is None for pool in pools):
         return None
-    latencies = np.concatenate(pools)
-    return paired_difference(*pairs, ceiling=max(latencies[np.isfinite(latencies)], default=math.inf))
+    pooled = np.concatenate(pools)
+    return paired_difference(*pairs, ceiling=max(pooled[np.isfinite(pooled)], default=math.inf))
 
 
 def _change(metric: Metric, effect: Effect, test: Holm) -> Change:

@@ -25,7 +25,7 @@ def soak(
     The report compares the memory (PSS) during the first and the last tenth of the requests. Failed requests are
     counted; exit code 1 if the service dies.
 
-    Example: `python -m loadtests soak --model cifar100-csra-r2 --requests 100000`
+    Example: `stridevit loadtest soak --model cifar100-csra-r2 --requests 100000`
     """
     cli.console.print(f"{requests:,} requests: {requests / 300 / 60:.1f} minutes at 300 per second")
     found = Soak(model=model, planned_requests=requests, command=command or this_command())

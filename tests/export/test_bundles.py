@@ -29,7 +29,7 @@ from training.runs import load_final
 ROOT = Path(__file__).parents[2]
 
 
-def test_bundle_says_what_the_model_is(repository: Path) -> None:
+def test_manifest_states_what_the_model_is(repository: Path) -> None:
     bundle = read_bundle(repository / "digits-csra-r2" / "1")
     manifest = bundle.manifest
     assert (manifest.name, manifest.family, manifest.architecture) == ("digits-csra-r2", "digits", "vit-xs")
@@ -37,6 +37,9 @@ def test_bundle_says_what_the_model_is(repository: Path) -> None:
     assert bundle.labels == tuple("0123456789")
     assert manifest.accuracy
     assert (manifest.accuracy.split, manifest.accuracy.n) == ("test", 360)
+    correct = manifest.accuracy.correct_top1()
+    assert correct is not None
+    assert correct.mean() == pytest.approx(manifest.accuracy.top1)
     assert manifest.parity.images == 256 + 3
     assert manifest.parity.max_abs_logit < 1e-3
     assert manifest.parity.top1_flips == 0
@@ -144,7 +147,7 @@ def test_a_run_or_random_weights_must_be_named(tmp_path: Path) -> None:
         assert "--random-weights" in result.stderr
 
 
-def test_an_unfinished_run_says_to_train_it_first(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_refused_with_the_fix(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["run", str(tmp_path), "--repository", str(tmp_path / "models")])
     assert result.exit_code == 1
     assert "train it to the end first" in result.stderr

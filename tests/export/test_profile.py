@@ -1,4 +1,4 @@
-"""Profiles: real processes, ratios with known answers, and an end that keeps what was measured."""
+"""Profiles: one process per measurement, figures from known measurements, and an interrupt that keeps them."""
 
 import json
 import os
@@ -43,8 +43,8 @@ def test_each_round_is_measured_in_processes_of_its_own(repository: Path) -> Non
     assert cells[1].ratio.ratio == 1
 
 
-def test_ratio_and_memory_of_made_up_measurements(tmp_path: Path) -> None:
-    """The second model always takes half the time of its neighbour, whatever the machine does from round to round."""
+def test_ratio_and_memory_follow_from_the_measurements(tmp_path: Path) -> None:
+    """The second model takes half the time of the first in every round, however much rounds differ."""
     slow = [1.0, 3.0, 0.5, 2.0, 1.5, 4.0]
     probes = {
         ("mha", 1): [Probe(seconds=[s, s, 9 * s], idle_bytes=100_000_000, peak_bytes=300_000_000) for s in slow],

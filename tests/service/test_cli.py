@@ -138,7 +138,7 @@ def test_hashes_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_page_of_settings_is_current() -> None:
-    renew = "renew it: python -m service settings --markdown > docs/settings.md"
+    renew = "renew it: stridevit settings --markdown > docs/settings.md"
     assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == markdown(), renew
     assert run("settings", "--markdown").stdout == markdown()
 
