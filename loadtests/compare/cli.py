@@ -39,16 +39,14 @@ def compare(
         ),
     ],
     repository: cli.Repository = Path("models"),
-    out: Annotated[
-        Path, typer.Option(help="Folder for report.html, report.md, results.json, samples.npz, plots and server logs.")
-    ] = Path("results/compare"),
+    out: cli.Out = Path("results/compare"),
     data: cli.Data = None,
     sizes: Annotated[
         str | None, typer.Option(help="Sizes of generated JPEGs, with weights: '640x480:3,1920x1080:1'. [640x480]")
     ] = None,
     protocol: Annotated[Protocol, typer.Option(help="v1 sends image files, v2 binary tensors.")] = "v1",
     connections: Annotated[
-        int, typer.Option(min=1, help="Concurrent requests of the closed loop, enough to saturate the server.")
+        int, typer.Option(min=1, help="Connections of the closed loop, to saturate the server.")
     ] = 16,
     load: Annotated[
         str, typer.Option(help="Rates of the two open loops, as fractions of the slowest arm's saturated throughput.")
@@ -63,14 +61,10 @@ def compare(
     quick: Annotated[
         bool, typer.Option("--quick", help="A preview: 3 short rounds and no capacity search; the report says so.")
     ] = False,
-    aa_run: Annotated[
-        bool, typer.Option("--aa-run/--no-aa-run", help="Measure the baseline twice (A/A), to show the noise.")
-    ] = True,
+    aa_run: Annotated[bool, typer.Option(help="Measure the baseline twice (A/A), to show the machine's noise.")] = True,
     objective_ms: Annotated[
         float | None,
-        typer.Option(
-            min=0.1, help="Latency objective of the capacity search. [connections / slowest saturated throughput]"
-        ),
+        typer.Option(min=0.1, help="Latency objective of the capacity search. [connections / slowest throughput]"),
     ] = None,
     objective_percentile: Annotated[
         float, typer.Option(min=50, max=99.9, help="Percentage of the images that must keep the objective.")
@@ -80,8 +74,7 @@ def compare(
     ] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of arrivals, order of blocks and order of images.")] = 0,
     against: Annotated[
-        Path | None,
-        typer.Option(help="An earlier results.json: exit with 3 if an arm has become worse since."),
+        Path | None, typer.Option(help="An earlier results.json: exit with 3 if an arm has become worse since.")
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="Relative change that --against allows: 0.05 is 5 %.")] = 0.05,
     fresh: cli.Fresh = False,

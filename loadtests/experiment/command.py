@@ -32,6 +32,7 @@ Data = Annotated[
     Path | None,
     typer.Option(help="Images to send: a folder of image files, class folders, or parquet files. [generated JPEGs]"),
 ]
+Out = Annotated[Path, typer.Option(help="Folder for the reports, results.json and the servers' logs.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds; each holds one block of every arm, interleaved.")]
 Seconds = Annotated[float, typer.Option(min=1, help="Measured seconds of each load.")]
 Warmup = Annotated[float, typer.Option(min=0, help="Seconds dropped at the start of each load.")]

@@ -35,13 +35,13 @@ class Server:
         self.pid = process.pid if process else None
         self._process = process
 
-    def model(self, name: str) -> dict[str, Any]:
-        """`GET /v1/models/NAME`: manifest, version, labels, latency by batch size. Raises OSError or ValueError."""
-        return dict(get_json(f"{self.url}/v1/models/{quote(name)}", timeout=10))
+    def ask(self, path: str) -> Any:
+        """The JSON of `GET path`. Raises OSError or ValueError."""
+        return get_json(self.url + path, timeout=10)
 
-    def models(self) -> list[dict[str, Any]]:
-        """`GET /v1/models`: a summary of each. Raises OSError, ValueError or KeyError."""
-        return list(get_json(f"{self.url}/v1/models", timeout=10)["models"])
+    def model(self, name: str) -> dict[str, Any]:
+        """What the service says of a model: manifest, version, labels, latency by batch size. Raises like `ask`."""
+        return dict(self.ask(f"/v1/models/{quote(name)}"))
 
     def alive(self) -> bool:
         """Whether our process still runs; true for a server at a URL."""

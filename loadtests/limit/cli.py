@@ -25,9 +25,7 @@ def limit(
         ),
     ],
     repository: cli.Repository = Path("models"),
-    out: Annotated[Path, typer.Option(help="Folder for report.md, results.json and server logs.")] = Path(
-        "results/limit"
-    ),
+    out: cli.Out = Path("results/limit"),
     data: cli.Data = None,
     rounds: cli.Rounds = 3,
     seconds: cli.Seconds = 10.0,

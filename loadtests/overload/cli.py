@@ -21,9 +21,7 @@ from loadtests.overload.report import write
 def overload(
     models: Annotated[str, typer.Option(help="Names of models or families, separated by commas.")],
     repository: cli.Repository = Path("models"),
-    out: Annotated[Path, typer.Option(help="Folder for report.md, results.json, overload.svg and server logs.")] = Path(
-        "results/overload"
-    ),
+    out: cli.Out = Path("results/overload"),
     data: cli.Data = None,
     steps: Annotated[
         str, typer.Option(help="Arrivals per second, and for how many seconds: RATE:SECONDS, separated by commas.")

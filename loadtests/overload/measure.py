@@ -85,7 +85,8 @@ class Requests:
 
 def top1_of_models(_arm: Arm, server: Server, _repository: Path) -> dict[str, Any]:
     """Top-1 of every model that is served, from its manifest: on its test split, not on these requests."""
-    return {"top1": {model["name"]: model["accuracy"]["top1"] for model in server.models() if model.get("accuracy")}}
+    models = server.ask("/v1/models")["models"]
+    return {"top1": {model["name"]: model["accuracy"]["top1"] for model in models if model.get("accuracy")}}
 
 
 def step_results(experiment: OverloadExperiment) -> list[StepResult]:

@@ -14,9 +14,7 @@ from loadtests.soak.soak import Soak, send, write
 def soak(
     model: cli.Model,
     repository: cli.Repository = Path("models"),
-    out: Annotated[Path, typer.Option(help="Folder for report.md, results.json and the server's log.")] = Path(
-        "results/soak"
-    ),
+    out: cli.Out = Path("results/soak"),
     data: cli.Data = None,
     requests: Annotated[int, typer.Option(min=100, help="Number of requests to send.")] = 10_000,
     service_args: cli.ServiceArgs = "",

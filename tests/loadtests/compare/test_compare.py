@@ -103,16 +103,16 @@ def test_a_service_that_dies_loses_its_block_and_the_others_are_measured(reposit
     try:
         deadline = time.monotonic() + 120
         log = tmp_path / "logs" / "round01-digits-csra-r2.log"
-        services: list[psutil.Process] = []
-        while not log.is_file() or not services:
+        children: dict[str, psutil.Process] = {}
+        # The service is under load while a generator runs.
+        while not log.is_file() or children.keys() != {"service", "locust"}:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
             # Those that have just ended have no command line any more.
-            with suppress(psutil.Error):
-                family = psutil.Process(process.pid).children()
-                services = [child for child in family if "service" in child.cmdline()] if len(family) > 1 else []
-        services[0].kill()
+            with suppress(psutil.Error, IndexError):
+                children = {child.cmdline()[2]: child for child in psutil.Process(process.pid).children()}
+        children["service"].kill()
         _, errors = process.communicate(timeout=200)
     finally:
         if process.poll() is None:
