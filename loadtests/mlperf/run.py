@@ -207,14 +207,15 @@ def _drive(spec: dict[str, Any], out: Path, server: Server, progress: Progress, 
     with log.open("wb") as stream:
         command = [sys.executable, "-m", "loadtests.mlperf.sut", json.dumps(spec)]
         process = start(command, stdout=stream, stderr=stream)
+    code = None
     try:
-        while process.poll() is None and server.alive():
+        while (code := process.poll()) is None and server.alive():
             progress.step(f"{spec['scenario']}, seconds", min(time.monotonic() - began, estimate), estimate)
             time.sleep(_POLL_SECONDS)
     finally:
         end(process)
     found: dict[str, Any] = {}
-    if process.returncode == 0:
+    if code == 0:
         found = json.loads((out / "sut.json").read_text(encoding="utf-8"))
     if not found or found["failures"]:
         # Connections break shortly before their process has ended.
@@ -225,7 +226,7 @@ def _drive(spec: dict[str, Any], out: Path, server: Server, progress: Progress, 
             raise server.died("under load")
     if not found:
         said = log.read_text(encoding="utf-8", errors="replace").strip()[-_LOG_TAIL:]
-        raise MlperfError(f"{spec['scenario']}: {said or f'LoadGen ended with {process.returncode}'}")
+        raise MlperfError(f"{spec['scenario']}: {said or f'LoadGen ended with {code}'}")
     return found
 
 
