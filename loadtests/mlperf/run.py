@@ -21,7 +21,7 @@ from loadtests.experiment.server import Server, service_for
 from loadtests.generator import payload_cache
 from loadtests.generator.payloads import describe, read_payloads
 from loadtests.generator.readers import Payload, PayloadError
-from loadtests.mlperf.loadgen_logs import AccuracyCount, Summary, count_correct, parse_summary
+from loadtests.mlperf.loadgen_logs import Summary, count_correct, parse_summary
 
 Scenario = Literal["SingleStream", "Offline", "Server"]
 SCENARIOS: tuple[Scenario, ...] = ("SingleStream", "Offline", "Server")
@@ -102,7 +102,15 @@ class ScenarioRun:
     """What LoadGen's process counted, see `loadtests.mlperf.sut.drive`."""
     model: dict[str, Any] = field(repr=False)
     """What the service says about the model."""
-    accuracy: AccuracyCount | None = None
+    correct: int = 0
+    """Right answers, in AccuracyOnly mode."""
+    labelled: int = 0
+    """Answers to images with a label, in AccuracyOnly mode."""
+
+    @property
+    def top1(self) -> float | None:
+        """None if no image with a label was answered."""
+        return self.correct / self.labelled if self.labelled else None
 
     @property
     def answered(self) -> int:
@@ -184,13 +192,19 @@ def _run(
     summary = parse_summary((out / "mlperf_log_summary.txt").read_text(encoding="utf-8"))
     if summary.verdict is None and not plan.accuracy:
         raise MlperfError(f"{scenario}: LoadGen gave no verdict; see {out / 'mlperf_log_summary.txt'}")
-    accuracy = None
+    correct = labelled = 0
     if plan.accuracy:
         labels = [payload.label for payload in payloads]
-        accuracy = count_correct(out / "mlperf_log_accuracy.json", labels, model.get("labels", ()))
+        correct, labelled = count_correct(out / "mlperf_log_accuracy.json", labels, model.get("labels", ()))
     known = {name: value for name, value in model.items() if name in ("version", "manifest")}
     return ScenarioRun(
-        scenario=scenario, mode=plan.mode, summary=summary, client=client, model=known, accuracy=accuracy
+        scenario=scenario,
+        mode=plan.mode,
+        summary=summary,
+        client=client,
+        model=known,
+        correct=correct,
+        labelled=labelled,
     )
 
 
