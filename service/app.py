@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
@@ -31,12 +32,12 @@ from service.tracing import Tracing
 log = structlog.get_logger()
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_counter) -> FastAPI:
     """Load and verify the models, and build the application that serves them. Raises StartupError."""
     release = version("stridevit")
     tracing = Tracing(settings.otlp_endpoint, version=release) if settings.otlp_endpoint else None
     metrics = Metrics()
-    pipeline = make_pipeline(settings, metrics)
+    pipeline = make_pipeline(settings, metrics, clock)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -101,9 +102,9 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def make_pipeline(settings: Settings, metrics: Metrics) -> Pipeline:
+def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], float] = time.perf_counter) -> Pipeline:
     """A pipeline with all models loaded. Raises StartupError."""
-    load = Load(decode_threads=settings.decode_threads or settings.threads or available_cores())
+    load = Load(decode_threads=settings.decode_threads or settings.threads or available_cores(), clock=clock)
     scheduler = Scheduler(load)
     registry = make_registry(settings, scheduler, load)
     registry.load_all()

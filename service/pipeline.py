@@ -156,7 +156,7 @@ class Pipeline:
         arrived_at: float,
         read: Callable[[Place], Awaitable[Inputs]],
         write: Callable[[Answer], T],
-        disconnected: Callable[[], Awaitable[None]],
+        disconnected: Callable[[], Awaitable[object]],
         encoded: bool = True,
         partial: bool = False,
     ) -> tuple[T, Answer]:
@@ -295,7 +295,7 @@ class Pipeline:
 
 
 @contextmanager
-def _watched(disconnected: Callable[[], Awaitable[None]], state: RequestState) -> Iterator[None]:
+def _watched(disconnected: Callable[[], Awaitable[object]], state: RequestState) -> Iterator[None]:
     """Until the block ends, mark the request as soon as its client leaves."""
 
     async def watch() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -69,12 +70,8 @@ def environment_for(flags: Sequence[str]) -> dict[str, str]:
 def unknown_settings(flags: Sequence[str], source: Path) -> list[str]:
     """The settings among the flags that a commit does not know by any name."""
     page = source / "docs" / "settings.md"
-    known = page.read_text(encoding="utf-8") if page.is_file() else ""
-    return [
-        name
-        for name, _ in parsed_flags(flags)
-        if known and f"`{name}`" not in known and f"`{_FORMER_NAMES.get(name, name)}`" not in known
-    ]
+    known = set(re.findall(r"`(\w+)`", page.read_text(encoding="utf-8"))) if page.is_file() else set()
+    return [name for name, _ in parsed_flags(flags) if known and not known & {name, _FORMER_NAMES.get(name)}]
 
 
 def parsed_flags(flags: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -22,7 +22,6 @@ from loadtests.generator.samples import Sample, read_samples, window
 from service.host import gpu_process_bytes, process_tree, process_tree_bytes
 
 LOCUSTFILE = Path(__file__).parents[1] / "generator" / "locustfile.py"
-SHAPES = Path(__file__).parents[1] / "generator" / "shapes.py"
 
 BEYOND_SECONDS = 1.0
 """A generator sends this much longer than the window is, so that its last requests are sent like all others."""
@@ -105,13 +104,12 @@ def apply_load(
     A closed loop sends the next image of a connection when its last answer has come. In an open one arrivals are a
     Poisson process, and latency counts from the scheduled moments.
     """
-    arguments, files = ["--seed", str(seed)], [LOCUSTFILE]
+    arguments = ["--seed", str(seed)]
     if load.steps:
         warmup_seconds, seconds = 0.0, sum(length for _, length in load.steps)
         rates = ",".join(f"{rate:g}:{length:g}" for rate, length in load.steps)
         rate_per_user = min(rate for rate, _ in load.steps) / _USERS_AT_LEAST
         arguments += ["--loop", "open", "--rates", rates, "--rate-per-user", f"{rate_per_user:g}"]
-        files.append(SHAPES)
     elif load.connections is not None:
         # A slow server answers in bursts, whose beat begins with the load. If every window began at the same moment of
         # it, what the window cuts off would look like a difference between arms.
@@ -123,28 +121,24 @@ def apply_load(
     if not load.steps:
         arguments += ["--seconds", str(math.ceil(whole))]
     before = stage_totals(server.url)
-    samples, meter = run_locust(server, spec, arguments, seconds=whole, files=files)
-    found = window(samples, warmup_seconds=warmup_seconds, seconds=seconds)
-    server_cores, generator_cores = meter.cores(found.begin, seconds)
+    samples, meter = run_locust(server, spec, arguments, seconds=whole)
+    # The warm-up begins with the first request.
+    begin = min(sample.due_s for sample in samples) + warmup_seconds
+    found = window(samples, begin=begin, seconds=seconds)
+    server_cores, generator_cores = meter.cores(begin, seconds)
     is_open = load.connections is None
     return LoadResult(
+        **vars(found),
         mode="open" if is_open else "closed",
         connections=load.connections,
         offered_rate=load.rate,
-        throughput=found.throughput,
-        latencies_ms=found.latencies_ms,
-        errors=found.errors,
         peak_bytes=meter.peak_bytes,
         server_cores=server_cores,
         generator_cores=generator_cores,
         arrivals=len(found.latencies_ms) if is_open else 0,
-        late_arrivals=found.late_arrivals if is_open else 0,
-        unsent_arrivals=found.unsent_arrivals,
         device_bytes=meter.device_bytes,
         stages_ms=mean_stages_ms(before, stage_totals(server.url)),
-        labelled=found.labelled,
-        correct=found.correct,
-        trace=_trace(samples, found.begin, seconds) if load.steps else None,
+        trace=_trace(samples, begin, seconds) if load.steps else None,
     )
 
 
@@ -158,15 +152,10 @@ def _trace(samples: Sequence[Sample], begin: float, seconds: float) -> RequestTr
 
 
 def run_locust(
-    server: Server,
-    spec: RequestSpec,
-    arguments: Sequence[str],
-    *,
-    seconds: float,
-    files: Sequence[Path] = (LOCUSTFILE,),
+    server: Server, spec: RequestSpec, arguments: Sequence[str], *, seconds: float
 ) -> tuple[list[Sample], Meter]:
     """Run Locust against a server to its end. Raises ServerError if the server dies, or nothing was sent."""
-    command = [sys.executable, "-m", "locust", "-f", ",".join(map(str, files)), "--headless", "--host", server.url]
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", server.url]
     quiet = ["--loglevel", "WARNING", "--only-summary", "--stop-timeout", f"{ANSWER_SECONDS:g}"]
     with tempfile.TemporaryDirectory(prefix="stridevit-samples-") as folder:
         path = Path(folder) / "samples.csv"

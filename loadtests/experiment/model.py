@@ -13,13 +13,9 @@ from loadtests.experiment.environment import environment, this_command
 from loadtests.generator.load_result import LoadResult
 from loadtests.generator.load_result import Protocol as ApiProtocol
 
-SATURATED = "saturated"
-"""`compare`'s closed loop, with enough connections to keep the server busy."""
-MODERATE = "moderate"
-"""Its open loop at a rate that every arm serves with ease."""
-HIGH = "high"
-"""Its open loop at a rate close to the slowest arm's capacity."""
-LOADS = (SATURATED, MODERATE, HIGH)
+SATURATED, MODERATE, HIGH = LOADS = ("saturated", "moderate", "high")
+"""The loads of `compare`: a closed loop with enough connections to keep the server busy, an open loop at a rate that
+every arm serves with ease, and one at a rate close to the slowest arm's capacity."""
 
 ArmKind = Literal["service", "plain", "engine"]
 """The service; the plain FastAPI server (loadtests/baseline); or the engine limit, which serves no HTTP."""

@@ -2,19 +2,15 @@
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from loadtests.errors import LoadTestError
 from loadtests.experiment.model import Block, CapacitySearch
 from loadtests.generator.load_result import LoadResult, RequestTrace
-
-_PLAN = "plan.json"
-_TRACE = ("due_s", "statuses", "models")
 
 
 class StoreError(LoadTestError):
@@ -22,47 +18,39 @@ class StoreError(LoadTestError):
 
 
 class Store:
-    """The folder `blocks` of an experiment that is not finished."""
+    """The folder `blocks` of an experiment that is not finished: one JSON file per block or capacity search."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._plan = folder / "plan.json"
 
     def open(self, fingerprint: dict[str, Any], *, fresh: bool) -> dict[str, Any]:
         """Begin, or resume what has the same fingerprint: returns what `settle` has kept then. Raises StoreError."""
         if fresh:
             self.clear()
         fingerprint = json.loads(json.dumps(fingerprint))
-        kept = self._folder / _PLAN
-        if kept.is_file():
-            found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-            names = fingerprint.keys() | found["fingerprint"].keys()
-            differing = sorted(name for name in names if found["fingerprint"].get(name) != fingerprint.get(name))
-            if differing and any(self._folder.glob("[0-9]*.json")):
+        if self._plan.is_file():
+            kept: dict[str, dict[str, Any]] = json.loads(self._plan.read_text(encoding="utf-8"))
+            names = fingerprint.keys() | kept["fingerprint"].keys()
+            differing = sorted(name for name in names if kept["fingerprint"].get(name) != fingerprint.get(name))
+            if not differing:
+                return kept["settled"]
+            if any(self._folder.glob("[0-9]*.json")):
                 raise StoreError(
                     f"{self._folder.parent} holds a measurement that was begun with another {', '.join(differing)}: "
                     "run it again as it was begun to resume it, give --fresh to discard it, or another --out"
                 )
-            if not differing:
-                settled: dict[str, Any] = found["settled"]
-                return settled
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._write(kept, {"fingerprint": fingerprint, "settled": {}})
+        self._write(self._plan, {"fingerprint": fingerprint, "settled": {}})
         return {}
 
     def settle(self, settled: dict[str, Any]) -> None:
         """Keep what was decided at the start, and must stay the same."""
-        kept = self._folder / _PLAN
-        self._write(kept, {**json.loads(kept.read_text(encoding="utf-8")), "settled": settled})
+        self._write(self._plan, {**json.loads(self._plan.read_text(encoding="utf-8")), "settled": settled})
 
     def add(self, block: Block, number: int) -> None:
         """Keep a block, whole or not at all."""
-        arrays: dict[str, npt.NDArray[Any]] = {}
-        values = asdict(block)
-        for name, load in values["loads"].items():
-            arrays[name] = load.pop("latencies_ms")
-            arrays |= {f"{name}/{field}": array for field, array in (load.pop("trace") or {}).items()}
-        np.savez_compressed(self._folder / f"{number:04d}.npz", allow_pickle=False, **arrays)
-        self._write(self._folder / f"{number:04d}.json", values)
+        self._write(self._folder / f"{number:04d}.json", asdict(block))
 
     def add_search(self, search: CapacitySearch, number: int) -> None:
         """Keep a capacity search."""
@@ -73,9 +61,8 @@ class Store:
         found = {}
         for path in sorted(self._folder.glob("[0-9]*.json")):
             values = json.loads(path.read_text(encoding="utf-8"))
-            with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
-                loads = {name: _load(name, load, dict(arrays)) for name, load in values.pop("loads").items()}
-            found[int(path.stem)] = replace(Block(**values), loads=loads)
+            loads = {name: _load(**load) for name, load in values.pop("loads").items()}
+            found[int(path.stem)] = Block(**values, loads=loads)
         return found
 
     def searches(self) -> dict[int, CapacitySearch]:
@@ -93,14 +80,13 @@ class Store:
 
     def _write(self, path: Path, values: dict[str, Any]) -> None:
         draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(values), encoding="utf-8")
+        draft.write_text(json.dumps(values, default=np.ndarray.tolist), encoding="utf-8")
         draft.replace(path)
 
 
-def _load(name: str, values: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> LoadResult:
-    traced = f"{name}/{_TRACE[0]}" in arrays
-    trace = RequestTrace(**{field: arrays[f"{name}/{field}"] for field in _TRACE}) if traced else None
-    return LoadResult(**values, latencies_ms=arrays[name], trace=trace)
+def _load(latencies_ms: list[float], trace: dict[str, list[Any]] | None, **values: Any) -> LoadResult:
+    arrays = RequestTrace(**{name: np.array(column) for name, column in trace.items()}) if trace else None
+    return LoadResult(**values, latencies_ms=np.array(latencies_ms, dtype=np.float64), trace=arrays)
 
 
 def whole_rounds(blocks: dict[int, Block], arms: int) -> dict[int, Block]:

@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from loadtests.generator.samples import Window
+
 Mode = Literal["open", "closed"]
 """An open loop sends at scheduled moments, a closed one as soon as the last answer has come."""
 Protocol = Literal["v1", "v2"]
@@ -35,21 +37,14 @@ class RequestTrace:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadResult:
-    """What a server did under one load, within its measured window. Rates in images per second."""
+class LoadResult(Window):
+    """What a server did under one load, within its measured window."""
 
     mode: Mode
     connections: int | None
     """Concurrent requests of a closed loop; None in an open one."""
     offered_rate: float | None
     """Arrivals per second of an open loop; None in a closed one, or where it changes."""
-    throughput: float
-    """Images answered with 200."""
-    latencies_ms: npt.NDArray[np.float64] = field(repr=False)
-    """Of every request that was due in the window, counted from the moment at which it was due; infinite if it was not
-    answered with 200, or not sent."""
-    errors: int
-    """Requests sent, but not answered with 200."""
     peak_bytes: int
     """Largest memory of the server's process tree; 0 if unknown."""
     server_cores: float
@@ -57,16 +52,10 @@ class LoadResult:
     generator_cores: float
     arrivals: int = 0
     """In an open loop: all requests due in the window, including those sent late or not at all."""
-    late_arrivals: int = 0
-    unsent_arrivals: int = 0
     device_bytes: int | None = None
     """Largest memory on the GPU; None without one."""
     stages_ms: dict[str, float] = field(default_factory=dict)
     """Mean times per image by the server's own clocks: decode, queue, inference, total, ..."""
-    labelled: int = 0
-    """Answers for images whose class is known."""
-    correct: int = 0
-    """Those of them whose first class was the right one."""
     percentiles_ms: dict[str, float | None] = field(default_factory=dict)
     """`p50_ms`, `p95_ms`, `p99_ms` of a result that was read back from results.json, which keeps no latencies."""
     trace: RequestTrace | None = None

@@ -98,30 +98,21 @@ class ScenarioRun:
     scenario: Scenario
     mode: str
     summary: Summary
-    answered: int
-    """Requests answered with 200."""
-    failures: dict[str, int]
-    """Other requests by message. LoadGen takes them for answered."""
-    seconds: float
-    """Duration of LoadGen's run."""
-    warmup_rate: float
-    """Images a second before LoadGen started."""
-    connections: int
-    generator_cores: float
-    """CPU time of the subprocess, including LoadGen's, by wall time."""
-    loadgen: str
-    """Version."""
-    rules: dict[str, float]
-    """MLPerf's minimum settings for image classification, as LoadGen contains them."""
-    images: int
+    client: dict[str, Any]
+    """What LoadGen's process counted, see `loadtests.mlperf.sut.drive`."""
     model: dict[str, Any] = field(repr=False)
     """What the service says about the model."""
     accuracy: AccuracyCount | None = None
 
     @property
+    def answered(self) -> int:
+        """Requests answered with 200."""
+        return int(self.client["answered"])
+
+    @property
     def failed(self) -> int:
-        """Requests not answered with 200."""
-        return sum(self.failures.values())
+        """All other requests. LoadGen takes them for answered."""
+        return sum(self.client["failures"].values())
 
 
 @dataclass(kw_only=True)
@@ -172,7 +163,7 @@ def _run(
         old.unlink()
     log = out / "server.log"
     with service_for(
-        plan.model, url=plan.url, repository=plan.repository, log=log, arguments=plan.service_arguments
+        plan.model, repository=plan.repository, log=log, arguments=plan.service_arguments, url=plan.url
     ) as server:
         model = _describe(server, plan.model)
         spec = {
@@ -189,7 +180,7 @@ def _run(
             "min_queries": None if plan.full else _QUICK_QUERIES[scenario],
             "latency_ms": plan.latency_ms,
         }
-        found = _drive(spec, out, server, progress, plan.estimated_seconds(scenario))
+        client = _drive(spec, out, server, progress, plan.estimated_seconds(scenario))
     summary = parse_summary((out / "mlperf_log_summary.txt").read_text(encoding="utf-8"))
     if summary.verdict is None and not plan.accuracy:
         raise MlperfError(f"{scenario}: LoadGen gave no verdict; see {out / 'mlperf_log_summary.txt'}")
@@ -198,7 +189,9 @@ def _run(
         labels = [payload.label for payload in payloads]
         accuracy = count_correct(out / "mlperf_log_accuracy.json", labels, model.get("labels", ()))
     known = {name: value for name, value in model.items() if name in ("version", "manifest")}
-    return ScenarioRun(scenario=scenario, mode=plan.mode, summary=summary, model=known, accuracy=accuracy, **found)
+    return ScenarioRun(
+        scenario=scenario, mode=plan.mode, summary=summary, client=client, model=known, accuracy=accuracy
+    )
 
 
 def _fraction_of_offline(results: MlperfRun) -> float | None:

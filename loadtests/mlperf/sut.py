@@ -198,7 +198,11 @@ def settings_for(spec: Spec, *, rate: float, images: int) -> tuple[Any, dict[str
 
 
 def drive(spec: Spec) -> dict[str, Any]:
-    """Warm up, let LoadGen run, and return what LoadGen cannot know. Raises RequestFailed if the warm-up fails."""
+    """Warm up, let LoadGen run, and return what LoadGen cannot know. Raises RequestFailed if the warm-up fails.
+
+    Among it the `failures` by message, which LoadGen takes for answered; `generator_cores`, CPU time by wall time of
+    this process; and the `rules`, MLPerf's minimums.
+    """
     images = [file.read_bytes() for file in sorted(Path(spec.images).iterdir())]
     connections = [Connection(spec.url) for _ in range(spec.connections)]
     rate = warm_up(connections, images, seconds=spec.warmup_seconds)

@@ -180,6 +180,8 @@ _STRINGS = msgspec.json.Decoder(list[str | list[str]])
 
 
 def _parse_json(text: bytes) -> _Request:
+    if not text or text.isspace():
+        raise BadRequest("malformed inference request: the body is empty")
     # Each string and each key costs an object. Pixels have none; they and the shape are left as text.
     if text.count(b'"') > 2 * _MAX_STRINGS:
         raise BadRequest(f"malformed inference request: over {_MAX_STRINGS:,} strings")
@@ -205,7 +207,7 @@ def _converted(parameters: _Parameters, kind: type[T], place: str) -> T:
 def _malformed(error: Exception, place: str) -> BadRequest:
     """With msgspec's place, such as `$.inputs[0].name`, written as inputs.0.name and after `place`."""
     message, _, path = str(error).partition(" - at `$")
-    path = place + re.sub(r"\[(\w+|\.\.\.)\]", r".\1", path.rstrip("`"))
+    path = place + re.sub(r"\[(\d+)\]", r".\1", path.rstrip("`").replace("[...]", ""))
     return BadRequest(f"malformed inference request: {path.lstrip('.') + ': ' if path else ''}{_short(message)}")
 
 
@@ -265,7 +267,9 @@ def _check_count(images: int, max_images: int, place: str) -> None:
 
 def _decode_strings(array: bytes, shape: tuple[int, ...]) -> list[bytes]:
     """The images in JSON data of shape [n] or [n,1], flat or nested: strings in base64."""
-    data = _decoded(_STRINGS, array, "inputs.0.data")
+    # Checked first: a body could hold millions of lists.
+    nested = array.count(b"[") - 1 <= shape[0]
+    data = _decoded(_STRINGS, array, "inputs.0.data") if nested else []
     if len(data) != shape[0]:
         raise BadRequest(f"inputs.0.data: shape {list(shape)} needs {shape[0]} strings, got {len(data)}")
     images = []

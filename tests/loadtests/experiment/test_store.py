@@ -75,7 +75,6 @@ def test_a_block_whose_writing_was_interrupted_does_not_count(tmp_path: Path) ->
     store = Store(tmp_path / "blocks")
     store.open({}, fresh=False)
     store.add(block(0), 0)
-    (tmp_path / "blocks" / "0001.npz").write_bytes(b"half")
     (tmp_path / "blocks" / "0001.draft").write_text('{"arm":')
     assert sorted(store.blocks()) == [0]
 

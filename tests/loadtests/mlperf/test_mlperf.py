@@ -21,7 +21,6 @@ import numpy as np
 import psutil
 import pytest
 import typer
-from loadtests.mlperf.spec import Spec
 from PIL import Image
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner, Result
@@ -85,16 +84,16 @@ RULES = {
 }
 SERVER = ScenarioRun(
     scenario="Server",
+    mode="PerformanceOnly",
     summary=parse_summary(INVALID),
-    answered=90,
-    failures={},
-    seconds=2.0,
-    warmup_rate=80.0,
-    connections=64,
-    generator_cores=0.1,
-    loadgen="6.0.17",
-    rules=RULES,
-    images=100,
+    client={
+        "answered": 90,
+        "failures": {},
+        "connections": 64,
+        "generator_cores": 0.1,
+        "loadgen": "6.0.17",
+        "rules": RULES,
+    },
     model={},
 )
 PLAN = Plan(
@@ -127,7 +126,7 @@ def test_the_verdict_and_its_reasons_are_loadgens_own_words(tmp_path: Path) -> N
     write(results_of(SERVER), tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert INVALID.partition("Result is")[2].partition("\n\n")[0] in page
-    assert "| Server | INVALID | Completed samples per second 46.4 | 2.38 | – | 1780.12 | 90 | 0 | 0.10 |" in page
+    assert "| Server | INVALID | Completed samples per second 46.35 | 2.38 | – | 1780.12 | 90 | 0 | 0.10 |" in page
     assert "min_query_count 64, performance_sample_count 100, 64 connections." in page
 
 
@@ -169,7 +168,7 @@ def test_what_falls_short_of_mlperfs_own_settings_is_reported() -> None:
 
 def test_failed_requests_come_first_in_the_report_whatever_the_verdict_is() -> None:
     valid = replace(SERVER.summary, verdict="VALID")
-    failing = replace(SERVER, summary=valid, failures={"503: too busy": 7, "404: gone": 3})
+    failing = replace(SERVER, summary=valid, client={**SERVER.client, "failures": {"503: too busy": 7, "404: gone": 3}})
     first, *_ = notes(results_of(failing))
     assert "10 of 100 requests failed" in first
     assert "503: too busy" in first
@@ -258,19 +257,20 @@ def drive(url: str, folder: Path, **settings: Any) -> subprocess.CompletedProces
     images = folder / "images"
     images.mkdir()
     (images / "0").write_bytes(b"no image, and nobody looks")
-    spec = {"min_seconds": 1.0, "min_queries": 100, **settings}
-    Spec(
-        url=f"{url}/v1/classify",
-        scenario="SingleStream",
-        mode="PerformanceOnly",
-        images=str(images),
-        out=str(folder),
-        connections=1,
-        warmup_seconds=0.5,
-        load=0.6,
-        **spec,
-    ).write(folder / "spec.json")
-    command = [sys.executable, "-m", "loadtests.mlperf.sut", str(folder / "spec.json")]
+    spec = {
+        "url": f"{url}/v1/classify",
+        "scenario": "SingleStream",
+        "mode": "PerformanceOnly",
+        "images": str(images),
+        "out": str(folder),
+        "connections": 1,
+        "warmup_seconds": 0.5,
+        "load": 0.6,
+        "min_seconds": 1,
+        "min_queries": 100,
+        **settings,
+    }
+    command = [sys.executable, "-m", "loadtests.mlperf.sut", json.dumps(spec)]
     return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=250)
 
 
@@ -416,12 +416,9 @@ def test_loadgens_process_loads_neither_locust_nor_gevent(tmp_path: Path) -> Non
 
     patched = "import gevent; from loadtests.mlperf.sut import main; main()"
     settings = {"warmup_seconds": 1, "load": 1, "connections": 1, "mode": "PerformanceOnly", "scenario": "Server"}
-    spec = tmp_path / "spec.json"
-    spec.write_text(
-        json.dumps({**settings, "url": "http://127.0.0.1:9", "images": str(tmp_path), "out": str(tmp_path)})
-    )
+    spec = {**settings, "url": "http://127.0.0.1:9", "images": str(tmp_path), "out": str(tmp_path)}
     ended = subprocess.run(
-        [sys.executable, "-c", patched, str(spec)], cwd=ROOT, check=False, capture_output=True, text=True
+        [sys.executable, "-c", patched, json.dumps(spec)], cwd=ROOT, check=False, capture_output=True, text=True
     )
     assert ended.returncode == 1
     assert "gevent must not be loaded beside LoadGen" in ended.stderr

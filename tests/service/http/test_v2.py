@@ -14,7 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from service.app import create_app
-from service.http.keys import new_key
+from service.http.auth import new_key
 from service.scheduling.request import RequestState
 from service.settings import Settings
 from tests.service.conftest import PNG, noise
@@ -183,11 +183,11 @@ def test_a_small_body_that_unpacks_to_a_huge_one_is_refused(client: TestClient) 
 def test_what_unpacks_to_more_than_all_bodies_may_hold_is_refused(repository: Path) -> None:
     limits = {"max_body_bytes": 300_000, "max_pending_bytes": 300_000}
     with TestClient(create_app(Settings(repository=repository, threads=1, **limits))) as client:  # type: ignore[arg-type]
-        other = RequestState(seconds=60)
-        admission = client.app.state.classifier.admission  # type: ignore[attr-defined]
+        pipeline = client.app.state.pipeline  # type: ignore[attr-defined]
+        admission, queue = pipeline.admission, pipeline.registry.ready[0].queue
         body, headers = binary_body(elements(bytes(200_000)), shape=[1], datatype="BYTES")
-        with admission.place(other):
-            admission.hold_bytes(other, 150_000)
+        with admission.admit(RequestState(seconds=60), queue, encoded=True) as other:
+            other.hold_bytes(150_000)
             packed = gzip.compress(body)
             answer = client.post(MODEL + "/infer", content=packed, headers=headers | {"Content-Encoding": "gzip"})
             assert answer.status_code == 429
@@ -294,7 +294,7 @@ def test_polling_takes_in_a_new_version_by_itself(tmp_path: Path) -> None:
         publish_identity(tmp_path)
 
         async def taken_in() -> None:
-            while client.app.state.classifier.registry.find("identity-a").version != 2:  # type: ignore[attr-defined]  # noqa: ASYNC110
+            while client.app.state.pipeline.registry.find("identity-a").version != 2:  # type: ignore[attr-defined]  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
         assert client.portal
