@@ -12,10 +12,11 @@ from service.models.registry import State
 from service.pipeline import RequestOptions
 
 
-class ClassifyQuery(RequestOptions, frozen=True):
+class ClassifyQuery(RequestOptions):
     """The query of a classification."""
 
-    top_k: Annotated[int, Field(ge=1, le=1000, description="How many classes to return, best first.")] = 5
+    top_k: Annotated[int, Field(ge=1, le=1000)] = 5
+    """How many classes to return, best first."""
 
 
 class Prediction(BaseModel):
