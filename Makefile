@@ -75,7 +75,7 @@ lock: $(UV) ## Resolve pyproject.toml again into lock/ (exact versions and hashe
 dist: $(DEV)/.installed ## Build sdist and wheel into dist/, install the wheel elsewhere and serve with it
 	@echo "building dist/ and installing the wheel into a new environment"
 	@rm -rf dist
-	@$(DEV)/bin/python -m build --no-isolation >/dev/null
+	@$(DEV)/bin/python -m build --no-isolation --quiet >/dev/null
 	@$(DEV)/bin/python -m tests.distribution dist lock/service-cpu.txt
 
 image-test: ## Build the container image and test a running container (needs a Docker engine)

@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from importlib.metadata import version
 
 import structlog
@@ -22,9 +23,7 @@ from service.metrics import Metrics
 from service.models.loading import Loader
 from service.models.registry import Registry
 from service.pipeline import Limits, Pipeline
-from service.scheduling.admission import Admission
 from service.scheduling.cost import Load
-from service.scheduling.decode_pool import DecodePool
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
 from service.tracing import Tracing
@@ -108,22 +107,8 @@ def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], floa
     scheduler = Scheduler(load)
     registry = make_registry(settings, scheduler, load)
     registry.load_all()
-    admission = Admission(
-        scheduler,
-        load,
-        max_pending_images=settings.max_pending_images,
-        max_pending_bytes=settings.max_pending_bytes,
-        margin=settings.deadline_margin,
-    )
-    limits = Limits(
-        max_body_bytes=settings.max_body_bytes,
-        max_images_per_request=settings.max_images_per_request,
-        body_timeout_seconds=settings.body_timeout_seconds,
-        default_deadline_ms=settings.default_deadline_ms,
-        max_deadline_ms=settings.max_deadline_ms,
-    )
-    decoders = DecodePool(scheduler, load, max_pixels=settings.max_pixels)
-    return Pipeline(registry, scheduler, admission, decoders, load, limits=limits, metrics=metrics)
+    limits = Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)})
+    return Pipeline(registry, scheduler, load, limits=limits, metrics=metrics)
 
 
 def make_registry(settings: Settings, scheduler: Scheduler, load: Load) -> Registry:

@@ -111,7 +111,7 @@ def _run_as_json(run: ScenarioRun) -> dict[str, Any]:
         "failed": run.failed,
         "samples_per_second": next((rate for name in _RATES if (rate := number(name))), None),
         **{name: number(key) for name, key in _PERCENTILES.items()},
-        "top1": run.accuracy.top1 if run.accuracy else None,
+        "top1": run.top1,
         "unmet": unmet(run),
     }
 
@@ -138,8 +138,7 @@ def table(results: MlperfRun) -> Table:
 
 
 def _accuracy_cells(run: ScenarioRun) -> list[str]:
-    top1 = run.accuracy.top1 if run.accuracy else None
-    return [run.mode, UNKNOWN if top1 is None else f"{top1:.4f}", f"{run.accuracy.answered if run.accuracy else 0:,}"]
+    return [run.mode, UNKNOWN if run.top1 is None else f"{run.top1:.4f}", f"{run.labelled:,}"]
 
 
 def _performance_cells(run: ScenarioRun) -> list[str]:

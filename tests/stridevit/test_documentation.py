@@ -26,7 +26,7 @@ def commands(text: str) -> Iterator[list[str]]:
 @page
 def test_every_command_and_flag_that_a_page_names_exists(file: Path) -> None:
     for words in commands(file.read_text(encoding="utf-8")):
-        if words[0] in ("...", "COMMAND", "--help", "--version"):
+        if words[0] in ("...", "--help", "--version") or {"X", "COMMAND"} & set(words):  # placeholders
             continue
         assert words[0] in COMMANDS, words
         command = COMMANDS[words[0]].load()

@@ -57,7 +57,7 @@ def test_samples_survive_their_file_and_a_cut_off_last_line_is_left_out(tmp_path
     assert read_samples(path) == kept
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(
     st.lists(st.floats(0.01, 60_000), min_size=20, max_size=200),
     st.lists(st.floats(0.01, 60_000), min_size=20, max_size=200),

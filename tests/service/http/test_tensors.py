@@ -105,7 +105,7 @@ def test_outputs_are_sent_as_the_request_says() -> None:
 
 def test_request_parameters_are_read_and_unknown_ones_ignored() -> None:
     parameters: dict[str, Any] = {"timeout": 2500, "priority": 1, "sequence_id": 7, "sequence_start": True}
-    asked = ask({**json_body(), "id": "a", "parameters": {**parameters, "mine": "x", "other": 1.5, "flag": False}})
+    asked = ask({**json_body(), "id": "a", "parameters": {**parameters, "mine": "x", "other": 1.5, "flag": [False]}})
     assert (asked.id, asked.inputs.seconds, asked.inputs.priority) == ("a", 0.0025, None)
     assert ask({**json_body(), "parameters": {"timeout": 0, "priority": 2}}).inputs.seconds is None
     assert ask({**json_body(), "parameters": {"priority": 2}}).inputs.priority == "batch"
@@ -160,26 +160,24 @@ TENSOR = json_body()["inputs"][0]
         (json_body(data=None, parameters={"binary_data_size": True}), r"inputs\.0\.parameters\.binary_data_size"),
         (json_body(data=None, parameters={"shared_memory_region": "r"}), "shared memory is not offered"),
         (json_body(datatype="BYTES", shape=[2], data=["AA=="]), "needs 2 strings, got 1"),
-        (json_body(datatype="BYTES", shape=[2], data=["AA==", "not base64"]), r"inputs\.0\.data\.1: .* base64"),
-        (json_body(datatype="BYTES", shape=[1], data=["é"]), r"inputs\.0\.data\.0: .* base64"),
-        (json_body(datatype="BYTES", shape=[1], data=[7]), r"inputs\.0\.data\.0: Expected `str"),
-        (json_body(datatype="BYTES", shape=[1], data=[["AA=="]]), "base64"),
+        (json_body(datatype="BYTES", shape=[2], data=["AA==", "not base64"]), r"inputs\.0\.data\.1: Invalid base64"),
+        (json_body(datatype="BYTES", shape=[1], data=["é"]), r"inputs\.0\.data\.0: Invalid base64"),
+        (json_body(datatype="BYTES", shape=[1], data=[7]), r"inputs\.0\.data\.0: Expected `bytes`"),
+        (json_body(datatype="BYTES", shape=[1], data=[["AA=="]]), r"inputs\.0\.data\.0: Expected `bytes`"),
         (json_body(datatype="BYTES", shape=[2, 2], data=["AA=="] * 4), "expected one input"),
         ({**json_body(), "parameters": {"timeout": -1}}, r"parameters\.timeout: Expected `int` >= 0"),
         ({**json_body(), "parameters": {"timeout": "5"}}, r"parameters\.timeout"),
         ({**json_body(), "parameters": {"priority": 1.5}}, r"parameters\.priority"),
-        ({**json_body(), "parameters": {"priority": 2**63}}, "parameters: Expected `int` <= 9223372036854775807"),
+        ({**json_body(), "parameters": {"priority": 2**63}}, r"parameters\.priority: Expected `int` <= 92"),
         ({**json_body(), "parameters": {"binary_data_output": 1}}, r"parameters\.binary_data_output: Expected `bool"),
-        ({**json_body(), "parameters": {"mine": [1]}}, r"parameters: Expected `bool \| int \| float \| str"),
         ({**json_body(), "parameters": {"mine": float("nan")}}, "JSON is malformed"),
         ({**json_body(), "parameters": {"mine": float("inf")}}, "JSON is malformed"),
-        ({**json_body(), "parameters": {"mine": 10**400}}, "parameters: Expected `int` <= 9223372036854775807"),
         ({**json_body(), "parameters": []}, "parameters: "),
         ({**json_body(), "outputs": [{"name": "secret"}]}, r"outputs\.0\.name"),
         ({**json_body(), "outputs": [{"name": "logits"}] * 2}, r"outputs\.1: 'logits' is requested twice"),
         (
             {**json_body(), "outputs": [{"name": "logits", "parameters": {"shared_memory_region": "r"}}]},
-            r"outputs\.0\.parameters: shared memory is not offered",
+            r"outputs\.0: shared memory is not offered",
         ),
         (
             {**json_body(), "outputs": [{"name": "logits", "parameters": {"classification": -1}}]},

@@ -48,7 +48,7 @@ def test_an_image_gets_ranked_labels_and_timings(client: TestClient, repository:
     np.testing.assert_allclose([p["probability"] for p in predictions], probabilities[0][order], atol=1e-5)
 
 
-def test_the_headers_say_who_answered_and_where_the_time_went(client: TestClient) -> None:
+def test_headers_name_the_model_and_the_time_of_each_stage(client: TestClient) -> None:
     answer = client.post("/v1/classify?model=digits-csra-r2&version=1", content=PNG)
     assert answer.headers["x-stridevit-model"] == "digits-csra-r2/1"
     stages = dict(part.split(";dur=") for part in answer.headers["server-timing"].split(", "))
@@ -153,7 +153,7 @@ def test_a_body_of_unstated_length_is_stopped_at_the_limit(client: TestClient) -
     assert received == 201, "200 chunks fit, and the next one is too much"
 
 
-def test_a_body_that_does_not_arrive_gives_its_place_back(repository: Path) -> None:
+def test_a_body_that_does_not_arrive_frees_its_place(repository: Path) -> None:
     async def receive() -> Message:
         await asyncio.sleep(3600)
         raise AssertionError
@@ -176,7 +176,7 @@ def test_a_body_that_does_not_arrive_gives_its_place_back(repository: Path) -> N
         assert client.post("/v1/classify", content=PNG).status_code == 200
 
 
-def test_a_fault_of_the_service_is_a_500_whose_id_is_in_the_log(
+def test_an_unexpected_error_is_a_500_whose_id_is_in_the_log(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(*_: object) -> None:
@@ -218,7 +218,7 @@ def test_a_field_of_a_multipart_body_cannot_choose_a_slow_codec(client: TestClie
     assert answer.status_code == 400
 
 
-def test_probes_may_ask_for_the_head_only(client: TestClient) -> None:
+def test_probes_answer_head_requests(client: TestClient) -> None:
     for path in ("/healthz", "/readyz"):
         assert client.head(path).status_code == 200
 
@@ -228,7 +228,7 @@ def test_too_many_images_are_a_400(client: TestClient) -> None:
     assert answer.status_code == 400
 
 
-def test_a_full_service_says_when_to_come_back(repository: Path) -> None:
+def test_a_full_service_says_when_to_retry(repository: Path) -> None:
     app = create_app(Settings(repository=repository, max_pending_images=3, max_images_per_request=3, threads=1))
     two = [("a", ("a.png", PNG)), ("b", ("b.png", PNG))]
     with TestClient(app) as client:
