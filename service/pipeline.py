@@ -41,30 +41,20 @@ class Limits:
     deadline_margin: float
 
 
-class RequestOptions(BaseModel, frozen=True):
+class RequestOptions(BaseModel, frozen=True, use_attribute_docstrings=True):
     """What a request asks for, beside its images. The descriptions are shown in /docs."""
 
-    model: Annotated[
-        str | None,
-        Field(
-            max_length=100,
-            description="Name of a model, or of a family: then the most accurate model that can meet the deadline "
-            "answers. Without it the default model does.",
-        ),
-    ] = None
-    version: Annotated[int | None, Field(ge=1, description="Version of the model; the newest by default.")] = None
-    min_top1: Annotated[
-        float, Field(ge=0, le=1, description="A family does not choose a model below this top-1 accuracy.")
-    ] = 0.0
-    deadline_ms: Annotated[
-        float | None,
-        Field(
-            gt=0, le=1e9, description="Answer within this many milliseconds of the request's arrival, or not at all."
-        ),
-    ] = None
-    priority: Annotated[Priority, Field(description="`batch` work waits until no `interactive` work is left.")] = (
-        "interactive"
-    )
+    model: Annotated[str | None, Field(max_length=100)] = None
+    """Name of a model, or of a family: then the most accurate model that can meet the deadline answers. Without it the
+    default model does."""
+    version: Annotated[int | None, Field(ge=1)] = None
+    """Version of the model; the newest by default."""
+    min_top1: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """A family does not choose a model below this top-1 accuracy."""
+    deadline_ms: Annotated[float | None, Field(gt=0, le=1e9)] = None
+    """Answer within this many milliseconds of the request's arrival, or not at all."""
+    priority: Priority = "interactive"
+    """`batch` work waits until no `interactive` work is left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

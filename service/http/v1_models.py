@@ -15,7 +15,8 @@ from service.pipeline import RequestOptions
 class ClassifyQuery(RequestOptions, frozen=True):
     """The query of a classification."""
 
-    top_k: Annotated[int, Field(ge=1, le=1000, description="How many classes to return, best first.")] = 5
+    top_k: Annotated[int, Field(ge=1, le=1000)] = 5
+    """How many classes to return, best first."""
 
 
 class Prediction(BaseModel):
@@ -109,34 +110,6 @@ class ModelDetail(BaseModel):
 
 def summary(model: Model, *, default: bool) -> ModelSummary:
     """A model that takes traffic."""
-    manifest, attention = model.manifest, model.manifest.attention
-    return ModelSummary(
-        name=manifest.name,
-        version=model.version,
-        state="ready",
-        default=default,
-        family=manifest.family,
-        architecture=manifest.architecture,
-        variant=attention.variant if attention else None,
-        kv_tokens=attention.kv_tokens if attention else None,
-        tokens=attention.tokens if attention else None,
-        params=manifest.params,
-        macs=manifest.macs,
-        precision=manifest.precision,
-        img_size=manifest.preprocessing.crop,
-        num_classes=manifest.num_classes,
-        accuracy=manifest.accuracy,
-    )
-
-
-def detail(model: Model, *, versions: list[int]) -> ModelDetail:
-    """A model that takes traffic, with its manifest and labels."""
-    return ModelDetail(
-        name=model.name,
-        versions=versions,
-        version=model.version,
-        manifest=model.manifest,
-        batch_ms={size: round(seconds * 1000, 3) for size, seconds in model.queue.cost.as_dict().items()},
-        waiting=len(model.queue),
-        labels=model.bundle.labels,
-    )
+    manifest = model.manifest
+    known = {**dict(manifest.attention or {}), **dict(manifest), "img_size": manifest.preprocessing.crop}
+    return ModelSummary.model_validate({**known, "version": model.version, "state": "ready", "default": default})
