@@ -50,7 +50,7 @@ def router(pipeline: Pipeline) -> APIRouter:
                 "version": answer.model.version,
                 "requested": options.model,
                 "results": results,
-                "choice": answer.choice.as_dict() if answer.choice else None,
+                "choice": answer.choice,
                 "timings_ms": answer.timings_ms,
                 "request_id": request.scope["state"]["request_id"],
             },

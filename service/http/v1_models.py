@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 from service.http.problems import Problem
 from service.manifest import AccuracySummary, Manifest
-from service.models.family import Reason
+from service.models.family import Choice
 from service.models.model import Model
 from service.models.registry import State
 from service.pipeline import RequestOptions
@@ -34,23 +34,6 @@ class ImageResult(BaseModel):
     error: Problem | None = None
 
 
-class Skipped(BaseModel):
-    """A more accurate model that was not chosen."""
-
-    model: str
-    predicted_ms: float
-
-
-class Chosen(BaseModel):
-    """Why a family chose this model."""
-
-    family: str
-    reason: Reason
-    """`most_accurate`, `deadline`, or `headroom`: a more accurate one would be in time, but only just."""
-    predicted_ms: float
-    skipped: list[Skipped]
-
-
 class Classification(BaseModel):
     """The answer to a request; `results` are in the order of its images."""
 
@@ -58,7 +41,7 @@ class Classification(BaseModel):
     version: int
     requested: str | None
     results: list[ImageResult]
-    choice: Chosen | None
+    choice: Choice | None
     """Null if a model was named."""
     timings_ms: dict[Literal["read", "decode", "queue", "inference", "total"], float]
     """With several images, `decode`, `queue` and `inference` are those of the slowest."""

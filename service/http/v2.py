@@ -222,7 +222,7 @@ class _Inference:
             logits=np.stack([output.logits for output in answer.outputs]),
             probabilities=np.stack([output.probabilities for output in answer.outputs]),
             labels=model.bundle.labels,
-            parameters={"family": choice.family, "choice": choice.reason} if choice else None,
+            parameters={"family": choice["family"], "choice": choice["reason"]} if choice else None,
         )
         headers = {"Vary": "Accept-Encoding"}
         if json_length is not None:
