@@ -65,7 +65,8 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
     )
     app.state.pipeline = pipeline
     problems.install(app)
-    routers = [page.router(), v1.router(pipeline), v2.probes(pipeline), v2.router(pipeline, version=release)]
+    v2_routers = [v2.probes(pipeline), v2.router(pipeline, version=release), v2.repository(pipeline)]
+    routers = [page.router(), v1.router(pipeline), *v2_routers]
     for router in routers:
         app.include_router(router)
 
