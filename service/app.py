@@ -14,6 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from service.gauges import Gauges
 from service.host import available_cores
 from service.http import page, problems, v1, v2
 from service.http.auth import KeyGate
@@ -64,7 +65,8 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
     )
     app.state.pipeline = pipeline
     problems.install(app)
-    routers = [page.router(), v1.router(pipeline), v2.probes(pipeline), v2.router(pipeline, version=release)]
+    v2_routers = [v2.probes(pipeline), v2.router(pipeline, version=release), v2.repository(pipeline)]
+    routers = [page.router(), v1.router(pipeline), *v2_routers]
     for router in routers:
         app.include_router(router)
 
@@ -108,7 +110,9 @@ def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], floa
     registry = make_registry(settings, scheduler, load)
     registry.load_all()
     limits = Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)})
-    return Pipeline(registry, scheduler, load, limits=limits, metrics=metrics)
+    pipeline = Pipeline(registry, scheduler, load, limits=limits, metrics=metrics)
+    metrics.registry.register(Gauges(pipeline))
+    return pipeline
 
 
 def make_registry(settings: Settings, scheduler: Scheduler, load: Load) -> Registry:

@@ -1,16 +1,17 @@
 """The least memory that a model needs: PSS of a process that holds ONNX Runtime and the model alone, on the CPU.
 
-`python -m service.engine_memory` is that process. It makes the session itself, with the options of `service.engine`,
-and imports nothing else of the service that would count too.
+`python -m service.engine_memory` is that process. It imports nothing more of the service, which would count too.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from service.engine import Engine
 from service.errors import EngineError
 from service.host import pss_bytes
 
@@ -44,17 +45,9 @@ def measure_memory(bundle: "Bundle", *, threads: int, batch: int) -> tuple[int |
 
 
 def _main(model: str, side: int, threads: int, batch: int) -> None:
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import numpy as np  # noqa: PLC0415 (only in the process that is measured)
-    import onnxruntime  # noqa: PLC0415
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level, options.enable_mem_pattern = 3, False
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    memory = []
+    engine, memory = Engine(Path(model), threads=threads), []
     for size in (1, batch):
-        session.run(None, {"image": np.zeros((size, side, side, 3), np.uint8)})
+        engine.run(np.zeros((size, side, side, 3), np.uint8))
         memory.append(pss_bytes())
     sys.stdout.write(json.dumps(memory))
 

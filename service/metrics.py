@@ -1,12 +1,8 @@
 """Prometheus metrics, in base units and with conventional names."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.metrics_core import Metric
 
 from service.host import peak_bytes
 
@@ -14,39 +10,11 @@ _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelGauges:
-    """The present state of a model that takes traffic."""
-
-    name: str
-    version: int
-    variant: str
-    queue_depth: int
-    """Images waiting for the engine."""
-    model_bytes: int
-    arena_bytes: int
-    """Growth of resident memory while the model was loaded, and while it was warmed up."""
-    batch_seconds: Mapping[int, float]
-    """Predicted duration of a batch, by its size."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gauges:
-    """The present state of the service: what is read when metrics are scraped, and not counted as it happens."""
-
-    pending_images: int
-    pending_bytes: int
-    """Images, and bytes of bodies, that are accepted and not yet answered."""
-    predicted_drain_seconds: float
-    slowdown: float
-    models: Sequence[ModelGauges]
-
-
 class Metrics:
     """All metrics of one application."""
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"stridevit_{name}_total", text, labels, registry=registry)
@@ -114,54 +82,6 @@ class Metrics:
         self.rows.labels(model, "image").inc(images)
         self.rows.labels(model, "padding").inc(size - images)
 
-    def watch(self, read: Callable[[], Gauges]) -> None:
-        """Call `read` at each scrape, for what is a state rather than an event."""
-        self._registry.register(_GaugeCollector(read))
-
     def render(self) -> bytes:
         """The text exposition format."""
-        return generate_latest(self._registry)
-
-
-class _GaugeCollector:
-    def __init__(self, read: Callable[[], Gauges]) -> None:
-        self._read = read
-
-    def describe(self) -> list[Metric]:
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        state = self._read()
-        yield _gauge("pending_images", "Images accepted and not yet answered.", state.pending_images)
-        yield _gauge("pending_bytes", "Bodies accepted and not yet answered.", state.pending_bytes)
-        drain = "Predicted time until all accepted work is done, by the cost model."
-        yield _gauge("predicted_drain_seconds", drain, state.predicted_drain_seconds)
-        slowdown = "Recent duration of batches divided by their duration at warm-up."
-        yield _gauge("device_slowdown_ratio", slowdown, state.slowdown)
-        depth = _model_gauge("queue_depth", "Images waiting for the engine.")
-        info = _model_gauge("model_info", "Models that take traffic; the value is always 1.", "variant")
-        memory = _model_gauge(
-            "model_memory_bytes",
-            "Growth of resident memory while the model was loaded (kind=model) and warmed up (kind=arena).",
-            "kind",
-        )
-        batch = _model_gauge(
-            "predicted_batch_seconds", "Predicted duration of a batch, for each batch size in use.", "size"
-        )
-        for model in state.models:
-            labels = [model.name, str(model.version)]
-            depth.add_metric(labels, model.queue_depth)
-            info.add_metric([*labels, model.variant], 1)
-            memory.add_metric([*labels, "model"], model.model_bytes)
-            memory.add_metric([*labels, "arena"], model.arena_bytes)
-            for size, seconds in model.batch_seconds.items():
-                batch.add_metric([*labels, str(size)], seconds)
-        yield from (depth, info, memory, batch)
-
-
-def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
-    return GaugeMetricFamily(f"stridevit_{name}", text, value=value)
-
-
-def _model_gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
-    return GaugeMetricFamily(f"stridevit_{name}", text, labels=["model", "version", *labels])
+        return generate_latest(self.registry)

@@ -9,10 +9,10 @@ from typing import Annotated, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from service.errors import ClientDisconnected, DeadlineExceeded, NotReady, Overloaded, RequestError
-from service.metrics import Gauges, Metrics
+from service.metrics import Metrics
 from service.models.family import Choice, Family, pareto_front
 from service.models.model import Model
 from service.models.registry import Registry
@@ -41,10 +41,8 @@ class Limits:
     deadline_margin: float
 
 
-class RequestOptions(BaseModel):
-    """What a request asks for, beside its images. The docstrings are shown in /docs."""
-
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+class RequestOptions(BaseModel, frozen=True, use_attribute_docstrings=True):
+    """What a request asks for, beside its images. The descriptions are shown in /docs."""
 
     model: Annotated[str | None, Field(max_length=100)] = None
     """Name of a model, or of a family: then the most accurate model that can meet the deadline answers. Without it the
@@ -121,7 +119,6 @@ class Pipeline:
             margin=limits.deadline_margin,
         )
         self.ready = False
-        metrics.watch(self._gauges)
 
     def start(self) -> None:
         """Take requests; call on the event loop."""
@@ -184,7 +181,7 @@ class Pipeline:
                 answer = Answer(model=model, choice=choice, images=images)
                 errors = [image for image in images if isinstance(image, RequestError)]
                 if errors and not (partial and answer.outputs):
-                    model.statistics.failed(inferred_at - arrived_at)
+                    model.statistics.fail.add(inferred_at - arrived_at)
                     raise errors[0]
                 written = write(answer)
                 self._account(answer, arrived_at=arrived_at, read_seconds=read_seconds, inferred_at=inferred_at)
@@ -199,22 +196,20 @@ class Pipeline:
     def _select(self, options: RequestOptions, state: RequestState, inputs: Inputs) -> tuple[Model, Choice | None]:
         """The model that answers, and why if a family was asked for. Raises UnknownModel or NoSuitableModel."""
         found = self._family(options.model, options.version)
-        choice = None
         if found is None:
-            model = self.registry.find(options.model, options.version)
+            model, choice = self.registry.find(options.model, options.version), None
         else:
             family, members = found
             count, encoded = len(inputs.images), inputs.encoded
             decode = self.load.decode_seconds if encoded else 0.0
-            choice = family.choose(
+            model, choice = family.choose(
                 pareto_front(members),
                 predict=lambda model: self.admission.predict(model.queue, state, count, encoded=encoded),
                 predict_idle=lambda model: decode + model.queue.cost.total(count),
                 allowed_seconds=self.admission.allowed_seconds(state),
                 min_top1=options.min_top1,
             )
-            model = choice.model
-            self.metrics.choices.labels(family.name, model.name, choice.reason).inc()
+            self.metrics.choices.labels(family.name, model.name, choice["reason"]).inc()
         if isinstance(inputs.images, np.ndarray) and inputs.images.shape[1:] != model.manifest.input.shape[1:]:
             raise NotReady("the model was replaced by one of another image size in the meantime: retry")
         return model, choice
@@ -272,15 +267,6 @@ class Pipeline:
             "inference": round(inference_ms, 3),
             "total": round(total * 1000, 3),
         }
-
-    def _gauges(self) -> Gauges:
-        return Gauges(
-            pending_images=self.admission.images,
-            pending_bytes=self.admission.bytes,
-            predicted_drain_seconds=self.admission.drain_seconds(),
-            slowdown=self.load.slowdown,
-            models=[model.gauges() for model in self.registry.ready],
-        )
 
     def _on_batch(self, batch: Batch) -> None:
         self.metrics.on_batch(batch.queue.name, batch.images, batch.size, failed=batch.failed)

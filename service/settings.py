@@ -7,18 +7,12 @@ import difflib
 import ipaddress
 import re
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -217,13 +211,7 @@ class Settings(BaseSettings):
 
     def tuning(self) -> Tuning:
         """The settings of the engine beside its device and threads."""
-        return Tuning(
-            allow_spinning=self.allow_spinning,
-            gpu_memory_bytes=self.gpu_memory_bytes,
-            tf32=self.tf32,
-            cuda_graphs=self.cuda_graphs,
-            tensorrt_cache=self.tensorrt_cache,
-        )
+        return Tuning(**{field.name: getattr(self, field.name) for field in fields(Tuning)})
 
     @classmethod
     def settings_customise_sources(

@@ -36,7 +36,7 @@ def report(request: Request, answer: Answer) -> dict[str, str]:
         "Server-Timing": ", ".join(f"{stage};dur={ms:g}" for stage, ms in answer.timings_ms.items()),
     }
     if answer.choice:
-        headers["X-StrideViT-Choice"] = answer.choice.reason
+        headers["X-StrideViT-Choice"] = answer.choice["reason"]
     return headers
 
 

@@ -12,7 +12,7 @@ from service.http import exchange, openapi
 from service.http.body import read_images
 from service.http.fast_path import FastRoute
 from service.http.problems import problem
-from service.http.v1_models import Classification, ClassifyQuery, ModelDetail, ModelList, ModelSummary, detail, summary
+from service.http.v1_models import Classification, ClassifyQuery, ModelDetail, ModelList, ModelSummary, summary
 from service.pipeline import Answer, Inputs, Pipeline, ranked
 from service.scheduling.admission import Place
 
@@ -50,7 +50,7 @@ def router(pipeline: Pipeline) -> APIRouter:
                 "version": answer.model.version,
                 "requested": options.model,
                 "results": results,
-                "choice": answer.choice.as_dict() if answer.choice else None,
+                "choice": answer.choice,
                 "timings_ms": answer.timings_ms,
                 "request_id": request.scope["state"]["request_id"],
             },
@@ -67,7 +67,7 @@ def router(pipeline: Pipeline) -> APIRouter:
             *(errors.BadRequest, errors.BadImage, errors.UnsupportedImage, errors.TooManyPixels),
             *(errors.Unauthorized, errors.UnknownModel, errors.NoSuitableModel, errors.InvalidParameter),
             *(errors.BodyTooLarge, errors.BodyTooSlow, errors.NotReady, errors.Overloaded, errors.DeadlineExceeded),
-            example=openapi.CLASSIFICATION_EXAMPLE,
+            example="classification",
         ),
         openapi_extra={
             "parameters": openapi.query_parameters(ClassifyQuery, headers=openapi.CLASSIFY_HEADERS),
@@ -79,7 +79,7 @@ def router(pipeline: Pipeline) -> APIRouter:
         "/models",
         response_model=ModelList,
         response_model_exclude_none=True,
-        responses=openapi.responses(errors.Unauthorized, example=openapi.MODELS_EXAMPLE),
+        responses=openapi.responses(errors.Unauthorized, example="models"),
     )
     async def models() -> ModelList:
         """All models of the repository, with what they are and whether they take traffic."""
@@ -97,17 +97,21 @@ def router(pipeline: Pipeline) -> APIRouter:
     @routes.get(
         "/models/{name}",
         responses=openapi.responses(
-            errors.Unauthorized,
-            errors.UnknownModel,
-            errors.InvalidParameter,
-            errors.NotReady,
-            example=openapi.MODEL_EXAMPLE,
+            *(errors.Unauthorized, errors.UnknownModel, errors.InvalidParameter, errors.NotReady), example="model"
         ),
     )
     async def model(name: str, version: int | None = None) -> ModelDetail:
         """One model: its manifest, its labels, and what its batches cost."""
         found = registry.find(name, version)
-        return detail(found, versions=[other.version for other in registry.ready if other.name == found.name])
+        return ModelDetail(
+            name=found.name,
+            versions=[other.version for other in registry.ready if other.name == found.name],
+            version=found.version,
+            manifest=found.manifest,
+            batch_ms={size: round(seconds * 1000, 3) for size, seconds in found.queue.cost.as_dict().items()},
+            waiting=len(found.queue),
+            labels=found.bundle.labels,
+        )
 
     return routes
 

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 from service.http.problems import Problem
 from service.manifest import AccuracySummary, Manifest
-from service.models.family import Reason
+from service.models.family import Choice
 from service.models.model import Model
 from service.models.registry import State
 from service.pipeline import RequestOptions
@@ -34,23 +34,6 @@ class ImageResult(BaseModel):
     error: Problem | None = None
 
 
-class Skipped(BaseModel):
-    """A more accurate model that was not chosen."""
-
-    model: str
-    predicted_ms: float
-
-
-class Chosen(BaseModel):
-    """Why a family chose this model."""
-
-    family: str
-    reason: Reason
-    """`most_accurate`, `deadline`, or `headroom`: a more accurate one would be in time, but only just."""
-    predicted_ms: float
-    skipped: list[Skipped]
-
-
 class Classification(BaseModel):
     """The answer to a request; `results` are in the order of its images."""
 
@@ -58,7 +41,7 @@ class Classification(BaseModel):
     version: int
     requested: str | None
     results: list[ImageResult]
-    choice: Chosen | None
+    choice: Choice | None
     """Null if a model was named."""
     timings_ms: dict[Literal["read", "decode", "queue", "inference", "total"], float]
     """With several images, `decode`, `queue` and `inference` are those of the slowest."""
@@ -110,34 +93,6 @@ class ModelDetail(BaseModel):
 
 def summary(model: Model, *, default: bool) -> ModelSummary:
     """A model that takes traffic."""
-    manifest, attention = model.manifest, model.manifest.attention
-    return ModelSummary(
-        name=manifest.name,
-        version=model.version,
-        state="ready",
-        default=default,
-        family=manifest.family,
-        architecture=manifest.architecture,
-        variant=attention.variant if attention else None,
-        kv_tokens=attention.kv_tokens if attention else None,
-        tokens=attention.tokens if attention else None,
-        params=manifest.params,
-        macs=manifest.macs,
-        precision=manifest.precision,
-        img_size=manifest.preprocessing.crop,
-        num_classes=manifest.num_classes,
-        accuracy=manifest.accuracy,
-    )
-
-
-def detail(model: Model, *, versions: list[int]) -> ModelDetail:
-    """A model that takes traffic, with its manifest and labels."""
-    return ModelDetail(
-        name=model.name,
-        versions=versions,
-        version=model.version,
-        manifest=model.manifest,
-        batch_ms={size: round(seconds * 1000, 3) for size, seconds in model.queue.cost.as_dict().items()},
-        waiting=len(model.queue),
-        labels=model.bundle.labels,
-    )
+    manifest = model.manifest
+    known = {**dict(manifest.attention or {}), **dict(manifest), "img_size": manifest.preprocessing.crop}
+    return ModelSummary.model_validate({**known, "version": model.version, "state": "ready", "default": default})

@@ -5,6 +5,7 @@ https://github.com/triton-inference-server/server/tree/main/docs/protocol. `serv
 bytes.
 """
 
+from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -71,7 +72,7 @@ def probes(pipeline: Pipeline) -> APIRouter:
 
 
 def router(pipeline: Pipeline, *, version: str) -> APIRouter:
-    """The other routes under /v2."""
+    """The server and its models."""
     routes = APIRouter(prefix="/v2", tags=[_TAG], dependencies=SECURITY)
     registry = pipeline.registry
 
@@ -120,34 +121,51 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
         version = _number(name, request.path_params.get("version"))
         query = {key: value for key, value in request.query_params.items() if key in ("deadline_ms", "priority")}
         options = exchange.with_headers(request, exchange.validated(RequestOptions, query))
-        options = options.model_copy(update={"model": name, "version": version})
-        inference = _Inference(pipeline, request, options)
+        parsed: tensors.InferenceRequest
+        limits = pipeline.limits
+
+        async def read(place: Place) -> Inputs:
+            nonlocal parsed
+            timeout = limits.body_timeout_seconds
+            body = await read_body(request, max_bytes=limits.max_body_bytes, timeout_seconds=timeout, place=place)
+            parse = partial(_parse, request, body, pipeline, name, version)
+            large = len(body) > _LARGE_BODY or "content-encoding" in request.headers
+            parsed = await pipeline.decoders.run(place.state, parse) if large else parse()
+            return parsed.inputs
+
         response, answer = await pipeline.answer(
-            options,
+            options.model_copy(update={"model": name, "version": version}),
             arrived_at=request.scope["state"]["started"],
-            read=inference.read,
-            write=inference.write,
+            read=read,
+            write=lambda answer: _response(request, parsed, answer),
             disconnected=partial(exchange.disconnected, request),
             encoded=False,  # as far as the head tells
         )
         response.headers.update(exchange.report(request, answer))
         return response
 
-    for suffix, handler in (("", metadata), ("/ready", model_ready), ("/config", config), ("/stats", statistics)):
-        routes.add_api_route(f"/models/{{name}}{suffix}", handler)
-        routes.add_api_route(
-            f"/models/{{name}}/versions/{{version}}{suffix}", handler, operation_id=f"{handler.__name__}_of_version"
-        )
-    routes.add_api_route("/models/{name}/infer", infer, methods=["POST"], route_class_override=FastRoute)
-    routes.add_api_route(
-        "/models/{name}/versions/{version}/infer",
-        infer,
-        methods=["POST"],
-        route_class_override=FastRoute,
-        operation_id="infer_of_version",
-    )
+    handlers: dict[str, Callable[..., Any]] = {
+        "": metadata,
+        "/ready": model_ready,
+        "/config": config,
+        "/stats": statistics,
+        "/infer": infer,
+    }
+    fast: dict[str, Any] = {"methods": ["POST"], "route_class_override": FastRoute}
+    for suffix, handler in handlers.items():
+        options = fast if handler is infer else {}
+        routes.add_api_route(f"/models/{{name}}{suffix}", handler, **options)
+        path, operation = f"/models/{{name}}/versions/{{version}}{suffix}", f"{handler.__name__}_of_version"
+        routes.add_api_route(path, handler, operation_id=operation, **options)
+    return routes
 
-    @routes.post("/repository/index")
+
+def repository(pipeline: Pipeline) -> APIRouter:
+    """The routes under /v2/repository."""
+    routes = APIRouter(prefix="/v2/repository", tags=[_TAG], dependencies=SECURITY)
+    registry = pipeline.registry
+
+    @routes.post("/index")
     async def index(request: Request) -> list[dict[str, str]]:
         """Every version that is or could be served, and its state; `{"ready": true}` asks for those ready."""
         only_ready = (await _repository_request(request)).ready
@@ -162,7 +180,7 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
             if entry.state == "ready" or not only_ready
         ]
 
-    @routes.post("/repository/models/{name}/load")
+    @routes.post("/models/{name}/load")
     async def load(name: str, request: Request) -> dict[str, str]:
         """Load a model's newest version again; what serves goes on if that fails. Needs the admin key."""
         if (await _repository_request(request)).parameters:
@@ -173,7 +191,7 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
             raise BadRequest(str(error)) from error
         return {}
 
-    @routes.post("/repository/models/{name}/unload")
+    @routes.post("/models/{name}/unload")
     async def unload(name: str, request: Request) -> dict[str, str]:
         """Take a model out of service, once it has answered what it accepted. Needs the admin key."""
         await _repository_request(request)
@@ -192,65 +210,53 @@ async def _repository_request(request: Request) -> RepositoryRequest:
         raise BadRequest(f"malformed body: {error.errors()[0]['msg']}") from error
 
 
-class _Inference:
-    """One inference request: what its body says decides how its answer is written."""
+def _parse(
+    request: Request, body: bytes, pipeline: Pipeline, model: str, version: int | None
+) -> tensors.InferenceRequest:
+    """Raises BadRequest, or BodyTooLarge once decompressed."""
+    limits, headers = pipeline.limits, request.headers
+    # All members of a family take pixels of the same shape.
+    _, height, width, channels = pipeline.candidates(model, version)[0].manifest.input.shape
+    length = headers.get("inference-header-content-length")
+    if length is not None and not _is_number(length):
+        raise BadRequest("Inference-Header-Content-Length must be the number of bytes of the JSON part")
+    return tensors.parse(
+        decompress(body, headers.get("content-encoding", ""), max_bytes=limits.max_body_bytes),
+        header_length=None if length is None else int(length),
+        image_shape=(height, width, channels),
+        max_images=limits.max_images_per_request,
+    )
 
-    def __init__(self, pipeline: Pipeline, request: Request, options: RequestOptions) -> None:
-        self._pipeline, self._request, self._options = pipeline, request, options
-        self._parsed: tensors.InferenceRequest
 
-    async def read(self, place: Place) -> Inputs:
-        """Read and parse the body. Raises BadRequest, or what `read_body` raises."""
-        limits = self._pipeline.limits
-        body = await read_body(
-            self._request, max_bytes=limits.max_body_bytes, timeout_seconds=limits.body_timeout_seconds, place=place
-        )
-        if len(body) > _LARGE_BODY or "content-encoding" in self._request.headers:
-            self._parsed = await self._pipeline.decoders.run(place.state, lambda: self._parse(body))
-        else:
-            self._parsed = self._parse(body)
-        return self._parsed.inputs
-
-    def write(self, answer: Answer) -> Response:
-        """The response, without the headers about the finished request."""
-        model, choice = answer.model, answer.choice
-        body, json_length = tensors.answer(
-            id=self._parsed.id,
-            model_name=model.name,
-            model_version=str(model.version),
-            outputs=self._parsed.outputs,
-            logits=np.stack([output.logits for output in answer.outputs]),
-            probabilities=np.stack([output.probabilities for output in answer.outputs]),
-            labels=model.bundle.labels,
-            parameters={"family": choice.family, "choice": choice.reason} if choice else None,
-        )
-        headers = {"Vary": "Accept-Encoding"}
-        if json_length is not None:
-            headers["Inference-Header-Content-Length"] = str(json_length)
-        body, encoding = compress(body, self._request.headers.get("accept-encoding"))
-        if encoding is not None:
-            headers["Content-Encoding"] = encoding
-        kind = "application/json" if json_length is None else "application/octet-stream"
-        return Response(body, media_type=kind, headers=headers)
-
-    def _parse(self, body: bytes) -> tensors.InferenceRequest:
-        limits, headers = self._pipeline.limits, self._request.headers
-        # All members of a family take pixels of the same shape.
-        candidates = self._pipeline.candidates(self._options.model, self._options.version)
-        _, height, width, channels = candidates[0].manifest.input.shape
-        length = headers.get("inference-header-content-length")
-        if length is not None and not (length.isascii() and length.isdecimal() and len(length) < 12):
-            raise BadRequest("Inference-Header-Content-Length must be the number of bytes of the JSON part")
-        return tensors.parse(
-            decompress(body, headers.get("content-encoding", ""), max_bytes=limits.max_body_bytes),
-            header_length=None if length is None else int(length),
-            image_shape=(height, width, channels),
-            max_images=limits.max_images_per_request,
-        )
+def _response(request: Request, parsed: tensors.InferenceRequest, answer: Answer) -> Response:
+    """The response, without the headers about the finished request."""
+    model, choice = answer.model, answer.choice
+    body, json_length = tensors.answer(
+        id=parsed.id,
+        model_name=model.name,
+        model_version=str(model.version),
+        outputs=parsed.outputs,
+        logits=np.stack([output.logits for output in answer.outputs]),
+        probabilities=np.stack([output.probabilities for output in answer.outputs]),
+        labels=model.bundle.labels,
+        parameters={"family": choice["family"], "choice": choice["reason"]} if choice else None,
+    )
+    headers = {"Vary": "Accept-Encoding"}
+    if json_length is not None:
+        headers["Inference-Header-Content-Length"] = str(json_length)
+    body, encoding = compress(body, request.headers.get("accept-encoding"))
+    if encoding is not None:
+        headers["Content-Encoding"] = encoding
+    kind = "application/json" if json_length is None else "application/octet-stream"
+    return Response(body, media_type=kind, headers=headers)
 
 
 def _number(name: str, version: str | None) -> int | None:
     """The version in a path. Raises UnknownModel."""
-    if version is not None and not (version.isascii() and version.isdecimal() and len(version) < 12):
+    if version is not None and not _is_number(version):
         raise UnknownModel(f"no version {version!r} of model {name!r}: versions are numbers")
     return None if version is None else int(version)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 12

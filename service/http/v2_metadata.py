@@ -1,5 +1,6 @@
 """What /v2 says about models: metadata, configuration and statistics, as Triton's protocol writes them."""
 
+from dataclasses import asdict
 from typing import Any
 
 from service.manifest import Tensor
@@ -47,12 +48,7 @@ def config(name: str, model: Model, *, max_images_per_request: int) -> dict[str,
 
 def statistics(model: Model) -> dict[str, Any]:
     """What a model has done so far, as the statistics extension has it."""
-    done = model.statistics
-
-    def pair(total: Sum) -> dict[str, int]:
-        return {"count": total.count, "ns": total.ns}
-
-    nothing = {"count": 0, "ns": 0}
+    done, nothing = model.statistics, asdict(Sum())
     return {
         "name": model.name,
         "version": str(model.version),
@@ -60,23 +56,23 @@ def statistics(model: Model) -> dict[str, Any]:
         "inference_count": done.images,
         "execution_count": sum(batch.count for batch in done.batches.values()),
         "inference_stats": {
-            "success": pair(done.success),
-            "fail": pair(done.fail),
-            "queue": pair(done.queue),
-            "compute_input": pair(done.decode),
-            "compute_infer": pair(done.inference),
-            "compute_output": pair(done.answer),
+            "success": asdict(done.success),
+            "fail": asdict(done.fail),
+            "queue": asdict(done.queue),
+            "compute_input": asdict(done.decode),
+            "compute_infer": asdict(done.inference),
+            "compute_output": asdict(done.answer),
             "cache_hit": nothing,
             "cache_miss": nothing,
         },
         "batch_stats": [
             {
                 "batch_size": size,
-                "compute_input": {"count": done.batches[size].count, "ns": 0},
-                "compute_infer": pair(done.batches[size]),
-                "compute_output": {"count": done.batches[size].count, "ns": 0},
+                "compute_input": {"count": batch.count, "ns": 0},
+                "compute_infer": asdict(batch),
+                "compute_output": {"count": batch.count, "ns": 0},
             }
-            for size in sorted(done.batches)
+            for size, batch in sorted(done.batches.items())
         ],
         "memory_usage": [],
     }

@@ -8,8 +8,9 @@ Research systems choose in this way: INFaaS (ATC'21), Proteus (ASPLOS'24), Super
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+from typing_extensions import TypedDict
 
 from service.errors import NoSuitableModel
 from service.models.model import Model
@@ -19,28 +20,23 @@ Reason = Literal["most_accurate", "deadline", "headroom"]
 _MAX_RELATIVE_COST = 0.9
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """Which model of a family answers, and why."""
+class Skipped(TypedDict):
+    """A more accurate model that was not chosen."""
+
+    model: str
+    predicted_ms: float
+
+
+class Choice(TypedDict):
+    """Why a family chose its model, as /v1 answers it."""
 
     family: str
-    model: Model
     reason: Reason
     """`most_accurate`: no model that the request allows is more accurate; `deadline`: more accurate ones would be late;
     `headroom`: a more accurate one would be in time, but without enough headroom to step back up to it."""
     predicted_ms: float
     """Predicted finish of the chosen model."""
-    skipped: tuple[tuple[str, float], ...]
-    """More accurate models that were not chosen, and their predicted milliseconds."""
-
-    def as_dict(self) -> dict[str, object]:
-        """For an answer in JSON."""
-        return {
-            "family": self.family,
-            "reason": self.reason,
-            "predicted_ms": round(self.predicted_ms, 3),
-            "skipped": [{"model": name, "predicted_ms": round(predicted, 3)} for name, predicted in self.skipped],
-        }
+    skipped: list[Skipped]
 
 
 def pareto_front(members: Sequence[Model]) -> list[Model]:
@@ -73,8 +69,8 @@ class Family:
         predict_idle: Callable[[Model], float],
         allowed_seconds: float,
         min_top1: float = 0.0,
-    ) -> Choice:
-        """The most accurate of `members` (most accurate first) that fits `allowed_seconds`.
+    ) -> tuple[Model, Choice]:
+        """The most accurate of `members` (most accurate first) that fits `allowed_seconds`, and why.
 
         `predict` gives a model's predicted finish in seconds, `predict_idle` what it would be on an idle service. If
         none fits, the one with the earliest predicted finish, for admission to judge. Raises NoSuitableModel if none
@@ -84,7 +80,7 @@ class Family:
         if not candidates:
             best = f"the best has {members[0].top1:.4f}" if members else "it has no ready model with a known accuracy"
             raise NoSuitableModel(f"no model of family {self.name!r} reaches a top-1 of {min_top1:g}: {best}")
-        skipped: list[tuple[str, float]] = []
+        skipped: list[Skipped] = []
         lacks_headroom = False
         for model in candidates:
             predicted, idle = predict(model), predict_idle(model)
@@ -92,15 +88,17 @@ class Family:
             limit = idle + (allowed_seconds - idle) * share
             if predicted <= limit <= allowed_seconds:
                 reason: Reason = "headroom" if lacks_headroom else "deadline" if skipped else "most_accurate"
-                return self._choice(model, reason, predicted, skipped)
+                break
             lacks_headroom = predicted <= allowed_seconds
-            skipped.append((model.name, predicted * 1000))
-        # None fits, or the one that does has to wait for more headroom.
-        model, predicted = min(((model, predict(model)) for model in candidates), key=lambda pair: pair[1])
-        return self._choice(model, "deadline", predicted, [other for other in skipped if other[0] != model.name])
-
-    def _choice(self, model: Model, reason: Reason, predicted: float, skipped: list[tuple[str, float]]) -> Choice:
+            skipped.append({"model": model.name, "predicted_ms": _rounded_ms(predicted)})
+        else:
+            # None fits, or the one that does has to wait for more headroom.
+            model, predicted = min(((model, predict(model)) for model in candidates), key=lambda pair: pair[1])
+            reason = "deadline"
+            skipped = [other for other in skipped if other["model"] != model.name]
         self._last_top1 = model.top1
-        return Choice(
-            family=self.name, model=model, reason=reason, predicted_ms=predicted * 1000, skipped=tuple(skipped)
-        )
+        return model, Choice(family=self.name, reason=reason, predicted_ms=_rounded_ms(predicted), skipped=skipped)
+
+
+def _rounded_ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 
 from service.bundle import Bundle
 from service.engine import Engine
-from service.manifest import Manifest
-from service.metrics import ModelGauges
 from service.scheduling.scheduler import Queue
 
 
@@ -52,10 +50,6 @@ class Statistics:
         self.inference.add(inference)
         self.answer.add(answer)
 
-    def failed(self, seconds: float) -> None:
-        """Count a request that got an error."""
-        self.fail.add(seconds)
-
     def batch(self, images: int, seconds: float) -> None:
         """Count a batch that was run."""
         self.batches.setdefault(images, Sum()).add(seconds)
@@ -70,33 +64,15 @@ class Model:
         self, bundle: Bundle, engine: Engine, queue: Queue, *, model_bytes: int = 0, arena_bytes: int = 0
     ) -> None:
         self.bundle, self.engine, self.queue = bundle, engine, queue
+        self.manifest, self.name, self.version = bundle.manifest, bundle.manifest.name, bundle.version
+        self.top1 = bundle.manifest.accuracy.top1 if bundle.manifest.accuracy else -1.0
+        """Top-1 on the test split; below zero if unknown."""
         self.model_bytes, self.arena_bytes = model_bytes, arena_bytes
         """Growth of resident memory while the model was loaded, and while it was warmed up."""
         self.statistics = Statistics()
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
-
-    @property
-    def manifest(self) -> Manifest:
-        """The bundle's manifest."""
-        return self.bundle.manifest
-
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self.bundle.manifest.name
-
-    @property
-    def version(self) -> int:
-        """The bundle's version."""
-        return self.bundle.version
-
-    @property
-    def top1(self) -> float:
-        """Top-1 on the test split; below zero if unknown."""
-        accuracy = self.manifest.accuracy
-        return accuracy.top1 if accuracy else -1.0
 
     def __enter__(self) -> "Model":
         self._users += 1
@@ -111,15 +87,3 @@ class Model:
     async def unused(self) -> None:
         """Wait until every request that holds the model is answered."""
         await self._unused.wait()
-
-    def gauges(self) -> ModelGauges:
-        """Its present state, for metrics."""
-        return ModelGauges(
-            name=self.name,
-            version=self.version,
-            variant=self.manifest.attention.variant if self.manifest.attention else "",
-            queue_depth=len(self.queue),
-            model_bytes=self.model_bytes,
-            arena_bytes=self.arena_bytes,
-            batch_seconds=self.queue.cost.as_dict(),
-        )

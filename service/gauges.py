@@ -1,0 +1,53 @@
+"""The present state of the service as metrics: what is read at each scrape, and not counted as it happens."""
+
+from collections.abc import Iterator
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from service.pipeline import Pipeline
+
+
+class Gauges(Collector):
+    """The gauges of one application; `Metrics.registry` takes it as a collector."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+
+    def collect(self) -> Iterator[Metric]:
+        """One family for each gauge."""
+        admission, load = self._pipeline.admission, self._pipeline.load
+        yield _gauge("pending_images", "Images accepted and not yet answered.", admission.images)
+        yield _gauge("pending_bytes", "Bodies accepted and not yet answered.", admission.bytes)
+        drain = "Predicted time until all accepted work is done, by the cost model."
+        yield _gauge("predicted_drain_seconds", drain, admission.drain_seconds())
+        slowdown = "Recent duration of batches divided by their duration at warm-up."
+        yield _gauge("device_slowdown_ratio", slowdown, load.slowdown)
+        depth = _model_gauge("queue_depth", "Images waiting for the engine.")
+        info = _model_gauge("model_info", "Models that take traffic; the value is always 1.", "variant")
+        memory = _model_gauge(
+            "model_memory_bytes",
+            "Growth of resident memory while the model was loaded (kind=model) and warmed up (kind=arena).",
+            "kind",
+        )
+        batch = _model_gauge(
+            "predicted_batch_seconds", "Predicted duration of a batch, for each batch size in use.", "size"
+        )
+        for model in self._pipeline.registry.ready:
+            labels, attention = [model.name, str(model.version)], model.manifest.attention
+            depth.add_metric(labels, len(model.queue))
+            info.add_metric([*labels, attention.variant if attention else ""], 1)
+            memory.add_metric([*labels, "model"], model.model_bytes)
+            memory.add_metric([*labels, "arena"], model.arena_bytes)
+            for size, seconds in model.queue.cost.as_dict().items():
+                batch.add_metric([*labels, str(size)], seconds)
+        yield from (depth, info, memory, batch)
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"stridevit_{name}", text, value=value)
+
+
+def _model_gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"stridevit_{name}", text, labels=["model", "version", *labels])
