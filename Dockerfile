@@ -15,7 +15,7 @@ ENV PATH=/venv/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /venv
 WORKDIR /source
 
-# The engine is all that differs: what the lock file says, then the project, then what only the build needed goes.
+# Only the engine differs. The lock file first, then the project; then what only the build needed is removed.
 FROM build AS build-cpu
 COPY lock/service-cpu.txt lock/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
@@ -47,7 +47,7 @@ LABEL org.opencontainers.image.title="StrideViT" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.revision="$REVISION" \
       org.opencontainers.image.base.name="docker.io/library/python:3.11-slim-bookworm"
-# ONNX Runtime's wheels report to their maker unless told not to.
+# ONNX Runtime's wheels send telemetry unless this says no.
 ENV PATH=/venv/bin:$PATH \
     ORT_DISABLE_TELEMETRY=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -55,11 +55,11 @@ ENV PATH=/venv/bin:$PATH \
     STRIDEVIT_HOST=0.0.0.0 \
     STRIDEVIT_PORT=8000 \
     STRIDEVIT_REPOSITORY=/models
-# Readable for the service whatever umask the bundles were made under, and owned by root: it cannot change them.
+# Readable for the service whatever umask the bundles were made with, and owned by root: it cannot change them.
 COPY --chmod=755 models /models
 USER 10001:10001
 EXPOSE 8000
-# It listens only once all models are loaded and proven. The empty ProxyHandler keeps a proxy of the environment out of this.
+# The service listens once all models are loaded and verified. The empty ProxyHandler ignores the environment's proxies.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 CMD ["python", "-c", "import os, urllib.request as r; r.build_opener(r.ProxyHandler({})).open('http://127.0.0.1:%s/healthz' % os.environ['STRIDEVIT_PORT'], timeout=2)"]
 # The exec form makes Python process 1, so SIGTERM reaches it.
 ENTRYPOINT ["python", "-m", "service"]

@@ -1,4 +1,4 @@
-# The commands one must know. `make help` lists them.
+# All commands that development needs. `make help` lists them.
 PYTHON ?= python3
 DEV := .venv
 SERVE := .venv-serve
@@ -48,8 +48,8 @@ coverage: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run all tests and fail if the
 	@echo "running all tests on $(WORKERS) workers, measuring coverage; real data: $${STRIDEVIT_DATA:-none}"
 	@$(PYTEST) $(ALL) --cov --cov-report=term $(ARGS)
 
-test-clients: $(SERVE)/.$(ENGINE) $(CLIENTS)/triton/.installed $(CLIENTS)/kserve/.installed $(CLIENTS)/perf/.installed ## Ask the service with tritonclient, the KServe SDK and perf_analyzer
-	@echo "serving models/ to other people's clients, each in an environment of its own"
+test-clients: $(SERVE)/.$(ENGINE) $(CLIENTS)/triton/.installed $(CLIENTS)/kserve/.installed $(CLIENTS)/perf/.installed ## Test the service with tritonclient, the KServe SDK and perf_analyzer
+	@echo "serving models/ to third-party clients, each in its own environment"
 	@$(PYTHON) -m tests.clients.run --service $(SERVE)/bin/python --clients $(CLIENTS)
 
 check: $(DEV)/.installed ## Lint, format check, types and import rules
@@ -64,7 +64,7 @@ format: $(DEV)/.installed ## Format the code and fix what ruff can
 	@$(DEV)/bin/ruff check --fix-only --quiet .
 	@$(DEV)/bin/ruff format .
 
-lock: $(UV) ## Resolve pyproject.toml anew into lock/ (exact versions and hashes)
+lock: $(UV) ## Resolve pyproject.toml again into lock/ (exact versions and hashes)
 	@echo "resolving lock/dev.txt, then the service's locks within it, then the clients'"
 	@$(LOCK) pyproject.toml lock/build.in -c lock/pins.in -o lock/dev.txt \
 	  --extra cpu --extra train --extra export --extra loadtest --extra dev
@@ -73,12 +73,12 @@ lock: $(UV) ## Resolve pyproject.toml anew into lock/ (exact versions and hashes
 	@for client in triton kserve perf; do $(LOCK) lock/client-$$client.in -o lock/client-$$client.txt || exit 1; done
 
 dist: $(DEV)/.installed ## Build sdist and wheel into dist/, install the wheel elsewhere and serve with it
-	@echo "building dist/ and installing the wheel into an environment of its own"
+	@echo "building dist/ and installing the wheel into a new environment"
 	@rm -rf dist
-	@$(DEV)/bin/python -m build --no-isolation >/dev/null
+	@$(DEV)/bin/python -m build --no-isolation --quiet >/dev/null
 	@$(DEV)/bin/python -m tests.distribution dist lock/service-cpu.txt
 
-image-test: ## Build the container image and ask a running container about a photo (needs a Docker engine)
+image-test: ## Build the container image and test a running container (needs a Docker engine)
 	@echo "building the image's target cpu and testing a container of it"
 	@bash deploy/image-test.sh
 
@@ -86,7 +86,7 @@ clean: ## Remove environments, caches, dist/ and the demo
 	@echo "removing environments, caches, dist/ and $(DEMO)/"
 	@rm -rf $(DEV) $(SERVE) .venv-lock $(CLIENTS) $(DEMO) dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-# An environment is made anew when its lock or pyproject.toml changes; the marker's name says which engine is inside.
+# An environment is rebuilt when its lock or pyproject.toml changes; the marker's name says which engine it has.
 $(DEV)/.installed: lock/dev.txt pyproject.toml
 	@echo "setting up $(DEV) for development (torch and all; several GB, some minutes)"
 	@rm -rf $(DEV)
@@ -116,7 +116,7 @@ $(UV):
 	@.venv-lock/bin/pip install --quiet --disable-pip-version-check uv
 
 define new-environment
-$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ...")' && \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")' && \
 $(PYTHON) -m venv $(1) && \
 $(1)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(2) && \
 $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .

@@ -72,11 +72,11 @@ def run(
     Precisions other than fp32 add `-<precision>` to the name; their accuracy is measured on the full test split.
     int8-dynamic is for single images: it limits batches to one.
 
-    Example: `python -m export run runs/digits-csra-r2 --repository models`
+    Example: `stridevit export run runs/digits-csra-r2 --repository models`
 
-    Example: `python -m export run runs/digits-csra-r2 --precision int8 --repository models`
+    Example: `stridevit export run runs/digits-csra-r2 --precision int8 --repository models`
 
-    Example: `python -m export run --random-weights --preset vit-s16 --variant csra-r2 --repository /tmp/models`
+    Example: `stridevit export run --random-weights --preset vit-s16 --variant csra-r2 --repository /tmp/models`
     """
     if (folder is None) != random:
         raise typer.BadParameter("name a RUN, or give --random-weights, and not both")
@@ -100,7 +100,7 @@ BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder o
 def verify(bundle: BundleArgument) -> None:
     """Check a bundle from its files alone: digests, manifest, operators, shapes, kernels, golden outputs.
 
-    Example: `python -m export verify models/cifar100-csra-r2/3`
+    Example: `stridevit export verify models/cifar100-csra-r2/4`
     """
     with _errors():
         findings = verify_bundle(bundle)
@@ -137,7 +137,7 @@ def diff(one: BundleArgument, other: Annotated[Path, typer.Argument(metavar="OTH
 def kernels(bundle: BundleArgument) -> None:
     """Check whether CUDA and TensorRT document a kernel for each node of a bundle. Exit code 1 if not.
 
-    Example: `python -m export kernels models/cifar100-csra-r2/3`
+    Example: `stridevit export kernels models/cifar100-csra-r2/4`
     """
     with _errors():
         table, missing = kernel_table(read_graph(read_bundle(bundle)))
@@ -172,9 +172,9 @@ def profile(
     Lists are separated by commas; of random weights every combination is measured. Ctrl-C reports the complete rounds.
     Nothing else may use the GPU, because memory is the whole device's.
 
-    Example: `python -m export profile --preset vit-s16 --img-size 384 --batch 1,8 --out profile`
+    Example: `stridevit export profile --preset vit-s16 --img-size 384 --batch 1,8 --out profile`
 
-    Example: `python -m export profile models/cifar100-mha/3 models/cifar100-mha-int8/1`
+    Example: `stridevit export profile models/cifar100-mha/4 models/cifar100-mha-int8/2`
     """
     _quieten_exporter()
     with _errors(), tempfile.TemporaryDirectory() as folder:
@@ -222,10 +222,9 @@ def _listed(choices: Any, text: str) -> list[Any]:
 
 def _quieten_exporter() -> None:
     """Silence progress reports and warnings: what matters is checked and raised as an error."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
     # onnxruntime.quantization warns on the root logger that the model was not pre-processed.
-    logging.getLogger().setLevel(logging.ERROR)
+    for name in ("torch.onnx", "onnxscript", None):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch")
 
 

@@ -55,7 +55,7 @@ def export(
     if precision != "fp32" and source.dataset:
         accuracy = _evaluate(source, source.dataset, engine, batch=tolerances.max_batch or ACCURACY_BATCH)
         if not accept_accuracy_loss:
-            _check_accuracy(source.accuracy, accuracy, precision)
+            check_accuracy(source.accuracy, accuracy, precision)
     family = family or source.family
     manifest = Manifest(
         name=f"{family}-{spec.variant}" + ("" if precision == "fp32" else f"-{precision}"),
@@ -131,7 +131,8 @@ def _evaluate(source: ExportSource, dataset: Dataset, engine: Engine, *, batch: 
     )
 
 
-def _check_accuracy(checkpoint: Accuracy | None, measured: Accuracy, precision: Precision) -> None:
+def check_accuracy(checkpoint: Accuracy | None, measured: Accuracy, precision: Precision) -> None:
+    """Raise ExportError if `measured` loses more than half a point of top-1, or there is nothing to compare with."""
     lost = checkpoint.top1 - measured.top1 if checkpoint else 0
     if checkpoint is None:
         reason = f"the run has no test accuracy to compare {precision} with, which has top-1 {measured.top1:.2%}"

@@ -33,7 +33,7 @@ def listing(repository: Path) -> Table:
                 name,
                 str(version),
                 manifest.precision,
-                _weights(manifest),
+                "random" if manifest.random_weights else "trained",
                 kv_tokens(manifest.attention),
                 f"{manifest.params:,}",
                 f"{manifest.accuracy.top1:.2%}" if manifest.accuracy else "–",
@@ -104,7 +104,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("variant", f"{attention.variant} of {manifest.architecture}" if attention else manifest.architecture),
         ("primitives", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in primitives.items()) or "none"),
         ("K/V tokens", kv_tokens(manifest.attention)),
-        ("weights", _weights(manifest)),
+        ("weights", "random" if manifest.random_weights else "trained"),
         ("accuracy", accuracy),
         ("parameters", f"{manifest.params:,}"),
         ("MACs", f"{manifest.macs / 1e6:,.1f} M per image" if manifest.macs else "unknown"),
@@ -126,10 +126,6 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
 def kv_tokens(attention: Attention | None) -> str:
     """Key/value tokens out of all tokens; a dash without attention."""
     return f"{attention.kv_tokens} of {attention.tokens}" if attention else "–"
-
-
-def _weights(manifest: Manifest) -> str:
-    return "random" if manifest.random_weights else "trained"
 
 
 def _operators(manifest: Manifest) -> str:

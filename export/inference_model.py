@@ -10,7 +10,7 @@ attention all tokens of a batch are the rows of one matrix, so that a matrix pro
 - Attention is the standard operator on 4-D tensors where the opset has it, else its decomposition with the scale
   folded into the queries. TensorRT supports neither the operator on 3-D tensors nor uint8 in Reshape and Transpose.
 
-`python -m export profile --forms unshaped,shaped` compares this form with the one torch's exporter writes by itself.
+`stridevit export profile --forms unshaped,shaped` compares this form with the one torch's exporter writes by itself.
 """
 
 import copy

@@ -76,7 +76,7 @@ def finished_run(run: Path, data: str | Path | None) -> ExportSource:
         preprocessing=Preprocessing.model_validate(card.preprocessing.model_dump()),
         labels=card.labels,
         weights_sha256=card.weights_sha256,
-        accuracy=Accuracy.model_validate(card.accuracy.model_dump(exclude={"correct"})) if card.accuracy else None,
+        accuracy=Accuracy.model_validate(card.accuracy.model_dump()) if card.accuracy else None,
         git_commit=card.git_commit,
         dataset=load_dataset(card.dataset, data, in_memory=False),
     )

@@ -1,4 +1,4 @@
-"""`python -m loadtests`: which model to run, at which load, at what cost."""
+"""`python -m loadtests`: which model to run, at which load, and at what cost."""
 
 import typer
 
@@ -7,16 +7,18 @@ from loadtests.compare.cli import compare
 from loadtests.limit.cli import limit
 from loadtests.mlperf.cli import mlperf
 from loadtests.overload.cli import overload
+from loadtests.soak.cli import soak
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="""Find out which model to run, at which load, at what cost in accuracy and memory.
+    help="""Find out which model to run, at which load, and at what cost in accuracy and memory.
 
-    To drive any server by hand, with Locust's web page or on several machines, see
+    `compare` and `accuracy` decide between models; `limit`, `overload` and `soak` test the service itself; `mlperf`
+    lets MLPerf LoadGen drive it. To load any server by hand, with Locust's web page or from several machines, see
     `loadtests/generator/locustfile.py`.""",
 )
-for command in (compare, limit, overload, accuracy, mlperf):
+for command in (compare, accuracy, limit, overload, soak, mlperf):
     app.command()(command)
 
 

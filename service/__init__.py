@@ -1,1 +1,1 @@
-"""Serve bundles over HTTP; `python -m service --help` is the manual. Needs neither torch nor timm."""
+"""Serve bundles over HTTP; `stridevit serve --help` is the manual. Needs neither torch nor timm."""

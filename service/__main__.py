@@ -41,7 +41,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exce
 @app.callback(invoke_without_command=True)
 @with_settings
 def serve(settings: Settings) -> None:
-    """Serve image classification models over HTTP, or run one of the commands below.
+    """Serve image classification models over HTTP.
 
     `/` is a page to try it, `/docs` documents the API, and `/metrics` has the metrics. SIGTERM or Ctrl-C finishes the
     accepted requests, then exits.
@@ -49,7 +49,7 @@ def serve(settings: Settings) -> None:
     Every flag is also an environment variable, `STRIDEVIT_MAX_BATCH` for `--max-batch`, and a line in the TOML file
     that `--config` names: flags override the environment, which overrides the file. Lists are separated by commas.
 
-    Example: `python -m service --repository models --port 8000`, then
+    Example: `stridevit serve --repository models --port 8000`, then
     `curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/classify?model=cifar100-csra-r2'`
     """
     _configure_logging(settings.log_level)
@@ -137,9 +137,9 @@ def engine_limit(
 ) -> None:
     """Measure decoding and the engine together without HTTP: the most that this machine can serve.
 
-    `python -m loadtests limit` sets the service, and a plain server, against it.
+    `stridevit loadtest limit` sets the service, and a plain server, against it.
 
-    Example: `python -m service engine-limit --model cifar100-mha --data photos`
+    Example: `stridevit engine-limit --model cifar100-mha --data photos`
     """
     _configure_logging("warning")
     limit = measure_engine_limit(settings, model, read_images(data), seconds=seconds)

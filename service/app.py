@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from importlib.metadata import version
 
 import structlog
@@ -21,9 +23,7 @@ from service.metrics import Metrics
 from service.models.loading import Loader
 from service.models.registry import Registry
 from service.pipeline import Limits, Pipeline
-from service.scheduling.admission import Admission
 from service.scheduling.cost import Load
-from service.scheduling.decode_pool import DecodePool
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
 from service.tracing import Tracing
@@ -31,12 +31,12 @@ from service.tracing import Tracing
 log = structlog.get_logger()
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_counter) -> FastAPI:
     """Load and verify the models, and build the application that serves them. Raises StartupError."""
     release = version("stridevit")
     tracing = Tracing(settings.otlp_endpoint, version=release) if settings.otlp_endpoint else None
     metrics = Metrics()
-    pipeline = make_pipeline(settings, metrics)
+    pipeline = make_pipeline(settings, metrics, clock)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -101,28 +101,14 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def make_pipeline(settings: Settings, metrics: Metrics) -> Pipeline:
+def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], float] = time.perf_counter) -> Pipeline:
     """A pipeline with all models loaded. Raises StartupError."""
-    load = Load(decode_threads=settings.decode_threads or settings.threads or available_cores())
+    load = Load(decode_threads=settings.decode_threads or settings.threads or available_cores(), clock=clock)
     scheduler = Scheduler(load)
     registry = make_registry(settings, scheduler, load)
     registry.load_all()
-    admission = Admission(
-        scheduler,
-        load,
-        max_pending_images=settings.max_pending_images,
-        max_pending_bytes=settings.max_pending_bytes,
-        margin=settings.deadline_margin,
-    )
-    limits = Limits(
-        max_body_bytes=settings.max_body_bytes,
-        max_images_per_request=settings.max_images_per_request,
-        body_timeout_seconds=settings.body_timeout_seconds,
-        default_deadline_ms=settings.default_deadline_ms,
-        max_deadline_ms=settings.max_deadline_ms,
-    )
-    decoders = DecodePool(scheduler, load, max_pixels=settings.max_pixels)
-    return Pipeline(registry, scheduler, admission, decoders, load, limits=limits, metrics=metrics)
+    limits = Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)})
+    return Pipeline(registry, scheduler, load, limits=limits, metrics=metrics)
 
 
 def make_registry(settings: Settings, scheduler: Scheduler, load: Load) -> Registry:

@@ -1,4 +1,4 @@
-"""Bundles: a model as files that prove themselves. Written by export, read by the service.
+"""Bundles: a model as files that can be verified, written by export and read by the service.
 
     models/<name>/<version>/model.onnx      the graph: uint8 images in, logits and probabilities out
                             manifest.json   what it is (service/manifest.py)
@@ -155,7 +155,7 @@ def _rename_to_next_version(staging: Path, parent: Path) -> Path:
         except OSError:
             if not target.exists():
                 raise
-            continue  # Somebody else published this version in the meantime: take the next.
+            continue  # Another process published this version meanwhile: take the next.
         if hasattr(os, "O_DIRECTORY"):
             descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
             os.fsync(descriptor)

@@ -70,7 +70,7 @@ _PROVIDERS: dict[Device, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """Options of an engine beside its device and threads."""
+    """Options of an engine beside its device and threads. The defaults are ONNX Runtime's, not those of the service."""
 
     allow_spinning: bool = True
     """Idle threads spin for a while before they sleep: faster alone, slower beside decoders."""

@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from service.bundle import Bundle, read_bundle, versions
+from service.bundle import read_bundle, versions
 from service.engine import Engine, require_one_engine, resolve_device
 from service.engine_memory import measure_memory
 from service.engine_timer import time_runs
-from service.errors import BundleError, ImageError, StartupError
+from service.errors import ImageError, StartupError
 from service.host import available_cores
 from service.images import decode
 from service.scheduling.cost import candidate_sizes
@@ -99,10 +99,13 @@ def read_images(data: Path | None) -> list[bytes]:
 def measure_engine_limit(settings: Settings, name: str, images: list[bytes], *, seconds: float) -> EngineLimit:
     """Try batch sizes 1, 2, 4, … up to the largest of the settings and the model, then measure the best for `seconds`.
 
-    Raises StartupError if the model cannot be loaded, or an image not be decoded.
+    Raises StartupError, BundleError or EngineError if the model cannot be loaded, or an image not be decoded.
     """
     device, number = resolve_device(settings.device)
-    bundle = _newest(settings.repository, name)
+    published = versions(settings.repository, name)
+    if not published:
+        raise StartupError(f"model {name!r}: no version of it in {settings.repository}")
+    bundle = read_bundle(settings.repository / name / str(published[-1]))
     cores = settings.threads or available_cores()
     decode_threads = settings.decode_threads or cores
     # The service chooses between one thread and all too, by single images; here both are tried at each batch size.
@@ -162,16 +165,6 @@ def generated_jpeg() -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=90)
     return buffer.getvalue()
-
-
-def _newest(repository: Path, name: str) -> Bundle:
-    published = versions(repository, name)
-    if not published:
-        raise StartupError(f"model {name!r}: no version of it in {repository}")
-    try:
-        return read_bundle(repository / name / str(published[-1]))
-    except BundleError as error:
-        raise StartupError(f"model {name!r}: {error}") from error
 
 
 def _pipeline_rate(

@@ -95,7 +95,7 @@ def markdown() -> str:
 _PAGE: Final = f"""\
 # Settings of the service
 
-<!-- Generated from service/settings.py by `python -m service settings --markdown > docs/settings.md`. -->
+<!-- Generated from service/settings.py by `stridevit settings --markdown > docs/settings.md`. -->
 
 Each setting can be given in three ways, by descending priority:
 
@@ -105,8 +105,8 @@ Each setting can be given in three ways, by descending priority:
    error.
 
 Lists are separated by commas; in TOML they may be arrays: `models = ["a", "b"]`. An empty flag, `--models ""`, resets a
-value of the environment or the file. `python -m service settings` shows the values in effect and the origin of each;
-`python -m service check` checks them and loads the models, without serving.
+value of the environment or the file. `stridevit settings` shows the values in effect and the origin of each;
+`stridevit check` checks them and loads the models, without serving.
 
 Kubernetes sets `{ENV_PREFIX}PORT` to a URL by itself if a Service is named `stridevit`: give the Service another name,
 or set `enableServiceLinks: false` for the pod."""

@@ -25,18 +25,16 @@ _JPEG = ("JPEG", "MPO")
 # What Pillow raises on damaged or hostile files, found with samples of fuzzed files.
 _DAMAGED = (
     OSError,
+    EOFError,
     ValueError,
     SyntaxError,
-    IndexError,
-    KeyError,
     TypeError,
     AttributeError,
-    OverflowError,
-    EOFError,
+    LookupError,
+    ArithmeticError,
     MemoryError,
-    struct.error,
     RuntimeError,
-    ZeroDivisionError,
+    struct.error,
 )
 
 _BACKGROUND = (255, 255, 255)
@@ -57,9 +55,9 @@ MAX_PIXELS = 178_956_970
 LARGE_PIXELS = 2_000_000
 """Decoding work, as in OpenedImage.pixels, above which an image is large, so that small ones should not wait for it.
 
-At 10 ms of CPU per megapixel (on 2-core machines) smaller images take at most 20 ms, or 40 (PNG with alpha). A JPEG of
-640 × 480 takes 1 ms for a model of 32 pixels and 4 ms for one of 224. One of 12 megapixels takes 25 to 50 ms although
-drafted, and 100 ms if progressive; a PNG of that size takes 300 to 500 ms.
+At 10 ms of CPU per megapixel (on 2-core machines) smaller images take about 20 ms, at worst 40 (PNG with alpha). A JPEG
+of 640 × 480 takes 1 ms for a model of 32 pixels, and 4 ms for one of 224. One of 12 megapixels takes 25 to 50 ms even
+if drafted, and 100 ms if progressive; a PNG of that size takes 300 to 500 ms.
 """
 
 _DRAFT_MARGIN = 3

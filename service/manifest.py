@@ -1,4 +1,4 @@
-"""The manifest of a bundle: the schema of `manifest.json`. Written by export, read by the service."""
+"""The manifest of a bundle, `manifest.json`: written by export, read by the service."""
 
 import base64
 import hashlib
@@ -111,33 +111,33 @@ def labels_sha256(labels: npt.NDArray[np.int64]) -> str:
 
 
 class Parity(_Part):
-    """How far ONNX Runtime's answers were from torch's, and from each other, when the bundle was made."""
+    """Largest differences at export: between ONNX Runtime and torch, and between batch sizes."""
 
     images: PositiveInt
-    """Real ones, and black, white and noise."""
+    """Number of images: test images, and black, white and noise."""
     batch_sizes: tuple[PositiveInt, ...]
     max_abs_logit: NonNegativeFloat
     max_abs_probability: NonNegativeFloat
     max_abs_by_batch: NonNegativeFloat
-    """In a logit, between an image alone and the same image in a batch."""
+    """Difference in a logit between an image alone and the same image in a batch."""
     top1_flips: NonNegativeInt
-    """Images, at the batch size with most; always 0 in fp32."""
+    """Images with another top-1 than torch's, at the batch size with most; always 0 in fp32."""
 
 
 class Tolerance(_Part):
-    """How far golden outputs may be from those in `golden.npz`."""
+    """Largest allowed differences from the outputs in `golden.npz`."""
 
     max_abs_logit: NonNegativeFloat
     max_abs_probability: NonNegativeFloat
 
 
 class Source(_Part):
-    """Where the bundle comes from."""
+    """Origin of the bundle."""
 
     checkpoint_sha256: str
     git_commit: str | None
     exporter: dict[str, str]
-    """Library versions."""
+    """Versions of the libraries that made it."""
 
 
 class Attention(_Part):

@@ -77,7 +77,7 @@ class Metrics:
         self.batch_errors = counter("batch_errors", "Batches that the engine could not run.", "model")
         self.rejections = counter(
             "rejections",
-            "Requests refused or dropped: images, bytes, deadline (429), expired (504), hung_up.",
+            "Requests refused (images, bytes, deadline) or dropped (deadline-exceeded, client-disconnected).",
             "reason",
         )
         self.choices = counter(

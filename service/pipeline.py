@@ -28,13 +28,17 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one request may ask for. The settings of the same names say more."""
+    """The limits of requests, as the settings of the same names describe them."""
 
+    max_pending_images: int
+    max_pending_bytes: int
     max_body_bytes: int
     max_images_per_request: int
+    max_pixels: int
     body_timeout_seconds: float
     default_deadline_ms: float
     max_deadline_ms: float
+    deadline_margin: float
 
 
 class RequestOptions(BaseModel, frozen=True):
@@ -112,19 +116,18 @@ class Pipeline:
     """Ready models and what it takes to answer with them. One per application."""
 
     def __init__(
-        self,
-        registry: Registry,
-        scheduler: Scheduler,
-        admission: Admission,
-        decoders: DecodePool,
-        load: Load,
-        *,
-        limits: Limits,
-        metrics: Metrics,
+        self, registry: Registry, scheduler: Scheduler, load: Load, *, limits: Limits, metrics: Metrics
     ) -> None:
-        self.registry, self.scheduler, self.admission = registry, scheduler, admission
-        self.decoders, self.load = decoders, load
+        self.registry, self.scheduler, self.load = registry, scheduler, load
         self.limits, self.metrics = limits, metrics
+        self.decoders = DecodePool(scheduler, load, max_pixels=limits.max_pixels)
+        self.admission = Admission(
+            scheduler,
+            load,
+            max_pending_images=limits.max_pending_images,
+            max_pending_bytes=limits.max_pending_bytes,
+            margin=limits.deadline_margin,
+        )
         self.ready = False
         metrics.watch(self._gauges)
 
@@ -156,7 +159,7 @@ class Pipeline:
         arrived_at: float,
         read: Callable[[Place], Awaitable[Inputs]],
         write: Callable[[Answer], T],
-        disconnected: Callable[[], Awaitable[None]],
+        disconnected: Callable[[], Awaitable[object]],
         encoded: bool = True,
         partial: bool = False,
     ) -> tuple[T, Answer]:
@@ -295,7 +298,7 @@ class Pipeline:
 
 
 @contextmanager
-def _watched(disconnected: Callable[[], Awaitable[None]], state: RequestState) -> Iterator[None]:
+def _watched(disconnected: Callable[[], Awaitable[object]], state: RequestState) -> Iterator[None]:
     """Until the block ends, mark the request as soon as its client leaves."""
 
     async def watch() -> None:

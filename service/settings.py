@@ -69,7 +69,7 @@ def _key_hash(value: str) -> str:
     digest = value.strip().lower()
     if not _SHA256.fullmatch(digest):
         # Without the value: it may be the key itself.
-        raise ValueError("must be 64 hexadecimal digits, the SHA-256 of a key: `python -m service key` generates both")
+        raise ValueError("must be 64 hexadecimal digits, the SHA-256 of a key: `stridevit key` generates both")
     return digest
 
 
@@ -143,7 +143,7 @@ class Settings(BaseSettings):
     all, which is safe with API keys too, because a browser sends a key, unlike a cookie, only if the page does."""
 
     api_key_hashes: _List[_Hash] = Field(default=(), repr=False)
-    """SHA-256 in hexadecimal of each accepted API key; empty: no key is needed. `python -m service key` generates a key
+    """SHA-256 in hexadecimal of each accepted API key; empty: no key is needed. `stridevit key` generates a key
     and its hash."""
     admin_key_hash: _Optional[_Hash] = Field(default=None, repr=False)
     """SHA-256 in hexadecimal of the key that may load and unload models; unset: nobody may."""

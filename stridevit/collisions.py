@@ -12,11 +12,11 @@ from typing import Final
 
 DISTRIBUTION: Final = "stridevit"
 PACKAGES: Final = ("training", "export", "service", "loadtests")
-_REMEDY: Final = "install StrideViT into an environment of its own"
+_REMEDY: Final = "install StrideViT into a separate environment"
 
 
 def collision() -> str | None:
-    """Which package of another project takes the place of ours, and what to do about it; None if none does."""
+    """The error if Python would import another project's package instead of one of ours; None if it would not."""
     for package in PACKAGES:
         found, ours = _found(package), Path(__file__).parents[1] / package
         if found is not None and found.resolve() != ours.resolve():
@@ -42,7 +42,7 @@ def _found(package: str) -> Path | None:
 
 
 def _changed_file(package: str) -> Path | None:
-    """A file of ours that is not as it was installed. An editable installation has no files that could be."""
+    """A file of the package that differs from what was installed. An editable installation records none."""
     try:
         files = importlib.metadata.distribution(DISTRIBUTION).files or []
     except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed

@@ -63,8 +63,8 @@ _TABLE: Final = {
         (
             "study",
             "training study",
-            "Train several variants with several seeds; write a table of means ± standard deviations and "
-            "learning curves.",
+            "Train several variants with several seeds; write a table of means ± standard deviations and learning "
+            "curves.",
         ),
         (
             "evaluate",
@@ -79,8 +79,8 @@ _TABLE: Final = {
         (
             "profile",
             "training profile",
-            "Throughput of training on random images, and where a step's time goes: to choose precision, batch and "
-            "compile.",
+            "Throughput of training on random images, and where a step's time goes: to choose precision, batch "
+            "and compile.",
         ),
         (
             "images",
@@ -92,28 +92,27 @@ _TABLE: Final = {
         (
             "export",
             "export",
-            "Export trained models to bundles: plain ONNX with uint8 input, normalisation inside and a dynamic batch, "
-            "proven against torch on real images before anything is published.",
+            "Export trained models to bundles: plain ONNX with uint8 input, built-in normalisation and a dynamic "
+            "batch, compared with torch on real images before anything is published.",
         ),
     ),
     "Serve": (
-        ("serve", "service", "Serve image classification models over HTTP, or run one of the commands below."),
+        ("serve", "service", "Serve image classification models over HTTP."),
         (
             "check",
             "service check",
-            "Load and prove every model that would be served, without serving: digests, golden outputs, device.",
+            "Load and verify every model that would be served, without serving: digests, golden outputs, device.",
         ),
         (
             "engine-limit",
             "service engine-limit",
-            "Measure what decoding and the engine reach together with no HTTP: the ceiling of what this machine can "
-            "serve.",
+            "Measure decoding and the engine together without HTTP: the most that this machine can serve.",
         ),
-        ("key", "service key", "Make an API key, and the hash by which the service knows it."),
+        ("key", "service key", "Generate an API key, and its hash for the service."),
         (
             "settings",
             "service settings",
-            "Show the settings in effect, and where the value of each comes from. Hashes of keys are hidden.",
+            "Show the settings in effect and the origin of each value. Hashes of keys are hidden.",
         ),
     ),
     "Load-test": (
@@ -122,7 +121,11 @@ _TABLE: Final = {
             "loadtests compare",
             "Compare models, precisions, servers or commits: speed, latency, memory and accuracy, with intervals.",
         ),
-        ("loadtest", "loadtests", "Find out which model to run, at which load, at what cost in accuracy and memory."),
+        (
+            "loadtest",
+            "loadtests",
+            "Find out which model to run, at which load, and at what cost in accuracy and memory.",
+        ),
     ),
 }
 """Name, module and command for `python -m`, and the first paragraph of the command's own help: a test compares them."""

@@ -1,4 +1,4 @@
-"""Tests, one folder a package. They neither grow the Hugging Face cache in the user's home nor reach for the hub."""
+"""Tests, one folder per package. They neither fill the user's Hugging Face cache nor contact the hub."""
 
 import os
 import tempfile

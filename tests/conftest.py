@@ -1,4 +1,4 @@
-"""What several packages' tests share: real data where there is some, and one small trained model for the session."""
+"""Fixtures that several packages' tests share: real data, and one small trained model per session."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ from training.recipes import load_recipe
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread() -> None:
-    """The tests' tensors are small: more threads only wait for each other, above all on a machine that is shared."""
+    """The tests' tensors are small: more threads only wait for each other, most of all on a shared machine."""
     torch.set_num_threads(1)
 
 
@@ -35,7 +35,7 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A C-SRA model trained on digits for two epochs: real weights, some seconds."""
+    """A C-SRA model with real weights, trained on digits for two epochs in some seconds."""
     out = tmp_path_factory.mktemp("runs") / "digits-csra-r2"
     recipe = load_recipe("digits", ["schedule.epochs=2", "optim.lr=2e-3", "schedule.warmup_epochs=0.5"])
     quiet = Console(quiet=True)

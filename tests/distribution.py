@@ -30,7 +30,7 @@ def main(dist: Path, lock: Path) -> None:
         _complete(wheel, source)
     with tempfile.TemporaryDirectory(prefix="stridevit-dist-") as folder:
         work = Path(folder)
-        with check(f"the wheel is installed with {lock} into an environment of its own"):
+        with check(f"the wheel is installed with {lock} into a new environment"):
             _run(sys.executable, "-m", "venv", work / "venv")
             pip = work / "venv" / "bin" / "pip"
             _run(pip, "install", "--quiet", "--require-hashes", "--requirement", lock.resolve())
@@ -40,7 +40,7 @@ def main(dist: Path, lock: Path) -> None:
         elsewhere = _foreign_project(work / "elsewhere")
         with check(f"stridevit --version says {version}"):
             same(_run(stridevit, "--version", cwd=elsewhere).stdout, f"stridevit {version}\n")
-        with check("stridevit check proves a shipped model, in a folder that has its own service.py and training/"):
+        with check("stridevit check verifies a shipped model, in a folder with another service.py and training/"):
             _run(stridevit, "check", "--repository", ROOT / "models", "--models", MODEL, cwd=elsewhere)
         with check("stridevit train names the extra that it needs"):
             ended = _run(stridevit, "train", "--help", cwd=elsewhere, status=1)
@@ -70,7 +70,7 @@ def _complete(wheel: Path, source: Path) -> None:
 
 
 def _foreign_project(folder: Path) -> Path:
-    """A folder with modules that have the names of ours."""
+    """A folder with modules that have the same names as our packages."""
     (folder / "training").mkdir(parents=True)
     for file in (folder / "service.py", folder / "training" / "__init__.py"):
         file.write_text("raise SystemExit('the wrong module')\n")

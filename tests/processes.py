@@ -1,4 +1,4 @@
-"""A service in a process of its own, asked over a real socket."""
+"""A service in its own process, on a real socket."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from loadtests.experiment.server import free_port
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 120
-"""Generous, for machines with other work."""
+"""Long enough for a busy machine."""
 in_a_checkout = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git checkout of this project")
 
 

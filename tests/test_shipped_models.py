@@ -1,5 +1,6 @@
-"""The models in models/ are those in runs/released/, served as torch computes them."""
+"""The models in models/ are those in runs/released/, and are served as torch computes them."""
 
+import json
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from export.precision import MAX_ACCURACY_LOSS
+from export.precision import MAX_ACCURACY_LOSS, TOLERANCES
 from service.bundle import Bundle, model_names, read_bundle, versions
 from service.engine import Engine
 from service.models.verify import verify_golden
@@ -21,8 +22,8 @@ from training.runs import ModelCard, load_final
 MODELS, RELEASED = ROOT / "models", ROOT / "runs" / "released"
 NAMES = model_names(MODELS)
 IMAGES = int(os.environ.get("STRIDEVIT_AGREEMENT_IMAGES", "1000"))
-"""Of the 10,000 test images; all of them take some minutes."""
-IN_A_REQUEST = 25
+"""How many of the 10,000 test images are sent; all of them take some minutes."""
+IMAGES_PER_REQUEST = 25
 
 
 def newest(name: str) -> Bundle:
@@ -44,7 +45,8 @@ def test_all_variants_are_shipped() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shipped_model_proves_itself_and_says_what_its_run_says(name: str) -> None:
+def test_shipped_model_gives_its_golden_outputs_and_agrees_with_its_run(name: str) -> None:
+    assert len(versions(MODELS, name)) == 1
     bundle = newest(name)
     verify_golden(bundle, Engine(bundle.model_path))
     _, card = released(bundle)
@@ -52,24 +54,34 @@ def test_a_shipped_model_proves_itself_and_says_what_its_run_says(name: str) -> 
     assert card.accuracy
     measured, trained = bundle.manifest.accuracy, card.accuracy
     if bundle.manifest.precision == "fp32":
-        assert measured.model_dump() == trained.model_dump(exclude={"correct"})
+        assert measured.model_dump() == trained.model_dump()
     assert measured.top1 >= trained.top1 - MAX_ACCURACY_LOSS
     assert (measured.dataset, measured.split, measured.n) == ("cifar100", "test", 10_000)
+    assert measured.correct
+    assert trained.correct
+    assert measured.correct.labels_sha256 == trained.correct.labels_sha256
+    tolerances = TOLERANCES[bundle.manifest.precision]
+    assert (bundle.manifest.tolerance, bundle.manifest.devices) == (tolerances.golden, tolerances.devices)
+    assert bundle.manifest.max_batch == tolerances.max_batch
+    assert json.loads((bundle.folder / "manifest.json").read_text())["schema_version"] == 2
     assert bundle.manifest.attention
     assert bundle.manifest.attention.kv_tokens == card.architecture.kv_tokens
 
 
+TestImages = tuple[list[bytes], torch.Tensor, npt.NDArray[np.int64]]
+
+
 @pytest.fixture(scope="module")
-def test_images(data_dir: Path) -> tuple[list[bytes], torch.Tensor]:
-    """The first CIFAR-100 test images, as the files they come in and as pixels."""
+def test_images(data_dir: Path) -> TestImages:
+    """The first CIFAR-100 test images as encoded files and as pixels, and their labels."""
     column = pq.read_table(data_dir / "cifar100" / "test-00000-of-00001.parquet").column("img").combine_chunks()
     test = load_dataset("cifar100", data_dir, in_memory=False).test
     pixels = np.stack([np.asarray(test.read(row)) for row in range(IMAGES)])
-    return column.field("bytes").to_pylist()[:IMAGES], torch.from_numpy(pixels)
+    return column.field("bytes").to_pylist()[:IMAGES], torch.from_numpy(pixels), test.labels[:IMAGES]
 
 
 def expected_answers(bundle: Bundle, pixels: torch.Tensor) -> npt.NDArray[np.int64]:
-    """Torch's, and for int8, which is as often right but not always alike, those of its graph outside the service."""
+    """Torch's top-1; for int8, which may differ from torch on single images, that of its graph outside the service."""
     chunks = torch.split(pixels, 250)
     if bundle.manifest.precision != "fp32":
         engine = Engine(bundle.model_path)
@@ -79,14 +91,21 @@ def expected_answers(bundle: Bundle, pixels: torch.Tensor) -> npt.NDArray[np.int
         return torch.cat([model(chunk).argmax(dim=1) for chunk in chunks]).numpy()
 
 
-def test_served_answers_agree_with_torch(test_images: tuple[list[bytes], torch.Tensor]) -> None:
-    encoded, pixels = test_images
+@pytest.mark.slow
+def test_served_answers_agree_with_torch_and_with_the_manifest_bits(test_images: TestImages) -> None:
+    encoded, pixels, labels = test_images
     with serving(MODELS) as (url, _), httpx.Client(base_url=url, timeout=60) as client:
         for name in NAMES:
             served: list[int] = []
-            for start in range(0, IMAGES, IN_A_REQUEST):
-                files = [("image", ("i.png", image)) for image in encoded[start : start + IN_A_REQUEST]]
+            for start in range(0, IMAGES, IMAGES_PER_REQUEST):
+                files = [("image", ("i.png", image)) for image in encoded[start : start + IMAGES_PER_REQUEST]]
                 answer = client.post(f"/v1/classify?model={name}&top_k=1", files=files)
                 served += [result["predictions"][0]["index"] for result in answer.json()["results"]]
             differences = int((np.array(served) != expected_answers(newest(name), pixels)).sum())
             assert differences <= 3, f"{name}: {differences} of {IMAGES} top-1 differ"
+            accuracy = newest(name).manifest.accuracy
+            assert accuracy
+            bits = accuracy.correct_top1()
+            assert bits is not None
+            # Whether an image is right can only differ where the answer does.
+            assert int(((np.array(served) == labels) != bits[:IMAGES]).sum()) <= 3

@@ -1,4 +1,4 @@
-"""The whole way through, by the commands a user types: train, export, serve over a socket, classify."""
+"""From training to an answer over HTTP, by the commands that a user types."""
 
 import csv
 import os
@@ -7,29 +7,41 @@ import sys
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.processes import ROOT, serving
 
-
-def run(*arguments: str) -> None:
-    # One thread: two would wait for each other on a machine that is shared.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, check=True, env=environment)
+STRIDEVIT = Path(sys.executable).with_name("stridevit")
 
 
-def test_a_model_is_trained_exported_served_and_right(tmp_path: Path) -> None:
-    out, repository, images = (str(tmp_path / name) for name in ("run", "models", "images"))
+def run(*arguments: str, cwd: Path) -> None:
+    # One thread: two would wait for each other on a shared machine.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([STRIDEVIT, *arguments], cwd=cwd, check=True, env=environment)
+
+
+@pytest.mark.slow
+def test_model_is_trained_exported_served_and_accurate(tmp_path: Path) -> None:
+    """In the folder of another project, whose modules have the same names as our packages."""
+    (tmp_path / "service.py").write_text("raise SystemExit('the wrong service')\n")
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "__init__.py").write_text("raise SystemExit('the wrong training')\n")
     quick = ["--set", "schedule.epochs=4", "--set", "optim.lr=2e-3"]
-    run("training", "train", "--recipe", "digits", "--variant", "lsra-r2", "--out", out, *quick)
-    run("export", "run", out, "--repository", repository)
-    run("training", "images", "--dataset", "digits", "--out", images, "--count", "100")
-    with (Path(images) / "labels.csv").open() as stream:
+    run("train", "--recipe", "digits", "--variant", "lsra-r2", "--out", "run", *quick, cwd=tmp_path)
+    run("export", "run", "run", "--repository", "models", cwd=tmp_path)
+    run("images", "--dataset", "digits", "--out", "images", "--count", "100", cwd=tmp_path)
+    with (tmp_path / "images" / "labels.csv").open() as stream:
         labels = {row["file"]: int(row["index"]) for row in csv.DictReader(stream)}
-    with serving(Path(repository)) as (url, _), httpx.Client(base_url=url) as client:
+    command = [str(STRIDEVIT), "serve"]
+    environment = {"PYTHONPATH": str(ROOT)}
+    with (
+        serving(Path("models"), command=command, cwd=tmp_path, environment=environment) as (url, _),
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
         (model,) = client.get("/v1/models").json()["models"]
         right = 0
         for file, label in labels.items():
-            answer = client.post("/v1/classify?model=digits-lsra-r2", content=(Path(images) / file).read_bytes())
+            answer = client.post("/v1/classify?model=digits-lsra-r2", content=(tmp_path / "images" / file).read_bytes())
             right += answer.json()["results"][0]["predictions"][0]["index"] == label
     # Four epochs reach about 95 %; a model that is served wrongly reaches 10 %.
     assert right >= 80

@@ -9,23 +9,12 @@ import typer
 from loadtests.accuracy import report
 from loadtests.accuracy.evaluate import AccuracyRun, Plan, evaluate
 from loadtests.accuracy.results import model_results
-from loadtests.experiment.command import (
-    Command,
-    Model,
-    ServiceArgs,
-    Url,
-    fail,
-    repository_unless,
-    run_measurement,
-    this_command,
-    warn,
-)
-from loadtests.experiment.environment import environment
-from loadtests.report.rendering import print_tables
+from loadtests.experiment import command as cli
+from loadtests.experiment.environment import this_command
 
 
 def accuracy(
-    model: Model,
+    model: cli.Model,
     data: Annotated[
         Path,
         typer.Option(
@@ -36,7 +25,7 @@ def accuracy(
     repository: Annotated[
         Path | None, typer.Option(help="Folder of model bundles, served by a new process. [models]", show_default=False)
     ] = None,
-    url: Url = None,
+    url: cli.Url = None,
     reference: Annotated[
         str | None, typer.Option(help="Another model of the same server, to compare with on the same images.")
     ] = None,
@@ -51,8 +40,8 @@ def accuracy(
     out: Annotated[
         Path, typer.Option(help="Folder for report.md, results.json, disagreements.csv and the server's log.")
     ] = Path("results/accuracy"),
-    service_args: ServiceArgs = "",
-    command: Command = None,
+    service_args: cli.ServiceArgs = "",
+    command: cli.Command = None,
 ) -> None:
     """Send a whole labelled set to a served model, and report top-1 and top-5 as a client sees them.
 
@@ -60,32 +49,22 @@ def accuracy(
     that fails counts as wrong. Exit code 1 if any request failed, or if a model misses its manifest's accuracy on the
     same images.
 
-    Example: `python -m loadtests accuracy --model cifar100-csra-r2 --reference cifar100-mha --data cifar100`
+    Example: `stridevit loadtest accuracy --model cifar100-csra-r2 --reference cifar100-mha --data cifar100`
     """
     if reference == model:
-        fail(f"--reference {reference} is the model itself")
-    run = AccuracyRun(
-        plan=Plan(
-            models=(model,) if reference is None else (model, reference),
-            data=data,
-            url=url,
-            repository=repository_unless(url, repository, service_args),
-            limit=limit,
-            connections=connections,
-            max_drop_points=max_drop_points,
-            service_arguments=tuple(shlex.split(service_args)),
-        ),
-        command=command or this_command(),
-        environment=environment(),
+        cli.fail(f"--reference {reference} is the model itself")
+    plan = Plan(
+        models=(model,) if reference is None else (model, reference),
+        data=data,
+        url=url,
+        repository=cli.repository_unless(url, repository, service_args),
+        limit=limit,
+        connections=connections,
+        max_drop_points=max_drop_points,
+        service_arguments=tuple(shlex.split(service_args)),
     )
-
-    def write() -> Path:
-        report.write(run, out)
-        print_tables(report.table(run), width=130)
-        for caveat in report.caveats(run):
-            warn(caveat)
-        typer.echo("\n".join([report.summary(run), *report.comparison(run)]))
-        return out / "report.md"
-
-    code = run_measurement(run, lambda progress: evaluate(run, out, progress), report=write)
+    run = AccuracyRun(plan=plan, command=command or this_command())
+    code = cli.run_measurement(
+        run, lambda progress: evaluate(run, out, progress), report=lambda: report.write(run, out)
+    )
     raise typer.Exit(code or int(any(result.failed or result.misses_manifest for result in model_results(run))))

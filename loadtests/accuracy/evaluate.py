@@ -5,6 +5,7 @@ agreement alike.
 """
 
 import asyncio
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -119,23 +120,20 @@ def evaluate(run: AccuracyRun, out: Path, progress: Progress) -> None:
     """
     plan, source = run.plan, open_source(run.plan.data)
     out.mkdir(parents=True, exist_ok=True)
-    server = service_for(
-        ",".join(plan.models),
-        url=plan.url,
-        repository=plan.repository,
-        log=out / "server.log",
-        arguments=plan.service_arguments,
-    )
-    with server as service:
-        run.models = tuple(_describe(service.url, name) for name in plan.models)
+    models, log = ",".join(plan.models), out / "server.log"
+    with service_for(
+        models, repository=plan.repository, log=log, arguments=plan.service_arguments, url=plan.url
+    ) as server:
+        run.models = tuple(_describe(server.url, name) for name in plan.models)
         positions = _positions(run, source.labels)
         run.payloads, run.total = source.description, len(positions)
         _check_labels([source.labels[position] for position in positions], run.models)
-        started = time.monotonic()
+        started, terminate = time.monotonic(), signal.getsignal(signal.SIGTERM)
         try:
             images = zip(positions, source.read(positions), strict=True)
-            asyncio.run(_send_all(run, service.url, images, progress))
+            asyncio.run(_send_all(run, server.url, images, progress))
         finally:
+            signal.signal(signal.SIGTERM, terminate)
             run.images.sort(key=lambda image: image.position)
             run.seconds = time.monotonic() - started
 
@@ -194,47 +192,45 @@ async def _send_all(run: AccuracyRun, url: str, images: Iterator[tuple[int, Payl
 
     A request that is cancelled, by an interruption or because the server is gone, leaves no image behind.
     """
+    # asyncio turns Ctrl-C into a cancellation of this coroutine: a termination must do the same.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     connections = run.plan.connections
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
     # A proxy of the environment must not come between.
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=_TIMEOUT_SECONDS, trust_env=False) as client:
         sender = _Sender(client, run)
-
-        async def work() -> None:
-            for position, payload in images:
-                answers = [await sender.answer(model, payload) for model in run.models]
-                run.images.append(
-                    Image(position=position, name=payload.name, label=payload.label, answers=tuple(answers))
-                )
-                progress.step("images", len(run.images), run.total)
-                sender.check_alive()
-
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(connections):
-                    group.create_task(work())
-        except ExceptionGroup as group_error:
-            raise group_error.exceptions[0] from None
+                    group.create_task(sender.work(images, progress))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
 
 class _Sender:
-    """Sends single images, and notices when the server is gone."""
+    """Sends image after image, and notices when the server is gone."""
 
     def __init__(self, client: httpx.AsyncClient, run: AccuracyRun) -> None:
         self._client, self._run = client, run
         self._failed_connections = 0
-        self._last_failure = ""
 
-    async def answer(self, model: Model, image: Payload) -> Answer:
-        """A model's answer; a failure is an answer too."""
+    async def work(self, images: Iterator[tuple[int, Payload]], progress: Progress) -> None:
+        """Take images from the shared iterator until there are no more. Raises AccuracyError."""
+        for position, payload in images:
+            answers = tuple([await self._answer(model, payload) for model in self._run.models])
+            self._run.images.append(Image(position=position, name=payload.name, label=payload.label, answers=answers))
+            progress.step("images", len(self._run.images), self._run.total)
+            if self._failed_connections >= _MAX_FAILED_CONNECTIONS * self._run.plan.connections:
+                raise AccuracyError(f"the server is gone ({answers[-1].failure})")
+
+    async def _answer(self, model: Model, image: Payload) -> Answer:
         query: dict[str, str | int] = {"model": model.name, "version": model.version, "top_k": TOP}
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 response = await self._client.post("/v1/classify", params=query, content=image.data)
             except httpx.RequestError as error:
                 self._failed_connections += 1
-                self._last_failure = f"no answer: {type(error).__name__}" + (f", {error}" if str(error) else "")
-                return Answer(failure=self._last_failure)
+                return Answer(failure=f"no answer: {type(error).__name__}" + (f", {error}" if str(error) else ""))
             self._failed_connections = 0
             if response.status_code != httpx.codes.TOO_MANY_REQUESTS:
                 return _parse(response, image.label)
@@ -244,11 +240,6 @@ class _Sender:
             self._run.retries += 1
             await asyncio.sleep(pause)
         raise AssertionError("unreachable")
-
-    def check_alive(self) -> None:
-        """Raises AccuracyError after too many failed connections in a row."""
-        if self._failed_connections >= _MAX_FAILED_CONNECTIONS * self._run.plan.connections:
-            raise AccuracyError(f"the server is gone ({self._last_failure})")
 
 
 def _parse(response: httpx.Response, label: Label) -> Answer:

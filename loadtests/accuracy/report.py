@@ -14,14 +14,17 @@ from loadtests.accuracy.results import (
     model_results,
     pair_result,
 )
-from loadtests.report.rendering import UNKNOWN, Cell, Table, write_report
+from loadtests.report.rendering import UNKNOWN, Cell, Table, print_tables, write_report
 
 _SHOWN_DISAGREEMENTS = 10
 
 
-def write(run: AccuracyRun, out: Path) -> None:
-    """report.md, results.json, disagreements.csv, and failures.csv if a request failed, in `out`."""
-    differing = disagreements(run)
+def write(run: AccuracyRun, out: Path) -> Path:
+    """Write all files, print the figures, and return the report's path.
+
+    report.md, results.json, disagreements.csv, and failures.csv if a request failed.
+    """
+    models, differing = table(run), disagreements(run)
     write_report(
         out,
         document=as_json(run),
@@ -30,7 +33,7 @@ def write(run: AccuracyRun, out: Path) -> None:
         environment=run.environment,
         summary=summary(run),
         caveats=caveats(run),
-        models=table(run),
+        models=models,
         max_drop_points=run.plan.max_drop_points,
         comparison=comparison(run),
         pair=len(run.models) > 1,
@@ -49,18 +52,17 @@ def write(run: AccuracyRun, out: Path) -> None:
     (out / "failures.csv").unlink(missing_ok=True)
     if failures:
         _write_csv(out / "failures.csv", ["name", "model", "failure"], failures)
+    print_tables(models, width=130)
+    print(*caveats(run), summary(run), *comparison(run), sep="\n")
+    return out / "report.md"
 
 
 def as_json(run: AccuracyRun) -> dict[str, Any]:
     """Everything but the single answers."""
     return {
         "schema_version": 2,
-        "command": run.command,
-        "environment": run.environment,
-        "finished": run.finished.isoformat(timespec="seconds") if run.finished else None,
-        "ended_early": run.ended_early,
+        **run.facts(),
         "plan": run.plan,
-        "payloads": run.payloads,
         "images": run.total,
         "sent": len(run.images),
         "unlabelled_left_out": run.unlabelled,

@@ -1,8 +1,8 @@
 """A model behind FastAPI as one writes it on the first day: one thread per request, each calls `session.run` itself.
 
-    python -m loadtests.baseline.plain_fastapi models/cifar100-mha/1 --port 8001
+    python -m loadtests.baseline.plain_fastapi models/cifar100-mha/4 --port 8001
 
-The baseline of `python -m loadtests limit`: the service's own model and decoding, ONNX Runtime's defaults, and no
+The baseline of `stridevit loadtest limit`: the service's own model and decoding, ONNX Runtime's defaults, and no
 queue, batches, limits, golden outputs or metrics.
 """
 
@@ -16,10 +16,7 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request
 
 from service.bundle import read_bundle
-from service.images import decode
-
-_MAX_PIXELS = 178_956_970
-"""What Pillow itself accepts."""
+from service.images import MAX_PIXELS, decode
 
 
 async def body(request: Request) -> bytes:
@@ -35,7 +32,7 @@ def create_app(folder: Path) -> FastAPI:
 
     @app.post("/v1/classify")
     def classify(data: Annotated[bytes, Depends(body)]) -> dict[str, Any]:
-        pixels = decode(data, bundle.manifest.preprocessing, max_pixels=_MAX_PIXELS)
+        pixels = decode(data, bundle.manifest.preprocessing, max_pixels=MAX_PIXELS)
         (probabilities,) = session.run(["probabilities"], {"image": pixels[np.newaxis]})[0]
         best = np.argsort(-probabilities)[:5]
         classes = [{"index": int(i), "label": bundle.labels[i], "probability": float(probabilities[i])} for i in best]

@@ -1,21 +1,11 @@
 """What the commands share: options that mean the same everywhere, progress, interruption, exit codes, the report.
 
 A command turns its flags into a plan, hands `run_measurement` how to measure and how to report, and exits with the
-code that it returns:
-
-    results = Results(plan=plan, command=command or this_command(), environment=environment())
-    code = run_measurement(
-        results,
-        lambda progress: measure(plan, out, results, progress),
-        report=lambda: write(results, out),
-    )
-    raise typer.Exit(code)
+code that it returns.
 """
 
-import shlex
 import signal
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -26,7 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from loadtests.errors import LoadTestError
-from loadtests.experiment.model import Measurement, Progress
+from loadtests.experiment.model import Arm, Load, Measurement, Progress
+from loadtests.experiment.run import Bench
+from loadtests.experiment.store import Store
 
 console = Console(stderr=True)
 
@@ -35,15 +27,12 @@ INTERRUPTED = 130
 
 Model = Annotated[str, typer.Option(help="Name of the model; its newest version is measured.")]
 Repository = Annotated[Path, typer.Option(help="Folder of model bundles.")]
-Url = Annotated[
-    str | None, typer.Option(help="Measure a server that already runs, such as http://127.0.0.1:8000, instead.")
-]
+Url = Annotated[str | None, typer.Option(help="Instead, a server that already runs, such as http://127.0.0.1:8000.")]
 Data = Annotated[
     Path | None,
-    typer.Option(
-        help="Images to send: a folder of image files, of class folders, or of parquet files. [generated JPEGs]"
-    ),
+    typer.Option(help="Images to send: a folder of image files, class folders, or parquet files. [generated JPEGs]"),
 ]
+Out = Annotated[Path, typer.Option(help="Folder for the reports, results.json and the servers' logs.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds; each holds one block of every arm, interleaved.")]
 Seconds = Annotated[float, typer.Option(min=1, help="Measured seconds of each load.")]
 Warmup = Annotated[float, typer.Option(min=0, help="Seconds dropped at the start of each load.")]
@@ -52,24 +41,38 @@ ServiceArgs = Annotated[str, typer.Option(help="Flags for the service, as one st
 Command = Annotated[str | None, typer.Option(help="The command to quote in the report. [this command line]")]
 
 
+def run_rounds(
+    bench: Bench, loads: Callable[[Arm], Sequence[Load]], *, fresh: bool, report: Callable[[], Path]
+) -> NoReturn:
+    """Measure a plan that is settled from the start, report, and exit: with 1 also if a block failed."""
+
+    def measure(progress: Progress) -> None:
+        with bench.opened(progress, fresh=fresh):
+            bench.rounds(loads, progress)
+
+    code = run_measurement(bench.experiment, measure, report=report, store=bench.store)
+    raise typer.Exit(code or int(bool(bench.experiment.failures)))
+
+
 def run_measurement(
     results: Measurement,
     measure: Callable[[Progress], None],
     *,
     report: Callable[[], Path],
-    resumable: bool = False,
+    store: Store | None = None,
 ) -> int:
     """Measure, then report what there is, also after an interruption or an error; returns the exit code.
 
     0 if the measurement finished, 1 after a LoadTestError, 130 after Ctrl-C or SIGTERM. `report` writes the report and
-    returns its path; it is called only if `results.measured`. Sets `results.ended_early` and `results.finished`.
+    returns its path; it is called only if `results.measured`. Sets `results.ended_early` and `results.finished`. A
+    `store` is kept to resume what did not finish, and else cleared.
     """
     # A terminated measurement must stop its servers and report, just as an interrupted one.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = 0
     try:
-        with _progress_bar() as bar:
-            measure(_TerminalProgress(bar))
+        with _ProgressBar() as progress:
+            measure(progress)
         results.finished = datetime.now(UTC)
     except LoadTestError as problem:
         code, results.ended_early = 1, str(problem).splitlines()[0].rstrip(":")
@@ -78,19 +81,21 @@ def run_measurement(
         code, results.ended_early = INTERRUPTED, "interrupted"
         console.print("\nstopped; no server of this measurement is left running", highlight=False)
     if results.measured:
-        if code and resumable:
+        if code and store:
             console.print("The same command resumes the measurement. Measured so far:")
         typer.echo(f"report: {report()}")
+        if store and results.ended_early is None:
+            store.clear()
     elif code == INTERRUPTED:
         console.print("Nothing was measured yet, so there is no report.")
     return code
 
 
-def this_command() -> str:
-    """The command line of this process, ready to be run again."""
-    script = Path(sys.argv[0])
-    program = ["python", "-m", script.parent.name] if script.name == "__main__.py" else [script.name]
-    return shlex.join([*program, *sys.argv[1:]])
+def repository_unless(url: str | None, repository: Path | None, service_args: str) -> Path:
+    """The repository to serve; exits with an error if `--url` comes with the flags of a server that is started."""
+    if url is not None and (repository is not None or service_args):
+        fail("--url names a server that runs already: --repository and --service-args are for one that is started")
+    return repository or Path("models")
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -114,37 +119,17 @@ def warn(message: str) -> None:
     console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
-def progress_bar() -> rich_progress.Progress:
-    """Only until every command uses `run_measurement`."""
-    return _progress_bar()
-
-
-def end_as_if_interrupted() -> None:
-    """Only until every command uses `run_measurement`."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-class _TerminalProgress:
+class _ProgressBar(rich_progress.Progress):
     """A progress bar on standard error."""
 
-    def __init__(self, bar: rich_progress.Progress) -> None:
-        self._bar = bar
-        self._task = bar.add_task("starting", total=None)
+    def __init__(self) -> None:
+        text, bar, count = rich_progress.TextColumn, rich_progress.BarColumn(), rich_progress.MofNCompleteColumn()
+        elapsed, left = rich_progress.TimeElapsedColumn(), rich_progress.TimeRemainingColumn()
+        super().__init__(text("{task.description}"), bar, count, elapsed, text("left"), left, console=console)
+        self._task = self.add_task("starting", total=None)
 
     def step(self, what: str, done: float, total: float) -> None:
-        self._bar.update(self._task, description=what, completed=done, total=total)
+        self.update(self._task, description=what, completed=done, total=total)
 
     def note(self, message: str) -> None:
-        self._bar.console.print(escape(message), highlight=False, soft_wrap=True)
-
-
-def _progress_bar() -> rich_progress.Progress:
-    return rich_progress.Progress(
-        rich_progress.TextColumn("{task.description}"),
-        rich_progress.BarColumn(),
-        rich_progress.MofNCompleteColumn(),
-        rich_progress.TimeElapsedColumn(),
-        rich_progress.TextColumn("left"),
-        rich_progress.TimeRemainingColumn(),
-        console=console,
-    )
+        self.console.print(escape(message), highlight=False, soft_wrap=True)

@@ -2,17 +2,19 @@
 
 import os
 import platform
+import shlex
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import psutil
 
 from service.host import cpu_model, git_commit
 
 LOAD_AVERAGE = "load average before"
-"""The fact that differs between two runs on the same machine; it tells whether the machine was quiet."""
+"""Tells whether the machine was quiet; the only fact that may differ when a measurement is resumed."""
 
 _LIBRARIES = ("stridevit", "locust", "gevent", "geventhttpclient", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow")
-
 _PREFIX = "STRIDEVIT_"
 _NO_SETTINGS = ("STRIDEVIT_LOAD_", "STRIDEVIT_DATA", "STRIDEVIT_AGREEMENT", "STRIDEVIT_SERVICE_PYTHON")
 
@@ -26,20 +28,24 @@ def environment() -> dict[str, str]:
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "system": platform.platform(),
         "python": platform.python_version(),
-        **_versions(),
+        **{name: found for name in _LIBRARIES if (found := _version(name))},
         **_settings(),
         LOAD_AVERAGE: f"{os.getloadavg()[0]:.2f}",
     }
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def this_command() -> str:
+    """The command line of this process, ready to be run again."""
+    script = Path(sys.argv[0])
+    program = ["python", "-m", script.parent.name] if script.name == "__main__.py" else [script.name]
+    return shlex.join([*program, *sys.argv[1:]])
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _settings() -> dict[str, str]:

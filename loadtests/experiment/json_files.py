@@ -1,4 +1,4 @@
-"""Results as strict JSON: what is not finite is null, for no reader of JSON knows infinity."""
+"""Results as strict JSON, which has no infinity: what is not finite becomes null."""
 
 import json
 import math
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def write_json(document: Any, path: Path) -> None:
-    """For people and programs; ends with a line break."""
+    """Write an indented file that ends with a newline."""
     path.write_text(json.dumps(to_json(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def to_json(value: Any) -> Any:
-    """As JSON knows it: dataclasses as objects, paths as text, tuples as lists, and null for what is not finite."""
+    """Dataclasses as objects, tuples as lists, paths and the like as text, numbers that are not finite as null."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A server put under load by Locust in a process of its own, with the CPU of both and the server's memory."""
+"""Loads applied by Locust in a process of its own, with the CPU time of both and the server's memory."""
 
 import math
 import os
@@ -6,51 +6,57 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-from loadtests.experiment import service_metrics
-from loadtests.experiment.server import Server, ServerError, end
-from loadtests.generator.load_result import ANSWER_SECONDS, LoadResult, Protocol
+from loadtests.experiment.model import Load
+from loadtests.experiment.process import end, start
+from loadtests.experiment.server import Server, ServerError
+from loadtests.experiment.service_metrics import mean_stages_ms, stage_totals
+from loadtests.generator.load_result import ANSWER_SECONDS, LoadResult, Protocol, RequestTrace
 from loadtests.generator.samples import Sample, read_samples, window
 from service.host import gpu_process_bytes, process_tree, process_tree_bytes
 
 LOCUSTFILE = Path(__file__).parents[1] / "generator" / "locustfile.py"
-SHAPES = Path(__file__).parents[1] / "generator" / "shapes.py"
 
+BEYOND_SECONDS = 1.0
+"""A generator sends this much longer than the window is, so that its last requests are sent like all others."""
+_JITTER_SECONDS = 1.0
 _READ_SECONDS = 0.05
 _PSS_SECONDS = 1.0
 _PSS_GROWTH = 1.005
 _SPARE_SECONDS = 90
 _FIRST_ARRIVAL = 5
-"""Mean gaps: a first arrival comes later than this in one of 150 runs."""
+"""In mean gaps; the window begins with the first arrival, which comes later than this in one of 150 runs."""
+_USERS_AT_LEAST = 20
+"""Locust's users at the lowest of several steps: rates are multiples of one user's."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RequestSpec:
-    """What is asked of a server: which payloads, of which model, and how."""
+    """What is sent to a server."""
 
     payloads: Path
-    """A folder that `loadtests.generator.payload_cache.save` has filled."""
+    """A folder filled by `loadtests.generator.payload_cache.save`."""
     model: str
     protocol: Protocol = "v1"
     deadline_ms: float | None = None
 
     def arguments(self) -> list[str]:
         """For the locustfile."""
-        asked = ["--data", str(self.payloads), "--model", self.model, "--protocol", self.protocol]
-        return asked if self.deadline_ms is None else [*asked, "--deadline-ms", f"{self.deadline_ms:g}"]
+        arguments = ["--data", str(self.payloads), "--model", self.model, "--protocol", self.protocol]
+        return arguments if self.deadline_ms is None else [*arguments, "--deadline-ms", f"{self.deadline_ms:g}"]
 
 
 class Meter:
-    """CPU time and memory over time, read so that reading costs nothing to speak of.
+    """CPU time and memory over time, at a negligible cost.
 
-    PSS takes the kernel a walk over all pages, some ten milliseconds: it is read once a second, and whenever resident
-    memory, which is free to read, has grown past what it was at the last time. Of a server that is not ours, only the
-    generator is known.
+    For PSS the kernel walks over all pages, which takes some ten milliseconds: it is read once per second, and when
+    resident memory, which is free to read, has grown since. Of a server at a URL only the generator is known.
     """
 
     def __init__(self, server: Server, generator: int) -> None:
@@ -63,7 +69,7 @@ class Meter:
         self.device_bytes: int | None = None
 
     def read(self) -> None:
-        """Take one sample; of a process that has ended, none."""
+        """Take one sample, unless a process has ended."""
         now = time.time()
         try:
             spent = [sum(process.cpu_times()[:2]) for process in self._processes]
@@ -81,7 +87,7 @@ class Meter:
             self._resident, self._read_at = max(resident, self._resident), now
 
     def cores(self, begin: float, seconds: float) -> tuple[float, float]:
-        """Of server and generator, in a window in Unix time; 0 where it is not known."""
+        """CPU time by wall time of server and generator, in a window that begins at a Unix time; 0 if unknown."""
         if not self._times:
             return 0.0, 0.0
         moments, *spent = np.array(self._times).T
@@ -90,112 +96,95 @@ class Meter:
         return float(server), float(generator)
 
 
-def closed_loop(
-    server: Server, ask: RequestSpec, *, connections: int, warmup_seconds: float, seconds: float
+def apply_load(
+    server: Server, spec: RequestSpec, load: Load, *, warmup_seconds: float, seconds: float, seed: int
 ) -> LoadResult:
-    """`connections` users, each sends its next image when its last is answered. Raises ServerError."""
-    users = ["--loop", "closed", "--users", str(connections), "--spawn-rate", str(connections)]
-    return _load(
-        server, ask, users, warmup_seconds=warmup_seconds, seconds=seconds, connections=connections, offered_rate=None
-    )
+    """Put a server under a load, and measure it for `seconds` (or all its steps). Raises ServerError.
 
-
-def open_loop(
-    server: Server, ask: RequestSpec, *, rate: float, warmup_seconds: float, seconds: float, seed: int
-) -> LoadResult:
-    """Poisson arrivals at `rate` a second; latencies from the scheduled moments. Raises ServerError."""
-    source = ["--loop", "open", "--users", "1", "--rate-per-user", f"{rate:.6f}", "--seed", str(seed)]
-    return _load(
-        server, ask, source, warmup_seconds=warmup_seconds, seconds=seconds, connections=None, offered_rate=rate
-    )
-
-
-def shaped_loop(
-    server: Server, ask: RequestSpec, *, rates: str, seconds: float, rate_per_user: float, seed: int
-) -> tuple[list[Sample], Meter]:
-    """An open loop whose rate changes, as loadtests/generator/shapes.py reads it. Raises ServerError."""
-    shape = ["--loop", "open", "--rates", rates, "--rate-per-user", f"{rate_per_user:g}", "--seed", str(seed)]
-    return run_locust(server, ask, shape, seconds=seconds, files=(LOCUSTFILE, SHAPES))
-
-
-def _load(
-    server: Server,
-    ask: RequestSpec,
-    arguments: list[str],
-    *,
-    warmup_seconds: float,
-    seconds: float,
-    connections: int | None,
-    offered_rate: float | None,
-) -> LoadResult:
-    # The window begins with the first arrival, which an open loop may wait for; and a second more, so that the last of
-    # the window are sent as all others are.
-    whole = math.ceil(warmup_seconds + seconds + 1 + (_FIRST_ARRIVAL / offered_rate if offered_rate else 0))
-    before = service_metrics.totals(server.url)
-    samples, meter = run_locust(server, ask, [*arguments, "--seconds", str(whole)], seconds=whole)
-    found = window(samples, warmup_seconds=warmup_seconds, seconds=seconds)
-    server_cores, generator_cores = meter.cores(found.begin, seconds)
-    opened = offered_rate is not None
+    A closed loop sends the next image of a connection when its last answer has come. In an open one arrivals are a
+    Poisson process, and latency counts from the scheduled moments.
+    """
+    arguments = ["--seed", str(seed)]
+    if load.steps:
+        warmup_seconds, seconds = 0.0, sum(length for _, length in load.steps)
+        rates = ",".join(f"{rate:g}:{length:g}" for rate, length in load.steps)
+        rate_per_user = min(rate for rate, _ in load.steps) / _USERS_AT_LEAST
+        arguments += ["--loop", "open", "--rates", rates, "--rate-per-user", f"{rate_per_user:g}"]
+    elif load.connections is not None:
+        # A slow server answers in bursts, whose beat begins with the load. If every window began at the same moment of
+        # it, what the window cuts off would look like a difference between arms.
+        warmup_seconds += _JITTER_SECONDS * float(np.random.default_rng(seed).random())
+        arguments += ["--loop", "closed", "--users", str(load.connections), "--spawn-rate", str(load.connections)]
+    elif load.rate is not None:
+        arguments += ["--loop", "open", "--users", "1", "--rate-per-user", f"{load.rate:.6f}"]
+    whole = warmup_seconds + seconds + BEYOND_SECONDS + (_FIRST_ARRIVAL / load.rate if load.rate else 0)
+    if not load.steps:
+        arguments += ["--seconds", str(math.ceil(whole))]
+    before = stage_totals(server.url)
+    samples, meter = run_locust(server, spec, arguments, seconds=whole)
+    # The warm-up begins with the first request.
+    begin = min(sample.due_s for sample in samples) + warmup_seconds
+    found = window(samples, begin=begin, seconds=seconds)
+    server_cores, generator_cores = meter.cores(begin, seconds)
+    is_open = load.connections is None
     return LoadResult(
-        mode="open" if opened else "closed",
-        connections=connections,
-        offered_rate=offered_rate,
-        throughput=found.throughput,
-        latencies_ms=found.latencies_ms,
-        errors=found.errors,
+        **vars(found),
+        mode="open" if is_open else "closed",
+        connections=load.connections,
+        offered_rate=load.rate,
         peak_bytes=meter.peak_bytes,
         server_cores=server_cores,
         generator_cores=generator_cores,
-        arrivals=len(found.latencies_ms) if opened else 0,
-        late_arrivals=found.late_arrivals if opened else 0,
-        unsent_arrivals=found.unsent_arrivals,
+        arrivals=len(found.latencies_ms) if is_open else 0,
         device_bytes=meter.device_bytes,
-        stages_ms=service_metrics.between(before, service_metrics.totals(server.url)),
-        labelled=found.labelled,
-        correct=found.correct,
+        stages_ms=mean_stages_ms(before, stage_totals(server.url)),
+        trace=_trace(samples, begin, seconds) if load.steps else None,
+    )
+
+
+def _trace(samples: Sequence[Sample], begin: float, seconds: float) -> RequestTrace:
+    due = [sample for sample in samples if begin <= sample.due_s < begin + seconds]
+    return RequestTrace(
+        due_s=np.array([sample.due_s - begin for sample in due]),
+        statuses=np.array([sample.status for sample in due], dtype=np.int64),
+        models=np.array([sample.model.rpartition("/")[0] for sample in due], dtype=np.str_),
     )
 
 
 def run_locust(
-    server: Server, ask: RequestSpec, arguments: list[str], *, seconds: float, files: tuple[Path, ...] = (LOCUSTFILE,)
+    server: Server, spec: RequestSpec, arguments: Sequence[str], *, seconds: float
 ) -> tuple[list[Sample], Meter]:
     """Run Locust against a server to its end. Raises ServerError if the server dies, or nothing was sent."""
-    command = ["-m", "locust", "-f", ",".join(map(str, files)), "--headless", "--host", server.url]
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", server.url]
     quiet = ["--loglevel", "WARNING", "--only-summary", "--stop-timeout", f"{ANSWER_SECONDS:g}"]
     with tempfile.TemporaryDirectory(prefix="stridevit-samples-") as folder:
         path = Path(folder) / "samples.csv"
-        meter = _generate([*command, *ask.arguments(), *arguments, *quiet, "--samples", str(path)], server, seconds)
+        meter = _generate([*command, *spec.arguments(), *arguments, *quiet, "--samples", str(path)], server, seconds)
         samples = read_samples(path) if path.is_file() else []
     if not samples:
         raise ServerError(f"nothing was sent to {server.name}")
     return samples, meter
 
 
-def _environment() -> dict[str, str]:
-    """Ours, without what would give the generator other orders than the plan's."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("STRIDEVIT_LOAD_", "LOCUST_"))}
-
-
-def _generate(arguments: list[str], server: Server, seconds: float) -> Meter:
-    """Run `python ARGUMENTS` to its end. Raises ServerError if the server dies or the generator fails."""
+def _generate(command: list[str], server: Server, seconds: float) -> Meter:
+    """Run a generator to its end. Raises ServerError if the server dies or the generator fails."""
+    # Without the variables that would change what the generator does.
+    foreign = ("STRIDEVIT_LOAD_", "LOCUST_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(  # noqa: S603 (our own command)
-            [sys.executable, *arguments], env=_environment(), stdout=subprocess.DEVNULL, stderr=errors, text=True
-        )
+        process = start(command, stdout=subprocess.DEVNULL, stderr=errors, environment=environment)
         try:
             meter = Meter(server, process.pid)
             deadline = time.monotonic() + seconds + _SPARE_SECONDS
-            while process.poll() is None and time.monotonic() < deadline:
+            while process.poll() is None and time.monotonic() < deadline and server.alive():
                 meter.read()
-                if not server.alive():
-                    break
                 time.sleep(_READ_SECONDS)
-            late = process.poll() is None
+            hangs = process.poll() is None
         finally:
             end(process)
         if not server.alive():
-            raise ServerError(f"{server.name} died under load; its log, {server.log}, ends:\n{server.log_tail()}")
-        if late:
+            raise server.died("under load")
+        if hangs:
             raise ServerError(f"the load generator did not end within {seconds + _SPARE_SECONDS:.0f} s")
         if process.returncode:
             errors.seek(0)

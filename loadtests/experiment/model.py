@@ -1,41 +1,60 @@
-"""What a comparison consists of: arms, loads, blocks; and how a block is kept on disk until all are there.
+"""What an experiment consists of, for every command: a plan of arms and rounds, loads, and blocks of results.
 
-A *round* holds one *block* of every arm, each in a fresh server process; a block puts its server under several *loads*
-one after the other.
+A *round* holds one *block* of every arm, each in a fresh server process; a block applies several *loads* to its server,
+one after the other. Arms are interleaved within a round, and rounds are what repeats.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from loadtests.experiment.environment import environment, this_command
 from loadtests.generator.load_result import LoadResult
 from loadtests.generator.load_result import Protocol as ApiProtocol
 
-SATURATED = "saturated"
-"""The closed loop: as many connections as keep the server busy."""
-MODERATE = "moderate"
-"""An open loop at a rate that every arm masters with ease."""
-HIGH = "high"
-"""An open loop at a rate that comes close to what the slowest arm can do."""
-LOADS = (SATURATED, MODERATE, HIGH)
+SATURATED, MODERATE, HIGH = LOADS = ("saturated", "moderate", "high")
+"""The loads of `compare`: a closed loop with enough connections to keep the server busy, an open loop at a rate that
+every arm serves with ease, and one at a rate close to the slowest arm's capacity."""
+
+ArmKind = Literal["service", "plain", "engine"]
+"""The service; the plain FastAPI server (loadtests/baseline); or the engine limit, which serves no HTTP."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One of the things that are compared."""
+    """One of the things that are measured against each other."""
 
     label: str
-    """Unique in a comparison; as the user wrote it."""
+    """Unique in an experiment; as the user wrote it."""
     model: str
+    kind: ArmKind = "service"
     settings: tuple[tuple[str, str], ...] = ()
     """Settings of the service for this arm alone."""
     url: str | None = None
-    """Of a server that runs already; then memory and CPU are not known."""
+    """A server that already runs; its memory and CPU are unknown."""
     commit: str | None = None
-    """The service of this commit, instead of the one at hand."""
+    """Serve with the service, and the models, of this commit."""
     repeat_of: str | None = None
-    """Label of the arm that this one repeats, to see what the machine's noise alone makes of it (A/A)."""
+    """Label of the arm that this one repeats, to show what the machine's noise alone looks like (A/A)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """A load that a block applies: a closed loop (`connections`), or an open one (one of the other fields)."""
+
+    name: str
+    connections: int | None = None
+    rate: float | None = None
+    """Arrivals per second."""
+    fraction: float | None = None
+    """Arrivals as a fraction of the throughput of the block's last closed loop."""
+    steps: tuple[tuple[float, float], ...] = ()
+    """(arrivals per second, seconds), one after the other; without a warm-up, and with `LoadResult.trace`."""
+
+    def at(self, saturated: float) -> "Load":
+        """With a rate instead of a fraction of the saturated throughput."""
+        return self if self.fraction is None else replace(self, rate=self.fraction * saturated)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,49 +65,43 @@ class Block:
     """Its label."""
     round: int
     idle_bytes: int = 0
-    """Of the fresh process; 0 where it is not known, as in `after_bytes`."""
+    """Memory of the fresh process; 0 if unknown, like `after_bytes`."""
     after_bytes: int = 0
-    """When all loads were over."""
+    """Memory after all loads."""
     loads: dict[str, LoadResult] = field(default_factory=dict)
-    """By the names in `LOADS`."""
+    """By the loads' names."""
     info: dict[str, Any] = field(default_factory=dict, repr=False)
-    """What the service says of the model: variant, tokens, kv_tokens, params, precision, accuracy, sha256, ..."""
+    """Facts about the model (see `experiment.arms.describe`); of an engine limit, what it measured."""
     failure: str | None = None
-    """Why it could not be measured to its end; then its loads do not count."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CapacitySearch:
-    """The largest rate of arrivals at which an arm keeps its objective, by bisection."""
-
-    arm: str
-    round: int
-    rate: float | None
-    """Images a second; 0 if not even the lowest rate that was tried kept it; None if it could not be found."""
-    probes: tuple[tuple[float, float | None], ...]
-    """(rate, latency in ms at the objective's percentile, None where it was infinite or not reached)."""
-    reason: str | None = None
-    """Why there is no rate."""
-    failed: bool = False
-    """Because the server failed."""
+    """Why the block was not measured to its end; then its loads do not count."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is compared, and how long."""
+    """What is measured, and for how long."""
 
     repository: Path
     arms: tuple[Arm, ...]
     """The first is the baseline. An arm with `repeat_of` is the A/A arm."""
     data: Path | None
-    protocol: ApiProtocol
-    connections: int
-    """Concurrent requests of the closed loop."""
+    rounds: int
     seconds: float
     """Measured seconds of each load."""
-    warmup_seconds: float
+    warmup_seconds: float = 0.0
     """Dropped at the start of each load."""
-    rounds: int
+    service_arguments: tuple[str, ...] = ()
+    protocol: ApiProtocol = "v1"
+    deadline_ms: float | None = None
+    """Sent with every request; None for the service's default."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonPlan(Plan):
+    """The plan of `compare`."""
+
+    connections: int
+    """Concurrent requests of the closed loop."""
     default_rounds: int
     """A run with fewer rounds says so."""
     load_fractions: tuple[float, float]
@@ -98,8 +111,9 @@ class Plan:
     capacity_searches: int
     """Rounds of the bisection; 0 for none."""
     budget_minutes: float
-    service_arguments: tuple[str, ...]
-    seed: int
+
+
+P = TypeVar("P", bound=Plan)
 
 
 class Progress(Protocol):
@@ -109,16 +123,15 @@ class Progress(Protocol):
         """`what` begins now; `done` of `total` steps or seconds are over."""
 
     def note(self, message: str) -> None:
-        """A line that stays."""
+        """Show a line that stays."""
 
 
 @dataclass(kw_only=True)
 class Measurement:
     """What the results of every command hold beside their figures."""
 
-    command: str
-    """As it can be run again."""
-    environment: dict[str, str]
+    command: str = field(default_factory=this_command)
+    environment: dict[str, str] = field(default_factory=environment)
     payloads: str = ""
     """What was sent, in words."""
     ended_early: str | None = None
@@ -130,21 +143,33 @@ class Measurement:
         """Whether there is anything to report yet."""
         raise NotImplementedError
 
+    def facts(self) -> dict[str, Any]:
+        """The beginning of every results.json."""
+        return {
+            "command": self.command,
+            "finished": self.finished.isoformat(timespec="seconds") if self.finished else None,
+            "ended_early": self.ended_early,
+            "environment": self.environment,
+            "payloads": self.payloads,
+        }
+
 
 @dataclass(kw_only=True)
-class Comparison(Measurement):
-    """All that `compare` measured."""
+class Experiment(Measurement, Generic[P]):
+    """Blocks in the order in which they ran."""
 
-    plan: Plan
-    rates: dict[str, float] = field(default_factory=dict)
-    """Arrivals a second of the open loops: of `MODERATE` and `HIGH`."""
+    plan: P
     blocks: list[Block] = field(default_factory=list)
-    capacity_searches: list[CapacitySearch] = field(default_factory=list)
 
     @property
     def measured(self) -> bool:
-        """Whether a block was measured."""
+        """Whether a block was tried."""
         return bool(self.blocks)
+
+    @property
+    def failures(self) -> list[Block]:
+        """Blocks that were not measured to their end."""
+        return [block for block in self.blocks if block.failure is not None]
 
     def blocks_of(self, label: str) -> list[Block]:
         """The blocks of one arm that were measured to their end, by round."""
@@ -152,3 +177,28 @@ class Comparison(Measurement):
             (block for block in self.blocks if block.arm == label and block.failure is None),
             key=lambda block: block.round,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacitySearch:
+    """The largest rate of arrivals at which an arm keeps its latency objective, found by bisection."""
+
+    arm: str
+    round: int
+    rate: float | None
+    """Images per second; 0 if not even the lowest rate tried kept it; None if it could not be found."""
+    probes: tuple[tuple[float, float | None], ...]
+    """(rate, latency in ms at the objective's percentile, None where it was infinite or not reached)."""
+    reason: str | None = None
+    """Why there is no rate."""
+    failed: bool = False
+    """There is no rate because the server failed."""
+
+
+@dataclass(kw_only=True)
+class Comparison(Experiment[ComparisonPlan]):
+    """All that `compare` measured."""
+
+    rates: dict[str, float] = field(default_factory=dict)
+    """Arrivals per second of the open loops `MODERATE` and `HIGH`."""
+    capacity_searches: list[CapacitySearch] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""In which order the blocks of a comparison run, how long that takes, and how a plan is made to fit its budget."""
+"""In which order the blocks of an experiment run, how long they take, and how a plan is fitted to its budget."""
 
 import math
 from collections.abc import Sequence
@@ -6,16 +6,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from loadtests.experiment.model import LOADS, Arm, Plan
+from loadtests.experiment.capacity import PROBES
+from loadtests.experiment.locust_runner import BEYOND_SECONDS
+from loadtests.experiment.model import LOADS, Arm, ComparisonPlan, Plan
 
-PROBES = 5
-"""Of one bisection: they narrow the rate down to a 32nd of where it began."""
 SHORTEST_SECONDS = 3.0
 LONGEST_SECONDS = 20.0
 FEWEST_ROUNDS = 2
-
-_BEYOND_SECONDS = 1.0
-"""A generator sends this much longer than the window is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,46 +20,45 @@ class Costs:
     """What a measurement takes beside its windows, in seconds; guesses until the arms have been tried."""
 
     server: float = 8.0
-    """To start a server until it is ready, and to end it."""
+    """To start a server until it is ready, and to stop it."""
     generator: float = 2.5
-    """To start a generator, and to end it."""
+    """To start and stop a generator."""
     probe: float = 0.0
-    """The shortest window of a bisection's probe in which its percentile can be seen."""
+    """The shortest probe of a capacity search that shows its percentile."""
 
     def load(self, plan: Plan) -> float:
         """One load."""
-        return self.generator + plan.warmup_seconds + plan.seconds + _BEYOND_SECONDS
+        return self.generator + plan.warmup_seconds + plan.seconds + BEYOND_SECONDS
 
-    def block(self, plan: Plan) -> float:
-        """All loads of one arm."""
-        return self.server + len(LOADS) * self.load(plan)
+    def block(self, plan: Plan, loads: int = len(LOADS)) -> float:
+        """A block of that many loads."""
+        return self.server + loads * self.load(plan)
 
     def search(self, plan: Plan) -> float:
-        """One bisection."""
+        """One capacity search."""
         return self.server + PROBES * (self.load(plan) + max(0.0, self.probe - plan.seconds))
 
-    def whole(self, plan: Plan) -> float:
-        """All blocks and bisections."""
-        return plan.rounds * len(plan.arms) * self.block(plan) + plan.capacity_searches * len(
-            tried(plan)
-        ) * self.search(plan)
+    def whole(self, plan: ComparisonPlan) -> float:
+        """A whole comparison."""
+        searches = plan.capacity_searches * len(without_repeats(plan)) * self.search(plan)
+        return plan.rounds * len(plan.arms) * self.block(plan) + searches
 
 
-def tried(plan: Plan) -> list[Arm]:
+def without_repeats(plan: Plan) -> list[Arm]:
     """The arms without the A/A arm."""
     return [arm for arm in plan.arms if arm.repeat_of is None]
 
 
-def fitted(plan: Plan, costs: Costs, *, seconds: float | None) -> Plan:
+def fitted(plan: ComparisonPlan, costs: Costs, *, seconds: float | None) -> ComparisonPlan:
     """The plan with windows as long as its budget allows, or with fewer rounds if even the shortest are too long.
 
-    `seconds` is the length that the user wants; then only rounds can give way.
+    `seconds` is the length that the user gave; then only rounds can give way.
     """
     budget = plan.budget_minutes * 60
     if seconds is not None:
         fitting = replace(plan, seconds=seconds)
     else:
-        # What a second more in every window costs tells how many there is room for.
+        # The cost of one more second in every window tells how many there is room for.
         shortest = replace(plan, seconds=SHORTEST_SECONDS)
         at_least = costs.whole(shortest)
         each = costs.whole(replace(plan, seconds=SHORTEST_SECONDS + 1)) - at_least

@@ -1,7 +1,7 @@
 """Images under Locust: an open loop of Poisson arrivals, or a closed loop of users that wait for their answers.
 
     locust -f loadtests/generator/locustfile.py --host http://127.0.0.1:8000 --model cifar100-mha --data photos
-    locust -f loadtests/generator/locustfile.py,loadtests/generator/shapes.py --rates '50:30,50>500:60,1000:5' ...
+    locust -f loadtests/generator/locustfile.py --rates '50:30,50>500:60,1000:5' ...
 
 Open loop (the default): every user is a Poisson source of `--rate-per-user` images a second, so the number of users,
 in Locust's web page or by `--users`, *is* the rate; the sources add up to a Poisson process, however many there are and
@@ -10,8 +10,9 @@ moment at which it was due, so neither a slow server nor a slow generator can hi
 are in flight in a process, an arrival is not sent and fails as `Unsent`. Closed loop (`--loop closed`): each user sends
 its next image when its last is answered.
 
-`--seconds` ends the test when every arrival of that time is sent, so that one seed gives the same arrivals on any
-machine. Locust's own `--run-time` also counts the time in which the images are read and the users are started.
+`--rates` changes the number of users over time (loadtests/generator/rates.py): steps, ramps, spikes, a soak; the test
+ends with the last part. `--seconds` ends it when every arrival of that time is sent, so that one seed gives the same
+arrivals on any machine; Locust's own `--run-time` also counts the time in which images are read and users started.
 
 With `--master` and `--worker` each worker keeps a histogram (HDR, three digits), and the master merges them: it prints
 the percentiles at the end, and serves them at `/percentiles` beside its web page. Without the page let the master wait
@@ -20,7 +21,7 @@ every raw sample (loadtests/generator/samples.py); a worker adds its number to t
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call"
-from locust import FastHttpUser, events, task  # first: it patches the standard library for gevent  # isort: skip
+from locust import FastHttpUser, LoadTestShape, events, task  # first: it patches the standard library for gevent  # isort: skip
 
 import itertools
 import logging
@@ -43,8 +44,9 @@ from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 from loadtests.generator.histogram import Latencies
 from loadtests.generator.load_result import ANSWER_SECONDS, IN_FLIGHT, PROTOCOLS
 from loadtests.generator.payload_cache import is_saved, load
-from loadtests.generator.payloads import PayloadError, read_payloads
-from loadtests.generator.rates import poisson_arrivals
+from loadtests.generator.payloads import read_payloads
+from loadtests.generator.rates import Part, parse_rates, poisson_arrivals, rate_at
+from loadtests.generator.readers import PayloadError
 from loadtests.generator.request_encoder import target
 from loadtests.generator.samples import UNSENT, Sample, sample_writer
 
@@ -89,9 +91,8 @@ class Run:
             self._stream = path.open("w", newline="", encoding="utf-8")
             self._write = sample_writer(self._stream)
 
-    def record(self, **values: Any) -> None:
-        """Keep the sample of one request; `due_s` is given by the clock that nobody adjusts."""
-        sample = Sample(**{**values, "due_s": values["due_s"] + self.unix_offset})
+    def record(self, sample: Sample) -> None:
+        """Keep the outcome of one request."""
         _state.latencies.add(sample.latency_ms, ok=sample.ok)
         if self._write:
             self._write(sample)
@@ -186,8 +187,8 @@ class Classify(FastHttpUser):
             except FAILURE_EXCEPTIONS:  # the connection broke in the middle of the answer
                 content, status = None, 0
             headers = response.headers
-        self._run.record(
-            due_s=due,
+        sample = Sample(
+            due_s=due + self._run.unix_offset,
             latency_ms=latency_ms,
             status=status,
             behind_ms=behind_ms,
@@ -195,9 +196,10 @@ class Classify(FastHttpUser):
             image=image,
             correct=target.correct(request, content) if status == 200 and content is not None else None,
         )
+        self._run.record(sample)
 
     def _skip(self, image: int, due: float) -> None:
-        path = self._run.target.path
+        path, due_s = self._run.target.path, due + self._run.unix_offset
         behind_ms = (time.perf_counter() - due) * 1000
         self.environment.events.request.fire(
             request_type="POST",
@@ -206,13 +208,33 @@ class Classify(FastHttpUser):
             response_length=0,
             exception=Unsent(f"{self._run.in_flight} were in flight"),
             context={},
-            start_time=due + self._run.unix_offset,
+            start_time=due_s,
             url=path,
             response=None,
         )
-        self._run.record(
-            due_s=due, latency_ms=behind_ms, status=UNSENT, behind_ms=behind_ms, model="", image=image, correct=None
+        sample = Sample(
+            due_s=due_s, latency_ms=behind_ms, status=UNSENT, behind_ms=behind_ms, model="", image=image, correct=None
         )
+        self._run.record(sample)
+
+
+class Rates(LoadTestShape):
+    """The number of users that makes the rate of the moment."""
+
+    abstract = True
+    """Used with `--rates`, not because this file holds it."""
+
+    def __init__(self, parts: tuple[Part, ...], environment: Environment) -> None:
+        super().__init__()
+        self._parts, self._environment, self.runner = parts, environment, environment.runner
+
+    def tick(self) -> tuple[int, float] | None:
+        """Number of users, and how many may start or stop in a second."""
+        options, rate = self._environment.parsed_options, rate_at(self._parts, self.get_run_time())
+        if rate is None or options is None:
+            return None
+        users = round(rate / options.rate_per_user)
+        return users, max(1, users, self.get_current_user_count())
 
 
 @events.init_command_line_parser.add_listener
@@ -229,6 +251,7 @@ def _arguments(parser: LocustArgumentParser, **_: Any) -> None:
         "loop", "open: Poisson arrivals, the number of users is the rate; closed: users wait for their answers", **loops
     )
     add("protocol", "v1: image files; v2: binary tensors", choices=PROTOCOLS, default="v1")
+    add("rates", "rate of the open loop over time: RATE:SECONDS or FROM>TO:SECONDS,...", **command_line_only)
     add("rate-per-user", "images a second of each user of the open loop", type=float, default=1.0)
     add("in-flight", "maximum of requests in flight in each process of the open loop", type=int, default=IN_FLIGHT)
     add("deadline-ms", "deadline of every request, 0 for the server's default", type=float, default=0.0)
@@ -239,7 +262,13 @@ def _arguments(parser: LocustArgumentParser, **_: Any) -> None:
 
 @events.init.add_listener
 def _init(environment: Environment, **_: Any) -> None:
-    _state.paths = {name: getattr(environment.parsed_options, name, "") for name in ("data", "samples")}
+    options = environment.parsed_options
+    _state.paths = {name: getattr(options, name, "") for name in ("data", "samples")}
+    if options and options.rates and not isinstance(environment.runner, WorkerRunner):
+        try:
+            environment.shape_class = Rates(parse_rates(options.rates), environment)
+        except ValueError as error:
+            raise SystemExit(f"--rates: {error}") from None
     if environment.web_ui and environment.web_ui.app:
 
         @environment.web_ui.app.get("/percentiles")

@@ -11,20 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from loadtests.generator.readers import IMAGE_SUFFIXES, Label, Payload, PayloadError, Source, open_source
-
-__all__ = [
-    "DEFAULT_SIZES",
-    "IMAGE_SUFFIXES",
-    "MAX_IMAGES",
-    "Label",
-    "Payload",
-    "PayloadError",
-    "describe",
-    "generated",
-    "parse_sizes",
-    "read_payloads",
-]
+from loadtests.generator.readers import Payload, PayloadError, Source, open_source
 
 MAX_IMAGES = 1000
 DEFAULT_SIZES = ((640, 480),)

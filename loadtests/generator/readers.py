@@ -20,7 +20,7 @@ from loadtests.errors import LoadTestError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 LABELS_FILE = "labels.csv"
 _CSV_LABELS = ("index", "label", "imagenet1k_index")
-"""Columns in order of preference; `python -m training images` writes an index and a name."""
+"""Columns in order of preference; `stridevit images` writes an index and a name."""
 _PARQUET_IMAGES = ("img", "image")
 _PARQUET_LABELS = ("fine_label", "label")
 _SPLITS = ("test-*.parquet", "validation-*.parquet", "val-*.parquet", "*.parquet")

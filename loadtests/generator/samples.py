@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TextIO
 
@@ -41,7 +41,7 @@ class Sample:
         return self.status == 200
 
 
-COLUMNS = tuple(field.name for field in fields(Sample))
+COLUMNS = tuple(column.name for column in fields(Sample))
 
 
 def sample_writer(stream: TextIO) -> Callable[[Sample], None]:
@@ -79,34 +79,34 @@ def read_samples(path: Path) -> list[Sample]:
 class Window:
     """What the samples of a time window show."""
 
-    begin: float
-    """Unix time."""
     throughput: float
-    """Images a second."""
-    latencies_ms: npt.NDArray[np.float64]
-    """Latencies of all requests that were due in the window; infinite if not answered with 200."""
+    """Images answered with 200, per second."""
+    latencies_ms: npt.NDArray[np.float64] = field(repr=False)
+    """Of every request that was due in the window, counted from the moment at which it was due; infinite if it was not
+    answered with 200, or not sent."""
     errors: int
-    late_arrivals: int
+    """Requests sent, but not answered with 200."""
+    late_arrivals: int = 0
     """Sent more than `LATE_MS` after they were due."""
-    unsent_arrivals: int
-    labelled: int
-    correct: int
+    unsent_arrivals: int = 0
+    labelled: int = 0
+    """Answers for images whose class is known."""
+    correct: int = 0
+    """Those of them whose first class was the right one."""
 
 
-def window(samples: Sequence[Sample], *, warmup_seconds: float, seconds: float) -> Window:
-    """The `seconds` after the warm-up, which begins with the first request.
+def window(samples: Sequence[Sample], *, begin: float, seconds: float) -> Window:
+    """The `seconds` after `begin`, a Unix time.
 
     Throughput counts the answers that *ended* in the window; latencies are of the requests that were *due* in it,
     whenever they ended. Requiring both would leave out the slowest, most of all those of a slow server.
     """
-    begin = min(sample.due_s for sample in samples) + warmup_seconds
     end = begin + seconds
     ended = sum(sample.ok and begin < sample.due_s + sample.latency_ms / 1000 <= end for sample in samples)
     due = [sample for sample in samples if begin <= sample.due_s < end]
     sent = [sample for sample in due if sample.status != UNSENT]
     labelled = [sample.correct for sample in due if sample.correct is not None]
     return Window(
-        begin=begin,
         throughput=ended / seconds,
         latencies_ms=np.array([sample.latency_ms if sample.ok else np.inf for sample in due], dtype=np.float64),
         errors=sum(not sample.ok for sample in sent),

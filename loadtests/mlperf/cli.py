@@ -1,27 +1,16 @@
 """The command `mlperf`."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from loadtests.experiment.command import (
-    Command,
-    Data,
-    ServiceArgs,
-    Url,
-    error,
-    fail,
-    names,
-    repository_unless,
-    run_measurement,
-    this_command,
-)
-from loadtests.experiment.environment import environment
-from loadtests.mlperf import report
+from loadtests.experiment import command as cli
+from loadtests.experiment.environment import this_command
+from loadtests.mlperf.report import write
 from loadtests.mlperf.run import QUICK_LATENCY_MS, SCENARIOS, MlperfRun, Plan, Scenario, run_scenarios
-from loadtests.report.rendering import print_tables
 
 
 def mlperf(
@@ -32,11 +21,11 @@ def mlperf(
             help="Folder of model bundles, served by a new process per scenario. [models]", show_default=False
         ),
     ] = None,
-    url: Url = None,
+    url: cli.Url = None,
     out: Annotated[
         Path, typer.Option(help="Folder for report.md, results.json, and the logs of each scenario.")
     ] = Path("results/mlperf"),
-    data: Data = None,
+    data: cli.Data = None,
     scenarios: Annotated[
         str, typer.Option(help="Some of these, separated by commas; they run in this order.")
     ] = ",".join(SCENARIOS),
@@ -65,19 +54,19 @@ def mlperf(
     connections: Annotated[
         int, typer.Option(min=1, max=1024, help="Connections in Offline and Server; SingleStream has one.")
     ] = 128,
-    service_args: ServiceArgs = "",
-    command: Command = None,
+    service_args: cli.ServiceArgs = "",
+    command: cli.Command = None,
 ) -> None:
     """Let MLPerf LoadGen drive the service over HTTP, and report its verdict: VALID or INVALID, and why.
 
     SingleStream, Offline and Server, each with a new server and a LoadGen process of its own. Exit code 1 if any
     request failed, whatever LoadGen says; LoadGen's verdict alone does not change the exit code.
 
-    Example: `python -m loadtests mlperf --model cifar100-csra-r2 --data photos`
+    Example: `stridevit loadtest mlperf --model cifar100-csra-r2 --data photos`
     """
     plan = Plan(
         model=model,
-        repository=repository_unless(url, repository, service_args),
+        repository=cli.repository_unless(url, repository, service_args),
         url=url,
         data=data,
         scenarios=_parse_scenarios(scenarios),
@@ -90,22 +79,17 @@ def mlperf(
         connections=connections,
         service_arguments=tuple(shlex.split(service_args)),
     )
-    results = MlperfRun(plan=plan, command=command or this_command(), environment=environment())
-
-    def write() -> Path:
-        report.write(results, out)
-        print_tables(report.table(results), width=150)
-        if results.failed:
-            error(f"{results.failed:,} requests failed, which LoadGen cannot know: see the report")
-        return out / "report.md"
-
-    code = run_measurement(results, lambda progress: run_scenarios(results, out, progress), report=write)
+    results = MlperfRun(plan=plan, command=command or this_command())
+    measure = partial(run_scenarios, results, out)
+    code = cli.run_measurement(results, measure, report=lambda: write(results, out))
+    if results.failed:
+        cli.error(f"{results.failed:,} requests failed, which LoadGen cannot know: see the report")
     raise typer.Exit(code or int(results.failed > 0))
 
 
 def _parse_scenarios(text: str) -> tuple[Scenario, ...]:
-    wanted = {name.casefold() for name in names(text)}
+    wanted = {name.casefold() for name in cli.names(text)}
     chosen = tuple(name for name in SCENARIOS if name.casefold() in wanted)
     if not wanted or len(chosen) != len(wanted):
-        fail(f"--scenarios {text!r}: give some of {', '.join(SCENARIOS)}, separated by commas")
+        cli.fail(f"--scenarios {text!r}: give some of {', '.join(SCENARIOS)}, separated by commas")
     return chosen

@@ -36,19 +36,6 @@ class Summary:
         return None if text is None else float(text) / (1e6 if name.endswith("(ns)") else 1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class AccuracyCount:
-    """The answers in `mlperf_log_accuracy.json` to images with a label."""
-
-    answered: int
-    correct: int
-
-    @property
-    def top1(self) -> float | None:
-        """None if nothing was answered."""
-        return self.correct / self.answered if self.answered else None
-
-
 def parse_summary(text: str) -> Summary:
     """Read a summary: titles between bars, sections of lines `name : value`, and reasons below the verdict."""
     summary, lines = Summary(), text.splitlines()
@@ -70,11 +57,11 @@ def parse_summary(text: str) -> Summary:
     return summary
 
 
-def count_correct(log: Path, labels: Sequence[Label], classes: Sequence[str]) -> AccuracyCount:
-    """Compare the logged class indices with the images' labels, indices or names; `classes` are the model's names.
+def count_correct(log: Path, labels: Sequence[Label], classes: Sequence[str]) -> tuple[int, int]:
+    """How many of the answers in `mlperf_log_accuracy.json` are right, and how many there are to labelled images.
 
-    Not counted are images that failed (logged without an answer), have no label, or whose label is a name while the
-    model's names are unknown (a family has none).
+    Labels are indices or names; `classes` are the model's names. Not counted are images that failed (logged without an
+    answer), have no label, or whose label is a name while the model's names are unknown (a family has none).
     """
     answered = correct = 0
     for entry in json.loads(log.read_text(encoding="utf-8")):
@@ -84,4 +71,4 @@ def count_correct(log: Path, labels: Sequence[Label], classes: Sequence[str]) ->
         (index,) = struct.unpack("=i", answer)
         answered += 1
         correct += label in (index, classes[index] if index < len(classes) else None)
-    return AccuracyCount(answered=answered, correct=correct)
+    return correct, answered

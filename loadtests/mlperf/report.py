@@ -5,7 +5,7 @@ from typing import Any
 
 from loadtests.experiment.json_files import to_json
 from loadtests.mlperf.run import MlperfRun, Scenario, ScenarioRun
-from loadtests.report.rendering import UNKNOWN, Cell, Table, write_report
+from loadtests.report.rendering import UNKNOWN, Cell, Table, print_tables, write_report
 
 HEADLINES: dict[Scenario, str] = {
     "SingleStream": "90.0th percentile latency (ns)",
@@ -18,14 +18,14 @@ _PERCENTILES = {f"p{rank}_ms": f"{rank}.00 percentile latency (ns)" for rank in 
 _SHOWN = ("p50_ms", "p90_ms", "p99_ms")
 
 
-def write(results: MlperfRun, out: Path) -> None:
-    """`results.json` and `report.md` in the folder `out`."""
+def write(results: MlperfRun, out: Path) -> Path:
+    """Write report.md and results.json, print the table, and return the report's path."""
+    runs = table(results)
     facts = {
         "images": results.payloads,
-        "LoadGen": results.runs[0].loadgen,
+        "LoadGen": results.runs[0].client["loadgen"],
         "model": _model(results.runs[0].model),
         "setting": "full" if results.plan.full else "quick",
-        **results.environment,
         "finished": results.finished.isoformat(timespec="seconds") if results.finished else "no",
     }
     write_report(
@@ -33,12 +33,14 @@ def write(results: MlperfRun, out: Path) -> None:
         document=as_json(results),
         template="mlperf.md.j2",
         command=results.command,
-        environment=facts,
+        environment={**facts, **results.environment},
         notes=notes(results),
-        runs=table(results),
+        runs=runs,
         accuracy=results.plan.accuracy,
         scenarios=results.runs,
     )
+    print_tables(runs, width=150)
+    return out / "report.md"
 
 
 def notes(results: MlperfRun) -> list[str]:
@@ -48,7 +50,7 @@ def notes(results: MlperfRun) -> list[str]:
         found.append(f"The run ended early: {results.ended_early}. The figures are of the scenarios that had finished.")
     for run in results.runs:
         if run.failed:
-            message, count = max(run.failures.items(), key=lambda item: item[1])
+            message, count = max(run.client["failures"].items(), key=lambda item: item[1])
             found.append(
                 f"{run.scenario}: {run.failed:,} of {run.failed + run.answered:,} requests failed ({count:,} with: "
                 f"{message}). LoadGen cannot be told of failures and counts them as answered: its figures and its "
@@ -71,7 +73,7 @@ def notes(results: MlperfRun) -> list[str]:
 
 def unmet(run: ScenarioRun) -> list[str]:
     """The settings in which a run fell short of MLPerf's own for image classification."""
-    used, rules = run.summary.parameters, run.rules
+    used, rules = run.summary.parameters, run.client["rules"]
     if not used:
         return []
     offline = run.scenario == "Offline"
@@ -92,54 +94,42 @@ def as_json(results: MlperfRun) -> dict[str, Any]:
     """Everything, including LoadGen's own values."""
     return {
         "schema_version": 2,
-        "command": results.command,
-        "environment": results.environment,
+        **results.facts(),
         "plan": results.plan,
-        "payloads": results.payloads,
         "notes": notes(results),
-        "ended_early": results.ended_early,
-        "finished": results.finished.isoformat(timespec="seconds") if results.finished else None,
         "failed": results.failed,
-        "runs": [_run_as_json(results, run) for run in results.runs],
+        "runs": [_run_as_json(run) for run in results.runs],
     }
 
 
-def _run_as_json(results: MlperfRun, run: ScenarioRun) -> dict[str, Any]:
+def _run_as_json(run: ScenarioRun) -> dict[str, Any]:
     number = run.summary.number
     return {
-        **to_json(run),
-        "mode": results.plan.mode,
+        **run.client,
+        **{name: value for name, value in to_json(run).items() if name != "client"},
         "verdict": run.summary.verdict,
         "failed": run.failed,
         "samples_per_second": next((rate for name in _RATES if (rate := number(name))), None),
         **{name: number(key) for name, key in _PERCENTILES.items()},
-        "top1": run.accuracy.top1 if run.accuracy else None,
+        "top1": run.top1,
         "unmet": unmet(run),
     }
 
 
 def table(results: MlperfRun) -> Table:
     """One row per scenario."""
-    accuracy = results.plan.accuracy
-    measured = ("top-1", "labelled") if accuracy else ("LoadGen's metric", *(name.replace("_", " ") for name in _SHOWN))
+    latencies = [name.replace("_", " ") for name in _SHOWN]
+    measured = ["mode", "top-1", "labelled"] if results.plan.accuracy else ["verdict", "LoadGen's metric", *latencies]
     return Table(
         title="MLPerf LoadGen",
-        headings=(
-            "scenario",
-            "mode" if accuracy else "LoadGen's verdict",
-            *measured,
-            "answered",
-            "failed",
-            "LoadGen's cores",
-        ),
+        headings=("scenario", *measured, "answered", "failed", "LoadGen's cores"),
         rows=[
             (
                 run.scenario,
-                results.plan.mode if accuracy else run.summary.verdict or UNKNOWN,
-                *(_top1(run) if accuracy else (_headline(run), *_latencies(run))),
+                *(_accuracy_cells(run) if results.plan.accuracy else _performance_cells(run)),
                 f"{run.answered:,}",
                 Cell(f"{run.failed:,}", "worse" if run.failed else None),
-                f"{run.generator_cores:.2f}",
+                f"{run.client['generator_cores']:.2f}",
             )
             for run in results.runs
         ],
@@ -147,25 +137,18 @@ def table(results: MlperfRun) -> Table:
     )
 
 
-def _top1(run: ScenarioRun) -> tuple[str, str]:
-    if run.accuracy is None or run.accuracy.top1 is None:
-        return UNKNOWN, "0"
-    return f"{run.accuracy.top1:.4f}", f"{run.accuracy.answered:,}"
+def _accuracy_cells(run: ScenarioRun) -> list[str]:
+    return [run.mode, UNKNOWN if run.top1 is None else f"{run.top1:.4f}", f"{run.labelled:,}"]
 
 
-def _headline(run: ScenarioRun) -> str:
-    name = HEADLINES[run.scenario]
-    value = run.summary.number(name)
-    if value is None:
-        return UNKNOWN
-    if name.endswith("(ns)"):
-        return f"{name.removesuffix(' (ns)')} {value:.2f} ms"
-    return f"{name} {value:,.1f}"
-
-
-def _latencies(run: ScenarioRun) -> list[str]:
-    values = [None if run.scenario == "Offline" else run.summary.number(_PERCENTILES[name]) for name in _SHOWN]
-    return [UNKNOWN if value is None else f"{value:.2f}" for value in values]
+def _performance_cells(run: ScenarioRun) -> list[str]:
+    name, number = HEADLINES[run.scenario], run.summary.number
+    value, unit = number(name), " ms" if name.endswith("(ns)") else ""
+    headline = UNKNOWN if value is None else f"{name.removesuffix(' (ns)')} {value:,.2f}{unit}"
+    # Those of Offline, which is one query, would only tell how long the run was.
+    values = [None if run.scenario == "Offline" else number(_PERCENTILES[shown]) for shown in _SHOWN]
+    latencies = [UNKNOWN if value is None else f"{value:.2f}" for value in values]
+    return [run.summary.verdict or UNKNOWN, headline, *latencies]
 
 
 def _model(model: dict[str, Any]) -> str:

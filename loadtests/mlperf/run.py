@@ -17,11 +17,11 @@ from urllib.parse import quote
 from loadtests.errors import LoadTestError
 from loadtests.experiment.model import Measurement, Progress
 from loadtests.experiment.process import end, start
-from loadtests.experiment.server import Server, served
+from loadtests.experiment.server import Server, service_for
 from loadtests.generator import payload_cache
 from loadtests.generator.payloads import describe, read_payloads
 from loadtests.generator.readers import Payload, PayloadError
-from loadtests.mlperf.loadgen_logs import AccuracyCount, Summary, count_correct, parse_summary
+from loadtests.mlperf.loadgen_logs import Summary, count_correct, parse_summary
 
 Scenario = Literal["SingleStream", "Offline", "Server"]
 SCENARIOS: tuple[Scenario, ...] = ("SingleStream", "Offline", "Server")
@@ -98,30 +98,29 @@ class ScenarioRun:
     scenario: Scenario
     mode: str
     summary: Summary
-    answered: int
-    """Requests answered with 200."""
-    failures: dict[str, int]
-    """Other requests by message. LoadGen takes them for answered."""
-    seconds: float
-    """Duration of LoadGen's run."""
-    warmup_rate: float
-    """Images a second before LoadGen started."""
-    connections: int
-    generator_cores: float
-    """CPU time of the subprocess, including LoadGen's, by wall time."""
-    loadgen: str
-    """Version."""
-    rules: dict[str, float]
-    """MLPerf's minimum settings for image classification, as LoadGen contains them."""
-    images: int
+    client: dict[str, Any]
+    """What LoadGen's process counted, see `loadtests.mlperf.sut.drive`."""
     model: dict[str, Any] = field(repr=False)
     """What the service says about the model."""
-    accuracy: AccuracyCount | None = None
+    correct: int = 0
+    """Right answers, in AccuracyOnly mode."""
+    labelled: int = 0
+    """Answers to images with a label, in AccuracyOnly mode."""
+
+    @property
+    def top1(self) -> float | None:
+        """None if no image with a label was answered."""
+        return self.correct / self.labelled if self.labelled else None
+
+    @property
+    def answered(self) -> int:
+        """Requests answered with 200."""
+        return int(self.client["answered"])
 
     @property
     def failed(self) -> int:
-        """Requests not answered with 200."""
-        return sum(self.failures.values())
+        """All other requests. LoadGen takes them for answered."""
+        return sum(self.client["failures"].values())
 
 
 @dataclass(kw_only=True)
@@ -171,7 +170,9 @@ def _run(
     for old in (*out.glob("mlperf_log_*"), *out.glob("sut.*"), *out.glob("server.log")):
         old.unlink()
     log = out / "server.log"
-    with served([plan.model], repository=plan.repository, log=log, flags=plan.service_arguments, url=plan.url) as server:
+    with service_for(
+        plan.model, repository=plan.repository, log=log, arguments=plan.service_arguments, url=plan.url
+    ) as server:
         model = _describe(server, plan.model)
         spec = {
             "url": f"{server.url}/v1/classify?model={quote(plan.model)}",
@@ -187,16 +188,24 @@ def _run(
             "min_queries": None if plan.full else _QUICK_QUERIES[scenario],
             "latency_ms": plan.latency_ms,
         }
-        found = _drive(spec, out, server, progress, plan.estimated_seconds(scenario))
+        client = _drive(spec, out, server, progress, plan.estimated_seconds(scenario))
     summary = parse_summary((out / "mlperf_log_summary.txt").read_text(encoding="utf-8"))
     if summary.verdict is None and not plan.accuracy:
         raise MlperfError(f"{scenario}: LoadGen gave no verdict; see {out / 'mlperf_log_summary.txt'}")
-    accuracy = None
+    correct = labelled = 0
     if plan.accuracy:
         labels = [payload.label for payload in payloads]
-        accuracy = count_correct(out / "mlperf_log_accuracy.json", labels, model.get("labels", ()))
+        correct, labelled = count_correct(out / "mlperf_log_accuracy.json", labels, model.get("labels", ()))
     known = {name: value for name, value in model.items() if name in ("version", "manifest")}
-    return ScenarioRun(scenario=scenario, mode=plan.mode, summary=summary, model=known, accuracy=accuracy, **found)
+    return ScenarioRun(
+        scenario=scenario,
+        mode=plan.mode,
+        summary=summary,
+        client=client,
+        model=known,
+        correct=correct,
+        labelled=labelled,
+    )
 
 
 def _fraction_of_offline(results: MlperfRun) -> float | None:
@@ -212,14 +221,15 @@ def _drive(spec: dict[str, Any], out: Path, server: Server, progress: Progress, 
     with log.open("wb") as stream:
         command = [sys.executable, "-m", "loadtests.mlperf.sut", json.dumps(spec)]
         process = start(command, stdout=stream, stderr=stream)
+    code = None
     try:
-        while process.poll() is None and server.alive():
+        while (code := process.poll()) is None and server.alive():
             progress.step(f"{spec['scenario']}, seconds", min(time.monotonic() - began, estimate), estimate)
             time.sleep(_POLL_SECONDS)
     finally:
         end(process)
     found: dict[str, Any] = {}
-    if process.returncode == 0:
+    if code == 0:
         found = json.loads((out / "sut.json").read_text(encoding="utf-8"))
     if not found or found["failures"]:
         # Connections break shortly before their process has ended.
@@ -230,7 +240,7 @@ def _drive(spec: dict[str, Any], out: Path, server: Server, progress: Progress, 
             raise server.died("under load")
     if not found:
         said = log.read_text(encoding="utf-8", errors="replace").strip()[-_LOG_TAIL:]
-        raise MlperfError(f"{spec['scenario']}: {said or f'LoadGen ended with {process.returncode}'}")
+        raise MlperfError(f"{spec['scenario']}: {said or f'LoadGen ended with {code}'}")
     return found
 
 

@@ -17,14 +17,13 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 import mlperf_loadgen as loadgen
+import urllib3
 
 RULES = "resnet50"
 """The image classification benchmark whose rules LoadGen contains: seeds, percentiles, minimum counts."""
@@ -67,45 +66,29 @@ class RequestFailed(Exception):
     """A request was not answered with 200; the message is the server's."""
 
 
-class Connection:
-    """A kept-alive connection to one route, reopened after the server has closed it."""
+class Service:
+    """The service's route, over kept-alive connections that threads take in turn."""
 
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        self._http = kind(parts.netloc, timeout=_ANSWER_SECONDS)
-        self._path = f"{parts.path or '/'}?{parts.query}"
+    def __init__(self, url: str, connections: int) -> None:
+        self._url = url
+        self._pool = urllib3.PoolManager(maxsize=connections, timeout=_ANSWER_SECONDS, retries=False)
 
     def post(self, image: bytes) -> bytes:
         """The body of the answer. Raises RequestFailed."""
-        reused = self._http.sock is not None
         try:
-            try:
-                status, body = self._exchange(image)
-            except ConnectionError:
-                # The server may close an idle connection just as it is used again.
-                if not reused:
-                    raise
-                self._http.close()
-                status, body = self._exchange(image)
-        except (OSError, HTTPException) as error:
-            self._http.close()
+            response = self._pool.urlopen("POST", self._url, body=image)
+        except urllib3.exceptions.HTTPError as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
-        if status != 200:
-            raise RequestFailed(f"{status}: {_message(body)}")
-        return body
-
-    def _exchange(self, image: bytes) -> tuple[int, bytes]:
-        self._http.request("POST", self._path, image)
-        response = self._http.getresponse()
-        return response.status, response.read()
+        if response.status != 200:
+            raise RequestFailed(f"{response.status}: {_message(response.data)}")
+        return response.data
 
 
 class Sut:
-    """The service as LoadGen sees it: every connection has a thread, and all take from one queue."""
+    """The service as LoadGen sees it: one thread per connection, and all take from one queue."""
 
-    def __init__(self, connections: Sequence[Connection], images: Sequence[bytes], *, logs_classes: bool) -> None:
-        self._images, self._logs_classes = images, logs_classes
+    def __init__(self, service: Service, images: Sequence[bytes], *, threads: int, logs_classes: bool) -> None:
+        self._service, self._images, self._logs_classes = service, images, logs_classes
         self._jobs: SimpleQueue[tuple[int, int]] = SimpleQueue()
         self._lock = threading.Lock()
         self._failed_in_a_row = 0
@@ -113,20 +96,20 @@ class Sut:
         self.answered = 0
         self.failures: Counter[str] = Counter()
         """By the message of the server or the connection."""
-        for connection in connections:
-            threading.Thread(target=self._work, args=(connection,), daemon=True).start()
+        for _ in range(threads):
+            threading.Thread(target=self._work, daemon=True).start()
 
     def issue(self, samples: Sequence[Any]) -> None:
         """Take LoadGen's queries."""
         for sample in samples:
             self._jobs.put((sample.id, sample.index))
 
-    def _work(self, connection: Connection) -> None:
+    def _work(self) -> None:
         while True:
             query, index = self._jobs.get()
             answer = array("i")
             try:
-                body = connection.post(self._images[index])
+                body = self._service.post(self._images[index])
                 if self._logs_classes:
                     answer.append(_class_index(body))
             except RequestFailed as error:
@@ -149,22 +132,22 @@ class Sut:
             _exit(f"{self._failed_in_a_row} requests failed in a row, the last one with: {message}")
 
 
-def warm_up(connections: Sequence[Connection], images: Sequence[bytes], *, seconds: float) -> float:
+def warm_up(service: Service, images: Sequence[bytes], *, connections: int, seconds: float) -> float:
     """Keep all connections busy; images a second in the second half. Raises RequestFailed."""
-    connections[0].post(images[0])
+    service.post(images[0])
     middle = time.perf_counter() + seconds / 2
     end = middle + seconds / 2
 
-    def work(connection: Connection, position: int) -> int:
+    def work(position: int) -> int:
         counted = 0
         while time.perf_counter() < end:
-            connection.post(images[position % len(images)])
+            service.post(images[position % len(images)])
             counted += middle <= time.perf_counter() < end
-            position += len(connections)
+            position += connections
         return counted
 
-    with ThreadPoolExecutor(len(connections)) as pool:
-        counted = sum(pool.map(work, connections, range(len(connections))))
+    with ThreadPoolExecutor(connections) as threads:
+        counted = sum(threads.map(work, range(connections)))
     if not counted:
         raise RequestFailed(f"no image was answered within {seconds / 2:g} s")
     return counted / (seconds / 2)
@@ -198,15 +181,19 @@ def settings_for(spec: Spec, *, rate: float, images: int) -> tuple[Any, dict[str
 
 
 def drive(spec: Spec) -> dict[str, Any]:
-    """Warm up, let LoadGen run, and return what LoadGen cannot know. Raises RequestFailed if the warm-up fails."""
+    """Warm up, let LoadGen run, and return what LoadGen cannot know. Raises RequestFailed if the warm-up fails.
+
+    Among it the `failures` by message, which LoadGen takes for answered; `generator_cores`, CPU time by wall time of
+    this process; and the `rules`, MLPerf's minimums.
+    """
     images = [file.read_bytes() for file in sorted(Path(spec.images).iterdir())]
-    connections = [Connection(spec.url) for _ in range(spec.connections)]
-    rate = warm_up(connections, images, seconds=spec.warmup_seconds)
+    service = Service(spec.url, spec.connections)
+    rate = warm_up(service, images, connections=spec.connections, seconds=spec.warmup_seconds)
     settings, rules = settings_for(spec, rate=rate, images=len(images))
     logs = loadgen.LogSettings()
     logs.log_output.outdir = spec.out
     logs.enable_trace = False
-    sut = Sut(connections, images, logs_classes=spec.mode == "AccuracyOnly")
+    sut = Sut(service, images, threads=spec.connections, logs_classes=spec.mode == "AccuracyOnly")
     # All images are in memory from the start.
     library = loadgen.ConstructQSL(len(images), len(images), lambda _: None, lambda _: None)
     handle = loadgen.ConstructSUT(sut.issue, lambda: None)

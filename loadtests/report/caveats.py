@@ -4,8 +4,8 @@ import numpy as np
 
 from loadtests.experiment.model import Comparison
 from loadtests.generator.load_result import LoadResult
-from loadtests.report.format import joined, load_name, metric_name
-from loadtests.report.verdicts import Counts, Findings, loads_of, uses_device
+from loadtests.report.conclusion import noise_floor
+from loadtests.report.verdicts import Findings, counts, load_name, loads_of, uses_device
 from loadtests.statistics import MIN_ROUNDS
 
 _BUSY_CORES = 0.9
@@ -23,14 +23,23 @@ _Loads = list[tuple[str, list[LoadResult]]]
 
 def caveats(comparison: Comparison, findings: Findings) -> list[str]:
     """One sentence each."""
-    said = [sentence for counts in findings.counts for sentence in _failed_blocks(counts)]
-    said += [
-        f"{counts.errors:,} requests to {counts.arm.label} were not answered with 200 and {counts.unsent:,} were not "
-        f"sent, of {counts.requests:,} that were due: they count as infinitely slow."
-        for counts in findings.counts
-        if counts.errors or counts.unsent
-    ]
-    said += _noise(comparison, findings)
+    said, lost = [], []
+    for arm in comparison.plan.arms:
+        count = counts(comparison, arm.label)
+        failures = [block.failure for block in comparison.blocks if block.arm == arm.label and block.failure]
+        if failures:
+            of_all = f"{len(failures)} of {len(failures) + count['blocks']} blocks of {arm.label}"
+            reasons = "; ".join(dict.fromkeys(reason.rstrip(".") for reason in failures))
+            said.append(f"{of_all} failed and do not count: {reasons}.")
+        elif not count["blocks"]:
+            said.append(f"No block of {arm.label} was measured.")
+        if count["errors"] or count["unsent"]:
+            lost.append(
+                f"{count['errors']:,} requests to {arm.label} were not answered with 200 and {count['unsent']:,} were "
+                f"not sent, of {count['requests']:,} that were due: they count as infinitely slow."
+            )
+    said += lost
+    said += [sentence for differs, sentence in noise_floor(comparison, findings) if differs]
     if (done := _complete_rounds(comparison)) < comparison.plan.default_rounds:
         few = f"; there are no intervals with fewer than {MIN_ROUNDS}" if done < MIN_ROUNDS else ""
         said.append(f"{done} of {comparison.plan.default_rounds} rounds: a quick look, not a result{few}.")
@@ -43,36 +52,10 @@ def caveats(comparison: Comparison, findings: Findings) -> list[str]:
     return said + _overload(comparison, loads) + _full_machine(comparison, loads)
 
 
-def _failed_blocks(counts: Counts) -> list[str]:
-    failed = len(counts.failures)
-    if failed:
-        reasons = "; ".join(dict.fromkeys(reason.rstrip(".") for reason in counts.failures))
-        return [
-            f"{failed} of {counts.blocks + failed} blocks of {counts.arm.label} failed and do not count: {reasons}."
-        ]
-    return [] if counts.blocks else [f"No block of {counts.arm.label} was measured."]
-
-
 def _complete_rounds(comparison: Comparison) -> int:
     measured = {(block.arm, block.round) for block in comparison.blocks}
     rounds = {number for _, number in measured}
     return sum(all((arm.label, number) in measured for arm in comparison.plan.arms) for number in rounds)
-
-
-def _noise(comparison: Comparison, findings: Findings) -> list[str]:
-    said = []
-    for arm in comparison.plan.arms:
-        seen = [
-            metric_name(comparison, row.metric)
-            for row in findings.rows
-            if row.arm == arm.label and row.change and row.change.verdict != "no difference seen"
-        ]
-        if seen and arm.repeat_of == comparison.plan.arms[0].label:
-            said.append(
-                f"{arm.label} is the same as {arm.repeat_of}, but differs from it in {joined(seen)}: the machine makes "
-                "such differences, not the models. Do not believe others of that size here."
-            )
-    return said
 
 
 def _generator(by_load: _Loads) -> list[str]:
@@ -99,9 +82,8 @@ def _overload(comparison: Comparison, by_load: _Loads) -> list[str]:
         due = [min(load.offered_rate or 0, len(load.latencies_ms) / comparison.plan.seconds) for load in loads]
         if np.median([load.throughput - _KEEPING_UP * rate for load, rate in zip(loads, due, strict=True)]) < 0:
             behind.append(f"{what} (answered {np.median([load.throughput for load in loads]):.0f}/s)")
-    if not behind:
-        return []
-    return [f"Overloaded: {', '.join(behind)}. The latency there grows with the length of a block and means nothing."]
+    means = "The latency there grows with the length of a block and means nothing."
+    return [f"Overloaded: {', '.join(behind)}. {means}"] if behind else []
 
 
 def _full_machine(comparison: Comparison, by_load: _Loads) -> list[str]:

@@ -3,19 +3,10 @@
 import math
 
 from loadtests.experiment.model import HIGH, MODERATE, Arm, Comparison
-from loadtests.report.format import (
-    estimate_text,
-    interval_text,
-    joined,
-    load_name,
-    metric_name,
-    number,
-    unit,
-    value_text,
-)
+from loadtests.report.format import difference, estimate_text, interval_text, joined, number, value_text
 from loadtests.report.rendering import UNKNOWN
-from loadtests.report.top1 import top1_pairing
-from loadtests.report.verdicts import THROUGHPUT, TOP1, Change, Findings, Metric, model_info
+from loadtests.report.top1 import compare_top1
+from loadtests.report.verdicts import THROUGHPUT, TOP1, Change, Findings, Metric, load_name, model_info
 
 _KINDS = {
     (True, False): "Better in some respect, worse in none",
@@ -24,6 +15,7 @@ _KINDS = {
     (False, False): "No difference seen",
 }
 """What is said of an arm, by whether any of its metrics is (better, worse)."""
+_FAILED = "Failed in some blocks, so judge for yourself"
 
 
 def conclusion(comparison: Comparison, findings: Findings) -> list[str]:
@@ -32,70 +24,71 @@ def conclusion(comparison: Comparison, findings: Findings) -> list[str]:
     compared = [arm for arm in others if arm.repeat_of is None]
     if not compared:
         return ["Only one arm was measured: there is nothing to compare it with."]
-    sentences = [f"The baseline is {baseline.label}. {_summary(findings, compared)}"]
+    sentences = [f"The baseline is {baseline.label}. {_summary(comparison, findings, compared)}"]
     sentences += [_sentence(comparison, findings, arm.label) for arm in compared]
-    return sentences + [_noise(comparison, findings, arm) for arm in others if arm.repeat_of is not None]
+    return sentences + [sentence for _, sentence in noise_floor(comparison, findings)]
 
 
-def _summary(findings: Findings, arms: list[Arm]) -> str:
-    failed = {counts.arm.label for counts in findings.counts if counts.failures}
-    kinds: dict[str, list[str]] = {words: [] for words in _KINDS.values()}
+def _summary(comparison: Comparison, findings: Findings, arms: list[Arm]) -> str:
+    failed = {block.arm for block in comparison.blocks if block.failure is not None}
+    kinds: dict[str, list[str]] = {words: [] for words in (*_KINDS.values(), _FAILED)}
     for arm in arms:
-        verdicts = {row.change.verdict for row in findings.rows if row.arm == arm.label and row.change}
-        if verdicts and arm.label not in failed:
+        verdicts = {row.verdict for row in findings.rows if row.arm == arm.label} - {None}
+        if arm.label in failed:
+            kinds[_FAILED].append(arm.label)
+        elif verdicts:
             kinds[_KINDS["better" in verdicts, "worse" in verdicts]].append(arm.label)
-    kinds["Failed in some blocks, so judge for yourself"] = [arm.label for arm in arms if arm.label in failed]
     said = [f"{words}: {joined(labels)}." for words, labels in kinds.items() if labels]
     return " ".join(said) or "There are too few blocks to say whether any arm differs from it."
 
 
 def _sentence(comparison: Comparison, findings: Findings, label: str) -> str:
-    gains: list[str] = []
-    losses: list[str] = []
-    alike: list[str] = []
-    untested: list[str] = []
-    for metric in findings.headline:
-        row, base = findings.row(label, metric), findings.value(comparison.plan.arms[0].label, metric)
-        name = metric_name(comparison, metric)
-        if row is None or row.value is None:
-            continue
-        if row.change is None:
-            if base is not None:
-                untested.append(f"{name} {value_text(metric, row.value)} against {value_text(metric, base)}")
-        elif row.change.verdict == "no difference seen":
-            alike.append(name)
-        else:
-            (gains if row.change.verdict == "better" else losses).append(_phrase(name, metric, row.change))
+    known = {metric: findings.row(label, metric) for metric in findings.headline}
+    rows = [row for row in known.values() if row and row.value is not None]
+    gains, losses = (
+        [_phrase(row.metric, row.change) for row in rows if row.change and row.verdict == verdict]
+        for verdict in ("better", "worse")
+    )
+    alike = [row.metric.label for row in rows if row.verdict == "no difference seen"]
+    untested = [
+        f"{row.metric.label} {value_text(row.metric, row.value)} against {value_text(row.metric, base)}"
+        for row in rows
+        if row.change is None and (base := findings.value(comparison.plan.arms[0].label, row.metric)) is not None
+    ]
     parts = [*gains, *([f"but {losses[0]}", *losses[1:]] if gains and losses else losses)]
-    if alike:
-        parts.append(f"no difference seen in {joined(alike)}")
-    if untested:
-        parts.append(f"without an interval: {joined(untested)}")
+    parts += [f"no difference seen in {joined(alike)}"] if alike else []
+    parts += [f"without an interval: {joined(untested)}"] if untested else []
     return f"{label}: {'; '.join(parts) or 'nothing could be compared'}."
 
 
-def _phrase(name: str, metric: Metric, change: Change) -> str:
+def _phrase(metric: Metric, change: Change) -> str:
     if metric.kind == "ratio":
         ratio = f"{estimate_text(metric, change)} ({interval_text(metric, change)})"
-        return f"answers {ratio} as many images at saturation" if metric == THROUGHPUT else f"{name} is {ratio}"
-    side = "lower" if change.estimate < 0 else "higher"
-    least, most = sorted((abs(change.low), abs(change.high)))
-    if math.isinf(change.estimate):
-        return f"{name} is at least {number(least)} {unit(metric)} {side} (requests were not answered)"
-    return f"{name} is {number(abs(change.estimate))} {unit(metric)} {side} ({number(least)}–{number(most)})"
+        return f"answers {ratio} as many images at saturation" if metric == THROUGHPUT else f"{metric.label} is {ratio}"
+    least, most = map(number, sorted((abs(change.low), abs(change.high))))
+    size, ends = (f"at least {difference(metric, least)}", "(requests were not answered)")
+    if math.isfinite(change.estimate):
+        size, ends = difference(metric, number(abs(change.estimate))), f"({least}–{most})"
+    return f"{metric.label} is {size} {'lower' if change.estimate < 0 else 'higher'} {ends}"
 
 
-def _noise(comparison: Comparison, findings: Findings, arm: Arm) -> str:
-    # Its top-1 is the same by nature.
-    tested = [row for row in findings.rows if row.arm == arm.label and row.change and row.metric != TOP1]
-    seen = [row.metric for row in tested if row.change and row.change.verdict != "no difference seen"]
-    start = f"Noise floor: {arm.repeat_of}, measured a second time as if it were another arm,"
-    if not tested:
-        return f"{start} has too few blocks for intervals."
-    if seen:
-        names = joined([metric_name(comparison, metric) for metric in seen])
-        return f"{start} differs from itself in {names}: do not trust differences of that size in this report."
-    return f"{start} shows no difference in any of {len(tested)} metrics, as it should."
+def noise_floor(comparison: Comparison, findings: Findings) -> list[tuple[bool, str]]:
+    """Whether an A/A arm differs from the arm that it repeats, and a sentence about it."""
+    said = []
+    for arm in comparison.plan.arms:
+        # Its top-1 is the same by nature.
+        tested = [row for row in findings.rows if row.arm == arm.label and row.change and row.metric != TOP1]
+        seen = [row.metric.label for row in tested if row.verdict != "no difference seen"]
+        found = f"shows no difference in any of {len(tested)} metrics, as it should."
+        if seen:
+            found = f"differs from itself in {joined(seen)}. The machine makes such differences, not the models: "
+            found += "do not believe others of that size here."
+        elif not tested:
+            found = "has too few blocks for intervals."
+        if arm.repeat_of is not None:
+            start = f"Noise floor: {arm.repeat_of}, measured a second time as if it were another arm,"
+            said.append((bool(seen), f"{start} {found}"))
+    return said
 
 
 def top1_note(comparison: Comparison) -> str:
@@ -106,7 +99,7 @@ def top1_note(comparison: Comparison) -> str:
     parts = []
     if accuracies:
         sets = {f"{one.get('dataset', '?')} {one.get('split', '')}, n = {one.get('n', 0):,}" for one in accuracies}
-        pairings = {top1_pairing(infos[arm.label], infos[baseline.label]) for arm in others if arm.repeat_of is None}
+        pairings = {compare_top1(infos[arm.label], infos[baseline.label])[1] for arm in others if arm.repeat_of is None}
         parts.append(f"Top-1 is the manifest's ({'; '.join(sorted(sets))}).")
         if "paired" in pairings:
             parts.append("It is compared image by image (exact McNemar test).")

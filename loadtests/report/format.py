@@ -5,9 +5,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from loadtests.experiment.model import SATURATED, Comparison
 from loadtests.report.rendering import UNKNOWN
-from loadtests.report.verdicts import MEMORY, THROUGHPUT, TOP1, Change, Metric, Row, uses_device
+from loadtests.report.verdicts import TOP1, Change, Metric, Row
 
 _CLOSE_TO_1 = 0.005
 """An end of an interval that is closer to 1 needs a third decimal, or it would read 1.00."""
@@ -46,39 +45,9 @@ def joined(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
 
 
-def load_name(comparison: Comparison, load: str) -> str:
-    """A load as a reader knows it: `340/s`, or `saturation`."""
-    rate = comparison.rates.get(load)
-    if rate is None:
-        return "saturation" if load == SATURATED else load
-    # 170.0 per second is 170/s, 4.25 stays; never 1.7e+03.
-    return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
-
-
-def metric_name(comparison: Comparison, metric: Metric) -> str:
-    """As it stands in a sentence, without its unit: `p99 at 340/s`."""
-    if metric.rank is not None and metric.load is not None:
-        return f"p{metric.rank} at {load_name(comparison, metric.load)}"
-    memory = "peak GPU memory" if all(uses_device(comparison)) else "peak memory"
-    return {TOP1: "top-1", THROUGHPUT: "images/s at saturation"}.get(metric, memory)
-
-
-def heading(comparison: Comparison, metric: Metric) -> str:
-    """As it stands above a column, with its unit: `p99 at 340/s, ms`."""
-    name = metric_name(comparison, metric)
-    return name if metric == THROUGHPUT else f"{name}, {'%' if metric == TOP1 else unit(metric)}"
-
-
-def unit(metric: Metric) -> str:
-    """The unit of a difference."""
-    return {TOP1: "points", THROUGHPUT: "images/s", MEMORY: "MB"}.get(metric, "ms")
-
-
 def value_text(metric: Metric, value: float | None) -> str:
     """A value alone, in the unit of its heading."""
-    if value is None:
-        return UNKNOWN
-    return f"{value:.2f}%" if metric == TOP1 else number(scaled(metric, value))
+    return f"{value:.2f}%" if metric == TOP1 and value is not None else number(value)
 
 
 def range_text(row: Row) -> str:
@@ -87,16 +56,16 @@ def range_text(row: Row) -> str:
     return "–".join(dict.fromkeys(ends)) or UNKNOWN
 
 
-def scaled(metric: Metric, value: float) -> float:
-    """In the unit that a reader sees: MB for bytes."""
-    return value / 1e6 if metric == MEMORY else value
+def difference(metric: Metric, value: str) -> str:
+    """The text of a difference with its unit: `+1.2 ms`."""
+    return f"{value} {'points' if metric == TOP1 else metric.unit}"
 
 
 def estimate_text(metric: Metric, change: Change) -> str:
     """`×1.08`, or `+1.2 ms`."""
     if metric.kind == "ratio":
         return f"×{_ratio(change.estimate, change)}"
-    return f"{signed(change.estimate)} {unit(metric)}"
+    return difference(metric, signed(change.estimate))
 
 
 def interval_text(metric: Metric, change: Change) -> str:

@@ -7,12 +7,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Comparison
-from loadtests.report.format import load_name, median
+from loadtests.report.format import median
 from loadtests.report.plot_style import FAINT, INK, PALE, SMALL, SMALLER, WIDTH, instead, legend_below, styles
-from loadtests.report.verdicts import loads_of
+from loadtests.report.verdicts import THROUGHPUT, load_name, loads_of, values_by_round
 from loadtests.statistics import MIN_BEYOND, percentile
 
-_ORDER = "blocks in the order run (lines between them: a new round begins)"
 _RANKS = (50.0, 90.0, 95.0, 99.0, 99.5, 99.9, 99.99)
 
 _Latencies = dict[str, npt.NDArray[np.float64]]
@@ -40,8 +39,7 @@ def latency(comparison: Comparison) -> Figure:
             instead(axes, f"no answers at {load_name(comparison, load)}")
             continue
         _spectrum(axes, comparison, by_arm, highest)
-        axes.set_ylim(lowest, highest)
-        axes.set_title(f"At {load_name(comparison, load)}")
+        axes.set(ylim=(lowest, highest), title=f"At {load_name(comparison, load)}")
     panels[0].set_ylabel("latency from the scheduled moment, ms (log)")
     legend_below(figure, panels[0], columns=3)
     return figure
@@ -61,15 +59,13 @@ def _spectrum(axes: Axes, comparison: Comparison, by_arm: _Latencies, highest: f
         axes.plot(x, heights, color=style.colour, linestyle=style.dash, linewidth=1.8, label=style.name)
         if share := float(np.isinf(latencies).mean()):
             failed.append(f"{label}: {share:.2%} not answered ↑")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.set(xscale="log", yscale="log", xlabel="percentile of the requests")
     ticks = [rank for rank in _RANKS if rank <= last]
     axes.set_xlim(2, 1 / (1 - last / 100) * 1.25)
     axes.set_xticks([1 / (1 - rank / 100) for rank in ticks], [f"{rank:g}" for rank in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
-    axes.set_xlabel("percentile of the requests")
     axes.grid(visible=True, which="both")
     axes.axhline(plan.objective_ms, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     if plan.objective_ms < highest:
@@ -84,18 +80,11 @@ def blocks(comparison: Comparison) -> Figure:
     """Saturated throughput of every block in the order run, and each round's ratio to the baseline."""
     figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     above, below = figure.subplots(2, 1)
-    for axes, title, x, y in (
-        (above, "Throughput at saturation of every block; the axis does not begin at 0", _ORDER, "images/s"),
-        (
-            below,
-            "The same, as a ratio to the baseline's block of the same round (dashed: median)",
-            "round",
-            "× baseline",
-        ),
-    ):
-        axes.set_title(title)
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
+    above.set(title="Throughput at saturation of every block; the axis does not begin at 0", ylabel="images/s")
+    above.set(xlabel="blocks in the order run (lines between them: a new round begins)")
+    below.set(title="The same, as a ratio to the baseline's block of the same round (dashed: median)")
+    below.set(xlabel="round", ylabel="× baseline")
+    for axes in (above, below):
         axes.grid(visible=True, axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _in_order(above, comparison)
@@ -134,10 +123,7 @@ def _in_order(axes: Axes, comparison: Comparison) -> None:
 
 def _ratios(axes: Axes, comparison: Comparison) -> None:
     looks = styles(comparison.plan)
-    throughput = {
-        label: {block.round: block.loads[SATURATED].throughput for block in comparison.blocks_of(label)}
-        for label in looks
-    }
+    throughput = {label: values_by_round(comparison.blocks_of(label), THROUGHPUT) for label in looks}
     (baseline, base), *others = throughput.items()
     ratios = {
         label: {number: value / base[number] for number, value in own.items() if base.get(number)}

@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loadtests.experiment.model import Comparison
-from loadtests.report.format import metric_name, number
+from loadtests.report.format import number
 from loadtests.report.plot_style import FAINT, INK, SMALL, WIDTH, Style, instead, shown, small_print, styles
-from loadtests.report.verdicts import LATENCIES, MEMORY, THROUGHPUT, TOP1, Findings, Row, model_info
+from loadtests.report.verdicts import THROUGHPUT, TOP1, Findings, Row, model_info
 from loadtests.statistics import wilson
 
 _LARGEST = 900.0
@@ -36,7 +36,7 @@ def pareto(comparison: Comparison, findings: Findings) -> Figure:
     axes, looks = figure.subplots(), styles(comparison.plan)
     rows = [findings.row(arm.label, THROUGHPUT) for arm in shown(comparison.plan)]
     speeds = {row.arm: _ends(row) for row in rows if row and row.value is not None}
-    memory = {label: _ends(row, 1e-6) for label in speeds if (row := findings.row(label, MEMORY)) and row.value}
+    memory = {label: _ends(row) for label in speeds if (row := findings.row(label, findings.memory)) and row.value}
     accurate = [label for label in speeds if findings.value(label, TOP1) is not None]
     whiskers = "Whiskers: slowest and fastest block"
     if len(accurate) > 1 or (accurate and len(speeds) == 1):
@@ -44,22 +44,21 @@ def pareto(comparison: Comparison, findings: Findings) -> Figure:
             _Point(looks[label], speeds[label], _top1(model_info(comparison, label)), memory.get(label, (0.0,))[0])
             for label in accurate
         ]
-        area, unit = metric_name(comparison, MEMORY), "MB"
+        area, unit = findings.memory.label, "MB"
         left_out = ", ".join(label for label in speeds if label not in accurate)
         missing = f"; without accuracy, so not shown: {left_out}" if left_out else ""
-        axes.set_title(f"Accuracy against throughput: up and to the right is better{missing}")
-        axes.set_ylabel("top-1, %")
+        axes.set(title=f"Accuracy against throughput: up and to the right is better{missing}", ylabel=TOP1.heading)
         whiskers += "; upwards, 95 % interval of top-1 for that many test images"
     elif memory:
-        tails = [metric for metric in reversed(LATENCIES) if metric.rank == 99]
+        tails = [metric for metric in reversed(findings.metrics) if metric.rank == 99]
         known = [tail for tail in tails if all(math.isfinite(findings.value(one, tail) or math.inf) for one in memory)]
-        area, unit = metric_name(comparison, known[0]) if known else "", "ms"
+        area, unit = known[0].label if known else "", "ms"
         points = [
             _Point(looks[label], speeds[label], ends, (findings.value(label, known[0]) or 0.0) if known else 0.0)
             for label, ends in memory.items()
         ]
-        axes.set_title("Memory against throughput (accuracy unknown: random weights): down and to the right is better")
-        axes.set_ylabel(f"{metric_name(comparison, MEMORY)}, MB")
+        title = "Memory against throughput (accuracy unknown: random weights): down and to the right is better"
+        axes.set(title=title, ylabel=findings.memory.heading)
     else:
         instead(axes, "Neither accuracy nor memory is known: nothing to weigh throughput against.")
         return figure
@@ -70,11 +69,9 @@ def pareto(comparison: Comparison, findings: Findings) -> Figure:
     return figure
 
 
-def _ends(row: Row, scale: float = 1.0) -> _Ends:
-    value, smallest, largest = (
-        (row.value or 0.0) if end is None else end for end in (row.value, row.smallest, row.largest)
-    )
-    return value * scale, smallest * scale, largest * scale
+def _ends(row: Row) -> _Ends:
+    value = row.value or 0.0
+    return value, value if row.smallest is None else row.smallest, value if row.largest is None else row.largest
 
 
 def _top1(info: dict[str, Any]) -> _Ends:

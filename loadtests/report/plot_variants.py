@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loadtests.experiment.model import HIGH, MODERATE, Comparison
-from loadtests.report.format import load_name, median, number, span
+from loadtests.report.format import median, number, span
 from loadtests.report.plot_style import FAINT, INK, SMALL, WIDTH, shown, small_print, styles
-from loadtests.report.verdicts import LATENCIES, MEMORY, THROUGHPUT, TOP1, Findings, Row, model_info
+from loadtests.report.verdicts import LATENCIES, THROUGHPUT, TOP1, Findings, Row, load_name, model_info
 
 _LIGHT = 0.4
 """Opacity of the bar that stands for a p99, or for the memory that load adds."""
@@ -38,11 +38,10 @@ def variants(comparison: Comparison, findings: Findings) -> Figure:
     memory.set_title("Memory, MB: idle (solid), peak (light)")
     blocks = [comparison.blocks_of(label) for label in labels]
     idle = [median(block.idle_bytes / 1e6 for block in one if block.idle_bytes) for one in blocks]
-    peaks = [
-        _Bar(at, findings.row(label, MEMORY), colours[at], _LIGHT, f"{number(idle[at])} → " if idle[at] else "")
-        for at, label in enumerate(labels)
-    ]
-    _bars(memory, peaks, 0.6, scale=1e-6, room=1.4)
+    rows = [findings.row(label, findings.memory) for label in labels]
+    before = [f"{number(value)} → " if value else "" for value in idle]
+    peaks = [_Bar(at, row, colours[at], _LIGHT, before[at]) for at, row in enumerate(rows)]
+    _bars(memory, peaks, 0.6, room=1.4)
     memory.barh(range(len(labels)), [value or 0.0 for value in idle], height=0.6, color=colours)
     for axes, load in ((moderate, MODERATE), (high, HIGH)):
         axes.set_title(f"Latency at {load_name(comparison, load)}, ms: p50 (solid), p99 (light)")
@@ -59,7 +58,7 @@ def variants(comparison: Comparison, findings: Findings) -> Figure:
     for axes in (speed, moderate):
         axes.set_ylim(len(labels) - 0.45, -0.55)
     figure.suptitle("Throughput, memory and latency side by side", x=0.01, ha="left", fontsize=12, fontweight="bold")
-    small_print(figure, _conditions(comparison, findings, labels))
+    small_print(figure, _conditions(comparison, labels))
     return figure
 
 
@@ -70,9 +69,9 @@ def _name(comparison: Comparison, findings: Findings, label: str) -> str:
     return "\n".join(filter(None, (*textwrap.wrap(label, 24), ", ".join(facts))))
 
 
-def _bars(axes: Axes, bars: list[_Bar], height: float, *, scale: float = 1.0, room: float = 1.2) -> None:
+def _bars(axes: Axes, bars: list[_Bar], height: float, *, room: float = 1.2) -> None:
     """An infinite bar or whisker passes through the edge of the plot; a bar says so."""
-    ends = [end * scale for bar in bars if bar.row for end in (bar.row.value, bar.row.largest) if end is not None]
+    ends = [end for bar in bars if bar.row for end in (bar.row.value, bar.row.largest) if end is not None]
     edge = max((end for end in ends if math.isfinite(end)), default=1.0) or 1.0
     style: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": SMALL}
     for place, row, colour, opacity, before in bars:
@@ -85,16 +84,15 @@ def _bars(axes: Axes, bars: list[_Bar], height: float, *, scale: float = 1.0, ro
             axes.annotate("∞: requests not answered", (0, place), xytext=(4, 0), bbox=box, **style)
         else:
             smallest, largest = (row.value if end is None else end for end in (row.smallest, row.largest))
-            whisker = smallest * scale, min(largest * scale, edge * 2)
-            axes.barh(place, row.value * scale, height=height, color=colour, alpha=opacity)
+            whisker = smallest, min(largest, edge * 2)
+            axes.barh(place, row.value, height=height, color=colour, alpha=opacity)
             axes.hlines(place, *whisker, color=INK, linewidth=1)
             axes.vlines(whisker, place - height / 5, place + height / 5, color=INK, linewidth=1)
-            text = before + number(row.value * scale)
-            axes.annotate(text, (min(whisker[1], edge), place), xytext=(4, 0), **style)
+            axes.annotate(before + number(row.value), (min(whisker[1], edge), place), xytext=(4, 0), **style)
     axes.set_xlim(0, edge * room)
 
 
-def _conditions(comparison: Comparison, findings: Findings, labels: list[str]) -> str:
+def _conditions(comparison: Comparison, labels: list[str]) -> str:
     infos = [info for label in labels if (info := model_info(comparison, label))]
     sizes = [info["params"] / 1e6 for info in infos if info.get("params")]
     facts = [f"{span(sizes)} M parameters"] if sizes else []
@@ -102,10 +100,10 @@ def _conditions(comparison: Comparison, findings: Findings, labels: list[str]) -
     facts += ["random weights"] if infos and not any(info.get("accuracy") for info in infos) else []
     known = comparison.environment
     facts += [f"{known[name]}{' cores' * (name == 'cores')}" for name in ("cpu", "cores", "gpu") if known.get(name)]
-    blocks = [counts.blocks for counts in findings.counts if counts.arm.label in labels]
-    counts = "–".join(dict.fromkeys((str(min(blocks)), str(max(blocks)))))
+    blocks = [len(comparison.blocks_of(label)) for label in labels]
+    count = "–".join(dict.fromkeys((str(min(blocks)), str(max(blocks)))))
     how = (
-        f"{counts} blocks per arm, each a fresh server; whiskers: smallest and largest block. Percentiles: over all "
+        f"{count} blocks per arm, each a fresh server; whiskers: smallest and largest block. Percentiles: over all "
         "blocks, open loop, from the scheduled moment. The scales differ."
     )
     return "\n".join(line for text in (" · ".join(facts), how) for line in textwrap.wrap(text, _LINE))

@@ -16,15 +16,28 @@ from typing import NamedTuple
 import numpy as np
 
 from loadtests.experiment.model import HIGH, MODERATE, Block, Comparison
-from loadtests.report.format import metric_name, scaled, unit
-from loadtests.report.top1 import top1_effect, top1_percent
-from loadtests.report.verdicts import METRICS, THROUGHPUT, TOP1, Metric, block_value, model_info, uses_device
+from loadtests.report.format import median
+from loadtests.report.top1 import compare_top1, top1_percent
+from loadtests.report.verdicts import (
+    GPU_MEMORY,
+    MEMORY,
+    THROUGHPUT,
+    TOP1,
+    Change,
+    Metric,
+    block_value,
+    latencies,
+    model_info,
+    values_by_round,
+)
 from loadtests.statistics import MIN_ROUNDS, Effect, holm, unpaired_ratio
 
 _SAME_RATE = 0.05
 """Latencies under loads whose rates differ by a larger share are not compared."""
 _UNANSWERED = 2
 """Times the largest finite value of either run: what stands in for an infinite percentile."""
+_CONDITIONS = ("protocol", "connections", "warmup_seconds", "service_arguments")
+"""What must be the same in both plans for values to be comparable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,29 +46,20 @@ class Regression:
 
     arm: str
     metric: Metric
-    name: str
-    """The metric in words."""
     old: float
     """Median of the blocks; if `relative`, of their ratios to the baseline's."""
     new: float
-    ratio: float
+    change: Change
     """Ratio of the geometric means, new to old."""
-    low: float
-    high: float
-    """Ends of the interval at `level`."""
-    level: float
-    p_value: float
-    """Adjusted (Holm)."""
     relative: bool = False
     """Ratios to the baseline arm were compared, because the machines differ."""
 
     def __str__(self) -> str:
         """One sentence."""
-        of = "of the baseline's" if self.relative else "%" if self.metric == TOP1 else unit(self.metric)
-        old, new = (value if self.relative else scaled(self.metric, value) for value in (self.old, self.new))
+        change, of = self.change, " of the baseline's" if self.relative else f" {self.metric.unit}".rstrip()
         return (
-            f"{self.arm}: {self.name} went from {old:.4g} to {new:.4g} {of}, "
-            f"×{self.ratio:.3f} ({self.low:.3f} to {self.high:.3f} at {self.level:.2%})."
+            f"{self.arm}: {self.metric.label} went from {self.old:.4g} to {self.new:.4g}{of}, "
+            f"×{change.estimate:.3f} ({change.low:.3f} to {change.high:.3f} at {change.level:.2%})."
         )
 
 
@@ -84,31 +88,25 @@ def regressions(old: Comparison, new: Comparison, *, tolerance: float = 0.05, al
     relative = _is_relative(old, new)
     found = {**_speeds(old, new, relative=relative), **_accuracies(old, new)}
     tests = holm([tested.effect.p_value for tested in found.values()], alpha)
-    worse = []
+    worse: list[Regression] = []
     for ((arm, metric), (effect, was, now)), test in zip(found.items(), tests, strict=True):
-        estimate, low, high = effect.at(test.level)
+        ratio, low, high = effect.at(test.level)
         if metric == TOP1:
-            estimate, low, high = now / was, (was + low) / was, (was + high) / was
-        fell = estimate < 1 if metric == TOP1 else max(estimate, 1 / estimate) > 1 + tolerance
-        if test.rejected and fell and (estimate < 1) == (metric.better == "higher"):
-            worse.append(
-                Regression(
-                    arm=arm,
-                    metric=metric,
-                    name=metric_name(new, metric),
-                    old=was,
-                    new=now,
-                    ratio=estimate,
-                    low=low,
-                    high=high,
-                    level=test.level,
-                    p_value=test.p_value,
-                    relative=relative and metric != TOP1,
-                )
-            )
-    worse.sort(key=lambda regression: -abs(math.log(regression.ratio)))
+            ratio, low, high = now / was, (was + low) / was, (was + high) / was
+        fell = (ratio < 1) == (metric.better == "higher") and ratio != 1
+        if test.rejected and fell and (metric == TOP1 or max(ratio, 1 / ratio) > 1 + tolerance):
+            change = Change(ratio, low, high, level=test.level, p_value=test.p_value, verdict="worse")
+            of_baseline = relative and metric != TOP1
+            worse.append(Regression(arm=arm, metric=metric, old=was, new=now, change=change, relative=of_baseline))
+    worse.sort(key=lambda regression: -abs(math.log(regression.change.estimate)))
     stopped = [
-        _stopped(old, new, arm)
+        Regression(
+            arm=arm,
+            metric=THROUGHPUT,
+            old=_throughput(old, arm),
+            new=0.0,
+            change=Change(0.0, 0.0, 0.0, level=1.0, p_value=0.0, verdict="worse"),
+        )
         for arm in _labels(old)
         if _measured(old, arm) and not _measured(new, arm) and _lost(new, arm)
     ]
@@ -117,57 +115,49 @@ def regressions(old: Comparison, new: Comparison, *, tolerance: float = 0.05, al
 
 def _speeds(old: Comparison, new: Comparison, *, relative: bool) -> dict[tuple[str, Metric], _Tested]:
     found = {}
+    arms = _labels(old)[1:] if relative else _labels(old)
     for metric in _comparable(old, new):
-        values = [_Values(run, metric, on_device=all(uses_device(new))) for run in (old, new)]
-        ceiling = _UNANSWERED * max((*values[0].finite(), *values[1].finite()), default=1.0)
-        for arm in _labels(old):
-            was, now = (run.of(arm, ceiling, relative=relative) for run in values)
+        runs = [{arm: values_by_round(_measured(run, arm), metric) for arm in _labels(run)} for run in (old, new)]
+        every = [value for run in runs for own in run.values() for value in own.values()]
+        ceiling = _UNANSWERED * max(filter(math.isfinite, every), default=1.0)
+        for arm in arms:
+            was, now = (_values(run, arm, ceiling, baseline=_labels(old)[0] if relative else None) for run in runs)
             effect = unpaired_ratio(now, was)
-            if effect is not None and not (relative and arm == _labels(old)[0]):
+            if effect is not None:
                 found[arm, metric] = _Tested(effect, float(np.median(was)), float(np.median(now)))
     return found
 
 
+_Rounds = dict[int, float]
+
+
+def _values(run: dict[str, _Rounds], arm: str, ceiling: float, *, baseline: str | None) -> list[float]:
+    """An arm's values, or their ratios to the baseline's in the rounds that have both."""
+    own = {number: min(value, ceiling) for number, value in run.get(arm, {}).items()}
+    base = (
+        {number: min(value, ceiling) for number, value in run[baseline].items()}
+        if baseline
+        else dict.fromkeys(own, 1.0)
+    )
+    return [value / base[number] for number, value in own.items() if base.get(number)]
+
+
 def _accuracies(old: Comparison, new: Comparison) -> dict[tuple[str, Metric], _Tested]:
-    found = {}
-    for arm in _labels(old):
-        was, now = model_info(old, arm), model_info(new, arm)
-        effect = top1_effect(now, was)
-        if effect is not None:
-            found[arm, TOP1] = _Tested(effect, top1_percent(was) or 0.0, top1_percent(now) or 0.0)
-    return found
-
-
-class _Values:
-    """One metric of all measured blocks of a run."""
-
-    def __init__(self, run: Comparison, metric: Metric, *, on_device: bool) -> None:
-        self._baseline = _labels(run)[0]
-        self._by_round: dict[str, dict[int, float]] = {
-            label: {
-                block.round: value
-                for block in _measured(run, label)
-                if (value := block_value(block, metric, on_device=on_device)) is not None
-            }
-            for label in _labels(run)
-        }
-
-    def finite(self) -> list[float]:
-        return [value for own in self._by_round.values() for value in own.values() if math.isfinite(value)]
-
-    def of(self, label: str, ceiling: float, *, relative: bool) -> list[float]:
-        """An arm's values, or their ratios to the baseline's in the rounds that have both."""
-        own, base = self._by_round.get(label, {}), self._by_round[self._baseline]
-        if not relative:
-            return [min(value, ceiling) for value in own.values()]
-        return [min(value, ceiling) / min(base[at], ceiling) for at, value in own.items() if base.get(at)]
+    infos = {arm: (model_info(old, arm), model_info(new, arm)) for arm in _labels(old)}
+    return {
+        (arm, TOP1): _Tested(effect, top1_percent(was) or 0.0, top1_percent(now) or 0.0)
+        for arm, (was, now) in infos.items()
+        if (effect := compare_top1(now, was)[0]) is not None
+    }
 
 
 def notes(old: Comparison, new: Comparison) -> list[str]:
     """What a reader of the regressions must know: other machines, missing arms, what was not compared."""
+    conditions = {name: (getattr(old.plan, name), getattr(new.plan, name)) for name in _CONDITIONS}
+    conditions["payloads"] = (old.payloads, new.payloads)
     said = [
         f"The conditions differ: {name} was {was} and is {now}."
-        for name, was, now in zip(_CONDITIONS, _conditions(old), _conditions(new), strict=True)
+        for name, (was, now) in conditions.items()
         if was != now
     ]
     baseline, both = _labels(new)[0], [arm for arm in _labels(old) if arm in _labels(new)]
@@ -202,14 +192,6 @@ def notes(old: Comparison, new: Comparison) -> list[str]:
     return said
 
 
-_CONDITIONS = ("protocol", "connections", "warmup_seconds", "service_arguments", "payloads")
-"""What must be the same for values to be comparable."""
-
-
-def _conditions(run: Comparison) -> list[object]:
-    return [run.payloads if name == "payloads" else getattr(run.plan, name) for name in _CONDITIONS]
-
-
 def _labels(run: Comparison) -> list[str]:
     return [arm.label for arm in run.plan.arms]
 
@@ -240,30 +222,14 @@ def _comparable(old: Comparison, new: Comparison) -> list[Metric]:
         for name in old.rates.keys() & new.rates.keys()
         if abs(math.log(new.rates[name] / old.rates[name])) <= math.log1p(_SAME_RATE)
     }
-    return [metric for metric in METRICS if metric != TOP1 and (metric.rank is None or metric.load in same)]
+    return [THROUGHPUT, *(metric for metric in latencies(new) if metric.load in same), MEMORY, GPU_MEMORY]
 
 
 def _throughput(run: Comparison, label: str) -> float:
-    values = [value for block in _measured(run, label) if (value := block_value(block, THROUGHPUT))]
-    return float(np.median(values)) if values else 0.0
+    return median(values_by_round(_measured(run, label), THROUGHPUT).values()) or 0.0
 
 
 def _slower(old: Comparison, new: Comparison, label: str) -> float:
     """The share of the old throughput that is gone."""
     was, now = _throughput(old, label), _throughput(new, label)
     return 1 - now / was if was and now else 0.0
-
-
-def _stopped(old: Comparison, new: Comparison, label: str) -> Regression:
-    return Regression(
-        arm=label,
-        metric=THROUGHPUT,
-        name=metric_name(new, THROUGHPUT),
-        old=_throughput(old, label),
-        new=0.0,
-        ratio=0.0,
-        low=0.0,
-        high=0.0,
-        level=1.0,
-        p_value=0.0,
-    )

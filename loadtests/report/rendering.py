@@ -19,7 +19,7 @@ A command makes `Table`s of text, puts them into a template, and prints those th
 `base.md.j2` ends every page with the environment and the command, and so needs `command` and `environment`.
 `macros` holds what the templates share: `table(table)` with its note, `bullets(items)`, `facts(mapping)` and
 `caveats(warnings)`. In a Markdown template the output of every `{{ }}` is escaped for Markdown, except that of a macro
-and of the filters `code` (inline) and `fenced("sh")` (a block); in an HTML template it is escaped for HTML.
+and of the filter `fenced("sh")`, a block of code; in an HTML template it is escaped for HTML.
 """
 
 import re
@@ -160,7 +160,7 @@ def _environment(*, markdown: bool) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"code": _code, "fenced": _fenced}
+    environment.filters["fenced"] = _fenced
     macros: Any = environment.get_template("macros.md.j2" if markdown else "macros.html.j2").module
     environment.globals["macros"] = macros
     return environment
@@ -173,14 +173,6 @@ def escaped(value: object) -> Markup:
     text = " ".join(str(value).split("\n"))
     text = _MARKDOWN.sub(lambda match: "\\" + match[0], text)
     return Markup(text.replace("&", "&amp;").replace("<", "&lt;"))  # noqa: S704 (escaped here)
-
-
-def _code(value: object) -> Markup:
-    """Inline code; also within a table."""
-    text = " ".join(str(value).split("\n")).replace("|", "\\|")
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    space = " " if text.startswith("`") or text.endswith("`") else ""
-    return Markup(f"{ticks}{space}{text}{space}{ticks}")  # noqa: S704 (code is not escaped in Markdown)
 
 
 def _fenced(value: object, language: str = "") -> Markup:

@@ -8,11 +8,11 @@ from loadtests.generator.load_result import IN_FLIGHT
 from loadtests.report.caveats import caveats
 from loadtests.report.conclusion import conclusion, conditions, top1_note
 from loadtests.report.document import as_document, write_samples
-from loadtests.report.format import joined, load_name
+from loadtests.report.format import joined
 from loadtests.report.plots import write_plots
 from loadtests.report.rendering import Table, write_report
 from loadtests.report.tables import detail_tables, environment, verdict_table
-from loadtests.report.verdicts import Findings, judge
+from loadtests.report.verdicts import Findings, judge, load_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ def write_comparison(comparison: Comparison, out: Path) -> Report:
     findings = judge(comparison)
     said = caveats(comparison, findings)
     table = verdict_table(comparison, findings)
-    blocks = sorted({counts.blocks for counts in findings.counts})
+    blocks = sorted({len(comparison.blocks_of(arm.label)) for arm in comparison.plan.arms})
     levels = sorted({f"{row.change.level:.4g}" for row in findings.rows if row.change})
     out.mkdir(parents=True, exist_ok=True)
     plots = write_plots(comparison, findings, out)

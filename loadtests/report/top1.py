@@ -1,7 +1,6 @@
 """Top-1 of two models, by their manifests: image by image where both say which images they get right."""
 
 import base64
-import binascii
 from typing import Any, Literal
 
 import numpy as np
@@ -19,25 +18,19 @@ def top1_percent(info: dict[str, Any]) -> float | None:
     return 100 * float(accuracy["top1"]) if accuracy else None
 
 
-def top1_pairing(info: dict[str, Any], baseline: dict[str, Any]) -> Pairing | None:
-    """How two models can be compared, from what the service says about them; None if they were tested on other sets."""
+def compare_top1(info: dict[str, Any], baseline: dict[str, Any]) -> tuple[Effect | None, Pairing | None]:
+    """The difference in percentage points, from what the service says about two models, and how it was judged.
+
+    None if they were tested on other sets.
+    """
     ours, theirs = info.get("accuracy"), baseline.get("accuracy")
     if not ours or not theirs or any(ours.get(name) != theirs.get(name) for name in ("dataset", "split")):
-        return None
-    same = ours["n"] == theirs["n"] and _labels(ours) is not None and _labels(ours) == _labels(theirs)
-    return "paired" if same and _correct(ours) is not None and _correct(theirs) is not None else "independent"
-
-
-def top1_effect(info: dict[str, Any], baseline: dict[str, Any]) -> Effect | None:
-    """The difference of two models in percentage points; None if they were tested on other sets."""
-    pairing = top1_pairing(info, baseline)
-    if pairing is None:
-        return None
-    ours, theirs = info["accuracy"], baseline["accuracy"]
+        return None, None
+    same = ours["n"] == theirs["n"] and _labels(ours) == _labels(theirs)
     correct, baseline_correct = _correct(ours), _correct(theirs)
-    if pairing == "paired" and correct is not None and baseline_correct is not None:
-        return paired_proportions(correct, baseline_correct)
-    return independent_proportions(ours["top1"], ours["n"], theirs["top1"], theirs["n"])
+    if same and correct is not None and baseline_correct is not None:
+        return paired_proportions(correct, baseline_correct), "paired"
+    return independent_proportions(ours["top1"], ours["n"], theirs["top1"], theirs["n"]), "independent"
 
 
 def _labels(accuracy: dict[str, Any]) -> str | None:
@@ -49,10 +42,7 @@ def _correct(accuracy: dict[str, Any]) -> npt.NDArray[np.bool_] | None:
     """Whether each image is classified correctly, (n,); None where that is unknown."""
     try:
         packed = np.frombuffer(base64.b64decode(accuracy["correct"]["top1"], validate=True), dtype=np.uint8)
-        return (
-            np.unpackbits(packed, count=int(accuracy["n"])).astype(np.bool_)
-            if packed.size * 8 >= accuracy["n"]
-            else None
-        )
-    except (KeyError, TypeError, ValueError, binascii.Error):
+    except (KeyError, TypeError, ValueError):
         return None
+    bits = np.unpackbits(packed)[: accuracy["n"]]
+    return bits.astype(np.bool_) if len(bits) == accuracy["n"] else None

@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, Arm, Block, Comparison
+from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, Block, Comparison
 from loadtests.generator.load_result import LoadResult
-from loadtests.report.top1 import top1_effect, top1_percent
+from loadtests.report.top1 import compare_top1, top1_percent
 from loadtests.statistics import MIN_BEYOND, Effect, Holm, holm, paired_difference, paired_ratio, percentile
 
 Verdict = Literal["better", "worse", "no difference seen"]
@@ -18,9 +18,13 @@ Verdict = Literal["better", "worse", "no difference seen"]
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A quantity that is compared; its name ends with its unit."""
+    """A quantity that is compared."""
 
     name: str
+    """For results.json; ends with the unit."""
+    label: str = field(compare=False)
+    """In words, without its unit: `p99 at 340/s`."""
+    unit: str = ""
     load: str | None = None
     """The load under which it is measured; None for top-1, and for memory, whose peak is that of all loads."""
     rank: int | None = None
@@ -29,17 +33,26 @@ class Metric:
     kind: Literal["ratio", "difference"] = "difference"
     """How two arms are compared."""
 
+    @property
+    def heading(self) -> str:
+        """In words, with its unit: `p99 at 340/s, ms`."""
+        return f"{self.label}, {self.unit}" if self.unit else self.label
 
-TOP1 = Metric(name="top1_percent", better="higher")
-THROUGHPUT = Metric(name="images_per_second", load=SATURATED, better="higher", kind="ratio")
-LATENCIES = tuple(
-    Metric(name=f"p{rank}_ms", load=load, rank=rank) for load in (MODERATE, HIGH) for rank in (50, 95, 99)
+
+TOP1 = Metric(name="top1_percent", label="top-1", unit="%", better="higher")
+THROUGHPUT = Metric(
+    name="images_per_second", label="images/s at saturation", load=SATURATED, better="higher", kind="ratio"
 )
-MEMORY = Metric(name="peak_bytes", kind="ratio")
-METRICS = (TOP1, THROUGHPUT, *LATENCIES, MEMORY)
+LATENCIES = tuple(
+    Metric(name=f"p{rank}_ms", label=f"p{rank}", unit="ms", load=load, rank=rank)
+    for load in (MODERATE, HIGH)
+    for rank in (50, 95, 99)
+)
+MEMORY = Metric(name="peak_mb", label="peak memory", unit="MB", kind="ratio")
+GPU_MEMORY = Metric(name="peak_gpu_mb", label="peak GPU memory", unit="MB", kind="ratio")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Change:
     """One arm's metric against the baseline's."""
 
@@ -70,34 +83,27 @@ class Row:
     change: Change | None
     """None for the baseline, and where there are too few blocks for an interval."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """The blocks and requests of one arm."""
-
-    arm: Arm
-    blocks: int
-    """Measured to their end."""
-    failures: list[str]
-    """Why blocks failed."""
-    errors: int
-    """Requests that were not answered with 200, over all loads."""
-    unsent: int
-    requests: int
-    """All that were due."""
+    @property
+    def verdict(self) -> Verdict | None:
+        """That of the change; None without one."""
+        return self.change.verdict if self.change else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """One row for each metric and arm, metric by metric, and the counts of each arm."""
+    """One row for each metric and arm, metric by metric."""
 
     rows: list[Row]
-    counts: list[Counts]
 
     @property
     def metrics(self) -> list[Metric]:
         """Those that were measured."""
         return list(dict.fromkeys(row.metric for row in self.rows))
+
+    @property
+    def memory(self) -> Metric:
+        """`GPU_MEMORY` if it was measured in every block, else `MEMORY`."""
+        return self.metrics[-1]
 
     @property
     def headline(self) -> list[Metric]:
@@ -122,24 +128,23 @@ def judge(comparison: Comparison, *, alpha: float = 0.05) -> Findings:
     their throughputs or peaks, the mean difference of their own percentiles. Where one round went very badly, a change
     may therefore differ from that of the values, and its interval is wide. See `loadtests.statistics`.
     """
-    on_device, arms = all(uses_device(comparison)), comparison.plan.arms
-    metrics = [metric for metric in METRICS if metric.load in {None, SATURATED, *comparison.rates}]
+    arms, memory = comparison.plan.arms, GPU_MEMORY if all(uses_device(comparison)) else MEMORY
+    metrics = [TOP1, THROUGHPUT, *latencies(comparison), memory]
     blocks = {arm.label: comparison.blocks_of(arm.label) for arm in arms}
     effects = {
         (arm.label, metric): effect
         for arm in arms[1:]
         for metric in metrics
-        if (effect := _effect(metric, blocks[arm.label], blocks[arms[0].label], on_device)) is not None
+        if (effect := _effect(metric, blocks[arm.label], blocks[arms[0].label])) is not None
     }
     tests = dict(zip(effects, holm([effect.p_value for effect in effects.values()], alpha), strict=True))
     changes = {key: _change(key[1], effect, tests[key]) for key, effect in effects.items()}
     return Findings(
         rows=[
-            _row(arm, metric, blocks[arm.label], changes.get((arm.label, metric)), on_device)
+            _row(arm.label, metric, blocks[arm.label], changes.get((arm.label, metric)))
             for metric in metrics
             for arm in arms
-        ],
-        counts=[_counts(comparison, arm) for arm in arms],
+        ]
     )
 
 
@@ -153,19 +158,43 @@ def uses_device(comparison: Comparison) -> set[bool]:
     return known or {False}
 
 
-def block_value(block: Block, metric: Metric, *, on_device: bool = False, min_beyond: int = MIN_BEYOND) -> float | None:
+def block_value(block: Block, metric: Metric, *, min_beyond: int = MIN_BEYOND) -> float | None:
     """A metric of one block, None where it is unknown, or fewer than `min_beyond` samples lie beyond a percentile."""
     if metric == TOP1:
         return top1_percent(block.info)
-    if metric == MEMORY:
-        peaks = (load.device_bytes or 0 if on_device else load.peak_bytes for load in block.loads.values())
-        return float(max(peaks, default=0)) or None
+    if metric in (MEMORY, GPU_MEMORY):
+        peaks = ((load.peak_bytes if metric == MEMORY else load.device_bytes) or 0 for load in block.loads.values())
+        return max(peaks, default=0) / 1e6 or None
     load = block.loads.get(metric.load or "")
     if load is None or metric.rank is None:
         return load.throughput if load else None
     if load.percentiles_ms:
         return load.percentiles_ms.get(metric.name)
     return percentile(load.latencies_ms, metric.rank, min_beyond=min_beyond)
+
+
+def values_by_round(blocks: Sequence[Block], metric: Metric, *, min_beyond: int = MIN_BEYOND) -> dict[int, float]:
+    """`block_value` of each block where it is known."""
+    values = {block.round: block_value(block, metric, min_beyond=min_beyond) for block in blocks}
+    return {number: value for number, value in values.items() if value is not None}
+
+
+def latencies(comparison: Comparison) -> list[Metric]:
+    """Those of `LATENCIES` that were measured, labelled by the rate of their load."""
+    return [
+        replace(metric, label=f"{metric.label} at {load_name(comparison, metric.load)}")
+        for metric in LATENCIES
+        if metric.load in comparison.rates
+    ]
+
+
+def load_name(comparison: Comparison, load: str | None) -> str:
+    """A load as a reader knows it: `340/s`, or `saturation`."""
+    rate = comparison.rates.get(load or "")
+    if rate is None:
+        return "saturation" if load == SATURATED else str(load)
+    # 170.0 per second is 170/s, 4.25 stays; never 1.7e+03.
+    return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
 
 
 def loads_of(comparison: Comparison) -> list[tuple[str, str, list[LoadResult]]]:
@@ -178,20 +207,33 @@ def loads_of(comparison: Comparison) -> list[tuple[str, str, list[LoadResult]]]:
     return [one for one in found if one[2]]
 
 
+def counts(comparison: Comparison, label: str) -> dict[str, int]:
+    """Blocks of an arm, measured to their end and failed, and its requests over all loads: due, errors, unsent."""
+    blocks = comparison.blocks_of(label)
+    loads = [load for block in blocks for load in block.loads.values()]
+    return {
+        "blocks": len(blocks),
+        "failed_blocks": sum(block.arm == label for block in comparison.blocks) - len(blocks),
+        "requests": sum(len(load.latencies_ms) for load in loads),
+        "errors": sum(load.errors for load in loads),
+        "unsent": sum(load.unsent_arrivals for load in loads),
+    }
+
+
 def model_info(comparison: Comparison, label: str) -> dict[str, Any]:
     """What the service said about an arm's model; empty if it never answered."""
     return next((block.info for block in comparison.blocks if block.arm == label and block.info), {})
 
 
-def _row(arm: Arm, metric: Metric, blocks: Sequence[Block], change: Change | None, on_device: bool) -> Row:
-    known = [one for block in blocks if (one := block_value(block, metric, on_device=on_device)) is not None]
+def _row(arm: str, metric: Metric, blocks: Sequence[Block], change: Change | None) -> Row:
+    known = values_by_round(blocks, metric).values()
     value: float | None = None
     if metric.rank is not None:
         value = percentile(_pooled(blocks, metric), metric.rank)
     elif known:
-        value = max(known) if metric == MEMORY else float(np.median(known))
+        value = max(known) if metric.unit == "MB" else float(np.median(list(known)))
     return Row(
-        arm=arm.label,
+        arm=arm,
         metric=metric,
         value=value,
         smallest=min(known, default=None),
@@ -200,35 +242,15 @@ def _row(arm: Arm, metric: Metric, blocks: Sequence[Block], change: Change | Non
     )
 
 
-def _counts(comparison: Comparison, arm: Arm) -> Counts:
-    blocks = comparison.blocks_of(arm.label)
-    loads: list[LoadResult] = [load for block in blocks for load in block.loads.values()]
-    return Counts(
-        arm=arm,
-        blocks=len(blocks),
-        failures=[block.failure for block in comparison.blocks if block.arm == arm.label and block.failure],
-        errors=sum(load.errors for load in loads),
-        unsent=sum(load.unsent_arrivals for load in loads),
-        requests=sum(len(load.latencies_ms) for load in loads),
-    )
-
-
 def _pooled(blocks: Sequence[Block], metric: Metric) -> npt.NDArray[np.float64]:
     loads = [block.loads[metric.load] for block in blocks if metric.load in block.loads]
     return np.concatenate([np.empty(0), *(load.latencies_ms for load in loads)])
 
 
-def _effect(metric: Metric, arm: Sequence[Block], baseline: Sequence[Block], on_device: bool) -> Effect | None:
+def _effect(metric: Metric, arm: Sequence[Block], baseline: Sequence[Block]) -> Effect | None:
     if metric == TOP1:
-        return top1_effect(arm[0].info, baseline[0].info) if arm and baseline else None
-    ours, theirs = (
-        {
-            block.round: value
-            for block in blocks
-            if (value := block_value(block, metric, on_device=on_device, min_beyond=0)) is not None
-        }
-        for blocks in (arm, baseline)
-    )
+        return compare_top1(arm[0].info, baseline[0].info)[0] if arm and baseline else None
+    ours, theirs = (values_by_round(blocks, metric, min_beyond=0) for blocks in (arm, baseline))
     rounds = sorted(ours.keys() & theirs.keys())
     pairs = [ours[number] for number in rounds], [theirs[number] for number in rounds]
     if metric.kind == "ratio":
@@ -236,8 +258,8 @@ def _effect(metric: Metric, arm: Sequence[Block], baseline: Sequence[Block], on_
     pools = [_pooled(blocks, metric) for blocks in (arm, baseline)]
     if any(percentile(pool, metric.rank or 0) is None for pool in pools):
         return None
-    latencies = np.concatenate(pools)
-    return paired_difference(*pairs, ceiling=max(latencies[np.isfinite(latencies)], default=math.inf))
+    pooled = np.concatenate(pools)
+    return paired_difference(*pairs, ceiling=max(pooled[np.isfinite(pooled)], default=math.inf))
 
 
 def _change(metric: Metric, effect: Effect, test: Holm) -> Change:
@@ -247,4 +269,4 @@ def _change(metric: Metric, effect: Effect, test: Holm) -> Change:
     # An exact test and its interval may disagree by a hair: then no difference is seen.
     if test.rejected and not low <= none <= high:
         verdict = "better" if (low > none) == (metric.better == "higher") else "worse"
-    return Change(estimate=estimate, low=low, high=high, level=test.level, p_value=test.p_value, verdict=verdict)
+    return Change(estimate, low, high, level=test.level, p_value=test.p_value, verdict=verdict)

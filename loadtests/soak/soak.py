@@ -1,124 +1,115 @@
-"""Does the service's memory stay flat? Many requests with images of mixed sizes, and PSS all along.
+"""Does the service's memory stay flat? Many requests with images of mixed sizes, while PSS is sampled.
 
-Threads and the standard library's client do the sending: how fast it goes is not the question here.
+Threads and a plain HTTP client send them: how fast that goes does not matter here.
 """
 
-import http.client
 import io
 import itertools
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, urlsplit
 
+import httpx
 import numpy as np
 from PIL import Image
 
-from loadtests.experiment.environment import environment
-from loadtests.experiment.json_files import write_json
-from loadtests.experiment.server import Server, ServerError, running_server
-from loadtests.generator.payloads import Payload, PayloadError, read_payloads
+from loadtests.experiment.model import Measurement, Progress
+from loadtests.experiment.server import service_for
+from loadtests.generator.payloads import read_payloads
+from loadtests.generator.readers import Payload, PayloadError
+from loadtests.report.rendering import Table, print_tables, write_report
 
 CONNECTIONS = 16
 SAMPLES = 200
-"""PSS is read this often, or at every request if they are fewer."""
+"""PSS is read this many times, or after every request if they are fewer."""
 FEWEST_SAMPLES = 50
+"""With fewer, an interrupted run has nothing to report."""
 LONGER_SIDES = (48, 160, 320, 640, 1024, 1600)
 """Pixels."""
 
 _ORIGINALS = 8
+_BATCH = 2000
+"""Requests that wait for a connection at most, so that a long run does not take all of them into memory at once."""
 _ANSWER_SECONDS = 60
 
 
-@dataclass(frozen=True, kw_only=True)
-class Soak:
-    """PSS in bytes by the number of requests sent so far, ascending; the first is of the fresh process."""
+@dataclass(kw_only=True)
+class Soak(Measurement):
+    """Memory by the number of requests sent so far."""
 
     model: str
-    requests: int
-    errors: int
-    payloads: str
-    samples: list[tuple[int, int]] = field(repr=False)
-    ended_early: str | None
-    environment: dict[str, str]
-    command: str
-    finished: datetime
+    planned_requests: int
+    samples: list[tuple[int, int]] = field(default_factory=list, repr=False)
+    """(requests sent, PSS in bytes), ascending; the first one is of the fresh process."""
+    failed_requests: int = 0
 
     @property
-    def idle_bytes(self) -> int:
-        """Before the first request."""
-        return self.samples[0][1]
+    def measured(self) -> bool:
+        """Whether there are enough samples to judge by."""
+        return len(self.samples) >= min(FEWEST_SAMPLES, self.planned_requests)
 
     @property
-    def first_bytes(self) -> float:
-        """Median over the first tenth of the requests."""
-        return self._median(0, self.requests / 10)
+    def requests(self) -> int:
+        """Requests sent so far."""
+        return self.samples[-1][0]
 
-    @property
-    def last_bytes(self) -> float:
-        """Median over the last tenth of the requests."""
-        return self._median(self.requests * 0.9, self.requests)
+    def median_bytes(self, begin: float, end: float) -> float:
+        """Median memory over a part of the requests: 0 to 0.1 is the first tenth."""
+        begin, end = begin * self.requests, end * self.requests
+        return float(np.median([used for number, used in self.samples if begin < number <= end]))
 
-    @property
-    def most_bytes(self) -> int:
-        """The largest sample."""
-        return max(used for _, used in self.samples)
+    def figures(self) -> dict[str, float]:
+        """What the samples show; `growth` is that of the last tenth over the first, less 1."""
+        first, last = self.median_bytes(0, 0.1), self.median_bytes(0.9, 1)
+        peak = max(used for _, used in self.samples)
+        return {
+            "idle_bytes": self.samples[0][1],
+            "first_bytes": first,
+            "last_bytes": last,
+            "peak_bytes": peak,
+            "growth": last / first - 1,
+        }
 
-    @property
-    def growth(self) -> float:
-        """Of the last tenth over the first, less 1."""
-        return self.last_bytes / self.first_bytes - 1
 
-    def _median(self, above: float, up_to: float) -> float:
-        return float(np.median([used for number, used in self.samples if above < number <= up_to]))
-
-
-def soak(
-    repository: Path,
-    model: str,
-    data: Path | None,
-    *,
-    requests: int,
-    arguments: tuple[str, ...],
-    command: str,
-    out: Path,
-    on_progress: Callable[[int], None],
-) -> Soak:
-    """Send `requests` on 16 connections; `on_progress(sent)` is told. Raises PayloadError or ServerError.
-
-    An interrupted run gives what it has, if that is enough to be judged; else the interrupt goes on.
-    """
+def send(
+    found: Soak, progress: Progress, *, repository: Path, data: Path | None, out: Path, flags: Sequence[str]
+) -> None:
+    """Send the planned requests to a fresh service, and fill `found`. Raises PayloadError or ServerError."""
     out.mkdir(parents=True, exist_ok=True)
-    images, what = mixed_sizes(data)
-    early = None
-    with running_server(repository, model, log=out / "soak.log", arguments=arguments) as server:
-        samples = [(0, server.memory_bytes())]
-        errors: list[int] = []
+    images, found.payloads = mixed_sizes(data)
+    limits, every = httpx.Limits(max_connections=CONNECTIONS), max(1, found.planned_requests // SAMPLES)
+    with (
+        service_for(found.model, repository=repository, log=out / "server.log", arguments=flags) as server,
+        # A proxy that the environment names has no part in this.
+        httpx.Client(base_url=server.url, limits=limits, timeout=_ANSWER_SECONDS, trust_env=False) as client,
+        ThreadPoolExecutor(CONNECTIONS) as pool,
+    ):
+
+        def is_answered(number: int) -> bool:
+            try:
+                image = images[number % len(images)]
+                return client.post("/v1/classify", params={"model": found.model}, content=image).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        found.samples.append((0, server.memory_bytes()))
         try:
-            _send(server, model, images, requests, samples=samples, errors=errors, on_progress=on_progress)
-        except KeyboardInterrupt:
-            if len(samples) < FEWEST_SAMPLES:
-                raise
-            early, requests = "interrupted", max(samples)[0]
-    return Soak(
-        model=model,
-        requests=requests,
-        errors=len(errors),
-        payloads=what,
-        samples=sorted(samples),
-        ended_early=early,
-        environment=environment(),
-        command=command,
-        finished=datetime.now(UTC),
-    )
+            for begin in range(0, found.planned_requests, _BATCH):
+                batch = range(begin, min(begin + _BATCH, found.planned_requests))
+                for number, ok in enumerate(pool.map(is_answered, batch), begin + 1):
+                    found.failed_requests += not ok
+                    if not ok and not server.alive():
+                        raise server.died(f"after {number} requests")
+                    if number % every == 0 or number == found.planned_requests:
+                        found.samples.append((number, server.memory_bytes()))
+                        progress.step("requests", number, found.planned_requests)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def mixed_sizes(data: Path | None) -> tuple[list[bytes], str]:
-    """Eight images of `data`, or generated ones, each as a JPEG of six sizes, shuffled; and in words what they are."""
+    """Eight images of `data`, or generated ones, each as a JPEG of six sizes, shuffled; and what they are, in words."""
     originals = [_opened(payload) for payload in read_payloads(data, limit=_ORIGINALS)]
     images = []
     for image, side in itertools.product(originals, LONGER_SIDES):
@@ -143,101 +134,32 @@ def _opened(payload: Payload) -> Image.Image:
         raise PayloadError(f"an image of --data cannot be read, and so not be resized: {error}") from error
 
 
-def _send(
-    server: Server,
-    model: str,
-    images: list[bytes],
-    requests: int,
-    *,
-    samples: list[tuple[int, int]],
-    errors: list[int],
-    on_progress: Callable[[int], None],
-) -> None:
-    """Fill `samples`, and `errors` with the numbers of the requests that failed."""
-    every = max(1, requests // SAMPLES)
-    numbers = itertools.count(1)
-    lock, stop = threading.Lock(), threading.Event()
-    path, host = f"/v1/classify?model={quote(model)}", urlsplit(server.url).netloc
-
-    def work() -> None:
-        connection = http.client.HTTPConnection(host, timeout=_ANSWER_SECONDS)
-        try:
-            while not stop.is_set():
-                with lock:
-                    number = next(numbers)
-                if number > requests:
-                    break
-                if not _answered(connection, path, images[number % len(images)]):
-                    errors.append(number)
-                    if not server.alive():
-                        raise ServerError(
-                            f"{server.name} died after {number} requests; its log, {server.log}, ends:\n"
-                            f"{server.log_tail()}"
-                        )
-                if number % every == 0:
-                    used = server.memory_bytes()
-                    with lock:
-                        samples.append((number, used))
-                        on_progress(number)
-        finally:
-            connection.close()
-
-    with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="soak") as pool:
-        workers = [pool.submit(work) for _ in range(CONNECTIONS)]
-        try:
-            for worker in as_completed(workers):
-                worker.result()
-        finally:
-            stop.set()
-
-
-def _answered(connection: http.client.HTTPConnection, path: str, image: bytes) -> bool:
-    try:
-        connection.request("POST", path, body=image, headers={"Content-Type": "image/jpeg"})
-        response = connection.getresponse()
-        response.read()
-    except (OSError, http.client.HTTPException):
-        # The connection opens anew by itself at the next request.
-        connection.close()
-        return False
-    return response.status == 200
-
-
-def lines(found: Soak) -> list[str]:
-    """The figures, a line each."""
-    return [
-        f"{found.model}: {found.requests:,} requests at {CONNECTIONS} connections, {found.errors} errors; "
-        f"{found.payloads}" + (f"; ended early: {found.ended_early}" if found.ended_early else ""),
-        f"PSS, median over the first tenth of the requests: {found.first_bytes / 1e6:.1f} MB",
-        f"PSS, median over the last tenth of the requests: {found.last_bytes / 1e6:.1f} MB",
-        f"growth: {found.growth:+.2%}",
-        f"PSS of the fresh process: {found.idle_bytes / 1e6:.1f} MB; the most in {len(found.samples)} samples: "
-        f"{found.most_bytes / 1e6:.1f} MB",
-    ]
-
-
-def write(found: Soak, out: Path) -> None:
-    """`report.md` and `results.json` in the folder `out`."""
-    where = [f"- {name}: {value}" for name, value in found.environment.items()]
-    page = [
-        "# Memory over many requests",
-        "",
-        "```sh",
-        found.command,
-        "```",
-        "",
-        *(f"- {line}" for line in lines(found)),
-    ]
-    (out / "report.md").write_text("\n".join([*page, "", *where, ""]), encoding="utf-8")
-    write_json(as_json(found), out / "results.json")
-
-
-def as_json(found: Soak) -> dict[str, Any]:
-    """All samples and what is made of them."""
-    return {
-        "schema_version": 1,
-        **asdict(found),
-        "finished": found.finished.isoformat(timespec="seconds"),
-        "connections": CONNECTIONS,
-        **{name: getattr(found, name) for name in ("idle_bytes", "first_bytes", "last_bytes", "most_bytes", "growth")},
+def write(found: Soak, out: Path) -> Path:
+    """Write report.md and results.json in `out`, print the figures, and return the report's path."""
+    figures = found.figures()
+    early = f" Ended early: {found.ended_early}." if found.ended_early else ""
+    summary = (
+        f"{found.model}: {found.requests:,} requests over {CONNECTIONS} connections, {found.failed_requests} of them "
+        f"failed; {found.payloads}.{early}"
+    )
+    names = {
+        "fresh process": "idle_bytes",
+        "first tenth of the requests, median": "first_bytes",
+        "last tenth of the requests, median": "last_bytes",
+        f"largest of {len(found.samples)} samples": "peak_bytes",
     }
+    rows = [(name, f"{figures[key] / 1e6:.1f} MB") for name, key in names.items()]
+    rows.append(("growth from the first to the last tenth", f"{figures['growth']:+.2%}"))
+    table = Table(title=summary, headings=("memory (PSS of the process tree)", ""), rows=rows)
+    sent = {name: getattr(found, name) for name in ("model", "planned_requests", "requests", "failed_requests")}
+    write_report(
+        out,
+        document={"schema_version": 2, **found.facts(), **sent, **figures, "samples": found.samples},
+        template="soak.md.j2",
+        command=found.command,
+        environment=found.environment,
+        summary=summary,
+        memory=table,
+    )
+    print_tables(table, width=100)
+    return out / "report.md"

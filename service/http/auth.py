@@ -82,7 +82,7 @@ class KeyGate:
         if self._admin is None:
             return Forbidden(
                 "loading and unloading are switched off: start the service with an admin key "
-                "(python -m service key, then STRIDEVIT_ADMIN_KEY_HASH)"
+                "(stridevit key, then STRIDEVIT_ADMIN_KEY_HASH)"
             )
         if not self._admin.accepts(key):
             return Forbidden("loading and unloading need the admin key, as `Authorization: Bearer KEY`")

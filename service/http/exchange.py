@@ -1,17 +1,14 @@
-"""What /v1 and /v2 share: the options of a request, the call of the pipeline, and the headers of its answer."""
+"""What /v1 and /v2 share: the options of a request, its client, and the headers of its answer."""
 
-from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from service.errors import InvalidParameter
-from service.pipeline import Answer, Inputs, Pipeline, RequestOptions
-from service.scheduling.admission import Place
+from service.pipeline import Answer, RequestOptions
 
 M = TypeVar("M", bound=BaseModel)
-T = TypeVar("T")
 
 DEADLINE_HEADER, PRIORITY_HEADER = "X-Deadline-Ms", "X-Priority"
 
@@ -25,49 +22,29 @@ def validated(kind: type[M], values: dict[str, Any]) -> M:
         raise InvalidParameter(text) from error
 
 
-async def answer(
-    pipeline: Pipeline,
-    request: Request,
-    options: RequestOptions,
-    *,
-    read: Callable[[Place], Awaitable[Inputs]],
-    write: Callable[[Answer], T],
-    encoded: bool = True,
-    partial: bool = False,
-) -> tuple[T, Answer]:
-    """Call the pipeline for an HTTP request, whose headers may add to the `options`. Raises RequestError."""
-
-    async def disconnected() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    state = request.scope["state"]
-    written, given = await pipeline.answer(
-        _with_headers(request, options),
-        arrived_at=state["started"],
-        read=read,
-        write=write,
-        disconnected=disconnected,
-        encoded=encoded,
-        partial=partial,
-    )
-    state.update(model=given.model.name, timings_ms=given.timings_ms)
-    return written, given
+async def disconnected(request: Request) -> None:
+    """Return once the client has left. Only after the body is read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
-def answer_headers(given: Answer) -> dict[str, str]:
-    """Which model answered, why, and where the time went."""
+def report(request: Request, answer: Answer) -> dict[str, str]:
+    """Headers that say which model answered, why, and where the time went; the log and the trace say so too."""
+    request.scope["state"].update(model=answer.model.name, timings_ms=answer.timings_ms)
     headers = {
-        "X-StrideViT-Model": f"{given.model.name}/{given.model.version}",
-        "Server-Timing": ", ".join(f"{stage};dur={ms:g}" for stage, ms in given.timings_ms.items()),
+        "X-StrideViT-Model": f"{answer.model.name}/{answer.model.version}",
+        "Server-Timing": ", ".join(f"{stage};dur={ms:g}" for stage, ms in answer.timings_ms.items()),
     }
-    if given.choice:
-        headers["X-StrideViT-Choice"] = given.choice.reason
+    if answer.choice:
+        headers["X-StrideViT-Choice"] = answer.choice.reason
     return headers
 
 
-def _with_headers(request: Request, options: RequestOptions) -> RequestOptions:
-    """The query's priority comes before the header's, and the earlier deadline counts. Raises InvalidParameter."""
+def with_headers(request: Request, options: RequestOptions) -> RequestOptions:
+    """`options` of the query, and what the headers say: the query's priority and the earlier deadline count.
+
+    Raises InvalidParameter.
+    """
     priority, deadline = request.headers.get(PRIORITY_HEADER), request.headers.get(DEADLINE_HEADER)
     if priority is None and deadline is None:
         return options

@@ -1,4 +1,4 @@
-"""Pixels in JSON: whole numbers from 0 to 255, flat or nested like the tensor's shape."""
+"""Pixels in JSON: whole numbers from 0 to 255 in row-major order, flat or regularly nested."""
 
 import math
 from typing import Annotated
@@ -14,6 +14,7 @@ _LEVELS = msgspec.json.Decoder(
 )
 _CHUNK_BYTES = 256 * 1024
 """Bytes decoded at once, which takes some milliseconds: meanwhile no other thread of the process runs."""
+_MAX_DEPTH = 8
 _ALL_BUT_STRUCTURE = bytes(set(range(256)) - set(b"[],"))
 
 
@@ -33,8 +34,8 @@ def read_pixels(array: bytes, shape: tuple[int, ...], place: str) -> npt.NDArray
     count = numbers.count(b",") + 1 if numbers.strip() else 0
     if count != math.prod(shape):
         raise BadRequest(f"{expected}, got {count}")
-    if nested and not _is_nested_like(array, shape):
-        raise BadRequest(f"{expected}; its lists do not have the lengths of shape {list(shape)}")
+    if nested and not _is_regular(array):
+        raise BadRequest(f"{expected}; the lists of one level must be equally long")
     pixels = bytearray()
     start = 0
     while start < len(numbers):
@@ -55,11 +56,16 @@ def read_pixels(array: bytes, shape: tuple[int, ...], place: str) -> npt.NDArray
     return np.frombuffer(pixels, dtype=np.uint8).reshape(shape)
 
 
-def _is_nested_like(array: bytes, shape: tuple[int, ...]) -> bool:
-    """Whether the brackets and commas are those of `shape`, whose last dimensions may be merged into one."""
+def _is_regular(array: bytes) -> bool:
+    """Whether the brackets and commas are those of an array whose lists of each level are equally long."""
     structure = array.translate(None, _ALL_BUT_STRUCTURE)
     depth = len(structure) - len(structure.lstrip(b"["))
+    if depth > _MAX_DEPTH:
+        return False
     expected = b""
-    for length in reversed((*shape[: depth - 1], math.prod(shape[depth - 1 :]))):
+    for level in range(1, depth + 1):
+        # The first list of this level ends at the first place where that many brackets close.
+        size = structure.find(b"]" * level) + level - (depth - level)
+        length = (size - 1) // (len(expected) + 1)
         expected = b"[" + (expected + b",") * (length - 1) + expected + b"]"
     return structure == expected

@@ -42,7 +42,7 @@ CLASSIFY_BODY = {
 
 CLASSIFICATION_EXAMPLE = {
     "model": "cifar100-csra-r2",
-    "version": 3,
+    "version": 4,
     "requested": "cifar100",
     "results": [{"predictions": [{"index": 42, "label": "leopard", "probability": 0.9123}]}],
     "choice": {
@@ -59,7 +59,7 @@ MODELS_EXAMPLE = {
     "models": [
         {
             "name": "cifar100-csra-r2",
-            "version": 3,
+            "version": 4,
             "state": "ready",
             "default": False,
             "family": "cifar100",
@@ -81,8 +81,8 @@ MODELS_EXAMPLE = {
 
 MODEL_EXAMPLE = {
     "name": "cifar100-csra-r2",
-    "versions": [3],
-    "version": 3,
+    "versions": [4],
+    "version": 4,
     "manifest": {
         "name": "cifar100-csra-r2",
         "attention": {"variant": "csra-r2", "kv_tokens": 16},

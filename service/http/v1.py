@@ -1,6 +1,6 @@
 """/v1: the API for people."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -36,7 +36,14 @@ def router(pipeline: Pipeline) -> APIRouter:
         def write(answer: Answer) -> list[dict[str, Any]]:
             return _results(answer, options.top_k)
 
-        results, answer = await exchange.answer(pipeline, request, options, read=read, write=write, partial=True)
+        results, answer = await pipeline.answer(
+            exchange.with_headers(request, options),
+            arrived_at=request.scope["state"]["started"],
+            read=read,
+            write=write,
+            disconnected=partial(exchange.disconnected, request),
+            partial=True,
+        )
         return JSONResponse(
             {
                 "model": answer.model.name,
@@ -47,7 +54,7 @@ def router(pipeline: Pipeline) -> APIRouter:
                 "timings_ms": answer.timings_ms,
                 "request_id": request.scope["state"]["request_id"],
             },
-            headers=exchange.answer_headers(answer),
+            headers=exchange.report(request, answer),
         )
 
     routes.add_api_route(

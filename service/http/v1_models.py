@@ -1,6 +1,6 @@
 """The JSON of /v1: what it takes in the query, and what it answers."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
@@ -33,16 +33,6 @@ class ImageResult(BaseModel):
     error: Problem | None = None
 
 
-class Timings(BaseModel):
-    """Milliseconds. With several images, `decode`, `queue` and `inference` are those of the slowest."""
-
-    read: float
-    decode: float
-    queue: float
-    inference: float
-    total: float
-
-
 class Skipped(BaseModel):
     """A more accurate model that was not chosen."""
 
@@ -69,7 +59,8 @@ class Classification(BaseModel):
     results: list[ImageResult]
     choice: Chosen | None
     """Null if a model was named."""
-    timings_ms: Timings
+    timings_ms: dict[Literal["read", "decode", "queue", "inference", "total"], float]
+    """With several images, `decode`, `queue` and `inference` are those of the slowest."""
     request_id: str
 
 

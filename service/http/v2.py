@@ -6,7 +6,8 @@ bytes.
 """
 
 from enum import Enum
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
@@ -41,19 +42,14 @@ _SMALL_BODY, _SMALL_BODY_SECONDS = 64 * 1024, 30.0
 
 _TAG: str | Enum = "v2: Open Inference Protocol"
 
-M = TypeVar("M", bound=BaseModel)
-
-
-class IndexRequest(BaseModel):
-    """The optional body of a request for the index."""
-
-    ready: bool = False
-
 
 class RepositoryRequest(BaseModel):
-    """The optional body of a request to load or unload."""
+    """The optional body of a request to the repository."""
 
+    ready: bool = False
+    """Whether the index is to show ready models only."""
     parameters: dict[str, Any] = {}
+    """Configuration for a load or unload."""
 
 
 def probes(pipeline: Pipeline) -> APIRouter:
@@ -120,15 +116,21 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
         raw pixels alone. Outputs `logits` and `probabilities` are FP32, or BYTES `value:index:label` with the parameter
         `classification`. The parameters `timeout` (µs) and `priority` (2 and more: batch) count too.
         """
-        name, version = request.path_params["name"], _number(**request.path_params)
+        name = request.path_params["name"]
+        version = _number(name, request.path_params.get("version"))
         query = {key: value for key, value in request.query_params.items() if key in ("deadline_ms", "priority")}
-        options = exchange.validated(RequestOptions, query).model_copy(update={"model": name, "version": version})
+        options = exchange.with_headers(request, exchange.validated(RequestOptions, query))
+        options = options.model_copy(update={"model": name, "version": version})
         inference = _Inference(pipeline, request, options)
-        # Whether the images need decoding is known only from the body.
-        response, answer = await exchange.answer(
-            pipeline, request, options, read=inference.read, write=inference.write, encoded=False
+        response, answer = await pipeline.answer(
+            options,
+            arrived_at=request.scope["state"]["started"],
+            read=inference.read,
+            write=inference.write,
+            disconnected=partial(exchange.disconnected, request),
+            encoded=False,  # as far as the head tells
         )
-        response.headers.update(exchange.answer_headers(answer))
+        response.headers.update(exchange.report(request, answer))
         return response
 
     for suffix, handler in (("", metadata), ("/ready", model_ready), ("/config", config), ("/stats", statistics)):
@@ -148,7 +150,7 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
     @routes.post("/repository/index")
     async def index(request: Request) -> list[dict[str, str]]:
         """Every version that is or could be served, and its state; `{"ready": true}` asks for those ready."""
-        only_ready = (await _optional(request, IndexRequest)).ready
+        only_ready = (await _repository_request(request)).ready
         return [
             {
                 "name": entry.name,
@@ -163,7 +165,7 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
     @routes.post("/repository/models/{name}/load")
     async def load(name: str, request: Request) -> dict[str, str]:
         """Load a model's newest version again; what serves goes on if that fails. Needs the admin key."""
-        if (await _optional(request, RepositoryRequest)).parameters:
+        if (await _repository_request(request)).parameters:
             raise BadRequest("a bundle is loaded as it was published: no configuration or files come with the request")
         try:
             await registry.load(name)
@@ -174,18 +176,18 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
     @routes.post("/repository/models/{name}/unload")
     async def unload(name: str, request: Request) -> dict[str, str]:
         """Take a model out of service, once it has answered what it accepted. Needs the admin key."""
-        await _optional(request, RepositoryRequest)
+        await _repository_request(request)
         await registry.unload(name)
         return {}
 
     return routes
 
 
-async def _optional(request: Request, kind: type[M]) -> M:
-    """A small JSON body that may be missing; clients send it with any Content-Type or none. Raises BadRequest."""
+async def _repository_request(request: Request) -> RepositoryRequest:
+    """A JSON body that may be missing; clients send it with any Content-Type or none. Raises BadRequest."""
     body = await read_body(request, max_bytes=_SMALL_BODY, timeout_seconds=_SMALL_BODY_SECONDS)
     try:
-        return kind.model_validate_json(body) if body.strip() else kind()
+        return RepositoryRequest.model_validate_json(body) if body.strip() else RepositoryRequest()
     except ValidationError as error:
         raise BadRequest(f"malformed body: {error.errors()[0]['msg']}") from error
 
@@ -247,7 +249,7 @@ class _Inference:
         )
 
 
-def _number(name: str, version: str | None = None) -> int | None:
+def _number(name: str, version: str | None) -> int | None:
     """The version in a path. Raises UnknownModel."""
     if version is not None and not (version.isascii() and version.isdecimal() and len(version) < 12):
         raise UnknownModel(f"no version {version!r} of model {name!r}: versions are numbers")

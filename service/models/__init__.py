@@ -1,1 +1,1 @@
-"""Models that take traffic: loaded, proven, exchanged, chosen."""
+"""Models that take traffic: loaded, verified, exchanged, chosen."""

@@ -1,6 +1,5 @@
 """From a bundle on disk to a model that may take traffic: read, open an engine, verify golden outputs, warm up."""
 
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,9 +26,6 @@ _MAX_RUNS, _MAX_SECONDS = 5, 0.5
 _MIN_SPEEDUP, _LONG_SECONDS = 1.25, 0.02
 """All threads must make a single image faster than one thread by this factor: else they only wait for each other, and
 take cores from the decoders. A model that takes longer than this for an image always gains from them."""
-
-OnEngine = Callable[[Callable[[], float]], float]
-"""Calls a function on the engine thread and returns its result, as `Scheduler.on_engine` does."""
 
 
 class Loader:
@@ -64,7 +60,7 @@ class Loader:
         engine, threads = self._open(bundle)
         loaded = resident_bytes()
         self._scheduler.on_engine(lambda: verify_golden(bundle, engine))
-        baseline = warm_up(bundle, engine, max_batch=self._max_batch, on_engine=self._scheduler.on_engine)
+        baseline = _warm_up(bundle, engine, self._scheduler, max_batch=self._max_batch)
         log.info(
             "model ready",
             model=bundle.manifest.name,
@@ -83,36 +79,32 @@ class Loader:
 
     def _open(self, bundle: Bundle) -> tuple[Engine, int]:
         """An engine, and its number of threads: as set, else one or all, whichever pays for this model."""
+        device, number, tuning = self._device, self._number, self._tuning
+        make = partial(Engine, bundle.model_path, device=device, number=number, tuning=tuning)
         threads = self._intra_op_threads or self._threads
-        engine = self._engine(bundle, threads)
-        if self._intra_op_threads or threads == 1 or self._device != "cpu":
+        engine = make(threads=threads)
+        if self._intra_op_threads or threads == 1 or device != "cpu":
             return engine, threads
-        seconds = self._seconds_per_image(bundle, engine)
+        seconds = min(_time(bundle, engine, self._scheduler, 1))
         if seconds > _LONG_SECONDS:
             return engine, threads
-        single = self._engine(bundle, 1)
-        if self._seconds_per_image(bundle, single) > _MIN_SPEEDUP * seconds:
+        single = make(threads=1)
+        if min(_time(bundle, single, self._scheduler, 1)) > _MIN_SPEEDUP * seconds:
             single.close()
             return engine, threads
         engine.close()
         return single, 1
 
-    def _engine(self, bundle: Bundle, threads: int) -> Engine:
-        return Engine(bundle.model_path, device=self._device, number=self._number, threads=threads, tuning=self._tuning)
 
-    def _seconds_per_image(self, bundle: Bundle, engine: Engine) -> float:
-        return min(_time(bundle, engine, 1, on_engine=self._scheduler.on_engine))
-
-
-def warm_up(bundle: Bundle, engine: Engine, *, max_batch: int, on_engine: OnEngine) -> dict[int, float]:
+def _warm_up(bundle: Bundle, engine: Engine, scheduler: Scheduler, *, max_batch: int) -> dict[int, float]:
     """Time the batch sizes that a model may run, and leave the engine ready for those that pay: seconds by size.
 
-    Each run is a job of its own for `on_engine`, so that live traffic waits for one at most.
+    Each run is a job of its own on the engine thread, so that live traffic waits for one at most.
     """
     limit = min(max_batch, bundle.manifest.max_batch or max_batch)
     seconds: dict[int, float] = {}
     for size in candidate_sizes(limit):
-        runs = _time(bundle, engine, size, on_engine=on_engine)
+        runs = _time(bundle, engine, scheduler, size)
         # The fastest: interference only makes a run longer, and the cost model follows it by live timings.
         seconds[size] = min(runs)
         # Two sizes in a row do not pay and a run takes long: the next size would only cost time and memory.
@@ -123,20 +115,15 @@ def warm_up(bundle: Bundle, engine: Engine, *, max_batch: int, on_engine: OnEngi
         seconds[smaller] = min(seconds[smaller], seconds[larger])
     sizes = worthwhile_sizes(seconds)
     largest = _blank(bundle, sizes[-1])
-
-    def shrink() -> float:
-        engine.shrink(largest)
-        return 0.0
-
-    on_engine(shrink)
+    scheduler.on_engine(partial(engine.shrink, largest))
     for size in reversed(sizes):
-        time_runs(partial(engine.run, _blank(bundle, size)), seconds=0, warm_up_runs=0, on_thread=on_engine)
+        scheduler.on_engine(partial(engine.run, _blank(bundle, size)))
     return {size: seconds[size] for size in sizes}
 
 
-def _time(bundle: Bundle, engine: Engine, size: int, *, on_engine: OnEngine) -> list[float]:
+def _time(bundle: Bundle, engine: Engine, scheduler: Scheduler, size: int) -> list[float]:
     run = partial(engine.run, _blank(bundle, size))
-    return time_runs(run, seconds=_MAX_SECONDS, max_runs=_MAX_RUNS, on_thread=on_engine)
+    return time_runs(run, seconds=_MAX_SECONDS, max_runs=_MAX_RUNS, on_thread=scheduler.on_engine)
 
 
 def _blank(bundle: Bundle, size: int) -> npt.NDArray[np.uint8]:

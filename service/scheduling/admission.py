@@ -6,9 +6,7 @@ if it would make one that was accepted earlier miss its deadline.
 """
 
 import math
-import time
 from collections import Counter
-from collections.abc import Callable
 from typing import Self
 
 from service.errors import Overloaded
@@ -29,10 +27,9 @@ class Admission:
         max_pending_images: int,
         max_pending_bytes: int,
         margin: float,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`margin`: the fraction of its deadline within which a request must be predicted to finish."""
-        self._scheduler, self._load, self._clock = scheduler, load, clock
+        self._scheduler, self._load, self._clock = scheduler, load, load.clock
         self._max_images, self._max_bytes, self._margin = max_pending_images, max_pending_bytes, margin
         self._accepted: dict[RequestState, tuple[Queue, Work]] = {}
         self._last: Key | None = None

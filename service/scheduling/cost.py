@@ -114,7 +114,7 @@ class Cost:
             return self.limit
         up = self.padded(waiting)
         down = max((size for size in self.sizes if size <= waiting), default=0)
-        if not down:
+        if not down or up == waiting:
             return waiting
         return waiting if waiting / self.seconds(up) >= down / self.seconds(down) else down
 

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from service.errors import ClientDisconnected, DeadlineExceeded
 from service.images import LARGE_PIXELS, OpenedImage, open_image
 from service.manifest import Preprocessing
 from service.scheduling.cost import Load
@@ -26,6 +25,7 @@ Pixels = npt.NDArray[np.uint8]
 _Job = tuple[Key, int, RequestState, Callable[[], Any], "asyncio.Future[Any]"]
 
 _SWEEP_SECONDS = 0.05
+_STAGE = "before the image was decoded"
 
 
 class DecodePool:
@@ -125,13 +125,13 @@ class Lane:
                 _, _, state, work, answer = heapq.heappop(self._waiting)
                 swept = self._sweep()
             for *_, over, _, waiter in swept:
-                _call_back(waiter, None, _reason_over(over))
+                _call_back(waiter, None, over.error(_STAGE))
             if answer.done():
                 continue
             try:
                 started = self._clock()
                 if state.over(started):
-                    raise _reason_over(state)
+                    raise state.error(_STAGE)
                 outcome: Any = work(), self._clock() - started
                 failure: BaseException | None = None
             except BaseException as error:  # noqa: BLE001 (it is raised in the caller)
@@ -167,9 +167,3 @@ def _settle(answer: "asyncio.Future[Any]", outcome: Any, failure: BaseException 
         answer.set_exception(failure)
     else:
         answer.set_result(outcome)
-
-
-def _reason_over(state: RequestState) -> ClientDisconnected | DeadlineExceeded:
-    if state.disconnected:
-        return ClientDisconnected("the client has closed the connection")
-    return DeadlineExceeded("the deadline passed before the image was decoded: nothing was computed")

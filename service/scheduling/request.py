@@ -4,6 +4,8 @@ import itertools
 import time
 from typing import Literal, NamedTuple
 
+from service.errors import ClientDisconnected, DeadlineExceeded
+
 Priority = Literal["interactive", "batch"]
 
 _numbers = itertools.count()
@@ -39,3 +41,9 @@ class RequestState:
     def over(self, now: float) -> bool:
         """Whether nothing more should be done for the request."""
         return self.disconnected or now > self.deadline
+
+    def error(self, when: str) -> ClientDisconnected | DeadlineExceeded:
+        """The error of a request that is over."""
+        if self.disconnected:
+            return ClientDisconnected("the client has closed the connection")
+        return DeadlineExceeded(f"the deadline passed {when}: nothing was computed")

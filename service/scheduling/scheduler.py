@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from service.errors import ClientDisconnected, DeadlineExceeded
 from service.scheduling.backlog import Backlog
 from service.scheduling.cost import Cost, Load
 from service.scheduling.request import Key, RequestState
@@ -54,7 +53,7 @@ class Batch:
     size: int
     """Rows computed by the engine: `images` and padding."""
     seconds: float
-    failed: bool = False
+    failed: bool
 
 
 @dataclass(slots=True, kw_only=True)
@@ -137,6 +136,16 @@ class Queue:
             pixels[row] = entry.pixels
         pixels[len(batch) :] = 0
         return pixels
+
+    def settle(self, entry: _Entry, outcome: Output | Exception) -> None:
+        """Give an image that was taken out its outcome. On the event loop."""
+        self.backlog.answered(entry.state)
+        if entry.answer.done():
+            return
+        if isinstance(outcome, Output):
+            entry.answer.set_result(outcome)
+        else:
+            entry.answer.set_exception(outcome)
 
     def abandon(self) -> list[_Entry]:
         """Take out all images."""
@@ -230,14 +239,11 @@ class Scheduler:
             with self._change:
                 while not (self._jobs or self._closing or (found := self._next_batch())):
                     self._change.wait()
-                if self._jobs:
-                    job, done = self._jobs.popleft()
-                elif self._closing:
+                job = self._jobs.popleft() if self._jobs else None
+                if job is None and self._closing:
                     return
-                else:
-                    job = None
             if job is not None:
-                _run_job(job, done)
+                _run_job(*job)
             elif found:
                 self._run_batch(*found)
 
@@ -245,15 +251,14 @@ class Scheduler:
         size = queue.cost.padded(len(batch))
         started = self._clock()
         queue.running = started, queue.cost.seconds(size)
+        outcome: Outputs | Exception
         try:
-            outputs = queue.run(queue.fill(batch))
+            outcome = queue.run(queue.fill(batch))
         except Exception as error:  # noqa: BLE001 (it is raised in the callers, and the thread goes on)
-            queue.running = None
-            self._on_loop(self._fail, queue, batch, size, error)
-        else:
-            seconds = self._clock() - started
-            queue.running = None
-            self._on_loop(self._deliver, queue, batch, size, started, seconds, outputs)
+            outcome = error
+        seconds = self._clock() - started
+        queue.running = None
+        self._on_loop(self._finish, queue, batch, size, started, seconds, outcome)
 
     def _next_batch(self) -> tuple[Queue, list[_Entry]] | None:
         """The most urgent images, all of one model; None if there is nothing to do now."""
@@ -280,43 +285,35 @@ class Scheduler:
         if expired:
             self._on_loop(_reject, queue, expired)
 
-    def _fail(self, queue: Queue, batch: list[_Entry], size: int, error: Exception) -> None:
-        self._on_batch(Batch(queue=queue, images=len(batch), size=size, seconds=0.0, failed=True))
-        for entry in batch:
-            queue.backlog.answered(entry.state)
-            if not entry.answer.done():
-                entry.answer.set_exception(error)
-
-    def _deliver(
-        self, queue: Queue, batch: list[_Entry], size: int, started: float, seconds: float, outputs: Outputs
+    def _finish(
+        self,
+        queue: Queue,
+        batch: list[_Entry],
+        size: int,
+        started: float,
+        seconds: float,
+        outcome: Outputs | Exception,
     ) -> None:
-        logits, probabilities = outputs
-        queue.cost.observe(size, seconds)
-        self._on_batch(Batch(queue=queue, images=len(batch), size=size, seconds=seconds))
+        failed = isinstance(outcome, Exception)
+        if not failed:
+            queue.cost.observe(size, seconds)
+        self._on_batch(Batch(queue=queue, images=len(batch), size=size, seconds=seconds, failed=failed))
         for row, entry in enumerate(batch):
-            queue.backlog.answered(entry.state)
-            if not entry.answer.done():
-                entry.answer.set_result(
-                    Output(
-                        logits=logits[row],
-                        probabilities=probabilities[row],
-                        queue_ms=(started - entry.since) * 1000,
-                        inference_ms=seconds * 1000,
-                    )
-                )
+            if isinstance(outcome, Exception):
+                queue.settle(entry, outcome)
+                continue
+            output = Output(
+                logits=outcome[0][row],
+                probabilities=outcome[1][row],
+                queue_ms=(started - entry.since) * 1000,
+                inference_ms=seconds * 1000,
+            )
+            queue.settle(entry, output)
 
 
 def _reject(queue: Queue, expired: list[_Entry]) -> None:
     for entry in expired:
-        queue.backlog.answered(entry.state)
-        if entry.answer.done():
-            continue
-        if entry.state.disconnected:
-            entry.answer.set_exception(ClientDisconnected("the client has closed the connection"))
-        else:
-            entry.answer.set_exception(
-                DeadlineExceeded("the deadline passed while the image waited for the engine: nothing was computed")
-            )
+        queue.settle(entry, entry.state.error("while the image waited for the engine"))
 
 
 def _run_job(job: Callable[[], Any], done: "Future[Any]") -> None:

@@ -1,4 +1,4 @@
-"""What the clients' scripts share: a line for each check, the first mismatch ends the run. Standard library only."""
+"""What the clients' scripts share: one line per check, and the first mismatch ends the run. Standard library only."""
 
 import argparse
 import json
@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-# Proxies of the environment must not come between a client and the service on this machine.
+# Requests to the service on this machine must not go through the environment's proxies.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The service and the model to ask, from the command line."""
+    """The service and the model to test, from the command line."""
 
     url: str
     model: str
@@ -47,7 +47,7 @@ def fail(message: str) -> NoReturn:
 
 @contextmanager
 def check(name: str) -> Iterator[None]:
-    """Print a line when the block has passed; what it raises ends the run, with `name`."""
+    """Print `name` when the block has passed; an exception ends the run."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 (whatever a client raises is a failed check)
@@ -62,7 +62,7 @@ def same(got: object, wanted: object, what: str = "value") -> None:
 
 
 def refused(call: Callable[[], object], error: type[Exception]) -> Exception:
-    """What `call` raises, which must be an `error`."""
+    """The exception that `call` raises, which must be an `error`."""
     try:
         answer = call()
     except error as raised:
@@ -71,7 +71,7 @@ def refused(call: Callable[[], object], error: type[Exception]) -> Exception:
 
 
 def get(url: str) -> bytes | None:
-    """The body of the answer to a GET; None if there is none or it is an error."""
+    """The body of the response to a GET; None if there is none or it is an error."""
     try:
         with _OPENER.open(url, timeout=60) as answer:
             body: bytes = answer.read()
@@ -81,13 +81,13 @@ def get(url: str) -> bytes | None:
 
 
 def metadata(target: Target) -> dict[str, Any]:
-    """What /v2 says of the model."""
+    """The model's metadata in /v2."""
     described: dict[str, Any] = json.loads(get(f"{target.url}/v2/models/{target.model}") or b"{}")
     return described
 
 
 def post(url: str, body: bytes, **headers: str) -> tuple[bytes, dict[str, str]]:
-    """The body and the headers, in small letters, of the answer to a POST, with no client in between."""
+    """The body and the headers, in lower case, of the response to a POST without any client library."""
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     request = urllib.request.Request(url, data=body, headers=names)  # noqa: S310 (our own service)
     with _OPENER.open(request, timeout=60) as answer:
@@ -95,7 +95,7 @@ def post(url: str, body: bytes, **headers: str) -> tuple[bytes, dict[str, str]]:
 
 
 def classify(target: Target, image: bytes, top_k: int) -> list[dict[str, Any]]:
-    """/v1's predictions for one encoded image, best first: what every other way must agree with."""
+    """/v1's predictions for one encoded image, best first: the reference for every other request."""
     body, _ = post(f"{target.url}/v1/classify?model={target.model}&top_k={top_k}", image)
     predictions: list[dict[str, Any]] = json.loads(body)["results"][0]["predictions"]
     return predictions

@@ -20,7 +20,7 @@ IMAGES = 4
 async def main() -> None:
     """Run all checks."""
     target = read_target("The KServe SDK's calls against /v2.")
-    # The environment's proxies must not come between.
+    # Not through the environment's proxies.
     transport = httpx.AsyncHTTPTransport()
     async with InferenceRESTClient(RESTConfig(protocol="v2", transport=transport)) as client:
         await answers(client, target)
@@ -28,7 +28,7 @@ async def main() -> None:
 
 
 async def answers(client: Any, target: Target) -> None:
-    """Health, and the same answers in every form."""
+    """Health, and the same outputs in every format."""
     with check("server and model are live and ready, another model is not"):
         same(await client.is_server_live(target.url), True)
         same(await client.is_server_ready(target.url), True)

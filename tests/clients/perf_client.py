@@ -34,22 +34,22 @@ def main() -> None:
                 rows = list(csv.DictReader(file))
             for row in rows:
                 same(float(row["Inferences/Second"]) > 0, True, f"throughput in {row}")
-                # From /stats: without it the columns are there, and empty.
-                same(float(row["Server Compute Infer"]) > 0, True, f"server's own time in {row}")
+                # From /stats: without it the columns exist but are empty.
+                same(float(row["Server Compute Infer"]) > 0, True, f"server's time in {row}")
                 same(float(row["p99 latency"]) >= float(row["p50 latency"]) > 0, True, f"latencies in {row}")
             return rows
 
         with check("concurrency 1 and 2, windows of half a second"):
-            # Three windows, however they differ: it is the protocol that is tested, on whatever machine.
+            # Three windows, however much they differ: the protocol is tested, not the machine.
             windows = ("--measurement-interval", "500", "--stability-percentage", "999")
             rows = measure("--shape", f"image:{shape}", "--concurrency-range", "1:2", *windows)
             same([row["Concurrency"] for row in rows], ["1", "2"])
-        with check("4 images a request, 4 requests at once, a version by number"):
+        with check("4 images per request, 4 concurrent requests, a version by number"):
             version = description["versions"][-1]
             measure("-b", "4", "-x", version, "--async", "--concurrency-range", "4", "--request-count", "40")
         with check("tensors in JSON"):
             measure("--input-tensor-format", "json", "--output-tensor-format", "json", "--request-count", "20")
-        with check("an open loop of 40 requests a second"):
+        with check("an open loop of 40 requests per second"):
             measure("--request-rate-range", "40", "--request-distribution", "poisson", "--request-count", "40")
         with check("an unknown model is an error with its message"):
             words = [word if word != target.model else "none" for word in perf]

@@ -1,10 +1,10 @@
-"""NVIDIA's perf_analyzer in a folder of its own, also where the C library is older than the 2.38 that it needs.
+"""Install NVIDIA's perf_analyzer into a folder, also where the C library is older than the 2.38 that it needs.
 
     python -m tests.clients.perf_install .venv-clients/perf lock/client-perf.txt
 
-The package's wheel is asked for by name, since pip on an older system would quietly take the empty 0.1.0 instead. There
-the program then runs with the libraries of a newer Debian, unpacked beside it and touching nothing else, by their own
-loader: fetched by apt from the machine's own mirror and checked against Debian's keys.
+The wheel is requested by its platform tag, since pip on an older system would silently take the empty 0.1.0 instead.
+There the program runs with the libraries and the loader of a newer Debian, unpacked beside it: fetched by apt from the
+machine's mirror and checked against Debian's keys.
 """
 
 import os
@@ -28,7 +28,7 @@ _LOADERS = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"
 
 
 def command(folder: Path) -> list[str]:
-    """How to run the perf_analyzer in `folder`. Ends the run unless it is the real one and starts."""
+    """The command line of the perf_analyzer in `folder`. Ends the run unless it is the real one and starts."""
     version = installed_version(folder)
     if version < NEEDED_VERSION:
         fail(f"{folder} has perf-analyzer {'.'.join(map(str, version)) or 'not at all'}; 2.60 or newer is needed")
@@ -54,7 +54,7 @@ def installed_version(folder: Path) -> tuple[int, ...]:
 
 
 def install(folder: Path, lock: Path) -> None:
-    """Fill `folder`. Ends the run with the reason if that cannot be done here."""
+    """Fill `folder`. Ends the run with the reason if that is impossible here."""
     if sys.platform != "linux" or platform.machine() not in _LOADERS:
         fail(f"perf_analyzer is published for Linux on {' and '.join(_LOADERS)}, not for this machine")
     shutil.rmtree(folder, ignore_errors=True)
@@ -79,7 +79,7 @@ def _glibc() -> tuple[int, ...]:
 
 
 def _unpack_libraries(folder: Path) -> None:
-    """Download packages with apt in a state of its own, so that nothing of the machine's is read but its settings."""
+    """Download packages with apt into a separate state folder, so that the machine's package state is left alone."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             fail(f"perf_analyzer needs glibc {NEEDED_GLIBC[0]}.{NEEDED_GLIBC[1]}, and {tool} to fetch it is missing")
@@ -117,7 +117,7 @@ def _unpack_libraries(folder: Path) -> None:
 
 
 def _mirror() -> str:
-    """Where this machine gets Debian from; Debian's own address if it is no Debian or has no sources."""
+    """This machine's Debian mirror; Debian's own address if this is not Debian or has no sources."""
     release = dict(
         line.split("=", 1) for line in Path("/etc/os-release").read_text(encoding="utf-8").splitlines() if "=" in line
     )

@@ -1,4 +1,4 @@
-"""Serve the repository of models and let every client ask: what `make test-clients` does.
+"""Serve the models and run every client against them: what `make test-clients` does.
 
 python -m tests.clients.run --service .venv-serve/bin/python --clients .venv-clients
 """
@@ -25,13 +25,13 @@ CLIENT_SECONDS = 600
 
 
 def main() -> None:
-    """Run each client's script in its own environment; the first that fails ends the run."""
-    parser = argparse.ArgumentParser(description="Other people's clients against a service of our own.")
+    """Run each client's script in its own environment; the first failure ends the run."""
+    parser = argparse.ArgumentParser(description="Third-party clients against the service.")
     parser.add_argument("--service", required=True, help="Python of the service's environment")
     parser.add_argument("--clients", required=True, type=Path, help="folder of the clients' environments")
     parser.add_argument("--repository", default="models")
-    parser.add_argument("--model", default="cifar100-csra-r2", help="the model that is asked, unloaded and loaded")
-    parser.add_argument("--other", default="cifar100-mha", help="a model that serves on meanwhile")
+    parser.add_argument("--model", default="cifar100-csra-r2", help="the model that is queried, unloaded and loaded")
+    parser.add_argument("--other", default="cifar100-mha", help="a model that keeps serving meanwhile")
     asked = parser.parse_args()
     clients = asked.clients.resolve()
     scripts = {
@@ -40,7 +40,7 @@ def main() -> None:
         "perf_client": Path(sys.executable),
     }
     key = secrets.token_urlsafe(32)
-    # Proxies of the environment must not come between the clients and the service on this machine.
+    # Requests to the service on this machine must not go through the environment's proxies.
     environment = {**os.environ, "no_proxy": "*", "NO_PROXY": "*", "STRIDEVIT_PERF": str(clients / "perf")}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         models = f"{asked.model},{asked.other}"
@@ -58,7 +58,7 @@ def main() -> None:
 
 @contextmanager
 def _serving(python: str, repository: str, *, models: str, key: str, log: IO[str]) -> Iterator[str]:
-    """A service with an admin key, until the block ends; gives its base URL."""
+    """Run a service with an admin key until the block ends; yields its base URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -89,7 +89,7 @@ def _serving(python: str, repository: str, *, models: str, key: str, log: IO[str
 
 def _fail_with_log(message: str, log: IO[str]) -> None:
     log.seek(0)
-    print("the end of the service's log:", *log.read().splitlines()[-20:], sep="\n  ", file=sys.stderr)
+    print("end of the service's log:", *log.read().splitlines()[-20:], sep="\n  ", file=sys.stderr)
     fail(message)
 
 

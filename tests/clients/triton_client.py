@@ -1,4 +1,4 @@
-"""NVIDIA's tritonclient, unmodified, against /v2: every call of it that this service answers.
+"""NVIDIA's tritonclient, unmodified, against /v2: every call that the service answers.
 
 python -m tests.clients.triton_client --url http://127.0.0.1:8000 --model cifar100-csra-r2 [--admin-key KEY]
 """
@@ -33,7 +33,7 @@ IMAGES = 8
 
 
 class Session:
-    """The client, the model's shape, and images with the answers that every way of asking must give."""
+    """The client, the model's shape, and images with the outputs that every form of request must return."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -69,7 +69,7 @@ class Session:
         return result.as_numpy("logits"), result.as_numpy("probabilities")
 
     def agrees(self, result: Any) -> None:
-        """The result is that of all other ways, and its best classes are /v1's."""
+        """The result equals that of all other forms of request, and its best classes are /v1's."""
         logits, probabilities = self.both(result)
         same(logits.dtype, np.dtype(np.float32), "dtype")
         # Batches of other sizes add up in another order, on a GPU more so.

@@ -1,7 +1,6 @@
-"""What is evaluated is what is served: training's preparation of pictures against the service's decode.
+"""Training evaluates the pixels that the service serves.
 
-They are equal but for JPEGs much larger than the model's input: the service alone decodes those at a fraction of their
-size.
+They are equal except for JPEGs much larger than the model's input, which only the service decodes at reduced size.
 """
 
 import io

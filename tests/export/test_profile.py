@@ -1,4 +1,4 @@
-"""Profiles: real processes, ratios with known answers, and an end that keeps what was measured."""
+"""Profiles: one process per measurement, figures from known measurements, and an interrupt that keeps them."""
 
 import json
 import os
@@ -8,40 +8,43 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 from typer.testing import CliRunner
 
+from export import profile as profile_module
 from export import profile_report
 from export.__main__ import app
 from export.graph import ExportError
 from export.probe import Probe
-from export.profile import Arm, Measured, Setup, bundle_arm, measure, ratio
+from export.profile import Arm, Measured, Setup, bundle_arm, measure, random_arms
+from service.manifest import Attention
 from tests.processes import ROOT
+from training.models import architecture
 
 SETUP = Setup(batches=(1, 4), rounds=2, seconds=0.05, threads=1, device="cpu")
 
 
 def arm(label: str) -> Arm:
-    return Arm(label=label, variant=label, model=Path(f"{label}.onnx"), size=32, tokens=64, kv_tokens=16)
+    attention = Attention(variant=label, tokens=64, kv_tokens=16)
+    return Arm(label=label, model=Path(f"{label}.onnx"), img_size=32, attention=attention)
 
 
 def test_each_round_is_measured_in_processes_of_its_own(repository: Path) -> None:
     one = bundle_arm(repository / "digits-csra-r2" / "1")
-    told: list[str] = []
-    measured = measure([one], SETUP, told.append)
+    descriptions: list[str] = []
+    measured = measure([one], SETUP, descriptions.append)
     assert measured.rounds == 2
     # Every other round backwards.
-    assert [line.split(", ")[1] for line in told] == ["batch 1", "batch 4", "batch 4", "batch 1"]
+    assert [line.split(", ")[1] for line in descriptions] == ["batch 1", "batch 4", "batch 4", "batch 1"]
     cells = {cell.batch: cell for cell in measured.cells()}
     assert cells[4].peak_bytes > cells[4].added_bytes > 0
     assert cells[1].images_per_s == pytest.approx(1000 / cells[1].latency_ms)
     assert cells[1].ratio.ratio == 1
 
 
-def test_ratio_and_memory_of_made_up_measurements(tmp_path: Path) -> None:
-    """The second model always takes half the time of its neighbour, whatever the machine does from round to round."""
+def test_ratio_and_memory_follow_from_the_measurements(tmp_path: Path) -> None:
+    """The second model takes half the time of the first in every round, however much rounds differ."""
     slow = [1.0, 3.0, 0.5, 2.0, 1.5, 4.0]
     probes = {
         ("mha", 1): [Probe(seconds=[s, s, 9 * s], idle_bytes=100_000_000, peak_bytes=300_000_000) for s in slow],
@@ -64,27 +67,39 @@ def test_ratio_and_memory_of_made_up_measurements(tmp_path: Path) -> None:
     assert record["environment"]["onnxruntime"]
 
 
-def test_an_interval_covers_what_it_should_and_needs_rounds() -> None:
-    generator = np.random.default_rng(0)
-    covered = 0
-    for _ in range(200):
-        base = generator.lognormal(0, 0.5, size=12)
-        found = ratio(1.1 * base * generator.lognormal(0, 0.05, size=12), base)
-        assert found.low is not None
-        assert found.high is not None
-        covered += found.low <= 1.1 <= found.high
-    # A percentile bootstrap of twelve is a little short of its 95 %.
-    assert 0.86 <= covered / 200 <= 0.99
-    assert ratio(np.ones(4), np.ones(4)).low is None
-
-
 def test_a_model_that_cannot_be_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"no model")
-    broken = Arm(label="bad", variant="mha", model=tmp_path / "bad.onnx", size=32, tokens=64, kv_tokens=64)
+    broken = Arm(label="bad", model=tmp_path / "bad.onnx", img_size=32, attention=None)
     with pytest.raises(ExportError, match=r"bad at batch 1 cannot be measured: .*cannot load the model"):
         measure([broken], SETUP, lambda _: None)
 
 
+def test_random_weights_are_exported_in_every_combination(tmp_path: Path) -> None:
+    spec = architecture("vit-xs", "csra-r2", img_size=8).model_copy(update={"depth": 1})
+    arms = list(random_arms(tmp_path, [spec], ["fp32"], [23], ["shaped", "unshaped"]))
+    assert [arm.label for arm in arms] == ["csra-r2 shaped", "csra-r2 unshaped"]
+    assert [arm.model.name for arm in arms] == ["csra-r2-shaped.onnx", "csra-r2-unshaped.onnx"]
+    assert all(arm.model.stat().st_size > 10_000 and arm.img_size == 8 for arm in arms)
+    assert arms[0].attention == Attention(variant="csra-r2", tokens=4, kv_tokens=1, stride=2, rank=32)
+
+
+def test_a_bundle_is_profiled_by_operator_and_reported(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    quick = ["--batch", "2", "--rounds", "1", "--seconds", "0.05", "--threads", "1", "--device", "cpu"]
+    bundle = str(repository / "digits-csra-r2" / "1")
+    result = CliRunner().invoke(app, ["profile", bundle, *quick, "--by-operator", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.stderr
+    attention = next(line for line in result.stdout.splitlines() if line.strip().startswith("Attention"))
+    assert float(attention.split()[1]) > 0
+    (cell,) = json.loads((tmp_path / "profile.json").read_text())["cells"]
+    assert cell["arm"] == "digits-csra-r2/1"
+    assert "digits-csra-r2/1" in result.stdout
+    assert (tmp_path / "profile.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.slow
 def test_random_weights_are_profiled_by_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     arguments = ["profile", "--preset", "vit-xs", "--variants", "mha,csra-r2", "--forms", "shaped,unshaped"]
@@ -117,7 +132,34 @@ def test_wrong_arguments_name_the_fix(arguments: list[str], message: str) -> Non
     assert "Traceback" not in result.stderr
 
 
-def test_ctrl_c_keeps_the_whole_rounds(repository: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_complete_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Probe(seconds=[0.1], idle_bytes=1, peak_bytes=2)
+    monkeypatch.setattr(profile_module, "_probe", lambda *_: found)
+    setup = Setup(batches=(1,), rounds=500, seconds=1, threads=1, device="cpu")
+
+    def measure_until(interrupted_at: int) -> Measured:
+        probes = 0
+
+        def on_probe(_: str) -> None:
+            nonlocal probes
+            probes += 1
+            if probes == interrupted_at:
+                signal.raise_signal(signal.SIGINT)
+
+        return measure([arm("mha"), arm("csra-r2")], setup, on_probe)
+
+    measured = measure_until(5)
+    # The fifth probe was the first of the third round.
+    assert measured.rounds == 2
+    assert [len(cell.rates) for cell in measured.cells()] == [2, 2]
+    assert measure_until(4).rounds == 2
+    with pytest.raises(KeyboardInterrupt):
+        measure_until(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_writes_the_complete_rounds(repository: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "export", "profile", str(repository / "digits-csra-r2" / "1"), "--batch", "1"]
     command += ["--rounds", "500", "--seconds", "0.05", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -1,6 +1,5 @@
-"""A bundle is proven from its files alone, and shown."""
+"""Bundles are checked from their files alone, and described."""
 
-import hashlib
 import shutil
 from pathlib import Path
 
@@ -9,8 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from export.__main__ import app
+from export.profile import bundle_arm
 from service.bundle import CONTENT_FILES, MANIFEST_FILE, MODEL_FILE, SUMS_FILE
 from service.manifest import Manifest
+from tests.service.conftest import resum
 
 runner = CliRunner()
 
@@ -20,12 +21,6 @@ def bundle(repository: Path, tmp_path: Path) -> Path:
     """A copy of digits-csra-r2, version 1, to damage."""
     shutil.copytree(repository, tmp_path / "models")
     return tmp_path / "models" / "digits-csra-r2" / "1"
-
-
-def seal(bundle: Path) -> None:
-    """Make the digests right again, as somebody who changes a file on purpose would."""
-    sums = [f"{hashlib.sha256((bundle / file).read_bytes()).hexdigest()}  {file}\n" for file in CONTENT_FILES]
-    (bundle / SUMS_FILE).write_text("".join(sums))
 
 
 def test_a_whole_bundle_passes_every_check(bundle: Path) -> None:
@@ -55,18 +50,18 @@ def test_a_malformed_sums_file_is_an_error(bundle: Path, sums: str) -> None:
     assert SUMS_FILE in result.stderr
 
 
-def test_a_manifest_that_says_something_else_than_the_graph_is_found(bundle: Path) -> None:
+def test_a_manifest_that_contradicts_the_graph_is_refused(bundle: Path) -> None:
     manifest = Manifest.model_validate_json((bundle / MANIFEST_FILE).read_text())
     wrong = manifest.model_copy(update={"op_types": {**manifest.op_types, "Gemm": 1}})
     (bundle / MANIFEST_FILE).write_text(wrong.model_dump_json())
-    seal(bundle)
+    resum(bundle)
     result = runner.invoke(app, ["verify", str(bundle)])
     assert result.exit_code == 1
     assert "states op_types" in result.stderr
 
 
 @pytest.mark.parametrize("what", ["weights", "operator", "rubbish"])
-def test_a_graph_that_was_changed_and_sealed_again_is_found(bundle: Path, what: str) -> None:
+def test_a_changed_graph_with_new_digests_is_refused(bundle: Path, what: str) -> None:
     path = bundle / MODEL_FILE
     graph = onnx.load(path)
     if what == "weights":
@@ -77,7 +72,7 @@ def test_a_graph_that_was_changed_and_sealed_again_is_found(bundle: Path, what: 
         graph.graph.node[3].domain = "com.example"
         graph.opset_import.append(onnx.helper.make_opsetid("com.example", 1))
     path.write_bytes(b"rubbish" if what == "rubbish" else graph.SerializeToString())
-    seal(bundle)
+    resum(bundle)
     result = runner.invoke(app, ["verify", str(bundle)])
     assert result.exit_code == 1
     expected = {"weights": "differ from the golden ones", "operator": "com.example", "rubbish": "not a valid ONNX file"}
@@ -85,7 +80,7 @@ def test_a_graph_that_was_changed_and_sealed_again_is_found(bundle: Path, what: 
     assert "Traceback" not in result.stderr
 
 
-def test_a_folder_that_is_no_version_says_what_to_name(bundle: Path) -> None:
+def test_a_folder_that_is_not_a_version_is_refused_with_the_fix(bundle: Path) -> None:
     result = runner.invoke(app, ["verify", str(bundle.parent)])
     assert result.exit_code == 1
     assert "name the folder of a version" in result.stderr
@@ -104,7 +99,7 @@ def test_list_shows_every_version_and_what_is_broken(bundle: Path, monkeypatch: 
     assert "sha256" in second
 
 
-def test_inspect_is_a_readable_card(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_shows_the_facts_about_a_bundle(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     result = runner.invoke(app, ["inspect", str(bundle)])
     assert result.exit_code == 0, result.stderr
@@ -120,6 +115,27 @@ def test_inspect_is_a_readable_card(bundle: Path, monkeypatch: pytest.MonkeyPatc
         assert fact in result.stdout
 
 
+def test_a_bundle_without_attention_is_verified_described_and_profiled(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    manifest = Manifest.model_validate_json((bundle / MANIFEST_FILE).read_text())
+    other = manifest.model_copy(update={"attention": None, "macs": None, "architecture": "a small network"})
+    (bundle / MANIFEST_FILE).write_text(other.model_dump_json())
+    resum(bundle)
+    for command in (
+        ["verify", str(bundle)],
+        ["list", "--repository", str(bundle.parents[1])],
+        ["inspect", str(bundle)],
+    ):
+        result = runner.invoke(app, command)
+        assert result.exit_code == 0, result.stderr
+        if command[0] == "inspect":
+            assert "a small network" in result.stdout
+            assert "unknown" in result.stdout
+    assert bundle_arm(bundle).attention is None
+
+
 def test_kernels_lists_every_kind_of_node_and_finds_a_gap(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     result = runner.invoke(app, ["kernels", str(bundle)])
@@ -130,7 +146,7 @@ def test_kernels_lists_every_kind_of_node_and_finds_a_gap(bundle: Path, monkeypa
     softmax = next(node for node in graph.graph.node if node.op_type == "Softmax")
     softmax.op_type = "Hardmax"
     (bundle / MODEL_FILE).write_bytes(graph.SerializeToString())
-    seal(bundle)
+    resum(bundle)
     result = runner.invoke(app, ["kernels", str(bundle)])
     assert result.exit_code == 1
     assert "no kernel for this version" in result.stdout
@@ -143,7 +159,7 @@ def test_diff_names_what_differs_and_nothing_else(bundle: Path) -> None:
     assert (same.exit_code, same.stdout.strip()) == (0, "no difference")
     manifest = Manifest.model_validate_json((other / MANIFEST_FILE).read_text())
     (other / MANIFEST_FILE).write_text(manifest.model_copy(update={"macs": 7}).model_dump_json())
-    seal(other)
+    resum(other)
     result = runner.invoke(app, ["diff", str(bundle), str(other)])
     assert result.exit_code == 1
     assert "macs" in result.stdout

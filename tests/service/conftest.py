@@ -35,9 +35,19 @@ PNG = encoded(noise(32, 32))
 
 
 def resum(bundle: Path) -> None:
-    """Make the digests right again, as somebody who edits a bundle would."""
+    """Write the digests again after a bundle was edited."""
     lines = [f"{hashlib.sha256((bundle / file).read_bytes()).hexdigest()}  {file}\n" for file in CONTENT_FILES]
     (bundle / SUMS_FILE).write_text("".join(lines))
+
+
+class Clock:
+    """Time that passes only when a test says so, in place of `time.perf_counter`."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 async def until(condition: Callable[[], bool]) -> None:

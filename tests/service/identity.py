@@ -1,4 +1,4 @@
-"""Bundles whose answer to an image is the image itself: who gets somebody else's answer notices."""
+"""Bundles whose answer to an image is the image itself, so that an answer to another image is noticed."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Bundles: what is wrong in one is found and named."""
+"""Bundles on disk: errors are found and name the file."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def test_a_malformed_sums_file_is_an_error(bundle: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"), [("schema_version", 3), ("surprise", 1), ("precision", "fp7"), ("name", "../x"), ("opset", None)]
 )
-def test_a_manifest_against_the_schema_is_refused(bundle: Path, key: str, value: object) -> None:
+def test_a_manifest_that_violates_the_schema_is_refused(bundle: Path, key: str, value: object) -> None:
     manifest = bundle / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), key: value}))
     resum(bundle)
@@ -73,7 +73,7 @@ def test_a_bundle_under_another_name_is_refused(bundle: Path) -> None:
         read_bundle(moved)
 
 
-def test_golden_outputs_that_do_not_come_out_are_refused_with_the_difference(bundle: Path) -> None:
+def test_golden_outputs_beyond_the_tolerance_are_refused_with_the_difference(bundle: Path) -> None:
     loaded = read_bundle(bundle)
     engine = Engine(loaded.model_path)
     verify_golden(loaded, engine)
@@ -120,6 +120,6 @@ def test_a_publication_that_fails_leaves_no_version(bundle: Path, tmp_path: Path
     assert list((tmp_path / "x" / "digits-csra-r2").iterdir()) == []
 
 
-def test_a_repository_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_repository_is_refused_with_the_fix(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="--repository"):
         model_names(tmp_path / "nowhere")

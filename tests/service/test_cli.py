@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from service import __main__ as command_line
 from service.flags import markdown
-from service.http.keys import KeyRing
+from service.http.auth import KeyRing
 from service.settings import ENV_PREFIX, Settings
 from tests.processes import ROOT
 
@@ -138,7 +138,7 @@ def test_hashes_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_page_of_settings_is_current() -> None:
-    renew = "renew it: python -m service settings --markdown > docs/settings.md"
+    renew = "renew it: stridevit settings --markdown > docs/settings.md"
     assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == markdown(), renew
     assert run("settings", "--markdown").stdout == markdown()
 
@@ -216,7 +216,7 @@ def test_only_named_proxies_are_trusted(
 
     class Application:
         class state:  # noqa: N801
-            classifier = None
+            pipeline = None
 
     monkeypatch.setattr(command_line, "_Server", Listening)
     monkeypatch.setattr(command_line, "create_app", lambda _: Application)

@@ -71,11 +71,11 @@ def test_every_photo_gets_five_classes(address: str, data_dir: Path) -> None:
 
 
 def test_sigterm_finishes_what_was_accepted_and_exits_with_0(repository: Path) -> None:
-    told = threading.Event()
+    released = threading.Event()
 
     def body() -> Iterator[bytes]:
         yield PNG[:-1]
-        assert told.wait(60)
+        assert released.wait(60)
         yield PNG[-1:]
 
     with serving(repository) as (url, process), ThreadPoolExecutor(6) as pool:
@@ -83,7 +83,7 @@ def test_sigterm_finishes_what_was_accepted_and_exits_with_0(repository: Path) -
         wait_until(lambda: f"stridevit_pending_bytes {6 * (len(PNG) - 1)}.0" in httpx.get(url + "/metrics").text)
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: not listens(url))
-        told.set()
+        released.set()
         assert [answer.result().status_code for answer in answers] == [200] * 6
         assert process.wait(20) == 0
 
@@ -108,19 +108,19 @@ def test_in_the_shutdown_delay_it_is_not_ready_and_serves_on(repository: Path) -
 def test_shutdown_reports_not_ready_then_waits_then_closes(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[object] = []
 
-    class Classifier:
+    class Pipeline:
         ready = True
 
     async def sleep(seconds: float) -> None:
-        steps.extend([("ready", classifier.ready), ("delay", seconds)])
+        steps.extend([("ready", pipeline.ready), ("delay", seconds)])
 
     async def close(*_: object) -> None:
         steps.append("closed")
 
-    classifier = Classifier()
+    pipeline = Pipeline()
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(uvicorn.Server, "shutdown", close)
-    server = _Server(uvicorn.Config("no:app"), classifier, delay_seconds=5)  # type: ignore[arg-type]
+    server = _Server(uvicorn.Config("no:app"), pipeline, delay_seconds=5)  # type: ignore[arg-type]
     asyncio.run(server.shutdown())
     assert steps == [("ready", False), ("delay", 5), "closed"]
 

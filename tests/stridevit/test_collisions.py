@@ -1,4 +1,4 @@
-"""Another project's package under the name of one of ours is found and named."""
+"""A package of another project that has the name of one of ours is detected and named."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ from tests.processes import ROOT
 
 
 def check(*, cwd: Path, path: Path) -> str:
-    """What `stridevit key`, started as a module, says; with `path` to import from before all else but `cwd`."""
+    """The error of `python -m stridevit key` in `cwd`, with `path` first in PYTHONPATH; empty if it succeeds."""
     command = [sys.executable, "-m", "stridevit", "key"]
     environment = {**os.environ, "PYTHONPATH": str(path), "COLUMNS": "200"}
     ended = subprocess.run(command, cwd=cwd, env=environment, check=False, capture_output=True, text=True, timeout=120)
@@ -45,22 +45,24 @@ def other_service(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_package_that_hides_ours_is_named(other_service: Path) -> None:
-    told = check(cwd=other_service.parent, path=ROOT)
-    assert told.startswith(f"error: Python finds another project's package 'service' in {other_service}: ")
-    assert "\n" not in told
+def test_package_that_hides_ours_is_named(other_service: Path) -> None:
+    message = check(cwd=other_service.parent, path=ROOT)
+    assert message.startswith(f"error: Python finds another project's package 'service' in {other_service}: ")
+    assert "\n" not in message
 
 
-def test_a_distribution_that_overwrote_ours_is_named(other_service: Path, tmp_path: Path) -> None:
+def test_distribution_that_overwrote_ours_is_named(other_service: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     install(site, "stridevit", *(ROOT / name for name in ("stridevit", "service", "training", "export", "loadtests")))
     assert check(cwd=tmp_path, path=site) == ""
     install(site, "daemons", other_service)
-    told = check(cwd=tmp_path, path=site)
-    assert told.startswith(f"error: {site / 'service' / '__init__.py'} was overwritten by the distribution 'daemons'")
-    assert "an environment of its own" in told
+    message = check(cwd=tmp_path, path=site)
+    assert message.startswith(
+        f"error: {site / 'service' / '__init__.py'} was overwritten by the distribution 'daemons'"
+    )
+    assert "a separate environment" in message
 
 
-def test_a_folder_that_is_no_package_hides_nothing(tmp_path: Path) -> None:
+def test_folder_without_modules_hides_nothing(tmp_path: Path) -> None:
     (tmp_path / "training").mkdir()
     assert check(cwd=tmp_path, path=ROOT) == ""

@@ -1,4 +1,4 @@
-"""The command `stridevit`: what its help says, what it imports, and what it says where something is missing."""
+"""The command `stridevit`: its help, what it imports, and its errors where something is missing."""
 
 import inspect
 import os
@@ -32,7 +32,7 @@ def stridevit(*arguments: str, cwd: Path, without: list[str] | None = None) -> s
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Path:
-    """A folder of somebody else's project, with modules that have the names of ours."""
+    """The folder of another project, whose modules have the same names as our packages."""
     (tmp_path / "service.py").write_text("raise SystemExit('the wrong service')\n")
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "__init__.py").write_text("raise SystemExit('the wrong training')\n")
@@ -40,7 +40,7 @@ def elsewhere(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_stridevit_says_of_a_command_what_its_own_help_begins_with(name: str) -> None:
+def test_help_line_of_a_command_is_the_first_paragraph_of_its_own_help(name: str) -> None:
     loaded = COMMANDS[name].load()
     first = inspect.cleandoc(loaded.help).split("\n\n")[0]
     assert COMMANDS[name].get_short_help_str(1000) == " ".join(first.split())
@@ -75,7 +75,7 @@ def test_help_imports_no_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["serve", "check", "key"])
-def test_the_service_needs_no_other_package(name: str, tmp_path: Path) -> None:
+def test_service_imports_no_other_package(name: str, tmp_path: Path) -> None:
     others = ["torch", "torchvision", "timm", "onnx", "locust", "training", "export", "loadtests"]
     assert stridevit(name, "--help", cwd=tmp_path, without=others).returncode == 0
 
@@ -90,23 +90,23 @@ def test_the_service_needs_no_other_package(name: str, tmp_path: Path) -> None:
         ("study", "training", "error: stridevit study is not part of this installation: it has no package 'training'"),
     ],
 )
-def test_what_is_missing_is_one_line_that_names_it(command: str, missing: str, message: str, tmp_path: Path) -> None:
+def test_missing_extra_is_one_line_that_names_it(command: str, missing: str, message: str, tmp_path: Path) -> None:
     ended = stridevit(*command.split(), cwd=tmp_path, without=[missing])
     assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", message + "\n")
 
 
-def test_a_misspelt_command_names_the_nearest() -> None:
+def test_misspelt_command_names_the_nearest() -> None:
     result = CliRunner().invoke(app, ["sevre"])
     assert result.exit_code == 2
     assert "Did you mean 'serve'?" in result.output
 
 
-def test_the_script_runs_our_packages_in_a_folder_that_has_its_own(elsewhere: Path) -> None:
+def test_script_in_another_projects_folder_runs_our_packages(elsewhere: Path) -> None:
     # Each command first compares where Python finds all four packages with where ours are.
     assert run(SCRIPT, "key", cwd=elsewhere).stdout.startswith("key ")
 
 
-def test_processes_that_the_script_starts_run_our_packages_too(elsewhere: Path) -> None:
+def test_processes_started_by_the_script_run_our_packages_too(elsewhere: Path) -> None:
     code = (
         "import subprocess, sys; from stridevit import command; command.app = lambda **_: None; command.main();"
         "subprocess.run([sys.executable, '-m', 'service', 'key'], check=True)"
@@ -115,5 +115,5 @@ def test_processes_that_the_script_starts_run_our_packages_too(elsewhere: Path) 
     assert ended.stdout.startswith("key "), ended.stderr
 
 
-def test_the_version_is_printed(tmp_path: Path) -> None:
+def test_version_is_printed(tmp_path: Path) -> None:
     assert run(SCRIPT, "--version", cwd=tmp_path).stdout.startswith("stridevit ")

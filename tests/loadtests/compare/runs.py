@@ -11,13 +11,17 @@ from tests.processes import ROOT
 SHORT = ["--rounds", "2", "--seconds", "1", "--warmup", "0", "--connections", "4", "--capacity-searches", "0"]
 
 
-def command(models: str, out: Path, *arguments: str, noise: bool = False) -> list[str]:
-    asked = [*SHORT, "--aa-run" if noise else "--no-aa-run", *arguments]
-    return [sys.executable, "-m", "loadtests", "compare", "--models", models, "--out", str(out), *asked]
+def arguments(models: str, out: Path, *more: str, aa_run: bool = False) -> list[str]:
+    asked = [*SHORT, "--aa-run" if aa_run else "--no-aa-run", *more]
+    return ["compare", "--models", models, "--out", str(out), *asked]
 
 
-def run(*asked: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(asked, cwd=ROOT, check=False, capture_output=True, text=True, timeout=280)
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "loadtests", *arguments]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), cwd=ROOT, check=False, capture_output=True, text=True, timeout=280)
 
 
 def read(out: Path) -> dict[str, Any]:

@@ -1,33 +1,38 @@
-"""How an arm is written, in which order arms are measured, and what fits in a budget."""
+"""How an arm is written, and what is known of its model."""
 
-from dataclasses import replace
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from loadtests.compare.compare import one_two_five, rounded
-from loadtests.experiment.arms import ArmError, checkout, parse_arms, repeated, resolved
-from loadtests.experiment.model import Arm, Plan
-from loadtests.experiment.schedule import LONGEST_SECONDS, SHORTEST_SECONDS, Costs, fitted, order
+from loadtests.experiment.arms import ArmError, bundles, describe, flags_of, parse_arms, repeated
+from loadtests.experiment.model import Arm
+from loadtests.experiment.server import Server, ServerError
 from service.host import git
 from tests.processes import in_a_checkout
 
 
-def test_models_settings_urls_and_commits_are_arms() -> None:
-    arms = parse_arms("a, a?max_batch=1&intra_op_threads=2, a@http://10.0.0.7:8000, a?max_batch=1@git:HEAD~1, a")
+def test_models_settings_and_urls_are_arms() -> None:
+    arms = parse_arms("a, a?max_batch=1&allow_spinning=false, a@http://10.0.0.7:8000, a")
     assert arms == (
         Arm(label="a", model="a"),
         Arm(
-            label="a?max_batch=1&intra_op_threads=2",
+            label="a?max_batch=1&allow_spinning=false",
             model="a",
-            settings=(("max_batch", "1"), ("intra_op_threads", "2")),
+            settings=(("max_batch", "1"), ("allow_spinning", "false")),
         ),
         Arm(label="a@http://10.0.0.7:8000", model="a", url="http://10.0.0.7:8000"),
-        Arm(label="a?max_batch=1@git:HEAD~1", model="a", settings=(("max_batch", "1"),), commit="HEAD~1"),
     )
+    assert flags_of(arms[1]) == ["--max-batch=1", "--no-allow-spinning"]
     assert repeated(arms[0]) == Arm(label="a (again)", model="a", repeat_of="a")
+
+
+@in_a_checkout
+def test_commits_are_arms_by_their_hashes() -> None:
+    label = "a?max_batch=1@git:HEAD"
+    (arm,) = parse_arms(label)
+    assert arm == Arm(label=label, model="a", settings=(("max_batch", "1"),), commit=git("rev-parse", "HEAD"))
 
 
 @pytest.mark.parametrize(
@@ -39,92 +44,43 @@ def test_models_settings_urls_and_commits_are_arms() -> None:
         ("a?--x=1", "settings are written"),
         ("a@ftp://x", "http://HOST:PORT or git:COMMIT"),
         ("a@git:", "http://HOST:PORT or git:COMMIT"),
-        ("a?max_batch=1@http://a:1", "cannot be given settings"),
+        ("a?max_batch=1@http://a:1", "cannot be given to a server"),
+        ("a@http://me:secret@b", "has a password"),
     ],
 )
-def test_what_is_no_arm_is_refused_with_the_way_to_write_it(text: str, reason: str) -> None:
+def test_a_malformed_arm_is_refused_with_the_right_form(text: str, reason: str) -> None:
     with pytest.raises(ArmError, match=reason):
         parse_arms(text)
 
 
-@in_a_checkout
-def test_a_commit_is_unpacked_beside_this_checkout(tmp_path: Path) -> None:
-    (arm,) = parse_arms("a@git:HEAD")
-    digest = resolved(arm).commit
-    assert digest == git("rev-parse", "HEAD")
-    folder = checkout(digest, tmp_path)
-    assert (folder / "service" / "app.py").is_file()
-    assert checkout(digest, tmp_path) == folder
-    for wrong in ("no-such-commit", "--output=x"):
-        with pytest.raises(ArmError, match="cannot be had from this checkout"):
-            resolved(replace(arm, commit=wrong))
+class Described(Server):
+    """A server that answers `GET /v1/models/NAME` with this, or not at all."""
+
+    def __init__(self, detail: dict[str, Any] | None) -> None:
+        super().__init__("http://nowhere", name="the server")
+        self._detail = detail
+
+    def model(self, name: str) -> dict[str, Any]:
+        if self._detail is None:
+            raise OSError("refused")
+        return self._detail
 
 
-def plan(**changes: object) -> Plan:
-    arms = parse_arms("a,b,c")
-    values: dict[str, object] = {
-        "repository": Path("models"),
-        "arms": (*arms, repeated(arms[0])),
-        "data": None,
-        "protocol": "v1",
-        "connections": 16,
-        "seconds": 0.0,
-        "warmup_seconds": 1.0,
-        "rounds": 10,
-        "default_rounds": 10,
-        "load_fractions": (0.3, 0.7),
-        "objective_ms": 50.0,
-        "objective_percentile": 99.0,
-        "capacity_searches": 1,
-        "budget_minutes": 30.0,
-        "service_arguments": (),
-        "seed": 0,
-    }
-    return Plan(**{**values, **changes})  # type: ignore[arg-type]
+@pytest.mark.parametrize("version", [1, 2])
+def test_facts_come_from_the_manifest_whatever_its_version(version: int, repository: Path) -> None:
+    manifest = json.loads((repository / "digits-csra-r2" / "1" / "manifest.json").read_text())
+    if version == 1:
+        manifest = json.loads((Path(__file__).parents[2] / "service" / "manifest_v1.json").read_text())
+    server = Described({"version": 1, "batch_ms": {"1": 2.5}, "manifest": manifest})
+    facts = describe(Arm(label="a", model="digits-csra-r2"), server, repository)
+    assert {"name", "variant", "tokens", "kv_tokens", "params", "precision", "accuracy", "source"} <= facts.keys()
+    assert (facts["version"], facts["batch_ms"]) == (1, {"1": 2.5})
+    assert facts["kv_tokens"] < facts["tokens"]
+    assert facts["sha256"] == bundles([Arm(label="a", model="digits-csra-r2")], repository)["digits-csra-r2/1"]
 
 
-@settings(deadline=None)
-@given(st.integers(2, 5), st.integers(1, 12), st.integers(0, 1000))
-def test_every_round_has_every_arm_once_and_every_second_goes_backwards(arms: int, rounds: int, seed: int) -> None:
-    these = [Arm(label=str(number), model="m") for number in range(arms)]
-    blocks = order(these, rounds, seed=seed)
-    by_round = [[arm.label for number, arm in blocks if number == wanted] for wanted in range(rounds)]
-    assert all(sorted(labels) == [arm.label for arm in these] for labels in by_round)
-    for first, second in zip(by_round[::2], by_round[1::2], strict=False):
-        assert second == first[::-1]
-    assert blocks == order(these, rounds, seed=seed)
-
-
-def test_the_order_begins_at_random() -> None:
-    arms = list(plan().arms)
-    firsts = {order(arms, 1, seed=seed)[0][1].label for seed in range(40)}
-    assert firsts == {arm.label for arm in arms}
-
-
-@settings(deadline=None)
-@given(st.floats(1, 200), st.floats(1, 30), st.floats(0, 5), st.integers(2, 20), st.integers(0, 3))
-def test_a_plan_fits_its_budget_or_is_as_small_as_it_can_be(
-    budget: float, server: float, generator: float, rounds: int, searches: int
-) -> None:
-    costs = Costs(server=server, generator=generator)
-    found = fitted(plan(budget_minutes=budget, rounds=rounds, capacity_searches=searches), costs, seconds=None)
-    assert SHORTEST_SECONDS <= found.seconds <= LONGEST_SECONDS
-    assert 2 <= found.rounds <= rounds
-    assert costs.whole(found) <= budget * 60 or (found.seconds, found.rounds) == (SHORTEST_SECONDS, 2)
-    # Windows give way before rounds do.
-    assert found.rounds == rounds or found.seconds == SHORTEST_SECONDS
-    # There is no room for half a second more.
-    longer = replace(found, seconds=found.seconds + 0.5)
-    assert costs.whole(longer) > budget * 60 or found.seconds == LONGEST_SECONDS or found.rounds < rounds
-
-
-def test_a_wished_length_stays_and_rounds_give_way() -> None:
-    found = fitted(plan(budget_minutes=10, capacity_searches=0), Costs(), seconds=12.0)
-    assert found.seconds == 12
-    assert 2 <= found.rounds < 10
-    assert Costs().whole(found) <= 600
-
-
-def test_numbers_that_one_can_say() -> None:
-    assert [rounded(rate) for rate in (123.4, 1.234, 0.0567, 987.6)] == [120, 1.2, 0.057, 990]
-    assert [one_two_five(number) for number in (0.9, 1.5, 31, 60, 890, 1000)] == [1, 2, 50, 100, 1000, 1000]
+def test_a_server_at_a_url_may_know_nothing_but_ours_must(repository: Path) -> None:
+    silent = Described(None)
+    assert describe(Arm(label="a", model="a", url="http://nowhere"), silent, repository) == {}
+    with pytest.raises(ServerError, match="does not say what 'a' is"):
+        describe(Arm(label="a", model="a"), silent, repository)

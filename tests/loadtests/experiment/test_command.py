@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from loadtests.errors import LoadTestError
-from loadtests.experiment.command import names, run_measurement, this_command
+from loadtests.experiment.command import names, run_measurement
+from loadtests.experiment.environment import this_command
 from loadtests.experiment.model import Measurement, Progress
+from loadtests.experiment.store import Store
 
 
 class Fake(Measurement):
@@ -27,9 +29,10 @@ def _sigterm_as_before() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def outcome(
-    measure: Callable[[Fake, Progress], None], *, resumable: bool = False
-) -> tuple[int, Fake, list[str | None]]:
+Measure = Callable[[Fake, Progress], None]
+
+
+def outcome(measure: Measure, *, store: Store | None = None) -> tuple[int, Fake, list[str | None]]:
     """The exit code, the results, and why they ended early at the time of each report."""
     results = Fake(command="", environment={})
     reports: list[str | None] = []
@@ -38,19 +41,23 @@ def outcome(
         reports.append(results.ended_early)
         return Path("out/report.md")
 
-    code = run_measurement(results, lambda progress: measure(results, progress), report=report, resumable=resumable)
+    code = run_measurement(results, lambda progress: measure(results, progress), report=report, store=store)
     return code, results, reports
 
 
-def test_a_finished_measurement_reports_and_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_measurement_reports_and_ends_with_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def measure(results: Fake, progress: Progress) -> None:
         progress.step("one", 0, 1)
         progress.note("[a] line that stays")
         results.done = 1
 
-    code, results, reports = outcome(measure)
+    store = Store(tmp_path / "blocks")
+    store.open({}, fresh=False)
+    code, results, reports = outcome(measure, store=store)
     assert (code, reports) == (0, [None])
     assert results.finished is not None
+    # What is finished is not resumed.
+    assert not (tmp_path / "blocks").exists()
     said = capsys.readouterr()
     assert said.out == "report: out/report.md\n"
     assert "[a] line that stays" in said.err
@@ -68,7 +75,7 @@ def test_an_error_is_one_line_and_what_was_measured_until_then_is_reported(capsy
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_reports_and_ends_with_130(
-    signal_number: signal.Signals, capsys: pytest.CaptureFixture[str]
+    signal_number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def measure(results: Fake, progress: Progress) -> None:
         # Tests in the background inherit an ignored SIGINT.
@@ -77,8 +84,11 @@ def test_an_interruption_reports_and_ends_with_130(
         os.kill(os.getpid(), signal_number)
         signal.pause()
 
-    code, _, reports = outcome(measure, resumable=True)
+    store = Store(tmp_path / "blocks")
+    store.open({}, fresh=False)
+    code, _, reports = outcome(measure, store=store)
     assert (code, reports) == (130, ["interrupted"])
+    assert (tmp_path / "blocks").is_dir()
     assert "The same command resumes the measurement" in capsys.readouterr().err
 
 

@@ -3,19 +3,19 @@
 import os
 
 from loadtests.experiment.server import free_port
-from loadtests.experiment.service_metrics import between, totals
+from loadtests.experiment.service_metrics import mean_stages_ms, stage_totals
 from service.host import gpu_process_bytes
 
 
 def test_means_are_of_what_came_between() -> None:
     before = {"queue": (1.0, 100.0)}
     after = {"queue": (1.5, 150.0), "inference": (0.2, 40.0), "idle": (0.0, 0.0)}
-    assert between(before, after) == {"queue": 10.0, "inference": 5.0}
-    assert between(after, after) == {}
+    assert mean_stages_ms(before, after) == {"queue": 10.0, "inference": 5.0}
+    assert mean_stages_ms(after, after) == {}
 
 
 def test_a_server_without_metrics_tells_nothing() -> None:
-    assert totals(f"http://127.0.0.1:{free_port()}") == {}
+    assert stage_totals(f"http://127.0.0.1:{free_port()}") == {}
 
 
 def test_no_gpu_is_no_memory_on_it() -> None:

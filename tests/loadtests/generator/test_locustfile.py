@@ -18,11 +18,12 @@ import httpx
 import numpy as np
 import pytest
 
-from loadtests.experiment.locust_runner import LOCUSTFILE, SHAPES, RequestSpec, closed_loop, run_locust
+from loadtests.experiment.locust_runner import LOCUSTFILE, RequestSpec, apply_load, run_locust
+from loadtests.experiment.model import Load
 from loadtests.experiment.server import Server, ServerError, free_port, running
 from loadtests.generator import payload_cache
-from loadtests.generator.payloads import Payload
 from loadtests.generator.rates import poisson_arrivals
+from loadtests.generator.readers import Payload
 from loadtests.generator.samples import UNSENT, Sample, read_samples, window
 from tests.loadtests.servers import Fake, fake_server
 from tests.processes import ROOT
@@ -136,22 +137,22 @@ def test_the_closed_loop_waits_for_each_answer_and_judges_it(ask: RequestSpec) -
         assert (sample.image, sample.status) == (number % 5, (200, 503, 0)[number % 3])
         assert sample.correct == (sample.image == 3 if sample.status == 200 else None)
         assert sample.latency_ms >= 10
-    found = window(samples, warmup_seconds=0, seconds=1e6)
+    found = window(samples, begin=0, seconds=1e12)
     assert found.errors == np.isinf(found.latencies_ms).sum() == sum(sample.status != 200 for sample in samples)
     assert found.labelled == sum(sample.status == 200 for sample in samples)
 
 
-def test_a_load_shape_turns_rates_into_users() -> None:
+def test_rates_become_numbers_of_users() -> None:
     code = """
 from types import SimpleNamespace
-from loadtests.generator.shapes import Rates
+from loadtests.generator.locustfile import Rates, parse_rates
 
-shape = Rates()
-options = SimpleNamespace(rates="20:4,120:4,100>200:10", rate_per_user=5)
-shape.runner = SimpleNamespace(environment=SimpleNamespace(parsed_options=options), user_count=0)
+options = SimpleNamespace(rate_per_user=5)
+environment = SimpleNamespace(parsed_options=options, runner=SimpleNamespace(user_count=0))
+rates = Rates(parse_rates("20:4,120:4,100>200:10"), environment)
 for seconds in (0, 3.9, 4, 13, 18):
-    shape.get_run_time = lambda: seconds
-    print(shape.tick())
+    rates.get_run_time = lambda: seconds
+    print(rates.tick())
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert ended.stdout.splitlines() == ["(4, 4)", "(4, 4)", "(24, 24)", "(30, 30)", "None"]
@@ -173,9 +174,9 @@ class Handler(BaseHTTPRequestHandler):
 
 HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
-    mortal = running(lambda port: [sys.executable, "-c", code, str(port)], name="the mortal", log=tmp_path / "log")
+    mortal = running([sys.executable, "-c", code], name="the mortal", log=tmp_path / "log")
     with mortal as server, pytest.raises(ServerError, match=r"the mortal died under load[^!]*out of luck"):
-        closed_loop(server, ask, connections=2, warmup_seconds=0, seconds=20)
+        apply_load(server, ask, Load(name="load", connections=2), warmup_seconds=0, seconds=20, seed=0)
 
 
 @pytest.mark.slow
@@ -231,12 +232,15 @@ def test_whoever_opens_the_web_page_cannot_name_a_file(ask: RequestSpec, tmp_pat
     assert set(fake.bodies) == {bytes([number]) * 10 for number in range(5)}
 
 
-def test_images_that_cannot_be_read_end_locust_with_the_reason() -> None:
-    arguments = [str(LOCUSTFILE), "--headless", "--host", "http://127.0.0.1:1", "--data", "nowhere"]
+@pytest.mark.parametrize(
+    ("option", "value", "message"), [("data", "nowhere", "is not a folder"), ("rates", "9", "give RATE:SECONDS")]
+)
+def test_what_cannot_be_sent_ends_locust_with_the_reason(option: str, value: str, message: str) -> None:
+    arguments = [str(LOCUSTFILE), "--headless", "--host", "http://127.0.0.1:1", f"--{option}", value]
     with locust_process(*arguments) as process:
         _, errors = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert "is not a folder" in errors
+    assert message in errors
 
 
 def test_ctrl_c_keeps_the_samples_so_far(ask: RequestSpec, tmp_path: Path) -> None:
@@ -244,7 +248,7 @@ def test_ctrl_c_keeps_the_samples_so_far(ask: RequestSpec, tmp_path: Path) -> No
     options = [*ask.arguments(), "--rates", "50:600", "--samples", str(samples), "--only-summary"]
     with (
         fake_server(lambda _: 0.0) as fake,
-        locust_process(f"{LOCUSTFILE},{SHAPES}", "--headless", "--host", fake.url, *options) as process,
+        locust_process(str(LOCUSTFILE), "--headless", "--host", fake.url, *options) as process,
     ):
         wait_for_requests(fake, process, 20)
         process.send_signal(signal.SIGINT)

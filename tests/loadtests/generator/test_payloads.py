@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from loadtests.generator.payloads import PayloadError, describe, generated, parse_sizes, read_payloads
+from loadtests.generator.payloads import describe, generated, parse_sizes, read_payloads
+from loadtests.generator.readers import PayloadError
 
 
 def sent(data: Path | None) -> tuple[list[bytes], str]:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from loadtests.generator.load_result import PROTOCOLS, Protocol
-from loadtests.generator.payloads import Payload, PayloadError
+from loadtests.generator.readers import Payload, PayloadError
 from loadtests.generator.request_encoder import Request, Target, target
 from service.bundle import read_bundle
 from service.images import decode

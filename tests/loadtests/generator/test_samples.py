@@ -21,27 +21,27 @@ def sample(due_s: float, latency_ms: float, status: int = 200, correct: bool | N
 def test_a_slow_server_s_throughput_and_slowest_answers_are_not_cut_off() -> None:
     # A closed loop of 16 users at exactly one second an answer: 16 images a second, whatever the window.
     samples = [sample(second + user / 16, 1000.0) for user in range(16) for second in range(12)]
-    found = window(samples, warmup_seconds=2.5, seconds=5)
+    found = window(samples, begin=2.5, seconds=5)
     assert found.throughput == 16
     assert len(found.latencies_ms) == 80
-    assert (found.begin, found.errors) == (2.5, 0)
+    assert found.errors == 0
 
 
 def test_failed_and_unsent_requests_stay_as_endless_latencies() -> None:
     samples = [sample(0, 1), sample(1, 5), sample(2, 5, status=429), sample(3, 0.1, status=UNSENT), sample(9, 1)]
-    found = window(samples, warmup_seconds=1, seconds=4)
+    found = window(samples, begin=1, seconds=4)
     assert found.latencies_ms.tolist() == [5, np.inf, np.inf]
     assert (found.errors, found.unsent_arrivals, found.throughput) == (1, 1, 0.25)
 
 
 def test_late_is_what_the_generator_sent_after_its_moment() -> None:
     punctual, late = sample(0, 1), replace(sample(0, 1), behind_ms=5.5)
-    found = window([punctual, late, replace(late, status=UNSENT)], warmup_seconds=0, seconds=1)
+    found = window([punctual, late, replace(late, status=UNSENT)], begin=0, seconds=1)
     assert (found.late_arrivals, found.unsent_arrivals) == (1, 1)
 
 
 def test_labelled_answers_are_counted() -> None:
-    found = window([sample(0, 1, correct=True), sample(0, 1, correct=False), sample(0, 1)], warmup_seconds=0, seconds=1)
+    found = window([sample(0, 1, correct=True), sample(0, 1, correct=False), sample(0, 1)], begin=0, seconds=1)
     assert (found.labelled, found.correct) == (2, 1)
 
 
@@ -57,7 +57,7 @@ def test_samples_survive_their_file_and_a_cut_off_last_line_is_left_out(tmp_path
     assert read_samples(path) == kept
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(
     st.lists(st.floats(0.01, 60_000), min_size=20, max_size=200),
     st.lists(st.floats(0.01, 60_000), min_size=20, max_size=200),

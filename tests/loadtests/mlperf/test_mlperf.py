@@ -28,11 +28,10 @@ from typer.testing import CliRunner, Result
 from loadtests.experiment.json_files import to_json
 from loadtests.generator.readers import Label
 from loadtests.mlperf.cli import mlperf
-from loadtests.mlperf.loadgen_logs import AccuracyCount, Summary, count_correct, parse_summary
+from loadtests.mlperf.loadgen_logs import Summary, count_correct, parse_summary
 from loadtests.mlperf.report import as_json, notes, unmet, write
 from loadtests.mlperf.run import MlperfRun, Plan, ScenarioRun
-from loadtests.mlperf.spec import Spec
-from loadtests.mlperf.sut import Connection, RequestFailed
+from loadtests.mlperf.sut import RequestFailed, Service
 from tests.processes import ROOT, serving
 
 app = typer.Typer()
@@ -85,16 +84,16 @@ RULES = {
 }
 SERVER = ScenarioRun(
     scenario="Server",
+    mode="PerformanceOnly",
     summary=parse_summary(INVALID),
-    answered=90,
-    failures={},
-    seconds=2.0,
-    warmup_rate=80.0,
-    connections=64,
-    generator_cores=0.1,
-    loadgen="6.0.17",
-    rules=RULES,
-    images=100,
+    client={
+        "answered": 90,
+        "failures": {},
+        "connections": 64,
+        "generator_cores": 0.1,
+        "loadgen": "6.0.17",
+        "rules": RULES,
+    },
     model={},
 )
 PLAN = Plan(
@@ -127,7 +126,7 @@ def test_the_verdict_and_its_reasons_are_loadgens_own_words(tmp_path: Path) -> N
     write(results_of(SERVER), tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert INVALID.partition("Result is")[2].partition("\n\n")[0] in page
-    assert "| Server | INVALID | Completed samples per second 46.4 | 2.38 | – | 1780.12 | 90 | 0 | 0.10 |" in page
+    assert "| Server | INVALID | Completed samples per second 46.35 | 2.38 | – | 1780.12 | 90 | 0 | 0.10 |" in page
     assert "min_query_count 64, performance_sample_count 100, 64 connections." in page
 
 
@@ -169,7 +168,7 @@ def test_what_falls_short_of_mlperfs_own_settings_is_reported() -> None:
 
 def test_failed_requests_come_first_in_the_report_whatever_the_verdict_is() -> None:
     valid = replace(SERVER.summary, verdict="VALID")
-    failing = replace(SERVER, summary=valid, failures={"503: too busy": 7, "404: gone": 3})
+    failing = replace(SERVER, summary=valid, client={**SERVER.client, "failures": {"503: too busy": 7, "404: gone": 3}})
     first, *_ = notes(results_of(failing))
     assert "10 of 100 requests failed" in first
     assert "503: too busy" in first
@@ -190,9 +189,10 @@ def test_top1_counts_answered_images_with_a_label_by_index_or_name(tmp_path: Pat
 
     answers = logged(1, 0, 1, None, 1, 0)
     labels: list[Label] = [1, 1, "dog", "dog", None, "dog"]
-    assert count_correct(answers, labels, ["cat", "dog"]) == AccuracyCount(answered=4, correct=2)
-    assert count_correct(answers, labels, []) == AccuracyCount(answered=2, correct=1)
-    assert count_correct(logged(None), [1], []).top1 is None
+    assert count_correct(answers, labels, ["cat", "dog"]) == (2, 4)
+    assert count_correct(answers, labels, []) == (1, 2)
+    assert count_correct(logged(None), [1], []) == (0, 0)
+    assert SERVER.top1 is None
 
 
 def command(*arguments: str) -> list[str]:
@@ -258,19 +258,20 @@ def drive(url: str, folder: Path, **settings: Any) -> subprocess.CompletedProces
     images = folder / "images"
     images.mkdir()
     (images / "0").write_bytes(b"no image, and nobody looks")
-    spec = {"min_seconds": 1.0, "min_queries": 100, **settings}
-    Spec(
-        url=f"{url}/v1/classify",
-        scenario="SingleStream",
-        mode="PerformanceOnly",
-        images=str(images),
-        out=str(folder),
-        connections=1,
-        warmup_seconds=0.5,
-        load=0.6,
-        **spec,
-    ).write(folder / "spec.json")
-    command = [sys.executable, "-m", "loadtests.mlperf.sut", str(folder / "spec.json")]
+    spec = {
+        "url": f"{url}/v1/classify",
+        "scenario": "SingleStream",
+        "mode": "PerformanceOnly",
+        "images": str(images),
+        "out": str(folder),
+        "connections": 1,
+        "warmup_seconds": 0.5,
+        "load": 0.6,
+        "min_seconds": 1,
+        "min_queries": 100,
+        **settings,
+    }
+    command = [sys.executable, "-m", "loadtests.mlperf.sut", json.dumps(spec)]
     return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=250)
 
 
@@ -370,7 +371,7 @@ def test_accuracy_mode_gives_the_top1_that_the_service_has(repository: Path, tmp
     runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert [one["scenario"] for one in runs] == ["SingleStream", "Offline"]
     for one in runs:
-        assert (one["verdict"], one["accuracy"]["answered"], one["top1"]) == (None, 40, pytest.approx(correct / 40))
+        assert (one["verdict"], one["labelled"], one["top1"]) == (None, 40, pytest.approx(correct / 40))
 
 
 @pytest.mark.slow
@@ -397,13 +398,13 @@ def test_a_connection_that_was_closed_while_idle_is_opened_anew_but_one_that_bre
 
         thread = threading.Thread(target=serve)
         thread.start()
-        connection = Connection(f"http://127.0.0.1:{listener.getsockname()[1]}/v1/classify?model=m")
-        assert connection.post(b"") == b"ok"
-        assert connection.post(b"") == b"ok"
+        service = Service(f"http://127.0.0.1:{listener.getsockname()[1]}/v1/classify?model=m", 1)
+        assert service.post(b"") == b"ok"
+        assert service.post(b"") == b"ok"
         with pytest.raises(RequestFailed, match="RemoteDisconnected"):
-            connection.post(b"")
+            service.post(b"")
         with pytest.raises(RequestFailed, match="RemoteDisconnected"):
-            connection.post(b"")
+            service.post(b"")
         thread.join()
 
 
@@ -416,12 +417,9 @@ def test_loadgens_process_loads_neither_locust_nor_gevent(tmp_path: Path) -> Non
 
     patched = "import gevent; from loadtests.mlperf.sut import main; main()"
     settings = {"warmup_seconds": 1, "load": 1, "connections": 1, "mode": "PerformanceOnly", "scenario": "Server"}
-    spec = tmp_path / "spec.json"
-    spec.write_text(
-        json.dumps({**settings, "url": "http://127.0.0.1:9", "images": str(tmp_path), "out": str(tmp_path)})
-    )
+    spec = {**settings, "url": "http://127.0.0.1:9", "images": str(tmp_path), "out": str(tmp_path)}
     ended = subprocess.run(
-        [sys.executable, "-c", patched, str(spec)], cwd=ROOT, check=False, capture_output=True, text=True
+        [sys.executable, "-c", patched, json.dumps(spec)], cwd=ROOT, check=False, capture_output=True, text=True
     )
     assert ended.returncode == 1
     assert "gevent must not be loaded beside LoadGen" in ended.stderr

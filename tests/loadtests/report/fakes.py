@@ -7,24 +7,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Arm, Block, CapacitySearch, Comparison, Plan
+from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Arm, Block, CapacitySearch, Comparison, ComparisonPlan
 from loadtests.generator.load_result import LoadResult
 
-BASELINE, LSRA, CSRA, TWIN = "cifar100-mha", "cifar100-lsra-r2", "cifar100-csra-r2", "cifar100-mha (again)"
+BASELINE, LSRA, CSRA, REPEATED = "cifar100-mha", "cifar100-lsra-r2", "cifar100-csra-r2", "cifar100-mha (again)"
 ARMS = (
     Arm(label=BASELINE, model=BASELINE),
     Arm(label=LSRA, model=LSRA),
     Arm(label=CSRA, model=CSRA, settings=(("STRIDEVIT_MAX_BATCH", "8"),)),
-    Arm(label=TWIN, model=BASELINE, repeat_of=BASELINE),
+    Arm(label=REPEATED, model=BASELINE, repeat_of=BASELINE),
 )
 RATES = {MODERATE: 170.0, HIGH: 289.0}
-_SPEED = {BASELINE: 345.0, LSRA: 352.0, CSRA: 378.0, TWIN: 345.0}
-_PEAK = {BASELINE: 171e6, LSRA: 163e6, CSRA: 158e6, TWIN: 171e6}
-_TOP1 = {BASELINE: 0.5371, LSRA: 0.5391, CSRA: 0.5366, TWIN: 0.5371}
-_KV = {BASELINE: 64, LSRA: 32, CSRA: 16, TWIN: 64}
+_SPEED = {BASELINE: 345.0, LSRA: 352.0, CSRA: 378.0, REPEATED: 345.0}
+_PEAK = {BASELINE: 171e6, LSRA: 163e6, CSRA: 158e6, REPEATED: 171e6}
+_TOP1 = {BASELINE: 0.5371, LSRA: 0.5391, CSRA: 0.5366, REPEATED: 0.5371}
+_KV = {BASELINE: 64, LSRA: 32, CSRA: 16, REPEATED: 64}
 
 
-def plan(**changes: Any) -> Plan:
+def plan(**changes: Any) -> ComparisonPlan:
     values: dict[str, Any] = {
         "repository": Path("models"),
         "arms": ARMS,
@@ -43,7 +43,7 @@ def plan(**changes: Any) -> Plan:
         "service_arguments": ("--intra-op-threads", "2"),
         "seed": 7,
     }
-    return Plan(**(values | changes))
+    return ComparisonPlan(**(values | changes))
 
 
 def load(latencies_ms: npt.NDArray[np.float64], **changes: Any) -> LoadResult:
@@ -122,7 +122,7 @@ def _block(generator: np.random.Generator, arm: Arm, number: int, drift: float, 
     for kind, mean, shape in ((MODERATE, 1000 / speed * 2.2, 8.0), (HIGH, 1000 / speed * 4.5, 2.2)):
         count = int(generator.poisson(RATES[kind] * 8))
         # The heaviest load loses a few requests of the slow ones.
-        lost = int(count * 0.003) if kind == HIGH and name in {BASELINE, TWIN} and number % 4 == 1 else 0
+        lost = int(count * 0.003) if kind == HIGH and name in {BASELINE, REPEATED} and number % 4 == 1 else 0
         loads[kind] = _load(generator, mean, shape, count, RATES[kind], offered_rate=RATES[kind], peak=peak, lost=lost)
     return Block(
         arm=name, round=number, idle_bytes=118_000_000, after_bytes=peak - 6_000_000, loads=loads, info=info

@@ -101,3 +101,10 @@ def test_the_terminal_shows_text_and_no_markup() -> None:
 )
 def test_markdown_shows_the_very_text(text: object, shown: str) -> None:
     assert escaped(text) == shown
+
+
+def test_text_of_several_lines_needs_no_cell(templates: Path) -> None:
+    table = Table(headings=("arm", "why"), rows=[("a", "it died:\nthe end of its log")], text=(0, 1))
+    page = rendering.render("page.html.j2", words="", table=table)
+    assert "it died:" in page
+    assert "<small>the end of its log</small>" in page

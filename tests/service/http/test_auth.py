@@ -1,12 +1,15 @@
-"""Who may ask, and who may load and unload; and which web pages may."""
+"""API keys and the admin key, and which web pages may call the service."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from service.app import create_app
-from service.http.keys import new_key
+from service.http.auth import KeyRing, new_key
 from service.settings import Settings
 from tests.service.identity import picture, publish_identity
 
@@ -15,21 +18,21 @@ OTHER, OTHER_HASH = new_key()
 ADMIN, ADMIN_HASH = new_key()
 
 
-def client_of(tmp_path: Path, **settings: object) -> TestClient:
+def client_of(tmp_path: Path, **values: object) -> TestClient:
     publish_identity(tmp_path)
-    return TestClient(create_app(Settings(repository=tmp_path, threads=1, **settings)))  # type: ignore[arg-type]
+    return TestClient(create_app(Settings(repository=tmp_path, threads=1, **values)))  # type: ignore[arg-type]
 
 
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def test_without_keys_everybody_may_ask(tmp_path: Path) -> None:
+def test_without_keys_everybody_has_access(tmp_path: Path) -> None:
     with client_of(tmp_path) as client:
         assert client.post("/v1/classify", content=picture(1)).status_code == 200
 
 
-def test_with_keys_only_those_who_have_one_may_ask(tmp_path: Path) -> None:
+def test_with_keys_only_those_who_have_one_have_access(tmp_path: Path) -> None:
     with client_of(tmp_path, api_key_hashes=(KEY_HASH, OTHER_HASH), admin_key_hash=ADMIN_HASH) as client:
         by_hand = {"authorization": f"bearer {KEY}"}
         for headers in (bearer(KEY), bearer(OTHER), {"X-API-Key": KEY}, bearer(ADMIN), by_hand):
@@ -62,7 +65,7 @@ def test_loading_is_off_without_an_admin_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["", "%0A", "/", "%0D%0A"])
-def test_no_path_leads_around_the_admin_key(tmp_path: Path, end: str) -> None:
+def test_no_path_bypasses_the_admin_key(tmp_path: Path, end: str) -> None:
     with client_of(tmp_path) as client:
         assert client.post(f"/v2/repository/models/identity-a/unload{end}").status_code == 403
         assert client.get("/readyz").status_code == 200
@@ -78,7 +81,7 @@ def test_loading_needs_the_admin_key(tmp_path: Path, keys: tuple[str, ...]) -> N
         assert client.post("/v2/repository/models/identity-a/load", headers=bearer(ADMIN)).json() == {}
 
 
-def test_odd_paths_are_no_way_around(tmp_path: Path) -> None:
+def test_odd_paths_bypass_no_key(tmp_path: Path) -> None:
     paths = (
         "//v1/models",
         "/v1//models",
@@ -95,7 +98,7 @@ def test_odd_paths_are_no_way_around(tmp_path: Path) -> None:
             assert answer.status_code in (401, 404), path
 
 
-def test_web_pages_of_other_origins_may_ask_only_if_the_settings_say_so(tmp_path: Path) -> None:
+def test_web_pages_of_other_origins_have_access_only_if_the_settings_say_so(tmp_path: Path) -> None:
     asked = {"Origin": "https://shop.example", "Access-Control-Request-Method": "POST"}
     with client_of(tmp_path) as client:
         assert "access-control-allow-origin" not in client.options("/v1/classify", headers=asked).headers
@@ -105,3 +108,47 @@ def test_web_pages_of_other_origins_may_ask_only_if_the_settings_say_so(tmp_path
         assert allowed.headers["access-control-allow-origin"] == "https://shop.example"
         other = client.options("/v1/classify", headers={**asked, "Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
+
+
+def sha256sum(key: str) -> str:
+    """As `sha256sum` would."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+@settings(max_examples=50)
+@given(st.lists(st.text(), max_size=5), st.text(st.characters()))
+def test_exactly_the_keys_whose_hashes_are_known_are_accepted(keys: list[str], other: str) -> None:
+    """`other` may hold lone surrogates, which UTF-8 cannot."""
+    ring = KeyRing([sha256sum(key) for key in keys])
+    assert all(ring.accepts(key) for key in keys)
+    assert ring.accepts(other) == (other in keys)
+
+
+def test_a_new_key_opens_the_ring_made_of_its_hash_and_no_other_does() -> None:
+    key, digest = new_key()
+    other, _ = new_key()
+    ring = KeyRing(Settings(api_key_hashes=(digest,)).api_key_hashes)
+    assert ring.accepts(key)
+    assert not ring.accepts(other)
+    assert not ring.accepts(digest)
+
+
+def test_new_keys_differ_and_hold_256_bits() -> None:
+    keys = {new_key()[0] for _ in range(100)}
+    assert len(keys) == 100
+    assert min(map(len, keys)) >= 43  # 32 bytes in base64
+
+
+def test_an_empty_ring_accepts_nothing() -> None:
+    assert not KeyRing(()).accepts("")
+
+
+def test_every_hash_is_compared_wherever_the_right_one_stands() -> None:
+    keys = ["first", "second", "third"]
+    ring = KeyRing([sha256sum(key) for key in keys])
+    assert [ring.accepts(key) for key in keys] == [True, True, True]
+
+
+def test_a_ring_does_not_show_its_hashes() -> None:
+    digest = new_key()[1]
+    assert digest not in repr(KeyRing([digest]))

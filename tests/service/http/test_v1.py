@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from service.app import create_app
 from service.bundle import read_bundle
 from service.engine import Engine
-from service.http.v1 import Classification
+from service.http.v1_models import Classification
 from service.images import decode
 from service.manifest import Manifest
 from service.scheduling.request import RequestState
@@ -48,7 +48,7 @@ def test_an_image_gets_ranked_labels_and_timings(client: TestClient, repository:
     np.testing.assert_allclose([p["probability"] for p in predictions], probabilities[0][order], atol=1e-5)
 
 
-def test_the_headers_say_who_answered_and_where_the_time_went(client: TestClient) -> None:
+def test_headers_name_the_model_and_the_time_of_each_stage(client: TestClient) -> None:
     answer = client.post("/v1/classify?model=digits-csra-r2&version=1", content=PNG)
     assert answer.headers["x-stridevit-model"] == "digits-csra-r2/1"
     stages = dict(part.split(";dur=") for part in answer.headers["server-timing"].split(", "))
@@ -153,7 +153,7 @@ def test_a_body_of_unstated_length_is_stopped_at_the_limit(client: TestClient) -
     assert received == 201, "200 chunks fit, and the next one is too much"
 
 
-def test_a_body_that_does_not_arrive_gives_its_place_back(repository: Path) -> None:
+def test_a_body_that_does_not_arrive_frees_its_place(repository: Path) -> None:
     async def receive() -> Message:
         await asyncio.sleep(3600)
         raise AssertionError
@@ -176,13 +176,13 @@ def test_a_body_that_does_not_arrive_gives_its_place_back(repository: Path) -> N
         assert client.post("/v1/classify", content=PNG).status_code == 200
 
 
-def test_a_fault_of_the_service_is_a_500_whose_id_is_in_the_log(
+def test_an_unexpected_error_is_a_500_whose_id_is_in_the_log(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(*_: object) -> None:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr("service.pipeline.Classifier.classify", fail)
+    monkeypatch.setattr("service.pipeline.Pipeline._infer", fail)
     with capture_logs() as logs:
         answer = client.post("/v1/classify", content=PNG)
     assert answer.status_code == 500
@@ -218,7 +218,7 @@ def test_a_field_of_a_multipart_body_cannot_choose_a_slow_codec(client: TestClie
     assert answer.status_code == 400
 
 
-def test_probes_may_ask_for_the_head_only(client: TestClient) -> None:
+def test_probes_answer_head_requests(client: TestClient) -> None:
     for path in ("/healthz", "/readyz"):
         assert client.head(path).status_code == 200
 
@@ -228,13 +228,13 @@ def test_too_many_images_are_a_400(client: TestClient) -> None:
     assert answer.status_code == 400
 
 
-def test_a_full_service_says_when_to_come_back(repository: Path) -> None:
+def test_a_full_service_says_when_to_retry(repository: Path) -> None:
     app = create_app(Settings(repository=repository, max_pending_images=3, max_images_per_request=3, threads=1))
     two = [("a", ("a.png", PNG)), ("b", ("b.png", PNG))]
     with TestClient(app) as client:
-        classifier, other = app.state.classifier, RequestState(seconds=60)
-        with classifier.admission.place(other):
-            classifier.admission.accept(other, classifier.registry.ready[0].queue, 2, encoded=True)
+        admission, queue = app.state.pipeline.admission, app.state.pipeline.registry.ready[0].queue
+        with admission.admit(RequestState(seconds=60), queue, encoded=True) as other:
+            admission.accept(other, queue, 2, encoded=True)
             assert client.post("/v1/classify", content=PNG).status_code == 200, "one place is left"
             busy = client.post("/v1/classify", files=two)
             assert busy.status_code == 429
@@ -319,8 +319,23 @@ def test_openapi_describes_the_answer_and_its_errors(client: TestClient) -> None
         for method in paths[path].values():
             for status, answer in method["responses"].items():
                 (content,) = answer["content"].values()
-                assert content["example"], f"{path} {status}"
+                if status == "200":
+                    assert content["example"], path
+                    continue
+                for code, example in content["examples"].items():
+                    problem = example["value"]
+                    assert (problem["type"], problem["status"]) == (f"urn:stridevit:{code}", int(status)), path
     Classification.model_validate(operation["responses"]["200"]["content"]["application/json"]["example"])
+
+
+def test_openapi_declares_how_to_authorize(client: TestClient) -> None:
+    schema = client.get("/openapi.json").json()
+    schemes = schema["components"]["securitySchemes"]
+    assert (schemes["bearer"]["scheme"], schemes["X-API-Key"]["name"]) == ("bearer", "X-API-Key")
+    for path, operations in schema["paths"].items():
+        keys = [key for operation in operations.values() for option in operation.get("security", []) for key in option]
+        guarded = path.startswith(("/v1", "/v2")) and "/health/" not in path
+        assert set(keys) == ({"bearer", "X-API-Key"} if guarded else set()), path
 
 
 def test_metrics_count_by_route_and_not_by_path(client: TestClient) -> None:

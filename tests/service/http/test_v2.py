@@ -14,7 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from service.app import create_app
-from service.http.keys import new_key
+from service.http.auth import new_key
 from service.scheduling.request import RequestState
 from service.settings import Settings
 from tests.service.conftest import PNG, noise
@@ -80,7 +80,7 @@ def test_json_tensors_are_answered_like_v1(client: TestClient, expected: dict[st
     np.testing.assert_allclose(expected["probabilities"].max(axis=1), best["probability"], atol=1e-5)
 
 
-def test_every_way_to_send_the_images_gives_the_same_answer(
+def test_every_form_of_the_input_gives_the_same_answer(
     client: TestClient, expected: dict[str, npt.NDArray[np.float32]]
 ) -> None:
     raw = PIXELS.tobytes() * 2
@@ -99,7 +99,7 @@ def test_every_way_to_send_the_images_gives_the_same_answer(
                 np.testing.assert_allclose(found[tensor], values, atol=1e-5, err_msg=f"{name} {encoding}")
 
 
-def test_outputs_come_as_they_are_asked_for(client: TestClient, expected: dict[str, npt.NDArray[np.float32]]) -> None:
+def test_outputs_are_sent_as_requested(client: TestClient, expected: dict[str, npt.NDArray[np.float32]]) -> None:
     asked = [
         {"name": "probabilities", "parameters": {"classification": 2}},
         {"name": "logits", "parameters": {"binary_data": True}},
@@ -117,7 +117,7 @@ def test_outputs_come_as_they_are_asked_for(client: TestClient, expected: dict[s
     np.testing.assert_allclose(np.frombuffer(answer.content[length:], "<f4"), expected["logits"][0], atol=1e-5)
 
 
-def test_answers_are_compressed_for_who_accepts_it(client: TestClient) -> None:
+def test_answers_are_compressed_for_clients_that_accept_it(client: TestClient) -> None:
     flat: list[object] = [*PIXELS.ravel().tolist()] * 4
     body = infer_body([4, 32, 32, 3], flat)
     packed = client.post(MODEL + "/infer", content=body, headers={"Accept-Encoding": "gzip"})
@@ -163,31 +163,31 @@ def test_errors_are_what_its_clients_parse(client: TestClient, body: str, detail
         ("POST", "/v2/repository/models/none/load", 403),
     ],
 )
-def test_every_other_error_is_one_too(client: TestClient, method: str, path: str, status: int) -> None:
+def test_all_other_errors_have_the_same_form(client: TestClient, method: str, path: str, status: int) -> None:
     answer = client.request(method, path)
     assert (answer.status_code, list(answer.json())) == (status, ["error"])
 
 
 @pytest.mark.parametrize("length", ["-1", "x", "1e3", "9" * 30, "٣"])
-def test_a_header_length_that_is_no_length_is_a_400(client: TestClient, length: str) -> None:
+def test_an_invalid_header_length_is_a_400(client: TestClient, length: str) -> None:
     headers = {b"Inference-Header-Content-Length": length.encode()}
     assert client.post(MODEL + "/infer", content=b"{}", headers=headers).status_code == 400
 
 
-def test_a_small_body_that_unpacks_to_a_huge_one_is_refused(client: TestClient) -> None:
+def test_a_decompression_bomb_is_refused(client: TestClient) -> None:
     bomb = gzip.compress(bytes(50_000_000))
     answer = client.post(MODEL + "/infer", content=bomb, headers={"Content-Encoding": "gzip"})
     assert answer.status_code == 413
 
 
-def test_what_unpacks_to_more_than_all_bodies_may_hold_is_refused(repository: Path) -> None:
+def test_decompressed_bytes_count_against_the_limit_of_all_bodies(repository: Path) -> None:
     limits = {"max_body_bytes": 300_000, "max_pending_bytes": 300_000}
     with TestClient(create_app(Settings(repository=repository, threads=1, **limits))) as client:  # type: ignore[arg-type]
-        other = RequestState(seconds=60)
-        admission = client.app.state.classifier.admission  # type: ignore[attr-defined]
+        pipeline = client.app.state.pipeline  # type: ignore[attr-defined]
+        admission, queue = pipeline.admission, pipeline.registry.ready[0].queue
         body, headers = binary_body(elements(bytes(200_000)), shape=[1], datatype="BYTES")
-        with admission.place(other):
-            admission.hold_bytes(other, 150_000)
+        with admission.admit(RequestState(seconds=60), queue, encoded=True) as other:
+            other.hold_bytes(150_000)
             packed = gzip.compress(body)
             answer = client.post(MODEL + "/infer", content=packed, headers=headers | {"Content-Encoding": "gzip"})
             assert answer.status_code == 429
@@ -275,7 +275,7 @@ def test_models_are_loaded_and_unloaded_while_serving(administered: TestClient, 
     assert client.get("/v2/health/ready").status_code == 200
 
 
-def test_loading_says_what_is_wrong(administered: TestClient, tmp_path: Path) -> None:
+def test_a_failed_load_says_what_is_wrong(administered: TestClient, tmp_path: Path) -> None:
     broken = publish_identity(tmp_path, "identity-a")
     (broken / "labels.txt").write_text("x\n")
     answer = administered.post("/v2/repository/models/identity-a/load")
@@ -288,13 +288,13 @@ def test_loading_says_what_is_wrong(administered: TestClient, tmp_path: Path) ->
     assert administered.post("/v2/repository/models/identity-b/load", json=config).status_code == 400
 
 
-def test_polling_takes_in_a_new_version_by_itself(tmp_path: Path) -> None:
+def test_polling_loads_a_new_version(tmp_path: Path) -> None:
     publish_identity(tmp_path)
     with TestClient(create_app(Settings(repository=tmp_path, threads=1, poll_seconds=0.05))) as client:
         publish_identity(tmp_path)
 
         async def taken_in() -> None:
-            while client.app.state.classifier.registry.find("identity-a").version != 2:  # type: ignore[attr-defined]  # noqa: ASYNC110
+            while client.app.state.pipeline.registry.find("identity-a").version != 2:  # type: ignore[attr-defined]  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
         assert client.portal

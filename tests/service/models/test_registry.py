@@ -4,31 +4,33 @@ import asyncio
 import gc
 import random
 import shutil
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 
-from service.app import create_app
+from service.app import create_app, make_pipeline
 from service.bundle import versions
-from service.errors import BundleError, ImageError, RequestError, StartupError, UnknownModel
+from service.errors import BundleError, ImageError, StartupError, UnknownModel
 from service.host import resident_bytes
 from service.metrics import Metrics
-from service.pipeline import Classified, Classifier, ModelSelector
-from service.scheduling.request import RequestState
+from service.pipeline import Answer, Inputs, Pipeline, RequestOptions
+from service.scheduling.admission import Place
+from service.scheduling.scheduler import Output
 from service.settings import Settings
 from tests.service.conftest import PNG, resum
 from tests.service.identity import number_in, picture, publish_identity
 
 
 def drive(
-    repository: Path, scenario: Callable[[Classifier], Awaitable[None]], *, limit: float = 120, **settings: object
+    repository: Path, scenario: Callable[[Pipeline], Awaitable[None]], *, limit: float = 120, **settings: object
 ) -> None:
     """Run a scenario against a started classifier over `repository`."""
 
     async def run() -> None:
-        classifier = Classifier(Settings(repository=repository, threads=1, **settings), Metrics())  # type: ignore[arg-type]
+        classifier = make_pipeline(Settings(repository=repository, threads=1, **settings), Metrics())  # type: ignore[arg-type]
         classifier.start()
         try:
             await asyncio.wait_for(scenario(classifier), limit)
@@ -38,21 +40,28 @@ def drive(
     asyncio.run(run())
 
 
-async def ask(classifier: Classifier, number: int, *, model: str = "identity-a", image: bytes | None = None) -> int:
+async def ask(classifier: Pipeline, number: int, *, model: str = "identity-a", image: bytes | None = None) -> int:
     """The answer of a model to the picture of a number. Raises the error of its request."""
-    ticket = RequestState(seconds=60)
-    with classifier.admission.place(ticket):
-        found, _ = classifier.choose(ModelSelector(model=model), ticket, images=1)
-        classifier.admission.accept(ticket, found.queue, 1, encoded=True)
-        with found:
-            (answer,) = await classifier.classify(found, ticket, [image or picture(number)])
-    if isinstance(answer, RequestError):
-        raise answer
-    assert isinstance(answer, Classified)
-    return number_in(answer.output.logits)
+
+    async def read(_: Place) -> Inputs:
+        return Inputs(images=[image or picture(number)])
+
+    def write(answer: Answer) -> int:
+        (output,) = answer.images
+        assert isinstance(output, Output)
+        return number_in(output.logits)
+
+    answered, _ = await classifier.answer(
+        RequestOptions(model=model),
+        arrived_at=time.perf_counter(),
+        read=read,
+        write=write,
+        disconnected=asyncio.Event().wait,
+    )
+    return answered
 
 
-def states(classifier: Classifier) -> dict[tuple[str, int | None], str]:
+def states(classifier: Pipeline) -> dict[tuple[str, int | None], str]:
     return {(entry.name, entry.version): entry.state for entry in classifier.registry.index}
 
 
@@ -91,7 +100,7 @@ def test_a_bundle_broken_with_right_digests_is_left_out_too(file: str, content: 
     (broken / file).write_bytes(content)
     resum(broken)
 
-    async def scenario(classifier: Classifier) -> None:
+    async def scenario(classifier: Pipeline) -> None:
         assert states(classifier) == {("identity-a", 1): "unavailable", ("identity-b", 1): "ready"}
 
     drive(tmp_path, scenario)
@@ -106,7 +115,7 @@ def test_a_broken_newest_version_leaves_the_one_before_serving(tmp_path: Path) -
     publish_identity(tmp_path)
     (publish_identity(tmp_path) / "model.onnx").write_bytes(b"x")
 
-    async def scenario(classifier: Classifier) -> None:
+    async def scenario(classifier: Pipeline) -> None:
         assert states(classifier) == {("identity-a", 1): "ready", ("identity-a", 2): "unavailable"}
         assert await ask(classifier, 5) == 5
 
@@ -116,7 +125,7 @@ def test_a_broken_newest_version_leaves_the_one_before_serving(tmp_path: Path) -
 def test_a_new_version_is_taken_in_and_the_old_one_retired(tmp_path: Path) -> None:
     publish_identity(tmp_path)
 
-    async def scenario(classifier: Classifier) -> None:
+    async def scenario(classifier: Pipeline) -> None:
         publish_identity(tmp_path)
         assert classifier.registry.find("identity-a").version == 1, "the repository has not been scanned yet"
         await classifier.registry.refresh()
@@ -133,7 +142,7 @@ def test_several_versions_can_serve_side_by_side(tmp_path: Path) -> None:
     for _ in range(3):
         publish_identity(tmp_path)
 
-    async def scenario(classifier: Classifier) -> None:
+    async def scenario(classifier: Pipeline) -> None:
         assert states(classifier) == {("identity-a", 2): "ready", ("identity-a", 3): "ready"}
         assert classifier.registry.find("identity-a").version == 3
         assert classifier.registry.find("identity-a", 2).version == 2
@@ -147,7 +156,7 @@ def test_several_versions_can_serve_side_by_side(tmp_path: Path) -> None:
 def test_a_broken_new_version_leaves_the_old_one_serving_and_says_why(tmp_path: Path) -> None:
     publish_identity(tmp_path)
 
-    async def scenario(classifier: Classifier) -> None:
+    async def scenario(classifier: Pipeline) -> None:
         broken = publish_identity(tmp_path)
         (broken / "model.onnx").write_bytes(b"x")
         for _ in range(2):
@@ -166,7 +175,7 @@ def test_a_broken_new_version_leaves_the_old_one_serving_and_says_why(tmp_path: 
 def test_a_version_damaged_while_it_serves_goes_on_and_says_so_when_it_is_reloaded(tmp_path: Path) -> None:
     folder = publish_identity(tmp_path)
 
-    async def scenario(classifier: Classifier) -> None:
+    async def scenario(classifier: Pipeline) -> None:
         (folder / "labels.txt").write_text("x\n")
         with pytest.raises(BundleError, match=r"labels\.txt"):
             await classifier.registry.load("identity-a")
@@ -181,7 +190,7 @@ def test_what_is_removed_from_the_repository_is_retired(tmp_path: Path) -> None:
     publish_identity(tmp_path, "identity-a")
     publish_identity(tmp_path, "identity-b")
 
-    async def scenario(classifier: Classifier) -> None:
+    async def scenario(classifier: Pipeline) -> None:
         shutil.rmtree(tmp_path / "identity-a")
         await classifier.registry.refresh()
         assert states(classifier) == {("identity-b", 1): "ready"}
@@ -193,7 +202,7 @@ def test_an_unloaded_model_answers_what_it_accepted_and_comes_back_when_asked(tm
     publish_identity(tmp_path, work=20)
     publish_identity(tmp_path, "identity-b")
 
-    async def scenario(classifier: Classifier) -> None:
+    async def scenario(classifier: Pipeline) -> None:
         asked = [asyncio.create_task(ask(classifier, number)) for number in range(50)]
         await asyncio.sleep(0)
         await classifier.registry.unload("identity-a")
@@ -212,7 +221,7 @@ def test_an_unloaded_model_answers_what_it_accepted_and_comes_back_when_asked(tm
 def test_only_what_the_repository_lists_can_be_loaded(name: str, tmp_path: Path) -> None:
     publish_identity(tmp_path)
 
-    async def scenario(classifier: Classifier) -> None:
+    async def scenario(classifier: Pipeline) -> None:
         with pytest.raises(UnknownModel):
             await classifier.registry.load(name)
         with pytest.raises(UnknownModel):
@@ -225,7 +234,7 @@ def test_the_settings_bound_what_can_be_loaded(tmp_path: Path) -> None:
     publish_identity(tmp_path, "identity-a")
     publish_identity(tmp_path, "identity-b")
 
-    async def scenario(classifier: Classifier) -> None:
+    async def scenario(classifier: Pipeline) -> None:
         with pytest.raises(UnknownModel, match="serve only: identity-a"):
             await classifier.registry.load("identity-b")
 
@@ -239,7 +248,7 @@ def test_a_family_holds_models_that_can_replace_each_other(tmp_path: Path) -> No
     publish_identity(tmp_path, "identity-other-labels", top1=0.6, labels=tuple("abcdefghijkl"))
     publish_identity(tmp_path, "stranger", top1=0.9, family="stranger")
 
-    async def scenario(classifier: Classifier) -> None:
+    async def scenario(classifier: Pipeline) -> None:
         families = {name: [m.name for m in ladder] for name, ladder in classifier.registry.families.items()}
         assert families["identity"] == ["identity-b", "identity-a"]
         assert await ask(classifier, 7, model="identity") == 7
@@ -253,7 +262,7 @@ def test_no_answer_is_lost_or_swapped_under_cancellation_errors_and_reloads(tmp_
     publish_identity(tmp_path, work=1)
     chance = random.Random(0)  # noqa: S311 (the same sequence every time)
 
-    async def scenario(classifier: Classifier) -> None:
+    async def scenario(classifier: Pipeline) -> None:
         classifier.admission._max_images = 10**6
         reloading = asyncio.create_task(reload(classifier))
         tasks: list[tuple[int, str, asyncio.Task[int]]] = []
@@ -280,7 +289,7 @@ def test_no_answer_is_lost_or_swapped_under_cancellation_errors_and_reloads(tmp_
         assert classifier.scheduler.waiting == 0
         assert len(classifier.scheduler.queues) == 1
 
-    async def reload(classifier: Classifier) -> int:
+    async def reload(classifier: Pipeline) -> int:
         done = 0
         try:
             while True:
@@ -301,13 +310,15 @@ def test_no_answer_is_lost_or_swapped_under_cancellation_errors_and_reloads(tmp_
 def test_reloads_do_not_leak_memory(reloads: int, tmp_path: Path) -> None:
     publish_identity(tmp_path, work=2)
 
-    async def scenario(classifier: Classifier) -> None:
+    async def scenario(classifier: Pipeline) -> None:
         sizes: list[int] = []
+        gc.freeze()  # collecting all that was imported so far would take most of the time
         for _ in range(30):
             for _ in range(reloads // 30):
                 await classifier.registry.load("identity-a")
             gc.collect()
             sizes.append(resident_bytes())
+        gc.unfreeze()
         assert await ask(classifier, 9) == 9
         assert len(classifier.scheduler.queues) == 1
         # The first third fills caches. A session leaked at each reload would add more than a megabyte each time.

@@ -1,10 +1,11 @@
-"""The cost model: which batch sizes pay, how long work will take, and how it learns from what it took."""
+"""The cost model: which batch sizes pay, how long work will take, and how it learns from timings."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from service.scheduling.cost import Cost, Load, candidate_sizes, worthwhile_sizes
+from tests.service.conftest import Clock
 
 
 @pytest.mark.parametrize(
@@ -14,7 +15,7 @@ def test_candidates_are_powers_of_two_and_the_limit(limit: int, sizes: tuple[int
     assert candidate_sizes(limit) == sizes
 
 
-def test_a_large_batch_that_is_no_faster_an_image_is_not_used() -> None:
+def test_a_large_batch_that_is_no_faster_per_image_is_not_used() -> None:
     assert worthwhile_sizes({1: 0.030, 2: 0.059, 4: 0.117, 8: 0.230}) == (1,)
     assert worthwhile_sizes({1: 0.010, 2: 0.012, 4: 0.016, 8: 0.032}) == (1, 2, 4)
 
@@ -26,7 +27,7 @@ def test_a_batch_is_padded_to_the_next_warmed_up_size_and_never_beyond_the_limit
         cost.padded(9)
 
 
-def test_five_images_wait_in_part_where_padding_costs_more_than_a_second_batch() -> None:
+def test_a_batch_is_split_where_padding_costs_more_than_a_second_batch() -> None:
     dear = Cost({1: 0.010, 2: 0.020, 4: 0.040, 8: 0.080}, Load())
     assert dear.take(5) == 4
     cheap = Cost({1: 0.010, 2: 0.011, 4: 0.012, 8: 0.013}, Load())
@@ -34,7 +35,7 @@ def test_five_images_wait_in_part_where_padding_costs_more_than_a_second_batch()
     assert cheap.take(100) == 8
 
 
-def test_the_total_is_that_of_the_batches_as_they_would_be_formed() -> None:
+def test_the_total_time_is_that_of_the_batches_as_they_would_be_formed() -> None:
     cost = Cost({1: 0.010, 2: 0.020, 4: 0.040, 8: 0.080}, Load())
     assert cost.total(0) == 0
     assert cost.total(21) == pytest.approx(0.080 + 0.080 + 0.040 + 0.010)
@@ -61,7 +62,7 @@ def test_a_busy_machine_makes_every_model_slower_in_the_prediction() -> None:
     assert other.seconds(1) > 0.03, "it has not run, but shares the device"
 
 
-def test_what_the_load_does_not_explain_is_learnt_by_the_batch_size_itself() -> None:
+def test_each_batch_size_learns_what_the_load_does_not_explain() -> None:
     load = Load()
     wrong, right = Cost({1: 0.01}, load), Cost({1: 0.01}, load)
     for _ in range(500):
@@ -76,43 +77,38 @@ def test_a_cost_model_without_timings_is_refused() -> None:
         Cost({}, Load())
 
 
-def test_what_was_seen_fades_so_that_a_stall_does_not_refuse_everybody_for_ever(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now = 1000.0
-    monkeypatch.setattr("service.scheduling.cost.time.perf_counter", lambda: now)
-    load = Load()
+def test_observations_decay_so_that_one_stall_does_not_reject_everybody_for_ever() -> None:
+    clock = Clock()
+    load = Load(clock=clock)
     cost = Cost({1: 0.010}, load)
     for _ in range(3):
         cost.observe(1, 20.0)
     load.decoded(2.0)
     stalled = cost.seconds(1)
     assert stalled > 0.05
-    now += 5.0
+    clock.now += 5.0
     assert 0.010 < cost.seconds(1) < 0.7 * stalled
-    now += 120.0
+    clock.now += 120.0
     assert cost.seconds(1) == pytest.approx(0.010, rel=0.2)
     assert load.decode_seconds < 0.001
 
 
-def test_a_slow_hour_is_not_believed_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice as slow for ten minutes, one batch a second, then idle: nothing may be left of it."""
-    now = 1000.0
-    monkeypatch.setattr("service.scheduling.cost.time.perf_counter", lambda: now)
-    cost = Cost({1: 0.045}, Load())
+def test_a_slow_phase_is_forgotten_after_some_minutes() -> None:
+    """Twice as slow for ten minutes, one batch per second, then idle: nothing may be left of it."""
+    clock = Clock()
+    cost = Cost({1: 0.045}, Load(clock=clock))
     for _ in range(600):
-        now += 1.0
+        clock.now += 1.0
         cost.observe(1, 0.090)
     assert cost.seconds(1) == pytest.approx(0.090, rel=0.15)
-    now += 300.0
+    clock.now += 300.0
     assert cost.seconds(1) == pytest.approx(0.045, rel=0.1)
 
 
-def test_after_a_while_the_first_decoding_counts_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr("service.scheduling.cost.time.perf_counter", lambda: now)
-    load = Load()
+def test_after_a_pause_the_first_decoding_counts_in_full() -> None:
+    clock = Clock()
+    load = Load(clock=clock)
     load.decoded(0.4)
-    now += 60.0
+    clock.now += 60.0
     load.decoded(0.004)
     assert load.decode_seconds == pytest.approx(0.004, rel=0.05)

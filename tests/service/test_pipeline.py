@@ -1,0 +1,139 @@
+"""Whatever happens to a request on its way, nothing of it stays behind, and no other request is affected."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.app import make_pipeline
+from service.errors import BadRequest, ClientDisconnected, ImageError, NotReady
+from service.metrics import Metrics
+from service.pipeline import Answer, Inputs, Pipeline, RequestOptions
+from service.scheduling.admission import Place
+from service.scheduling.scheduler import Output
+from service.settings import Settings
+from tests.service.identity import number_in, picture, publish_identity
+
+World = tuple[asyncio.Runner, Pipeline]
+
+FATES = ("answered", "cancelled", "disconnects", "body fails", "one bad image", "all bad images", "writing fails")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A started pipeline, and the event loop that it runs on."""
+    repository = tmp_path_factory.mktemp("models")
+    publish_identity(repository)
+    pipeline = make_pipeline(Settings(repository=repository, threads=1, max_batch=4), Metrics())
+
+    async def start() -> None:
+        pipeline.start()
+
+    with asyncio.Runner() as runner:
+        runner.run(start())
+        yield runner, pipeline
+        runner.run(pipeline.close())
+
+
+async def ask(pipeline: Pipeline, numbers: list[int], *, fate: str = "answered", encoded: bool = True) -> list[int]:
+    """The numbers in the answers to pictures of `numbers`; one that has failed is -1."""
+    client_left = asyncio.Event()
+    damaged = {"one bad image": numbers[:1], "all bad images": numbers}.get(fate, [])
+
+    async def read(place: Place) -> Inputs:
+        place.hold_bytes(100)
+        await asyncio.sleep(0)
+        if fate == "body fails":
+            raise BadRequest("planted")
+        if fate == "disconnects":
+            client_left.set()
+        if encoded:
+            return Inputs(images=[b"\x89PNG" if number in damaged else picture(number) for number in numbers])
+        pixels = np.zeros((len(numbers), 2, 2, 3), dtype=np.uint8)
+        pixels[:, 0, 0, 0] = numbers
+        return Inputs(images=pixels)
+
+    def write(answer: Answer) -> list[int]:
+        if fate == "writing fails":
+            raise RuntimeError("planted")
+        return [number_in(image.logits) if isinstance(image, Output) else -1 for image in answer.images]
+
+    written, answer = await pipeline.answer(
+        RequestOptions(),
+        arrived_at=time.perf_counter(),
+        read=read,
+        write=write,
+        disconnected=client_left.wait,
+        encoded=encoded,
+        partial=True,
+    )
+    assert set(answer.timings_ms) == {"read", "decode", "queue", "inference", "total"}
+    return written
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    plan=st.lists(
+        st.tuples(st.sampled_from(FATES), st.integers(1, 3), st.booleans(), st.integers(0, 12)),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_nothing_stays_behind_wherever_a_request_fails(world: World, plan: list[tuple[str, int, bool, int]]) -> None:
+    runner, pipeline = world
+
+    async def scenario() -> None:
+        tasks = []
+        for place, (fate, images, encoded, turns) in enumerate(plan):
+            numbers = [1 + 3 * place + image for image in range(images)]
+            task = asyncio.create_task(ask(pipeline, numbers, fate=fate, encoded=encoded))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if fate == "cancelled":
+                task.cancel()
+            tasks.append((fate, numbers, encoded, task))
+        for fate, numbers, encoded, task in tasks:
+            (outcome,) = await asyncio.gather(task, return_exceptions=True)
+            if fate == "answered" or (fate.endswith("images") and not encoded):
+                assert outcome == numbers
+            elif fate == "one bad image" and len(numbers) > 1 and encoded:
+                assert outcome == [-1, *numbers[1:]]
+            elif fate.endswith(("image", "images")) and encoded:
+                assert isinstance(outcome, ImageError)
+            elif fate == "body fails":
+                assert isinstance(outcome, BadRequest)
+            elif fate == "writing fails":
+                assert isinstance(outcome, RuntimeError)
+            else:
+                assert outcome == numbers or isinstance(outcome, ClientDisconnected | asyncio.CancelledError)
+
+    runner.run(asyncio.wait_for(scenario(), 60))
+    admission, (model,) = pipeline.admission, pipeline.registry.ready
+    backlog = model.queue.backlog
+    assert (admission.images, admission.bytes, backlog.waiting, backlog.undecoded) == (0, 0, 0, 0)
+    assert backlog.decoding == {False: 0, True: 0}
+    # Nobody holds the model any more, so that it could be unloaded.
+    runner.run(asyncio.wait_for(model.unused(), 60))
+
+
+def test_pixels_of_another_size_than_the_replaced_model_s_are_refused(world: World) -> None:
+    runner, pipeline = world
+
+    async def read(_: Place) -> Inputs:
+        return Inputs(images=np.zeros((1, 3, 3, 3), dtype=np.uint8))
+
+    async def scenario() -> None:
+        with pytest.raises(NotReady, match="another image size"):
+            await pipeline.answer(
+                RequestOptions(),
+                arrived_at=time.perf_counter(),
+                read=read,
+                write=lambda _: None,
+                disconnected=asyncio.Event().wait,
+            )
+
+    runner.run(scenario())
