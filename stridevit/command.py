@@ -49,7 +49,6 @@ class PackageCommand(TyperCommand):
                 if own.package == self.package and own.command:
                     group.commands.pop(own.command, None)
             group.name = self.name
-        _say_stridevit(loaded)
         return loaded
 
 
@@ -161,19 +160,6 @@ def _load(command: PackageCommand) -> Any:
 def _fail(message: str) -> None:
     console.print(f"[red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(1)
-
-
-def _say_stridevit(command: Any) -> None:
-    """Write `stridevit train` where a help text says `python -m training train`."""
-    forms = {f"python -m {package}": "stridevit" for package in PACKAGES}
-    forms |= {own.module_form: f"stridevit {own.name}" for own in COMMANDS.values()}
-    for item in (command, *command.params):
-        if text := getattr(item, "help", None):
-            for form in sorted(forms, key=len, reverse=True):
-                text = text.replace(form, forms[form])
-            item.help = text
-    for inner in getattr(command, "commands", {}).values():
-        _say_stridevit(inner)
 
 
 def _show_version(asked: bool) -> None:
