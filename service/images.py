@@ -9,6 +9,7 @@ scaled (not clipped) to 8 bits, the shorter side resized and the centre cropped,
 
 import io
 import struct
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -110,38 +111,36 @@ def open_image(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) ->
     except BaseException:
         image.close()
         raise
-    return OpenedImage(image, preprocessing, pixels=pixels, max_pixels=max_pixels)
+    return OpenedImage(image=image, preprocessing=preprocessing, max_pixels=max_pixels, pixels=pixels)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedImage:
     """An image whose header is read and within the limits. If it is not rendered, nothing needs to be closed."""
 
-    def __init__(
-        self, image: ImageFile.ImageFile, preprocessing: Preprocessing, *, pixels: int, max_pixels: int
-    ) -> None:
-        self.pixels = pixels
-        """Work of decoding it whole, in pixels of a JPEG of one scan; to compare with LARGE_PIXELS.
+    image: ImageFile.ImageFile
+    preprocessing: Preprocessing
+    max_pixels: int
+    pixels: int
+    """Work of decoding it whole, in pixels of a JPEG of one scan; to compare with LARGE_PIXELS.
 
-        Width times height; each further scan of a JPEG adds a tenth (their number is an upper bound); a pixel of other
-        formats counts as two. What drafting saves is not subtracted.
-        """
-        self._image = image
-        self._preprocessing = preprocessing
-        self._max_pixels = max_pixels
+    Width times height; each further scan of a JPEG adds a tenth (their number is an upper bound); a pixel of other
+    formats counts as two. What drafting saves is not subtracted.
+    """
 
     def render(self) -> npt.NDArray[np.uint8]:
         """Decode, rotate upright, resize and crop: uint8 (crop, crop, 3). Only once: it closes the image.
 
         Raises TooManyPixels or BadImage.
         """
-        image = self._image
+        image = self.image
         try:
-            box = _draft(image, self._preprocessing)
+            box = _draft(image, self.preprocessing)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb_crop(image, box, self._preprocessing)
+            return _to_rgb_crop(image, box, self.preprocessing)
         except Image.DecompressionBombError as error:
-            raise TooManyPixels(f"a frame of the image exceeds the limit of {self._max_pixels:,} pixels") from error
+            raise TooManyPixels(f"a frame of the image exceeds the limit of {self.max_pixels:,} pixels") from error
         except _DAMAGED as error:
             raise BadImage(f"the image is damaged: {error}") from error
         finally:

@@ -190,19 +190,15 @@ def _decoded(decoder: msgspec.json.Decoder[T], text: bytes, place: str) -> T:
     try:
         return decoder.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _malformed(error, place) from error
+        # msgspec's place, such as `$.inputs[0].name`, is written as inputs.0.name and after `place`.
+        message, _, path = str(error).partition(" - at `$")
+        path = (place + re.sub(r"\[(\d+)\]", r".\1", path.rstrip("`"))).lstrip(".")
+        raise BadRequest(f"malformed inference request: {path + ': ' if path else ''}{_short(message)}") from error
 
 
 def _refuse_shared_memory(parameters: _Parameters, place: str) -> None:
     if parameters.shared_memory_region is not None:
         raise BadRequest(f"{place}: shared memory is not offered: send tensors in the body")
-
-
-def _malformed(error: Exception, place: str) -> BadRequest:
-    """With msgspec's place, such as `$.inputs[0].name`, written as inputs.0.name and after `place`."""
-    message, _, path = str(error).partition(" - at `$")
-    path = place + re.sub(r"\[(\d+)\]", r".\1", path.rstrip("`"))
-    return BadRequest(f"malformed inference request: {path.lstrip('.') + ': ' if path else ''}{_short(message)}")
 
 
 def _only_input(

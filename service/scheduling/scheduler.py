@@ -216,11 +216,6 @@ class Scheduler:
             self._change.notify()
         return done.result()
 
-    @property
-    def waiting(self) -> int:
-        """Images in all queues."""
-        return sum(len(queue) for queue in self.queues)
-
     async def submit(self, queue: Queue, pixels: Pixels, state: RequestState) -> Output:
         """The outputs for one image. Raises DeadlineExceeded, ClientDisconnected, or the engine's error for its batch.
 
@@ -258,7 +253,25 @@ class Scheduler:
             outcome = error
         seconds = self._clock() - started
         queue.running = None
-        self._on_loop(self._finish, queue, batch, size, started, seconds, outcome)
+
+        def finish() -> None:
+            failed = isinstance(outcome, Exception)
+            if not failed:
+                queue.cost.observe(size, seconds)
+            self._on_batch(Batch(queue=queue, images=len(batch), size=size, seconds=seconds, failed=failed))
+            for row, entry in enumerate(batch):
+                if isinstance(outcome, Exception):
+                    queue.settle(entry, outcome)
+                    continue
+                output = Output(
+                    logits=outcome[0][row],
+                    probabilities=outcome[1][row],
+                    queue_ms=(started - entry.since) * 1000,
+                    inference_ms=seconds * 1000,
+                )
+                queue.settle(entry, output)
+
+        self._on_loop(finish)
 
     def _next_batch(self) -> tuple[Queue, list[_Entry]] | None:
         """The most urgent images, all of one model; None if there is nothing to do now."""
@@ -284,31 +297,6 @@ class Scheduler:
     def _drop(self, queue: Queue, expired: list[_Entry]) -> None:
         if expired:
             self._on_loop(_reject, queue, expired)
-
-    def _finish(
-        self,
-        queue: Queue,
-        batch: list[_Entry],
-        size: int,
-        started: float,
-        seconds: float,
-        outcome: Outputs | Exception,
-    ) -> None:
-        failed = isinstance(outcome, Exception)
-        if not failed:
-            queue.cost.observe(size, seconds)
-        self._on_batch(Batch(queue=queue, images=len(batch), size=size, seconds=seconds, failed=failed))
-        for row, entry in enumerate(batch):
-            if isinstance(outcome, Exception):
-                queue.settle(entry, outcome)
-                continue
-            output = Output(
-                logits=outcome[0][row],
-                probabilities=outcome[1][row],
-                queue_ms=(started - entry.since) * 1000,
-                inference_ms=seconds * 1000,
-            )
-            queue.settle(entry, output)
 
 
 def _reject(queue: Queue, expired: list[_Entry]) -> None:

@@ -20,7 +20,7 @@ from service.pipeline import Answer, Inputs, Pipeline, RequestOptions
 from service.scheduling.admission import Place
 from service.scheduling.scheduler import Output
 from service.settings import Settings
-from tests.service.conftest import PNG, resum
+from tests.service.conftest import PNG, images_waiting, resum
 from tests.service.identity import number_in, picture, publish_identity
 
 
@@ -286,7 +286,7 @@ def test_no_answer_is_lost_or_swapped_under_cancellation_errors_and_reloads(tmp_
         reloading.cancel()
         assert await reloading > 2
         assert classifier.admission.images == 0
-        assert classifier.scheduler.waiting == 0
+        assert images_waiting(classifier.scheduler) == 0
         assert len(classifier.scheduler.queues) == 1
 
     async def reload(classifier: Pipeline) -> int:
