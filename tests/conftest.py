@@ -11,7 +11,7 @@ from export.bundles import export
 from export.sources import finished_run
 from training.data import load_dataset
 from training.distributed import World
-from training.loop import train
+from training.loop import Execution, train
 from training.recipes import load_recipe
 
 
@@ -39,7 +39,13 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "digits-csra-r2"
     recipe = load_recipe("digits", ["schedule.epochs=2", "optim.lr=2e-3", "schedule.warmup_epochs=0.5"])
     quiet = Console(quiet=True)
-    train(recipe, "csra-r2", load_dataset("digits"), out, world=World(device=torch.device("cpu")), console=quiet)
+    train(
+        recipe,
+        "csra-r2",
+        load_dataset("digits"),
+        out,
+        Execution(world=World(device=torch.device("cpu")), console=quiet),
+    )
     return out
 
 

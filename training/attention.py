@@ -47,7 +47,7 @@ class CompressedAttention(nn.Module):
     ) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"width {dim} is not divisible by {num_heads} heads")
+            raise ValueError(f"embed_dim {dim} is not divisible by num_heads {num_heads}")
         if qk_norm or scale_norm:
             raise ValueError("compressed attention has no qk_norm or scale_norm")
         factory = {"device": device, "dtype": dtype}

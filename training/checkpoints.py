@@ -1,38 +1,37 @@
-"""The state to resume from: `last.pt`, and `previous.pt` in case the last one is damaged."""
+"""The state to resume from: `last.pt`, and `previous.pt` in case that one is damaged."""
 
+import io
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from training.runs import RunError, durably
+from training.runs import RunError, write_atomically
 
 LAST_FILE, PREVIOUS_FILE = "last.pt", "previous.pt"
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write the state in one step; what was the last becomes the one before.
+    """Write `state` to last.pt, atomically; the file that was last.pt becomes previous.pt.
 
-    Raises OSError where it cannot be written (a full disk); the checkpoints that there are stay as they are.
+    Raises OSError if it cannot be written (disk full); then both files stay as they were.
     """
-    last, previous = folder / LAST_FILE, folder / PREVIOUS_FILE
-    with durably(last, _writer(state)) as partial:
-        if last.exists():
-            last.replace(previous)
-        partial.replace(last)
+    # In memory first: torch reports a full disk as "unexpected pos 704 vs 598".
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(folder / LAST_FILE, buffer.getbuffer(), keep_old_as=folder / PREVIOUS_FILE)
 
 
 def can_resume(folder: Path) -> bool:
-    """Whether there is a checkpoint in `folder`."""
+    """Whether `folder` has a checkpoint."""
     return any((folder / name).is_file() for name in (LAST_FILE, PREVIOUS_FILE))
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
-    """The last good state, and a warning where it is not the newest, else "".
+    """The last good state, and a warning if it is not the newest one, else "".
 
-    Raises RunError where there is none.
+    Raises RunError if there is none.
     """
     if not can_resume(folder):
         raise RunError(f"{folder} has no {LAST_FILE} to resume from: start it without --resume")
@@ -45,22 +44,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
     raise RunError("; ".join(damage) + ": remove the folder and start the run again")
 
 
-def _writer(state: dict[str, Any]) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        with path.open("wb") as stream:
-            try:
-                torch.save(state, stream)
-            except RuntimeError as error:
-                # torch's message ("unexpected pos 704 vs 598") hides what the disk said.
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from None
-                raise
-
-    return write
-
-
 def _load(path: Path) -> dict[str, Any]:
-    # torch.load does not look at the checksums of its own zip format: a flipped bit would go into the weights.
+    # torch.load does not verify the checksums of its own zip format: a flipped bit would end up in the weights.
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")

@@ -1,62 +1,61 @@
 """What a model costs, from its architecture alone: parameters, multiply-accumulates, attention memory.
 
-The formulas are written out, so that one can see where the variants differ; tests hold them against torch's
-FlopCounterMode (`models.count_macs_by_torch`). Letters as in training/attention.py.
+The formulas are written out to show where the variants differ; tests compare them with torch's FlopCounterMode
+(`models.count_macs_by_torch`). Letters as in training/attention.py.
 """
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Sequence
 
-from training.models import Architecture, StrideViT, count_parameters
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from training.models import Architecture, Record, StrideViT, count_parameters
 from training.variants import parse_variant
 
 CHANNELS = 3
 FLOAT32_BYTES = 4
 ATTENTION_PARTS = ("queries", "keys and values", "reduce", "attention", "projection")
-"""The parts of `Description.macs` in which variants may differ."""
+"""The parts of `macs_by_part` in which variants may differ."""
 
 
-class Description(BaseModel):
+class Description(Record):
     """One variant of one preset. All counts are for one image."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     architecture: Architecture
-    parameters: int
+    params: int
     tokens: int
     """N, patches."""
     kv_tokens: int
     """M, keys and values of each attention layer."""
-    macs: dict[str, int]
-    """Multiply-accumulates of matrix products and convolutions, by part."""
-    macs_total: int
-    elementwise: dict[str, int]
-    """Elements that are not matrix products: one for each value that the operation makes."""
-    elementwise_total: int
+    macs: int
+    """Multiply-accumulates of matrix products and convolutions."""
+    macs_by_part: dict[str, int]
+    elementwise: int
+    """Values computed by all other operations."""
+    elementwise_by_operation: dict[str, int]
     attention_score_bytes: int
-    """Float32 scores of one layer, H·N·M values, where they are written out; fused kernels keep only a part of them."""
+    """Float32 scores of one layer, H·N·M values, if stored in full; fused kernels hold only part of them."""
 
 
 def describe(spec: Architecture) -> Description:
-    """Count everything about `spec`."""
+    """All costs of `spec`."""
     macs, elementwise = count_macs(spec), _elementwise(spec)
-    height, width = spec.grid
-    N, M = height * width, spec.kv_tokens
     return Description(
         architecture=spec,
-        parameters=count_parameters(StrideViT(spec)),
-        tokens=N,
-        kv_tokens=M,
-        macs=macs,
-        macs_total=sum(macs.values()),
-        elementwise=elementwise,
-        elementwise_total=sum(elementwise.values()),
-        attention_score_bytes=spec.num_heads * N * M * FLOAT32_BYTES,
+        params=count_parameters(StrideViT(spec)),
+        tokens=spec.tokens,
+        kv_tokens=spec.kv_tokens,
+        macs=sum(macs.values()),
+        macs_by_part=macs,
+        elementwise=sum(elementwise.values()),
+        elementwise_by_operation=elementwise,
+        attention_score_bytes=spec.num_heads * spec.tokens * spec.kv_tokens * FLOAT32_BYTES,
     )
 
 
 def count_macs(spec: Architecture) -> dict[str, int]:
     """Multiply-accumulates of one image by part, matrix products and convolutions only."""
-    N, M, D, r = spec.grid[0] * spec.grid[1], spec.kv_tokens, spec.embed_dim, spec.rank
+    N, M, D, r = spec.tokens, spec.kv_tokens, spec.embed_dim, spec.rank
     variant = parse_variant(spec.variant)
     match variant.kind:
         case "mha":
@@ -72,23 +71,50 @@ def count_macs(spec: Architecture) -> dict[str, int]:
         "reduce": spec.depth * reduce,
         "attention": spec.depth * 2 * N * M * D,
         "projection": spec.depth * N * D * D,
-        "mlp": spec.depth * 2 * N * D * _hidden(spec),
+        "mlp": spec.depth * 2 * N * D * int(D * spec.mlp_ratio),
         "head": D * spec.num_classes,
     }
 
 
 def _elementwise(spec: Architecture) -> dict[str, int]:
-    N, M, D, r = spec.grid[0] * spec.grid[1], spec.kv_tokens, spec.embed_dim, spec.rank
+    N, M, D, r = spec.tokens, spec.kv_tokens, spec.embed_dim, spec.rank
     variant = parse_variant(spec.variant)
     gate = M * variant.reduction if variant.kind == "lsra" else 0
     return {
         "layer norm": spec.depth * (2 * N * D + (M * r if variant.kind != "mha" else 0)) + D,
         "softmax": spec.depth * (spec.num_heads * N * M + gate),
         "gate logits": spec.depth * gate * r,
-        "gelu": spec.depth * N * _hidden(spec),
+        "gelu": spec.depth * N * int(D * spec.mlp_ratio),
         "residual and positions": (2 * spec.depth + 1) * N * D,
     }
 
 
-def _hidden(spec: Architecture) -> int:
-    return int(spec.embed_dim * spec.mlp_ratio)
+def cost_table(described: Sequence[Description]) -> Table:
+    """One row per variant; all have the same preset and image size."""
+    spec = described[0].architecture
+    height, width = spec.image_shape
+    table = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title=f"{spec.preset}, {width} × {height} px, {described[0].tokens} patches, rank {spec.rank}, for one image",
+        caption="MACs: matrix products and convolutions, equal to torch's FlopCounterMode; elementwise: values of "
+        "norms, softmax, GELU, gates and sums; scores: float32, one layer, if stored in full",
+    )
+    table.add_column("variant")
+    for name in ("K/V tokens", "parameters", "MACs", "in attention", "elementwise", "scores"):
+        table.add_column(name, justify="right")
+    for one in described:
+        table.add_row(
+            one.architecture.variant,
+            str(one.kv_tokens),
+            f"{one.params:,}",
+            _count(one.macs),
+            _count(sum(one.macs_by_part[part] for part in ATTENTION_PARTS)),
+            _count(one.elementwise),
+            f"{one.attention_score_bytes / 2**20:,.2f} MiB",
+        )
+    return table
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:,.3f} G" if number >= 10**9 else f"{number / 1e6:,.2f} M"

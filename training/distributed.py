@@ -1,4 +1,4 @@
-"""The processes that train one model together: one, or those that torchrun started."""
+"""The device, and the processes that train one model together: a single one, or those that torchrun started."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among all of them."""
+    """This process among all that train together."""
 
     device: torch.device
     rank: int = 0
@@ -36,7 +36,7 @@ class World:
         return total
 
     def decide(self, question: Callable[[], T]) -> T:
-        """What the main process answers, or raises, in each process."""
+        """What `question()` returns or raises in the main process, in all processes."""
         if self.size == 1:
             return question()
         answer: list[Any] = [None, None]
@@ -51,17 +51,30 @@ class World:
         return cast(T, answer[0])
 
 
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; for `auto` a GPU if torch finds one. Raises ValueError if it does not exist."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= (gpus := torch.cuda.device_count()):
+        raise ValueError(f"device {name} is unavailable, torch finds {gpus or 'no'} GPUs: use another --device")
+    return device
+
+
 @contextmanager
 def join(device: torch.device) -> Iterator[World]:
-    """The world that torchrun's environment describes, on the GPU of this process's local rank; else just us.
+    """The processes that torchrun started, each on the GPU of its local rank; without torchrun this process alone.
 
-    Raises ValueError for processes that something else than torchrun started, and for more of them than GPUs.
+    Raises ValueError if another launcher than torchrun started the processes, and if there are more of them than GPUs.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
                 "WORLD_SIZE is set, but torchrun did not start this process: start it with torchrun, which srun or "
-                "mpirun may start once a machine"
+                "mpirun may start once per machine"
             )
         yield World(device=device)
         return
@@ -77,5 +90,5 @@ def join(device: torch.device) -> Iterator[World]:
     except Stopped:
         dist.destroy_process_group()
         raise
-    # After any other error the processes no longer act alike, and NCCL would wait for those that still compute.
+    # After any other error the processes are out of step, and NCCL would wait for those that still compute.
     dist.destroy_process_group()

@@ -3,7 +3,10 @@
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,60 +18,64 @@ from training import runs
 from training.augment import Batch, epoch_order, training_batches
 from training.checkpoints import LAST_FILE, can_resume, load_checkpoint, save_checkpoint
 from training.data import Dataset, Images, Split, split_val
-from training.display import Board, MetricsRow, progress_bar
 from training.distributed import World
-from training.evaluate import Evaluation, accuracy_of, evaluate
+from training.evaluate import Evaluation, evaluate
 from training.models import NormalizedModel, StrideViT, architecture, count_parameters
+from training.progress import MetricsRow, TensorBoard, progress_bar
 from training.recipes import Recipe
 from training.step import Diverged, Stepper
 from training.stopping import Stopped, StopRequest, stop_requests
 
 
 class TrainingError(Exception):
-    """A run that cannot go on; the message says why and what to do."""
+    """A run cannot start or continue; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a run is executed; none of it changes the result."""
+
+    world: World
+    workers: int = 0
+    """Processes that decode images read from disk."""
+    checkpoint_steps: int = 500
+    """Steps between checkpoints; there is also one at the end of each epoch."""
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    def say(self, message: str) -> None:
+        """Print one line for the user, from the main process only."""
+        if self.world.main:
+            self.console.print(message, soft_wrap=True)
 
 
 def train(
-    recipe: Recipe,
-    variant: str,
-    dataset: Dataset,
-    out: Path,
-    *,
-    world: World,
-    resume: bool = False,
-    test: bool = True,
-    checkpoint_steps: int = 500,
-    workers: int = 0,
-    console: Console | None = None,
+    recipe: Recipe, variant: str, dataset: Dataset, out: Path, on: Execution, *, resume: bool = False, test: bool = True
 ) -> runs.ModelCard:
     """Train one variant by `recipe` into the folder `out` and return the card of the finished model.
 
-    A checkpoint is written every `checkpoint_steps` steps, at the end of each epoch, and before a Stopped is raised for
-    SIGTERM or Ctrl-C. Without `test` the test split stays untouched and the card has no accuracy: for runs that decide
-    something. `workers` processes decode images that are read from disk.
+    SIGTERM and Ctrl-C save a checkpoint and raise Stopped. Without `test` the test split is not read and the card has
+    no accuracy: for runs whose results decide something.
 
-    Raises RunError if `out` holds a run already (unless `resume`), or one of another recipe, and TrainingError for a
-    loss that is not finite.
+    Raises RunError if `out` already holds a run (unless `resume`), or a run of another recipe, and TrainingError if the
+    loss is not finite.
     """
-    console = console if world.main and console else Console(stderr=True, quiet=not world.main)
-    run = _Run(recipe, variant, dataset, out, world=world, workers=workers, console=console)
+    run = _Run(recipe, variant, dataset, out, on)
     if resume:
         run.restore()
-        console.print(f"resuming {out} at step {run.step} of {run.total_steps}")
-    elif world.decide(lambda: can_resume(out) or (out / runs.FINAL_FOLDER).exists()):
+        on.say(f"resuming {out} at step {run.step} of {run.total_steps}")
+    elif on.world.decide(lambda: can_resume(out) or (out / runs.WEIGHTS_FILE).exists()):
         raise runs.RunError(f"{out} holds a run already: continue it with --resume or choose another --out")
     run.record()
     with stop_requests() as stop:
-        run.train(stop, checkpoint_steps)
+        run.train(stop)
     card = run.finish(test=test)
-    if card.accuracy:
-        top1, top5, split = card.accuracy.top1, card.accuracy.top5, card.accuracy.split
-        console.print(f"{out}: {split} top-1 {top1:.2%}, top-5 {top5:.2%} of {card.accuracy.n}")
+    if known := card.accuracy:
+        on.say(f"{out}: {known.split} top-1 {known.top1:.2%}, top-5 {known.top5:.2%} of {known.n}")
     return card
 
 
 def run_identity(recipe: Recipe, variant: str, dataset: Dataset) -> dict[str, Any]:
-    """What makes a run this one and no other, as run.json has it."""
+    """What a resumed or repeated run must share with the first one, as in run.json."""
     spec = architecture(recipe.preset, variant, num_classes=len(dataset.classes), img_size=recipe.img_size)
     return {
         "schema_version": runs.SCHEMA_VERSION,
@@ -80,29 +87,17 @@ def run_identity(recipe: Recipe, variant: str, dataset: Dataset) -> dict[str, An
 
 
 def _decisive(identity: dict[str, Any]) -> dict[str, Any]:
-    """`identity` without what only says how steps are computed: a run may go on with smaller micro-batches."""
-    recipe = Recipe.model_validate(identity["recipe"]).model_dump(mode="json")
-    schedule = {key: value for key, value in recipe["schedule"].items() if key != "accumulate"}
-    kept = {key: value for key, value in recipe.items() if key not in ("compile", "deterministic")}
-    return {**identity, "recipe": {**kept, "schedule": schedule}}
+    """`identity` without what only determines how steps are computed: a run may resume with smaller micro-batches."""
+    recipe = Recipe.model_validate(identity["recipe"])
+    decisive = recipe.model_dump(exclude={"compile": True, "deterministic": True, "schedule": {"accumulate"}})
+    return {**identity, "recipe": decisive}
 
 
 class _Run:
-    """The state of one run: a Stepper, its position, and a row of metrics for each epoch done."""
+    """The state of one run: a Stepper, its position, and one row of metrics per finished epoch."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        variant: str,
-        dataset: Dataset,
-        out: Path,
-        *,
-        world: World,
-        workers: int,
-        console: Console,
-    ) -> None:
-        self.recipe, self.dataset, self.out, self.world = recipe, dataset, out, world
-        self.workers, self.console = workers, console
+    def __init__(self, recipe: Recipe, variant: str, dataset: Dataset, out: Path, on: Execution) -> None:
+        self.recipe, self.dataset, self.out, self.on, self.world = recipe, dataset, out, on, on.world
         self.spec = architecture(recipe.preset, variant, num_classes=len(dataset.classes), img_size=recipe.img_size)
         self.fit, self.val = split_val(dataset.train, recipe.val_images)
         self._check_sizes()
@@ -113,38 +108,37 @@ class _Run:
             resize=round(crop / recipe.crop_pct), crop=crop, mean=dataset.mean, std=dataset.std
         )
         self.model = StrideViT(self.spec, seed=recipe.seed, drop_path_rate=recipe.drop_path)
+        classifier = NormalizedModel(self.model, mean=dataset.mean, std=dataset.std).to(self.world.device)
         self.stepper = Stepper(
-            NormalizedModel(self.model, mean=dataset.mean, std=dataset.std).to(world.device),
-            recipe,
-            world,
-            num_classes=self.spec.num_classes,
-            steps_per_epoch=self.steps_per_epoch,
+            classifier, recipe, self.world, num_classes=self.spec.num_classes, steps_per_epoch=self.steps_per_epoch
         )
         self.rows: list[MetricsRow] = []
         self.step = 0
         self.epoch_loss = 0.0
-        """Sum over the steps of this epoch so far."""
+        """Sum of the losses of this epoch's steps so far."""
         self.seconds = 0.0
-        """Spent in training steps so far, over all resumptions; evaluation not counted."""
+        """Time in training steps so far, including those before a resumption, without evaluation."""
         self.started = datetime.now(UTC)
         self.commit = runs.git_commit()
         self.identity = run_identity(recipe, variant, dataset)
 
     def _check_sizes(self) -> None:
-        recipe, spec = self.recipe, self.spec
+        recipe, spec, batch = self.recipe, self.spec, self.recipe.schedule.batch_size
         if isinstance(self.fit, Split) and (shape := self.fit.images.shape[1:3]) != spec.image_shape:
             raise TrainingError(
                 f"preset {recipe.preset} takes {spec.img_size} px images, but {self.dataset.name} has "
                 f"{shape[1]} × {shape[0]}: choose another --preset, or --set img_size={shape[0]}"
             )
-        parts = self.world.size * recipe.schedule.accumulate
-        if recipe.schedule.batch_size % parts:
+        if batch % (self.world.size * recipe.schedule.accumulate):
             raise TrainingError(
-                f"batch size {recipe.schedule.batch_size} cannot be divided by {self.world.size} processes × "
+                f"batch size {batch} cannot be divided by {self.world.size} processes × "
                 f"{recipe.schedule.accumulate} micro-batches"
             )
-        if recipe.schedule.batch_size > len(self.fit):
-            raise TrainingError(f"batch size {recipe.schedule.batch_size} exceeds the {len(self.fit)} train images")
+        if batch > len(self.fit):
+            fitting = 2 ** max(0, (len(self.fit) // 4).bit_length() - 1)
+            raise TrainingError(
+                f"batch size {batch} exceeds the {len(self.fit)} train images: --set schedule.batch_size={fitting}"
+            )
 
     def record(self, **more: str) -> None:
         """Write run.json."""
@@ -157,7 +151,7 @@ class _Run:
                     "git_commit": self.commit,
                     "environment": runs.environment(),
                     "processes": self.world.size,
-                    "parameters": count_parameters(self.model),
+                    "params": count_parameters(self.model),
                     "started": self.started.isoformat(timespec="seconds"),
                     "train_seconds": round(self.seconds, 1),
                     **more,
@@ -165,73 +159,71 @@ class _Run:
             )
 
     def restore(self) -> None:
-        """Go on from the last good checkpoint. Raises RunError if there is none, or if it is of another run."""
+        """Continue from the last good checkpoint. Raises RunError if there is none, or if it belongs to another run."""
         state, warning = self.world.decide(lambda: load_checkpoint(self.out))
-        self.started = self.world.decide(lambda: runs.read_started(self.out))
+        record = self.world.decide(lambda: runs.read_record(self.out))
         if _decisive(state["identity"]) != _decisive(self.identity):
             raise runs.RunError(f"{self.out} was trained with another recipe, variant or data: choose another --out")
         if warning:
-            self.console.print(f"[yellow]warning:[/] {warning}: going on from the one before", soft_wrap=True)
+            self.on.say(f"[yellow]warning:[/] {warning}: continuing from the one before")
         self.stepper.restore(state["stepper"])
         self.rows, self.step = state["rows"], state["step"]
         self.epoch_loss, self.seconds = state["epoch_loss"], state["seconds"]
+        self.started = datetime.fromisoformat(record["started"])
 
     def save(self) -> None:
-        """Write metrics.csv and a checkpoint. A disk that is full costs a warning, not the run."""
+        """Write metrics.csv and a checkpoint. If the disk is full, warn and go on."""
         if not self.world.main:
             return
+        state = {
+            "identity": self.identity,
+            "stepper": self.stepper.state(),
+            "rows": self.rows,
+            "step": self.step,
+            "epoch_loss": self.epoch_loss,
+            "seconds": self.seconds,
+        }
         try:
             if self.rows:
                 runs.write_metrics(self.out / runs.METRICS_FILE, self.rows)
-            save_checkpoint(
-                self.out,
-                {
-                    "identity": self.identity,
-                    "stepper": self.stepper.state(),
-                    "rows": self.rows,
-                    "step": self.step,
-                    "epoch_loss": self.epoch_loss,
-                    "seconds": self.seconds,
-                },
-            )
+            save_checkpoint(self.out, state)
         except OSError as error:
-            self.console.print(
-                f"[yellow]warning:[/] no checkpoint of step {self.step} in {self.out} ({error}): make room; "
-                "the run goes on and tries again",
-                soft_wrap=True,
+            self.on.say(
+                f"[yellow]warning:[/] no checkpoint of step {self.step} in {self.out} ({error}): make room; the run "
+                "continues and tries again"
             )
 
-    def train(self, stop: StopRequest, checkpoint_steps: int) -> None:
-        """Take all steps that are left."""
+    def train(self, stop: StopRequest) -> None:
+        """Take all remaining steps."""
+        log = self.out / "tensorboard" if self.world.main else None
         with (
-            progress_bar(self.console, disable=not self.world.main) as progress,
-            Board(self.out, self.world, self.console, next_epoch=len(self.rows) + 1) as board,
+            progress_bar(self.on.console, disable=not self.world.main) as progress,
+            closing(TensorBoard(log, self.on.say, next_epoch=len(self.rows) + 1)) as board,
         ):
             bar = progress.add_task(
                 self.spec.variant, total=self.total_steps, completed=self.step, loss=float("nan"), rate=0.0
             )
             while self.step < self.total_steps:
-                taken, before = self.step, self.seconds
-                for loss, seconds in self._rest_of_the_epoch(stop, checkpoint_steps):
-                    progress.update(bar, advance=1, loss=loss, rate=self.recipe.schedule.batch_size / seconds)
+                first, before, rate = self.step, self.seconds, 0.0
+                for loss in self._rest_of_epoch(stop):
+                    rate = (self.step - first) * self.recipe.schedule.batch_size / (self.seconds - before)
+                    progress.update(bar, advance=1, loss=loss, rate=rate)
                 row = self._end_epoch()
-                rate = (self.step - taken) * self.recipe.schedule.batch_size / (self.seconds - before)
                 board.add({**row, "images_per_s": rate}, epoch=len(self.rows))
                 self.save()
-                self.console.print("  ".join(f"{key} {value}" for key, value in row.items()) + f"  {rate:.0f} images/s")
+                self.on.say("  ".join(f"{key} {value}" for key, value in row.items()) + f"  {rate:.0f} images/s")
                 if self.world.sum(torch.tensor(int(stop.signum), device=self.world.device)).item():
                     raise self._stopped(stop)
 
     def _stopped(self, stop: StopRequest) -> Stopped:
-        # A process that was told by another has no signal of its own.
+        # A process that stops because another one was asked to has received no signal itself.
         return Stopped(f"stopped at step {self.step} of {self.total_steps}", stop.signum or signal.SIGTERM)
 
-    def _rest_of_the_epoch(self, stop: StopRequest, checkpoint_steps: int) -> Iterator[tuple[float, float]]:
-        """Train to the end of the epoch; yields (mean loss so far, smoothed seconds of a step) after each step."""
+    def _rest_of_epoch(self, stop: StopRequest) -> Iterator[float]:
+        """Train to the end of the epoch; yields the epoch's mean loss so far after each step."""
         epoch, first = divmod(self.step, self.steps_per_epoch)
         self.stepper.classifier.train()
         batches = self._batches(epoch, first)
-        smoothed = 0.0
         for done in range(first + 1, self.steps_per_epoch + 1):
             started = time.perf_counter()
             try:
@@ -244,33 +236,24 @@ class _Run:
                 ) from error
             self.step += 1
             self.epoch_loss += loss
-            seconds = time.perf_counter() - started
-            self.seconds += seconds
-            smoothed = seconds if not smoothed else 0.95 * smoothed + 0.05 * seconds
-            yield self.epoch_loss / done, smoothed
-            # An epoch that is full is ended first, in `train`.
-            if done < self.steps_per_epoch and (wants_stop or self.step % checkpoint_steps == 0):
+            self.seconds += time.perf_counter() - started
+            yield self.epoch_loss / done
+            # After the last step of an epoch, `train` evaluates first and then saves and stops.
+            if done < self.steps_per_epoch and (wants_stop or self.step % self.on.checkpoint_steps == 0):
                 self.save()
                 if wants_stop:
                     raise self._stopped(stop)
 
     def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """This process's micro-batches of the epoch, from step `first` on."""
-        schedule, world = self.recipe.schedule, self.world
-        order = epoch_order(len(self.fit), seed=self.recipe.seed, epoch=epoch)
+        schedule, world, seed = self.recipe.schedule, self.world, self.recipe.seed
+        order = epoch_order(len(self.fit), seed=seed, epoch=epoch)[: self.steps_per_epoch * schedule.batch_size]
         # (steps, micro-batches, processes, images)
-        table = order[: self.steps_per_epoch * schedule.batch_size].reshape(
-            self.steps_per_epoch, schedule.accumulate, world.size, -1
-        )
-        index = table[first:, :, world.rank].reshape(-1, table.shape[-1])
+        table = order.reshape(self.steps_per_epoch, schedule.accumulate, world.size, -1)
+        index = list(table[first:, :, world.rank].reshape(-1, table.shape[-1]))
+        crop, workers = self.preprocessing.crop, self.on.workers
         return training_batches(
-            self.fit,
-            self.recipe.augment,
-            list(index),
-            img_size=self.preprocessing.crop,
-            seed=self.recipe.seed,
-            epoch=epoch,
-            workers=self.workers,
+            self.fit, self.recipe.augment, index, img_size=crop, seed=seed, epoch=epoch, workers=workers
         )
 
     def _end_epoch(self) -> MetricsRow:
@@ -281,51 +264,37 @@ class _Run:
             "train_loss": round(self.epoch_loss / self.steps_per_epoch, 5),
         }
         if len(self.val):
-            held = self._evaluate(self.val)
-            row |= {
-                "val_loss": round(held.loss, 5),
-                "val_top1": round(held.top1, 5),
-                "val_top5": round(held.top5, 5),
-            }
+            val = self._evaluate(self.val)
+            row |= {"val_loss": round(val.loss, 5), "val_top1": round(val.top1, 5), "val_top5": round(val.top5, 5)}
         self.rows.append(row)
         self.epoch_loss = 0.0
         return row
 
     def _evaluate(self, images: Images) -> Evaluation:
+        classes, workers = self.spec.num_classes, self.on.workers
         return evaluate(
-            self.stepper.evaluated,
-            images,
-            num_classes=self.spec.num_classes,
-            preprocessing=self.preprocessing,
-            world=self.world,
-            workers=self.workers,
+            self.stepper.evaluated, images, self.preprocessing, num_classes=classes, world=self.world, workers=workers
         )
 
     def finish(self, *, test: bool) -> runs.ModelCard:
-        """Evaluate on the full test split, once, if at all, and write `final/`."""
-        dataset, accuracy = self.dataset, None
-        if test:
-            result = self._evaluate(dataset.test)
-            accuracy = accuracy_of(result, dataset)
-
-        def card(weights_sha256: str) -> runs.ModelCard:
-            return runs.ModelCard(
-                name=self.out.name,
-                architecture=self.spec,
-                preprocessing=self.preprocessing,
-                labels=dataset.classes,
-                accuracy=accuracy,
-                dataset=dataset.name,
-                recipe=self.recipe.name,
-                seed=self.recipe.seed,
-                epochs=self.recipe.schedule.epochs,
-                git_commit=self.commit,
-                weights_sha256=weights_sha256,
-            )
+        """Evaluate on the full test split, unless `test` is false, and write `final/`."""
+        card = partial(
+            runs.ModelCard,
+            name=self.out.name,
+            architecture=self.spec,
+            preprocessing=self.preprocessing,
+            labels=self.dataset.classes,
+            accuracy=self._evaluate(self.dataset.test).accuracy(self.dataset) if test else None,
+            dataset=self.dataset.name,
+            recipe=self.recipe.name,
+            seed=self.recipe.seed,
+            epochs=self.recipe.schedule.epochs,
+            git_commit=self.commit,
+        )
 
         def write() -> runs.ModelCard:
             try:
-                # The card comes last: with it the run is finished, and all else is there.
+                # The card is written last: it marks the run as finished.
                 self.record(finished=datetime.now(UTC).isoformat(timespec="seconds"))
                 runs.save_final(self.out, self.stepper.evaluated.model, card)
             except OSError as error:

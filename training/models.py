@@ -4,10 +4,8 @@ Importing this module registers every preset with timm, as MHA and with each com
 `timm.create_model("stridevit_s16_csra_r2", img_size=384)`; `timm.list_models("stridevit_*")` lists them.
 """
 
-import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from training import seeding
 from training.attention import attention_layer
 from training.variants import REGISTERED, parse_variant
 
@@ -27,10 +26,14 @@ ImageSize = PositiveInt | tuple[PositiveInt, PositiveInt]
 """Pixels: one number for a square, else (height, width)."""
 
 
-class Architecture(BaseModel):
-    """Everything that fixes the shape of a model."""
+class Record(BaseModel):
+    """An immutable record; unknown fields are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Architecture(Record):
+    """Everything that determines the shape of a model; names as in timm."""
 
     preset: str
     variant: str
@@ -69,6 +72,11 @@ class Architecture(BaseModel):
         return height // self.patch_size, width // self.patch_size
 
     @property
+    def tokens(self) -> int:
+        """Patch tokens N."""
+        return self.grid[0] * self.grid[1]
+
+    @property
     def kv_tokens(self) -> int:
         """Key/value tokens M of each attention layer."""
         return parse_variant(self.variant).kv_tokens(self.grid)
@@ -102,9 +110,9 @@ def architecture(
     img_size: ImageSize | None = None,
     rank: int | None = None,
 ) -> Architecture:
-    """The architecture of a preset with one variant; what is left out is the preset's own.
+    """The architecture of a preset with one variant; what is left out is the preset's.
 
-    Raises ValueError for a preset that does not exist and an image size that patches do not fill.
+    Raises ValueError for an unknown preset and for an image size that is not a multiple of the patch size.
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
@@ -116,9 +124,9 @@ def architecture(
 class StrideViT(VisionTransformer):
     """timm's Vision Transformer with fixed 2-D sin-cos positions, no class token and average pooling.
 
-    Each module draws its first weights from a generator of its own, seeded by (`seed`, module name), in the scheme of
-    the original ViT (Xavier-uniform matrices, zero head). So for one seed all variants start equal outside attention.
-    `timm` takes timm's own arguments that leave the architecture as it is: `in_chans` and the drop rates.
+    The initial weights of each module are a function of (`seed`, module name), in the scheme of the original ViT
+    (Xavier-uniform matrices, zero head). So for one seed all variants start equal outside attention.
+    `timm` takes timm's own arguments that do not change the architecture: `in_chans` and the drop rates.
     """
 
     def __init__(self, spec: Architecture, *, seed: int = 0, drop_path_rate: float = 0.0, **timm: Any) -> None:
@@ -150,25 +158,18 @@ class StrideViT(VisionTransformer):
         raise NotImplementedError("make the model anew with another image size: its weights fit any")
 
     def init_from(self, seed: int) -> None:
-        """Set all weights anew, as a pure function of `seed`."""
-        for name, module in self.named_modules():
-            with _seeded(f"{seed}/{name}"):
+        """Initialise all weights as a pure function of `seed`."""
+        with torch.random.fork_rng(devices=[]):
+            for name, module in self.named_modules():
                 if module is not self:
+                    torch.manual_seed(seeding.name_seed(f"{seed}/{name}"))
                     init_weights_vit_jax(module, name, needs_reset=False)
 
 
-@contextmanager
-def _seeded(text: str) -> Iterator[None]:
-    """Run torch's random functions from a seed made of `text`, then put the global state back."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True))
-        yield
-
-
 class NormalizedModel(nn.Module):
-    """A model that takes uint8 images, so that normalisation can neither be forgotten nor done twice.
+    """A model that takes uint8 images and normalises them itself, so that it is neither forgotten nor done twice.
 
-    `mean` and `std` are in units of the 0..1 range, one value a channel.
+    `mean` and `std` are per channel, in units of the 0..1 range.
     """
 
     model: nn.Module
@@ -194,9 +195,9 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs_by_torch(model: StrideViT) -> int:
-    """Multiply-accumulates of one image, matrix products and convolutions only: what describe.py's formulas must give.
+    """Multiply-accumulates for one image, matrix products and convolutions only; describe.py's formulas must agree.
 
-    Counted under the math attention backend: torch's counter does not see the CPU's fused attention.
+    Counted with the math attention backend: torch's counter does not see the CPU's fused attention.
     """
     image = torch.zeros(1, 3, *model.spec.image_shape)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -204,40 +205,15 @@ def count_macs_by_torch(model: StrideViT) -> int:
     return int(counter.get_total_flops()) // 2
 
 
+_DROP_RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
+
+
 def _timm_model(
-    preset: str,
-    variant: str,
-    *,
-    num_classes: int,
-    img_size: int | tuple[int, int],
-    rank: int | None = None,
-    seed: int = 0,
-    in_chans: int = 3,
-    drop_rate: float = 0.0,
-    pos_drop_rate: float = 0.0,
-    proj_drop_rate: float = 0.0,
-    attn_drop_rate: float = 0.0,
-    drop_path_rate: float = 0.0,
+    preset: str, variant: str, *, num_classes: int, img_size: ImageSize, rank: int | None = None, **options: Any
 ) -> StrideViT:
-    return StrideViT(
-        architecture(preset, variant, num_classes=num_classes, img_size=img_size, rank=rank),
-        seed=seed,
-        drop_path_rate=drop_path_rate,
-        in_chans=in_chans,
-        drop_rate=drop_rate,
-        pos_drop_rate=pos_drop_rate,
-        proj_drop_rate=proj_drop_rate,
-        attn_drop_rate=attn_drop_rate,
-    )
-
-
-def _timm_names() -> dict[str, tuple[str, str]]:
-    """Name in timm's registry -> (preset, variant)."""
-    return {
-        f"stridevit_{preset.removeprefix('vit-')}_{variant}".replace("-", "_"): (preset, variant)
-        for preset in PRESETS
-        for variant in REGISTERED
-    }
+    if unknown := options.keys() - {"seed", "in_chans", *_DROP_RATES}:
+        raise TypeError(f"a StrideViT takes no {', '.join(sorted(unknown))}: that would change its architecture")
+    return StrideViT(architecture(preset, variant, num_classes=num_classes, img_size=img_size, rank=rank), **options)
 
 
 def _timm_cfg(preset: str) -> dict[str, Any]:
@@ -272,6 +248,10 @@ def _register(name: str, preset: str, variant: str) -> None:
     globals()[name] = register_model(create)
 
 
-default_cfgs = generate_default_cfgs({name: _timm_cfg(preset) for name, (preset, _) in _timm_names().items()})
-for _name, (_preset, _variant) in _timm_names().items():
+_TIMM_NAMES = {
+    f"stridevit_{preset.removeprefix('vit-')}_{variant}".replace("-", "_"): (preset, variant)
+    for preset, variant in product(PRESETS, REGISTERED)
+}
+default_cfgs = generate_default_cfgs({name: _timm_cfg(preset) for name, (preset, _) in _TIMM_NAMES.items()})
+for _name, (_preset, _variant) in _TIMM_NAMES.items():
     _register(_name, _preset, _variant)

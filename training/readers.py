@@ -1,18 +1,19 @@
-"""Where encoded images and labels come from: the layouts of a folder, or the Hugging Face hub.
+"""Readers of encoded images and labels: the layouts of a folder, or the Hugging Face hub.
 
     DIR/train-*.parquet, test-*.parquet     as the hub stores data sets             datasets
     DIR/train-*.tar, validation-*.tar       WebDataset shards: key.jpg, key.cls     datasets
-    DIR/train/CLASS/*, DIR/val/CLASS/*      a folder a class                        torchvision
+    DIR/train/CLASS/*, DIR/val/CLASS/*      one folder per class                    torchvision
     hub:OWNER/NAME                          by its name on the Hugging Face hub     datasets
 
-All are read by index, so that order, resumption and any number of processes follow from the index alone. For that,
-`datasets` copies all but class folders once into its cache (HF_HOME says where).
+All are read by index, so that order, resumption and any number of processes depend on the index alone. To that end
+`datasets` copies all but class folders into its cache once (HF_HOME names it).
 """
 
 import errno
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,14 +25,14 @@ from torchvision.datasets import ImageFolder
 
 HUB = "hub:"
 TRAIN, EVALUATION = ("train",), ("validation", "valid", "val", "test")
-"""Names of splits, best first: where a data set has validation and test, as ImageNet does, the test has no labels."""
+"""Names of splits, best first: validation before test, because the test split of ImageNet has no labels."""
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 _LABEL_COLUMNS = ("fine_label", "label", "labels", "cls")
 
 
 class DataError(Exception):
-    """The data is missing or damaged; the message says what to put where."""
+    """The data is missing or damaged; the message says what is needed where."""
 
 
 class Reader(Protocol):
@@ -40,7 +41,7 @@ class Reader(Protocol):
     split: str
     labels: npt.NDArray[np.int64]
     classes: tuple[str, ...]
-    """Empty where the data set does not name them."""
+    """Empty if the data set does not name them."""
 
     def encoded(self, row: int) -> bytes:
         """The image file's bytes."""
@@ -71,7 +72,7 @@ def open_split(source: str, names: Sequence[str], *, hint: str) -> Reader:
 
 
 class _Table:
-    """Rows of a `datasets` table; `origin` names the file of each part of it and its number of rows."""
+    """Rows of a `datasets` table; `origin` lists the file of each part and its number of rows."""
 
     def __init__(
         self, table: datasets.Dataset, split: str, origin: list[tuple[str, int]], classes: Path | None
@@ -79,12 +80,17 @@ class _Table:
         self.split = split
         image = _column(table, _IMAGE_COLUMNS, origin[0][0])
         label = _column(table, _LABEL_COLUMNS, origin[0][0])
-        self.labels = np.asarray(table.with_format("numpy")[label][:], dtype=np.int64)
+        try:
+            self.labels = np.asarray(table.with_format("numpy")[label][:], dtype=np.int64)
+        except (TypeError, ValueError):
+            raise DataError(
+                f"{origin[0][0]}: column {label} holds {table.features[label].dtype}, not class indices"
+            ) from None
         self.classes = _class_names(table, label, classes)
         self._image = image
         self._table = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
         self._origin = origin
-        # WebDataset shards know the name of each sample.
+        # WebDataset shards name each sample.
         self._keys = table["__key__"] if "__key__" in table.column_names else None
 
     def encoded(self, row: int) -> bytes:
@@ -102,7 +108,7 @@ class _Table:
 
 
 class _ClassFolders:
-    """torchvision's ImageFolder: a folder a class, in alphabetic order."""
+    """torchvision's ImageFolder: one folder per class, in alphabetical order."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.split = split
@@ -112,7 +118,7 @@ class _ClassFolders:
             raise DataError(f"{folder} is not laid out as CLASS/picture.jpg: {error}") from error
         self.classes = tuple(found.classes)
         self.labels = np.asarray(found.targets, dtype=np.int64)
-        # As bytes: at ImageNet's size a quarter of what text would take.
+        # As bytes: a quarter of the memory of text, for a million paths.
         self._files = np.array([os.fsencode(path) for path, _ in found.samples])
 
     def encoded(self, row: int) -> bytes:
@@ -125,52 +131,46 @@ class _ClassFolders:
 def _from_parquet(files: list[Path], split: str) -> Reader:
     parts = []
     for file in files:
-        try:
+        with _readable(f"{file} cannot be read", "fetch it again"):
             parts.append(datasets.Dataset.from_parquet(str(file)))
-        except (OSError, ValueError, DatasetGenerationError) as error:
-            raise DataError(f"{file} cannot be read ({_cause(error)}): {_cure(error, 'fetch it again')}") from error
     origin = [(str(file), len(part)) for file, part in zip(files, parts, strict=True)]
     return _Table(datasets.concatenate_datasets(parts), split, origin, files[0].parent / "classes.json")
 
 
 def _from_shards(files: list[Path], split: str) -> Reader:
-    paths = [str(file) for file in files]
-    try:
-        table = datasets.load_dataset("webdataset", data_files={split: paths}, split=split)
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        raise DataError(
-            f"{files[0].parent}/{split}-*.tar cannot be read as WebDataset shards ({_cause(error)}): "
-            + _cure(error, "each sample needs files such as 0001.jpg and 0001.cls")
-        ) from error
-    return _Table(table, split, [(f"{files[0].parent}/{split}-*.tar", len(table))], files[0].parent / "classes.json")
+    folder = files[0].parent
+    origin = f"{folder}/{split}-*.tar"
+    with _readable(
+        f"{origin} cannot be read as WebDataset shards", "each sample needs files such as 0001.jpg and 0001.cls"
+    ):
+        table = datasets.load_dataset("webdataset", data_files={split: [str(file) for file in files]}, split=split)
+    return _Table(table, split, [(origin, len(table))], folder / "classes.json")
 
 
 def _from_hub(name: str, names: Sequence[str]) -> Reader:
-    try:
+    with _readable(
+        f"{HUB}{name} cannot be loaded from the Hugging Face hub",
+        "check the name and the connection, log in with `hf auth login` where it is gated, or name a folder that holds "
+        "its parquet files",
+    ):
         has = datasets.get_dataset_split_names(name)
-        split = next(wanted for wanted in names if wanted in has)
+        split = next((wanted for wanted in names if wanted in has), None)
+        if split is None:
+            raise DataError(f"{HUB}{name} has no split {' or '.join(names)}, but {', '.join(has)}")
         table = datasets.load_dataset(name, split=split)
-    except StopIteration:
-        raise DataError(f"{HUB}{name} has no split {' or '.join(names)}, but {', '.join(has)}") from None
-    except (DatasetNotFoundError, OSError, ValueError, DatasetGenerationError) as error:
-        raise DataError(
-            f"{HUB}{name} cannot be had from the Hugging Face hub ({_cause(error)}): "
-            + _cure(
-                error,
-                "check the name and the connection, log in with `hf auth login` where it is gated, or name a folder "
-                "that holds its parquet files",
-            )
-        ) from error
     return _Table(table, split, [(f"{HUB}{name} {split}", len(table))], None)
 
 
-def _cause(error: BaseException) -> BaseException:
-    return error.__cause__ or error
-
-
-def _cure(error: BaseException, otherwise: str) -> str:
-    full = isinstance(cause := _cause(error), OSError) and cause.errno == errno.ENOSPC
-    return "set HF_HOME to a folder with room for a copy of the data" if full else otherwise
+@contextmanager
+def _readable(failure: str, fix: str) -> Iterator[None]:
+    """Turn what `datasets` raises into a DataError: what failed, why, and how to fix it."""
+    try:
+        yield
+    except (DatasetNotFoundError, DatasetGenerationError, OSError, ValueError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+            fix = "set HF_HOME to a folder with room for a copy of the data"
+        raise DataError(f"{failure} ({cause}): {fix}") from error
 
 
 def _column(table: datasets.Dataset, known: Sequence[str], origin: str) -> str:
@@ -181,10 +181,13 @@ def _column(table: datasets.Dataset, known: Sequence[str], origin: str) -> str:
 
 
 def _class_names(table: datasets.Dataset, label: str, beside: Path | None) -> tuple[str, ...]:
-    """From the table's own metadata, else from classes.json beside it (label_names, after the column)."""
+    """From the table's metadata, else from classes.json beside it (under the column's name, plus `_names`)."""
     feature: Any = table.features[label]
     if isinstance(feature, datasets.ClassLabel):
         return tuple(feature.names)
     if beside is not None and beside.is_file():
-        return tuple(json.loads(beside.read_text(encoding="utf-8"))[f"{label}_names"])
+        try:
+            return tuple(json.loads(beside.read_text(encoding="utf-8"))[f"{label}_names"])
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f'{beside} is not a JSON object with a list "{label}_names"') from None
     return ()

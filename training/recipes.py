@@ -1,13 +1,11 @@
-"""Recipes: everything that a run is made of, apart from the variant. One short function each."""
+"""Recipes: all settings of a run except the variant."""
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -18,12 +16,10 @@ from pydantic import (
 )
 from timm.data.auto_augment import rand_augment_transform
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from training.models import Record
 
 
-class Optim(_Section):
+class Optim(Record):
     """AdamW, with weight decay on matrices only."""
 
     lr: PositiveFloat = 1e-3
@@ -31,43 +27,43 @@ class Optim(_Section):
     clip_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this L2 norm."""
     ema_decay: NonNegativeFloat = Field(default=0.0, lt=1)
-    """Evaluate and ship an exponential moving average of the weights, updated at every step; 0 turns it off."""
+    """Evaluate and ship an exponential moving average of the weights, updated every step; 0 turns it off."""
 
 
-class Schedule(_Section):
+class Schedule(Record):
     """Linear warm-up, then a half cosine to `min_lr`, both by optimiser step."""
 
     epochs: PositiveInt
     batch_size: PositiveInt = 128
-    """Images of one optimiser step, over all processes and micro-batches."""
+    """Images per optimiser step, over all processes and micro-batches."""
     accumulate: PositiveInt = 1
-    """Micro-batches that a process takes for its share of a step: more take less memory."""
+    """Micro-batches per step and process: more of them need less memory."""
     warmup_epochs: NonNegativeFloat = 1.0
     warmup_steps: NonNegativeInt | None = None
-    """Takes the place of `warmup_epochs`."""
+    """Replaces `warmup_epochs`."""
     cosine_after_warmup: bool = False
-    """Start the cosine where the warm-up ends, as big_vision does; else at step 0, its start unseen, as timm does."""
+    """Start the cosine after the warm-up, as big_vision does; else at step 0, under the warm-up, as timm does."""
     min_lr: NonNegativeFloat = 1e-5
 
 
-class Augment(_Section):
-    """What happens to a training image, as a pure function of (seed, epoch, sample index); mixup of (seed, step)."""
+class Augment(Record):
+    """Augmentation of a training image, a pure function of (seed, epoch, sample index); mixup of (seed, step)."""
 
     crop_padding: NonNegativeInt = 0
     """Pixels of zero padding on each side before a random crop back to the image size; data in memory only."""
     hflip: float = Field(default=0.0, ge=0, le=1, strict=True)
     """Probability of a flip from left to right."""
     scale: tuple[PositiveFloat, PositiveFloat] | None = None
-    """Inception crop: a random part of the image with this share of its area, resized; for data read from disk."""
+    """Inception crop: a random part of the image, with this range of its area, resized; for data read from disk."""
     rand_augment: str | None = None
-    """timm's name for RandAugment, such as rand-m10-n2-p1.0: two operations of magnitude 10, applied always."""
+    """RandAugment by timm's name, such as rand-m10-n2-p1.0: two operations of magnitude 10, always applied."""
     mixup_alpha: NonNegativeFloat = 0.0
-    """Mix each image of a batch with its neighbour, one weight a step, from Beta(alpha, alpha); 0 turns it off."""
+    """Mix each image of a batch with its neighbour by one weight per step, from Beta(alpha, alpha); 0 turns it off."""
 
     @model_validator(mode="after")
     def _possible(self) -> "Augment":
         if self.scale and not self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale {list(self.scale)} is not [smallest, largest] share, at most 1")
+            raise ValueError(f"scale {list(self.scale)} is not [smallest, largest] share of the area, at most 1")
         if self.rand_augment is not None:
             try:
                 rand_augment_transform(self.rand_augment, {})
@@ -77,126 +73,113 @@ class Augment(_Section):
             raise ValueError("crop_padding goes with neither scale nor rand_augment: set it to 0")
         return self
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether all images are held as one uint8 array: small ones of one size, augmented one batch at a time.
 
-class Recipe(_Section):
-    """A complete description of a run but for its variant."""
+        Inception crops and RandAugment work on single images of any size, which worker processes read from disk.
+        """
+        return self.scale is None and self.rand_augment is None
+
+
+class Recipe(Record):
+    """All settings of a run except the variant."""
 
     name: str
     preset: str
     dataset: str
-    """Its name in tables and cards; `digits` comes with scikit-learn, all others are read from `--data`."""
+    """Name in tables and cards; `digits` comes with scikit-learn, all others are read from `--data`."""
     val_images: NonNegativeInt
-    """Train images kept aside, stratified by class, for every decision; the test split is used once, at the end."""
+    """Train images held out for every decision, stratified by class; the test split is used once, at the end."""
     img_size: PositiveInt | None = None
     """Another image size than the preset's."""
     crop_pct: float = Field(default=1.0, gt=0, le=1)
-    """For evaluation: side of the centre crop over the shorter side of the resized image (0.875 = 224 of 256)."""
+    """For evaluation: side of the central crop ÷ shorter side of the resized image (0.875 = 224 ÷ 256)."""
     optim: Optim = Optim()
     schedule: Schedule
     augment: Augment = Augment()
     label_smoothing: NonNegativeFloat = Field(default=0.1, lt=1)
     drop_path: NonNegativeFloat = Field(default=0.0, lt=1)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of matrix products; weights and optimiser stay in float32. fp16 scales the loss, and needs a GPU."""
+    """Precision of matrix products; weights and optimiser stay in float32. fp16 scales the loss and needs a GPU."""
     compile: bool = False
     """Compile the step with torch.compile; needs a C++ compiler on a CPU."""
     deterministic: bool = False
-    """Ask torch for deterministic algorithms (slower on a GPU). A CPU repeats itself anyhow."""
+    """Use torch's deterministic algorithms (slower on a GPU); runs on a CPU are deterministic anyway."""
     seed: NonNegativeInt = 0
 
-    @property
-    def in_memory(self) -> bool:
-        """Whether images are held as one uint8 array and augmented a batch at a time, as small ones of one size can be.
 
-        Inception crops and RandAugment work on single pictures of any size, which worker processes read from disk.
-        """
-        return self.augment.scale is None and self.augment.rand_augment is None
+CIFAR100_XS = Recipe(
+    name="cifar100-xs",
+    preset="vit-xs",
+    dataset="cifar100",
+    val_images=5000,
+    optim=Optim(lr=2e-3),
+    schedule=Schedule(epochs=20),
+    augment=Augment(crop_padding=4, hflip=0.5),
+    precision="bf16",
+)
+"""`vit-xs` on CIFAR-100: the trained models that ship with the repository.
 
+python -m training train --recipe cifar100-xs --variant csra-r2 --data DIR --out runs/x
+20 epochs, seed 0, about an hour each on one thread of a shared CPU: top-1 51.6 % (mha), 53.9 % (lsra-r2), 54.2 %
+(lsra-r4), 53.7 % (csra-r2), 51.7 % (csra-r4) on the full test split; docs/results.md has the rest.
+"""
 
-def cifar100_xs() -> Recipe:
-    """`vit-xs` on CIFAR-100: the trained models that ship with the repository.
+CIFAR100_FULL = Recipe(
+    name="cifar100-full",
+    preset="vit-cifar",
+    dataset="cifar100",
+    val_images=5000,
+    optim=Optim(lr=1e-3, ema_decay=0.9998),
+    schedule=Schedule(epochs=100, batch_size=256, warmup_epochs=10),
+    augment=Augment(scale=(0.4, 1.0), hflip=0.5, rand_augment="rand-m9-n2-p1.0", mixup_alpha=0.2),
+    drop_path=0.1,
+    precision="bf16",
+)
+"""`vit-cifar` on CIFAR-100, 100 epochs: the experiment at full size.
 
-    python -m training train --recipe cifar100-xs --variant csra-r2 --data DIR --out runs/x
-    20 epochs, seed 0, about an hour each on one thread of a shared CPU: top-1 51.6 % (mha), 53.9 % (lsra-r2), 54.2 %
-    (lsra-r4), 53.7 % (csra-r2), 51.7 % (csra-r4) on the full test split; docs/results.md has the rest.
-    """
-    return Recipe(
-        name="cifar100-xs",
-        preset="vit-xs",
-        dataset="cifar100",
-        val_images=5000,
-        optim=Optim(lr=2e-3),
-        schedule=Schedule(epochs=20),
-        augment=Augment(crop_padding=4, hflip=0.5),
-        precision="bf16",
-    )
+python -m training train --recipe cifar100-full --variant csra-r2 --data DIR --out runs/x
+Hardware: one GPU. Not run here; two CPU cores would take days. The regularisation is like DeiT's and was not tuned;
+RandAugment works on single images, so CIFAR is read image by image.
+"""
 
+IMAGENET_S16 = Recipe(
+    name="imagenet-s16",
+    preset="vit-s16",
+    dataset="imagenet",
+    val_images=12_812,
+    crop_pct=0.875,
+    optim=Optim(lr=1e-3, weight_decay=0.1, clip_norm=1.0),
+    schedule=Schedule(epochs=90, batch_size=1024, warmup_steps=10_000, cosine_after_warmup=True, min_lr=0.0),
+    augment=Augment(scale=(0.05, 1.0), hflip=0.5, rand_augment="rand-m10-n2-p1.0", mixup_alpha=0.2),
+    label_smoothing=0.0,
+    precision="bf16",
+)
+"""`vit-s16` on ImageNet-1K, 90 epochs: "Better plain ViT baselines for ImageNet-1k" (arXiv:2205.01580).
 
-def cifar100_full() -> Recipe:
-    """`vit-cifar` on CIFAR-100, 100 epochs: the experiment at full size.
+torchrun --nproc-per-node 8 -m training train --recipe imagenet-s16 --variant csra-r2 --data DIR --out runs/x
+The paper's ViT-S/16 reaches 76.5 % top-1 in 90 epochs (6 h 30 on a TPU v3-8). Not run here: accuracy and time are
+unknown for all variants. Evaluate at 384 px, without fine-tuning: evaluate RUN --img-size 384; train at
+384 px, as the thesis did for its efficiency figures: --set img_size=384. Warm-up 10,000 steps; val_images is 1 %.
+Known to differ from big_vision's vit_s16_i1k.py: no tanh layer before the head, the last norm after pooling instead
+of before, and timm's RandAugment (its 15 operations and fill colour).
+"""
 
-    python -m training train --recipe cifar100-full --variant csra-r2 --data DIR --out runs/x
-    Hardware: one GPU. Not run here; two CPU cores would take days. Its regularisation (RandAugment needs decoded files,
-    so CIFAR is read image by image) follows DeiT's in kind; nothing of it was tuned.
-    """
-    return Recipe(
-        name="cifar100-full",
-        preset="vit-cifar",
-        dataset="cifar100",
-        val_images=5000,
-        optim=Optim(lr=1e-3, ema_decay=0.9998),
-        schedule=Schedule(epochs=100, batch_size=256, warmup_epochs=10),
-        augment=Augment(scale=(0.4, 1.0), hflip=0.5, rand_augment="rand-m9-n2-p1.0", mixup_alpha=0.2),
-        drop_path=0.1,
-        precision="bf16",
-    )
+DIGITS = Recipe(
+    name="digits",
+    preset="vit-xs",
+    dataset="digits",
+    val_images=0,
+    schedule=Schedule(epochs=10, batch_size=32),
+    label_smoothing=0.05,
+)
+"""`vit-xs` on scikit-learn's 1,797 handwritten digits: no download, about a minute per variant on two cores.
 
+Not augmented: flips change digits.
+"""
 
-def imagenet_s16() -> Recipe:
-    """`vit-s16` on ImageNet-1K, 90 epochs: "Better plain ViT baselines for ImageNet-1k" (arXiv:2205.01580).
-
-    torchrun --nproc-per-node 8 -m training train --recipe imagenet-s16 --variant csra-r2 --data DIR --out runs/x
-    The paper's ViT-S/16 reaches 76.5 % top-1 in 90 epochs (6 h 30 on a TPU v3-8). Not run here: no accuracy or time of
-    ours is known for any variant. Evaluate at 384 px, without fine-tuning: evaluate RUN --img-size 384; train at
-    384 px, as the thesis did for its efficiency figures: --set img_size=384. Warm-up 10,000 steps; val_images is 1 %.
-    Known to differ from big_vision's vit_s16_i1k.py: no tanh layer before the head, the last norm after pooling instead
-    of before, and timm's RandAugment (its 15 operations and fill colour).
-    """
-    return Recipe(
-        name="imagenet-s16",
-        preset="vit-s16",
-        dataset="imagenet",
-        val_images=12_812,
-        crop_pct=0.875,
-        optim=Optim(lr=1e-3, weight_decay=0.1, clip_norm=1.0),
-        schedule=Schedule(epochs=90, batch_size=1024, warmup_steps=10_000, cosine_after_warmup=True, min_lr=0.0),
-        augment=Augment(scale=(0.05, 1.0), hflip=0.5, rand_augment="rand-m10-n2-p1.0", mixup_alpha=0.2),
-        label_smoothing=0.0,
-        precision="bf16",
-    )
-
-
-def digits() -> Recipe:
-    """`vit-xs` on scikit-learn's 1,797 handwritten digits: no download, about a minute a variant on two cores.
-
-    A digit that is flipped or shifted is another picture, so nothing is augmented.
-    """
-    return Recipe(
-        name="digits",
-        preset="vit-xs",
-        dataset="digits",
-        val_images=0,
-        schedule=Schedule(epochs=10, batch_size=32),
-        label_smoothing=0.05,
-    )
-
-
-RECIPES: dict[str, Callable[[], Recipe]] = {
-    "cifar100-xs": cifar100_xs,
-    "cifar100-full": cifar100_full,
-    "imagenet-s16": imagenet_s16,
-    "digits": digits,
-}
+RECIPES = {recipe.name: recipe for recipe in (CIFAR100_XS, CIFAR100_FULL, IMAGENET_S16, DIGITS)}
 
 
 def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
@@ -205,20 +188,21 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     Raises ValueError for an unknown recipe or key (naming the nearest), and for a value of the wrong type.
     """
     if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}{_nearest(name, list(RECIPES))}: one of {', '.join(RECIPES)}")
-    values = RECIPES[name]().model_dump()
-    known = _leaf_keys(values)
+        raise ValueError(f"unknown recipe {name!r}{_nearest(name, RECIPES)}: one of {', '.join(RECIPES)}")
+    values = RECIPES[name].model_dump()
+    known = [
+        f"{key}.{leaf}" if leaf else key
+        for key, value in values.items()
+        for leaf in (value if isinstance(value, dict) else [""])
+    ]
     for override in overrides or []:
         key, separator, value = override.partition("=")
         if not separator:
             raise ValueError(f"override {override!r} has no '=': write --set optim.lr=5e-4")
         if key not in known:
             raise ValueError(f"recipe {name!r} has no key {key!r}{_nearest(key, known)}")
-        *sections, leaf = key.split(".")
-        place = values
-        for section in sections:
-            place = place[section]
-        place[leaf] = _parsed(value)
+        section, _, leaf = key.rpartition(".")
+        (values[section] if section else values)[leaf] = _parsed(value)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -227,23 +211,15 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
 
 
 def _parsed(value: str) -> Any:
-    """JSON where it is JSON (numbers, true, null, [0.05, 1]), else the text itself."""
+    """The value of JSON (numbers, true, null, [0.05, 1]), else the text itself."""
     try:
         return json.loads(value)
     except json.JSONDecodeError:
         return value
 
 
-def _leaf_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for key, value in values.items():
-        keys += _leaf_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
-    return keys
-
-
-def _nearest(text: str, known: list[str]) -> str:
-    by_leaf = {key.rsplit(".", 1)[-1]: key for key in known}
-    close = difflib.get_close_matches(text, known, n=1) or [
-        by_leaf[leaf] for leaf in difflib.get_close_matches(text.rsplit(".", 1)[-1], by_leaf, n=1)
-    ]
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _nearest(text: str, known: Iterable[str]) -> str:
+    """A hint at the known name whose last part is most like that of `text`."""
+    by_leaf = {key.rpartition(".")[2]: key for key in known}
+    close = difflib.get_close_matches(text.rpartition(".")[2], by_leaf, n=1)
+    return f"; did you mean {by_leaf[close[0]]!r}?" if close else ""

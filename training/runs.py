@@ -1,54 +1,50 @@
 """A run's folder: the artefacts of training and the seam to export.
 
     runs/<name>/run.json          resolved recipe, variant, git commit, library versions, data fingerprint
-                metrics.csv       a row an epoch, without times: equal runs write equal files; the same and
-                                  the throughput in TensorBoard's format under tensorboard/
-                last.pt           all state to resume, previous.pt the one before; read with weights_only=True
-                final/model.safetensors + model.json: the finished model, all that export and evaluate read
+                metrics.csv       one row per epoch, without times: equal runs write equal files
+                tensorboard/      the same, and the throughput, for TensorBoard
+                last.pt           the state to resume from; previous.pt is the one before
+                final/model.safetensors + model.json: the finished model; export and evaluate read nothing else
 
-Files are replaced in one step, so that a killed run leaves the old or the new file, never half of one.
+Files are replaced atomically: a killed run leaves the old file or the new one, never half of one.
 """
 
 import csv
 import hashlib
+import io
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import datetime
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import NonNegativeInt, PositiveInt, ValidationError, model_validator
 from safetensors.torch import load_file, save
 from torch import nn
 
-from training.models import Architecture, NormalizedModel, StrideViT
+from training.models import Architecture, NormalizedModel, Record, StrideViT
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.csv"
-FINAL_FOLDER = "final"
-WEIGHTS_FILE = "model.safetensors"
-CARD_FILE = "model.json"
+WEIGHTS_FILE = "final/model.safetensors"
+CARD_FILE = "final/model.json"
 
 SCHEMA_VERSION: Literal[2] = 2
-"""Of run.json and model.json. Version 1 had other names than timm: a card of it is converted, a record is not."""
+"""Version of run.json and model.json. Of version 1, model.json is converted when read, run.json is refused."""
 
 _VERSION_1_NAMES = {"image_size": "img_size", "width": "embed_dim", "heads": "num_heads", "classes": "num_classes"}
 
 
-class Preprocessing(BaseModel):
+class Preprocessing(Record):
     """How an image becomes the model's input, before normalisation.
 
     The shorter side is resized to `resize`, then the centre `crop` × `crop` is taken. `mean` and `std` are per
     channel, in units of the 0..1 range.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     resize: PositiveInt
     crop: PositiveInt
@@ -57,10 +53,8 @@ class Preprocessing(BaseModel):
     std: tuple[float, float, float]
 
 
-class Correct(BaseModel):
+class Correct(Record):
     """Which images of a split the model classifies correctly, so that two models can be compared image by image."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     top1: str
     """One bit per image, in the order of the split: base64 of numpy.packbits."""
@@ -68,10 +62,8 @@ class Correct(BaseModel):
     """sha256 over the true class indices in the order of the split, as little-endian int64."""
 
 
-class Accuracy(BaseModel):
-    """Fractions of `n` images of a split whose label is the first, or among the first five, of the model's answer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Accuracy(Record):
+    """Fractions of the `n` images of a split whose label is the first, or among the first five, predicted classes."""
 
     dataset: str
     split: str
@@ -79,13 +71,11 @@ class Accuracy(BaseModel):
     top1: float
     top5: float
     correct: Correct | None = None
-    """None where it was not recorded."""
+    """None if it was not recorded."""
 
 
-class ModelCard(BaseModel):
-    """`final/model.json`: what the weights beside it are and how to use them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class ModelCard(Record):
+    """`final/model.json`: what the weights next to it are and how to use them."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     name: str
@@ -110,45 +100,37 @@ class ModelCard(BaseModel):
 
 
 class RunError(Exception):
-    """A run's folder cannot be used; the message says why and what to do."""
+    """The folder of a run cannot be used; the message says why and what to do."""
 
 
-@contextmanager
-def durably(path: Path, write: Callable[[Path], object]) -> Iterator[Path]:
-    """Let `write` fill a temporary file beside `path` and make it durable; the caller puts it where it belongs."""
+def write_atomically(path: Path, data: bytes | memoryview, *, keep_old_as: Path | None = None) -> None:
+    """Replace `path` by a file with `data` that is on disk; the file that was there may be kept under another name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        write(partial)
-        with partial.open("rb") as stream:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
             os.fsync(stream.fileno())
-        yield partial
+        if keep_old_as and path.exists():
+            path.replace(keep_old_as)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, make it durable, then put it in place of `path`."""
-    with durably(path, write) as partial:
-        partial.replace(path)
-
-
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write `values` as indented JSON, atomically."""
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda partial: partial.write_bytes(text.encode()))
+    write_atomically(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_metrics(path: Path, rows: list[dict[str, float | int]]) -> None:
-    """Write the rows of all epochs so far as CSV, atomically."""
-
-    def write(partial: Path) -> None:
-        with partial.open("w", newline="", encoding="utf-8") as stream:
-            table = csv.DictWriter(stream, fieldnames=list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
-
-    write_atomically(path, write)
+    """Write one row per epoch as CSV, atomically."""
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, fieldnames=list(rows[0]))
+    table.writeheader()
+    table.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -157,12 +139,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
 
 
-def save_final(folder: Path, model: nn.Module, card: Callable[[str], ModelCard]) -> None:
-    """Write `final/`: the weights, then the card that `card` makes from their sha256."""
-    weights = folder / FINAL_FOLDER / WEIGHTS_FILE
+def save_final(folder: Path, model: nn.Module, card: Callable[..., ModelCard]) -> None:
+    """Write `final/`: the weights, then the card that `card(weights_sha256=...)` returns."""
+    weights = folder / WEIGHTS_FILE
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(weights, lambda partial: partial.write_bytes(save(state)))
-    write_json(folder / FINAL_FOLDER / CARD_FILE, card(sha256_file(weights)).model_dump(mode="json"))
+    write_atomically(weights, save(state))
+    write_json(folder / CARD_FILE, card(weights_sha256=sha256_file(weights)).model_dump(mode="json"))
 
 
 def save_accuracy(folder: Path, accuracy: Accuracy) -> None:
@@ -175,18 +157,16 @@ def save_accuracy(folder: Path, accuracy: Accuracy) -> None:
             f"evaluation gives {accuracy.top1} and {accuracy.top5} of {accuracy.n}: nothing was recorded; evaluate "
             f"with the data, device and library versions that {RUN_FILE} names"
         )
-    write_json(
-        folder / FINAL_FOLDER / CARD_FILE, card.model_copy(update={"accuracy": accuracy}).model_dump(mode="json")
-    )
+    write_json(folder / CARD_FILE, card.model_copy(update={"accuracy": accuracy}).model_dump(mode="json"))
 
 
 def load_final(folder: Path, *, img_size: int | None = None) -> tuple[NormalizedModel, ModelCard]:
     """The finished model of a run, in evaluation mode, and its card. Raises RunError.
 
-    With `img_size` the same weights see images of another size; the card says how they are to be prepared then.
+    With `img_size` the model takes images of another size, and the card has the preprocessing for it.
     """
     card = read_card(folder)
-    weights = folder / FINAL_FOLDER / WEIGHTS_FILE
+    weights = folder / WEIGHTS_FILE
     if (digest := sha256_file(weights)) != card.weights_sha256:
         raise RunError(f"{weights} has sha256 {digest}, but its card says {card.weights_sha256}")
     if img_size is not None:
@@ -199,10 +179,9 @@ def load_final(folder: Path, *, img_size: int | None = None) -> tuple[Normalized
 
 def read_card(folder: Path) -> ModelCard:
     """The card of a run's finished model. Raises RunError."""
-    final = folder / FINAL_FOLDER
-    path = final / CARD_FILE
-    if not path.is_file() or not (final / WEIGHTS_FILE).is_file():
-        raise RunError(f"{final} has no finished model: train it to the end first (python -m training train)")
+    path = folder / CARD_FILE
+    if not path.is_file() or not (folder / WEIGHTS_FILE).is_file():
+        raise RunError(f"{path.parent} has no finished model: train it to the end first (python -m training train)")
     try:
         return ModelCard.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -211,14 +190,13 @@ def read_card(folder: Path) -> ModelCard:
 
 
 def _at_size(card: ModelCard, img_size: int) -> ModelCard:
-    """The card for other images than the model was trained on; resize keeps its ratio to the crop, and no accuracy."""
-    architecture, before = card.architecture, card.preprocessing
+    """The card for another image size: the ratio of resize to crop stays, the accuracy is unknown."""
+    before = card.preprocessing
+    resize = round(img_size * before.resize / before.crop)
     return card.model_copy(
         update={
-            "architecture": Architecture.model_validate({**architecture.model_dump(), "img_size": img_size}),
-            "preprocessing": before.model_copy(
-                update={"crop": img_size, "resize": round(img_size * before.resize / before.crop)}
-            ),
+            "architecture": Architecture.model_validate({**card.architecture.model_dump(), "img_size": img_size}),
+            "preprocessing": before.model_copy(update={"crop": img_size, "resize": resize}),
             "accuracy": None,
         }
     )
@@ -239,11 +217,6 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def read_started(folder: Path) -> datetime:
-    """When the run was first started, from its run.json. Raises RunError."""
-    return datetime.fromisoformat(read_record(folder)["started"])
-
-
 def sha256_file(path: Path) -> str:
     """Hexadecimal sha256 of a file."""
     with path.open("rb") as stream:
@@ -251,16 +224,10 @@ def sha256_file(path: Path) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit this code runs from, with `-dirty` where files differ from it; None outside a checkout."""
-    here = Path(__file__).parent
+    """The commit of this code, with `-dirty` if files differ from it; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],  # noqa: S607
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
         return None
     return described.stdout.strip()

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from timm.layers import Attention
@@ -17,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import MixUp
 
+from training import seeding
 from training.attention import CompressedAttention
 from training.augment import Batch
 from training.distributed import World
@@ -31,7 +31,7 @@ class Diverged(Exception):
 
 
 class Stepper:
-    """Holds the optimiser and everything else that a step changes beside the weights."""
+    """The optimiser, and everything else besides the weights that a step changes."""
 
     def __init__(
         self, classifier: NormalizedModel, recipe: Recipe, world: World, *, num_classes: int, steps_per_epoch: int
@@ -79,13 +79,13 @@ class Stepper:
                 classifier, device_ids=devices, broadcast_buffers=False
             )
         if recipe.compile:
-            # What earlier models compiled to counts towards a limit, after which torch would quietly not compile.
+            # Graphs of earlier models count towards a limit beyond which torch silently stops compiling.
             torch.compiler.reset()
         self.forward = torch.compile(forward) if recipe.compile else forward
 
     @property
     def evaluated(self) -> NormalizedModel:
-        """The classifier that is evaluated and shipped: the moving average, where there is one."""
+        """The classifier to evaluate and to ship: the moving average, if there is one."""
         if self.average is None:
             return self.classifier
         averaged: NormalizedModel = self.average.module
@@ -93,12 +93,12 @@ class Stepper:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the step before."""
+        """Learning rate of the last step."""
         rate: float = self.optimizer.param_groups[0]["lr"]
         return rate
 
     def __call__(self, step: int, micro_batches: Iterable[Batch], *, stop: bool = False) -> tuple[float, bool]:
-        """Take step number `step` (from 0). Returns its mean loss, and whether any process asked to stop.
+        """Take step number `step` (from 0). Returns its mean loss, and whether any process wants to stop.
 
         Raises Diverged before a weight is changed.
         """
@@ -116,8 +116,8 @@ class Stepper:
         summed, wants_stop = self.world.sum(torch.stack([total, torch.full_like(total, stop)])).tolist()
         mean_loss = summed / self.world.size
         finite = math.isfinite(norm.item())
-        # The scaler makes infinite gradients on purpose, to find its scale, and leaves such a step out by itself; a
-        # scale below one says that the gradients are at fault.
+        # The scaler provokes infinite gradients to find its scale, and skips such a step by itself; a scale below one
+        # means that the gradients themselves are at fault.
         searching = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         if not math.isfinite(mean_loss) or not (finite or searching):
             self.optimizer.zero_grad()
@@ -135,40 +135,32 @@ class Stepper:
         images = batch[0].to(self.world.device, non_blocking=True)
         targets = batch[1].to(self.world.device, non_blocking=True)
         if self.mixup:
-            torch.manual_seed(_mixed(*key))  # one weight for all micro-batches of all processes
+            torch.manual_seed(seeding.step_seed(*key))  # one weight for all micro-batches of all processes
             images, targets = self.mixup(images.float(), targets)
-        torch.manual_seed(_mixed(*key, part, self.world.rank))
+        torch.manual_seed(seeding.step_seed(*key, part, self.world.rank))
         precision = self.recipe.precision
         with torch.autocast(self.world.device.type, dtype=_AUTOCAST[precision], enabled=precision != "fp32"):
             logits = self.forward(images)
         return F.cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
 
     def state(self) -> dict[str, Any]:
-        """All that a later process needs to go on as if nothing had happened."""
-        return {
-            "model": self.classifier.model.state_dict(),
-            "average": self.evaluated.model.state_dict() if self.average else None,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+        """Everything that a resumed run needs to take the same next step."""
+        return {name: part.state_dict() for name, part in self._stateful().items()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `state()` gave."""
-        self.classifier.model.load_state_dict(state["model"])
-        if self.average:
-            self.evaluated.model.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        """Restore what `state()` returned."""
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
 
-
-def _mixed(*key: int) -> int:
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    def _stateful(self) -> dict[str, Any]:
+        average = {"average": self.evaluated.model} if self.average else {}
+        return {"model": self.classifier.model, "optimizer": self.optimizer, "scaler": self.scaler, **average}
 
 
 def use_plain_attention(model: nn.Module) -> None:
-    """Attend by two matrix products and a softmax: the CPU's fused kernel is slow in its backward pass.
+    """Replace fused attention by two matrix products and a softmax: its backward pass is slow on a CPU.
 
-    With `vit-xs` it took 38 % of a training step; two products take 10 % (see docs/results.md).
+    In `vit-xs` it took 38 % of a training step, two products take 10 % (docs/results.md).
     """
     for module in model.modules():
         if isinstance(module, Attention | CompressedAttention):

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request that a run honours between two steps."""
+"""SIGTERM and Ctrl-C as requests that a run honours between two steps."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class Stopped(Exception):
-    """A run ended early because a signal asked for it; everything up to its last step is saved."""
+    """A signal ended the run early; its state after the last step is saved."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -16,14 +16,14 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """`signum` is the signal that came, or 0."""
+    """`signum` is the signal that was received, or 0."""
 
     signum = 0
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Catch SIGTERM and SIGINT once; a second SIGINT interrupts at once, as ever."""
+    """Record SIGTERM and SIGINT instead of ending; a second SIGINT raises KeyboardInterrupt at once."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

@@ -2,93 +2,69 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich.console import Console
 
 from training import runs
 from training.checkpoints import can_resume
 from training.data import Dataset
 from training.describe import count_macs
-from training.distributed import World
-from training.loop import TrainingError, run_identity, train
+from training.loop import Execution, TrainingError, run_identity, train
+from training.models import Architecture, Record
 from training.recipes import Recipe
-from training.runs import ModelCard, RunError
+from training.runs import Accuracy, RunError
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinishedRun:
-    """What a table says about one run. `curve` has the rows of metrics.csv; `minutes` are of training steps alone."""
+class FinishedRun(Record):
+    """The results of one run."""
 
-    folder: Path
-    card: ModelCard
-    curve: list[dict[str, float]]
-    parameters: int
+    name: str
+    variant: str
+    seed: int
+    git_commit: str | None
+    params: int
+    val_top1: float | None
+    """Top-1 on the held-out train images after the last epoch."""
+    accuracy: Accuracy | None
     minutes: float
-
-    @property
-    def val_top1(self) -> float | None:
-        """Top-1 on the held-out slice of train after the last epoch."""
-        return self.curve[-1].get("val_top1")
-
-
-def run_folder(out: Path, recipe: Recipe, variant: str) -> Path:
-    """Where a study keeps the run of one variant and of the recipe's seed."""
-    return out / f"{recipe.name}-{variant}-s{recipe.seed}"
+    """Time in training steps."""
+    architecture: Architecture
+    curve: list[dict[str, float]]
+    """The rows of metrics.csv."""
 
 
 def study(
-    recipe: Recipe,
-    variants: Sequence[str],
-    seeds: Sequence[int],
-    dataset: Dataset,
-    out: Path,
-    *,
-    world: World,
-    checkpoint_steps: int = 500,
-    workers: int = 0,
-    console: Console,
+    recipe: Recipe, variants: Sequence[str], seeds: Sequence[int], dataset: Dataset, out: Path, on: Execution
 ) -> list[FinishedRun]:
     """Train each variant with each seed, all variants of a seed before the next seed, and return all finished runs.
 
-    A run that is finished already is left as it is, one that was stopped is continued, and one that fails is reported
-    and left out. Raises RunError for a folder that holds a run of another recipe.
+    Finished runs are kept, stopped ones continued; one that fails is reported and left out. Raises RunError if a folder
+    holds a run of another recipe.
     """
     finished = []
-    for seed in seeds:
-        for variant in variants:
-            chosen = recipe.model_copy(update={"seed": seed})
-            folder = run_folder(out, chosen, variant)
-            if not world.decide(partial(is_finished, folder, chosen, variant, dataset)):
-                if world.main:
-                    console.rule(folder.name)
-                try:
-                    train(
-                        chosen,
-                        variant,
-                        dataset,
-                        folder,
-                        world=world,
-                        resume=world.decide(partial(can_resume, folder)),
-                        checkpoint_steps=checkpoint_steps,
-                        workers=workers,
-                        console=console,
-                    )
-                except TrainingError as error:
-                    console.print(f"[red]{folder.name} failed:[/] {error}", soft_wrap=True)
-                    continue
-            finished.append(world.decide(partial(read_run, folder)))
+    for seed, variant in product(seeds, variants):
+        seeded = recipe.model_copy(update={"seed": seed})
+        folder = out / f"{recipe.name}-{variant}-s{seed}"
+        if not on.world.decide(partial(is_finished, folder, seeded, variant, dataset)):
+            on.say(f"[bold]{folder.name}[/]")
+            try:
+                train(seeded, variant, dataset, folder, on, resume=on.world.decide(partial(can_resume, folder)))
+            except TrainingError as error:
+                on.say(f"[red]{folder.name} failed:[/] {error}")
+                continue
+        finished.append(on.world.decide(partial(read_run, folder)))
     return finished
 
 
 def is_finished(folder: Path, recipe: Recipe, variant: str, dataset: Dataset) -> bool:
-    """Whether `folder` holds this finished run. Raises RunError if it is another one's."""
-    if not (folder / runs.FINAL_FOLDER / runs.CARD_FILE).is_file():
+    """Whether `folder` holds this run, finished. Raises RunError if it holds another one."""
+    if not (folder / runs.CARD_FILE).is_file():
         return False
     record = runs.read_record(folder)
     wanted = run_identity(recipe, variant, dataset)
@@ -99,36 +75,40 @@ def is_finished(folder: Path, recipe: Recipe, variant: str, dataset: Dataset) ->
 
 
 def read_run(folder: Path) -> FinishedRun:
-    """A finished run, from its folder."""
-    card = runs.read_card(folder)
-    record = runs.read_record(folder)
+    """Read a finished run from its folder."""
+    card, record = runs.read_card(folder), runs.read_record(folder)
+    curve = runs.read_metrics(folder / runs.METRICS_FILE)
     return FinishedRun(
-        folder=folder,
-        card=card,
-        curve=runs.read_metrics(folder / runs.METRICS_FILE),
-        parameters=record["parameters"],
-        minutes=record["train_seconds"] / 60,
+        name=folder.name,
+        variant=card.architecture.variant,
+        seed=card.seed,
+        git_commit=card.git_commit,
+        params=record["params"],
+        val_top1=curve[-1].get("val_top1"),
+        accuracy=card.accuracy,
+        minutes=round(record["train_seconds"] / 60, 1),
+        architecture=card.architecture,
+        curve=curve,
     )
 
 
 def markdown_table(finished: Sequence[FinishedRun]) -> str:
-    """One row a variant: mean and, of several seeds, the standard deviation of its accuracies."""
+    """One row per variant: means over seeds, with standard deviations if there are several."""
     lines = [
         "| variant | seeds | K/V tokens | parameters | MACs | held-out top-1 | test top-1 | test top-5 | minutes |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for variant, group in _by_variant(finished).items():
-        spec = group[0].card.architecture
-        height, width = spec.grid
+        spec, tested = group[0].architecture, [run.accuracy for run in group if run.accuracy]
         cells = [
             f"`{variant}`",
-            ", ".join(str(run.card.seed) for run in group),
-            f"{spec.kv_tokens} of {height * width}",
-            f"{group[0].parameters:,}",
+            ", ".join(str(run.seed) for run in group),
+            f"{spec.kv_tokens} of {spec.tokens}",
+            f"{group[0].params:,}",
             f"{sum(count_macs(spec).values()) / 1e6:,.1f} M",
             _percent([run.val_top1 for run in group]),
-            _percent([run.card.accuracy.top1 if run.card.accuracy else None for run in group]),
-            _percent([run.card.accuracy.top5 if run.card.accuracy else None for run in group]),
+            _percent([accuracy.top1 for accuracy in tested]),
+            _percent([accuracy.top5 for accuracy in tested]),
             f"{statistics.mean(run.minutes for run in group):.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -140,30 +120,15 @@ def write_report(finished: Sequence[FinishedRun], folder: Path) -> list[Path]:
     table, records = folder / "study.md", folder / "study.json"
     folder.mkdir(parents=True, exist_ok=True)
     table.write_text(markdown_table(finished), encoding="utf-8")
-    runs.write_json(
-        records,
-        {
-            "runs": [
-                {
-                    "name": run.folder.name,
-                    "variant": run.card.architecture.variant,
-                    "seed": run.card.seed,
-                    "git_commit": run.card.git_commit,
-                    "val_top1": run.val_top1,
-                    "accuracy": run.card.accuracy.model_dump(exclude={"correct"}) if run.card.accuracy else None,
-                    "minutes": round(run.minutes, 1),
-                }
-                for run in finished
-            ]
-        },
-    )
-    # Fixed ids and no date: equal runs draw equal files.
+    hidden: dict[str, Any] = {"architecture": True, "curve": True, "accuracy": {"correct"}}
+    runs.write_json(records, {"runs": [run.model_dump(mode="json", exclude=hidden) for run in finished]})
+    # Fixed ids and no date: equal runs give equal files.
     with mpl.rc_context({"svg.hashsalt": "stridevit"}):
         figure = _curves(finished)
-        pictures = [folder / "curves.svg", folder / "curves.png"]
-        figure.savefig(pictures[0], metadata={"Date": None})
-        figure.savefig(pictures[1], dpi=150)
-    return [table, records, *pictures]
+        plots = [folder / "curves.svg", folder / "curves.png"]
+        figure.savefig(plots[0], metadata={"Date": None})
+        figure.savefig(plots[1], dpi=150)
+    return [table, records, *plots]
 
 
 def _curves(finished: Sequence[FinishedRun]) -> Figure:
@@ -187,10 +152,8 @@ def _curves(finished: Sequence[FinishedRun]) -> Figure:
 
 
 def _by_variant(finished: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
-    groups: dict[str, list[FinishedRun]] = {}
-    for run in finished:
-        groups.setdefault(run.card.architecture.variant, []).append(run)
-    return groups
+    variants = dict.fromkeys(run.variant for run in finished)
+    return {variant: [run for run in finished if run.variant == variant] for variant in variants}
 
 
 def _percent(values: Sequence[float | None]) -> str:

@@ -1,7 +1,7 @@
 """The names of the attention variants: `mha`, `lsra-rR`, `csra-rR`.
 
-A name says what happens to keys and values. `R` counts per side of the grid for C-SRA and along the sequence for L-SRA,
-so equal `R` does not mean equal compression: compare variants by `kv_tokens`.
+`R` counts per side of the grid for C-SRA and along the sequence for L-SRA, so equal `R` does not mean equal
+compression: compare variants by `kv_tokens`.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Literal
 Kind = Literal["mha", "lsra", "csra"]
 
 REGISTERED = ("mha", "lsra-r2", "lsra-r4", "csra-r2", "csra-r4")
-"""The variants that tables show and that timm knows by name; any other R works too."""
+"""The variants in tables and in timm's registry; any other R works too."""
 
 _NAME = re.compile(r"(?P<kind>lsra|csra)-r(?P<reduction>[1-9]\d{0,3})")
 
@@ -23,7 +23,7 @@ class Variant:
 
     kind: Kind
     reduction: int = 1
-    """R of the name: the stride of C-SRA's convolution, the block size of L-SRA; 1 for MHA."""
+    """R: the stride of C-SRA's convolution, the block size of L-SRA; 1 for MHA."""
 
     def __str__(self) -> str:
         return "mha" if self.kind == "mha" else f"{self.kind}-r{self.reduction}"
@@ -35,11 +35,11 @@ class Variant:
 
     @property
     def block_size(self) -> int | None:
-        """Consecutive tokens that are pooled to one; None unless L-SRA."""
+        """Number of consecutive tokens pooled to one; None unless L-SRA."""
         return self.reduction if self.kind == "lsra" else None
 
     def kv_tokens(self, grid: tuple[int, int]) -> int:
-        """Key/value tokens M that are left of the h·w patch tokens of `grid`."""
+        """Key/value tokens M for the h·w patch tokens of `grid`."""
         height, width = grid
         match self.kind:
             case "mha":
@@ -51,7 +51,7 @@ class Variant:
 
 
 def parse_variant(name: str) -> Variant:
-    """Read a variant's name. Raises ValueError with the accepted forms for any other text."""
+    """Parse a variant's name. Raises ValueError with the accepted forms."""
     if name == "mha":
         return Variant(kind="mha")
     if match := _NAME.fullmatch(name):

@@ -16,10 +16,7 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request
 
 from service.bundle import read_bundle
-from service.images import decode
-
-_MAX_PIXELS = 178_956_970
-"""What Pillow itself accepts."""
+from service.images import MAX_PIXELS, decode
 
 
 async def body(request: Request) -> bytes:
@@ -35,7 +32,7 @@ def create_app(folder: Path) -> FastAPI:
 
     @app.post("/v1/classify")
     def classify(data: Annotated[bytes, Depends(body)]) -> dict[str, Any]:
-        pixels = decode(data, bundle.manifest.preprocessing, max_pixels=_MAX_PIXELS)
+        pixels = decode(data, bundle.manifest.preprocessing, max_pixels=MAX_PIXELS)
         (probabilities,) = session.run(["probabilities"], {"image": pixels[np.newaxis]})[0]
         best = np.argsort(-probabilities)[:5]
         classes = [{"index": int(i), "label": bundle.labels[i], "probability": float(probabilities[i])} for i in best]

@@ -154,7 +154,7 @@ def _summary(plan: ComparisonPlan, rates: dict[str, float], left: float) -> str:
 
 
 def rounded(rate: float) -> float:
-    """Two significant digits, so that a rate can be said."""
+    """Two significant digits: a rate that is easy to read and to repeat."""
     return round(rate, 1 - math.floor(math.log10(rate)))
 
 

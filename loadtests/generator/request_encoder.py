@@ -13,11 +13,9 @@ from urllib.parse import quote, urlencode
 from loadtests.experiment.http_get import get_json
 from loadtests.generator.load_result import Protocol
 from loadtests.generator.readers import Label, Payload, PayloadError
-from service.images import decode
+from service.images import MAX_PIXELS, decode
 from service.manifest import Preprocessing
 
-_MAX_PIXELS = 178_956_970
-"""What Pillow itself accepts: how large an image may be is the server's decision only if it decodes."""
 _HEADERS = {"Content-Type": "application/octet-stream", "Accept-Encoding": "identity"}
 
 
@@ -97,7 +95,7 @@ def _input(host: str, model: str) -> tuple[str, Preprocessing]:
 
 def _tensor_request(payload: Payload, name: str, preprocessing: Preprocessing) -> Request:
     try:
-        pixels = decode(payload.data, preprocessing, max_pixels=_MAX_PIXELS)
+        pixels = decode(payload.data, preprocessing, max_pixels=MAX_PIXELS)
     except Exception as error:  # the service's errors, which are not ours to name
         raise PayloadError(f"{payload.name} cannot be decoded, and so not be sent as a tensor: {error}") from error
     tensor = {

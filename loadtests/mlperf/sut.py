@@ -40,7 +40,7 @@ _FOREIGN = ("locust", "gevent", "geventhttpclient")
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What this process is told on its command line, as JSON. Minimums and bounds that are None are MLPerf's own."""
+    """The command line of this process, as JSON. Minimums and bounds that are None are MLPerf's own."""
 
     url: str
     """Address of the service's route, with the query."""

@@ -61,7 +61,7 @@ class StepResult:
     failed: float
     """Everything else, including requests not sent for want of connections."""
     p99_ms: float
-    """Of the answers with 200; not a number where fewer than five lie beyond it."""
+    """99th percentile of the answers with 200; not a number where fewer than five lie beyond it."""
     mean_top1: float
     """Accuracy of the models that answered within the deadline, averaged over the answers; not a number if unknown."""
     models: dict[str, float]

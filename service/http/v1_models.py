@@ -12,7 +12,7 @@ from service.models.registry import State
 from service.pipeline import RequestOptions
 
 
-class ClassifyQuery(RequestOptions, frozen=True):
+class ClassifyQuery(RequestOptions):
     """The query of a classification."""
 
     top_k: Annotated[int, Field(ge=1, le=1000)] = 5

@@ -17,7 +17,7 @@ from service.manifest import Preprocessing
 from tests.service.conftest import encoded, noise
 from tests.service.test_draft import MUCH_LARGER
 from training import images
-from training.augment import upright
+from training.images import resize_and_crop
 
 SERVED = Preprocessing(resize=36, crop=32, interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -25,7 +25,7 @@ SERVED = Preprocessing(resize=36, crop=32, interpolation="bicubic", mean=(0.5, 0
 def both(data: bytes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """The same encoded image by the service and by training, (32,32,3)."""
     served = decode(data, SERVED, max_pixels=50_000_000)
-    trained = np.asarray(images.decode(data, upright(SERVED.resize, SERVED.crop)))
+    trained = np.asarray(images.decode(data, resize_and_crop(SERVED.resize, SERVED.crop)))
     return served.astype(np.int64), trained.astype(np.int64)
 
 

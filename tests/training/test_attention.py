@@ -67,7 +67,7 @@ def test_csra_reduce_is_a_strided_depthwise_convolution(grid: tuple[int, int], R
 
 
 @pytest.mark.parametrize("name", ["lsra-r2", "lsra-r4", "csra-r2", "csra-r4"])
-def test_forward_is_the_frame_of_the_design(name: str) -> None:
+def test_forward_is_attention_over_the_reduced_latent(name: str) -> None:
     grid = (5, 3)
     attention = layer(name, grid)
     x_BND = tokens(grid, D)
@@ -83,7 +83,7 @@ def test_forward_is_the_frame_of_the_design(name: str) -> None:
     torch.testing.assert_close(attention(x_BND), expected)
 
 
-def test_a_fresh_gate_pools_by_the_mean() -> None:
+def test_initial_gate_pools_by_the_mean() -> None:
     attention = attention_layer(parse_variant("lsra-r4"), grid=(4, 4), rank=r)(D, num_heads=H)
     assert isinstance(attention, LocalSRA)
     c_BNr = tokens((4, 4), r)

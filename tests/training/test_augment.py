@@ -22,7 +22,7 @@ def epoch(augment: Augment = FULL, *, seed: int = 0, number: int = 0) -> InMemor
 
 
 @given(index=st.lists(st.integers(0, N - 1), min_size=1, max_size=10), seed=st.integers(0, 5), number=st.integers(0, 5))
-def test_a_sample_does_not_depend_on_its_batch(index: list[int], seed: int, number: int) -> None:
+def test_sample_does_not_depend_on_its_batch(index: list[int], seed: int, number: int) -> None:
     images, labels = epoch(seed=seed, number=number).batch(np.array(index))
     for row, sample in enumerate(index):
         torch.rand(1)  # The global generator must not matter.
@@ -45,7 +45,7 @@ def test_without_augmentation_images_are_untouched() -> None:
     assert labels.tolist() == SPLIT.labels.tolist()
 
 
-def test_a_crop_is_a_shift_with_zeros_around() -> None:
+def test_crop_shifts_the_zero_padded_image() -> None:
     images, _ = epoch(Augment(crop_padding=2)).batch(np.arange(N))
     padded = np.pad(SPLIT.images, ((0, 0), (2, 2), (2, 2), (0, 0)))
     for image, source in zip(images.numpy(), padded, strict=True):
@@ -53,7 +53,7 @@ def test_a_crop_is_a_shift_with_zeros_around() -> None:
         assert any(np.array_equal(image, window) for window in windows)
 
 
-def test_flips_happen_to_about_half() -> None:
+def test_about_half_of_the_images_are_flipped() -> None:
     images, _ = epoch(Augment(hflip=0.5)).batch(np.arange(N))
     flipped = [
         np.array_equal(image, source[:, ::-1]) for image, source in zip(images.numpy(), SPLIT.images, strict=True)

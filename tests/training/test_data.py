@@ -74,7 +74,7 @@ def on_disk(dataset: Dataset) -> Files:
     return dataset.train
 
 
-def test_digits_are_split_once_and_for_all() -> None:
+def test_digits_have_a_fixed_split() -> None:
     digits, again = load_dataset("digits"), load_dataset("digits")
     assert (len(digits.train), len(digits.test)) == (1437, 360)
     assert in_memory(digits.train).images.shape == (1437, 32, 32, 3)
@@ -113,27 +113,27 @@ def test_every_layout_gives_the_same_images_and_labels(
     assert sorted(zip(shades(dataset.test), dataset.test.labels, strict=True)) == [(200, 0), (201, 1)]
 
 
-def test_a_hub_name_is_looked_up_on_the_hub() -> None:
+def test_hub_name_is_looked_up_on_the_hub() -> None:
     with pytest.raises(
-        DataError, match=r"hub:uoft-cs/cifar100 cannot be had from the Hugging Face hub .*parquet files"
+        DataError, match=r"hub:uoft-cs/cifar100 cannot be loaded from the Hugging Face hub .*parquet files"
     ):
         load_dataset("cifar100", "hub:uoft-cs/cifar100")
 
 
-def test_a_name_on_the_hub_reads_what_the_hub_has(tmp_path: Path) -> None:
+def test_hub_dataset_is_read(tmp_path: Path) -> None:
     """`datasets` takes a folder for a repository's name: the same code, without the internet."""
     dataset = load_dataset("cifar100", f"hub:{small_cifar(tmp_path)}")
     assert in_memory(dataset.train).images[:, 0, 0, 0].tolist() == list(range(8))
     assert dataset.test_split == "test"
 
 
-def test_the_folder_above_will_do(tmp_path: Path) -> None:
+def test_parent_folder_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "cifar100").mkdir()
     small_cifar(tmp_path / "cifar100")
     assert len(load_dataset("cifar100", tmp_path).train) == 8
 
 
-def test_missing_data_says_what_to_put_where(tmp_path: Path) -> None:
+def test_missing_data_names_the_expected_layout(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train-\*\.parquet in .*uoft-cs/cifar100"):
         load_dataset("cifar100", tmp_path)
     with pytest.raises(DataError, match="--data"):
@@ -143,7 +143,7 @@ def test_missing_data_says_what_to_put_where(tmp_path: Path) -> None:
         load_dataset("imagenet", tmp_path)
 
 
-def test_an_unreadable_image_is_named_by_file_and_row(tmp_path: Path) -> None:
+def test_unreadable_image_is_named_by_file_and_row(tmp_path: Path) -> None:
     small_cifar(tmp_path)
     write_parquet(tmp_path / "train-00001-of-00002.parquet", [png(1), png(2)[:60]])
     with pytest.raises(DataError, match=r"train-00001-of-00002\.parquet row 1"):
@@ -151,7 +151,7 @@ def test_an_unreadable_image_is_named_by_file_and_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_among_many_is_named_by_its_path(tmp_path: Path, workers: int) -> None:
+def test_unreadable_image_is_named_by_its_path(tmp_path: Path, workers: int) -> None:
     class_folders(tmp_path)
     (tmp_path / "train" / "bear" / "3.png").write_bytes(png(3)[:60])
     train = on_disk(load_dataset("fruit", tmp_path, in_memory=False))
@@ -159,7 +159,7 @@ def test_an_unreadable_image_among_many_is_named_by_its_path(tmp_path: Path, wor
         list(batches(train, workers=workers))
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+def test_damaged_file_is_named(tmp_path: Path) -> None:
     small_cifar(tmp_path)
     (tmp_path / "test-00000-of-00001.parquet").write_bytes(b"not parquet")
     with pytest.raises(DataError, match=r"test-00000-of-00001\.parquet cannot be read"):
@@ -173,7 +173,7 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
         load_dataset("fruit", tmp_path)
 
 
-def test_images_of_several_sizes_do_not_fit_into_one_array(tmp_path: Path) -> None:
+def test_images_of_several_sizes_are_refused_in_memory(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2\.png is 34 × 32, but the first image 32 × 32: .*augment\.scale"):
         load_dataset("fruit", class_folders(tmp_path))
 
@@ -185,7 +185,7 @@ def batches(images: Images, *, workers: int = 0, seed: int = 0, epoch: int = 0) 
     return np.concatenate([pixels.numpy() for pixels, _ in made])
 
 
-def test_augmentation_from_disk_depends_on_seed_epoch_and_sample_alone(tmp_path: Path) -> None:
+def test_augmentation_from_disk_depends_only_on_seed_epoch_and_sample(tmp_path: Path) -> None:
     files = on_disk(load_dataset("fruit", class_folders(tmp_path), in_memory=False))
     one = batches(files)
     assert one.shape == (6, 16, 16, 3)
@@ -195,7 +195,7 @@ def test_augmentation_from_disk_depends_on_seed_epoch_and_sample_alone(tmp_path:
     assert not np.array_equal(one, batches(files, epoch=1))
 
 
-def test_for_evaluation_images_are_resized_and_cropped_at_the_centre(tmp_path: Path) -> None:
+def test_evaluation_images_are_resized_and_center_cropped(tmp_path: Path) -> None:
     path = tmp_path / "val" / "a" / "wide.png"
     for folder in (path.parent, tmp_path / "train" / "a"):
         folder.mkdir(parents=True)
@@ -218,12 +218,41 @@ def test_labels_beyond_the_classes_are_named(tmp_path: Path) -> None:
         load_dataset("cifar100", tmp_path)
 
 
-def test_a_sample_of_a_shard_is_named_by_its_key(tmp_path: Path) -> None:
+def test_different_classes_of_train_and_test_are_named(tmp_path: Path) -> None:
+    class_folders(tmp_path)
+    (tmp_path / "val" / "bear").rename(tmp_path / "val" / "beer")
+    with pytest.raises(DataError, match="train and val have different classes: bear, beer"):
+        load_dataset("fruit", tmp_path, in_memory=False)
+
+
+def test_label_column_of_text_is_refused(tmp_path: Path) -> None:
+    rows = [{"bytes": png(1), "path": None}]
+    pq.write_table(pa.table({"img": rows, "label": ["apple"]}), tmp_path / "train-0.parquet")
+    with pytest.raises(DataError, match=r"train-0\.parquet: column label holds string, not class indices"):
+        load_dataset("fruit", tmp_path)
+
+
+def test_class_names_of_another_column_are_refused(tmp_path: Path) -> None:
+    small_cifar(tmp_path)
+    (tmp_path / "classes.json").write_text(json.dumps({"coarse_label_names": CLASSES}))
+    with pytest.raises(DataError, match=r'classes\.json is not a JSON object with a list "fine_label_names"'):
+        load_dataset("cifar100", tmp_path)
+
+
+def test_empty_split_is_refused(tmp_path: Path) -> None:
+    shards(tmp_path)
+    with tarfile.open(tmp_path / "validation-000000.tar", "w"):
+        pass
+    with pytest.raises(DataError, match="validation"):
+        load_dataset("fruit", tmp_path)
+
+
+def test_sample_of_a_shard_is_named_by_its_key(tmp_path: Path) -> None:
     train = on_disk(load_dataset("fruit", shards(tmp_path), in_memory=False))
     assert train.reader.where(5).endswith("train-*.tar sample 000005")
 
 
-def test_an_upright_picture_is_what_its_exif_says(tmp_path: Path) -> None:
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     for split in ("train", "val"):
         path = tmp_path / split / "a" / "turned.jpg"
         path.parent.mkdir(parents=True)
@@ -243,9 +272,20 @@ def test_val_images_are_stratified_and_disjoint() -> None:
     assert fit.images.sum(dtype=np.int64) + held.images.sum(dtype=np.int64) == total
 
 
-def test_the_real_cifar100_has_its_known_figures(data_dir: Path) -> None:
-    cifar = load_dataset("cifar100", data_dir)
+def test_class_with_one_image_cannot_be_held_out() -> None:
+    images = np.zeros((5, 8, 8, 3), dtype=np.uint8)
+    with pytest.raises(DataError, match="needs 2 train images of each class, but one has only 1: set val_images=0"):
+        split_val(Split(images=images, labels=np.array([0, 0, 0, 0, 1])), 2)
+
+
+def test_real_cifar100_is_complete(data_dir: Path) -> None:
+    cifar = load_dataset("cifar100", data_dir, in_memory=False)
     assert (len(cifar.train), len(cifar.test), len(cifar.classes)) == (50_000, 10_000, 100)
     assert set(np.bincount(cifar.train.labels)) == {500}
+
+
+@pytest.mark.slow
+def test_real_cifar100_has_its_known_mean_and_std(data_dir: Path) -> None:
+    cifar = load_dataset("cifar100", data_dir)
     assert cifar.mean == (0.50708, 0.48655, 0.44092)
     assert cifar.std == (0.26733, 0.25644, 0.27615)

@@ -8,48 +8,54 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from tests.processes import ROOT
+from training.__main__ import app
 from training.runs import load_final, read_metrics
 
-OPTIONS = ["--recipe", "digits", "--variant", "csra-r2", "--device", "cpu"]
-OVERRIDES = ["schedule.epochs=2", "val_images=200", "augment.crop_padding=1", "schedule.accumulate=2"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+@pytest.fixture(scope="module")
+def command(small_data: list[str]) -> list[str]:
+    """Trains with micro-batches; needs --out."""
+    overrides = ["schedule.epochs=2", "augment.crop_padding=1", "schedule.accumulate=2"]
+    options = [word for override in overrides for word in ("--set", override)]
+    return ["train", *small_data, "--variant", "csra-r2", *options]
 
 
-def train(launcher: list[str], out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    overrides = [word for override in OVERRIDES for word in ("--set", override)]
-    arguments = [*launcher, "-m", "training", "train", *OPTIONS, *overrides, "--out", str(out), *more]
-    return subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, check=False, capture_output=True, text=True)
+def torchrun(words: list[str]) -> subprocess.CompletedProcess[str]:
+    two = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", *two, "-m", "training", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
-def test_two_gloo_processes_follow_the_loss_curve_of_one(tmp_path: Path) -> None:
+def test_two_gloo_processes_follow_the_loss_curve_of_one(command: list[str], tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    for launcher, out in (([sys.executable], one), (TORCHRUN, two)):
-        result = train(launcher, out)
-        assert result.returncode == 0, result.stderr
-    for alone, together in zip(read_metrics(one / "metrics.csv"), read_metrics(two / "metrics.csv"), strict=True):
-        assert alone["lr"] == together["lr"]
-        assert alone["train_loss"] == pytest.approx(together["train_loss"], abs=2e-4)
-        assert alone["val_loss"] == pytest.approx(together["val_loss"], abs=2e-3)
+    alone = CliRunner().invoke(app, [*command, "--out", str(one)])
+    assert alone.exit_code == 0, alone.output
+    together = torchrun([*command, "--out", str(two)])
+    assert together.returncode == 0, together.stderr
+    for row, other in zip(read_metrics(one / "metrics.csv"), read_metrics(two / "metrics.csv"), strict=True):
+        assert row["lr"] == other["lr"]
+        assert row["train_loss"] == pytest.approx(other["train_loss"], abs=2e-4)
+        assert row["val_loss"] == pytest.approx(other["val_loss"], abs=2e-3)
     accuracies = [load_final(out)[1].accuracy for out in (one, two)]
     assert accuracies[0]
     assert accuracies[1]
-    assert accuracies[0].n == accuracies[1].n == 360
-    assert abs(accuracies[0].top1 - accuracies[1].top1) <= 2 / 360
+    assert accuracies[0].n == accuracies[1].n == 50
+    assert abs(accuracies[0].top1 - accuracies[1].top1) <= 2 / 50
     one_correct, two_correct = accuracies[0].correct, accuracies[1].correct
     assert one_correct
     assert two_correct
     bits = np.unpackbits(np.frombuffer(base64.b64decode(two_correct.top1), dtype=np.uint8))
-    assert bits.sum() == round(360 * accuracies[1].top1)
+    assert bits.sum() == round(50 * accuracies[1].top1)
     assert one_correct.labels_sha256 == two_correct.labels_sha256
 
 
-def test_an_error_of_the_main_process_ends_all(tmp_path: Path) -> None:
-    result = train(TORCHRUN, tmp_path / "x", "--resume")
+@pytest.mark.slow
+def test_error_of_the_main_process_ends_all_processes(command: list[str], tmp_path: Path) -> None:
+    result = torchrun([*command, "--out", str(tmp_path / "x"), "--resume"])
     assert result.returncode != 0
     assert "error of process 0: " in result.stderr
     assert "start it without --resume" in result.stderr

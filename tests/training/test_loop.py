@@ -1,9 +1,9 @@
 """A run from its recipe to `final/`."""
 
 import csv
-import dataclasses
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,11 @@ from training import runs
 from training.data import Dataset, Split, load_dataset
 from training.distributed import World
 from training.evaluate import evaluate
-from training.loop import TrainingError, train
+from training.loop import Execution, TrainingError, train
 from training.recipes import Recipe, load_recipe
 from training.step import use_plain_attention
 
-HERE = World(device=torch.device("cpu"))
-QUIET = Console(quiet=True)
+ON = Execution(world=World(device=torch.device("cpu")), console=Console(quiet=True))
 
 
 def pixels(dataset: Dataset) -> torch.Tensor:
@@ -31,16 +30,16 @@ def pixels(dataset: Dataset) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def few_digits() -> Dataset:
     digits = load_dataset("digits")
-    return dataclasses.replace(digits, train=digits.train.take(np.arange(160)), test=digits.test.take(np.arange(50)))
+    return replace(digits, train=digits.train.take(np.arange(160)), test=digits.test.take(np.arange(50)))
 
 
 def recipe(*overrides: str) -> Recipe:
     return load_recipe("digits", ["schedule.epochs=3", "val_images=32", *overrides])
 
 
-def test_a_run_leaves_the_artefacts_of_the_design(few_digits: Dataset, tmp_path: Path) -> None:
+def test_run_writes_its_artefacts(few_digits: Dataset, tmp_path: Path) -> None:
     out = tmp_path / "x"
-    card = train(recipe(), "lsra-r2", few_digits, out, world=HERE, console=QUIET)
+    card = train(recipe(), "lsra-r2", few_digits, out, ON)
     record = json.loads((out / "run.json").read_text())
     assert record["variant"] == "lsra-r2"
     assert record["data_fingerprint"] == few_digits.fingerprint
@@ -55,21 +54,21 @@ def test_a_run_leaves_the_artefacts_of_the_design(few_digits: Dataset, tmp_path:
     assert list((out / "tensorboard").iterdir())
     model, read_back = runs.load_final(out)
     assert read_back == card
-    again = evaluate(model, few_digits.test, num_classes=10, preprocessing=card.preprocessing, world=HERE)
+    again = evaluate(model, few_digits.test, card.preprocessing, num_classes=10, world=ON.world)
     assert card.accuracy
     assert (again.top1, again.top5, card.accuracy.n) == (card.accuracy.top1, card.accuracy.top5, 50)
 
 
-def test_a_run_that_decides_something_leaves_the_test_split_alone(few_digits: Dataset, tmp_path: Path) -> None:
-    blind = dataclasses.replace(few_digits, test=few_digits.test.take(np.arange(0)))
-    card = train(recipe("schedule.epochs=1"), "mha", blind, tmp_path / "x", world=HERE, test=False, console=QUIET)
+def test_no_test_does_not_read_the_test_split(few_digits: Dataset, tmp_path: Path) -> None:
+    blind = replace(few_digits, test=few_digits.test.take(np.arange(0)))
+    card = train(recipe("schedule.epochs=1"), "mha", blind, tmp_path / "x", ON, test=False)
     assert card.accuracy is None
 
 
 @pytest.mark.parametrize("variant", ["mha", "csra-r2"])
-def test_training_attends_like_the_finished_model(few_digits: Dataset, tmp_path: Path, variant: str) -> None:
+def test_training_attention_equals_the_finished_models(few_digits: Dataset, tmp_path: Path, variant: str) -> None:
     """The CPU trains with plain attention and a float32 convolution; what is shipped uses the fused kernel."""
-    train(recipe("schedule.epochs=1"), variant, few_digits, tmp_path / "x", world=HERE, console=QUIET)
+    train(recipe("schedule.epochs=1"), variant, few_digits, tmp_path / "x", ON)
     fused, _ = runs.load_final(tmp_path / "x")
     plain, _ = runs.load_final(tmp_path / "x")
     use_plain_attention(plain)
@@ -77,25 +76,25 @@ def test_training_attends_like_the_finished_model(few_digits: Dataset, tmp_path:
         torch.testing.assert_close(plain(pixels(few_digits)), fused(pixels(few_digits)), rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_shipped_is_the_moving_average(few_digits: Dataset, tmp_path: Path) -> None:
+def test_finished_model_is_the_moving_average(few_digits: Dataset, tmp_path: Path) -> None:
     averaging = recipe("schedule.epochs=1", "optim.ema_decay=0.9")
-    train(averaging, "mha", few_digits, tmp_path / "x", world=HERE, console=QUIET)
+    train(averaging, "mha", few_digits, tmp_path / "x", ON)
     state = torch.load(tmp_path / "x" / "last.pt", weights_only=True)["stepper"]
     shipped = runs.load_final(tmp_path / "x")[0].model.state_dict()
     assert all(torch.equal(shipped[name], state["average"][name]) for name in shipped)
     assert not torch.equal(shipped["head.weight"], state["model"]["head.weight"])
 
 
-def test_a_folder_with_a_run_is_not_overwritten(few_digits: Dataset, tmp_path: Path) -> None:
+def test_folder_with_a_run_is_not_overwritten(few_digits: Dataset, tmp_path: Path) -> None:
     out = tmp_path / "x"
     one_epoch = recipe("schedule.epochs=1")
-    train(one_epoch, "mha", few_digits, out, world=HERE, console=QUIET)
+    train(one_epoch, "mha", few_digits, out, ON)
     with pytest.raises(runs.RunError, match="--resume"):
-        train(one_epoch, "mha", few_digits, out, world=HERE, console=QUIET)
+        train(one_epoch, "mha", few_digits, out, ON)
     with pytest.raises(runs.RunError, match="another recipe"):
-        train(recipe("optim.lr=0.1"), "mha", few_digits, out, world=HERE, console=QUIET, resume=True)
+        train(recipe("optim.lr=0.1"), "mha", few_digits, out, ON, resume=True)
     with pytest.raises(runs.RunError, match="without --resume"):
-        train(one_epoch, "mha", few_digits, tmp_path / "new", world=HERE, console=QUIET, resume=True)
+        train(one_epoch, "mha", few_digits, tmp_path / "new", ON, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -106,26 +105,26 @@ def test_a_folder_with_a_run_is_not_overwritten(few_digits: Dataset, tmp_path: P
         ("img_size=64", "takes 64 px images, but digits has 32 × 32"),
     ],
 )
-def test_sizes_that_do_not_fit_are_named(few_digits: Dataset, tmp_path: Path, override: str, message: str) -> None:
+def test_wrong_sizes_are_named_with_the_fix(few_digits: Dataset, tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
-        train(recipe(override), "mha", few_digits, tmp_path / "x", world=HERE, console=QUIET)
+        train(recipe(override), "mha", few_digits, tmp_path / "x", ON)
 
 
 def test_half_precision_is_refused_on_a_cpu(few_digits: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
-        train(recipe("precision=fp16"), "mha", few_digits, tmp_path / "x", world=HERE, console=QUIET)
+        train(recipe("precision=fp16"), "mha", few_digits, tmp_path / "x", ON)
 
 
 def test_micro_batches_add_up_to_the_batch(few_digits: Dataset, tmp_path: Path) -> None:
     for parts in (1, 4):
         chosen = recipe("schedule.epochs=2", f"schedule.accumulate={parts}")
-        train(chosen, "csra-r2", few_digits, tmp_path / str(parts), world=HERE, console=QUIET)
+        train(chosen, "csra-r2", few_digits, tmp_path / str(parts), ON)
     whole, parted = (runs.read_metrics(tmp_path / name / "metrics.csv") for name in ("1", "4"))
     for one, other in zip(whole, parted, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], abs=2e-4)
 
 
-def test_a_changed_weight_file_is_refused(digits_run: Path, tmp_path: Path) -> None:
+def test_changed_weight_file_is_refused(digits_run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     (copy / "final").mkdir(parents=True)
     for file in (digits_run / "final").iterdir():
@@ -138,7 +137,7 @@ def test_a_changed_weight_file_is_refused(digits_run: Path, tmp_path: Path) -> N
         runs.load_final(copy)
 
 
-def test_a_card_of_version_1_is_converted(digits_run: Path, tmp_path: Path) -> None:
+def test_card_of_version_1_is_converted(digits_run: Path, tmp_path: Path) -> None:
     shutil.copytree(digits_run / "final", tmp_path / "final")
     card = json.loads((tmp_path / "final" / "model.json").read_text())
     sizes = card["architecture"]
@@ -148,7 +147,7 @@ def test_a_card_of_version_1_is_converted(digits_run: Path, tmp_path: Path) -> N
     assert runs.read_card(tmp_path) == runs.read_card(digits_run)
 
 
-def test_a_run_of_an_earlier_version_is_not_continued(digits_run: Path, tmp_path: Path) -> None:
+def test_run_of_version_1_is_not_continued(digits_run: Path, tmp_path: Path) -> None:
     record = runs.read_record(digits_run)
     del record["schema_version"]
     runs.write_json(tmp_path / "run.json", record)
@@ -156,7 +155,7 @@ def test_a_run_of_an_earlier_version_is_not_continued(digits_run: Path, tmp_path
         runs.read_record(tmp_path)
 
 
-def test_the_weights_fit_images_of_another_size(digits_run: Path) -> None:
+def test_weights_fit_images_of_another_size(digits_run: Path) -> None:
     model, card = runs.load_final(digits_run, img_size=48)
     assert card.architecture.grid == (12, 12)
     assert (card.preprocessing.resize, card.preprocessing.crop, card.accuracy) == (48, 48, None)

@@ -45,13 +45,13 @@ def test_initial_weights_follow_the_seed_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("preset", ["vit-cifar", "vit-xs"])
-def test_presets_answer_uint8_images(preset: str, variant: str) -> None:
+def test_presets_classify_uint8_images(preset: str, variant: str) -> None:
     model = StrideViT(architecture(preset, variant, num_classes=7))
     classifier = NormalizedModel(model, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2)).eval()
     assert classifier(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).shape == (2, 7)
 
 
-def test_classifier_normalises_by_mean_and_std() -> None:
+def test_images_are_normalised_by_mean_and_std() -> None:
     seen = torch.nn.Identity()
     classifier = NormalizedModel(seen, mean=(0.5, 0.25, 0.0), std=(0.5, 0.5, 1.0))
     white = torch.full((1, 2, 2, 3), 255, dtype=torch.uint8)
@@ -90,7 +90,7 @@ def test_timm_knows_five_variants_of_each_preset() -> None:
     assert from_timm("stridevit_s16_csra_r2", img_size=384).spec.kv_tokens == 144
 
 
-def test_timm_tools_get_features_and_clear_refusals() -> None:
+def test_timm_features_and_refusals() -> None:
     features = timm.create_model("stridevit_xs_csra_r2", features_only=True)(torch.zeros(1, 3, 32, 32))
     assert [tuple(feature.shape) for feature in features] == [(1, 128, 8, 8)] * 3
     assert timm.create_model("stridevit_xs_csra_r2", num_classes=0)(torch.zeros(1, 3, 32, 32)).shape == (1, 128)
@@ -102,6 +102,6 @@ def test_timm_tools_get_features_and_clear_refusals() -> None:
         timm.create_model("stridevit_xs_csra_r2", img_size=30)
 
 
-def test_unknown_preset_names_those_there_are() -> None:
+def test_unknown_preset_lists_the_presets() -> None:
     with pytest.raises(ValueError, match=", ".join(PRESETS)):
         architecture("vit-xl", "mha", num_classes=10)

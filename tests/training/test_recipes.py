@@ -25,7 +25,7 @@ def test_overrides_may_be_lists_null_and_text() -> None:
     assert (recipe.augment.scale, recipe.schedule.warmup_steps, recipe.dataset) == ((0.2, 1.0), None, "mine")
 
 
-def test_the_imagenet_recipe_is_that_of_better_plain_vit_baselines() -> None:
+def test_imagenet_recipe_follows_better_plain_vit_baselines() -> None:
     """Beyer, Zhai, Kolesnikov, arXiv:2205.01580, section 3, and vit_s16_i1k.py in google-research/big_vision."""
     recipe = load_recipe("imagenet-s16")
     schedule, augment = recipe.schedule, recipe.augment
@@ -48,11 +48,11 @@ def test_the_imagenet_recipe_is_that_of_better_plain_vit_baselines() -> None:
         ("precision=fp8", "fp32"),
     ],
 )
-def test_a_wrong_override_says_what_is_right(override: str, message: str) -> None:
+def test_wrong_override_names_the_fix(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_recipe("digits", [override])
 
 
-def test_an_unknown_recipe_names_the_nearest() -> None:
+def test_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'digits'"):
         load_recipe("digit")

@@ -35,14 +35,14 @@ def weights(step: Stepper) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in step.classifier.model.state_dict().items()}
 
 
-def test_decay_takes_matrices_only() -> None:
+def test_only_matrices_have_weight_decay() -> None:
     groups = stepper("optim.weight_decay=0.5").optimizer.param_groups
     assert {parameter.ndim > 1 for group in groups if group["weight_decay"] for parameter in group["params"]} == {True}
     assert {parameter.ndim for group in groups if not group["weight_decay"] for parameter in group["params"]} == {1}
 
 
 @pytest.mark.parametrize("override", ["drop_path=0.3", "augment.mixup_alpha=0.4"])
-def test_random_numbers_of_a_step_follow_its_number(override: str) -> None:
+def test_random_numbers_of_a_step_depend_on_its_number(override: str) -> None:
     losses = []
     for number, disturb in ((3, 0), (3, 7), (4, 0)):
         step = stepper(override)
@@ -64,7 +64,7 @@ def test_mixup_mixes_images_and_labels_alike() -> None:
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(8))
 
 
-def test_the_average_moves_by_the_decay() -> None:
+def test_moving_average_follows_the_decay() -> None:
     step = stepper("optim.ema_decay=0.75")
     before = weights(step)
     step(9, [batch()])  # the decay is warmed up: 0.79 would be allowed here
@@ -72,7 +72,7 @@ def test_the_average_moves_by_the_decay() -> None:
     torch.testing.assert_close(averaged["head.weight"], 0.75 * before["head.weight"] + 0.25 * after["head.weight"])
 
 
-def test_a_young_average_follows_the_weights() -> None:
+def test_moving_average_is_warmed_up() -> None:
     step = stepper("optim.ema_decay=0.9998")
     for number in range(3):
         step(number, [batch(number)])
@@ -82,7 +82,7 @@ def test_a_young_average_follows_the_weights() -> None:
 
 
 @pytest.mark.parametrize("after_warmup", [True, False])
-def test_the_cosine_starts_after_the_warm_up_or_with_it(after_warmup: bool) -> None:
+def test_cosine_starts_after_or_with_the_warm_up(after_warmup: bool) -> None:
     step = stepper(
         "optim.lr=1",
         "schedule.epochs=10",
@@ -113,7 +113,7 @@ def test_gradients_are_clipped_to_the_norm() -> None:
     assert seen[0] == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_a_step_that_diverges_changes_no_weight() -> None:
+def test_diverging_step_changes_no_weight() -> None:
     step = stepper()
     with torch.no_grad():
         step.classifier.model.get_parameter("head.bias")[0] = float("inf")
@@ -131,8 +131,9 @@ def test_bf16_stays_near_float32(variant: str) -> None:
     assert exact == pytest.approx(rounded, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-def test_a_compiled_step_is_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_step_has_the_same_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     plain, compiled = stepper(), stepper("compile=true")
     for number in range(2):

@@ -17,28 +17,22 @@ from training.runs import RunError, load_final, read_record
 from training.step import Stepper
 from training.study import is_finished
 
-STUDY = [
-    "study",
-    "--recipe",
-    "digits",
-    "--variants",
-    "mha,csra-r2",
-    "--set",
-    "schedule.epochs=2",
-    "--set",
-    "val_images=1200",
-]
+
+@pytest.fixture(scope="module")
+def command(small_data: list[str]) -> list[str]:
+    """Studies two variants; needs --out."""
+    return ["study", *small_data, "--variants", "mha,csra-r2", "--set", "schedule.epochs=2"]
 
 
 @pytest.fixture(scope="module")
-def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def studied(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A study of two variants and two seeds, made by two commands; the second finds two runs finished."""
     out = tmp_path_factory.mktemp("study")
-    first = CliRunner().invoke(app, [*STUDY, "--out", str(out), "--seeds", "0"])
+    first = CliRunner().invoke(app, [*command, "--out", str(out), "--seeds", "0"])
     assert first.exit_code == 0, first.output
     weights = out / "digits-mha-s0" / "final" / "model.safetensors"
     written = weights.stat().st_mtime_ns
-    second = CliRunner().invoke(app, [*STUDY, "--out", str(out), "--seeds", "0,1"])
+    second = CliRunner().invoke(app, [*command, "--out", str(out), "--seeds", "0,1"])
     assert second.exit_code == 0, second.output
     assert weights.stat().st_mtime_ns == written, "a finished run was trained again"
     return out, second.stdout
@@ -64,25 +58,28 @@ def test_curves_are_drawn(studied: tuple[Path, str]) -> None:
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_of_another_recipe_is_not_taken_for_this_one(studied: tuple[Path, str]) -> None:
+def test_run_of_another_recipe_is_refused(command: list[str], studied: tuple[Path, str]) -> None:
     out, _ = studied
-    result = CliRunner().invoke(app, [*STUDY, "--out", str(out), "--set", "optim.lr=1e-4"])
+    result = CliRunner().invoke(app, [*command, "--out", str(out), "--set", "optim.lr=1e-4"])
     assert result.exit_code == 1
     assert "was trained with other settings" in " ".join(result.stderr.split())
 
 
-def test_a_run_on_other_data_is_not_taken_for_this_one(studied: tuple[Path, str]) -> None:
+def test_run_on_other_data_is_refused(small_data: list[str], studied: tuple[Path, str]) -> None:
     out, _ = studied
     folder = out / "digits-mha-s0"
-    other = dataclasses.replace(load_dataset("digits"), test=load_dataset("digits").test.take(np.arange(9)))
+    same = load_dataset("small", small_data[small_data.index("--data") + 1])
+    other = dataclasses.replace(same, test=same.test.take(np.arange(9)))
     recipe = Recipe.model_validate(read_record(folder)["recipe"])
-    assert is_finished(folder, recipe, "mha", load_dataset("digits"))
-    for variant, dataset in (("mha", other), ("csra-r2", load_dataset("digits"))):
+    assert is_finished(folder, recipe, "mha", same)
+    for variant, dataset in (("mha", other), ("csra-r2", same)):
         with pytest.raises(RunError, match="other settings or data"):
             is_finished(folder, recipe, variant, dataset)
 
 
-def test_a_run_that_fails_does_not_take_the_others_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_run_does_not_stop_the_others(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     take = Stepper.__call__
 
     def fail_first(self: Stepper, *arguments: object, **options: object) -> object:
@@ -92,7 +89,7 @@ def test_a_run_that_fails_does_not_take_the_others_along(tmp_path: Path, monkeyp
         return take(self, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Stepper, "__call__", fail_first)
-    result = CliRunner().invoke(app, [*STUDY, "--out", str(tmp_path), "--set", "schedule.epochs=1"])
+    result = CliRunner().invoke(app, [*command, "--out", str(tmp_path), "--set", "schedule.epochs=1"])
     assert result.exit_code == 1
     assert "digits-mha-s0 failed: loss is nan" in result.stderr
     assert "| `csra-r2` | 0 |" in result.stdout

@@ -27,7 +27,7 @@ def test_other_names_are_refused_with_the_accepted_forms(name: str) -> None:
 
 
 @given(height=SIDES, width=SIDES, reduction=REDUCTIONS)
-def test_kv_tokens_count_what_is_left(height: int, width: int, reduction: int) -> None:
+def test_kv_tokens_are_the_number_of_windows(height: int, width: int, reduction: int) -> None:
     grid = (height, width)
     blocks = range(0, height * width, reduction)
     windows = [(row, column) for row in range(0, height, reduction) for column in range(0, width, reduction)]

@@ -10,7 +10,7 @@ import pytest
 from loadtests.experiment.process import end, start
 from service.host import process_tree, process_tree_bytes
 
-WAIT = "print('ready', flush=True); input()"
+WAIT = "import signal; print('ready', flush=True); signal.pause()"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
@@ -23,7 +23,6 @@ child.stdout.readline()
 print(child.pid, flush=True)
 input()
 """
-    # The child's standard input is this process's own pipe, which stays open: nothing but the signal ends it.
     with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as measurement:
         assert measurement.stdout
         child = psutil.Process(int(measurement.stdout.readline()))
@@ -36,18 +35,17 @@ input()
 
 def test_end_stops_a_process_with_its_descendants() -> None:
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {WAIT!r}])"
-    process = start([sys.executable, "-c", parent], stdout=subprocess.PIPE, stderr=None)
-    assert process.stdout
-    process.stdout.readline()
-    family = process_tree(process.pid)
-    assert len(family) == 2
-    end(process)
-    process.stdout.close()
+    with start([sys.executable, "-c", parent], stdout=subprocess.PIPE, stderr=None) as process:
+        assert process.stdout
+        process.stdout.readline()
+        family = process_tree(process.pid)
+        assert len(family) == 2
+        end(process)
     assert not [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_memory_counts_the_whole_tree() -> None:
-    code = f"block = bytearray(80_000_000); {WAIT}"
+    code = "block = bytearray(80_000_000); print('ready', flush=True); input()"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
     with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout

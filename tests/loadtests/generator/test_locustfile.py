@@ -88,6 +88,21 @@ def test_the_open_loop_sends_exactly_the_arrivals_of_its_seed(ask: RequestSpec) 
     assert {sample.status for sample in samples} == {200}
 
 
+def test_a_load_s_result_is_that_of_its_window(ask: RequestSpec) -> None:
+    load = Load(name="load", rate=30)
+    with fake_server(lambda _: 0.02) as fake:
+        result = apply_load(Server(fake.url, name="fake"), ask, load, warmup_seconds=0.5, seconds=1, seed=1)
+    arrivals = poisson_arrivals(30, seed="1/0/0")
+    begin = next(arrivals) + 0.5
+    due = [moment for moment in itertools.islice(arrivals, 200) if begin <= moment < begin + 1]
+    assert (result.mode, result.offered_rate, result.connections) == ("open", 30, None)
+    assert result.arrivals == result.answered == len(result.latencies_ms) == len(due)
+    assert result.errors == result.unsent_arrivals == 0
+    assert result.latencies_ms.min() >= 20
+    assert result.labelled == len(due)
+    assert 0 < result.correct < result.labelled
+
+
 def test_beyond_the_cap_an_arrival_is_not_sent_and_counted(ask: RequestSpec) -> None:
     with fake_server(lambda _: 0.5) as fake:
         samples = sent(fake, ask, *open_loop(rate=200, seconds=2), "--in-flight", "3")
@@ -103,7 +118,7 @@ def test_the_open_loop_shows_a_stall_that_the_closed_loop_hides(ask: RequestSpec
     stall = 3
 
     def stalled_samples(others: int, *arguments: str) -> list[Sample]:
-        """Of a serial server whose fourth request stalls until `others` wait behind it: those that were held up."""
+        """Samples held up by a serial server whose fourth request stalls until `others` wait behind it."""
         held.clear()
         received: dict[int, float] = {}
         waiting = range(stall, stall + others + 1)

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from loadtests.experiment.locust_runner import RequestSpec, run_locust
+from loadtests.experiment.server import Server
+from loadtests.generator import payload_cache
 from loadtests.generator.load_result import PROTOCOLS, Protocol
 from loadtests.generator.readers import Payload, PayloadError
 from loadtests.generator.request_encoder import Request, Target, target
@@ -93,6 +96,15 @@ def test_the_service_s_answers_are_judged(protocol: Protocol, url: str) -> None:
     ]
     judged = [sent.correct(one, answer.content) for one, answer in zip(sent.requests, answers, strict=True)]
     assert judged == [True, True, False]
+
+
+def test_locust_sends_tensors_and_judges_the_answers(url: str, tmp_path: Path) -> None:
+    said = httpx.post(f"{url}/v1/classify?model={MODEL}", content=PNG, trust_env=False).json()
+    best = said["results"][0]["predictions"][0]
+    payload_cache.save([Payload("one", PNG, best["index"]), Payload("other", PNG, best["label"])], tmp_path)
+    spec = RequestSpec(payloads=tmp_path, model=MODEL, protocol="v2")
+    samples, _ = run_locust(Server(url, name="digits"), spec, ["--loop", "closed", "--seconds", "0.5"], seconds=1)
+    assert {(sample.status, sample.correct) for sample in samples} == {(200, True)}
 
 
 def test_what_cannot_be_sent_as_a_tensor_is_an_error(url: str) -> None:
