@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from service.errors import ClientDisconnected, DeadlineExceeded, NotReady, Overloaded, RequestError
 from service.metrics import Metrics
-from service.models.family import Choice, Family, pareto_front
+from service.models.family import Choice, pareto_front
 from service.models.model import Model
 from service.models.registry import Registry
 from service.scheduling.admission import Admission, Place
@@ -136,11 +136,6 @@ class Pipeline:
         if not (self.ready and self.registry.ready):
             raise NotReady("the service is starting or draining, or has no model: retry")
 
-    def candidates(self, model: str | None, version: int | None = None) -> list[Model]:
-        """The models that may answer a request for `model`, the most accurate first. Raises UnknownModel, NotReady."""
-        found = self._family(model, version)
-        return found[1] if found else [self.registry.find(model, version)]
-
     async def answer(
         self,
         options: RequestOptions,
@@ -166,7 +161,7 @@ class Pipeline:
         seconds = min(limit_ms, self.limits.max_deadline_ms) / 1000
         state = RequestState(seconds=seconds, priority=options.priority, arrived_at=arrived_at)
         try:
-            fastest = pareto_front(self.candidates(options.model, options.version))[-1]
+            fastest = pareto_front(self.registry.candidates(options.model, options.version)[1])[-1]
             with self.admission.admit(state, fastest.queue, encoded=encoded) as place:
                 inputs = await read(place)
                 read_seconds = time.perf_counter() - arrived_at
@@ -190,16 +185,11 @@ class Pipeline:
             self.metrics.rejections(error.reason if isinstance(error, Overloaded) else error.code).inc()
             raise
 
-    def _family(self, model: str | None, version: int | None) -> tuple[Family, list[Model]] | None:
-        return self.registry.family(model) if model and version is None else None
-
     def _select(self, options: RequestOptions, state: RequestState, inputs: Inputs) -> tuple[Model, Choice | None]:
         """The model that answers, and why if a family was asked for. Raises UnknownModel or NoSuitableModel."""
-        found = self._family(options.model, options.version)
-        if found is None:
-            model, choice = self.registry.find(options.model, options.version), None
-        else:
-            family, members = found
+        family, members = self.registry.candidates(options.model, options.version)
+        model, choice = members[0], None
+        if family:
             count, encoded = len(inputs.images), inputs.encoded
             decode = self.load.decode_seconds if encoded else 0.0
             model, choice = family.choose(

@@ -113,8 +113,9 @@ def answer(
         data: bytes | memoryview | list[Any]
         if output.classification:
             strings, shape = _classified(values, output.classification, labels)
-            data = _join_strings(strings) if output.binary else strings
-            datatype = "BYTES"
+            data, datatype = strings, "BYTES"
+            if output.binary:
+                data = b"".join(struct.pack("<I", len(part)) + part for part in map(str.encode, strings))
         else:
             little_endian = np.ascontiguousarray(values, dtype="<f4")
             shape, datatype = list(values.shape), "FP32"
@@ -285,11 +286,6 @@ def _split_strings(data: memoryview, images: int) -> list[bytes]:
             f"got {len(strings)} and {len(data) - offset} bytes more"
         )
     return strings
-
-
-def _join_strings(strings: list[str]) -> bytes:
-    encoded = [string.encode() for string in strings]
-    return b"".join(part for string in encoded for part in (struct.pack("<I", len(string)), string))
 
 
 def _requested_outputs(outputs: list[_Output] | None, *, binary: bool) -> tuple[RequestedOutput, ...]:

@@ -12,6 +12,7 @@ take a decoder's core at the highest cost per image, and the next image is about
 import asyncio
 import heapq
 import itertools
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -147,12 +148,6 @@ class Queue:
         else:
             entry.answer.set_exception(outcome)
 
-    def abandon(self) -> list[_Entry]:
-        """Take out all images."""
-        entries = [entry for _, _, entry in self._heap]
-        self._heap.clear()
-        return entries
-
 
 def _is_over(entry: _Entry, now: float) -> bool:
     return entry.answer.done() or entry.state.over(now)
@@ -197,7 +192,8 @@ class Scheduler:
         """Stop serving a queue to which nothing will be submitted any more. Images still waiting are cancelled."""
         self.queues = [other for other in self.queues if other is not queue]
         with self._change:
-            abandoned = queue.abandon()
+            # By then every deadline has passed.
+            abandoned = queue.drop_expired(math.inf)
         for entry in abandoned:
             entry.answer.cancel()
 
