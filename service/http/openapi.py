@@ -31,8 +31,9 @@ CLASSIFY_HEADERS = {
 
 def fixed_part(name: str) -> dict[str, Any]:
     """A part of the documentation that is written out in `openapi_parts.json`."""
-    parts: dict[str, Any] = json.loads(Path(__file__).with_name("openapi_parts.json").read_text(encoding="utf-8"))
-    return parts[name]  # type: ignore[no-any-return]
+    text = Path(__file__).with_name("openapi_parts.json").read_text(encoding="utf-8")
+    part: dict[str, Any] = json.loads(text)[name]
+    return part
 
 
 def query_parameters(query: type[BaseModel], *, headers: dict[str, str]) -> list[dict[str, Any]]:
