@@ -1,1 +1,1 @@
-"""Train Vision Transformers whose keys and values are compressed; `python -m training --help` is the manual."""
+"""Train Vision Transformers whose keys and values are compressed; `stridevit --help` is the manual."""

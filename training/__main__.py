@@ -96,7 +96,7 @@ def train(
 
     Ctrl-C and SIGTERM save a checkpoint first; `--resume` continues with the next step.
 
-    Example: `python -m training train --recipe digits --variant csra-r2 --out runs/digits-csra-r2`
+    Example: `stridevit train --recipe digits --variant csra-r2 --out runs/digits-csra-r2`
     """
     with _errors(out), join(choose_device(device)) as world:
         resolved = load_recipe(recipe, ([f"preset={preset}"] if preset else []) + (overrides or []))
@@ -122,7 +122,7 @@ def study(
 
     Finished runs are kept and stopped ones continued: repeat the same command to go on.
 
-    Example: `python -m training study --recipe digits --variants mha,csra-r2 --seeds 0,1,2 --out runs/digits`
+    Example: `stridevit study --recipe digits --variants mha,csra-r2 --seeds 0,1,2 --out runs/digits`
     """
     with _errors(), join(choose_device(device)) as world:
         resolved = load_recipe(recipe, overrides)
@@ -202,7 +202,7 @@ def describe(
 ) -> None:
     """Costs of each variant of a preset for one image: parameters, multiply-accumulates, attention memory.
 
-    Example: `python -m training describe --preset vit-s16 --img-size 384`
+    Example: `stridevit describe --preset vit-s16 --img-size 384`
     """
     with _errors():
         described = [
@@ -226,7 +226,7 @@ def profile(
 ) -> None:
     """Training throughput on random images, and the operators that take the time: to choose precision and batch size.
 
-    Example: `python -m training profile --recipe cifar100-xs --variant mha --set precision=fp32`
+    Example: `stridevit profile --recipe cifar100-xs --variant mha --set precision=fp32`
     """
     with _errors():
         world = World(device=choose_device(device))

@@ -27,7 +27,7 @@ _WHERE_TO_GET = {
     "imagenet": "name a folder with train/ and val/ and one folder per class in them (image-net.org's val archive is "
     "flat: sort it by its labels first), or write --data hub:ILSVRC/imagenet-1k after `hf auth login`",
 }
-_ANY_LAYOUT = "python -m training train --help lists the layouts"
+_ANY_LAYOUT = "stridevit train --help lists the layouts"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,7 @@ CIFAR100_XS = Recipe(
 )
 """`vit-xs` on CIFAR-100: the trained models that ship with the repository.
 
-python -m training train --recipe cifar100-xs --variant csra-r2 --data DIR --out runs/x
+stridevit train --recipe cifar100-xs --variant csra-r2 --data DIR --out runs/x
 20 epochs, seed 0, about an hour each on one thread of a shared CPU: top-1 51.6 % (mha), 53.9 % (lsra-r2), 54.2 %
 (lsra-r4), 53.7 % (csra-r2), 51.7 % (csra-r4) on the full test split; docs/results.md has the rest.
 """
@@ -139,7 +139,7 @@ CIFAR100_FULL = Recipe(
 )
 """`vit-cifar` on CIFAR-100, 100 epochs: the experiment at full size.
 
-python -m training train --recipe cifar100-full --variant csra-r2 --data DIR --out runs/x
+stridevit train --recipe cifar100-full --variant csra-r2 --data DIR --out runs/x
 Hardware: one GPU. Not run here; two CPU cores would take days. The regularisation is like DeiT's and was not tuned;
 RandAugment works on single images, so CIFAR is read image by image.
 """

@@ -181,7 +181,7 @@ def read_card(folder: Path) -> ModelCard:
     """The card of a run's finished model. Raises RunError."""
     path = folder / CARD_FILE
     if not path.is_file() or not (folder / WEIGHTS_FILE).is_file():
-        raise RunError(f"{path.parent} has no finished model: train it to the end first (python -m training train)")
+        raise RunError(f"{path.parent} has no finished model: train it to the end first (stridevit train)")
     try:
         return ModelCard.model_validate_json(path.read_bytes())
     except ValidationError as error:
