@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -131,14 +132,9 @@ def publish(repository: Path, manifest: Manifest, *, model: bytes, labels: tuple
         (staging / MODEL_FILE).write_bytes(model)
         (staging / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (staging / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-        arrays = {f"image_{number}": np.frombuffer(image, dtype=np.uint8) for number, image in enumerate(golden.images)}
-        np.savez(
-            staging / GOLDEN_FILE,
-            allow_pickle=False,
-            logits=golden.logits,
-            probabilities=golden.probabilities,
-            **arrays,
-        )
+        arrays: dict[str, npt.NDArray[Any]] = {"logits": golden.logits, "probabilities": golden.probabilities}
+        arrays |= {f"image_{number}": np.frombuffer(image, np.uint8) for number, image in enumerate(golden.images)}
+        np.savez(staging / GOLDEN_FILE, allow_pickle=False, **arrays)
         sums = [f"{hashlib.sha256((staging / file).read_bytes()).hexdigest()}  {file}\n" for file in CONTENT_FILES]
         (staging / SUMS_FILE).write_text("".join(sums), encoding="utf-8")
         return _rename_to_next_version(staging, parent)

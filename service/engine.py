@@ -155,7 +155,9 @@ class Engine:
             bound.close()
         self._bound.clear()
         self._session = None
-        _trim_heap()
+        # Return freed memory to the system, where the C library would keep it.
+        with contextlib.suppress(OSError, AttributeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
     def _run_bound(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], ...]:
         """Run on a GPU through persistent buffers, one set per batch size. Not run on a GPU yet."""
@@ -193,12 +195,13 @@ class Engine:
 
 
 class _Bound:
-    """Buffers for one batch size: on the device, and page-locked ones on the host to copy from."""
+    """Buffers for one batch size: on the device, and a page-locked one on the host, from which the GPU copies."""
 
     def __init__(self, session: Any, shape: tuple[int, ...], number: int) -> None:
         ort = _onnxruntime()
         self._session, self._binding = session, session.io_binding()
-        self._input_host = _page_locked(shape, np.uint8)
+        self._input_host = host = np.zeros(shape, dtype=np.uint8)
+        _cuda("cudaHostRegister", ctypes.c_void_p(host.ctypes.data), ctypes.c_size_t(host.nbytes), 0)
         self._input = ort.OrtValue.ortvalue_from_numpy(self._input_host, "cuda", number)
         self._binding.bind_ortvalue_input(INPUT, self._input)
         classes = {output.name: output.shape[1] for output in session.get_outputs()}
@@ -218,13 +221,6 @@ class _Bound:
 
     def close(self) -> None:
         _cuda("cudaHostUnregister", ctypes.c_void_p(self._input_host.ctypes.data))
-
-
-def _page_locked(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Host memory from which the GPU copies directly. Raises OSError."""
-    array = np.zeros(shape, dtype=dtype)
-    _cuda("cudaHostRegister", ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), 0)
-    return array
 
 
 @contextlib.contextmanager
@@ -264,12 +260,6 @@ def _provider_options(device: Device, number: int, tuning: Tuning) -> dict[str, 
     return options
 
 
-def _trim_heap() -> None:
-    """Return freed memory to the system, where the C library would keep it."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def _onnxruntime() -> Any:
     """Import ONNX Runtime after the check, so that its absence is a clear error, and with its telemetry off.
 
@@ -283,8 +273,4 @@ def _onnxruntime() -> Any:
 
 
 def _installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    return any(True for _ in importlib.metadata.distributions(name=distribution))

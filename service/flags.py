@@ -62,16 +62,10 @@ def origins(given: Given) -> dict[str, str]:
     """Where the value of each setting comes from. Raises SettingsError, as reading the settings would."""
     environment = EnvSettingsSource(Settings)()
     config = {**environment, **given}.get("config")
-    in_file = read_file(Path(config)) if config else {}
-    found = {}
-    for name in Settings.model_fields:
-        if name in given:
-            found[name] = f"flag {flag(name)}"
-        elif name in environment:
-            found[name] = f"environment {variable(name)}"
-        else:
-            found[name] = f"file {config}" if name in in_file else "default"
-    return found
+    found = dict.fromkeys(Settings.model_fields, "default")
+    found |= dict.fromkeys(read_file(Path(config)) if config else {}, f"file {config}")
+    found |= {name: f"environment {variable(name)}" for name in environment}
+    return found | {name: f"flag {flag(name)}" for name in given}
 
 
 def values(settings: Settings) -> Iterator[tuple[str, str]]:
@@ -82,34 +76,15 @@ def values(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def markdown() -> str:
-    """docs/settings.md."""
-    lines = [_PAGE]
+    """docs/settings.md: the tables of all settings, within the text of `settings_page.md`."""
+    lines: list[str] = []
     for name in Settings.model_fields:
         if name in GROUPS:
             lines += ["", f"## {GROUPS[name]}", "", "| setting | value | default | what it does |", "|---|---|---|---|"]
         default = f"`{shown}`" if (shown := _default(name)) else "–"
         lines.append(f"| `{name}` | {_kind(name)} | {default} | {_text(name)} |")
-    return "\n".join(lines) + "\n"
-
-
-_PAGE: Final = f"""\
-# Settings of the service
-
-<!-- Generated from service/settings.py by `stridevit settings --markdown > docs/settings.md`. -->
-
-Each setting can be given in three ways, by descending priority:
-
-1. a flag, `--max-batch 8`; booleans are `--tf32` and `--no-tf32`;
-2. an environment variable, `{ENV_PREFIX}MAX_BATCH=8`; an empty one counts as unset;
-3. a line in a TOML file, `max_batch = 8`, which `--config FILE` or `{ENV_PREFIX}CONFIG` names. An unknown key is an
-   error.
-
-Lists are separated by commas; in TOML they may be arrays: `models = ["a", "b"]`. An empty flag, `--models ""`, resets a
-value of the environment or the file. `stridevit settings` shows the values in effect and the origin of each;
-`stridevit check` checks them and loads the models, without serving.
-
-Kubernetes sets `{ENV_PREFIX}PORT` to a URL by itself if a Service is named `stridevit`: give the Service another name,
-or set `enableServiceLinks: false` for the pod."""
+    page = Path(__file__).with_name("settings_page.md").read_text(encoding="utf-8")
+    return page.replace("$tables", "\n".join(lines[1:]))
 
 
 def flag(name: str) -> str:

@@ -23,7 +23,7 @@ class Gauges(Collector):
         drain = "Predicted time until all accepted work is done, by the cost model."
         yield _gauge("predicted_drain_seconds", drain, admission.drain_seconds())
         slowdown = "Recent duration of batches divided by their duration at warm-up."
-        yield _gauge("device_slowdown_ratio", slowdown, load.slowdown)
+        yield _gauge("device_slowdown_ratio", slowdown, load.slowdown.value)
         depth = _model_gauge("queue_depth", "Images waiting for the engine.")
         info = _model_gauge("model_info", "Models that take traffic; the value is always 1.", "variant")
         memory = _model_gauge(

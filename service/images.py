@@ -9,6 +9,7 @@ scaled (not clipped) to 8 bits, the shorter side resized and the centre cropped,
 
 import io
 import struct
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -55,27 +56,13 @@ MAX_PIXELS = 178_956_970
 LARGE_PIXELS = 2_000_000
 """Decoding work, as in OpenedImage.pixels, above which an image is large, so that small ones should not wait for it.
 
-At 10 ms of CPU per megapixel (on 2-core machines) smaller images take about 20 ms, at worst 40 (PNG with alpha). A JPEG
-of 640 × 480 takes 1 ms for a model of 32 pixels, and 4 ms for one of 224. One of 12 megapixels takes 25 to 50 ms even
-if drafted, and 100 ms if progressive; a PNG of that size takes 300 to 500 ms.
+At 10 ms of CPU per megapixel smaller images take about 20 ms, at worst 40; docs/service.md has times of larger ones.
 """
 
 _DRAFT_MARGIN = 3
 """A JPEG is decoded at 1/2, 1/4 or 1/8 if its shorter side is then still this many times `resize`.
 
-Mean and largest difference from decoding it whole, in levels of 255, at sizes that just allow the fraction. The worst
-of all fractions, and of 4:4:4, 4:2:0 and, at 32 pixels, 4:2:2, grey, CMYK and progressive files:
-
-| margin | photos at 32 | photos at 224 to 384 | noise      | text, lines, checks |
-| ------ | ------------ | -------------------- | ---------- | ------------------- |
-| 1      | 5.8 and 58   | 3.8 and 77           | 14 and 88  | 15 and 143          |
-| 1.5    | 2.6 and 35   | 1.7 and 33           | 7.4 and 42 | 8.9 and 116         |
-| 2      | 1.7 and 27   | 1.1 and 26           | 4.6 and 24 | 8.5 and 64          |
-| 3      | 0.9 and 14   | 0.5 and 15           | 2.2 and 11 | 3.7 and 39          |
-| 4      | 0.5 and 10   | 0.3 and 12           | 1.3 and 7  | 3.3 and 31          |
-
-JPEG itself distorts text in pure colours most: decoded whole it differs by 4.6 and 38 from the original. With a margin
-of 4, images of 12 megapixels would be decoded whole for models of 384 pixels.
+docs/service.md has the differences that were measured for margins from 1 to 4.
 """
 
 _MAX_STRETCH = 8
@@ -110,38 +97,36 @@ def open_image(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) ->
     except BaseException:
         image.close()
         raise
-    return OpenedImage(image, preprocessing, pixels=pixels, max_pixels=max_pixels)
+    return OpenedImage(image=image, preprocessing=preprocessing, max_pixels=max_pixels, pixels=pixels)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedImage:
     """An image whose header is read and within the limits. If it is not rendered, nothing needs to be closed."""
 
-    def __init__(
-        self, image: ImageFile.ImageFile, preprocessing: Preprocessing, *, pixels: int, max_pixels: int
-    ) -> None:
-        self.pixels = pixels
-        """Work of decoding it whole, in pixels of a JPEG of one scan; to compare with LARGE_PIXELS.
+    image: ImageFile.ImageFile
+    preprocessing: Preprocessing
+    max_pixels: int
+    pixels: int
+    """Work of decoding it whole, in pixels of a JPEG of one scan; to compare with LARGE_PIXELS.
 
-        Width times height; each further scan of a JPEG adds a tenth (their number is an upper bound); a pixel of other
-        formats counts as two. What drafting saves is not subtracted.
-        """
-        self._image = image
-        self._preprocessing = preprocessing
-        self._max_pixels = max_pixels
+    Width times height; each further scan of a JPEG adds a tenth (their number is an upper bound); a pixel of other
+    formats counts as two. What drafting saves is not subtracted.
+    """
 
     def render(self) -> npt.NDArray[np.uint8]:
         """Decode, rotate upright, resize and crop: uint8 (crop, crop, 3). Only once: it closes the image.
 
         Raises TooManyPixels or BadImage.
         """
-        image = self._image
+        image = self.image
         try:
-            box = _draft(image, self._preprocessing)
+            box = _draft(image, self.preprocessing)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb_crop(image, box, self._preprocessing)
+            return _to_rgb_crop(image, box, self.preprocessing)
         except Image.DecompressionBombError as error:
-            raise TooManyPixels(f"a frame of the image exceeds the limit of {self._max_pixels:,} pixels") from error
+            raise TooManyPixels(f"a frame of the image exceeds the limit of {self.max_pixels:,} pixels") from error
         except _DAMAGED as error:
             raise BadImage(f"the image is damaged: {error}") from error
         finally:
@@ -198,7 +183,9 @@ def _to_rgb_crop(image: Image.Image, box: _Box | None, preprocessing: Preprocess
         grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return _resize_and_crop(grey.convert("RGB"), preprocessing)
     if image.mode in ("I", "F"):
-        scale = _scale_to_8_bits(image)
+        _, top = cast(tuple[float, float], image.getextrema())
+        # 32-bit grey has no agreed range: 0..1 as floats, 0..255 where it fits, else 0..65535.
+        scale = 255.0 if image.mode == "F" and top <= 1.0 else 1.0 if top <= 255 else 255 / 65535
         small = np.nan_to_num(_resize_and_crop(image.convert("F"), preprocessing), posinf=0.0, neginf=0.0)
         grey = Image.fromarray((small * scale).clip(0, 255).round().astype(np.uint8))
         return np.asarray(grey.convert("RGB"))
@@ -208,14 +195,6 @@ def _to_rgb_crop(image: Image.Image, box: _Box | None, preprocessing: Preprocess
         background = Image.new("RGBA", layer.size, (*_BACKGROUND, 255))
         return np.asarray(Image.alpha_composite(background, layer).convert("RGB"))
     return _resize_and_crop(image if image.mode == "RGB" else image.convert("RGB"), preprocessing, box)
-
-
-def _scale_to_8_bits(image: Image.Image) -> float:
-    """32-bit grey has no agreed range: 0..1 as floats, 0..255 where it fits, else 0..65535."""
-    _, top = cast(tuple[float, float], image.getextrema())
-    if image.mode == "F" and top <= 1.0:
-        return 255.0
-    return 1.0 if top <= 255 else 255 / 65535
 
 
 def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, box: _Box | None = None) -> npt.NDArray[Any]:

@@ -65,13 +65,7 @@ class Accuracy(AccuracySummary):
 
     @classmethod
     def from_correct(
-        cls,
-        correct: npt.NDArray[np.bool_],
-        labels: npt.NDArray[np.int64],
-        *,
-        top5: float,
-        dataset: str,
-        split: str,
+        cls, correct: npt.NDArray[np.bool_], labels: npt.NDArray[np.int64], *, top5: float, dataset: str, split: str
     ) -> Self:
         """Build from whether the top-1 of each image is right and the true class indices, both (n,)."""
         bits = base64.b64encode(np.packbits(correct).tobytes()).decode("ascii")

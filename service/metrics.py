@@ -1,5 +1,6 @@
 """Prometheus metrics, in base units and with conventional names."""
 
+from collections.abc import Callable, Sequence
 from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -11,36 +12,37 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 
 
 class Metrics:
-    """All metrics of one application."""
+    """All metrics of one application: each is called with the values of its labels, then counts or observes."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"stridevit_{name}_total", text, labels, registry=registry)
+        # Cached, because to find a metric by its labels takes longer than to count.
+        def counter(name: str, text: str, *labels: str) -> Callable[..., Counter]:
+            return cache(Counter(f"stridevit_{name}_total", text, labels, registry=registry).labels)
 
-        def seconds(name: str, text: str, *labels: str) -> Histogram:
-            return Histogram(f"stridevit_{name}_duration_seconds", text, labels, buckets=_SECONDS, registry=registry)
+        def histogram(name: str, text: str, *labels: str, buckets: Sequence[float]) -> Callable[..., Histogram]:
+            return cache(Histogram(f"stridevit_{name}", text, labels, buckets=buckets, registry=registry).labels)
 
         self.requests = counter("requests", "HTTP requests answered.", "route", "method", "status")
-        self.request_seconds = seconds(
-            "request", "Time from the first byte of a request's head to the end of its answer.", "route"
+        self.request_seconds = histogram(
+            "request_duration_seconds",
+            "Time from the first byte of a request's head to the end of its answer.",
+            "route",
+            buckets=_SECONDS,
         )
         self.images = counter("images", "Images answered, by outcome: ok or the error's code.", "model", "outcome")
-        self.stage_seconds = seconds(
-            "stage",
+        self.stage_seconds = histogram(
+            "stage_duration_seconds",
             "Time of one image in a stage (decode, queue, inference), or of its whole request (total).",
-            "model",
-            "stage",
+            *("model", "stage"),
+            buckets=_SECONDS,
         )
-        self.batch_size = Histogram(
-            "stridevit_batch_size", "Images in a batch.", ["model"], buckets=_BATCH_SIZES, registry=registry
-        )
+        self.batch_size = histogram("batch_size", "Images in a batch.", "model", buckets=_BATCH_SIZES)
         self.rows = counter(
             "engine_rows",
             "Rows computed by the engine: images, and the padding that fills a batch up to a warmed-up size.",
-            "model",
-            "kind",
+            *("model", "kind"),
         )
         self.batch_errors = counter("batch_errors", "Batches that the engine could not run.", "model")
         self.rejections = counter(
@@ -54,33 +56,6 @@ class Metrics:
         peak = Gauge("stridevit_peak_memory_bytes", "Largest resident memory so far.", registry=registry)
         peak.set_function(peak_bytes)
         ProcessCollector(registry=registry)
-        # To find a metric by its labels takes longer than to count.
-        self._request = cache(self.requests.labels)
-        self._request_seconds = cache(self.request_seconds.labels)
-        self._stage = cache(self.stage_seconds.labels)
-        self._image = cache(self.images.labels)
-
-    def request(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count and time an HTTP request."""
-        self._request(route, method, status).inc()
-        self._request_seconds(route).observe(seconds)
-
-    def stage(self, model: str, stage: str) -> Histogram:
-        """The histogram of one stage of one model."""
-        return self._stage(model, stage)
-
-    def answered(self, model: str) -> None:
-        """Count an image that was answered."""
-        self._image(model, "ok").inc()
-
-    def on_batch(self, model: str, images: int, size: int, *, failed: bool) -> None:
-        """Count a batch."""
-        if failed:
-            self.batch_errors.labels(model).inc()
-            return
-        self.batch_size.labels(model).observe(images)
-        self.rows.labels(model, "image").inc(images)
-        self.rows.labels(model, "padding").inc(size - images)
 
     def render(self) -> bytes:
         """The text exposition format."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from service.errors import ClientDisconnected, DeadlineExceeded, NotReady, Overloaded, RequestError
 from service.metrics import Metrics
-from service.models.family import Choice, Family, pareto_front
+from service.models.family import Choice, pareto_front
 from service.models.model import Model
 from service.models.registry import Registry
 from service.scheduling.admission import Admission, Place
@@ -136,11 +136,6 @@ class Pipeline:
         if not (self.ready and self.registry.ready):
             raise NotReady("the service is starting or draining, or has no model: retry")
 
-    def candidates(self, model: str | None, version: int | None = None) -> list[Model]:
-        """The models that may answer a request for `model`, the most accurate first. Raises UnknownModel, NotReady."""
-        found = self._family(model, version)
-        return found[1] if found else [self.registry.find(model, version)]
-
     async def answer(
         self,
         options: RequestOptions,
@@ -166,7 +161,7 @@ class Pipeline:
         seconds = min(limit_ms, self.limits.max_deadline_ms) / 1000
         state = RequestState(seconds=seconds, priority=options.priority, arrived_at=arrived_at)
         try:
-            fastest = pareto_front(self.candidates(options.model, options.version))[-1]
+            fastest = pareto_front(self.registry.candidates(options.model, options.version)[1])[-1]
             with self.admission.admit(state, fastest.queue, encoded=encoded) as place:
                 inputs = await read(place)
                 read_seconds = time.perf_counter() - arrived_at
@@ -187,19 +182,14 @@ class Pipeline:
                 self._account(answer, arrived_at=arrived_at, read_seconds=read_seconds, inferred_at=inferred_at)
                 return written, answer
         except (Overloaded, DeadlineExceeded, ClientDisconnected) as error:
-            self.metrics.rejections.labels(error.reason if isinstance(error, Overloaded) else error.code).inc()
+            self.metrics.rejections(error.reason if isinstance(error, Overloaded) else error.code).inc()
             raise
-
-    def _family(self, model: str | None, version: int | None) -> tuple[Family, list[Model]] | None:
-        return self.registry.family(model) if model and version is None else None
 
     def _select(self, options: RequestOptions, state: RequestState, inputs: Inputs) -> tuple[Model, Choice | None]:
         """The model that answers, and why if a family was asked for. Raises UnknownModel or NoSuitableModel."""
-        found = self._family(options.model, options.version)
-        if found is None:
-            model, choice = self.registry.find(options.model, options.version), None
-        else:
-            family, members = found
+        family, members = self.registry.candidates(options.model, options.version)
+        model, choice = members[0], None
+        if family:
             count, encoded = len(inputs.images), inputs.encoded
             decode = self.load.decode_seconds if encoded else 0.0
             model, choice = family.choose(
@@ -209,7 +199,7 @@ class Pipeline:
                 allowed_seconds=self.admission.allowed_seconds(state),
                 min_top1=options.min_top1,
             )
-            self.metrics.choices.labels(family.name, model.name, choice["reason"]).inc()
+            self.metrics.choices(family.name, model.name, choice["reason"]).inc()
         if isinstance(inputs.images, np.ndarray) and inputs.images.shape[1:] != model.manifest.input.shape[1:]:
             raise NotReady("the model was replaced by one of another image size in the meantime: retry")
         return model, choice
@@ -234,15 +224,15 @@ class Pipeline:
             if isinstance(image, bytes):
                 preprocessing = model.manifest.preprocessing
                 image, decode_seconds = await self.decoders.decode(image, preprocessing, state, model.queue)
-                metrics.stage(name, "decode").observe(decode_seconds)
+                metrics.stage_seconds(name, "decode").observe(decode_seconds)
             output = await self.scheduler.submit(model.queue, image, state)
         except RequestError as error:
-            metrics.images.labels(name, error.code).inc()
+            metrics.images(name, error.code).inc()
             return error
         output.decode_ms = decode_seconds * 1000
-        metrics.stage(name, "queue").observe(output.queue_ms / 1000)
-        metrics.stage(name, "inference").observe(output.inference_ms / 1000)
-        metrics.answered(name)
+        metrics.stage_seconds(name, "queue").observe(output.queue_ms / 1000)
+        metrics.stage_seconds(name, "inference").observe(output.inference_ms / 1000)
+        metrics.images(name, "ok").inc()
         return output
 
     def _account(self, answer: Answer, *, arrived_at: float, read_seconds: float, inferred_at: float) -> None:
@@ -259,7 +249,7 @@ class Pipeline:
             inference=inference_ms / 1000,
             answer=now - inferred_at,
         )
-        self.metrics.stage(answer.model.name, "total").observe(total)
+        self.metrics.stage_seconds(answer.model.name, "total").observe(total)
         answer.timings_ms = {
             "read": round(read_seconds * 1000, 3),
             "decode": round(decode_ms, 3),
@@ -269,9 +259,15 @@ class Pipeline:
         }
 
     def _on_batch(self, batch: Batch) -> None:
-        self.metrics.on_batch(batch.queue.name, batch.images, batch.size, failed=batch.failed)
+        metrics, name = self.metrics, batch.queue.name
+        if batch.failed:
+            metrics.batch_errors(name).inc()
+            return
+        metrics.batch_size(name).observe(batch.images)
+        metrics.rows(name, "image").inc(batch.images)
+        metrics.rows(name, "padding").inc(batch.size - batch.images)
         for model in self.registry.ready:
-            if model.queue is batch.queue and not batch.failed:
+            if model.queue is batch.queue:
                 model.statistics.batch(batch.images, batch.seconds)
 
 

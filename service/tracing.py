@@ -48,12 +48,7 @@ class Tracing:
         return carrier.get("traceparent", "")
 
     def end(
-        self,
-        span: Any,
-        *,
-        name: str,
-        attributes: Mapping[str, str | int],
-        timings_ms: Mapping[str, float],
+        self, span: Any, *, name: str, attributes: Mapping[str, str | int], timings_ms: Mapping[str, float]
     ) -> None:
         """End a request's span; its stages become its children, laid end to end from its start."""
         span.update_name(name)

@@ -12,7 +12,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from service.errors import BadRequest, BodyTooLarge, BodyTooSlow, ClientDisconnected, DeadlineExceeded
-from service.pipeline import Limits
+from service.pipeline import Inputs, Limits
 from service.scheduling.admission import Place
 
 T = TypeVar("T")
@@ -33,18 +33,18 @@ async def read_body(request: Request, *, max_bytes: int, timeout_seconds: float,
     return await _in_time(joined(), timeout_seconds, place)
 
 
-async def read_images(request: Request, limits: Limits, place: Place) -> list[bytes]:
+async def read_images(request: Request, limits: Limits, place: Place) -> Inputs:
     """The images of a request: its files if it is multipart, else its whole body as one image.
 
     Raises what `read_body` raises, and BadRequest for a malformed or empty body.
     """
     timeout_seconds = limits.body_timeout_seconds
     if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        return await _in_time(_read_multipart(request, limits, place), timeout_seconds, place)
+        return Inputs(images=await _in_time(_read_multipart(request, limits, place), timeout_seconds, place))
     body = await read_body(request, max_bytes=limits.max_body_bytes, timeout_seconds=timeout_seconds, place=place)
     if not body:
         raise BadRequest("the body is empty: send an image, for example with curl --data-binary @photo.jpg")
-    return [body]
+    return Inputs(images=[body])
 
 
 async def _in_time(reading: Coroutine[Any, Any, T], timeout_seconds: float, place: Place | None) -> T:

@@ -57,7 +57,8 @@ class Observe:
             seconds = time.perf_counter() - started
             # The route's template, so that arbitrary paths add no time series.
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.request(route, scope["method"], status, seconds)
+            self._metrics.requests(route, scope["method"], status).inc()
+            self._metrics.request_seconds(route).observe(seconds)
             if self._tracing:
                 self._tracing.end(
                     span,

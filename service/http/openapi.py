@@ -28,19 +28,12 @@ CLASSIFY_HEADERS = {
     "X-Request-ID": "Returned with the answer and logged: 1 to 128 letters, digits, `_`, `.`, `:` and `-`.",
 }
 
-CLASSIFY_BODY = {
-    "required": True,
-    "description": "The bytes of one image (any Content-Type), or multipart/form-data with one or many files.",
-    "content": {
-        "image/*": {"schema": {"type": "string", "format": "binary"}},
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "properties": {"image": {"type": "array", "items": {"type": "string", "format": "binary"}}},
-            }
-        },
-    },
-}
+
+def fixed_part(name: str) -> dict[str, Any]:
+    """A part of the documentation that is written out in `openapi_parts.json`."""
+    text = Path(__file__).with_name("openapi_parts.json").read_text(encoding="utf-8")
+    part: dict[str, Any] = json.loads(text)[name]
+    return part
 
 
 def query_parameters(query: type[BaseModel], *, headers: dict[str, str]) -> list[dict[str, Any]]:
@@ -58,10 +51,10 @@ def query_parameters(query: type[BaseModel], *, headers: dict[str, str]) -> list
 def responses(*errors: type[RequestError], example: str) -> dict[int | str, dict[str, Any]]:
     """The errors that a route may answer with, by status and each with an example.
 
-    `example` names the example of its 200, in `examples.json`.
+    `example` is the one of its 200, by name as in `fixed_part`.
     """
-    good = json.loads(Path(__file__).with_name("examples.json").read_text(encoding="utf-8"))[example]
-    described: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {"example": good}}}}
+    content = {"application/json": {"example": fixed_part(example)}}
+    described: dict[int | str, dict[str, Any]] = {200: {"content": content}}
     for status, kinds in itertools.groupby(sorted(errors, key=lambda kind: kind.status), lambda kind: kind.status):
         texts = {kind.code: inspect.getdoc(kind) or "" for kind in kinds}
         described[status] = {

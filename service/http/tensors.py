@@ -113,8 +113,9 @@ def answer(
         data: bytes | memoryview | list[Any]
         if output.classification:
             strings, shape = _classified(values, output.classification, labels)
-            data = _join_strings(strings) if output.binary else strings
-            datatype = "BYTES"
+            data, datatype = strings, "BYTES"
+            if output.binary:
+                data = b"".join(struct.pack("<I", len(part)) + part for part in map(str.encode, strings))
         else:
             little_endian = np.ascontiguousarray(values, dtype="<f4")
             shape, datatype = list(values.shape), "FP32"
@@ -190,19 +191,15 @@ def _decoded(decoder: msgspec.json.Decoder[T], text: bytes, place: str) -> T:
     try:
         return decoder.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _malformed(error, place) from error
+        # msgspec's place, such as `$.inputs[0].name`, is written as inputs.0.name and after `place`.
+        message, _, path = str(error).partition(" - at `$")
+        path = (place + re.sub(r"\[(\d+)\]", r".\1", path.rstrip("`"))).lstrip(".")
+        raise BadRequest(f"malformed inference request: {path + ': ' if path else ''}{_short(message)}") from error
 
 
 def _refuse_shared_memory(parameters: _Parameters, place: str) -> None:
     if parameters.shared_memory_region is not None:
         raise BadRequest(f"{place}: shared memory is not offered: send tensors in the body")
-
-
-def _malformed(error: Exception, place: str) -> BadRequest:
-    """With msgspec's place, such as `$.inputs[0].name`, written as inputs.0.name and after `place`."""
-    message, _, path = str(error).partition(" - at `$")
-    path = place + re.sub(r"\[(\d+)\]", r".\1", path.rstrip("`"))
-    return BadRequest(f"malformed inference request: {path.lstrip('.') + ': ' if path else ''}{_short(message)}")
 
 
 def _only_input(
@@ -289,11 +286,6 @@ def _split_strings(data: memoryview, images: int) -> list[bytes]:
             f"got {len(strings)} and {len(data) - offset} bytes more"
         )
     return strings
-
-
-def _join_strings(strings: list[str]) -> bytes:
-    encoded = [string.encode() for string in strings]
-    return b"".join(part for string in encoded for part in (struct.pack("<I", len(string)), string))
 
 
 def _requested_outputs(outputs: list[_Output] | None, *, binary: bool) -> tuple[RequestedOutput, ...]:

@@ -13,14 +13,13 @@ from service.http.body import read_images
 from service.http.fast_path import FastRoute
 from service.http.problems import problem
 from service.http.v1_models import Classification, ClassifyQuery, ModelDetail, ModelList, ModelSummary, summary
-from service.pipeline import Answer, Inputs, Pipeline, ranked
-from service.scheduling.admission import Place
+from service.pipeline import Answer, Pipeline, ranked
 
 
 def router(pipeline: Pipeline) -> APIRouter:
     """The routes under /v1."""
     routes = APIRouter(prefix="/v1", tags=["v1"], dependencies=openapi.SECURITY)
-    registry, limits = pipeline.registry, pipeline.limits
+    registry = pipeline.registry
 
     async def classify(request: Request) -> JSONResponse:
         """Classify one or many images.
@@ -29,18 +28,11 @@ def router(pipeline: Pipeline) -> APIRouter:
         """
         query: bytes = request.scope["query_string"]
         options = (_parsed_cached if len(query) <= _MAX_CACHED else _parsed)(query)
-
-        async def read(place: Place) -> Inputs:
-            return Inputs(images=await read_images(request, limits, place))
-
-        def write(answer: Answer) -> list[dict[str, Any]]:
-            return _results(answer, options.top_k)
-
         results, answer = await pipeline.answer(
             exchange.with_headers(request, options),
             arrived_at=request.scope["state"]["started"],
-            read=read,
-            write=write,
+            read=partial(read_images, request, pipeline.limits),
+            write=partial(_results, top_k=options.top_k),
             disconnected=partial(exchange.disconnected, request),
             partial=True,
         )
@@ -67,11 +59,11 @@ def router(pipeline: Pipeline) -> APIRouter:
             *(errors.BadRequest, errors.BadImage, errors.UnsupportedImage, errors.TooManyPixels),
             *(errors.Unauthorized, errors.UnknownModel, errors.NoSuitableModel, errors.InvalidParameter),
             *(errors.BodyTooLarge, errors.BodyTooSlow, errors.NotReady, errors.Overloaded, errors.DeadlineExceeded),
-            example="classification",
+            example="classification_example",
         ),
         openapi_extra={
             "parameters": openapi.query_parameters(ClassifyQuery, headers=openapi.CLASSIFY_HEADERS),
-            "requestBody": openapi.CLASSIFY_BODY,
+            "requestBody": openapi.fixed_part("classify_request_body"),
         },
     )
 
@@ -79,7 +71,7 @@ def router(pipeline: Pipeline) -> APIRouter:
         "/models",
         response_model=ModelList,
         response_model_exclude_none=True,
-        responses=openapi.responses(errors.Unauthorized, example="models"),
+        responses=openapi.responses(errors.Unauthorized, example="models_example"),
     )
     async def models() -> ModelList:
         """All models of the repository, with what they are and whether they take traffic."""
@@ -97,7 +89,8 @@ def router(pipeline: Pipeline) -> APIRouter:
     @routes.get(
         "/models/{name}",
         responses=openapi.responses(
-            *(errors.Unauthorized, errors.UnknownModel, errors.InvalidParameter, errors.NotReady), example="model"
+            *(errors.Unauthorized, errors.UnknownModel, errors.InvalidParameter, errors.NotReady),
+            example="model_example",
         ),
     )
     async def model(name: str, version: int | None = None) -> ModelDetail:
@@ -126,7 +119,7 @@ _parsed_cached = lru_cache(maxsize=1000)(_parsed)
 """Most clients send the same short query again and again."""
 
 
-def _results(answer: Answer, top_k: int) -> list[dict[str, Any]]:
+def _results(answer: Answer, *, top_k: int) -> list[dict[str, Any]]:
     labels = answer.model.bundle.labels
     return [
         {"error": problem(image)}

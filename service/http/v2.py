@@ -87,7 +87,7 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
         return {"model_stats": [v2_metadata.statistics(model) for model in registry.ready]}
 
     def found(name: str, version: str | None) -> Model:
-        return pipeline.candidates(name, _number(name, version))[0]
+        return registry.candidates(name, _number(name, version))[1][0]
 
     async def metadata(name: str, version: str | None = None) -> dict[str, Any]:
         """A model's inputs and outputs."""
@@ -107,7 +107,7 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
 
     async def statistics(name: str, version: str | None = None) -> dict[str, Any]:
         """What a model has done so far."""
-        models = pipeline.candidates(name, _number(name, version))
+        _, models = registry.candidates(name, _number(name, version))
         return {"model_stats": [v2_metadata.statistics(model) for model in models]}
 
     async def infer(request: Request) -> Response:
@@ -216,7 +216,7 @@ def _parse(
     """Raises BadRequest, or BodyTooLarge once decompressed."""
     limits, headers = pipeline.limits, request.headers
     # All members of a family take pixels of the same shape.
-    _, height, width, channels = pipeline.candidates(model, version)[0].manifest.input.shape
+    _, height, width, channels = pipeline.registry.candidates(model, version)[1][0].manifest.input.shape
     length = headers.get("inference-header-content-length")
     if length is not None and not _is_number(length):
         raise BadRequest("Inference-Header-Content-Length must be the number of bytes of the JSON part")

@@ -38,10 +38,7 @@ def config(name: str, model: Model, *, max_images_per_request: int) -> dict[str,
         "max_batch_size": max_images_per_request,
         "input": [{**described(model.manifest.input), "format": "FORMAT_NONE"}],
         "output": [{**described(output), "label_filename": "labels.txt"} for output in model.manifest.outputs],
-        "dynamic_batching": {
-            "preferred_batch_size": list(model.queue.cost.sizes),
-            "max_queue_delay_microseconds": 0,
-        },
+        "dynamic_batching": {"preferred_batch_size": list(model.queue.cost.sizes), "max_queue_delay_microseconds": 0},
         "parameters": {},
     }
 

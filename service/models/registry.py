@@ -132,10 +132,13 @@ class Registry:
                         members.append(model)
         return self._families
 
-    def family(self, name: str) -> tuple[Family, list[Model]] | None:
-        """A family and its members; None if there is no such family, or a model has the same name."""
-        if name in self._models or name not in self.families:
-            return None
+    def candidates(self, name: str | None, version: int | None = None) -> tuple[Family | None, list[Model]]:
+        """The models that may answer a request for `name`, the most accurate first, and their family if it names one.
+
+        A model goes before a family of the same name. Raises what `find` raises.
+        """
+        if name is None or version is not None or name in self._models or name not in self.families:
+            return None, [self.find(name, version)]
         chooser = self._choosers.setdefault(name, Family(name, step_up_headroom=self._step_up_headroom))
         return chooser, self.families[name]
 

@@ -20,13 +20,7 @@ class Admission:
     """All requests being answered, and what they will cost."""
 
     def __init__(
-        self,
-        scheduler: Scheduler,
-        load: Load,
-        *,
-        max_pending_images: int,
-        max_pending_bytes: int,
-        margin: float,
+        self, scheduler: Scheduler, load: Load, *, max_pending_images: int, max_pending_bytes: int, margin: float
     ) -> None:
         """`margin`: the fraction of its deadline within which a request must be predicted to finish."""
         self._scheduler, self._load, self._clock = scheduler, load, load.clock

@@ -33,17 +33,9 @@ class Load:
     def __init__(self, *, decode_threads: int = 1, clock: Callable[[], float] = time.perf_counter) -> None:
         self.decode_threads = decode_threads
         self.clock = clock
-        self._slowdown = _Decaying(1.0, clock)
-        self._decode_seconds = _Decaying(0.0, clock)
-
-    @property
-    def slowdown(self) -> float:
-        """Recent duration of batches divided by their baselines; 1 on an idle device."""
-        return self._slowdown.value
-
-    @slowdown.setter
-    def slowdown(self, value: float) -> None:
-        self._slowdown.value = value
+        self.slowdown = Decaying(1.0, clock)
+        """Recent duration of batches divided by their baselines; its value is 1 on an idle device."""
+        self._decode_seconds = Decaying(0.0, clock)
 
     @property
     def decode_seconds(self) -> float:
@@ -55,7 +47,7 @@ class Load:
         self._decode_seconds.mix(seconds, _FAST_WEIGHT)
 
 
-class _Decaying:
+class Decaying:
     """A value that returns to its resting value, by half every `half_life` seconds since it was last set."""
 
     def __init__(self, rest: float, clock: Callable[[], float], half_life: float = _HALF_LIFE_SECONDS) -> None:
@@ -65,6 +57,7 @@ class _Decaying:
 
     @property
     def value(self) -> float:
+        """The value by now."""
         return self._rest + (self._last - self._rest) * self._freshness()
 
     @value.setter
@@ -88,7 +81,7 @@ class Cost:
         if not baseline or min(baseline) < 1:
             raise ValueError("a cost model needs the time of at least one batch size")
         self._baseline = dict(sorted(baseline.items()))
-        self._drift = {size: _Decaying(1.0, load.clock, _DRIFT_HALF_LIFE_SECONDS) for size in self._baseline}
+        self._drift = {size: Decaying(1.0, load.clock, _DRIFT_HALF_LIFE_SECONDS) for size in self._baseline}
         """What the load does not explain, by size."""
         self._load = load
         self.sizes = tuple(self._baseline)
@@ -120,7 +113,7 @@ class Cost:
 
     def seconds(self, size: int) -> float:
         """Predicted duration of one batch of a warmed-up size."""
-        return self._baseline[size] * self._drift[size].value * self._load.slowdown
+        return self._baseline[size] * self._drift[size].value * self._load.slowdown.value
 
     def per_image(self) -> float:
         """Predicted seconds per image in full batches."""
@@ -139,7 +132,7 @@ class Cost:
     def observe(self, size: int, seconds: float) -> None:
         """Record how long a batch of a warmed-up size took."""
         ratio = seconds / self.seconds(size)
-        self._load.slowdown *= ratio**_FAST_WEIGHT
+        self._load.slowdown.value *= ratio**_FAST_WEIGHT
         self._drift[size].value *= ratio**_SLOW_WEIGHT
 
     def as_dict(self) -> dict[int, float]:

@@ -12,6 +12,7 @@ take a decoder's core at the highest cost per image, and the next image is about
 import asyncio
 import heapq
 import itertools
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -147,12 +148,6 @@ class Queue:
         else:
             entry.answer.set_exception(outcome)
 
-    def abandon(self) -> list[_Entry]:
-        """Take out all images."""
-        entries = [entry for _, _, entry in self._heap]
-        self._heap.clear()
-        return entries
-
 
 def _is_over(entry: _Entry, now: float) -> bool:
     return entry.answer.done() or entry.state.over(now)
@@ -197,7 +192,8 @@ class Scheduler:
         """Stop serving a queue to which nothing will be submitted any more. Images still waiting are cancelled."""
         self.queues = [other for other in self.queues if other is not queue]
         with self._change:
-            abandoned = queue.abandon()
+            # By then every deadline has passed.
+            abandoned = queue.drop_expired(math.inf)
         for entry in abandoned:
             entry.answer.cancel()
 
@@ -215,11 +211,6 @@ class Scheduler:
             self._jobs.append((work, done))
             self._change.notify()
         return done.result()
-
-    @property
-    def waiting(self) -> int:
-        """Images in all queues."""
-        return sum(len(queue) for queue in self.queues)
 
     async def submit(self, queue: Queue, pixels: Pixels, state: RequestState) -> Output:
         """The outputs for one image. Raises DeadlineExceeded, ClientDisconnected, or the engine's error for its batch.
@@ -258,7 +249,25 @@ class Scheduler:
             outcome = error
         seconds = self._clock() - started
         queue.running = None
-        self._on_loop(self._finish, queue, batch, size, started, seconds, outcome)
+
+        def finish() -> None:
+            failed = isinstance(outcome, Exception)
+            if not failed:
+                queue.cost.observe(size, seconds)
+            self._on_batch(Batch(queue=queue, images=len(batch), size=size, seconds=seconds, failed=failed))
+            for row, entry in enumerate(batch):
+                if isinstance(outcome, Exception):
+                    queue.settle(entry, outcome)
+                    continue
+                output = Output(
+                    logits=outcome[0][row],
+                    probabilities=outcome[1][row],
+                    queue_ms=(started - entry.since) * 1000,
+                    inference_ms=seconds * 1000,
+                )
+                queue.settle(entry, output)
+
+        self._on_loop(finish)
 
     def _next_batch(self) -> tuple[Queue, list[_Entry]] | None:
         """The most urgent images, all of one model; None if there is nothing to do now."""
@@ -284,31 +293,6 @@ class Scheduler:
     def _drop(self, queue: Queue, expired: list[_Entry]) -> None:
         if expired:
             self._on_loop(_reject, queue, expired)
-
-    def _finish(
-        self,
-        queue: Queue,
-        batch: list[_Entry],
-        size: int,
-        started: float,
-        seconds: float,
-        outcome: Outputs | Exception,
-    ) -> None:
-        failed = isinstance(outcome, Exception)
-        if not failed:
-            queue.cost.observe(size, seconds)
-        self._on_batch(Batch(queue=queue, images=len(batch), size=size, seconds=seconds, failed=failed))
-        for row, entry in enumerate(batch):
-            if isinstance(outcome, Exception):
-                queue.settle(entry, outcome)
-                continue
-            output = Output(
-                logits=outcome[0][row],
-                probabilities=outcome[1][row],
-                queue_ms=(started - entry.since) * 1000,
-                inference_ms=seconds * 1000,
-            )
-            queue.settle(entry, output)
 
 
 def _reject(queue: Queue, expired: list[_Entry]) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from service import __main__ as command_line
 from service.app import create_app
 from service.bundle import CONTENT_FILES, SUMS_FILE
+from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
 
 
@@ -48,6 +49,11 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def images_waiting(scheduler: Scheduler) -> int:
+    """Images in all queues."""
+    return sum(len(queue) for queue in scheduler.queues)
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -24,7 +24,7 @@ from service.scheduling.cost import Cost
 from service.scheduling.request import RequestState
 from service.scheduling.scheduler import Outputs
 from service.settings import Settings
-from tests.service.conftest import until
+from tests.service.conftest import images_waiting, until
 from tests.service.identity import picture, publish_identity
 
 DECODED = 'stridevit_stage_duration_seconds_count{model="identity-fast",stage="decode"}'
@@ -108,7 +108,7 @@ def test_deadlines_have_a_default_and_a_maximum(tmp_path: Path) -> None:
         for seconds, accepted in ((20, {"", "?deadline_ms=1e8"}), (40, {"?deadline_ms=1e8"}), (55, set())):
             for query in ("", "?deadline_ms=1e8"):
                 pipeline.registry.find("identity-a").queue.cost = Cost({1: seconds}, pipeline.load)
-                pipeline.load.slowdown = 1.0
+                pipeline.load.slowdown.value = 1.0
                 status = client.post(f"/v1/classify{query}", content=picture(1)).status_code
                 assert status == (200 if query in accepted else 429), (seconds, query)
 
@@ -245,7 +245,7 @@ def test_a_client_that_leaves_before_the_batch_costs_no_engine_row(
         callers = [Caller(app) for _ in range(5)]
         async with busy_engine(pipeline):
             tasks = [asyncio.create_task(caller.call()) for caller in callers]
-            await until(lambda: pipeline.scheduler.waiting == 5)
+            await until(lambda: images_waiting(pipeline.scheduler) == 5)
             for caller in callers[2:]:
                 await caller.disconnect()
         await asyncio.gather(*tasks)
@@ -301,7 +301,7 @@ def test_an_engine_that_fails_is_a_500_for_its_request_and_leaves_nothing_behind
     with pytest.raises(EngineError, match="planted"):
         client.post("/v1/classify", files=files)
     assert pipeline.admission.images == 0
-    assert pipeline.scheduler.waiting == 0
+    assert images_waiting(pipeline.scheduler) == 0
     assert (queue.backlog.waiting, queue.backlog.undecoded) == (0, 0)
     monkeypatch.setattr(queue, "run", working)
     assert client.post("/v1/classify", content=picture(1)).status_code == 200
@@ -327,7 +327,7 @@ def test_over_a_real_socket_a_closed_connection_is_noticed(app: FastAPI, pipelin
         callers = [socket.create_connection(address) for _ in range(12)]
         for caller in callers:
             caller.sendall(head + body)
-        wait_until(lambda: pipeline.scheduler.waiting == 12)
+        wait_until(lambda: images_waiting(pipeline.scheduler) == 12)
         for caller in callers[1:]:
             caller.close()
         wait_until(lambda: sum(state.disconnected for state in list(pipeline.admission._accepted)) == 11)

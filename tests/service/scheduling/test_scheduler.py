@@ -15,7 +15,7 @@ from service.errors import ClientDisconnected, DeadlineExceeded
 from service.scheduling.cost import Cost, Load
 from service.scheduling.request import Priority, RequestState
 from service.scheduling.scheduler import Batch, Pixels, Queue, Scheduler
-from tests.service.conftest import Clock, until
+from tests.service.conftest import Clock, images_waiting, until
 
 
 class Echo:
@@ -87,7 +87,7 @@ def test_a_single_image_starts_at_once_and_those_that_wait_meanwhile_are_one_bat
         async with running() as (scheduler, queue, echo):
             tasks = [await while_busy(scheduler, queue, echo)]
             tasks += [asyncio.create_task(answer(scheduler, queue, number)) for number in range(1, 7)]
-            await until(lambda: scheduler.waiting == 6)
+            await until(lambda: images_waiting(scheduler) == 6)
             echo.free.set()
             assert await asyncio.gather(*tasks) == [99, *range(1, 7)]
             assert echo.batches == [[99], [1, 2, 3, 4], [5, 6]]
@@ -104,7 +104,7 @@ def test_a_batch_is_padded_to_a_warmed_up_size() -> None:
         scheduler.start(seen.append)
         tasks = [await while_busy(scheduler, queue, echo)]
         tasks += [asyncio.create_task(answer(scheduler, queue, number)) for number in (1, 2, 3)]
-        await until(lambda: scheduler.waiting == 3)
+        await until(lambda: images_waiting(scheduler) == 3)
         echo.free.set()
         assert await asyncio.gather(*tasks) == [99, 1, 2, 3]
         assert echo.batches == [[99], [1, 2, 3, 0]]
@@ -121,7 +121,7 @@ def test_padding_contains_nothing_of_an_earlier_batch() -> None:
                 echo.started.clear()
                 tasks = [await while_busy(scheduler, queue, echo)]
                 tasks += [asyncio.create_task(answer(scheduler, queue, number)) for number in numbers]
-                await until(lambda: scheduler.waiting > 1)
+                await until(lambda: images_waiting(scheduler) > 1)
                 echo.free.set()
                 await asyncio.gather(*tasks)
             assert echo.batches[-1] == [5, 6, 0, 0]
@@ -141,7 +141,7 @@ def test_the_earliest_deadline_goes_first_and_batch_work_last() -> None:
                 (5, state(20, "batch")),
             ):
                 tasks.append(asyncio.create_task(answer(scheduler, queue, number, by)))
-            await until(lambda: scheduler.waiting == 5)
+            await until(lambda: images_waiting(scheduler) == 5)
             echo.free.set()
             await asyncio.gather(*tasks)
             assert echo.batches == [[99], [3], [4], [2], [1], [5]]
@@ -159,7 +159,7 @@ def test_queues_share_one_engine_thread_and_the_most_urgent_image_decides_which_
         tasks = [await while_busy(scheduler, one, echo)]
         for number, queue, seconds in ((1, one, 50), (2, other, 40), (3, one, 30), (4, other, 60)):
             tasks.append(asyncio.create_task(answer(scheduler, queue, number, state(seconds))))
-        await until(lambda: scheduler.waiting == 4)
+        await until(lambda: images_waiting(scheduler) == 4)
         echo.free.set()
         assert await asyncio.gather(*tasks) == [99, 1, 2, 3, 4]
         assert echo.batches == [[99], [3, 1], [2, 4]]
@@ -174,7 +174,7 @@ def test_an_expired_image_costs_no_engine_row_and_its_caller_gets_an_error() -> 
             first = await while_busy(scheduler, queue, echo)
             late = asyncio.create_task(answer(scheduler, queue, 1, state(0.0)))
             other = asyncio.create_task(answer(scheduler, queue, 2))
-            await until(lambda: scheduler.waiting == 2)
+            await until(lambda: images_waiting(scheduler) == 2)
             echo.free.set()
             assert (await first, await other) == (99, 2)
             with pytest.raises(DeadlineExceeded, match="nothing was computed"):
@@ -190,7 +190,7 @@ def test_an_image_that_expires_behind_others_is_dropped_before_its_turn() -> Non
             first = await while_busy(scheduler, queue, echo)
             late = asyncio.create_task(answer(scheduler, queue, 1, state(0.0, "batch")))
             others = [asyncio.create_task(answer(scheduler, queue, number)) for number in range(2, 30)]
-            await until(lambda: scheduler.waiting == 29)
+            await until(lambda: images_waiting(scheduler) == 29)
             finished: list[int] = []
             for number, task in enumerate((late, *others), start=1):
                 task.add_done_callback(lambda _, number=number: finished.append(number))  # type: ignore[misc]
@@ -211,7 +211,7 @@ def test_a_queue_whose_images_expire_at_the_last_moment_does_not_block_the_next_
             expiring = state(20)
             gone = asyncio.create_task(answer(scheduler, queue, 1, expiring))
             waiting = asyncio.create_task(answer(scheduler, other, 2))
-            await until(lambda: scheduler.waiting == 2)
+            await until(lambda: images_waiting(scheduler) == 2)
             held = queue.holds
 
             def expire(now: float, load: Load) -> bool:
@@ -233,7 +233,7 @@ def test_an_image_whose_client_disconnected_costs_no_engine_row() -> None:
             first, by = await while_busy(scheduler, queue, echo), state()
             gone = [asyncio.create_task(answer(scheduler, queue, number, by)) for number in (1, 2)]
             other = asyncio.create_task(answer(scheduler, queue, 3))
-            await until(lambda: scheduler.waiting == 3)
+            await until(lambda: images_waiting(scheduler) == 3)
             by.disconnected = True
             echo.free.set()
             assert (await first, await other) == (99, 3)
@@ -249,7 +249,7 @@ def test_a_cancelled_caller_costs_no_engine_row_and_affects_no_other() -> None:
         async with running(sizes=range(1, 9)) as (scheduler, queue, echo):
             first = await while_busy(scheduler, queue, echo)
             tasks = [asyncio.create_task(answer(scheduler, queue, number)) for number in range(1, 6)]
-            await until(lambda: scheduler.waiting == 5)
+            await until(lambda: images_waiting(scheduler) == 5)
             for task in (tasks[0], tasks[3]):
                 task.cancel()
             await asyncio.sleep(0)
@@ -293,7 +293,7 @@ def test_closing_finishes_the_running_batch_and_cancels_waiting_images() -> None
         scheduler.start()
         tasks = [await while_busy(scheduler, queue, echo)]
         tasks += [asyncio.create_task(answer(scheduler, queue, number)) for number in (1, 2)]
-        await until(lambda: scheduler.waiting == 2)
+        await until(lambda: images_waiting(scheduler) == 2)
         closing = asyncio.create_task(scheduler.close())
         # The engine thread is told at once, before the running batch may end.
         await asyncio.sleep(0)
