@@ -18,6 +18,7 @@ import numpy as np
 from loadtests.experiment.model import HIGH, MODERATE, Block, Comparison
 from loadtests.report import verdicts
 from loadtests.report.format import estimate_text, interval_text, median
+from loadtests.report.rendering import sentences
 from loadtests.report.top1 import compare_top1, top1_percent
 from loadtests.report.verdicts import THROUGHPUT, TOP1, Change, Metric, model_info, values_by_round
 from loadtests.statistics import MIN_ROUNDS, Effect, unpaired_ratio
@@ -137,42 +138,27 @@ def _accuracies(old: Comparison, new: Comparison) -> _Tests:
 def notes(old: Comparison, new: Comparison) -> list[str]:
     """What a reader of the regressions must know: other machines, missing arms, what was not compared."""
     conditions = {name: (getattr(old.plan, name), getattr(new.plan, name)) for name in _CONDITIONS}
-    conditions["payloads"] = (old.payloads, new.payloads)
-    said = [
-        f"The conditions differ: {name} was {was} and is {now}."
-        for name, (was, now) in conditions.items()
-        if was != now
-    ]
-    baseline, both = _labels(new)[0], [arm for arm in _labels(old) if arm in _labels(new)]
-    if machines := _machines(old, new):
-        how = (
-            f"ratios to {baseline} were compared, which do not show what made all arms slower"
-            if _is_relative(old, new)
-            else "the values themselves were compared, because the baselines differ too: do not rely on them"
-        )
-        said.append(f"The machines differ ({machines}): {how}.")
-    elif _labels(old)[0] == baseline and (slower := _slower(old, new, baseline)) > _SAME_RATE:
-        said.append(
-            f"The baseline {baseline} itself answers {slower:.0%} fewer images/s at saturation: "
-            "if it was not changed, the machine was slower."
-        )
-    for where, one, other in (("old", old, new), ("new", new, old)):
-        if missing := [arm for arm in _labels(one) if arm not in _labels(other)]:
-            said.append(f"Not compared, because only in the {where} results: {', '.join(missing)}.")
-    for name in (MODERATE, HIGH):
-        rates = old.rates.get(name), new.rates.get(name)
-        if any(rates) and not any(metric.load == name for metric in _comparable(old, new)):
-            was, now = ("unknown" if rate is None else f"{rate:g}/s" for rate in rates)
-            said.append(f"Latencies under the {name} load were not compared: its rate was {was} and is {now}.")
-    said += [
-        f"{lost} blocks of {arm} failed or answered nothing, and {_lost(old, arm)} in the old results: "
-        "they were not compared."
-        for arm in both
-        if (lost := _lost(new, arm))
-    ]
-    if few := [arm for arm in both if min(len(_measured(run, arm)) for run in (old, new)) < MIN_ROUNDS]:
-        said.append(f"Not compared, with fewer than {MIN_ROUNDS} measured blocks in one of them: {', '.join(few)}.")
-    return said
+    olds, news, comparable = _labels(old), _labels(new), {metric.load for metric in _comparable(old, new)}
+    both = [arm for arm in olds if arm in news]
+    was, now = _throughput(old, news[0]), _throughput(new, news[0])
+    slower = 1 - now / was if was and now and olds[0] == news[0] else 0.0
+    rates = {name: (old.rates.get(name), new.rates.get(name)) for name in (MODERATE, HIGH) if name not in comparable}
+    return sentences(
+        "regression_notes.txt.j2",
+        conditions={**conditions, "payloads": (old.payloads, new.payloads)},
+        machines=_machines(old, new),
+        relative=_is_relative(old, new),
+        baseline=news[0],
+        slower=slower if slower > _SAME_RATE else 0.0,
+        missing={
+            "old": [arm for arm in olds if arm not in news],
+            "new": [arm for arm in news if arm not in olds],
+        },
+        other_rates={name: pair for name, pair in rates.items() if any(pair)},
+        lost={arm: (_lost(old, arm), _lost(new, arm)) for arm in both},
+        few=[arm for arm in both if min(len(_measured(run, arm)) for run in (old, new)) < MIN_ROUNDS],
+        min_rounds=MIN_ROUNDS,
+    )
 
 
 def _labels(run: Comparison) -> list[str]:
@@ -211,9 +197,3 @@ def _comparable(old: Comparison, new: Comparison) -> list[Metric]:
 
 def _throughput(run: Comparison, label: str) -> float:
     return median(values_by_round(_measured(run, label), THROUGHPUT).values()) or 0.0
-
-
-def _slower(old: Comparison, new: Comparison, label: str) -> float:
-    """The share of the old throughput that is gone."""
-    was, now = _throughput(old, label), _throughput(new, label)
-    return 1 - now / was if was and now else 0.0

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from loadtests.experiment.model import LOADS, Comparison
-from loadtests.report.conclusion import arm_text, conditions, top1_note
+from loadtests.experiment.model import LOADS, Arm, Comparison
 from loadtests.report.format import estimate_text, interval_text, median, number, range_text, span, value_text
+from loadtests.report.prose import conditions, top1_note
 from loadtests.report.rendering import UNKNOWN, Cell, Table, Tone
 from loadtests.report.verdicts import TOP1, Findings, Metric, Verdict, load_name, loads_of, model_info, uses_device
 
@@ -199,7 +199,7 @@ def _arms(comparison: Comparison) -> Table:
         rows.append(
             {
                 "arm": arm.label,
-                "what differs": arm_text(arm),
+                "what differs": _arm_text(arm),
                 "precision": str(info.get("precision") or UNKNOWN),
                 "parameters, M": number(info["params"] / 1e6 if info.get("params") else None),
                 "MACs, M": number(info["macs"] / 1e6 if info.get("macs") else None),
@@ -210,6 +210,15 @@ def _arms(comparison: Comparison) -> Table:
             }
         )
     return _table("What was compared", rows, text=(0, 1))
+
+
+def _arm_text(arm: Arm) -> str:
+    """What distinguishes an arm, beside its label."""
+    parts = [arm.model if arm.model != arm.label else ""]
+    parts += [f"{name}={value}" for name, value in arm.settings]
+    parts += [f"server at {arm.url}" if arm.url else "", f"service of commit {arm.commit}" if arm.commit else ""]
+    parts.append(f"the same as {arm.repeat_of}, to show the noise" if arm.repeat_of else "")
+    return ", ".join(filter(None, parts)) or UNKNOWN
 
 
 def environment(comparison: Comparison) -> dict[str, str]:
