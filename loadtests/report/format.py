@@ -40,11 +40,6 @@ def median(values: Iterable[float | None]) -> float | None:
     return float(np.median(known)) if known else None
 
 
-def joined(items: Sequence[str]) -> str:
-    """`a, b and c`."""
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
-
-
 def value_text(metric: Metric, value: float | None) -> str:
     """A value alone, in the unit of its heading."""
     return f"{value:.2f}%" if metric == TOP1 and value is not None else number(value)

@@ -10,27 +10,18 @@ round by round, if both runs have the same baseline: what made all arms slower i
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from loadtests.experiment.model import HIGH, MODERATE, Block, Comparison
-from loadtests.report.format import median
+from loadtests.report import verdicts
+from loadtests.report.format import estimate_text, interval_text, median
+from loadtests.report.rendering import sentences
 from loadtests.report.top1 import compare_top1, top1_percent
-from loadtests.report.verdicts import (
-    GPU_MEMORY,
-    MEMORY,
-    THROUGHPUT,
-    TOP1,
-    Change,
-    Metric,
-    block_value,
-    latencies,
-    model_info,
-    values_by_round,
-)
-from loadtests.statistics import MIN_ROUNDS, Effect, holm, unpaired_ratio
+from loadtests.report.verdicts import THROUGHPUT, TOP1, Change, Metric, model_info, values_by_round
+from loadtests.statistics import MIN_ROUNDS, Effect, unpaired_ratio
 
 _SAME_RATE = 0.05
 """Latencies under loads whose rates differ by a larger share are not compared."""
@@ -38,6 +29,8 @@ _UNANSWERED = 2
 """Times the largest finite value of either run: what stands in for an infinite percentile."""
 _CONDITIONS = ("protocol", "connections", "warmup_seconds", "service_arguments")
 """What must be the same in both plans for values to be comparable."""
+_STOPPED = Effect(centre=-math.inf, error=0.0, ratio=True)
+"""Of an arm that no longer works."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +43,17 @@ class Regression:
     """Median of the blocks; if `relative`, of their ratios to the baseline's."""
     new: float
     change: Change
-    """Ratio of the geometric means, new to old."""
+    """Ratio of the geometric means, new to old; of top-1, the difference in points."""
     relative: bool = False
     """Ratios to the baseline arm were compared, because the machines differ."""
 
     def __str__(self) -> str:
         """One sentence."""
-        change, of = self.change, " of the baseline's" if self.relative else f" {self.metric.unit}".rstrip()
+        of = " of the baseline's" if self.relative else f" {self.metric.unit}".rstrip()
+        change, interval = estimate_text(self.metric, self.change), interval_text(self.metric, self.change)
         return (
             f"{self.arm}: {self.metric.label} went from {self.old:.4g} to {self.new:.4g}{of}, "
-            f"×{change.estimate:.3f} ({change.low:.3f} to {change.high:.3f} at {change.level:.2%})."
+            f"{change} ({interval} at {self.change.level:.2%})."
         )
 
 
@@ -77,6 +71,10 @@ class _Tested(NamedTuple):
     effect: Effect
     old: float
     new: float
+    relative: bool = False
+
+
+_Tests = dict[tuple[str, Metric], _Tested]
 
 
 def regressions(old: Comparison, new: Comparison, *, tolerance: float = 0.05, alpha: float = 0.05) -> Outcome:
@@ -85,64 +83,50 @@ def regressions(old: Comparison, new: Comparison, *, tolerance: float = 0.05, al
     On equal services and an unchanged machine at most `alpha` of the calls find anything. An arm that had blocks in
     `old`, and all of whose blocks failed in `new`, comes first: its throughput is 0.
     """
-    relative = _is_relative(old, new)
-    found = {**_speeds(old, new, relative=relative), **_accuracies(old, new)}
-    tests = holm([tested.effect.p_value for tested in found.values()], alpha)
-    worse: list[Regression] = []
-    for ((arm, metric), (effect, was, now)), test in zip(found.items(), tests, strict=True):
-        ratio, low, high = effect.at(test.level)
-        if metric == TOP1:
-            ratio, low, high = now / was, (was + low) / was, (was + high) / was
-        fell = (ratio < 1) == (metric.better == "higher") and ratio != 1
-        if test.rejected and fell and (metric == TOP1 or max(ratio, 1 / ratio) > 1 + tolerance):
-            change = Change(ratio, low, high, level=test.level, p_value=test.p_value, verdict="worse")
-            of_baseline = relative and metric != TOP1
-            worse.append(Regression(arm=arm, metric=metric, old=was, new=now, change=change, relative=of_baseline))
-    worse.sort(key=lambda regression: -abs(math.log(regression.change.estimate)))
-    stopped = [
-        Regression(
-            arm=arm,
-            metric=THROUGHPUT,
-            old=_throughput(old, arm),
-            new=0.0,
-            change=Change(0.0, 0.0, 0.0, level=1.0, p_value=0.0, verdict="worse"),
-        )
+    tested = {**_stopped(old, new), **_speeds(old, new), **_accuracies(old, new)}
+    changes = verdicts.changes({key: test.effect for key, test in tested.items()}, alpha)
+    worse = [
+        Regression(arm=arm, metric=metric, old=was, new=now, change=changes[arm, metric], relative=relative)
+        for (arm, metric), (_, was, now, relative) in tested.items()
+        if changes[arm, metric].verdict == "worse"
+        and (metric == TOP1 or not 1 / (1 + tolerance) <= changes[arm, metric].estimate <= 1 + tolerance)
+    ]
+    worse.sort(key=lambda one: -abs(math.log(one.new / one.old)) if one.new else -math.inf)
+    return Outcome(tests=len(tested), worse=worse)
+
+
+def _stopped(old: Comparison, new: Comparison) -> _Tests:
+    return {
+        (arm, THROUGHPUT): _Tested(_STOPPED, _throughput(old, arm), 0.0)
         for arm in _labels(old)
         if _measured(old, arm) and not _measured(new, arm) and _lost(new, arm)
-    ]
-    return Outcome(tests=len(tests) + len(stopped), worse=stopped + worse)
+    }
 
 
-def _speeds(old: Comparison, new: Comparison, *, relative: bool) -> dict[tuple[str, Metric], _Tested]:
-    found = {}
-    arms = _labels(old)[1:] if relative else _labels(old)
+def _speeds(old: Comparison, new: Comparison) -> _Tests:
+    """All metrics but top-1, as ratios."""
+    found, relative = {}, _is_relative(old, new)
+    arms, baseline = (_labels(old)[1:], _labels(old)[0]) if relative else (_labels(old), None)
     for metric in _comparable(old, new):
         runs = [{arm: values_by_round(_measured(run, arm), metric) for arm in _labels(run)} for run in (old, new)]
         every = [value for run in runs for own in run.values() for value in own.values()]
         ceiling = _UNANSWERED * max(filter(math.isfinite, every), default=1.0)
         for arm in arms:
-            was, now = (_values(run, arm, ceiling, baseline=_labels(old)[0] if relative else None) for run in runs)
-            effect = unpaired_ratio(now, was)
-            if effect is not None:
-                found[arm, metric] = _Tested(effect, float(np.median(was)), float(np.median(now)))
+            was, now = (_values(run, arm, ceiling, baseline) for run in runs)
+            if effect := unpaired_ratio(now, was):
+                key = arm, replace(metric, kind="ratio")
+                found[key] = _Tested(effect, float(np.median(was)), float(np.median(now)), relative)
     return found
 
 
-_Rounds = dict[int, float]
-
-
-def _values(run: dict[str, _Rounds], arm: str, ceiling: float, *, baseline: str | None) -> list[float]:
-    """An arm's values, or their ratios to the baseline's in the rounds that have both."""
+def _values(run: dict[str, dict[int, float]], arm: str, ceiling: float, baseline: str | None) -> list[float]:
+    """An arm's values by round, or their ratios to the baseline's in the rounds that have both."""
     own = {number: min(value, ceiling) for number, value in run.get(arm, {}).items()}
-    base = (
-        {number: min(value, ceiling) for number, value in run[baseline].items()}
-        if baseline
-        else dict.fromkeys(own, 1.0)
-    )
-    return [value / base[number] for number, value in own.items() if base.get(number)]
+    base = {number: min(value, ceiling) for number, value in run[baseline].items()} if baseline else {}
+    return [value / base[number] for number, value in own.items() if base.get(number)] if baseline else [*own.values()]
 
 
-def _accuracies(old: Comparison, new: Comparison) -> dict[tuple[str, Metric], _Tested]:
+def _accuracies(old: Comparison, new: Comparison) -> _Tests:
     infos = {arm: (model_info(old, arm), model_info(new, arm)) for arm in _labels(old)}
     return {
         (arm, TOP1): _Tested(effect, top1_percent(was) or 0.0, top1_percent(now) or 0.0)
@@ -154,42 +138,27 @@ def _accuracies(old: Comparison, new: Comparison) -> dict[tuple[str, Metric], _T
 def notes(old: Comparison, new: Comparison) -> list[str]:
     """What a reader of the regressions must know: other machines, missing arms, what was not compared."""
     conditions = {name: (getattr(old.plan, name), getattr(new.plan, name)) for name in _CONDITIONS}
-    conditions["payloads"] = (old.payloads, new.payloads)
-    said = [
-        f"The conditions differ: {name} was {was} and is {now}."
-        for name, (was, now) in conditions.items()
-        if was != now
-    ]
-    baseline, both = _labels(new)[0], [arm for arm in _labels(old) if arm in _labels(new)]
-    if machines := _machines(old, new):
-        how = (
-            f"ratios to {baseline} were compared, which do not show what made all arms slower"
-            if _is_relative(old, new)
-            else "the values themselves were compared, because the baselines differ too: do not rely on them"
-        )
-        said.append(f"The machines differ ({machines}): {how}.")
-    elif _labels(old)[0] == baseline and (slower := _slower(old, new, baseline)) > _SAME_RATE:
-        said.append(
-            f"The baseline {baseline} itself answers {slower:.0%} fewer images/s at saturation: "
-            "if it was not changed, the machine was slower."
-        )
-    for where, one, other in (("old", old, new), ("new", new, old)):
-        if missing := [arm for arm in _labels(one) if arm not in _labels(other)]:
-            said.append(f"Not compared, because only in the {where} results: {', '.join(missing)}.")
-    for name in (MODERATE, HIGH):
-        rates = old.rates.get(name), new.rates.get(name)
-        if any(rates) and not any(metric.load == name for metric in _comparable(old, new)):
-            was, now = ("unknown" if rate is None else f"{rate:g}/s" for rate in rates)
-            said.append(f"Latencies under the {name} load were not compared: its rate was {was} and is {now}.")
-    said += [
-        f"{lost} blocks of {arm} failed or answered nothing, and {_lost(old, arm)} in the old results: "
-        "they were not compared."
-        for arm in both
-        if (lost := _lost(new, arm))
-    ]
-    if few := [arm for arm in both if min(len(_measured(run, arm)) for run in (old, new)) < MIN_ROUNDS]:
-        said.append(f"Not compared, with fewer than {MIN_ROUNDS} measured blocks in one of them: {', '.join(few)}.")
-    return said
+    olds, news, comparable = _labels(old), _labels(new), {metric.load for metric in _comparable(old, new)}
+    both = [arm for arm in olds if arm in news]
+    was, now = _throughput(old, news[0]), _throughput(new, news[0])
+    slower = 1 - now / was if was and now and olds[0] == news[0] else 0.0
+    rates = {name: (old.rates.get(name), new.rates.get(name)) for name in (MODERATE, HIGH) if name not in comparable}
+    return sentences(
+        "regression_notes.txt.j2",
+        conditions={**conditions, "payloads": (old.payloads, new.payloads)},
+        machines=_machines(old, new),
+        relative=_is_relative(old, new),
+        baseline=news[0],
+        slower=slower if slower > _SAME_RATE else 0.0,
+        missing={
+            "old": [arm for arm in olds if arm not in news],
+            "new": [arm for arm in news if arm not in olds],
+        },
+        other_rates={name: pair for name, pair in rates.items() if any(pair)},
+        lost={arm: (_lost(old, arm), _lost(new, arm)) for arm in both},
+        few=[arm for arm in both if min(len(_measured(run, arm)) for run in (old, new)) < MIN_ROUNDS],
+        min_rounds=MIN_ROUNDS,
+    )
 
 
 def _labels(run: Comparison) -> list[str]:
@@ -198,7 +167,7 @@ def _labels(run: Comparison) -> list[str]:
 
 def _measured(run: Comparison, label: str) -> list[Block]:
     """Blocks measured to their end; a server that lived and answered nothing failed as well."""
-    return [block for block in run.blocks_of(label) if block_value(block, THROUGHPUT) != 0]
+    return [block for block in run.blocks_of(label) if verdicts.block_value(block, THROUGHPUT) != 0]
 
 
 def _lost(run: Comparison, label: str) -> int:
@@ -222,14 +191,9 @@ def _comparable(old: Comparison, new: Comparison) -> list[Metric]:
         for name in old.rates.keys() & new.rates.keys()
         if abs(math.log(new.rates[name] / old.rates[name])) <= math.log1p(_SAME_RATE)
     }
-    return [THROUGHPUT, *(metric for metric in latencies(new) if metric.load in same), MEMORY, GPU_MEMORY]
+    latencies = [metric for metric in verdicts.latencies(new) if metric.load in same]
+    return [THROUGHPUT, *latencies, verdicts.MEMORY, verdicts.GPU_MEMORY]
 
 
 def _throughput(run: Comparison, label: str) -> float:
     return median(values_by_round(_measured(run, label), THROUGHPUT).values()) or 0.0
-
-
-def _slower(old: Comparison, new: Comparison, label: str) -> float:
-    """The share of the old throughput that is gone."""
-    was, now = _throughput(old, label), _throughput(new, label)
-    return 1 - now / was if was and now else 0.0

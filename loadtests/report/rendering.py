@@ -19,11 +19,12 @@ A command makes `Table`s of text, puts them into a template, and prints those th
 `base.md.j2` ends every page with the environment and the command, and so needs `command` and `environment`.
 `macros` holds what the templates share: `table(table)` with its note, `bullets(items)`, `facts(mapping)` and
 `caveats(warnings)`. In a Markdown template the output of every `{{ }}` is escaped for Markdown, except that of a macro
-and of the filter `fenced("sh")`, a block of code; in an HTML template it is escaped for HTML.
+and of the filter `fenced("sh")`, a block of code; in an HTML template it is escaped for HTML. A text template
+(`caveats.txt.j2`) holds one sentence per line, for `sentences`, and escapes nothing.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -45,6 +46,9 @@ _COLOURS: dict[Tone, str] = {"better": "blue", "worse": "red", "faint": "dim"}
 
 _LABEL = 24
 """Letters of a label of usual length."""
+
+_NEWLINE = "\u2028"
+"""Stands for a newline within a sentence while a text template is rendered."""
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _MARKDOWN = re.compile(
@@ -103,8 +107,20 @@ def write_report(out: Path, *, document: Any, template: str, html: str | None = 
 
 def render(template: str, **context: Any) -> str:
     """One template (`*.md.j2` or `*.html.j2`) as text; ends with a newline."""
-    text = _environment(markdown=template.endswith(".md.j2")).get_template(template).render(**context)
+    text = _environment(template.split(".")[-2]).get_template(template).render(**context)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def sentences(template: str, **context: Any) -> list[str]:
+    """The lines of a text template (`*.txt.j2`), without empty ones; a newline in a value begins no new sentence."""
+    lines = _environment("txt").get_template(template).render(**context).split("\n")
+    return [line.strip().replace(_NEWLINE, "\n") for line in lines if line.strip()]
+
+
+def joined(items: Collection[str]) -> str:
+    """`a, b and c`."""
+    *first, last = items or ("",)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def print_tables(*tables: Table, width: int) -> None:
@@ -150,19 +166,20 @@ def _rich_cell(cell: str | Cell, *, bold: bool) -> Text:
 
 
 @cache
-def _environment(*, markdown: bool) -> jinja2.Environment:
+def _environment(kind: str) -> jinja2.Environment:
+    """For templates of Markdown (`md`), HTML (`html`) or plain text (`txt`)."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         # Macros and filters give Markup, which is not escaped again. In Markdown `finalize` escapes the rest.
-        autoescape=True,
-        finalize=escaped if markdown else None,
+        autoescape=kind != "txt",  # noqa: S701 (plain text is escaped by the page that it goes into)
+        finalize={"md": escaped, "txt": lambda value: str(value).replace("\n", _NEWLINE)}.get(kind),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["fenced"] = _fenced
-    macros: Any = environment.get_template("macros.md.j2" if markdown else "macros.html.j2").module
-    environment.globals["macros"] = macros
+    environment.filters |= {"fenced": _fenced, "joined": joined}
+    if kind != "txt":
+        environment.globals["macros"] = environment.get_template(f"macros.{kind}.j2").module
     return environment
 
 

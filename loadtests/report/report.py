@@ -3,16 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from loadtests.experiment.model import HIGH, MODERATE, Comparison
+from loadtests.experiment.model import Comparison
 from loadtests.generator.load_result import IN_FLIGHT
-from loadtests.report.caveats import caveats
-from loadtests.report.conclusion import conclusion, conditions, top1_note
 from loadtests.report.document import as_document, write_samples
-from loadtests.report.format import joined
 from loadtests.report.plots import write_plots
+from loadtests.report.prose import caveats, conclusion, conditions, rates_text, top1_note
 from loadtests.report.rendering import Table, write_report
 from loadtests.report.tables import detail_tables, environment, verdict_table
-from loadtests.report.verdicts import Findings, judge, load_name
+from loadtests.report.verdicts import Findings, judge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +47,7 @@ def write_comparison(comparison: Comparison, out: Path) -> Report:
         tables=detail_tables(comparison, findings),
         plots=plots,
         plan=comparison.plan,
-        rates=joined([load_name(comparison, load) for load in (MODERATE, HIGH) if load in comparison.rates])
-        or "set rates",
+        rates=rates_text(comparison) or "set rates",
         payloads=comparison.payloads,
         blocks="/".join(map(str, blocks)),
         levels=" to ".join(dict.fromkeys((levels[0], levels[-1]))) if levels else "",

@@ -1,7 +1,7 @@
 """What a comparison says: every metric of every arm, and whether it is better or worse than the baseline's."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, Block, Comparison
 from loadtests.generator.load_result import LoadResult
 from loadtests.report.top1 import compare_top1, top1_percent
-from loadtests.statistics import MIN_BEYOND, Effect, Holm, holm, paired_difference, paired_ratio, percentile
+from loadtests.statistics import MIN_BEYOND, Effect, holm, paired_difference, paired_ratio, percentile
 
 Verdict = Literal["better", "worse", "no difference seen"]
 
@@ -137,15 +137,29 @@ def judge(comparison: Comparison, *, alpha: float = 0.05) -> Findings:
         for metric in metrics
         if (effect := _effect(metric, blocks[arm.label], blocks[arms[0].label])) is not None
     }
-    tests = dict(zip(effects, holm([effect.p_value for effect in effects.values()], alpha), strict=True))
-    changes = {key: _change(key[1], effect, tests[key]) for key, effect in effects.items()}
+    found = changes(effects, alpha)
     return Findings(
         rows=[
-            _row(arm.label, metric, blocks[arm.label], changes.get((arm.label, metric)))
+            _row(arm.label, metric, blocks[arm.label], found.get((arm.label, metric)))
             for metric in metrics
             for arm in arms
         ]
     )
+
+
+def changes(effects: Mapping[tuple[str, Metric], Effect], alpha: float) -> dict[tuple[str, Metric], Change]:
+    """The verdict on each effect, by arm and metric, with Holm's levels over all of them."""
+    tests = holm([effect.p_value for effect in effects.values()], alpha)
+    found = {}
+    for ((arm, metric), effect), test in zip(effects.items(), tests, strict=True):
+        estimate, low, high = effect.at(test.level)
+        none = 1.0 if metric.kind == "ratio" else 0.0
+        verdict: Verdict = "no difference seen"
+        # An exact test and its interval may disagree by a hair: then no difference is seen.
+        if test.rejected and not low <= none <= high:
+            verdict = "better" if (low > none) == (metric.better == "higher") else "worse"
+        found[arm, metric] = Change(estimate, low, high, level=test.level, p_value=test.p_value, verdict=verdict)
+    return found
 
 
 def uses_device(comparison: Comparison) -> set[bool]:
@@ -260,13 +274,3 @@ def _effect(metric: Metric, arm: Sequence[Block], baseline: Sequence[Block]) -> 
         return None
     pooled = np.concatenate(pools)
     return paired_difference(*pairs, ceiling=max(pooled[np.isfinite(pooled)], default=math.inf))
-
-
-def _change(metric: Metric, effect: Effect, test: Holm) -> Change:
-    estimate, low, high = effect.at(test.level)
-    none = 1.0 if metric.kind == "ratio" else 0.0
-    verdict: Verdict = "no difference seen"
-    # An exact test and its interval may disagree by a hair: then no difference is seen.
-    if test.rejected and not low <= none <= high:
-        verdict = "better" if (low > none) == (metric.better == "higher") else "worse"
-    return Change(estimate, low, high, level=test.level, p_value=test.p_value, verdict=verdict)

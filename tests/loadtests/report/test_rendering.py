@@ -39,8 +39,8 @@ def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             jinja2.FileSystemLoader(Path(rendering.__file__).with_name("templates")),
         ]
     )
-    for markdown in (True, False):
-        monkeypatch.setattr(rendering._environment(markdown=markdown), "loader", loader)
+    for kind in ("md", "html"):
+        monkeypatch.setattr(rendering._environment(kind), "loader", loader)
     return tmp_path
 
 

@@ -14,13 +14,13 @@ from matplotlib.patches import Rectangle
 from rich.console import Console
 
 from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Arm, Block, Comparison
-from loadtests.report.conclusion import conclusion, top1_note
 from loadtests.report.document import as_document, write_samples
 from loadtests.report.format import interval_text, number
 from loadtests.report.plot_blocks import blocks, latency
 from loadtests.report.plot_pareto import pareto
 from loadtests.report.plot_variants import variants
 from loadtests.report.plots import write_plots
+from loadtests.report.prose import conclusion, top1_note
 from loadtests.report.rendering import Table, rich_table
 from loadtests.report.report import write_comparison
 from loadtests.report.tables import detail_tables, verdict_table

@@ -12,7 +12,7 @@ import pytest
 
 from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, Arm, Block, Comparison, ComparisonPlan
 from loadtests.generator.load_result import LoadResult
-from loadtests.report.caveats import caveats
+from loadtests.report.prose import caveats
 from loadtests.report.verdicts import (
     GPU_MEMORY,
     LATENCIES,
