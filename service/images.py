@@ -100,7 +100,7 @@ def open_image(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) ->
     return OpenedImage(image=image, preprocessing=preprocessing, max_pixels=max_pixels, pixels=pixels)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class OpenedImage:
     """An image whose header is read and within the limits. If it is not rendered, nothing needs to be closed."""
 
@@ -185,7 +185,9 @@ def _to_rgb_crop(image: Image.Image, box: _Box | None, preprocessing: Preprocess
     if image.mode in ("I", "F"):
         _, top = cast(tuple[float, float], image.getextrema())
         # 32-bit grey has no agreed range: 0..1 as floats, 0..255 where it fits, else 0..65535.
-        scale = 255.0 if image.mode == "F" and top <= 1.0 else 1.0 if top <= 255 else 255 / 65535
+        scale = 1.0 if top <= 255 else 255 / 65535
+        if image.mode == "F" and top <= 1.0:
+            scale = 255.0
         small = np.nan_to_num(_resize_and_crop(image.convert("F"), preprocessing), posinf=0.0, neginf=0.0)
         grey = Image.fromarray((small * scale).clip(0, 255).round().astype(np.uint8))
         return np.asarray(grey.convert("RGB"))

@@ -213,7 +213,7 @@ async def _repository_request(request: Request) -> RepositoryRequest:
 def _parse(
     request: Request, body: bytes, pipeline: Pipeline, model: str, version: int | None
 ) -> tensors.InferenceRequest:
-    """Raises BadRequest, or BodyTooLarge once decompressed."""
+    """The request in a body. Raises BadRequest, or BodyTooLarge if it is too large once decompressed."""
     limits, headers = pipeline.limits, request.headers
     # All members of a family take pixels of the same shape.
     _, height, width, channels = pipeline.registry.candidates(model, version)[1][0].manifest.input.shape
