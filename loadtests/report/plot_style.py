@@ -1,9 +1,10 @@
 """What all plots of a comparison share: the look of an arm, the typeface, the legend, and SVG that stands alone."""
 
 import io
+import itertools
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,7 +16,7 @@ _BASELINE, _REPEATED = "#555b66", "#a3a9b3"
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 """Okabe and Ito, "Color Universal Design" (2008): colour-blind readers can tell them apart. Without their yellow, which
 does not show on white."""
-_MARKERS = "osD^vP"
+_MARKERS = "sD^vPo"
 WIDTH = 8.3
 """Inches; 800 px in a browser."""
 SMALL, SMALLER = 8.0, 7.5
@@ -24,8 +25,7 @@ SMALL, SMALLER = 8.0, 7.5
 STYLE = Path(__file__).with_name("plots.mplstyle")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Style:
+class Style(NamedTuple):
     """The look of one arm in every plot."""
 
     name: str
@@ -37,19 +37,14 @@ class Style:
 
 def styles(plan: Plan) -> dict[str, Style]:
     """By label; the baseline is dark grey, the A/A arm light grey."""
-    found: dict[str, Style] = {}
-    place = 0
-    for arm in plan.arms:
-        if arm is plan.arms[0]:
-            found[arm.label] = Style(name=f"{arm.label} (baseline)", colour=_BASELINE, marker="o", dash="-")
-        elif arm.repeat_of is not None:
-            found[arm.label] = Style(name=f"{arm.label} (A/A)", colour=_REPEATED, marker="x", dash=":")
-        else:
-            colour, marker = _COLOURS[place % len(_COLOURS)], _MARKERS[(place + 1) % len(_MARKERS)]
-            dash = ("-", "--", "-.")[place // len(_COLOURS) % 3]
-            found[arm.label] = Style(name=arm.label, colour=colour, marker=marker, dash=dash)
-            place += 1
-    return found
+    baseline, *others = plan.arms
+    found = {baseline.label: Style(f"{baseline.label} (baseline)", _BASELINE, "o", "-")}
+    found |= {arm.label: Style(f"{arm.label} (A/A)", _REPEATED, "x", ":") for arm in others if arm.repeat_of}
+    compared = [arm.label for arm in others if not arm.repeat_of]
+    looks = itertools.product(("-", "--", "-."), zip(_COLOURS, _MARKERS, strict=True))
+    for label, (dash, (colour, marker)) in zip(compared, itertools.cycle(looks), strict=False):
+        found[label] = Style(label, colour, marker, dash)
+    return {arm.label: found[arm.label] for arm in plan.arms}
 
 
 def shown(plan: Plan) -> list[Arm]:

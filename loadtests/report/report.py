@@ -3,10 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib import style
+
 from loadtests.experiment.model import Comparison
 from loadtests.generator.load_result import IN_FLIGHT
 from loadtests.report.document import as_document, write_samples
-from loadtests.report.plots import write_plots
+from loadtests.report.plot_blocks import blocks, latency
+from loadtests.report.plot_pareto import pareto
+from loadtests.report.plot_style import STYLE, as_svg
+from loadtests.report.plot_variants import variants
 from loadtests.report.prose import caveats, conclusion, conditions, rates_text, top1_note
 from loadtests.report.rendering import Table, write_report
 from loadtests.report.tables import detail_tables, environment, verdict_table
@@ -27,7 +32,7 @@ def write_comparison(comparison: Comparison, out: Path) -> Report:
     findings = judge(comparison)
     said = caveats(comparison, findings)
     table = verdict_table(comparison, findings)
-    blocks = sorted({len(comparison.blocks_of(arm.label)) for arm in comparison.plan.arms})
+    measured = sorted({len(comparison.blocks_of(arm.label)) for arm in comparison.plan.arms})
     levels = sorted({f"{row.change.level:.4g}" for row in findings.rows if row.change})
     out.mkdir(parents=True, exist_ok=True)
     plots = write_plots(comparison, findings, out)
@@ -49,9 +54,21 @@ def write_comparison(comparison: Comparison, out: Path) -> Report:
         plan=comparison.plan,
         rates=rates_text(comparison) or "set rates",
         payloads=comparison.payloads,
-        blocks="/".join(map(str, blocks)),
+        blocks="/".join(map(str, measured)),
         levels=" to ".join(dict.fromkeys((levels[0], levels[-1]))) if levels else "",
         in_flight=IN_FLIGHT,
     )
     write_samples(comparison, out / "samples.npz")
     return Report(findings=findings, caveats=said, table=table)
+
+
+def write_plots(comparison: Comparison, findings: Findings, out: Path) -> dict[str, str]:
+    """Write `pareto`, `variants`, `latency` and `blocks` as SVG into `out`, and `variants.png`. Returns the SVG."""
+    with style.context(STYLE):
+        figures = {"pareto": pareto(comparison, findings), "variants": variants(comparison, findings)}
+        figures |= {"latency": latency(comparison), "blocks": blocks(comparison)}
+        figures["variants"].savefig(out / "variants.png", dpi=200, metadata={"Software": None})
+        drawn = {name: as_svg(figure, name) for name, figure in figures.items()}
+    for name, svg in drawn.items():
+        (out / f"{name}.svg").write_text(svg, encoding="utf-8")
+    return drawn

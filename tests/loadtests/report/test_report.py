@@ -19,10 +19,9 @@ from loadtests.report.format import interval_text, number
 from loadtests.report.plot_blocks import blocks, latency
 from loadtests.report.plot_pareto import pareto
 from loadtests.report.plot_variants import variants
-from loadtests.report.plots import write_plots
 from loadtests.report.prose import conclusion, top1_note
 from loadtests.report.rendering import Table, rich_table
-from loadtests.report.report import write_comparison
+from loadtests.report.report import write_comparison, write_plots
 from loadtests.report.tables import detail_tables, verdict_table
 from loadtests.report.verdicts import (
     LATENCIES,
