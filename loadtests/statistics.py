@@ -89,7 +89,7 @@ def paired_ratio(arm: Values, baseline: Values) -> Effect | None:
     None for fewer than five rounds, and where a value is not positive (throughput of a server that answered nothing).
     """
     ours, theirs = _logs(arm), _logs(baseline)
-    return None if ours is None or theirs is None else _of_differences(ours - theirs, ratio=True)
+    return None if ours is None or theirs is None else _mean(ours - theirs, ratio=True)
 
 
 def paired_difference(arm: Values, baseline: Values, *, ceiling: float) -> Effect | None:
@@ -103,7 +103,7 @@ def paired_difference(arm: Values, baseline: Values, *, ceiling: float) -> Effec
     if not math.isfinite(ceiling):
         return None
     differences = np.where(above, ceiling, arm) - np.where(below, ceiling, baseline)
-    return _of_differences(differences, open_above=bool(above.any()), open_below=bool(below.any()))
+    return _mean(differences, open_above=bool(above.any()), open_below=bool(below.any()))
 
 
 def unpaired_ratio(new: Values, old: Values) -> Effect | None:
@@ -148,16 +148,9 @@ def independent_proportions(arm: float, arm_count: int, baseline: float, baselin
     """
     if arm_count < 1 or baseline_count < 1:
         return None
-    shares = [(share * count + 1) / (count + 2) for share, count in ((arm, arm_count), (baseline, baseline_count))]
-    variance = sum(
-        share * (1 - share) / (count + 2) for share, count in zip(shares, (arm_count, baseline_count), strict=True)
-    )
-    return Effect(
-        estimate=100 * (arm - baseline),
-        centre=100 * (shares[0] - shares[1]),
-        error=100 * math.sqrt(variance),
-        bound=100,
-    )
+    one, other = (arm * arm_count + 1) / (arm_count + 2), (baseline * baseline_count + 1) / (baseline_count + 2)
+    error = math.sqrt(one * (1 - one) / (arm_count + 2) + other * (1 - other) / (baseline_count + 2))
+    return Effect(estimate=100 * (arm - baseline), centre=100 * (one - other), error=100 * error, bound=100)
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
@@ -192,16 +185,15 @@ def holm(p_values: Sequence[float], alpha: float) -> list[Holm]:
     and all larger ones are not rejected. The interval of a rejected test has the level 1 - alpha / (m - k + 1); all
     others have the level at which the procedure stopped, at which their intervals include no difference.
     """
-    count = len(p_values)
-    results: dict[int, Holm] = {}
-    stopped, adjusted = None, 0.0
-    for place, number in enumerate(sorted(range(count), key=lambda number: p_values[number])):
-        share = alpha / (count - place)
-        adjusted = max(adjusted, min(1.0, p_values[number] * (count - place)))
-        if stopped is None and p_values[number] > share:
-            stopped = share
-        results[number] = Holm(rejected=stopped is None, level=1 - (stopped or share), p_value=adjusted)
-    return [results[number] for number in range(count)]
+    order = np.argsort(p_values, kind="stable")
+    remaining = np.arange(len(order), 0, -1)
+    adjusted = np.minimum(1, np.maximum.accumulate(np.take(p_values, order) * remaining))
+    rejected = adjusted <= alpha
+    levels = 1 - alpha / np.maximum(remaining, len(order) - rejected.sum())
+    return [
+        Holm(rejected=bool(rejected[rank]), level=float(levels[rank]), p_value=float(adjusted[rank]))
+        for rank in np.argsort(order)
+    ]
 
 
 def percentile(samples: Values, rank: float, *, min_beyond: int = MIN_BEYOND) -> float | None:
@@ -214,19 +206,12 @@ def percentile(samples: Values, rank: float, *, min_beyond: int = MIN_BEYOND) ->
     return float(np.percentile(np.asarray(samples, dtype=np.float64), rank, method="higher"))
 
 
-def _of_differences(
-    differences: npt.NDArray[np.float64], *, ratio: bool = False, open_above: bool = False, open_below: bool = False
-) -> Effect | None:
-    if len(differences) < MIN_ROUNDS:
+def _mean(differences: npt.NDArray[np.float64], **kind: bool) -> Effect | None:
+    """Student's t; None for fewer than five rounds."""
+    count = len(differences)
+    if count < MIN_ROUNDS:
         return None
-    return Effect(
-        centre=float(differences.mean()),
-        error=_standard_error(differences),
-        df=len(differences) - 1,
-        ratio=ratio,
-        open_above=open_above,
-        open_below=open_below,
-    )
+    return Effect(centre=float(differences.mean()), error=_standard_error(differences), df=count - 1, **kind)
 
 
 def _standard_error(values: npt.NDArray[np.float64]) -> float:

@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -83,10 +84,7 @@ def _top1(info: dict[str, Any]) -> _Ends:
 def _draw(figure: Figure, axes: Axes, points: list[_Point], area: str, unit: str, *, up_is_better: bool) -> None:
     front = _front(points, up_is_better=up_is_better)
     axes.plot([one.x[0] for one in front], [one.y[0] for one in front], color=FAINT, linewidth=1, linestyle="--")
-    (x, left, right), (y, low, high) = (
-        zip(*(one.x for one in points), strict=True),
-        zip(*(one.y for one in points), strict=True),
-    )
+    (x, left, right), (y, low, high) = np.array([one.x for one in points]).T, np.array([one.y for one in points]).T
     colours, largest = [one.style.colour for one in points], max(one.area for one in points)
     sizes = [_LARGEST * one.area / largest if largest else _PLAIN for one in points]
     axes.hlines(y, left, right, color=colours, linewidth=1.2)
@@ -112,12 +110,7 @@ def _front(points: list[_Point], *, up_is_better: bool) -> list[_Point]:
     """Those that no other equals or beats in both directions, from left to right."""
     sign = 1 if up_is_better else -1
     places = {(one.x[0], sign * one.y[0]): one for one in points}
-    beaten = {
-        place
-        for place in places
-        for other in places
-        if other != place and other[0] >= place[0] and other[1] >= place[1]
-    }
+    beaten = {one for one in places for other in places if one != other and one[0] <= other[0] and one[1] <= other[1]}
     return [places[place] for place in sorted(places.keys() - beaten)]
 
 

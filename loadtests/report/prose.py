@@ -8,13 +8,13 @@ import numpy as np
 from loadtests.experiment.model import HIGH, MODERATE, Arm, Comparison
 from loadtests.report.format import difference, estimate_text, interval_text, number, value_text
 from loadtests.report.rendering import joined, sentences
-from loadtests.report.top1 import compare_top1
 from loadtests.report.verdicts import (
     THROUGHPUT,
     TOP1,
     Change,
     Findings,
     Metric,
+    compare_top1,
     counts,
     load_name,
     loads_of,

@@ -19,8 +19,7 @@ from loadtests.experiment.model import HIGH, MODERATE, Block, Comparison
 from loadtests.report import verdicts
 from loadtests.report.format import estimate_text, interval_text, median
 from loadtests.report.rendering import sentences
-from loadtests.report.top1 import compare_top1, top1_percent
-from loadtests.report.verdicts import THROUGHPUT, TOP1, Change, Metric, model_info, values_by_round
+from loadtests.report.verdicts import THROUGHPUT, TOP1, Change, Metric, model_info, top1_percent, values_by_round
 from loadtests.statistics import MIN_ROUNDS, Effect, unpaired_ratio
 
 _SAME_RATE = 0.05
@@ -131,7 +130,7 @@ def _accuracies(old: Comparison, new: Comparison) -> _Tests:
     return {
         (arm, TOP1): _Tested(effect, top1_percent(was) or 0.0, top1_percent(now) or 0.0)
         for arm, (was, now) in infos.items()
-        if (effect := compare_top1(now, was)[0]) is not None
+        if (effect := verdicts.compare_top1(now, was)[0]) is not None
     }
 
 

@@ -1,5 +1,6 @@
 """What a comparison says: every metric of every arm, and whether it is better or worse than the baseline's."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,10 +11,21 @@ import numpy.typing as npt
 
 from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, Block, Comparison
 from loadtests.generator.load_result import LoadResult
-from loadtests.report.top1 import compare_top1, top1_percent
-from loadtests.statistics import MIN_BEYOND, Effect, holm, paired_difference, paired_ratio, percentile
+from loadtests.statistics import (
+    MIN_BEYOND,
+    Effect,
+    holm,
+    independent_proportions,
+    paired_difference,
+    paired_proportions,
+    paired_ratio,
+    percentile,
+)
+from service.manifest import Accuracy
 
 Verdict = Literal["better", "worse", "no difference seen"]
+Pairing = Literal["paired", "independent"]
+"""Top-1 judged on the same images one by one, or as if each model had been asked other images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +150,8 @@ def judge(comparison: Comparison, *, alpha: float = 0.05) -> Findings:
         if (effect := _effect(metric, blocks[arm.label], blocks[arms[0].label])) is not None
     }
     found = changes(effects, alpha)
-    return Findings(
-        rows=[
-            _row(arm.label, metric, blocks[arm.label], found.get((arm.label, metric)))
-            for metric in metrics
-            for arm in arms
-        ]
-    )
+    pairs = itertools.product(metrics, blocks.items())
+    return Findings(rows=[_row(arm, metric, own, found.get((arm, metric))) for metric, (arm, own) in pairs])
 
 
 def changes(effects: Mapping[tuple[str, Metric], Effect], alpha: float) -> dict[tuple[str, Metric], Change]:
@@ -213,12 +220,12 @@ def load_name(comparison: Comparison, load: str | None) -> str:
 
 def loads_of(comparison: Comparison) -> list[tuple[str, str, list[LoadResult]]]:
     """(label of the arm, name of the load, its results block by block), load by load; only what was measured."""
-    found = [
-        (arm.label, name, [block.loads[name] for block in comparison.blocks_of(arm.label) if name in block.loads])
+    return [
+        (arm.label, name, found)
         for name in LOADS
         for arm in comparison.plan.arms
+        if (found := [block.loads[name] for block in comparison.blocks_of(arm.label) if name in block.loads])
     ]
-    return [one for one in found if one[2]]
 
 
 def counts(comparison: Comparison, label: str) -> dict[str, int]:
@@ -246,14 +253,8 @@ def _row(arm: str, metric: Metric, blocks: Sequence[Block], change: Change | Non
         value = percentile(_pooled(blocks, metric), metric.rank)
     elif known:
         value = max(known) if metric.unit == "MB" else float(np.median(list(known)))
-    return Row(
-        arm=arm,
-        metric=metric,
-        value=value,
-        smallest=min(known, default=None),
-        largest=max(known, default=None),
-        change=change,
-    )
+    smallest, largest = min(known, default=None), max(known, default=None)
+    return Row(arm=arm, metric=metric, value=value, smallest=smallest, largest=largest, change=change)
 
 
 def _pooled(blocks: Sequence[Block], metric: Metric) -> npt.NDArray[np.float64]:
@@ -274,3 +275,31 @@ def _effect(metric: Metric, arm: Sequence[Block], baseline: Sequence[Block]) -> 
         return None
     pooled = np.concatenate(pools)
     return paired_difference(*pairs, ceiling=max(pooled[np.isfinite(pooled)], default=math.inf))
+
+
+def top1_percent(info: dict[str, Any]) -> float | None:
+    """The manifest's top-1; None for random weights, and where the service says nothing about its model."""
+    accuracy = info.get("accuracy")
+    return 100 * float(accuracy["top1"]) if accuracy else None
+
+
+def compare_top1(info: dict[str, Any], baseline: dict[str, Any]) -> tuple[Effect | None, Pairing | None]:
+    """The difference in percentage points, from what the service says about two models, and how it was judged.
+
+    None if they were tested on other sets.
+    """
+    ours, theirs = info.get("accuracy"), baseline.get("accuracy")
+    if not ours or not theirs or any(ours.get(name) != theirs.get(name) for name in ("dataset", "split")):
+        return None, None
+    right, baseline_right = _right(ours), _right(theirs)
+    labels = [(one.get("correct") or {}).get("labels_sha256") for one in (ours, theirs)]
+    if right is None or baseline_right is None or labels[0] != labels[1]:
+        return independent_proportions(ours["top1"], ours["n"], theirs["top1"], theirs["n"]), "independent"
+    return paired_proportions(right, baseline_right), "paired"
+
+
+def _right(accuracy: dict[str, Any]) -> npt.NDArray[np.bool_] | None:
+    try:
+        return Accuracy.model_validate(accuracy).correct_top1()
+    except ValueError:
+        return None

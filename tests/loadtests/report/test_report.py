@@ -128,10 +128,13 @@ def test_the_note_on_top1_says_how_it_is_compared_and_that_seeds_differ(measured
     independent = top1_note(measured)
     assert "as if each arm had been asked other images" in independent
     assert "training with another seed may change it by as much" in independent
-    bits = correct(np.arange(10_000) < 5371)
 
     def listing(*labels: str) -> Comparison:
-        infos = {label: {**info, "accuracy": {**info["accuracy"], "correct": bits}} for label, info in by_arm.items()}
+        right = {label: np.arange(10_000) < round(10_000 * info["accuracy"]["top1"]) for label, info in by_arm.items()}
+        infos = {
+            label: {**info, "accuracy": {**info["accuracy"], "correct": correct(right[label])}}
+            for label, info in by_arm.items()
+        }
         blocks = [replace(one, info=infos[one.arm]) if one.arm in labels else one for one in measured.blocks]
         return replace(measured, blocks=blocks)
 
