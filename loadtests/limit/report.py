@@ -15,7 +15,7 @@ from loadtests.experiment.model import Arm
 from loadtests.generator.load_result import IN_FLIGHT
 from loadtests.generator.samples import LATE_MS
 from loadtests.limit.measure import LimitExperiment, closed_name
-from loadtests.report.experiment import conditions, write_experiment
+from loadtests.report.document import conditions, write_experiment
 from loadtests.report.rendering import UNKNOWN, Table, print_tables
 from loadtests.statistics import paired_ratio, percentile
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from loadtests.overload.measure import OverloadExperiment, Requests, StepResult, step_results
-from loadtests.report.experiment import conditions, write_experiment
+from loadtests.report.document import conditions, write_experiment
 from loadtests.report.rendering import UNKNOWN, Table, print_tables
 
 

@@ -1,4 +1,4 @@
-"""results.json of a comparison: written with every block, and read back for `--against`."""
+"""results.json with every block: of a comparison, read back for `--against`; of `limit` and of `overload`."""
 
 import json
 import math
@@ -12,13 +12,16 @@ from pydantic import TypeAdapter
 
 from loadtests.errors import LoadTestError
 from loadtests.experiment.json_files import to_json
-from loadtests.experiment.model import Block, CapacitySearch, Comparison, ComparisonPlan
+from loadtests.experiment.model import Block, CapacitySearch, Comparison, ComparisonPlan, Experiment
 from loadtests.generator.load_result import LoadResult
+from loadtests.report.rendering import write_report
 from loadtests.report.verdicts import Findings, Row, counts, model_info
 from loadtests.statistics import MIN_BEYOND, percentile
 
 SCHEMA_VERSION = 3
 """Version 2 had other names, version 1 a single closed loop."""
+_EXPERIMENT_VERSION = 2
+"""Of `limit` and `overload`."""
 _PERCENTILES = {"p50_ms": 50, "p95_ms": 95, "p99_ms": 99}
 _NOT_KEPT = {"latencies_ms", "percentiles_ms", "trace"}
 
@@ -43,7 +46,7 @@ def as_document(comparison: Comparison, findings: Findings, caveats: list[str]) 
             "rows": [_row(row) for row in findings.rows],
             "caveats": caveats,
             "capacity_searches": comparison.capacity_searches,
-            "blocks": [block_document(block) for block in comparison.blocks],
+            "blocks": [_block(block) for block in comparison.blocks],
             "info": {arm.label: model_info(comparison, arm.label) for arm in comparison.plan.arms},
         }
     )
@@ -58,7 +61,7 @@ def _row(row: Row) -> dict[str, Any]:
     return {**where, **values, "unanswered": unanswered, "change": change}
 
 
-def block_document(block: Block) -> dict[str, Any]:
+def _block(block: Block) -> dict[str, Any]:
     """A block as it stands in results.json, with percentiles in place of latencies."""
     values = {name: value for name, value in vars(block).items() if name != "info"}
     return {**values, "loads": {name: _load(load) for name, load in block.loads.items()}}
@@ -73,6 +76,30 @@ def _load(load: LoadResult) -> dict[str, Any]:
         "answered": load.answered,
         "unanswered": 1 - load.answered / requests if requests else 0.0,
     }
+
+
+def conditions(experiment: Experiment[Any], what: str) -> str:
+    """What the figures hold for, in one sentence or two."""
+    early = f" Ended early: {experiment.ended_early}." if experiment.ended_early else ""
+    rounds = f"{experiment.plan.rounds} round{'s' * (experiment.plan.rounds > 1)}"
+    return f"{what}; {rounds}; {experiment.payloads}.{early}"
+
+
+def write_experiment(
+    experiment: Experiment[Any], out: Path, *, template: str, figures: dict[str, Any], **context: Any
+) -> None:
+    """Write report.md and results.json, which begins with `figures` and ends with all blocks."""
+    blocks = [{**_block(block), "info": block.info} for block in experiment.blocks]
+    facts = {"schema_version": _EXPERIMENT_VERSION, **experiment.facts(), "plan": experiment.plan}
+    write_report(
+        out,
+        document={**facts, **figures, "blocks": blocks},
+        template=template,
+        command=experiment.command,
+        environment=experiment.environment | context.pop("versions", {}),
+        failures=[f"{block.arm}, round {block.round + 1}: {block.failure}" for block in experiment.failures],
+        **context,
+    )
 
 
 def write_samples(comparison: Comparison, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,12 @@ def median(values: Iterable[float | None]) -> float | None:
     """The median of the values that are known; None if there is none."""
     known = [value for value in values if value is not None]
     return float(np.median(known)) if known else None
+
+
+def tokens_text(info: dict[str, Any]) -> str:
+    """`16 of 64`: on how many of its tokens a model attends; empty if that is unknown."""
+    known = info.get("kv_tokens") and info.get("tokens")
+    return f"{info['kv_tokens']} of {info['tokens']}" if known else ""
 
 
 def value_text(metric: Metric, value: float | None) -> str:

@@ -1,5 +1,7 @@
 """Pictures of the raw measurements: the latency spectrum, and every block in the order in which it ran."""
 
+from collections import defaultdict
+
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
@@ -94,21 +96,17 @@ def blocks(comparison: Comparison) -> Figure:
 
 
 def _in_order(axes: Axes, comparison: Comparison) -> None:
-    measured = [(at, block) for at, block in enumerate(comparison.blocks, start=1) if SATURATED in block.loads]
-    if not any(block.failure is None for _, block in measured):
+    looks, points = styles(comparison.plan), defaultdict(list)
+    for at, block in enumerate(comparison.blocks, start=1):
+        if SATURATED in block.loads and block.failure is None:
+            points[block.arm].append((at, block.loads[SATURATED].throughput))
+    if not points:
         instead(axes, "no block was measured to its end")
         return
-    looks = styles(comparison.plan)
-    for label, look in looks.items():
-        own = [
-            (at, block.loads[SATURATED].throughput)
-            for at, block in measured
-            if (block.arm, block.failure) == (label, None)
-        ]
-        if own:
-            x, y = zip(*own, strict=True)
-            axes.plot(x, y, color=look.colour, linewidth=0.8, alpha=0.6)
-            axes.plot(x, y, look.marker, color=look.colour, markersize=5, label=look.name)
+    for look, own in ((look, points[label]) for label, look in looks.items() if label in points):
+        x, y = zip(*own, strict=True)
+        axes.plot(x, y, color=look.colour, linewidth=0.8, alpha=0.6)
+        axes.plot(x, y, look.marker, color=look.colour, markersize=5, label=look.name)
     rounds = [block.round for block in comparison.blocks]
     begins = [at + 0.5 for at in range(1, len(rounds)) if rounds[at] != rounds[at - 1]]
     low, high = axes.get_ylim()

@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loadtests.experiment.model import Comparison
+from loadtests.experiment.schedule import without_repeats
 from loadtests.report.format import number
-from loadtests.report.plot_style import FAINT, INK, SMALL, WIDTH, Style, instead, shown, small_print, styles
-from loadtests.report.verdicts import THROUGHPUT, TOP1, Findings, Row, model_info
+from loadtests.report.plot_style import FAINT, INK, SMALL, WIDTH, Style, instead, small_print, styles
+from loadtests.report.verdicts import THROUGHPUT, TOP1, Findings, model_info
 from loadtests.statistics import wilson
 
 _LARGEST = 900.0
@@ -35,9 +36,10 @@ def pareto(comparison: Comparison, findings: Findings) -> Figure:
     """One point for each arm but the A/A arm; those that no other beats in both directions are joined."""
     figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
     axes, looks = figure.subplots(), styles(comparison.plan)
-    rows = [findings.row(arm.label, THROUGHPUT) for arm in shown(comparison.plan)]
-    speeds = {row.arm: _ends(row) for row in rows if row and row.value is not None}
-    memory = {label: _ends(row) for label in speeds if (row := findings.row(label, findings.memory)) and row.value}
+    rows = [findings.row(arm.label, THROUGHPUT) for arm in without_repeats(comparison.plan)]
+    speeds = {row.arm: (row.value, *row.ends) for row in rows if row and row.value is not None}
+    known = [row for label in speeds if (row := findings.row(label, findings.memory)) and row.value]
+    memory = {row.arm: (row.value or 0.0, *row.ends) for row in known}
     accurate = [label for label in speeds if findings.value(label, TOP1) is not None]
     whiskers = "Whiskers: slowest and fastest block"
     if len(accurate) > 1 or (accurate and len(speeds) == 1):
@@ -52,10 +54,10 @@ def pareto(comparison: Comparison, findings: Findings) -> Figure:
         whiskers += "; upwards, 95 % interval of top-1 for that many test images"
     elif memory:
         tails = [metric for metric in reversed(findings.metrics) if metric.rank == 99]
-        known = [tail for tail in tails if all(math.isfinite(findings.value(one, tail) or math.inf) for one in memory)]
-        area, unit = known[0].label if known else "", "ms"
+        finite = [tail for tail in tails if all(math.isfinite(findings.value(one, tail) or math.inf) for one in memory)]
+        area, unit = finite[0].label if finite else "", "ms"
         points = [
-            _Point(looks[label], speeds[label], ends, (findings.value(label, known[0]) or 0.0) if known else 0.0)
+            _Point(looks[label], speeds[label], ends, (findings.value(label, finite[0]) or 0.0) if finite else 0.0)
             for label, ends in memory.items()
         ]
         title = "Memory against throughput (accuracy unknown: random weights): down and to the right is better"
@@ -68,11 +70,6 @@ def pareto(comparison: Comparison, findings: Findings) -> Figure:
     small_print(figure, f"{whiskers}. Dashed: not beaten in both directions.")
     _draw(figure, axes, points, area, unit, up_is_better=bool(accurate))
     return figure
-
-
-def _ends(row: Row) -> _Ends:
-    value = row.value or 0.0
-    return value, value if row.smallest is None else row.smallest, value if row.largest is None else row.largest
 
 
 def _top1(info: dict[str, Any]) -> _Ends:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from loadtests.experiment.model import Arm, Plan
+from loadtests.experiment.model import Plan
 
 INK, FAINT, PALE = "#1d2430", "#66707f", "#dfe3e8"
 _BASELINE, _REPEATED = "#555b66", "#a3a9b3"
@@ -45,11 +45,6 @@ def styles(plan: Plan) -> dict[str, Style]:
     for label, (dash, (colour, marker)) in zip(compared, itertools.cycle(looks), strict=False):
         found[label] = Style(label, colour, marker, dash)
     return {arm.label: found[arm.label] for arm in plan.arms}
-
-
-def shown(plan: Plan) -> list[Arm]:
-    """The arms without the A/A arm."""
-    return [arm for arm in plan.arms if arm.repeat_of is None]
 
 
 def instead(axes: Axes, text: str) -> None:

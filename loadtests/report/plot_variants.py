@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loadtests.experiment.model import HIGH, MODERATE, Comparison
-from loadtests.report.format import median, number, span
-from loadtests.report.plot_style import FAINT, INK, SMALL, WIDTH, shown, small_print, styles
+from loadtests.experiment.schedule import without_repeats
+from loadtests.report.format import median, number, span, tokens_text
+from loadtests.report.plot_style import FAINT, INK, SMALL, WIDTH, small_print, styles
 from loadtests.report.verdicts import LATENCIES, THROUGHPUT, TOP1, Findings, Row, load_name, model_info
 
 _LIGHT = 0.4
@@ -29,7 +30,7 @@ class _Bar(NamedTuple):
 
 def variants(comparison: Comparison, findings: Findings) -> Figure:
     """Bars from zero, with the range of the blocks; the A/A arm is left out."""
-    labels = [arm.label for arm in shown(comparison.plan)]
+    labels = [arm.label for arm in without_repeats(comparison.plan)]
     colours = [styles(comparison.plan)[label].colour for label in labels]
     figure = Figure(figsize=(WIDTH, 2.2 + 0.98 * len(labels)), layout="constrained")
     (speed, memory), (moderate, high) = figure.subplots(2, 2, sharey="row", height_ratios=[0.85, 1])
@@ -64,7 +65,7 @@ def variants(comparison: Comparison, findings: Findings) -> Figure:
 
 def _name(comparison: Comparison, findings: Findings, label: str) -> str:
     info, top1 = model_info(comparison, label), findings.value(label, TOP1)
-    facts = [f"K/V {info['kv_tokens']} of {info['tokens']}"] if info.get("kv_tokens") and info.get("tokens") else []
+    facts = [f"K/V {tokens}"] if (tokens := tokens_text(info)) else []
     facts += [f"top-1 {top1:.1f}%"] if top1 is not None else []
     return "\n".join(filter(None, (*textwrap.wrap(label, 24), ", ".join(facts))))
 
@@ -83,8 +84,7 @@ def _bars(axes: Axes, bars: list[_Bar], height: float, *, room: float = 1.2) -> 
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
             axes.annotate("∞: requests not answered", (0, place), xytext=(4, 0), bbox=box, **style)
         else:
-            smallest, largest = (row.value if end is None else end for end in (row.smallest, row.largest))
-            whisker = smallest, min(largest, edge * 2)
+            whisker = row.ends[0], min(row.ends[1], edge * 2)
             axes.barh(place, row.value, height=height, color=colour, alpha=opacity)
             axes.hlines(place, *whisker, color=INK, linewidth=1)
             axes.vlines(whisker, place - height / 5, place + height / 5, color=INK, linewidth=1)

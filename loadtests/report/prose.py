@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from loadtests.experiment.model import HIGH, MODERATE, Arm, Comparison
+from loadtests.experiment.schedule import without_repeats
 from loadtests.report.format import difference, estimate_text, interval_text, number, value_text
 from loadtests.report.rendering import joined, sentences
 from loadtests.report.verdicts import (
@@ -86,7 +87,7 @@ def _reasons(comparison: Comparison, arm: Arm) -> list[str]:
 
 def conclusion(comparison: Comparison, findings: Findings) -> list[str]:
     """A summary, then one sentence for each arm; nothing that the verdicts do not say."""
-    compared = [arm.label for arm in comparison.plan.arms[1:] if arm.repeat_of is None]
+    baseline, *compared = (arm.label for arm in without_repeats(comparison.plan))
     failed = {block.arm for block in comparison.failures}
     summary: dict[str, list[str]] = {words: [] for words in (*_KINDS.values(), _FAILED)}
     for label in compared:
@@ -97,7 +98,7 @@ def conclusion(comparison: Comparison, findings: Findings) -> list[str]:
             summary[_KINDS["better" in verdicts, "worse" in verdicts]].append(label)
     return sentences(
         "conclusion.txt.j2",
-        baseline=comparison.plan.arms[0].label,
+        baseline=baseline,
         summary=summary,
         arms={label: _phrases(comparison, findings, label) for label in compared},
         noise_floors=_noise_floors(comparison, findings),
@@ -142,11 +143,11 @@ class _NoiseFloor(NamedTuple):
 
 def _noise_floors(comparison: Comparison, findings: Findings) -> list[_NoiseFloor]:
     found = []
-    for arm in comparison.plan.arms:
+    for arm in (arm for arm in comparison.plan.arms if arm.repeat_of):
         # Its top-1 is the same by nature.
         tested = [row for row in findings.rows if row.arm == arm.label and row.change and row.metric != TOP1]
         differs = [row.metric.label for row in tested if row.verdict != "no difference seen"]
-        found += [_NoiseFloor(arm.repeat_of, len(tested), differs)] if arm.repeat_of else []
+        found.append(_NoiseFloor(arm.repeat_of, len(tested), differs))
     return found
 
 

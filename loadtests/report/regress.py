@@ -82,7 +82,12 @@ def regressions(old: Comparison, new: Comparison, *, tolerance: float = 0.05, al
     On equal services and an unchanged machine at most `alpha` of the calls find anything. An arm that had blocks in
     `old`, and all of whose blocks failed in `new`, comes first: its throughput is 0.
     """
-    tested = {**_stopped(old, new), **_speeds(old, new), **_accuracies(old, new)}
+    stopped: _Tests = {
+        (arm, THROUGHPUT): _Tested(_STOPPED, _throughput(old, arm), 0.0)
+        for arm in _labels(old)
+        if _measured(old, arm) and not _measured(new, arm) and _lost(new, arm)
+    }
+    tested = {**stopped, **_speeds(old, new), **_accuracies(old, new)}
     changes = verdicts.changes({key: test.effect for key, test in tested.items()}, alpha)
     worse = [
         Regression(arm=arm, metric=metric, old=was, new=now, change=changes[arm, metric], relative=relative)
@@ -92,14 +97,6 @@ def regressions(old: Comparison, new: Comparison, *, tolerance: float = 0.05, al
     ]
     worse.sort(key=lambda one: -abs(math.log(one.new / one.old)) if one.new else -math.inf)
     return Outcome(tests=len(tested), worse=worse)
-
-
-def _stopped(old: Comparison, new: Comparison) -> _Tests:
-    return {
-        (arm, THROUGHPUT): _Tested(_STOPPED, _throughput(old, arm), 0.0)
-        for arm in _labels(old)
-        if _measured(old, arm) and not _measured(new, arm) and _lost(new, arm)
-    }
 
 
 def _speeds(old: Comparison, new: Comparison) -> _Tests:
@@ -126,12 +123,12 @@ def _values(run: dict[str, dict[int, float]], arm: str, ceiling: float, baseline
 
 
 def _accuracies(old: Comparison, new: Comparison) -> _Tests:
-    infos = {arm: (model_info(old, arm), model_info(new, arm)) for arm in _labels(old)}
-    return {
-        (arm, TOP1): _Tested(effect, top1_percent(was) or 0.0, top1_percent(now) or 0.0)
-        for arm, (was, now) in infos.items()
-        if (effect := verdicts.compare_top1(now, was)[0]) is not None
-    }
+    found = {}
+    for arm in _labels(old):
+        was, now = model_info(old, arm), model_info(new, arm)
+        if effect := verdicts.compare_top1(now, was)[0]:
+            found[arm, TOP1] = _Tested(effect, top1_percent(was) or 0.0, top1_percent(now) or 0.0)
+    return found
 
 
 def notes(old: Comparison, new: Comparison) -> list[str]:

@@ -1,20 +1,7 @@
 """How every command writes its report: tables of text, one Jinja template a format, strict JSON, and the terminal.
 
-A command makes `Table`s of text, puts them into a template, and prints those that belong in the terminal:
-
-    {# templates/limit.md.j2 #}
-    {% extends "base.md.j2" %}
-    {% block title %}The service against its engine limit{% endblock %}
-    {% block body %}
-    {{ conditions }}
-
-    {{ macros.table(loads) }}
-    {% endblock %}
-
-    loads = Table(headings=("arm", "load", "images/s"), rows=rows, text=(0, 1), note="Median over rounds.")
-    write_report(out, document=as_json(results), template="limit.md.j2", command=results.command,
-                 environment=results.environment, conditions=conditions(results), loads=loads)
-    print_tables(loads, width=120)
+A command makes `Table`s of text, puts them into a template of `templates/` with `write_report`, and prints those that
+belong in the terminal (`print_tables`); `loadtests/overload/report.py` is a short example.
 
 `base.md.j2` ends every page with the environment and the command, and so needs `command` and `environment`.
 `macros` holds what the templates share: `table(table)` with its note, `bullets(items)`, `facts(mapping)` and

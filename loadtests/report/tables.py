@@ -3,7 +3,16 @@
 from collections.abc import Iterable, Iterator
 
 from loadtests.experiment.model import LOADS, Arm, Comparison
-from loadtests.report.format import estimate_text, interval_text, median, number, range_text, span, value_text
+from loadtests.report.format import (
+    estimate_text,
+    interval_text,
+    median,
+    number,
+    range_text,
+    span,
+    tokens_text,
+    value_text,
+)
 from loadtests.report.prose import conditions, top1_note
 from loadtests.report.rendering import UNKNOWN, Cell, Table, Tone
 from loadtests.report.verdicts import TOP1, Findings, Metric, Verdict, load_name, loads_of, model_info, uses_device
@@ -23,9 +32,8 @@ def verdict_table(comparison: Comparison, findings: Findings) -> Table:
     for arm in comparison.plan.arms:
         info = model_info(comparison, arm.label)
         mark = "baseline" if arm is comparison.plan.arms[0] else "noise floor" if arm.repeat_of else ""
-        tokens = f"{info['kv_tokens']} of {info['tokens']}" if info.get("kv_tokens") and info.get("tokens") else UNKNOWN
         cells = [_verdict(comparison, findings, arm.label, metric) for metric in findings.headline]
-        rows.append([Cell(f"{arm.label}\n{mark}".strip(), "faint"), tokens, *cells])
+        rows.append([Cell(f"{arm.label}\n{mark}".strip(), "faint"), tokens_text(info) or UNKNOWN, *cells])
     return Table(
         title=f"{conditions(comparison)} {top1_note(comparison)}",
         headings=("arm", "K/V tokens", *(metric.heading for metric in findings.headline)),
@@ -72,13 +80,14 @@ def _capacity(comparison: Comparison) -> _Rows:
         found = [search for search in comparison.capacity_searches if search.arm == arm.label]
         rates = [search.rate for search in found if search.rate is not None]
         reasons = dict.fromkeys(search.reason for search in found if search.reason)
+        remark = "not even the lowest rate that was tried kept it" if 0 in rates else ""
         if found:
             yield {
                 "arm": arm.label,
                 "images/s, median": number(median(rates)),
                 "smallest–largest": span(rates),
                 "searches": f"{len(rates)} of {len(found)}",
-                "remark": "; ".join(reasons) or "not even the lowest rate that was tried kept it" * (0 in rates),
+                "remark": "; ".join(reasons) or remark,
             }
 
 

@@ -96,6 +96,12 @@ class Row:
     """None for the baseline, and where there are too few blocks for an interval."""
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """Of a whisker: the smallest and the largest block, or the value where they are unknown."""
+        value = self.value or 0.0
+        return value if self.smallest is None else self.smallest, value if self.largest is None else self.largest
+
+    @property
     def verdict(self) -> Verdict | None:
         """That of the change; None without one."""
         return self.change.verdict if self.change else None
