@@ -11,6 +11,7 @@ from loadtests.experiment.model import HIGH, MODERATE, Comparison
 from loadtests.experiment.schedule import without_repeats
 from loadtests.report.format import median, number, span, tokens_text
 from loadtests.report.plot_style import FAINT, INK, SMALL, WIDTH, small_print, styles
+from loadtests.report.rendering import sentences
 from loadtests.report.verdicts import LATENCIES, THROUGHPUT, TOP1, Findings, Row, load_name, model_info
 
 _LIGHT = 0.4
@@ -59,7 +60,7 @@ def variants(comparison: Comparison, findings: Findings) -> Figure:
     for axes in (speed, moderate):
         axes.set_ylim(len(labels) - 0.45, -0.55)
     figure.suptitle("Throughput, memory and latency side by side", x=0.01, ha="left", fontsize=12, fontweight="bold")
-    small_print(figure, _conditions(comparison, labels))
+    small_print(figure, _caption(comparison, labels))
     return figure
 
 
@@ -92,18 +93,15 @@ def _bars(axes: Axes, bars: list[_Bar], height: float, *, room: float = 1.2) -> 
     axes.set_xlim(0, edge * room)
 
 
-def _conditions(comparison: Comparison, labels: list[str]) -> str:
+def _caption(comparison: Comparison, labels: list[str]) -> str:
     infos = [info for label in labels if (info := model_info(comparison, label))]
-    sizes = [info["params"] / 1e6 for info in infos if info.get("params")]
-    facts = [f"{span(sizes)} M parameters"] if sizes else []
-    facts += sorted({f"{info['img_size']}×{info['img_size']} px" for info in infos if info.get("img_size")})
-    facts += ["random weights"] if infos and not any(info.get("accuracy") for info in infos) else []
-    known = comparison.environment
-    facts += [f"{known[name]}{' cores' * (name == 'cores')}" for name in ("cpu", "cores", "gpu") if known.get(name)]
-    blocks = [len(comparison.blocks_of(label)) for label in labels]
-    count = "–".join(dict.fromkeys((str(min(blocks)), str(max(blocks)))))
-    how = (
-        f"{count} blocks per arm, each a fresh server; whiskers: smallest and largest block. Percentiles: over all "
-        "blocks, open loop, from the scheduled moment. The scales differ."
+    sizes = sorted({f"{info['img_size']}×{info['img_size']} px" for info in infos if info.get("img_size")})
+    lines = sentences(
+        "variants_caption.txt.j2",
+        params=span([info["params"] / 1e6 for info in infos if info.get("params")]),
+        sizes=sizes,
+        random=infos and not any(info.get("accuracy") for info in infos),
+        environment=comparison.environment,
+        blocks=sorted({len(comparison.blocks_of(label)) for label in labels}),
     )
-    return "\n".join(line for text in (" · ".join(facts), how) for line in textwrap.wrap(text, _LINE))
+    return "\n".join(line for text in lines for line in textwrap.wrap(text, _LINE))

@@ -1,6 +1,7 @@
 """The facts behind the sentences of a comparison's report; the sentences stand in the text templates (`*.txt.j2`)."""
 
 import math
+from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -32,15 +33,6 @@ _KEEPING_UP = 0.95
 """Answered by offered rate: with less, the queue grows for as long as the load lasts."""
 _FULL = 0.95
 """Part of the machine's cores."""
-
-_KINDS = {
-    (True, False): "Better in some respect, worse in none",
-    (True, True): "Better in some respects, worse in others",
-    (False, True): "Worse in some respect, better in none",
-    (False, False): "No difference seen",
-}
-"""What is said of an arm, by whether any of its metrics is (better, worse)."""
-_FAILED = "Failed in some blocks, so judge for yourself"
 
 
 def caveats(comparison: Comparison, findings: Findings) -> list[str]:
@@ -89,17 +81,16 @@ def conclusion(comparison: Comparison, findings: Findings) -> list[str]:
     """A summary, then one sentence for each arm; nothing that the verdicts do not say."""
     baseline, *compared = (arm.label for arm in without_repeats(comparison.plan))
     failed = {block.arm for block in comparison.failures}
-    summary: dict[str, list[str]] = {words: [] for words in (*_KINDS.values(), _FAILED)}
+    kinds: dict[str, list[str]] = defaultdict(list)
     for label in compared:
-        verdicts = {row.verdict for row in findings.rows if row.arm == label} - {None}
-        if label in failed:
-            summary[_FAILED].append(label)
-        elif verdicts:
-            summary[_KINDS["better" in verdicts, "worse" in verdicts]].append(label)
+        verdicts = {row.verdict for row in findings.rows if row.arm == label and row.verdict}
+        differs = " and ".join(sorted(verdicts - {"no difference seen"}))
+        if label in failed or verdicts:
+            kinds["failed" if label in failed else differs or "alike"].append(label)
     return sentences(
         "conclusion.txt.j2",
         baseline=baseline,
-        summary=summary,
+        kinds=kinds,
         arms={label: _phrases(comparison, findings, label) for label in compared},
         noise_floors=_noise_floors(comparison, findings),
     )

@@ -32,7 +32,6 @@ def write_comparison(comparison: Comparison, out: Path) -> Report:
     findings = judge(comparison)
     said = caveats(comparison, findings)
     table = verdict_table(comparison, findings)
-    measured = sorted({len(comparison.blocks_of(arm.label)) for arm in comparison.plan.arms})
     levels = sorted({f"{row.change.level:.4g}" for row in findings.rows if row.change})
     out.mkdir(parents=True, exist_ok=True)
     plots = write_plots(comparison, findings, out)
@@ -54,8 +53,8 @@ def write_comparison(comparison: Comparison, out: Path) -> Report:
         plan=comparison.plan,
         rates=rates_text(comparison) or "set rates",
         payloads=comparison.payloads,
-        blocks="/".join(map(str, measured)),
-        levels=" to ".join(dict.fromkeys((levels[0], levels[-1]))) if levels else "",
+        blocks=sorted({len(comparison.blocks_of(arm.label)) for arm in comparison.plan.arms}),
+        levels=levels,
         in_flight=IN_FLIGHT,
     )
     write_samples(comparison, out / "samples.npz")
