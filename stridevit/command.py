@@ -58,7 +58,7 @@ _TABLE: Final = {
         (
             "train",
             "training train",
-            "Train one variant; the folder then holds `final/`, which export and evaluate read.",
+            "Train one variant. The finished model is in the folder's `final/`, for `evaluate` and for export.",
         ),
         (
             "study",
@@ -69,23 +69,23 @@ _TABLE: Final = {
         (
             "evaluate",
             "training evaluate",
-            "Top-1 and top-5 of a finished run over the full test split of its data set, class by class if asked to.",
+            "Top-1 and top-5 of a finished run on the full test split of its data set.",
         ),
         (
             "describe",
             "training describe",
-            "What each variant of a preset costs for one image: parameters, multiply-accumulates, attention memory.",
+            "Costs of each variant of a preset for one image: parameters, multiply-accumulates, attention memory.",
         ),
         (
             "profile",
             "training profile",
-            "Throughput of training on random images, and where a step's time goes: to choose precision, batch "
-            "and compile.",
+            "Training throughput on random images, and the operators that take the time: to choose precision and "
+            "batch size.",
         ),
         (
             "images",
             "training images",
-            "Write test images as PNG files with a labels.csv, to ask a service about or to load-test it with.",
+            "Write test images as PNG files with a labels.csv, to classify with a service or to load-test it with.",
         ),
     ),
     "Export": (
