@@ -143,7 +143,9 @@ def comparison(run: AccuracyRun) -> list[str]:
         f"{verdict} (exact McNemar test, p {p_value})."
     )
     if all(model.trained for model in run.models):
-        sentences.append("The difference belongs to these weights: training with another seed may change it by as much.")
+        sentences.append(
+            "The difference belongs to these weights: training with another seed may change it by as much."
+        )
     return sentences
 
 

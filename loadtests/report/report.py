@@ -1,30 +1,27 @@
 """The report of a comparison: results.json, a Markdown and an HTML page with the same text, plots and raw samples."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib import style
 
 from loadtests.experiment.model import Comparison
 from loadtests.generator.load_result import IN_FLIGHT
 from loadtests.report.document import as_document, write_samples
+from loadtests.report.plot_arms import pareto, variants
 from loadtests.report.plot_blocks import blocks, latency
-from loadtests.report.plot_pareto import pareto
 from loadtests.report.plot_style import STYLE, as_svg
-from loadtests.report.plot_variants import variants
 from loadtests.report.prose import caveats, conclusion, conditions, rates_text, top1_note
 from loadtests.report.rendering import Table, write_report
 from loadtests.report.tables import detail_tables, environment, verdict_table
 from loadtests.report.verdicts import Findings, judge
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(NamedTuple):
     """What is also shown in the terminal."""
 
-    findings: Findings
-    caveats: list[str]
     table: Table
+    caveats: list[str]
 
 
 def write_comparison(comparison: Comparison, out: Path) -> Report:
@@ -58,7 +55,7 @@ def write_comparison(comparison: Comparison, out: Path) -> Report:
         in_flight=IN_FLIGHT,
     )
     write_samples(comparison, out / "samples.npz")
-    return Report(findings=findings, caveats=said, table=table)
+    return Report(table, said)
 
 
 def write_plots(comparison: Comparison, findings: Findings, out: Path) -> dict[str, str]:

@@ -16,9 +16,8 @@ from rich.console import Console
 from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Arm, Block, Comparison
 from loadtests.report.document import as_document, write_samples
 from loadtests.report.format import interval_text, number
+from loadtests.report.plot_arms import pareto, variants
 from loadtests.report.plot_blocks import blocks, latency
-from loadtests.report.plot_pareto import pareto
-from loadtests.report.plot_variants import variants
 from loadtests.report.prose import conclusion, top1_note
 from loadtests.report.rendering import Table, rich_table
 from loadtests.report.report import write_comparison, write_plots
