@@ -16,10 +16,10 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from export import profile_report
-from export.bundles import export
 from export.descriptions import card, difference, kernel_table, listing, summary
 from export.graph import OPSET, OPSETS, ExportError
 from export.profile import Form, Setup, bundle_arm, estimated_seconds, measure, operators, random_arms
+from export.publish import export
 from export.sources import finished_run, random_weights
 from export.verify import read_graph
 from export.verify import verify as verify_bundle

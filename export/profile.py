@@ -19,10 +19,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from export.bundles import attention, make_graph
 from export.graph import ExportError, serialise, to_onnx
 from export.intervals import Interval, paired_ratio
 from export.probe import Probe
+from export.publish import attention, make_graph
 from export.sources import random_weights
 from service.bundle import read_bundle
 from service.manifest import Attention, Precision

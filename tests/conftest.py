@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from export.bundles import export
+from export.publish import export
 from export.sources import finished_run
 from training.data import load_dataset
 from training.distributed import World

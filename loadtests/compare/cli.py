@@ -18,7 +18,7 @@ from loadtests.experiment.run import Bench
 from loadtests.experiment.schedule import Costs, fitted
 from loadtests.generator.load_result import Protocol
 from loadtests.generator.payloads import DEFAULT_SIZES, describe, parse_sizes, read_payloads
-from loadtests.report import regress
+from loadtests.report import regressions
 from loadtests.report.document import read_results
 from loadtests.report.rendering import print_tables
 from loadtests.report.report import write_comparison
@@ -161,9 +161,9 @@ def _load_fractions(text: str) -> tuple[float, float]:
 
 def _compared(former: Comparison, comparison: Comparison, tolerance: float) -> bool:
     """Whether nothing has become worse; prints what has."""
-    for note in regress.notes(former, comparison):
+    for note in regressions.notes(former, comparison):
         cli.warn(note)
-    found = regress.regressions(former, comparison, tolerance=tolerance)
+    found = regressions.find_regressions(former, comparison, tolerance=tolerance)
     for regression in found.worse:
         cli.console.print(f"[red]worse than before:[/] {escape(str(regression))}", highlight=False, soft_wrap=True)
     if not found.tests:

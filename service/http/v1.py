@@ -12,7 +12,7 @@ from service.http import exchange, openapi
 from service.http.body import read_images
 from service.http.fast_path import FastRoute
 from service.http.problems import problem
-from service.http.v1_models import Classification, ClassifyQuery, ModelDetail, ModelList, ModelSummary, summary
+from service.http.v1_schemas import Classification, ClassifyQuery, ModelDetail, ModelList, ModelSummary, summary
 from service.pipeline import Answer, Pipeline, ranked
 
 

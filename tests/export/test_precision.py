@@ -10,10 +10,10 @@ import onnx
 import pytest
 from fastapi.testclient import TestClient
 
-from export.bundles import check_accuracy, export
 from export.graph import ExportError, op_types, serialise
 from export.parity import check_parity
 from export.precision import TOLERANCES
+from export.publish import check_accuracy, export
 from export.quantize import quantize_by_batch
 from export.sources import ExportSource, finished_run
 from export.verify import verify

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from service.app import create_app
 from service.bundle import read_bundle
 from service.engine import Engine
-from service.http.v1_models import Classification
+from service.http.v1_schemas import Classification
 from service.images import decode
 from service.manifest import Manifest
 from service.scheduling.request import RequestState

@@ -12,14 +12,14 @@ import pytest
 
 from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, CapacitySearch, Comparison
 from loadtests.report.document import ResultsError, as_document, from_document, read_results
-from loadtests.report.regress import Regression, notes
-from loadtests.report.regress import regressions as outcome
+from loadtests.report.regressions import Regression, notes
+from loadtests.report.regressions import find_regressions as outcome
 from loadtests.report.verdicts import MEMORY, THROUGHPUT, TOP1, judge
 from loadtests.statistics import percentile
 from tests.loadtests.report.test_verdicts import ARMS, accuracy, changed, comparison, correct
 
 
-def regressions(old: Comparison, new: Comparison, **how: Any) -> list[Regression]:
+def find_regressions(old: Comparison, new: Comparison, **how: Any) -> list[Regression]:
     return outcome(old, new, **how).worse
 
 
@@ -48,14 +48,14 @@ OLD = written(comparison(seed=1))
 
 
 def test_two_runs_of_the_same_services_show_no_regression_and_need_no_note() -> None:
-    assert regressions(OLD, comparison(seed=2)) == []
+    assert find_regressions(OLD, comparison(seed=2)) == []
     assert notes(OLD, comparison(seed=2)) == []
 
 
 @pytest.mark.parametrize(("count", "most"), [(40, 7), pytest.param(150, 16, marks=pytest.mark.slow)])
 def test_at_most_5_percent_of_equal_runs_are_called_worse(count: int, most: int) -> None:
     alarms = sum(
-        bool(regressions(comparison(seed=seed, count=30), comparison(seed=seed + 1000, count=30), tolerance=0))
+        bool(find_regressions(comparison(seed=seed, count=30), comparison(seed=seed + 1000, count=30), tolerance=0))
         for seed in range(count)
     )
     # If it were exactly 5 %, more than `most` would come in one of a thousand such simulations.
@@ -65,7 +65,7 @@ def test_at_most_5_percent_of_equal_runs_are_called_worse(count: int, most: int)
 @pytest.mark.parametrize("reads", [False, True])
 def test_a_slower_arm_is_found_in_a_comparison_and_in_its_document(reads: bool) -> None:
     new = slower(comparison(seed=2), "b")
-    (result,) = regressions(OLD, written(new) if reads else new)
+    (result,) = find_regressions(OLD, written(new) if reads else new)
     assert (result.arm, result.metric, result.relative) == ("b", THROUGHPUT, False)
     assert 0.8 < result.change.estimate < 0.9
     assert result.change.low < result.change.estimate < result.change.high < 1
@@ -75,15 +75,15 @@ def test_a_slower_arm_is_found_in_a_comparison_and_in_its_document(reads: bool) 
 
 
 def test_what_is_better_or_worse_by_less_than_the_tolerance_is_no_regression() -> None:
-    assert regressions(OLD, slower(comparison(seed=2), "b", factor=1.2)) == []
-    assert regressions(OLD, slower(comparison(seed=2), "b"), tolerance=0.3) == []
+    assert find_regressions(OLD, slower(comparison(seed=2), "b", factor=1.2)) == []
+    assert find_regressions(OLD, slower(comparison(seed=2), "b"), tolerance=0.3) == []
 
 
 def test_more_memory_and_latency_are_found_the_largest_change_first() -> None:
     new = changed(comparison(seed=2), "b", HIGH, latencies_ms=lambda values: 2 * values)
     for load in LOADS:
         changed(new, "a", load, peak_bytes=lambda value: round(3 * value))
-    results = regressions(OLD, new)
+    results = find_regressions(OLD, new)
     assert found(results) == {("b", "high", "p50_ms"), ("b", "high", "p95_ms"), ("a", None, "peak_mb")}
     assert results[0].metric == MEMORY
     assert str(results[0]).startswith("a: peak memory went from 10")
@@ -94,20 +94,20 @@ def test_more_memory_and_latency_are_found_the_largest_change_first() -> None:
 def test_percentiles_that_were_never_answered_are_a_regression(reads: bool) -> None:
     lost = np.arange(100) < 10
     new = changed(comparison(seed=2), "b", HIGH, latencies_ms=lambda values: np.where(lost, math.inf, values))
-    (result,) = regressions(OLD, written(new) if reads else new)
+    (result,) = find_regressions(OLD, written(new) if reads else new)
     assert found([result]) == {("b", "high", "p95_ms")}
     assert result.change.estimate > 2, "infinite, so certainly more than any that was measured"
 
 
 def test_on_another_machine_only_ratios_to_the_baseline_count() -> None:
     new = slower(comparison(seed=2), "a", "b", "a again", factor=0.5)
-    assert ("b", SATURATED, "images_per_second") in found(regressions(OLD, new))
+    assert ("b", SATURATED, "images_per_second") in found(find_regressions(OLD, new))
     new.environment = {"cores": "4"}
-    assert regressions(OLD, new) == []
+    assert find_regressions(OLD, new) == []
     assert notes(OLD, new) == [
         "The machines differ (cores: 8 and 4): ratios to a were compared, which do not show what made all arms slower."
     ]
-    (result,) = regressions(OLD, slower(new, "b"))
+    (result,) = find_regressions(OLD, slower(new, "b"))
     assert (result.arm, result.metric, result.relative) == ("b", THROUGHPUT, True)
     assert result.old == pytest.approx(1, abs=0.05)
     assert "of the baseline's" in str(result)
@@ -133,7 +133,7 @@ def test_a_baseline_that_became_slower_itself_points_at_the_machine() -> None:
 def test_latencies_at_other_rates_are_not_compared() -> None:
     new = changed(comparison(seed=2), "b", HIGH, latencies_ms=lambda values: 2 * values)
     new.rates = {MODERATE: 101.0, HIGH: 400.0}
-    assert regressions(OLD, new) == []
+    assert find_regressions(OLD, new) == []
     assert notes(OLD, new) == [
         "Latencies under the high load were not compared: its rate was 340/s and is 400/s.",
     ]
@@ -142,17 +142,17 @@ def test_latencies_at_other_rates_are_not_compared() -> None:
 def test_an_arm_that_no_longer_works_is_the_worst_regression() -> None:
     new = slower(comparison(seed=2), "a again")
     new.blocks = [replace(block, failure="it died") if block.arm == "b" else block for block in new.blocks]
-    first, second = regressions(OLD, new)
+    first, second = find_regressions(OLD, new)
     assert (first.arm, first.metric, first.new, first.change.estimate) == ("b", THROUGHPUT, 0, 0)
     assert second.arm == "a again"
     assert notes(OLD, new)[0].startswith("10 blocks of b failed or answered nothing, and 0 in the old results")
     silent = changed(comparison(seed=2), "b", SATURATED, throughput=0.0)
-    assert found(regressions(OLD, silent)) == {("b", SATURATED, "images_per_second")}
+    assert found(find_regressions(OLD, silent)) == {("b", SATURATED, "images_per_second")}
 
 
 def test_missing_arms_and_too_few_blocks_are_noted() -> None:
     new = comparison(seed=2, rounds=3, arms=2)
-    assert regressions(OLD, slower(new, "b", factor=0.1)) == []
+    assert find_regressions(OLD, slower(new, "b", factor=0.1)) == []
     assert notes(OLD, new)[-2:] == [
         "Not compared, because only in the old results: a again.",
         "Not compared, with fewer than 5 measured blocks in one of them: a, b.",
@@ -200,17 +200,17 @@ def test_lost_accuracy_is_a_regression_however_small_if_it_is_no_chance() -> Non
         measured.blocks = [replace(block, info=info) if block.arm == "b" else block for block in measured.blocks]
         return measured
 
-    (regression,) = regressions(OLD, with_top1(0.45))
+    (regression,) = find_regressions(OLD, with_top1(0.45))
     assert (regression.arm, regression.metric, regression.old, regression.new) == ("b", TOP1, 50, 45)
     assert "top-1 went from 50 to 45 %" in str(regression)
     assert regression.change.low < -5 < regression.change.high < 0
     # Image by image, less is enough.
     right = np.arange(10_000) < 5000
     before, after = (with_top1(top1, correct=correct(right)) for top1 in (0.5, 0.494))
-    assert regressions(before, with_top1(0.494)) == []
-    assert regressions(before, after) == []
+    assert find_regressions(before, with_top1(0.494)) == []
+    assert find_regressions(before, after) == []
     worse = with_top1(0.494, correct=correct(np.arange(10_000) < 4940))
-    assert found(regressions(before, worse)) == {("b", None, "top1_percent")}
+    assert found(find_regressions(before, worse)) == {("b", None, "top1_percent")}
 
 
 def test_where_nothing_could_be_compared_nothing_is_known() -> None:

@@ -76,7 +76,7 @@ class _Tested(NamedTuple):
 _Tests = dict[tuple[str, Metric], _Tested]
 
 
-def regressions(old: Comparison, new: Comparison, *, tolerance: float = 0.05, alpha: float = 0.05) -> Outcome:
+def find_regressions(old: Comparison, new: Comparison, *, tolerance: float = 0.05, alpha: float = 0.05) -> Outcome:
     """What is worse in `new` by more than `tolerance` (0.05: 5 %), and not by chance; of top-1, any loss beyond chance.
 
     On equal services and an unchanged machine at most `alpha` of the calls find anything. An arm that had blocks in
