@@ -26,7 +26,6 @@ class PackageCommand(TyperCommand):
 
     def __init__(self, name: str, form: str, help: str, *, panel: str) -> None:  # noqa: A002 (the parent's name)
         super().__init__(name, short_help=help, rich_markup_mode="markdown", rich_help_panel=panel)
-        self.module_form = f"python -m {form}"
         self.package, _, self.command = form.partition(" ")
 
     def load(self) -> Any:
