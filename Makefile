@@ -44,9 +44,9 @@ test-all: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run all tests, also those tha
 	@echo "running all tests on $(WORKERS) workers; real data: $${STRIDEVIT_DATA:-none}"
 	@$(PYTEST) $(ALL) $(ARGS)
 
-coverage: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run all tests and fail if they cover less of the packages than pyproject.toml asks for
-	@echo "running all tests on $(WORKERS) workers, measuring coverage; real data: $${STRIDEVIT_DATA:-none}"
-	@$(PYTEST) $(ALL) --cov --cov-report=term $(ARGS)
+coverage: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run `make test` and fail if it covers less of the packages than pyproject.toml asks for
+	@echo "running the tests but the slow ones on $(WORKERS) workers, measuring coverage; real data: $${STRIDEVIT_DATA:-none}"
+	@$(PYTEST) --cov --cov-report=term $(ARGS)
 
 test-clients: $(SERVE)/.$(ENGINE) $(CLIENTS)/triton/.installed $(CLIENTS)/kserve/.installed $(CLIENTS)/perf/.installed ## Test the service with tritonclient, the KServe SDK and perf_analyzer
 	@echo "serving models/ to third-party clients, each in its own environment"

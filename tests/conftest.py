@@ -1,6 +1,7 @@
 """Fixtures that several packages' tests share: real data, and one small trained model per session."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,11 @@ from training.data import load_dataset
 from training.distributed import World
 from training.loop import Execution, train
 from training.recipes import load_recipe
+
+
+def pytest_configure() -> None:
+    """Ctrl-C works in tests and in what they start, also where a shell started pytest in the background without it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -135,6 +135,8 @@ def test_bf16_stays_near_float32(variant: str) -> None:
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_step_has_the_same_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    # In this process: a pool of compilers would outlive the test.
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
     plain, compiled = stepper(), stepper("compile=true")
     for number in range(2):
         expected = plain(number, [batch(number)])[0]
