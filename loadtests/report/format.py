@@ -63,22 +63,12 @@ def difference(metric: Metric, value: str) -> str:
     return f"{value} {'points' if metric == TOP1 else metric.unit}"
 
 
-def estimate_text(metric: Metric, change: Change) -> str:
-    """`×1.08`, or `+1.2 ms`."""
-    if metric.kind == "ratio":
-        return f"×{_ratio(change.estimate, change)}"
-    return difference(metric, signed(change.estimate))
-
-
-def interval_text(metric: Metric, change: Change) -> str:
-    """`1.04–1.12`, or `+0.3 to +2.1`."""
-    if metric.kind == "ratio":
-        return f"{_ratio(change.low, change)}–{_ratio(change.high, change)}"
-    return f"{signed(change.low)} to {signed(change.high)}"
-
-
-def _ratio(value: float, change: Change) -> str:
-    if not math.isfinite(value):
-        return number(value)
-    places = 3 if any(abs(end - 1) < _CLOSE_TO_1 for end in (change.estimate, change.low, change.high)) else 2
-    return f"{value:.{places}f}"
+def change_texts(metric: Metric, change: Change) -> tuple[str, str]:
+    """The estimate and its interval: `×1.08` and `1.04–1.12`, or `+1.2 ms` and `+0.3 to +2.1`."""
+    ends = (change.estimate, change.low, change.high)
+    if metric.kind == "difference":
+        estimate, low, high = map(signed, ends)
+        return difference(metric, estimate), f"{low} to {high}"
+    places = 3 if any(abs(end - 1) < _CLOSE_TO_1 for end in ends) else 2
+    estimate, low, high = (f"{end:.{places}f}" for end in ends)
+    return f"×{estimate}", f"{low}–{high}"

@@ -17,7 +17,7 @@ import numpy as np
 
 from loadtests.experiment.model import HIGH, MODERATE, Block, Comparison
 from loadtests.report import verdicts
-from loadtests.report.format import estimate_text, interval_text, median
+from loadtests.report.format import change_texts, median
 from loadtests.report.rendering import sentences
 from loadtests.report.verdicts import THROUGHPUT, TOP1, Change, Metric, model_info, top1_percent, values_by_round
 from loadtests.statistics import MIN_ROUNDS, Effect, unpaired_ratio
@@ -49,7 +49,7 @@ class Regression:
     def __str__(self) -> str:
         """One sentence."""
         of = " of the baseline's" if self.relative else f" {self.metric.unit}".rstrip()
-        change, interval = estimate_text(self.metric, self.change), interval_text(self.metric, self.change)
+        change, interval = change_texts(self.metric, self.change)
         return (
             f"{self.arm}: {self.metric.label} went from {self.old:.4g} to {self.new:.4g}{of}, "
             f"{change} ({interval} at {self.change.level:.2%})."

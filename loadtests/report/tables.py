@@ -3,22 +3,17 @@
 from collections.abc import Iterable, Iterator
 
 from loadtests.experiment.model import LOADS, Arm, Comparison
-from loadtests.report.format import (
-    estimate_text,
-    interval_text,
-    median,
-    number,
-    range_text,
-    span,
-    tokens_text,
-    value_text,
-)
+from loadtests.experiment.schedule import without_repeats
+from loadtests.report.format import change_texts, median, number, range_text, span, tokens_text, value_text
 from loadtests.report.prose import conditions, top1_note
 from loadtests.report.rendering import UNKNOWN, Cell, Table, Tone
 from loadtests.report.verdicts import TOP1, Findings, Metric, Verdict, load_name, loads_of, model_info, uses_device
 
-_VERDICTS: dict[Verdict, str] = {"better": "✓ better", "worse": "✗ worse", "no difference seen": "○ no diff."}
-_TONES: dict[Verdict, Tone] = {"better": "better", "worse": "worse", "no difference seen": "faint"}
+_VERDICTS: dict[Verdict, tuple[str, Tone]] = {
+    "better": ("✓ better", "better"),
+    "worse": ("✗ worse", "worse"),
+    "no difference seen": ("○ no diff.", "faint"),
+}
 _TEXT = {"arm", "load", "remark", "round", "reason", "metric", "verdict", "what differs"}
 """Headings of columns of text."""
 
@@ -30,10 +25,10 @@ def verdict_table(comparison: Comparison, findings: Findings) -> Table:
     """One row for each arm, the baseline first: value, change, interval and verdict of every headline metric."""
     rows: list[list[str | Cell]] = []
     for arm in comparison.plan.arms:
-        info = model_info(comparison, arm.label)
         mark = "baseline" if arm is comparison.plan.arms[0] else "noise floor" if arm.repeat_of else ""
+        tokens = tokens_text(model_info(comparison, arm.label)) or UNKNOWN
         cells = [_verdict(comparison, findings, arm.label, metric) for metric in findings.headline]
-        rows.append([Cell(f"{arm.label}\n{mark}".strip(), "faint"), tokens_text(info) or UNKNOWN, *cells])
+        rows.append([Cell(f"{arm.label}\n{mark}".strip(), "faint"), tokens, *cells])
     return Table(
         title=f"{conditions(comparison)} {top1_note(comparison)}",
         headings=("arm", "K/V tokens", *(metric.heading for metric in findings.headline)),
@@ -48,12 +43,11 @@ def _verdict(comparison: Comparison, findings: Findings, label: str, metric: Met
     if row is None or (metric == TOP1 and row.value is None):
         info = model_info(comparison, label)
         return Cell("random weights" if info and not info.get("accuracy") else UNKNOWN)
-    value, change = value_text(metric, row.value), row.change
-    if change is None:
+    value = value_text(metric, row.value)
+    if row.change is None:
         return Cell(value)
-    interval = interval_text(metric, change).replace(" to ", "…")
-    lines = (value, estimate_text(metric, change), f"({interval})", _VERDICTS[change.verdict])
-    return Cell("\n".join(lines), _TONES[change.verdict])
+    (estimate, interval), (verdict, tone) = change_texts(metric, row.change), _VERDICTS[row.change.verdict]
+    return Cell("\n".join((value, estimate, f"({interval.replace(' to ', '…')})", verdict)), tone)
 
 
 def detail_tables(comparison: Comparison, findings: Findings) -> list[Table]:
@@ -147,18 +141,18 @@ def _failures(comparison: Comparison) -> _Rows:
 
 def _every_metric(findings: Findings) -> _Rows:
     for row in findings.rows:
-        metric, change = row.metric, row.change
-        p_value = f"{change.p_value:.3f}" if change and change.p_value >= 0.0005 else "<0.001"
+        estimate, interval = change_texts(row.metric, row.change) if row.change else (UNKNOWN, UNKNOWN)
+        p_value = f"{row.change.p_value:.3f}" if row.change and row.change.p_value >= 0.0005 else "<0.001"
         yield {
-            "metric": metric.heading,
+            "metric": row.metric.heading,
             "arm": row.arm,
-            "value": value_text(metric, row.value),
+            "value": value_text(row.metric, row.value),
             "blocks": range_text(row),
-            "change": estimate_text(metric, change) if change else UNKNOWN,
-            "interval": interval_text(metric, change) if change else UNKNOWN,
-            "confidence": f"{change.level:.2%}" if change else UNKNOWN,
-            "adjusted p": p_value if change else UNKNOWN,
-            "verdict": change.verdict if change else UNKNOWN,
+            "change": estimate,
+            "interval": interval,
+            "confidence": f"{row.change.level:.2%}" if row.change else UNKNOWN,
+            "adjusted p": p_value if row.change else UNKNOWN,
+            "verdict": row.verdict or UNKNOWN,
         }
 
 
@@ -192,7 +186,7 @@ def _arm_text(arm: Arm) -> str:
 def environment(comparison: Comparison) -> dict[str, str]:
     """The machine and its software, then the weights of each arm."""
     facts = dict(comparison.environment)
-    for arm in comparison.plan.arms:
+    for arm in without_repeats(comparison.plan):
         info = model_info(comparison, arm.label)
         source = info.get("source") or {}
         parts = {
@@ -200,7 +194,6 @@ def environment(comparison: Comparison) -> dict[str, str]:
             "exported at commit": source.get("git_commit"),
             "model.onnx sha256": info.get("sha256"),
         }
-        known = [f"{name} {value}" for name, value in parts.items() if value]
-        if known and arm.repeat_of is None:
+        if known := [f"{name} {value}" for name, value in parts.items() if value]:
             facts[arm.label] = ", ".join(known)
     return facts
