@@ -1,44 +1,18 @@
-"""Numbers, changes and names of a comparison as text."""
+"""Values, changes and token counts of a comparison as text."""
 
-import math
-from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
-from loadtests.report.rendering import UNKNOWN
+from loadtests.report.rendering import UNKNOWN, number
 from loadtests.report.verdicts import TOP1, Change, Metric, Row
 
 _CLOSE_TO_1 = 0.005
 """An end of an interval that is closer to 1 needs a third decimal, or it would read 1.00."""
 
 
-def number(value: float | None) -> str:
-    """Three significant digits or more, without an exponent: 4.27, 12.4, 151, 1,395."""
-    if value is None or math.isnan(value):
-        return UNKNOWN
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    size = abs(value)
-    places = 2 if size < 9.995 else 1 if size < 99.95 else 0
-    return f"{value:,.{places}f}".replace("-", "−")
-
-
 def signed(value: float) -> str:
     """The same with its sign, also where it is a plus."""
     text = number(value)
     return f"+{text}" if value > 0 else text
-
-
-def span(values: Sequence[float]) -> str:
-    """`4.27–12.4`: the smallest and the largest, once where they are the same."""
-    return "–".join(dict.fromkeys((number(min(values)), number(max(values))))) if values else UNKNOWN
-
-
-def median(values: Iterable[float | None]) -> float | None:
-    """The median of the values that are known; None if there is none."""
-    known = [value for value in values if value is not None]
-    return float(np.median(known)) if known else None
 
 
 def tokens_text(info: dict[str, Any]) -> str:

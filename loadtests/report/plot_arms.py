@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from loadtests.experiment.model import HIGH, MODERATE, Comparison
 from loadtests.experiment.schedule import without_repeats
-from loadtests.report.format import median, number, span, tokens_text
+from loadtests.report.format import tokens_text
 from loadtests.report.plot_style import FAINT, INK, SMALL, WIDTH, Style, instead, small_print, styles
-from loadtests.report.rendering import sentences
+from loadtests.report.rendering import median, number, sentences, span
 from loadtests.report.verdicts import LATENCIES, THROUGHPUT, TOP1, Findings, Metric, Row, load_name, model_info
 from loadtests.statistics import wilson
 

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Comparison
-from loadtests.report.format import median
 from loadtests.report.plot_style import FAINT, INK, PALE, SMALL, SMALLER, WIDTH, instead, legend_below, styles
+from loadtests.report.rendering import median
 from loadtests.report.verdicts import THROUGHPUT, load_name, loads_of, values_by_round
 from loadtests.statistics import MIN_BEYOND, percentile
 
@@ -28,7 +28,7 @@ def latency(comparison: Comparison) -> Figure:
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     pooled: dict[str, _Latencies] = {MODERATE: {}, HIGH: {}}
-    for label, name, loads in loads_of(comparison):
+    for (label, name), loads in loads_of(comparison).items():
         latencies = np.sort(np.concatenate([load.latencies_ms for load in loads]))
         if name in pooled and len(latencies):
             pooled[name][label] = latencies

@@ -1,6 +1,5 @@
 """The facts behind the sentences of a comparison's report; the sentences stand in the text templates (`*.txt.j2`)."""
 
-import math
 from collections import defaultdict
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 from loadtests.experiment.model import HIGH, MODERATE, Comparison
 from loadtests.experiment.schedule import without_repeats
 from loadtests.generator.load_result import LoadResult
-from loadtests.report.format import change_texts, difference, number, value_text
+from loadtests.report.format import change_texts, difference, value_text
 from loadtests.report.rendering import joined, sentences
 from loadtests.report.verdicts import (
     TOP1,
@@ -42,7 +41,7 @@ def caveats(comparison: Comparison, findings: Findings) -> list[str]:
         min_rounds=MIN_ROUNDS,
         loads=[
             {"name": f"{label} at {load_name(comparison, name)}", **_limits(loads, plan.seconds)}
-            for label, name, loads in loads_of(comparison)
+            for (label, name), loads in loads_of(comparison).items()
         ],
         ended_early=(comparison.ended_early or "").rstrip("."),
         mixed_memory=len(uses_device(comparison)) > 1,
@@ -95,8 +94,7 @@ def _phrases(findings: Findings, label: str, baseline: str) -> list[str]:
         for row in rows
         if row.change is None and (base := findings.value(baseline, row.metric)) is not None
     ]
-    texts = {"texts": change_texts, "difference": difference, "number": number}
-    return sentences("phrases.txt.j2", rows=rows, untested=untested, infinity=math.inf, **texts)
+    return sentences("phrases.txt.j2", rows=rows, untested=untested, texts=change_texts, difference=difference)
 
 
 def _noise_floors(comparison: Comparison, findings: Findings) -> dict[str, list[Row]]:

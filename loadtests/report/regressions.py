@@ -17,8 +17,8 @@ import numpy as np
 
 from loadtests.experiment.model import HIGH, MODERATE, Block, Comparison
 from loadtests.report import verdicts
-from loadtests.report.format import change_texts, median
-from loadtests.report.rendering import sentences
+from loadtests.report.format import change_texts
+from loadtests.report.rendering import median, sentences
 from loadtests.report.verdicts import THROUGHPUT, TOP1, Change, Metric, model_info, top1_percent, values_by_round
 from loadtests.statistics import MIN_ROUNDS, Effect, unpaired_ratio
 

@@ -224,14 +224,14 @@ def load_name(comparison: Comparison, load: str | None) -> str:
     return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
 
 
-def loads_of(comparison: Comparison) -> list[tuple[str, str, list[LoadResult]]]:
-    """(label of the arm, name of the load, its results block by block), load by load; only what was measured."""
-    return [
-        (arm.label, name, found)
+def loads_of(comparison: Comparison) -> dict[tuple[str, str], list[LoadResult]]:
+    """Results block by block, by arm and load, load by load; only what was measured."""
+    return {
+        (arm.label, name): found
         for name in LOADS
         for arm in comparison.plan.arms
         if (found := [block.loads[name] for block in comparison.blocks_of(arm.label) if name in block.loads])
-    ]
+    }
 
 
 def counts(comparison: Comparison, label: str) -> dict[str, int]:
