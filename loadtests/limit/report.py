@@ -8,33 +8,31 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from loadtests.experiment.model import Arm
-from loadtests.generator.load_result import IN_FLIGHT
+from loadtests.generator.load_result import IN_FLIGHT, LoadResult
 from loadtests.generator.samples import LATE_MS
 from loadtests.limit.measure import LimitExperiment, closed_name
+from loadtests.report import verdicts
 from loadtests.report.document import conditions, write_experiment
-from loadtests.report.rendering import UNKNOWN, Table, print_tables
+from loadtests.report.rendering import Table, print_tables, tables
 from loadtests.statistics import paired_ratio, percentile
 
 POOLED = -1
 """The key of a figure of all rounds together."""
-_LEVEL = 0.95
-_FORMATS = {
-    "images/s": ".1f",
-    "p50 ms": ".1f",
-    "p99 ms": ".1f",
-    "p99/p50": ".2f",
-    "idle MB": ".1f",
-    "peak MB": ".1f",
-    "server cores": ".2f",
-    "generator cores": ".2f",
-}
 
 ByRound = dict[int, float]
 """A figure by round."""
+
+
+class _Row(NamedTuple):
+    arm: str
+    load: str
+    figures: dict[str, ByRound]
+    results: list[LoadResult]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +49,11 @@ class Ratio:
         return float(np.median(list(self.values.values())))
 
     @property
-    def text(self) -> str:
-        """The median with the smallest and the largest round."""
-        values = list(self.values.values())
-        spread = "rounds pooled" if POOLED in self.values else f"{min(values):.2f}–{max(values):.2f}"
-        return f"×{self.median:.2f} ({spread})" if self.unit == "×" else f"{self.median:.2f} ({spread}) {self.unit}"
-
-    @property
     def interval(self) -> tuple[float, float] | None:
-        """Student's t interval of the mean ratio over rounds; None for fewer than five rounds."""
+        """Student's t interval (95 %) of the mean ratio over rounds; None for fewer than five rounds."""
         values = list(self.values.values())
         effect = paired_ratio(values, [1.0] * len(values)) if self.unit == "×" and POOLED not in self.values else None
-        return effect.at(_LEVEL)[1:] if effect else None
+        return effect.at(0.95)[1:] if effect else None
 
 
 def figures(experiment: LimitExperiment, arm: Arm, load: str) -> dict[str, ByRound]:
@@ -97,9 +88,8 @@ def engine_figure(experiment: LimitExperiment, model: str, name: str) -> ByRound
 def ratio(above: ByRound, below: ByRound) -> ByRound:
     """Divided round by round, without infinite values; median by median if one is pooled, or they share no round."""
     above, below = ({n: value for n, value in values.items() if math.isfinite(value)} for values in (above, below))
-    shared = [number for number in above if below.get(number)]
-    if shared:
-        return {number: above[number] / below[number] for number in shared}
+    if shared := verdicts.ratio(above, below):
+        return shared
     if not above or not any(below.values()):
         return {}
     return {POOLED: float(np.median(list(above.values())) / np.median(list(below.values())))}
@@ -135,46 +125,22 @@ def _ratios(experiment: LimitExperiment, model: str) -> Iterator[Ratio]:
         yield Ratio(name=f"{arm.label} idle, memory above ONNX Runtime and model alone", values=above, unit="MB")
 
 
-def load_table(experiment: LimitExperiment) -> Table:
-    """Every arm under every load."""
+def tables_of(experiment: LimitExperiment) -> list[Table]:
+    """Every arm under every load, then the ratios with their intervals; as `limit_tables.txt.j2` lays them out."""
     rows = []
     for arm in experiment.plan.arms:
         blocks = experiment.blocks_of(arm.label)
         if arm.kind == "engine" and blocks:
-            rates = engine_figure(experiment, arm.model, "images_per_second")
             alone = engine_figure(experiment, arm.model, "baseline_pss_bytes")
-            columns = {"images/s": rates, "idle MB": {number: pss / 1e6 for number, pss in alone.items()}}
+            found = {"idle MB": {number: pss / 1e6 for number, pss in alone.items()}}
+            found["images/s"] = engine_figure(experiment, arm.model, "images_per_second")
             batches = "/".join(dict.fromkeys(str(block.info["batch_size"]) for block in blocks))
-            rows.append((arm.label, f"batch {batches}", *_cells(columns), UNKNOWN))
-        for load in experiment.plan.loads(arm):
-            results = [block.loads[load.name] for block in blocks if load.name in block.loads]
-            if not results:
-                continue
-            errors, arrivals = sum(one.errors for one in results), sum(one.arrivals for one in results)
-            unsent, late = sum(one.unsent_arrivals for one in results), sum(one.late_arrivals for one in results)
-            said = f"{errors} (of {arrivals}: unsent {unsent}, late {late})" if arrivals else str(errors)
-            rows.append((arm.label, load.name, *_cells(figures(experiment, arm, load.name)), said))
-    headings = ("arm", "load", "images/s (min–max)", *list(_FORMATS)[1:], "errors")
-    return Table(title=_conditions(experiment), headings=headings, rows=rows, text=(0, 1))
-
-
-def _cells(columns: dict[str, ByRound]) -> Iterator[str]:
-    """Medians over rounds, but the largest peak; of the first column, with the smallest and the largest round."""
-    for name, form in _FORMATS.items():
-        values = list(columns.get(name, {}).values())
-        middle = max if name == "peak MB" else np.median
-        text = f"{middle(values):{form}}" + "*" * (POOLED in columns[name]) if values else UNKNOWN
-        yield f"{text} ({min(values):{form}}–{max(values):{form}})" if name == "images/s" else text
-
-
-def ratio_table(experiment: LimitExperiment) -> Table:
-    """The ratios with their intervals."""
-    rows = []
-    for found in ratios(experiment):
-        interval = f"×{found.interval[0]:.3f}–{found.interval[1]:.3f}" if found.interval else UNKNOWN
-        rows.append((found.name, found.text, interval))
-    headings = ("figure", "median over rounds (smallest–largest)", f"{_LEVEL:.0%} interval")
-    return Table(title="Ratios", headings=headings, rows=rows)
+            rows.append(_Row(arm.label, f"batch {batches}", found, []))
+        for load in (load.name for load in experiment.plan.loads(arm)):
+            if results := [block.loads[load] for block in blocks if load in block.loads]:
+                rows.append(_Row(arm.label, load, figures(experiment, arm, load), results))
+    title = _conditions(experiment)
+    return tables("limit_tables.txt.j2", title=title, rows=rows, ratios=ratios(experiment), pooled=POOLED)
 
 
 def _conditions(experiment: LimitExperiment) -> str:
@@ -185,7 +151,7 @@ def _conditions(experiment: LimitExperiment) -> str:
 
 def write(experiment: LimitExperiment, out: Path) -> Path:
     """Write `report.md` and `results.json` in the folder `out`, print the tables, and return the report's path."""
-    loads, found = load_table(experiment), ratio_table(experiment)
+    found = tables_of(experiment)
     keys = ("name", "unit", "median", "interval", "values")
     write_experiment(
         experiment,
@@ -193,11 +159,10 @@ def write(experiment: LimitExperiment, out: Path) -> Path:
         template="limit.md.j2",
         figures={"ratios": [{key: getattr(one, key) for key in keys} for one in ratios(experiment)]},
         conditions=_conditions(experiment),
-        loads=loads,
-        ratios=found,
+        tables=found,
         in_flight=IN_FLIGHT,
         late_ms=LATE_MS,
         versions=next((block.info["versions"] for block in experiment.blocks if "versions" in block.info), {}),
     )
-    print_tables(loads, found, width=190)
+    print_tables(*found, width=190)
     return out / "report.md"

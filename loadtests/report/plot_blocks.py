@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Comparison
 from loadtests.report.plot_style import FAINT, INK, PALE, SMALL, SMALLER, WIDTH, instead, legend_below, styles
 from loadtests.report.rendering import median
-from loadtests.report.verdicts import THROUGHPUT, load_name, loads_of, values_by_round
+from loadtests.report.verdicts import THROUGHPUT, load_name, loads_of, ratio, values_by_round
 from loadtests.statistics import MIN_BEYOND, percentile
 
 _RANKS = (50.0, 90.0, 95.0, 99.0, 99.5, 99.9, 99.99)
@@ -123,10 +123,7 @@ def _ratios(axes: Axes, comparison: Comparison) -> None:
     looks = styles(comparison.plan)
     throughput = {label: values_by_round(comparison.blocks_of(label), THROUGHPUT) for label in looks}
     (baseline, base), *others = throughput.items()
-    ratios = {
-        label: {number: value / base[number] for number, value in own.items() if base.get(number)}
-        for label, own in others
-    }
+    ratios = {label: ratio(own, base) for label, own in others}
     if not any(ratios.values()):
         instead(axes, "no round has a block of the baseline and of another arm")
         return

@@ -82,17 +82,17 @@ def conclusion(comparison: Comparison, findings: Findings) -> list[str]:
         "conclusion.txt.j2",
         baseline=baseline,
         kinds=kinds,
-        arms={label: _phrases(findings, label, baseline) for label in compared},
+        arms={label: _phrases(findings, label) for label in compared},
         noise_floors=_noise_floors(comparison, findings),
     )
 
 
-def _phrases(findings: Findings, label: str, baseline: str) -> list[str]:
+def _phrases(findings: Findings, label: str) -> list[str]:
     rows = [row for metric in findings.headline if (row := findings.row(label, metric)) and row.value is not None]
     untested = [
-        f"{row.metric.label} {value_text(row.metric, row.value)} against {value_text(row.metric, base)}"
+        f"{row.metric.label} {value_text(row.metric, row.value)} against {value_text(row.metric, row.base)}"
         for row in rows
-        if row.change is None and (base := findings.value(baseline, row.metric)) is not None
+        if row.change is None and row.base is not None
     ]
     return sentences("phrases.txt.j2", rows=rows, untested=untested, texts=change_texts, difference=difference)
 

@@ -108,11 +108,11 @@ def sentences(template: str, **context: Any) -> list[str]:
     return [line.strip().replace(_NEWLINE, "\n") for line in lines if line.strip()]
 
 
-def tables(template: str, *, text: Collection[str], **context: Any) -> list[Table]:
+def tables(template: str, **context: Any) -> list[Table]:
     """The tables of a text template: for each a line `# title`, a line `heading: cell` for every cell, and its `note:`.
 
-    A heading that the row has already begins the next row. Tables without a row are left out. `text` has the headings
-    of columns of text.
+    A `<` before the heading makes the column one of text. A heading that the row has already begins the next row.
+    Tables without a row are left out.
     """
     found: dict[str, list[dict[str, str]]] = {}
     notes: dict[str, str] = {}
@@ -131,9 +131,9 @@ def tables(template: str, *, text: Collection[str], **context: Any) -> list[Tabl
     return [
         Table(
             title=title,
-            headings=list(rows[0]),
+            headings=[heading.removeprefix("<") for heading in rows[0]],
             rows=[list(row.values()) for row in rows],
-            text=[place for place, heading in enumerate(rows[0]) if heading in text],
+            text=[place for place, heading in enumerate(rows[0]) if heading.startswith("<")],
             note=notes.get(title, ""),
         )
         for title, rows in found.items()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from loadtests.experiment.model import LOADS, Arm, Comparison
+from loadtests.experiment.model import LOADS, Comparison
 from loadtests.experiment.schedule import without_repeats
 from loadtests.report.format import change_texts, range_text, tokens_text, value_text
 from loadtests.report.prose import conditions, top1_note
@@ -24,8 +24,6 @@ _VERDICTS: dict[Verdict, tuple[str, Tone]] = {
     "worse": ("✗ worse", "worse"),
     "no difference seen": ("○ no diff.", "faint"),
 }
-_TEXT = {"arm", "load", "remark", "round", "reason", "metric", "verdict", "what differs"}
-"""Headings of columns of text."""
 
 
 def verdict_table(comparison: Comparison, findings: Findings) -> Table:
@@ -62,7 +60,6 @@ def detail_tables(comparison: Comparison, findings: Findings) -> list[Table]:
     blocks = {arm.label: comparison.blocks_of(arm.label) for arm in comparison.plan.arms}
     return tables(
         "compare_tables.txt.j2",
-        text=_TEXT,
         comparison=comparison,
         plan=comparison.plan,
         infos={label: model_info(comparison, label) for label in blocks},
@@ -73,7 +70,6 @@ def detail_tables(comparison: Comparison, findings: Findings) -> list[Table]:
         gpu_mb={label: values_by_round(own, GPU_MEMORY).values() for label, own in blocks.items()},
         stages=_stages(comparison),
         rows=findings.rows,
-        what_differs=_arm_text,
         texts=change_texts,
         value_text=value_text,
         range_text=range_text,
@@ -91,15 +87,6 @@ def _stages(comparison: Comparison) -> Iterator[tuple[str, str, dict[str, float 
         rest = None if total is None else total - sum(value or 0.0 for value in parts.values())
         if total or any(parts.values()):
             yield label, name, {**parts, "rest": rest, "total": total}
-
-
-def _arm_text(arm: Arm) -> str:
-    """What distinguishes an arm, beside its label."""
-    parts = [arm.model if arm.model != arm.label else ""]
-    parts += [f"{name}={value}" for name, value in arm.settings]
-    parts += [f"server at {arm.url}" if arm.url else "", f"service of commit {arm.commit}" if arm.commit else ""]
-    parts.append(f"the same as {arm.repeat_of}, to show the noise" if arm.repeat_of else "")
-    return ", ".join(filter(None, parts)) or UNKNOWN
 
 
 def environment(comparison: Comparison) -> dict[str, str]:

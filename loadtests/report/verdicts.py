@@ -1,8 +1,7 @@
 """What a comparison says: every metric of every arm, and whether it is better or worse than the baseline's."""
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from loadtests.generator.load_result import LoadResult
 from loadtests.statistics import (
     MIN_BEYOND,
     Effect,
+    Holm,
     holm,
     independent_proportions,
     paired_difference,
@@ -89,11 +89,13 @@ class Row:
     metric: Metric
     value: float | None
     """None if it is unknown, or has too few samples. Infinite: that percentile of the requests was not answered."""
-    smallest: float | None
+    base: float | None = None
+    """The value that it is compared with: the baseline's, or an earlier one."""
+    smallest: float | None = None
     """The smallest and the largest value of a block."""
-    largest: float | None
-    change: Change | None
-    """None for the baseline, and where there are too few blocks for an interval."""
+    largest: float | None = None
+    change: Change | None = None
+    """Against `base`; None for the baseline, and where there are too few blocks for an interval."""
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -105,6 +107,10 @@ class Row:
     def verdict(self) -> Verdict | None:
         """That of the change; None without one."""
         return self.change.verdict if self.change else None
+
+
+Tested = tuple[Row, Effect | None]
+"""A row without its change, and the effect to be judged; None where there is nothing to compare with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,33 +152,31 @@ def judge(comparison: Comparison, *, alpha: float = 0.05) -> Findings:
     their throughputs or peaks, the mean difference of their own percentiles. Where one round went very badly, a change
     may therefore differ from that of the values, and its interval is wide. See `loadtests.statistics`.
     """
-    arms, memory = comparison.plan.arms, GPU_MEMORY if all(uses_device(comparison)) else MEMORY
-    metrics = [TOP1, THROUGHPUT, *latencies(comparison), memory]
-    blocks = {arm.label: comparison.blocks_of(arm.label) for arm in arms}
-    effects = {
-        (arm.label, metric): effect
-        for arm in arms[1:]
-        for metric in metrics
-        if (effect := _effect(metric, blocks[arm.label], blocks[arms[0].label])) is not None
-    }
-    found = changes(effects, alpha)
-    pairs = itertools.product(metrics, blocks.items())
-    return Findings(rows=[_row(arm, metric, own, found.get((arm, metric))) for metric, (arm, own) in pairs])
+    blocks = {arm.label: comparison.blocks_of(arm.label) for arm in comparison.plan.arms}
+    baseline, *others = blocks.values()
+    tested: list[Tested] = []
+    for metric in [TOP1, THROUGHPUT, *latencies(comparison), GPU_MEMORY if all(uses_device(comparison)) else MEMORY]:
+        first, *rows = (_row(label, metric, own) for label, own in blocks.items())
+        tested.append((first, None))
+        for row, own in zip(rows, others, strict=True):
+            tested.append((replace(row, base=first.value), _effect(metric, own, baseline)))
+    return Findings(rows=judged(tested, alpha))
 
 
-def changes(effects: Mapping[tuple[str, Metric], Effect], alpha: float) -> dict[tuple[str, Metric], Change]:
-    """The verdict on each effect, by arm and metric, with Holm's levels over all of them."""
-    tests = holm([effect.p_value for effect in effects.values()], alpha)
-    found = {}
-    for ((arm, metric), effect), test in zip(effects.items(), tests, strict=True):
-        estimate, low, high = effect.at(test.level)
-        none = 1.0 if metric.kind == "ratio" else 0.0
-        verdict: Verdict = "no difference seen"
-        # An exact test and its interval may disagree by a hair: then no difference is seen.
-        if test.rejected and not low <= none <= high:
-            verdict = "better" if (low > none) == (metric.better == "higher") else "worse"
-        found[arm, metric] = Change(estimate, low, high, level=test.level, p_value=test.p_value, verdict=verdict)
-    return found
+def judged(tested: Sequence[Tested], alpha: float) -> list[Row]:
+    """The rows with the verdicts on their effects, with Holm's levels over all of them."""
+    tests = iter(holm([effect.p_value for _, effect in tested if effect], alpha))
+    return [replace(row, change=_change(row.metric, effect, next(tests))) if effect else row for row, effect in tested]
+
+
+def _change(metric: Metric, effect: Effect, test: Holm) -> Change:
+    estimate, low, high = effect.at(test.level)
+    none = 1.0 if metric.kind == "ratio" else 0.0
+    verdict: Verdict = "no difference seen"
+    # An exact test and its interval may disagree by a hair: then no difference is seen.
+    if test.rejected and not low <= none <= high:
+        verdict = "better" if (low > none) == (metric.better == "higher") else "worse"
+    return Change(estimate, low, high, level=test.level, p_value=test.p_value, verdict=verdict)
 
 
 def uses_device(comparison: Comparison) -> set[bool]:
@@ -204,6 +208,11 @@ def values_by_round(blocks: Sequence[Block], metric: Metric, *, min_beyond: int 
     """`block_value` of each block where it is known."""
     values = {block.round: block_value(block, metric, min_beyond=min_beyond) for block in blocks}
     return {number: value for number, value in values.items() if value is not None}
+
+
+def ratio(values: dict[int, float], base: dict[int, float]) -> dict[int, float]:
+    """Values divided round by round, in the rounds that have both."""
+    return {number: value / base[number] for number, value in values.items() if base.get(number)}
 
 
 def latencies(comparison: Comparison) -> list[Metric]:
@@ -252,15 +261,14 @@ def model_info(comparison: Comparison, label: str) -> dict[str, Any]:
     return next((block.info for block in comparison.blocks if block.arm == label and block.info), {})
 
 
-def _row(arm: str, metric: Metric, blocks: Sequence[Block], change: Change | None) -> Row:
+def _row(arm: str, metric: Metric, blocks: Sequence[Block]) -> Row:
     known = values_by_round(blocks, metric).values()
     value: float | None = None
     if metric.rank is not None:
         value = percentile(_pooled(blocks, metric), metric.rank)
     elif known:
         value = max(known) if metric.unit == "MB" else float(np.median(list(known)))
-    smallest, largest = min(known, default=None), max(known, default=None)
-    return Row(arm=arm, metric=metric, value=value, smallest=smallest, largest=largest, change=change)
+    return Row(arm=arm, metric=metric, value=value, smallest=min(known, default=None), largest=max(known, default=None))
 
 
 def _pooled(blocks: Sequence[Block], metric: Metric) -> npt.NDArray[np.float64]:
