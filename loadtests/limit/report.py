@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -26,13 +25,6 @@ POOLED = -1
 
 ByRound = dict[int, float]
 """A figure by round."""
-
-
-class _Row(NamedTuple):
-    arm: str
-    load: str
-    figures: dict[str, ByRound]
-    results: list[LoadResult]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +119,11 @@ def _ratios(experiment: LimitExperiment, model: str) -> Iterator[Ratio]:
 
 def tables_of(experiment: LimitExperiment) -> list[Table]:
     """Every arm under every load, then the ratios with their intervals; as `limit_tables.txt.j2` lays them out."""
-    rows = []
+    rows, title = list(_rows(experiment)), _conditions(experiment)
+    return tables("limit_tables.txt.j2", title=title, rows=rows, ratios=ratios(experiment), pooled=POOLED)
+
+
+def _rows(experiment: LimitExperiment) -> Iterator[tuple[str, str, dict[str, ByRound], list[LoadResult]]]:
     for arm in experiment.plan.arms:
         blocks = experiment.blocks_of(arm.label)
         if arm.kind == "engine" and blocks:
@@ -135,12 +131,10 @@ def tables_of(experiment: LimitExperiment) -> list[Table]:
             found = {"idle MB": {number: pss / 1e6 for number, pss in alone.items()}}
             found["images/s"] = engine_figure(experiment, arm.model, "images_per_second")
             batches = "/".join(dict.fromkeys(str(block.info["batch_size"]) for block in blocks))
-            rows.append(_Row(arm.label, f"batch {batches}", found, []))
+            yield arm.label, f"batch {batches}", found, []
         for load in (load.name for load in experiment.plan.loads(arm)):
             if results := [block.loads[load] for block in blocks if load in block.loads]:
-                rows.append(_Row(arm.label, load, figures(experiment, arm, load), results))
-    title = _conditions(experiment)
-    return tables("limit_tables.txt.j2", title=title, rows=rows, ratios=ratios(experiment), pooled=POOLED)
+                yield arm.label, load, figures(experiment, arm, load), results
 
 
 def _conditions(experiment: LimitExperiment) -> str:
