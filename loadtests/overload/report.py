@@ -45,6 +45,7 @@ def _plot(experiment: OverloadExperiment, path: Path) -> None:
     above.set(ylabel="requests per second", ylim=(0, None))
     below.set(ylabel="mean top-1, %", xlabel="seconds")
     for axes in (above, below):
-        axes.legend()
         axes.grid(alpha=0.3)
+        if first:
+            axes.legend()
     figure.savefig(path)

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 
 from loadtests.experiment.model import HIGH, MODERATE, Comparison
 from loadtests.experiment.schedule import without_repeats
-from loadtests.report.format import tokens_text
+from loadtests.report.findings import LATENCIES, THROUGHPUT, TOP1, Findings, Metric, Row
 from loadtests.report.plot_style import FAINT, INK, SMALL, WIDTH, Style, instead, small_print, styles
 from loadtests.report.rendering import median, number, sentences, span
-from loadtests.report.verdicts import LATENCIES, THROUGHPUT, TOP1, Findings, Metric, Row, load_name, model_info
+from loadtests.report.verdicts import load_name, model_info, tokens_text
 from loadtests.statistics import wilson
 
 _LARGEST = 900.0

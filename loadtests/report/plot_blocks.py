@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Comparison
+from loadtests.report.findings import THROUGHPUT
 from loadtests.report.plot_style import FAINT, INK, PALE, SMALL, SMALLER, WIDTH, instead, legend_below, styles
 from loadtests.report.rendering import median
-from loadtests.report.verdicts import THROUGHPUT, load_name, loads_of, ratio, values_by_round
+from loadtests.report.verdicts import load_name, loads_of, ratio, values_by_round
 from loadtests.statistics import MIN_BEYOND, percentile
 
 _RANKS = (50.0, 90.0, 95.0, 99.0, 99.5, 99.9, 99.99)

@@ -8,19 +8,9 @@ import numpy as np
 from loadtests.experiment.model import HIGH, MODERATE, Comparison
 from loadtests.experiment.schedule import without_repeats
 from loadtests.generator.load_result import LoadResult
-from loadtests.report.format import change_texts, difference, value_text
+from loadtests.report.findings import TOP1, Findings, Row
 from loadtests.report.rendering import joined, sentences
-from loadtests.report.verdicts import (
-    TOP1,
-    Findings,
-    Row,
-    compare_top1,
-    counts,
-    load_name,
-    loads_of,
-    model_info,
-    uses_device,
-)
+from loadtests.report.verdicts import compare_top1, counts, load_name, loads_of, model_info, uses_device
 from loadtests.statistics import MIN_ROUNDS
 
 _KEEPING_UP = 0.95
@@ -90,11 +80,11 @@ def conclusion(comparison: Comparison, findings: Findings) -> list[str]:
 def _phrases(findings: Findings, label: str) -> list[str]:
     rows = [row for metric in findings.headline if (row := findings.row(label, metric)) and row.value is not None]
     untested = [
-        f"{row.metric.label} {value_text(row.metric, row.value)} against {value_text(row.metric, row.base)}"
+        f"{row.metric.label} {row.metric.text(row.value)} against {row.metric.text(row.base)}"
         for row in rows
         if row.change is None and row.base is not None
     ]
-    return sentences("phrases.txt.j2", rows=rows, untested=untested, texts=change_texts, difference=difference)
+    return sentences("phrases.txt.j2", rows=rows, untested=untested)
 
 
 def _noise_floors(comparison: Comparison, findings: Findings) -> dict[str, list[Row]]:

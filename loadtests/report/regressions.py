@@ -17,9 +17,9 @@ import numpy as np
 
 from loadtests.experiment.model import Comparison
 from loadtests.report import verdicts
-from loadtests.report.format import change_texts
+from loadtests.report.findings import GPU_MEMORY, MEMORY, THROUGHPUT, TOP1, Metric, Row, Tested
 from loadtests.report.rendering import median, sentences
-from loadtests.report.verdicts import THROUGHPUT, TOP1, Metric, Row, Tested, counts, model_info, values_by_round
+from loadtests.report.verdicts import counts, model_info, values_by_round
 from loadtests.statistics import MIN_ROUNDS, Effect, unpaired_ratio
 
 _SAME_RATE = 0.05
@@ -60,7 +60,7 @@ def find_regressions(old: Comparison, new: Comparison, *, tolerance: float = 0.0
 
 def sentence(row: Row) -> str:
     """How a metric of an arm has become worse."""
-    return sentences("regression.txt.j2", row=row, texts=change_texts)[0]
+    return sentences("regression.txt.j2", row=row)[0]
 
 
 def _stopped(old: Comparison, new: Comparison) -> Iterator[Tested]:
@@ -156,7 +156,7 @@ def _comparable(old: Comparison, new: Comparison) -> list[Metric]:
         if abs(math.log(new.rates[name] / old.rates[name])) <= math.log1p(_SAME_RATE)
     }
     latencies = [metric for metric in verdicts.latencies(new) if metric.load in same]
-    return [THROUGHPUT, *latencies, verdicts.MEMORY, verdicts.GPU_MEMORY]
+    return [THROUGHPUT, *latencies, MEMORY, GPU_MEMORY]
 
 
 def _throughput(run: Comparison, label: str) -> float:

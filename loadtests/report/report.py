@@ -8,13 +8,14 @@ from matplotlib import style
 from loadtests.experiment.model import Comparison
 from loadtests.generator.load_result import IN_FLIGHT
 from loadtests.report.document import as_document, write_samples
+from loadtests.report.findings import Findings
 from loadtests.report.plot_arms import pareto, variants
 from loadtests.report.plot_blocks import blocks, latency
 from loadtests.report.plot_style import STYLE, as_svg
 from loadtests.report.prose import caveats, conclusion, conditions, rates_text, top1_note
 from loadtests.report.rendering import Table, write_report
 from loadtests.report.tables import detail_tables, environment, verdict_table
-from loadtests.report.verdicts import Findings, judge
+from loadtests.report.verdicts import judge
 
 
 class Report(NamedTuple):

@@ -4,20 +4,10 @@ from collections.abc import Iterator
 
 from loadtests.experiment.model import LOADS, Comparison
 from loadtests.experiment.schedule import without_repeats
-from loadtests.report.format import change_texts, range_text, tokens_text, value_text
+from loadtests.report.findings import GPU_MEMORY, TOP1, Findings, Metric, Verdict
 from loadtests.report.prose import conditions, top1_note
 from loadtests.report.rendering import UNKNOWN, Cell, Table, Tone, median, tables
-from loadtests.report.verdicts import (
-    GPU_MEMORY,
-    TOP1,
-    Findings,
-    Metric,
-    Verdict,
-    load_name,
-    loads_of,
-    model_info,
-    values_by_round,
-)
+from loadtests.report.verdicts import load_name, loads_of, model_info, tokens_text, values_by_round
 
 _VERDICTS: dict[Verdict, tuple[str, Tone]] = {
     "better": ("✓ better", "better"),
@@ -48,10 +38,10 @@ def _verdict(comparison: Comparison, findings: Findings, label: str, metric: Met
     if row is None or (metric == TOP1 and row.value is None):
         info = model_info(comparison, label)
         return Cell("random weights" if info and not info.get("accuracy") else UNKNOWN)
-    value = value_text(metric, row.value)
+    value = metric.text(row.value)
     if row.change is None:
         return Cell(value)
-    (estimate, interval), (verdict, tone) = change_texts(metric, row.change), _VERDICTS[row.change.verdict]
+    (estimate, interval), (verdict, tone) = row.change_texts, _VERDICTS[row.change.verdict]
     return Cell("\n".join((value, estimate, f"({interval.replace(' to ', '…')})", verdict)), tone)
 
 
@@ -70,9 +60,6 @@ def detail_tables(comparison: Comparison, findings: Findings) -> list[Table]:
         gpu_mb={label: values_by_round(own, GPU_MEMORY).values() for label, own in blocks.items()},
         stages=_stages(comparison),
         rows=findings.rows,
-        texts=change_texts,
-        value_text=value_text,
-        range_text=range_text,
     )
 
 
