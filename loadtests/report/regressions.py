@@ -17,7 +17,7 @@ import numpy as np
 
 from loadtests.experiment.model import Comparison
 from loadtests.report import verdicts
-from loadtests.report.findings import GPU_MEMORY, MEMORY, THROUGHPUT, TOP1, Metric, Row, Tested
+from loadtests.report.findings import GPU_MEMORY, MEMORY, THROUGHPUT, TOP1, Row, Tested
 from loadtests.report.rendering import median, sentences
 from loadtests.report.verdicts import counts, model_info, values_by_round
 from loadtests.statistics import MIN_ROUNDS, Effect, unpaired_ratio
@@ -26,8 +26,6 @@ _SAME_RATE = 0.05
 """Latencies under loads whose rates differ by a larger share are not compared."""
 _UNANSWERED = 2
 """Times the largest finite value of either run: what stands in for an infinite percentile."""
-_CONDITIONS = ("protocol", "connections", "warmup_seconds", "service_arguments")
-"""What must be the same in both plans for values to be comparable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +44,8 @@ def find_regressions(old: Comparison, new: Comparison, *, tolerance: float = 0.0
     On equal services and an unchanged machine at most `alpha` of the calls find anything. An arm that had blocks in
     `old`, and all of whose blocks failed in `new`, comes first: its throughput is 0.
     """
-    old, new = _answering(old), _answering(new)
-    rows = verdicts.judged([*_stopped(old, new), *_speeds(old, new), *_accuracies(old, new)], alpha)
+    runs = _Runs(old, new)
+    rows = verdicts.judged([*_arms(runs), *_speeds(runs)], alpha)
     least, most = 1 / (1 + tolerance), 1 + tolerance
     worse = [
         row
@@ -63,101 +61,76 @@ def sentence(row: Row) -> str:
     return sentences("regression.txt.j2", row=row)[0]
 
 
-def _stopped(old: Comparison, new: Comparison) -> Iterator[Tested]:
-    """Arms that no longer work."""
-    for arm in _labels(old):
-        before, after = counts(old, arm), counts(new, arm)
-        if before["blocks"] and after["failed_blocks"] and not after["blocks"]:
-            row = Row(arm=arm, metric=THROUGHPUT, value=0.0, base=_throughput(old, arm))
-            yield row, Effect(centre=-math.inf, error=0.0, ratio=True)
-
-
-def _speeds(old: Comparison, new: Comparison) -> Iterator[Tested]:
-    """All metrics but top-1; ratios to the baseline if the machines differ."""
-    baseline, relative = _labels(old)[0], _is_relative(old, new)
-    for metric in _comparable(old, new):
-        runs = [{arm: values_by_round(run.blocks_of(arm), metric) for arm in _labels(run)} for run in (old, new)]
-        finite = [value for run in runs for own in run.values() for value in own.values() if math.isfinite(value)]
-        ceiling = _UNANSWERED * max(finite, default=1.0)
-        runs = [{arm: {at: min(own[at], ceiling) for at in own} for arm, own in run.items()} for run in runs]
-        compared = replace(metric, kind="ratio")
-        if relative:
-            compared = replace(compared, unit="of the baseline's")
-            others = _labels(old)[1:]
-            runs = [{arm: verdicts.ratio(run[arm], run[baseline]) for arm in others if arm in run} for run in runs]
-        for arm in runs[0]:
-            was, now = (list(run.get(arm, {}).values()) for run in runs)
-            if effect := unpaired_ratio(now, was):
-                row = Row(arm=arm, metric=compared, value=float(np.median(now)), base=float(np.median(was)))
-                yield row, effect
-
-
-def _accuracies(old: Comparison, new: Comparison) -> Iterator[Tested]:
-    for arm in _labels(old):
-        was, now = model_info(old, arm), model_info(new, arm)
-        values = {"value": verdicts.top1_percent(now), "base": verdicts.top1_percent(was)}
-        if effect := verdicts.compare_top1(now, was)[0]:
-            yield Row(arm=arm, metric=TOP1, **values), effect
-
-
 def notes(old: Comparison, new: Comparison) -> list[str]:
     """What a reader of the regressions must know: other machines, missing arms, what was not compared."""
-    old, new = _answering(old), _answering(new)
-    olds, news = _labels(old), _labels(new)
-    was, now = (_throughput(run, news[0]) for run in (old, new))
-    slower = 1 - now / was if was and now and olds[0] == news[0] else 0.0
-    measured = {arm: (counts(old, arm), counts(new, arm)) for arm in olds if arm in news}
+    runs = _Runs(old, new)
+    counted = {arm: [counts(run, arm) for run in (runs.old, runs.new)] for arm in runs.arms}
     return sentences(
         "regression_notes.txt.j2",
-        old=old,
-        new=new,
-        conditions=_CONDITIONS,
-        machines=_machines(old, new),
-        relative=_is_relative(old, new),
-        baseline=news[0],
-        slower=slower if slower > _SAME_RATE else 0.0,
-        olds=olds,
-        news=news,
-        comparable={metric.load for metric in _comparable(old, new)},
-        counts=measured,
-        few=[arm for arm, runs in measured.items() if min(run["blocks"] for run in runs) < MIN_ROUNDS],
+        runs=runs,
+        counts=counted,
+        few=[arm for arm, both in counted.items() if min(one["blocks"] for one in both) < MIN_ROUNDS],
         min_rounds=MIN_ROUNDS,
+        same_rate=_SAME_RATE,
     )
 
 
-def _labels(run: Comparison) -> list[str]:
-    return [arm.label for arm in run.plan.arms]
+class _Runs:
+    """Two runs and what they have in common; a server that lived and answered nothing failed as well."""
+
+    def __init__(self, old: Comparison, new: Comparison) -> None:
+        self.old, self.new = _answering(old), _answering(new)
+        self.olds, self.news = ([arm.label for arm in run.plan.arms] for run in (old, new))
+        self.arms = [arm for arm in self.olds if arm in self.news]
+        facts = [(name, old.environment.get(name), new.environment.get(name)) for name in ("cpu", "cores")]
+        self.machines = "; ".join(f"{name}: {was} and {now}" for name, was, now in facts if was != now)
+        self.same_baseline = self.olds[0] == self.news[0]
+        self.relative = bool(self.machines) and self.same_baseline
+        """Ratios to the baseline are compared."""
+        factors = {load: new.rates[load] / rate for load, rate in old.rates.items() if load in new.rates}
+        self.loads = {load for load, factor in factors.items() if abs(math.log(factor)) <= math.log1p(_SAME_RATE)}
+        """Open loops under which latencies are compared."""
+        self.throughputs = [_throughput(run, self.news[0]) for run in (self.old, self.new)]
+        """Of the new baseline."""
 
 
 def _answering(run: Comparison) -> Comparison:
-    """A server that lived and answered nothing failed as well."""
-    blocks = []
-    for block in run.blocks:
-        silent = verdicts.block_value(block, THROUGHPUT) == 0
-        blocks.append(replace(block, failure="it answered nothing") if silent else block)
-    return replace(run, blocks=blocks)
-
-
-def _machines(old: Comparison, new: Comparison) -> str:
-    """How they differ."""
-    pairs = [(name, old.environment.get(name), new.environment.get(name)) for name in ("cpu", "cores")]
-    return "; ".join(f"{name}: {was} and {now}" for name, was, now in pairs if was != now)
-
-
-def _is_relative(old: Comparison, new: Comparison) -> bool:
-    return bool(_machines(old, new)) and _labels(old)[0] == _labels(new)[0]
-
-
-def _comparable(old: Comparison, new: Comparison) -> list[Metric]:
-    """The metrics that were measured under the same load; not top-1."""
-    same = {
-        name
-        for name in old.rates.keys() & new.rates.keys()
-        if abs(math.log(new.rates[name] / old.rates[name])) <= math.log1p(_SAME_RATE)
-    }
-    latencies = [metric for metric in verdicts.latencies(new) if metric.load in same]
-    return [THROUGHPUT, *latencies, MEMORY, GPU_MEMORY]
+    silent = [verdicts.block_value(block, THROUGHPUT) == 0 for block in run.blocks]
+    pairs = zip(run.blocks, silent, strict=True)
+    return replace(run, blocks=[replace(block, failure="no answers") if one else block for block, one in pairs])
 
 
 def _throughput(run: Comparison, label: str) -> float:
     return median(values_by_round(run.blocks_of(label), THROUGHPUT).values()) or 0.0
+
+
+def _arms(runs: _Runs) -> Iterator[Tested]:
+    """Arms that no longer work, and top-1."""
+    for arm in runs.arms:
+        before, after = counts(runs.old, arm), counts(runs.new, arm)
+        if before["blocks"] and after["failed_blocks"] and not after["blocks"]:
+            row = Row(arm=arm, metric=THROUGHPUT, value=0.0, base=_throughput(runs.old, arm))
+            yield row, Effect(centre=-math.inf, error=0.0, ratio=True)
+        was, now = model_info(runs.old, arm), model_info(runs.new, arm)
+        if effect := verdicts.compare_top1(now, was)[0]:
+            values = {"value": verdicts.top1_percent(now), "base": verdicts.top1_percent(was)}
+            yield Row(arm=arm, metric=TOP1, **values), effect
+
+
+def _speeds(runs: _Runs) -> Iterator[Tested]:
+    """All metrics but top-1, as ratios."""
+    latencies = [metric for metric in verdicts.latencies(runs.new) if metric.load in runs.loads]
+    for metric in (THROUGHPUT, *latencies, MEMORY, GPU_MEMORY):
+        both = [{arm: values_by_round(run.blocks_of(arm), metric) for arm in runs.arms} for run in (runs.old, runs.new)]
+        finite = [value for run in both for own in run.values() for value in own.values() if math.isfinite(value)]
+        ceiling = _UNANSWERED * max(finite, default=1.0)
+        both = [{arm: {at: min(own[at], ceiling) for at in own} for arm, own in run.items()} for run in both]
+        compared = replace(metric, kind="ratio")
+        if runs.relative:
+            compared = replace(compared, unit="of the baseline's")
+            both = [{arm: verdicts.ratio(own, run[runs.arms[0]]) for arm, own in run.items()} for run in both]
+        for arm in runs.arms[1:] if runs.relative else runs.arms:
+            was, now = (list(run[arm].values()) for run in both)
+            if effect := unpaired_ratio(now, was):
+                row = Row(arm=arm, metric=compared, value=float(np.median(now)), base=float(np.median(was)))
+                yield row, effect

@@ -1,18 +1,22 @@
-"""The facts behind the sentences of a comparison's report; the sentences stand in the text templates (`*.txt.j2`)."""
+"""The sentences and the tables of a comparison's report: the facts for the text templates (`*.txt.j2`) that word them."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from loadtests.experiment.model import HIGH, MODERATE, Comparison
+from loadtests.experiment.model import HIGH, LOADS, MODERATE, Comparison
 from loadtests.experiment.schedule import without_repeats
 from loadtests.generator.load_result import LoadResult
-from loadtests.report.findings import TOP1, Findings, Row
-from loadtests.report.rendering import joined, sentences
-from loadtests.report.verdicts import compare_top1, counts, load_name, loads_of, model_info, uses_device
+from loadtests.report import verdicts
+from loadtests.report.findings import GPU_MEMORY, TOP1, Findings, Metric, Row, Verdict
+from loadtests.report.rendering import UNKNOWN, Cell, Table, Tone, joined, median, sentences, tables
+from loadtests.report.verdicts import counts, load_name, loads_of, model_info
 from loadtests.statistics import MIN_ROUNDS
 
+_VERDICTS: dict[Verdict, str] = {"better": "✓ better", "worse": "✗ worse", "no difference seen": "○ no diff."}
+_TONES: dict[Verdict, Tone] = {"better": "better", "worse": "worse", "no difference seen": "faint"}
 _KEEPING_UP = 0.95
 """Answered by offered rate: with less, the queue grows for as long as the load lasts."""
 
@@ -34,7 +38,7 @@ def caveats(comparison: Comparison, findings: Findings) -> list[str]:
             for (label, name), loads in loads_of(comparison).items()
         ],
         ended_early=(comparison.ended_early or "").rstrip("."),
-        mixed_memory=len(uses_device(comparison)) > 1,
+        mixed_memory=len(verdicts.uses_device(comparison)) > 1,
         cores=float(comparison.environment.get("cores", "inf")),
     )
 
@@ -64,9 +68,9 @@ def conclusion(comparison: Comparison, findings: Findings) -> list[str]:
     failed = {block.arm for block in comparison.failures}
     kinds: dict[str, list[str]] = defaultdict(list)
     for label in compared:
-        verdicts = {row.verdict for row in findings.rows if row.arm == label and row.verdict}
-        differs = " and ".join(sorted(verdicts - {"no difference seen"}))
-        if label in failed or verdicts:
+        seen = {row.verdict for row in findings.rows if row.arm == label and row.verdict}
+        differs = " and ".join(sorted(seen - {"no difference seen"}))
+        if label in failed or seen:
             kinds["failed" if label in failed else differs or "alike"].append(label)
     return sentences(
         "conclusion.txt.j2",
@@ -103,7 +107,7 @@ def top1_note(comparison: Comparison) -> str:
     known = [info["accuracy"] for info in infos.values() if info.get("accuracy")]
     sets = {f"{one.get('dataset', '?')} {one.get('split', '')}, n = {one.get('n', 0):,}" for one in known}
     random = [label for label, info in infos.items() if info and not info.get("accuracy")]
-    pairings = {compare_top1(infos[arm.label], infos[arms[0].label])[1] for arm in arms[1:]}
+    pairings = {verdicts.compare_top1(infos[arm.label], infos[arms[0].label])[1] for arm in arms[1:]}
     return " ".join(sentences("top1_note.txt.j2", test_sets=sorted(sets), pairings=pairings, random=random))
 
 
@@ -119,3 +123,79 @@ def conditions(comparison: Comparison) -> str:
 def rates_text(comparison: Comparison) -> str:
     """The rates of the open loops; empty before they are known."""
     return joined([load_name(comparison, load) for load in (MODERATE, HIGH) if load in comparison.rates])
+
+
+def verdict_table(comparison: Comparison, findings: Findings) -> Table:
+    """One row for each arm, the baseline first: value, change, interval and verdict of every headline metric."""
+    rows: list[list[str | Cell]] = []
+    for arm in comparison.plan.arms:
+        mark = "baseline" if arm is comparison.plan.arms[0] else "noise floor" if arm.repeat_of else ""
+        tokens = verdicts.tokens_text(model_info(comparison, arm.label)) or UNKNOWN
+        cells = [_verdict(comparison, findings, arm.label, metric) for metric in findings.headline]
+        rows.append([Cell(f"{arm.label}\n{mark}".strip(), "faint"), tokens, *cells])
+    return Table(
+        title=f"{conditions(comparison)} {top1_note(comparison)}",
+        headings=("arm", "K/V tokens", *(metric.heading for metric in findings.headline)),
+        rows=rows,
+        note="Below each value: its change against the baseline, the interval of that change, and what the interval "
+        "says: ✓ better, ✗ worse, ○ no difference seen (which does not prove that there is none).",
+    )
+
+
+def _verdict(comparison: Comparison, findings: Findings, label: str, metric: Metric) -> Cell:
+    row = findings.row(label, metric)
+    if row is None or (metric == TOP1 and row.value is None):
+        info = model_info(comparison, label)
+        return Cell("random weights" if info and not info.get("accuracy") else UNKNOWN)
+    value, (estimate, interval) = metric.text(row.value), row.change_texts
+    if row.verdict is None:
+        return Cell(value)
+    lines = (value, estimate, f"({interval.replace(' to ', '…')})", _VERDICTS[row.verdict])
+    return Cell("\n".join(lines), _TONES[row.verdict])
+
+
+def detail_tables(comparison: Comparison, findings: Findings) -> list[Table]:
+    """All others, as `compare_tables.txt.j2` lays them out."""
+    blocks = {arm.label: comparison.blocks_of(arm.label) for arm in comparison.plan.arms}
+    return tables(
+        "compare_tables.txt.j2",
+        comparison=comparison,
+        plan=comparison.plan,
+        infos={label: model_info(comparison, label) for label in blocks},
+        blocks=blocks,
+        loads={label: [load for block in own for load in block.loads.values()] for label, own in blocks.items()},
+        measured=loads_of(comparison),
+        load_names={name: load_name(comparison, name) for name in LOADS},
+        gpu_mb={label: verdicts.values_by_round(own, GPU_MEMORY).values() for label, own in blocks.items()},
+        stages=_stages(comparison),
+        rows=findings.rows,
+    )
+
+
+def _stages(comparison: Comparison) -> Iterator[tuple[str, str, dict[str, float | None]]]:
+    """Arm, load, and the time of each stage, of what lies outside them, and of the whole."""
+    measured = loads_of(comparison)
+    names = dict.fromkeys(name for loads in measured.values() for load in loads for name in load.stages_ms)
+    names.pop("total", None)
+    for (label, name), loads in measured.items():
+        parts = {part: median(load.stages_ms.get(part) for load in loads) for part in names}
+        total = median(load.stages_ms.get("total") for load in loads)
+        rest = None if total is None else total - sum(value or 0.0 for value in parts.values())
+        if total or any(parts.values()):
+            yield label, name, {**parts, "rest": rest, "total": total}
+
+
+def environment(comparison: Comparison) -> dict[str, str]:
+    """The machine and its software, then the weights of each arm."""
+    facts = dict(comparison.environment)
+    for arm in without_repeats(comparison.plan):
+        info = model_info(comparison, arm.label)
+        source = info.get("source") or {}
+        parts = {
+            "checkpoint sha256": source.get("checkpoint_sha256"),
+            "exported at commit": source.get("git_commit"),
+            "model.onnx sha256": info.get("sha256"),
+        }
+        if known := [f"{name} {value}" for name, value in parts.items() if value]:
+            facts[arm.label] = ", ".join(known)
+    return facts
