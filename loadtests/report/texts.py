@@ -1,4 +1,4 @@
-"""The sentences and the tables of a comparison's report: the facts for the text templates (`*.txt.j2`) that word them."""
+"""The sentences and tables of a comparison: the facts for the text templates (`*.txt.j2`) that word them."""
 
 from collections import defaultdict
 from collections.abc import Iterator
