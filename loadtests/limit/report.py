@@ -71,10 +71,15 @@ def figures(experiment: LimitExperiment, arm: Arm, load: str) -> dict[str, ByRou
     }
 
 
-def engine_figure(experiment: LimitExperiment, model: str, name: str) -> ByRound:
-    """A figure of a model's engine limit by round, where it is known."""
+def engine_figures(experiment: LimitExperiment, model: str) -> dict[str, ByRound]:
+    """Those of a model's engine limit by round, where they are known."""
     arm = next(arm for arm in experiment.plan.arms if arm.kind == "engine" and arm.model == model)
-    return {block.round: block.info[name] for block in experiment.blocks_of(arm.label) if block.info[name]}
+    infos = {block.round: block.info for block in experiment.blocks_of(arm.label)}
+    idle_bytes = {number: info["baseline_pss_bytes"] for number, info in infos.items()}
+    return {
+        "images/s": {number: info["images_per_second"] for number, info in infos.items() if info["images_per_second"]},
+        "idle MB": {number: idle / 1e6 for number, idle in idle_bytes.items() if idle},
+    }
 
 
 def ratio(above: ByRound, below: ByRound) -> ByRound:
@@ -96,12 +101,12 @@ def ratios(experiment: LimitExperiment) -> list[Ratio]:
 def _ratios(experiment: LimitExperiment, model: str) -> Iterator[Ratio]:
     plan = experiment.plan
     *services, plain = [arm for arm in plan.arms if arm.model == model and arm.kind != "engine"]
-    limits = engine_figure(experiment, model, "images_per_second")
+    engine = engine_figures(experiment, model)
     for load in map(closed_name, plan.connections):
         found = {arm: figures(experiment, arm, load) for arm in (*services, plain)}
         for arm, own in found.items():
             growth = {number: 100 * (value - 1) for number, value in ratio(own["peak MB"], own["idle MB"]).items()}
-            yield Ratio(name=f"{arm.label} / engine limit, images/s, {load}", values=ratio(own["images/s"], limits))
+            yield Ratio(name=f"{arm.label} / engine limit, images/s, {load}", values=ratio(own["images/s"], engine["images/s"]))
             yield Ratio(name=f"{arm.label}, p99 / p50, {load}", values=own["p99/p50"])
             yield Ratio(name=f"{arm.label}, peak memory above idle, {load}", values=growth, unit="%")
         for arm, other in [*((arm, plain) for arm in services), *((arm, services[0]) for arm in services[1:])]:
@@ -112,8 +117,8 @@ def _ratios(experiment: LimitExperiment, model: str) -> Iterator[Ratio]:
         opened, single = (figures(experiment, arm, load) for load in (plan.open_name, closed_name(1)))
         name = f"{arm.label}, p99 in the {plan.open_name} / p50 at {closed_name(1)}"
         yield Ratio(name=name, values=ratio(opened["p99 ms"], single["p50 ms"]))
-        alone = engine_figure(experiment, model, "baseline_pss_bytes")
-        above = {number: idle - alone[number] / 1e6 for number, idle in opened["idle MB"].items() if number in alone}
+        alone = engine["idle MB"]
+        above = {number: idle - alone[number] for number, idle in opened["idle MB"].items() if number in alone}
         yield Ratio(name=f"{arm.label} idle, memory above ONNX Runtime and model alone", values=above, unit="MB")
 
 
@@ -127,11 +132,8 @@ def _rows(experiment: LimitExperiment) -> Iterator[tuple[str, str, dict[str, ByR
     for arm in experiment.plan.arms:
         blocks = experiment.blocks_of(arm.label)
         if arm.kind == "engine" and blocks:
-            alone = engine_figure(experiment, arm.model, "baseline_pss_bytes")
-            found = {"idle MB": {number: pss / 1e6 for number, pss in alone.items()}}
-            found["images/s"] = engine_figure(experiment, arm.model, "images_per_second")
             batches = "/".join(dict.fromkeys(str(block.info["batch_size"]) for block in blocks))
-            yield arm.label, f"batch {batches}", found, []
+            yield arm.label, f"batch {batches}", engine_figures(experiment, arm.model), []
         for load in (load.name for load in experiment.plan.loads(arm)):
             if results := [block.loads[load] for block in blocks if load in block.loads]:
                 yield arm.label, load, figures(experiment, arm, load), results

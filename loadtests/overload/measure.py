@@ -84,7 +84,7 @@ def requests(blocks: Sequence[Block], deadline_ms: float) -> Any:
         "model": np.concatenate([trace.models for trace in traces]),
         "block": np.repeat(np.arange(len(blocks)), [len(load.latencies_ms) for load in loads]),
     }
-    return np.rec.fromarrays(list(columns.values()), names=list(columns))
+    return np.rec.fromarrays(columns.values(), dtype=[(name, column.dtype) for name, column in columns.items()])
 
 
 def top1_of_models(_arm: Arm, server: Server, _repository: Path) -> dict[str, Any]:

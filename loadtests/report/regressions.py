@@ -113,8 +113,8 @@ def _arms(runs: _Runs) -> Iterator[Tested]:
             yield row, Effect(centre=-math.inf, error=0.0, ratio=True)
         was, now = model_info(runs.old, arm), model_info(runs.new, arm)
         if effect := verdicts.compare_top1(now, was)[0]:
-            values = {"value": verdicts.top1_percent(now), "base": verdicts.top1_percent(was)}
-            yield Row(arm=arm, metric=TOP1, **values), effect
+            row = Row(arm=arm, metric=TOP1, value=verdicts.top1_percent(now), base=verdicts.top1_percent(was))
+            yield row, effect
 
 
 def _speeds(runs: _Runs) -> Iterator[Tested]:
