@@ -74,11 +74,11 @@ def figures(experiment: LimitExperiment, arm: Arm, load: str) -> dict[str, ByRou
 def engine_figures(experiment: LimitExperiment, model: str) -> dict[str, ByRound]:
     """Those of a model's engine limit by round, where they are known."""
     arm = next(arm for arm in experiment.plan.arms if arm.kind == "engine" and arm.model == model)
-    infos = {block.round: block.info for block in experiment.blocks_of(arm.label)}
-    idle_bytes = {number: info["baseline_pss_bytes"] for number, info in infos.items()}
+    blocks = experiment.blocks_of(arm.label)
+    keys = {"images/s": ("images_per_second", 1.0), "idle MB": ("baseline_pss_bytes", 1e6)}
     return {
-        "images/s": {number: info["images_per_second"] for number, info in infos.items() if info["images_per_second"]},
-        "idle MB": {number: idle / 1e6 for number, idle in idle_bytes.items() if idle},
+        figure: {block.round: block.info[name] / unit for block in blocks if block.info[name]}
+        for figure, (name, unit) in keys.items()
     }
 
 
@@ -102,11 +102,12 @@ def _ratios(experiment: LimitExperiment, model: str) -> Iterator[Ratio]:
     plan = experiment.plan
     *services, plain = [arm for arm in plan.arms if arm.model == model and arm.kind != "engine"]
     engine = engine_figures(experiment, model)
+    limits, alone = engine["images/s"], engine["idle MB"]
     for load in map(closed_name, plan.connections):
         found = {arm: figures(experiment, arm, load) for arm in (*services, plain)}
         for arm, own in found.items():
             growth = {number: 100 * (value - 1) for number, value in ratio(own["peak MB"], own["idle MB"]).items()}
-            yield Ratio(name=f"{arm.label} / engine limit, images/s, {load}", values=ratio(own["images/s"], engine["images/s"]))
+            yield Ratio(name=f"{arm.label} / engine limit, images/s, {load}", values=ratio(own["images/s"], limits))
             yield Ratio(name=f"{arm.label}, p99 / p50, {load}", values=own["p99/p50"])
             yield Ratio(name=f"{arm.label}, peak memory above idle, {load}", values=growth, unit="%")
         for arm, other in [*((arm, plain) for arm in services), *((arm, services[0]) for arm in services[1:])]:
@@ -117,7 +118,6 @@ def _ratios(experiment: LimitExperiment, model: str) -> Iterator[Ratio]:
         opened, single = (figures(experiment, arm, load) for load in (plan.open_name, closed_name(1)))
         name = f"{arm.label}, p99 in the {plan.open_name} / p50 at {closed_name(1)}"
         yield Ratio(name=name, values=ratio(opened["p99 ms"], single["p50 ms"]))
-        alone = engine["idle MB"]
         above = {number: idle - alone[number] for number, idle in opened["idle MB"].items() if number in alone}
         yield Ratio(name=f"{arm.label} idle, memory above ONNX Runtime and model alone", values=above, unit="MB")
 

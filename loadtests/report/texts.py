@@ -29,7 +29,8 @@ def caveats(comparison: Comparison, findings: Findings) -> list[str]:
     return sentences(
         "caveats.txt.j2",
         plan=plan,
-        arms=[{**counts(comparison, arm.label), **_failures(comparison, arm.label)} for arm in plan.arms],
+        arms={arm.label: counts(comparison, arm.label) for arm in plan.arms},
+        failures=comparison.failures,
         noise_floors=_noise_floors(comparison, findings),
         rounds=sum(all((arm.label, number) in measured for arm in plan.arms) for number in rounds),
         min_rounds=MIN_ROUNDS,
@@ -41,11 +42,6 @@ def caveats(comparison: Comparison, findings: Findings) -> list[str]:
         mixed_memory=len(verdicts.uses_device(comparison)) > 1,
         cores=float(comparison.environment.get("cores", "inf")),
     )
-
-
-def _failures(comparison: Comparison, label: str) -> dict[str, Any]:
-    failures = [block.failure or "" for block in comparison.failures if block.arm == label]
-    return {"label": label, "failures": [failure.rstrip(".") for failure in failures]}
 
 
 def _limits(loads: list[LoadResult], seconds: float) -> dict[str, Any]:
@@ -113,11 +109,7 @@ def top1_note(comparison: Comparison) -> str:
 
 def conditions(comparison: Comparison) -> str:
     """In one sentence, the conditions under which the report holds."""
-    plan = comparison.plan
-    opened = f", open loops at {rates}" if (rates := rates_text(comparison)) else ""
-    loops = f"closed loop of {plan.connections} connections{opened}"
-    early = f" Ended early: {comparison.ended_early}." if comparison.ended_early else ""
-    return f"{plan.rounds} rounds, {loops}, {plan.seconds:g} s each; {comparison.payloads or 'no payloads'}.{early}"
+    return sentences("conditions.txt.j2", comparison=comparison, rates=rates_text(comparison))[0]
 
 
 def rates_text(comparison: Comparison) -> str:

@@ -79,8 +79,8 @@ def uses_device(comparison: Comparison) -> set[bool]:
     """Whether memory of a GPU is known for blocks: for all (True), for none (False), or for some only (both)."""
     known = {
         any(load.device_bytes is not None for load in block.loads.values())
-        for arm in comparison.plan.arms
-        for block in comparison.blocks_of(arm.label)
+        for block in comparison.blocks
+        if block.failure is None
     }
     return known or {False}
 
