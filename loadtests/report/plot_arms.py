@@ -99,9 +99,10 @@ def _top1(accuracy: dict[str, Any]) -> tuple[float, float, float]:
 
 def _front(x: _Floats, y: _Floats) -> npt.NDArray[np.int64]:
     """Those that no other beats in one direction and at least equals in the other, from left to right."""
-    equal = (x[:, None] <= x) & (y[:, None] <= y)
+    equals = (x[:, None] <= x) & (y[:, None] <= y)
+    beaten: npt.NDArray[np.bool_] = np.any(equals & ~equals.T, axis=1)
     order = np.argsort(x, kind="stable")
-    return order[~(equal & ~equal.T).any(axis=1)[order]]
+    return order[~beaten[order]]
 
 
 def _area_key(axes: Axes, title: str, unit: str, largest: float) -> None:
