@@ -114,7 +114,7 @@ def unpaired_ratio(new: Values, old: Values) -> Effect | None:
     fresh, former = _logs(new), _logs(old)
     if fresh is None or former is None or min(len(fresh), len(former)) < MIN_ROUNDS:
         return None
-    one, other = _standard_error(fresh), _standard_error(former)
+    one, other = float(stats.sem(fresh)), float(stats.sem(former))
     error = math.hypot(one, other)
     df = error**4 / (one**4 / (len(fresh) - 1) + other**4 / (len(former) - 1)) if error else math.inf
     return Effect(centre=float(fresh.mean() - former.mean()), error=error, df=df, ratio=True)
@@ -130,12 +130,12 @@ def paired_proportions(correct: Answers, baseline: Answers) -> Effect | None:
     if not len(ours):
         return None
     only_arm, only_baseline, count = int((ours & ~theirs).sum()), int((theirs & ~ours).sum()), len(ours) + 2
-    difference = only_arm - only_baseline
+    difference, discordant = only_arm - only_baseline, only_arm + only_baseline
     return Effect(
         estimate=100 * difference / len(ours),
         centre=100 * difference / count,
-        error=100 * math.sqrt(only_arm + only_baseline + 1 - difference**2 / count) / count,
-        exact_p_value=mcnemar(only_arm, only_baseline),
+        error=100 * math.sqrt(discordant + 1 - difference**2 / count) / count,
+        exact_p_value=float(stats.binomtest(only_arm, discordant).pvalue) if discordant else 1.0,
         bound=100,
     )
 
@@ -151,12 +151,6 @@ def independent_proportions(arm: float, arm_count: int, baseline: float, baselin
     one, other = (arm * arm_count + 1) / (arm_count + 2), (baseline * baseline_count + 1) / (baseline_count + 2)
     error = math.sqrt(one * (1 - one) / (arm_count + 2) + other * (1 - other) / (baseline_count + 2))
     return Effect(estimate=100 * (arm - baseline), centre=100 * (one - other), error=100 * error, bound=100)
-
-
-def mcnemar(only_one: int, only_other: int) -> float:
-    """Exact two-sided p-value for equal accuracy, from how many images each of two models alone has right."""
-    discordant = only_one + only_other
-    return float(stats.binomtest(only_one, discordant).pvalue) if discordant else 1.0
 
 
 def wilson(hits: int, of: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -208,14 +202,10 @@ def percentile(samples: Values, rank: float, *, min_beyond: int = MIN_BEYOND) ->
 
 def _mean(differences: npt.NDArray[np.float64], **kind: bool) -> Effect | None:
     """Student's t; None for fewer than five rounds."""
-    count = len(differences)
-    if count < MIN_ROUNDS:
+    if len(differences) < MIN_ROUNDS:
         return None
-    return Effect(centre=float(differences.mean()), error=_standard_error(differences), df=count - 1, **kind)
-
-
-def _standard_error(values: npt.NDArray[np.float64]) -> float:
-    return float(values.std(ddof=1)) / math.sqrt(len(values))
+    centre, error = float(differences.mean()), float(stats.sem(differences))
+    return Effect(centre=centre, error=error, df=len(differences) - 1, **kind)
 
 
 def _logs(values: Values) -> npt.NDArray[np.float64] | None:

@@ -164,8 +164,9 @@ def _compared(former: Comparison, comparison: Comparison, tolerance: float) -> b
     for note in regressions.notes(former, comparison):
         cli.warn(note)
     found = regressions.find_regressions(former, comparison, tolerance=tolerance)
-    for regression in found.worse:
-        cli.console.print(f"[red]worse than before:[/] {escape(str(regression))}", highlight=False, soft_wrap=True)
+    for row in found.worse:
+        said = escape(regressions.sentence(row))
+        cli.console.print(f"[red]worse than before:[/] {said}", highlight=False, soft_wrap=True)
     if not found.tests:
         cli.fail("nothing could be compared with --against: the notes say why")
     if not found.worse:

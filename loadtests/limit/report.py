@@ -12,26 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from loadtests.experiment.model import Arm
-from loadtests.generator.load_result import IN_FLIGHT
+from loadtests.generator.load_result import IN_FLIGHT, LoadResult
 from loadtests.generator.samples import LATE_MS
 from loadtests.limit.measure import LimitExperiment, closed_name
+from loadtests.report import verdicts
 from loadtests.report.document import conditions, write_experiment
-from loadtests.report.rendering import UNKNOWN, Table, print_tables
+from loadtests.report.rendering import Table, print_tables, tables
 from loadtests.statistics import paired_ratio, percentile
 
 POOLED = -1
 """The key of a figure of all rounds together."""
-_LEVEL = 0.95
-_FORMATS = {
-    "images/s": ".1f",
-    "p50 ms": ".1f",
-    "p99 ms": ".1f",
-    "p99/p50": ".2f",
-    "idle MB": ".1f",
-    "peak MB": ".1f",
-    "server cores": ".2f",
-    "generator cores": ".2f",
-}
 
 ByRound = dict[int, float]
 """A figure by round."""
@@ -51,18 +41,11 @@ class Ratio:
         return float(np.median(list(self.values.values())))
 
     @property
-    def text(self) -> str:
-        """The median with the smallest and the largest round."""
-        values = list(self.values.values())
-        spread = "rounds pooled" if POOLED in self.values else f"{min(values):.2f}–{max(values):.2f}"
-        return f"×{self.median:.2f} ({spread})" if self.unit == "×" else f"{self.median:.2f} ({spread}) {self.unit}"
-
-    @property
     def interval(self) -> tuple[float, float] | None:
-        """Student's t interval of the mean ratio over rounds; None for fewer than five rounds."""
+        """Student's t interval (95 %) of the mean ratio over rounds; None for fewer than five rounds."""
         values = list(self.values.values())
         effect = paired_ratio(values, [1.0] * len(values)) if self.unit == "×" and POOLED not in self.values else None
-        return effect.at(_LEVEL)[1:] if effect else None
+        return effect.at(0.95)[1:] if effect else None
 
 
 def figures(experiment: LimitExperiment, arm: Arm, load: str) -> dict[str, ByRound]:
@@ -88,18 +71,22 @@ def figures(experiment: LimitExperiment, arm: Arm, load: str) -> dict[str, ByRou
     }
 
 
-def engine_figure(experiment: LimitExperiment, model: str, name: str) -> ByRound:
-    """A figure of a model's engine limit by round, where it is known."""
+def engine_figures(experiment: LimitExperiment, model: str) -> dict[str, ByRound]:
+    """Those of a model's engine limit by round, where they are known."""
     arm = next(arm for arm in experiment.plan.arms if arm.kind == "engine" and arm.model == model)
-    return {block.round: block.info[name] for block in experiment.blocks_of(arm.label) if block.info[name]}
+    blocks = experiment.blocks_of(arm.label)
+    keys = {"images/s": ("images_per_second", 1.0), "idle MB": ("baseline_pss_bytes", 1e6)}
+    return {
+        figure: {block.round: block.info[name] / unit for block in blocks if block.info[name]}
+        for figure, (name, unit) in keys.items()
+    }
 
 
 def ratio(above: ByRound, below: ByRound) -> ByRound:
     """Divided round by round, without infinite values; median by median if one is pooled, or they share no round."""
     above, below = ({n: value for n, value in values.items() if math.isfinite(value)} for values in (above, below))
-    shared = [number for number in above if below.get(number)]
-    if shared:
-        return {number: above[number] / below[number] for number in shared}
+    if shared := verdicts.ratio(above, below):
+        return shared
     if not above or not any(below.values()):
         return {}
     return {POOLED: float(np.median(list(above.values())) / np.median(list(below.values())))}
@@ -114,7 +101,8 @@ def ratios(experiment: LimitExperiment) -> list[Ratio]:
 def _ratios(experiment: LimitExperiment, model: str) -> Iterator[Ratio]:
     plan = experiment.plan
     *services, plain = [arm for arm in plan.arms if arm.model == model and arm.kind != "engine"]
-    limits = engine_figure(experiment, model, "images_per_second")
+    engine = engine_figures(experiment, model)
+    limits, alone = engine["images/s"], engine["idle MB"]
     for load in map(closed_name, plan.connections):
         found = {arm: figures(experiment, arm, load) for arm in (*services, plain)}
         for arm, own in found.items():
@@ -130,51 +118,25 @@ def _ratios(experiment: LimitExperiment, model: str) -> Iterator[Ratio]:
         opened, single = (figures(experiment, arm, load) for load in (plan.open_name, closed_name(1)))
         name = f"{arm.label}, p99 in the {plan.open_name} / p50 at {closed_name(1)}"
         yield Ratio(name=name, values=ratio(opened["p99 ms"], single["p50 ms"]))
-        alone = engine_figure(experiment, model, "baseline_pss_bytes")
-        above = {number: idle - alone[number] / 1e6 for number, idle in opened["idle MB"].items() if number in alone}
+        above = {number: idle - alone[number] for number, idle in opened["idle MB"].items() if number in alone}
         yield Ratio(name=f"{arm.label} idle, memory above ONNX Runtime and model alone", values=above, unit="MB")
 
 
-def load_table(experiment: LimitExperiment) -> Table:
-    """Every arm under every load."""
-    rows = []
+def tables_of(experiment: LimitExperiment) -> list[Table]:
+    """Every arm under every load, then the ratios with their intervals; as `limit_tables.txt.j2` lays them out."""
+    rows, title = list(_rows(experiment)), _conditions(experiment)
+    return tables("limit_tables.txt.j2", title=title, rows=rows, ratios=ratios(experiment), pooled=POOLED)
+
+
+def _rows(experiment: LimitExperiment) -> Iterator[tuple[str, str, dict[str, ByRound], list[LoadResult]]]:
     for arm in experiment.plan.arms:
         blocks = experiment.blocks_of(arm.label)
         if arm.kind == "engine" and blocks:
-            rates = engine_figure(experiment, arm.model, "images_per_second")
-            alone = engine_figure(experiment, arm.model, "baseline_pss_bytes")
-            columns = {"images/s": rates, "idle MB": {number: pss / 1e6 for number, pss in alone.items()}}
             batches = "/".join(dict.fromkeys(str(block.info["batch_size"]) for block in blocks))
-            rows.append((arm.label, f"batch {batches}", *_cells(columns), UNKNOWN))
-        for load in experiment.plan.loads(arm):
-            results = [block.loads[load.name] for block in blocks if load.name in block.loads]
-            if not results:
-                continue
-            errors, arrivals = sum(one.errors for one in results), sum(one.arrivals for one in results)
-            unsent, late = sum(one.unsent_arrivals for one in results), sum(one.late_arrivals for one in results)
-            said = f"{errors} (of {arrivals}: unsent {unsent}, late {late})" if arrivals else str(errors)
-            rows.append((arm.label, load.name, *_cells(figures(experiment, arm, load.name)), said))
-    headings = ("arm", "load", "images/s (min–max)", *list(_FORMATS)[1:], "errors")
-    return Table(title=_conditions(experiment), headings=headings, rows=rows, text=(0, 1))
-
-
-def _cells(columns: dict[str, ByRound]) -> Iterator[str]:
-    """Medians over rounds, but the largest peak; of the first column, with the smallest and the largest round."""
-    for name, form in _FORMATS.items():
-        values = list(columns.get(name, {}).values())
-        middle = max if name == "peak MB" else np.median
-        text = f"{middle(values):{form}}" + "*" * (POOLED in columns[name]) if values else UNKNOWN
-        yield f"{text} ({min(values):{form}}–{max(values):{form}})" if name == "images/s" else text
-
-
-def ratio_table(experiment: LimitExperiment) -> Table:
-    """The ratios with their intervals."""
-    rows = []
-    for found in ratios(experiment):
-        interval = f"×{found.interval[0]:.3f}–{found.interval[1]:.3f}" if found.interval else UNKNOWN
-        rows.append((found.name, found.text, interval))
-    headings = ("figure", "median over rounds (smallest–largest)", f"{_LEVEL:.0%} interval")
-    return Table(title="Ratios", headings=headings, rows=rows)
+            yield arm.label, f"batch {batches}", engine_figures(experiment, arm.model), []
+        for load in (load.name for load in experiment.plan.loads(arm)):
+            if results := [block.loads[load] for block in blocks if load in block.loads]:
+                yield arm.label, load, figures(experiment, arm, load), results
 
 
 def _conditions(experiment: LimitExperiment) -> str:
@@ -185,7 +147,7 @@ def _conditions(experiment: LimitExperiment) -> str:
 
 def write(experiment: LimitExperiment, out: Path) -> Path:
     """Write `report.md` and `results.json` in the folder `out`, print the tables, and return the report's path."""
-    loads, found = load_table(experiment), ratio_table(experiment)
+    found = tables_of(experiment)
     keys = ("name", "unit", "median", "interval", "values")
     write_experiment(
         experiment,
@@ -193,11 +155,10 @@ def write(experiment: LimitExperiment, out: Path) -> Path:
         template="limit.md.j2",
         figures={"ratios": [{key: getattr(one, key) for key in keys} for one in ratios(experiment)]},
         conditions=_conditions(experiment),
-        loads=loads,
-        ratios=found,
+        tables=found,
         in_flight=IN_FLIGHT,
         late_ms=LATE_MS,
         versions=next((block.info["versions"] for block in experiment.blocks if "versions" in block.info), {}),
     )
-    print_tables(loads, found, width=190)
+    print_tables(*found, width=190)
     return out / "report.md"

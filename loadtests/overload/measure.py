@@ -4,7 +4,6 @@ Each arm is the name of a model or of a family, all served by the same service w
 open loop whose rate steps up and down again; every request has the same deadline.
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from loadtests.experiment.model import Arm, Block, Experiment, Load, Plan
 from loadtests.experiment.server import Server
@@ -60,27 +58,33 @@ class StepResult:
     """Answered after the deadline, or dropped because of it (504)."""
     failed: float
     """Everything else, including requests not sent for want of connections."""
-    p99_ms: float
-    """99th percentile of the answers with 200; not a number where fewer than five lie beyond it."""
-    mean_top1: float
-    """Accuracy of the models that answered within the deadline, averaged over the answers; not a number if unknown."""
+    p99_ms: float | None
+    """99th percentile of the answers with 200; None where fewer than five lie beyond it."""
+    mean_top1: float | None
+    """Accuracy of the models that answered within the deadline, averaged over the answers; None if unknown."""
     models: dict[str, float]
     """The fraction of these answers that each model gave."""
 
 
-class Requests:
-    """The requests of some whole blocks, as arrays in the same order."""
+def requests(blocks: Sequence[Block], deadline_ms: float) -> Any:
+    """One record per request of some whole blocks: due_s, latency_ms, outcome, model, and the number of its block.
 
-    def __init__(self, blocks: Sequence[Block], deadline_ms: float) -> None:
-        loads = [block.loads[STEPS] for block in blocks]
-        traces = [load.trace for load in loads if load.trace]
-        self.due_s = np.concatenate([trace.due_s for trace in traces])
-        self.statuses = np.concatenate([trace.statuses for trace in traces])
-        self.models = np.concatenate([trace.models for trace in traces])
-        self.latencies_ms = np.concatenate([load.latencies_ms for load in loads])
-        self.blocks = np.repeat(np.arange(len(blocks)), [len(load.latencies_ms) for load in loads])
-        self.good = (self.statuses == 200) & (self.latencies_ms <= deadline_ms)
-        """Answered with 200 within the deadline, counted from the moment at which each was due."""
+    Latency and deadline count from the moment at which it was due.
+    """
+    loads = [block.loads[STEPS] for block in blocks]
+    traces = [load.trace for load in loads if load.trace]
+    statuses = np.concatenate([trace.statuses for trace in traces])
+    latencies_ms = np.concatenate([load.latencies_ms for load in loads])
+    answered = statuses == 200
+    ends = [answered & (latencies_ms <= deadline_ms), answered | (statuses == 504), statuses == 429]
+    columns = {
+        "due_s": np.concatenate([trace.due_s for trace in traces]),
+        "latency_ms": latencies_ms,
+        "outcome": np.select(ends, ["in time", "too late", "refused"], "failed"),
+        "model": np.concatenate([trace.models for trace in traces]),
+        "block": np.repeat(np.arange(len(blocks)), [len(load.latencies_ms) for load in loads]),
+    }
+    return np.rec.fromarrays(columns.values(), dtype=[(name, column.dtype) for name, column in columns.items()])
 
 
 def top1_of_models(_arm: Arm, server: Server, _repository: Path) -> dict[str, Any]:
@@ -103,30 +107,25 @@ def _step(plan: OverloadPlan, blocks: list[Block], place: int) -> StepResult:
     rate, length = plan.steps[place]
     changing = min(_CHANGE_SECONDS, length / 2)
     begin, seconds = sum(earlier for _, earlier in plan.steps[:place]) + changing, length - changing
-    every = Requests(blocks, plan.deadline_ms)
-    within = (every.due_s >= begin) & (every.due_s < begin + seconds)
-    statuses, good, due = every.statuses[within], every.good[within], int(within.sum())
-    late = ((statuses == 200) & ~good) | (statuses == 504)
-    refused = statuses == 429
-    rates = np.bincount(every.blocks[within][good], minlength=len(blocks)) / seconds
-    served = Counter(every.models[within][good].tolist())
-    answers, top1 = served.total(), blocks[0].info["top1"]
-    p99_ms = percentile(every.latencies_ms[within][statuses == 200], 99)
-
-    def fraction(requests: npt.NDArray[np.bool_]) -> float:
-        return float(requests.mean()) if due else 0.0
-
+    every = requests(blocks, plan.deadline_ms)
+    due = every[(every.due_s >= begin) & (every.due_s < begin + seconds)]
+    good = due[due.outcome == "in time"]
+    goodput = np.bincount(good.block, minlength=len(blocks)) / seconds
+    fractions = {outcome: count / len(due) for outcome, count in Counter(due.outcome.tolist()).items()}
+    models = {model: count / len(good) for model, count in Counter(good.model.tolist()).most_common()}
+    top1 = blocks[0].info["top1"]
+    known = bool(models) and models.keys() <= top1.keys()
     return StepResult(
         arm=blocks[0].arm,
         rate=rate,
-        offered_rate=due / (seconds * len(blocks)),
-        goodput=float(rates.mean()),
-        goodput_range=(float(rates.min()), float(rates.max())),
-        within_deadline=fraction(good),
-        refused=fraction(refused),
-        too_late=fraction(late),
-        failed=fraction(~(good | late | refused)),
-        p99_ms=math.nan if p99_ms is None else p99_ms,
-        mean_top1=sum(top1.get(model, math.nan) * n / answers for model, n in served.items()) if answers else math.nan,
-        models={model: n / answers for model, n in served.most_common()},
+        offered_rate=len(due) / (seconds * len(blocks)),
+        goodput=float(goodput.mean()),
+        goodput_range=(float(goodput.min()), float(goodput.max())),
+        within_deadline=fractions.get("in time", 0.0),
+        refused=fractions.get("refused", 0.0),
+        too_late=fractions.get("too late", 0.0),
+        failed=fractions.get("failed", 0.0),
+        p99_ms=percentile(due.latency_ms[np.isfinite(due.latency_ms)], 99),
+        mean_top1=sum(top1[model] * fraction for model, fraction in models.items()) if known else None,
+        models=models,
     )

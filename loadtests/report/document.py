@@ -14,8 +14,9 @@ from loadtests.errors import LoadTestError
 from loadtests.experiment.json_files import to_json
 from loadtests.experiment.model import Block, CapacitySearch, Comparison, ComparisonPlan, Experiment
 from loadtests.generator.load_result import LoadResult
+from loadtests.report.findings import Findings, Row
 from loadtests.report.rendering import write_report
-from loadtests.report.verdicts import Findings, Row, counts, model_info
+from loadtests.report.verdicts import counts, model_info
 from loadtests.statistics import MIN_BEYOND, percentile
 
 SCHEMA_VERSION = 3

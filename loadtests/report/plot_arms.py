@@ -5,37 +5,27 @@ import textwrap
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loadtests.experiment.model import HIGH, MODERATE, Comparison
 from loadtests.experiment.schedule import without_repeats
-from loadtests.report.format import median, number, span, tokens_text
-from loadtests.report.plot_style import FAINT, INK, SMALL, WIDTH, Style, instead, small_print, styles
-from loadtests.report.rendering import sentences
-from loadtests.report.verdicts import LATENCIES, THROUGHPUT, TOP1, Findings, Metric, Row, load_name, model_info
+from loadtests.report.findings import LATENCIES, THROUGHPUT, TOP1, Findings, Metric, Row
+from loadtests.report.plot_style import FAINT, INK, SMALL, WIDTH, instead, small_print, styles
+from loadtests.report.rendering import median, number, sentences, span
+from loadtests.report.verdicts import load_name, model_info, tokens_text
 from loadtests.statistics import wilson
 
-_LARGEST = 900.0
-"""Square points of the largest marker."""
-_PLAIN = 120.0
-"""Square points of a marker where there is nothing to be shown by area."""
+_LARGEST, _PLAIN = 900.0, 120.0
+"""Square points of the largest marker, and of all where there is nothing to be shown by area."""
 _LIGHT = 0.4
 """Opacity of the bar that stands for a p99, or for the memory that load adds."""
-_LINE = 125
-"""Letters of the small print in the width of the picture."""
+_LABEL, _LINE = 24, 125
+"""Letters in a line beside the bars, and in one of the small print."""
 
-_Ends = tuple[float, float, float]
-"""A value and both ends of its whisker."""
-
-
-class _Point(NamedTuple):
-    style: Style
-    x: _Ends
-    y: _Ends
-    area: float
-    """0 if it is unknown."""
+_Floats = npt.NDArray[np.float64]
 
 
 def pareto(comparison: Comparison, findings: Findings) -> Figure:
@@ -44,21 +34,21 @@ def pareto(comparison: Comparison, findings: Findings) -> Figure:
     One point for each arm but the A/A arm; those that no other beats in both directions are joined.
     """
     figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
-    axes, looks = figure.subplots(), styles(comparison.plan)
-    speeds, memory, known = (_ends(comparison, findings, one) for one in (THROUGHPUT, findings.memory, TOP1))
-    top1 = {label: _top1(model_info(comparison, label)) for label in speeds if label in known}
-    memory = {label: ends for label, ends in memory.items() if label in speeds}
-    whiskers, areas = "Whiskers: slowest and fastest block", {}
-    if len(top1) > 1 or (top1 and len(speeds) == 1):
-        area, unit, areas = findings.memory.label, "MB", {label: ends[0] for label, ends in memory.items()}
+    axes = figure.subplots()
+    speeds, memory = (_ends(comparison, findings, metric) for metric in (THROUGHPUT, findings.memory))
+    infos = {label: model_info(comparison, label) for label in speeds}
+    top1 = {label: _top1(info["accuracy"]) for label, info in infos.items() if info.get("accuracy")}
+    heights = {label: ends for label, ends in memory.items() if label in speeds}
+    whiskers, area, unit, areas = "Whiskers: slowest and fastest block", "", "ms", {}
+    if by_top1 := len(top1) > 1 or len(top1) == len(speeds) == 1:
+        heights, area, unit, areas = top1, findings.memory.label, "MB", {one: ends[0] for one, ends in memory.items()}
         left_out = ", ".join(label for label in speeds if label not in top1)
         missing = f"; without accuracy, so not shown: {left_out}" if left_out else ""
         axes.set(title=f"Accuracy against throughput: up and to the right is better{missing}", ylabel=TOP1.heading)
         whiskers += "; upwards, 95 % interval of top-1 for that many test images"
-    elif memory:
-        area, unit, top1 = "", "ms", {}
+    elif heights:
         for tail in (metric for metric in findings.metrics if metric.rank == 99):
-            values = {label: findings.value(label, tail) or 0.0 for label in memory}
+            values = {label: findings.value(label, tail) or 0.0 for label in heights}
             if all(map(math.isfinite, values.values())):
                 area, areas = tail.label, values
         title = "Memory against throughput (accuracy unknown: random weights): down and to the right is better"
@@ -66,56 +56,53 @@ def pareto(comparison: Comparison, findings: Findings) -> Figure:
     else:
         instead(axes, "Neither accuracy nor memory is known: nothing to weigh throughput against.")
         return figure
-    points = [_Point(looks[one], speeds[one], ends, areas.get(one, 0.0)) for one, ends in (top1 or memory).items()]
     axes.set_xlabel("throughput at saturation, images/s")
     axes.grid(visible=True)
     small_print(figure, f"{whiskers}. Dashed: not beaten in both directions.")
-    _draw(figure, axes, points, area, unit, up_is_better=bool(top1))
-    return figure
-
-
-def _ends(comparison: Comparison, findings: Findings, metric: Metric) -> dict[str, _Ends]:
-    rows = [findings.row(arm.label, metric) for arm in without_repeats(comparison.plan)]
-    return {row.arm: (row.value, *row.ends) for row in rows if row and row.value is not None}
-
-
-def _top1(info: dict[str, Any]) -> _Ends:
-    top1, count = info["accuracy"]["top1"], info["accuracy"]["n"]
-    low, high = wilson(round(top1 * count), count)
-    return 100 * top1, 100 * low, 100 * high
-
-
-def _draw(figure: Figure, axes: Axes, points: list[_Point], area: str, unit: str, *, up_is_better: bool) -> None:
-    front = _front(points, up_is_better=up_is_better)
-    axes.plot([one.x[0] for one in front], [one.y[0] for one in front], color=FAINT, linewidth=1, linestyle="--")
-    (x, left, right), (y, low, high) = np.array([one.x for one in points]).T, np.array([one.y for one in points]).T
-    colours, largest = [one.style.colour for one in points], max(one.area for one in points)
-    sizes = [_LARGEST * one.area / largest if largest else _PLAIN for one in points]
+    looks = [styles(comparison.plan)[label] for label in heights]
+    colours, sizes = [look.colour for look in looks], np.array([areas.get(label, 0.0) for label in heights])
+    (x, left, right), (y, low, high) = (np.array([ends[one] for one in heights]).T for ends in (speeds, heights))
+    front = _front(x, y if by_top1 else -y)
+    axes.plot(x[front], y[front], color=FAINT, linewidth=1, linestyle="--")
     axes.hlines(y, left, right, color=colours, linewidth=1.2)
     axes.vlines(x, low, high, color=colours, linewidth=1.2)
-    markers = axes.scatter(x, y, s=sizes, color=colours, alpha=0.55, zorder=3)
+    largest = float(sizes.max())
+    shown = _LARGEST * sizes / largest if largest else _PLAIN
+    markers = axes.scatter(x, y, s=shown, color=colours, alpha=0.55, zorder=3)
     axes.scatter(x, y, s=5, color=INK, zorder=4)
     axes.margins(0.12, 0.2)
     if largest:
         _area_key(axes, f"Area: {area}", unit, largest)
-    box: dict[str, Any] = {"facecolor": "white", "linewidth": 0.8, "alpha": 0.85, "pad": 2}
     labels = []
-    for one in points:
-        text = one.style.name + (f"\n{area} {number(one.area)} {unit}" if one.area else "")
-        colour = {"edgecolor": one.style.colour}
-        labels.append(axes.text(one.x[0], one.y[0], text, fontsize=SMALL, bbox=box | colour, zorder=5))
+    for at, look in enumerate(looks):
+        text = look.name + (f"\n{area} {number(sizes[at])} {unit}" if sizes[at] else "")
+        box = {"facecolor": "white", "edgecolor": look.colour, "linewidth": 0.8, "alpha": 0.85, "pad": 2}
+        labels.append(axes.text(x[at], y[at], text, fontsize=SMALL, bbox=box, zorder=5))
     # Where things lie is known only after the layout. A limit of steps, not of time, gives the same picture each time.
     figure.draw_without_rendering()
     line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.8}
     adjust_text(labels, objects=markers, ax=axes, expand=(1.1, 1.3), iter_lim=300, arrowprops=line)
+    return figure
 
 
-def _front(points: list[_Point], *, up_is_better: bool) -> list[_Point]:
-    """Those that no other equals or beats in both directions, from left to right."""
-    sign = 1 if up_is_better else -1
-    places = {(one.x[0], sign * one.y[0]): one for one in points}
-    beaten = {one for one in places for other in places if one != other and one[0] <= other[0] and one[1] <= other[1]}
-    return [places[place] for place in sorted(places.keys() - beaten)]
+def _ends(comparison: Comparison, findings: Findings, metric: Metric) -> dict[str, tuple[float, float, float]]:
+    """A value and both ends of its whisker, by label."""
+    rows = [findings.row(arm.label, metric) for arm in without_repeats(comparison.plan)]
+    return {row.arm: (row.value, *row.ends) for row in rows if row and row.value is not None}
+
+
+def _top1(accuracy: dict[str, Any]) -> tuple[float, float, float]:
+    top1, count = accuracy["top1"], accuracy["n"]
+    low, high = wilson(round(top1 * count), count)
+    return 100 * top1, 100 * low, 100 * high
+
+
+def _front(x: _Floats, y: _Floats) -> npt.NDArray[np.int64]:
+    """Those that no other beats in one direction and at least equals in the other, from left to right."""
+    equals = (x[:, None] <= x) & (y[:, None] <= y)
+    beaten: npt.NDArray[np.bool_] = np.any(equals & ~equals.T, axis=1)
+    order = np.argsort(x, kind="stable")
+    return order[~beaten[order]]
 
 
 def _area_key(axes: Axes, title: str, unit: str, largest: float) -> None:
@@ -163,27 +150,28 @@ def variants(comparison: Comparison, findings: Findings) -> Figure:
         axes.grid(visible=True, axis="x")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_color(INK)
-    speed.set_yticks(range(len(labels)), [_name(comparison, findings, label) for label in labels], fontsize=SMALL)
-    moderate.set_yticks(range(len(labels)), ["\n".join(textwrap.wrap(label, 24)) for label in labels], fontsize=SMALL)
-    for axes in (speed, moderate):
         axes.set_ylim(len(labels) - 0.45, -0.55)
+    names = ["\n".join(textwrap.wrap(label, _LABEL)) for label in labels]
+    facts = [_facts(model_info(comparison, label), findings.value(label, TOP1)) for label in labels]
+    moderate.set_yticks(range(len(labels)), names, fontsize=SMALL)
+    speed.set_yticks(range(len(labels)), [one + more for one, more in zip(names, facts, strict=True)], fontsize=SMALL)
     figure.suptitle("Throughput, memory and latency side by side", x=0.01, ha="left", fontsize=12, fontweight="bold")
     small_print(figure, _caption(comparison, labels))
     return figure
 
 
-def _name(comparison: Comparison, findings: Findings, label: str) -> str:
-    info, top1 = model_info(comparison, label), findings.value(label, TOP1)
-    facts = [f"K/V {tokens}"] if (tokens := tokens_text(info)) else []
-    facts += [f"top-1 {top1:.1f}%"] if top1 is not None else []
-    return "\n".join(filter(None, (*textwrap.wrap(label, 24), ", ".join(facts))))
+def _facts(info: dict[str, Any], top1: float | None) -> str:
+    """A line of its own, if there is any."""
+    tokens = tokens_text(info)
+    facts = [f"K/V {tokens}" if tokens else "", "" if top1 is None else f"top-1 {top1:.1f}%"]
+    return "\n" * any(facts) + ", ".join(filter(None, facts))
 
 
 def _bars(axes: Axes, bars: list[_Bar], height: float, *, room: float = 1.2) -> None:
     """An infinite bar or whisker passes through the edge of the plot; a bar says so."""
     ends = [end for bar in bars if bar.row for end in (bar.row.value, bar.row.largest) if end is not None]
     edge = max((end for end in ends if math.isfinite(end)), default=1.0) or 1.0
-    style: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": SMALL}
+    style: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, 0), "va": "center", "fontsize": SMALL}
     for place, row, colour, opacity, before in bars:
         if row is None or row.value is None:
             text = " unknown" if row is None or row.metric.rank is None else " too few samples"
@@ -191,13 +179,12 @@ def _bars(axes: Axes, bars: list[_Bar], height: float, *, room: float = 1.2) -> 
         elif math.isinf(row.value):
             axes.barh(place, edge * 2, height=height, color=colour, alpha=opacity, hatch="///", edgecolor="white")
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-            axes.annotate("∞: requests not answered", (0, place), xytext=(4, 0), bbox=box, **style)
+            axes.annotate("∞: requests not answered", (0, place), bbox=box, **style)
         else:
             whisker = row.ends[0], min(row.ends[1], edge * 2)
             axes.barh(place, row.value, height=height, color=colour, alpha=opacity)
-            axes.hlines(place, *whisker, color=INK, linewidth=1)
-            axes.vlines(whisker, place - height / 5, place + height / 5, color=INK, linewidth=1)
-            axes.annotate(before + number(row.value), (min(whisker[1], edge), place), xytext=(4, 0), **style)
+            axes.plot(whisker, (place, place), color=INK, linewidth=1, marker="|")
+            axes.annotate(before + number(row.value), (min(whisker[1], edge), place), **style)
     axes.set_xlim(0, edge * room)
 
 

@@ -1,7 +1,5 @@
 """Pictures of the raw measurements: the latency spectrum, and every block in the order in which it ran."""
 
-from collections import defaultdict
-
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
@@ -9,9 +7,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Comparison
-from loadtests.report.format import median
+from loadtests.report.findings import THROUGHPUT
 from loadtests.report.plot_style import FAINT, INK, PALE, SMALL, SMALLER, WIDTH, instead, legend_below, styles
-from loadtests.report.verdicts import THROUGHPUT, load_name, loads_of, values_by_round
+from loadtests.report.rendering import median
+from loadtests.report.verdicts import load_name, loads_of, ratio, values_by_round
 from loadtests.statistics import MIN_BEYOND, percentile
 
 _RANKS = (50.0, 90.0, 95.0, 99.0, 99.5, 99.9, 99.99)
@@ -28,7 +27,7 @@ def latency(comparison: Comparison) -> Figure:
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     pooled: dict[str, _Latencies] = {MODERATE: {}, HIGH: {}}
-    for label, name, loads in loads_of(comparison):
+    for (label, name), loads in loads_of(comparison).items():
         latencies = np.sort(np.concatenate([load.latencies_ms for load in loads]))
         if name in pooled and len(latencies):
             pooled[name][label] = latencies
@@ -43,7 +42,7 @@ def latency(comparison: Comparison) -> Figure:
         _spectrum(axes, comparison, by_arm, highest)
         axes.set(ylim=(lowest, highest), title=f"At {load_name(comparison, load)}")
     panels[0].set_ylabel("latency from the scheduled moment, ms (log)")
-    legend_below(figure, panels[0], columns=3)
+    legend_below(figure, panels[0])
     return figure
 
 
@@ -91,48 +90,42 @@ def blocks(comparison: Comparison) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _in_order(above, comparison)
     _ratios(below, comparison)
-    legend_below(figure, above, columns=4)
+    legend_below(figure, above)
     return figure
 
 
 def _in_order(axes: Axes, comparison: Comparison) -> None:
-    looks, points = styles(comparison.plan), defaultdict(list)
-    for at, block in enumerate(comparison.blocks, start=1):
-        if SATURATED in block.loads and block.failure is None:
-            points[block.arm].append((at, block.loads[SATURATED].throughput))
-    if not points:
+    placed = list(enumerate(comparison.blocks, start=1))
+    measured = [(at, block) for at, block in placed if block.failure is None and SATURATED in block.loads]
+    if not measured:
         instead(axes, "no block was measured to its end")
         return
-    for look, own in ((look, points[label]) for label, look in looks.items() if label in points):
-        x, y = zip(*own, strict=True)
-        axes.plot(x, y, color=look.colour, linewidth=0.8, alpha=0.6)
-        axes.plot(x, y, look.marker, color=look.colour, markersize=5, label=look.name)
-    rounds = [block.round for block in comparison.blocks]
-    begins = [at + 0.5 for at in range(1, len(rounds)) if rounds[at] != rounds[at - 1]]
-    low, high = axes.get_ylim()
-    axes.set_ylim(low - (high - low) * 0.08, high)
-    axes.vlines(begins, 0, 1, transform=axes.get_xaxis_transform(), color=PALE, linewidth=0.8, zorder=0)
-    for at, block in enumerate(comparison.blocks, start=1):
+    looks = styles(comparison.plan)
+    for label, look in looks.items():
+        if own := [(at, block.loads[SATURATED].throughput) for at, block in measured if block.arm == label]:
+            axes.plot(*zip(*own, strict=True), color=look.colour, linewidth=0.8, alpha=0.6)
+            axes.plot(*zip(*own, strict=True), look.marker, color=look.colour, markersize=5, label=look.name)
+    axes.margins(y=0.12)
+    along = axes.get_xaxis_transform()
+    for at, block in placed:
+        if block.round != comparison.blocks[at - 2].round and at > 1:
+            axes.axvline(at - 0.5, color=PALE, linewidth=0.8, zorder=0)
         if block.failure is not None:
-            place, colour = axes.get_xaxis_transform(), looks[block.arm].colour
-            axes.text(at, 0.02, "✗ failed", transform=place, ha="center", fontsize=SMALL, color=colour)
-    axes.set_xlim(0.3, len(comparison.blocks) + 0.7)
+            colour = looks[block.arm].colour
+            axes.text(at, 0.02, "✗ failed", transform=along, ha="center", fontsize=SMALL, color=colour)
+    axes.set_xlim(0.3, len(placed) + 0.7)
 
 
 def _ratios(axes: Axes, comparison: Comparison) -> None:
     looks = styles(comparison.plan)
     throughput = {label: values_by_round(comparison.blocks_of(label), THROUGHPUT) for label in looks}
     (baseline, base), *others = throughput.items()
-    ratios = {
-        label: {number: value / base[number] for number, value in own.items() if base.get(number)}
-        for label, own in others
-    }
+    ratios = {label: ratio(own, base) for label, own in others}
     if not any(ratios.values()):
         instead(axes, "no round has a block of the baseline and of another arm")
         return
     axes.axhline(1, color=looks[baseline].colour, linewidth=1.4)
     for label, own in ratios.items():
-        look, x = looks[label], [number + 1 for number in own]
-        line = f"{look.marker}{look.dash}"
+        look, x, line = looks[label], [number + 1 for number in own], f"{looks[label].marker}{looks[label].dash}"
         axes.plot(x, list(own.values()), line, color=look.colour, markersize=5, linewidth=0.8)
         axes.axhline(median(own.values()) or 1, color=look.colour, linewidth=0.8, linestyle=(0, (6, 4)), alpha=0.7)

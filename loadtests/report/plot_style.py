@@ -53,10 +53,12 @@ def instead(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, ha="center", va="center", color=FAINT, transform=axes.transAxes)
 
 
-def legend_below(figure: Figure, axes: Axes, *, columns: int) -> None:
-    """One legend for the whole figure, with what `axes` shows."""
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """One legend for the whole figure, with what `axes` shows, in as many columns as there is room for."""
     handles, names = axes.get_legend_handles_labels()
     if handles:
+        # About 125 letters fit, of which the line before a name takes 7.
+        columns = max(1, 125 // (7 + max(map(len, names))))
         figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), columns))
 
 

@@ -1,23 +1,27 @@
 """How every command writes its report: tables of text, one Jinja template a format, strict JSON, and the terminal.
 
 A command makes `Table`s of text, puts them into a template of `templates/` with `write_report`, and prints those that
-belong in the terminal (`print_tables`); `loadtests/overload/report.py` is a short example.
+belong in the terminal (`print_tables`); `loadtests/overload/report.py` is a short example. Tables may themselves stand
+in a text template (`tables`): a line for each cell, which begins with the heading of its column.
 
 `base.md.j2` ends every page with the environment and the command, and so needs `command` and `environment`.
 `macros` holds what the templates share: `table(table)` with its note, `bullets(items)`, `facts(mapping)` and
 `caveats(warnings)`. In a Markdown template the output of every `{{ }}` is escaped for Markdown, except that of a macro
 and of the filter `fenced("sh")`, a block of code; in an HTML template it is escaped for HTML. A text template
-(`caveats.txt.j2`) holds one sentence per line, for `sentences`, and escapes nothing.
+(`caveats.txt.j2`) holds one sentence per line, for `sentences`, and escapes nothing. Filters in all of them: `joined`,
+`median` (of what is known), `number`, `millions` and `span`.
 """
 
+import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -104,10 +108,69 @@ def sentences(template: str, **context: Any) -> list[str]:
     return [line.strip().replace(_NEWLINE, "\n") for line in lines if line.strip()]
 
 
+def tables(template: str, **context: Any) -> list[Table]:
+    """The tables of a text template: for each a line `# title`, a line `heading: cell` for every cell, and its `note:`.
+
+    A `<` before the heading makes the column one of text. A heading that the row has already begins the next row.
+    Tables without a row are left out.
+    """
+    found: dict[str, list[dict[str, str]]] = {}
+    notes: dict[str, str] = {}
+    title = ""
+    for line in sentences(template, **context):
+        heading, _, cell = line.partition(":")
+        if line.startswith("# "):
+            title = line.removeprefix("# ")
+        elif heading == "note":
+            notes[title] = cell.strip()
+        else:
+            rows = found.setdefault(title, [{}])
+            if heading in rows[-1]:
+                rows.append({})
+            rows[-1][heading] = cell.strip()
+    return [
+        Table(
+            title=title,
+            headings=[heading.removeprefix("<") for heading in rows[0]],
+            rows=[list(row.values()) for row in rows],
+            text=[place for place, heading in enumerate(rows[0]) if heading.startswith("<")],
+            note=notes.get(title, ""),
+        )
+        for title, rows in found.items()
+    ]
+
+
 def joined(items: Collection[str]) -> str:
     """`a, b and c`."""
     *first, last = items or ("",)
     return f"{', '.join(first)} and {last}" if first else last
+
+
+def median(values: Iterable[float | None]) -> float | None:
+    """The median of the values that are known; None if there is none."""
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None
+
+
+def number(value: float | None) -> str:
+    """Three significant digits or more, without an exponent: 4.27, 12.4, 151, 1,395."""
+    if value is None or math.isnan(value):
+        return UNKNOWN
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    size = abs(value)
+    places = 2 if size < 9.995 else 1 if size < 99.95 else 0
+    return f"{value:,.{places}f}".replace("-", "−")
+
+
+def millions(value: float | None) -> str:
+    """The number of millions: megabytes of bytes; unknown if there is none."""
+    return number(value / 1e6) if value else UNKNOWN
+
+
+def span(values: Sequence[float]) -> str:
+    """`4.27–12.4`: the smallest and the largest, once where they are the same."""
+    return "–".join(dict.fromkeys((number(min(values)), number(max(values))))) if values else UNKNOWN
 
 
 def print_tables(*tables: Table, width: int) -> None:
@@ -165,6 +228,7 @@ def _environment(kind: str) -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"fenced": _fenced, "joined": joined}
+    environment.filters |= {"median": median, "number": number, "millions": millions, "span": span}
     if kind != "txt":
         environment.globals["macros"] = environment.get_template(f"macros.{kind}.j2").module
     return environment

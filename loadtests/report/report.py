@@ -7,14 +7,14 @@ from matplotlib import style
 
 from loadtests.experiment.model import Comparison
 from loadtests.generator.load_result import IN_FLIGHT
+from loadtests.report import texts
 from loadtests.report.document import as_document, write_samples
+from loadtests.report.findings import Findings
 from loadtests.report.plot_arms import pareto, variants
 from loadtests.report.plot_blocks import blocks, latency
 from loadtests.report.plot_style import STYLE, as_svg
-from loadtests.report.prose import caveats, conclusion, conditions, rates_text, top1_note
 from loadtests.report.rendering import Table, write_report
-from loadtests.report.tables import detail_tables, environment, verdict_table
-from loadtests.report.verdicts import Findings, judge
+from loadtests.report.verdicts import judge
 
 
 class Report(NamedTuple):
@@ -27,8 +27,8 @@ class Report(NamedTuple):
 def write_comparison(comparison: Comparison, out: Path) -> Report:
     """Judge a comparison and write results.json, report.md, report.html, samples.npz and the plots into `out`."""
     findings = judge(comparison)
-    said = caveats(comparison, findings)
-    table = verdict_table(comparison, findings)
+    said = texts.caveats(comparison, findings)
+    table = texts.verdict_table(comparison, findings)
     levels = sorted({f"{row.change.level:.4g}" for row in findings.rows if row.change})
     out.mkdir(parents=True, exist_ok=True)
     plots = write_plots(comparison, findings, out)
@@ -38,17 +38,17 @@ def write_comparison(comparison: Comparison, out: Path) -> Report:
         template="compare.md.j2",
         html="compare.html.j2",
         command=comparison.command,
-        environment=environment(comparison),
+        environment=texts.environment(comparison),
         finished=f"{comparison.finished:%Y-%m-%d %H:%M} UTC" if comparison.finished else "not finished",
-        conditions=conditions(comparison),
-        conclusion=conclusion(comparison, findings),
+        conditions=texts.conditions(comparison),
+        conclusion=texts.conclusion(comparison, findings),
         caveats=said,
         verdicts=table,
-        top1_note=top1_note(comparison),
-        tables=detail_tables(comparison, findings),
+        top1_note=texts.top1_note(comparison),
+        tables=texts.detail_tables(comparison, findings),
         plots=plots,
         plan=comparison.plan,
-        rates=rates_text(comparison) or "set rates",
+        rates=texts.rates_text(comparison) or "set rates",
         payloads=comparison.payloads,
         blocks=sorted({len(comparison.blocks_of(arm.label)) for arm in comparison.plan.arms}),
         levels=levels,

@@ -1,19 +1,32 @@
 """What a comparison says: every metric of every arm, and whether it is better or worse than the baseline's."""
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, Block, Comparison
+from loadtests.experiment.model import LOADS, SATURATED, Block, Comparison
 from loadtests.generator.load_result import LoadResult
+from loadtests.report.findings import (
+    GPU_MEMORY,
+    LATENCIES,
+    MEMORY,
+    THROUGHPUT,
+    TOP1,
+    Change,
+    Findings,
+    Metric,
+    Row,
+    Tested,
+    Verdict,
+)
 from loadtests.statistics import (
     MIN_BEYOND,
     Effect,
+    Holm,
     holm,
     independent_proportions,
     paired_difference,
@@ -23,119 +36,8 @@ from loadtests.statistics import (
 )
 from service.manifest import Accuracy
 
-Verdict = Literal["better", "worse", "no difference seen"]
 Pairing = Literal["paired", "independent"]
 """Top-1 judged on the same images one by one, or as if each model had been asked other images."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """A quantity that is compared."""
-
-    name: str
-    """For results.json; ends with the unit."""
-    label: str = field(compare=False)
-    """In words, without its unit: `p99 at 340/s`."""
-    unit: str = ""
-    load: str | None = None
-    """The load under which it is measured; None for top-1, and for memory, whose peak is that of all loads."""
-    rank: int | None = None
-    """The percentile, for latencies."""
-    better: Literal["higher", "lower"] = "lower"
-    kind: Literal["ratio", "difference"] = "difference"
-    """How two arms are compared."""
-
-    @property
-    def heading(self) -> str:
-        """In words, with its unit: `p99 at 340/s, ms`."""
-        return f"{self.label}, {self.unit}" if self.unit else self.label
-
-
-TOP1 = Metric(name="top1_percent", label="top-1", unit="%", better="higher")
-THROUGHPUT = Metric(
-    name="images_per_second", label="images/s at saturation", load=SATURATED, better="higher", kind="ratio"
-)
-LATENCIES = tuple(
-    Metric(name=f"p{rank}_ms", label=f"p{rank}", unit="ms", load=load, rank=rank)
-    for load in (MODERATE, HIGH)
-    for rank in (50, 95, 99)
-)
-MEMORY = Metric(name="peak_mb", label="peak memory", unit="MB", kind="ratio")
-GPU_MEMORY = Metric(name="peak_gpu_mb", label="peak GPU memory", unit="MB", kind="ratio")
-
-
-@dataclass(frozen=True)
-class Change:
-    """One arm's metric against the baseline's."""
-
-    estimate: float
-    """A ratio (arm / baseline), or a difference (arm - baseline) in the metric's unit; of top-1, in points."""
-    low: float
-    high: float
-    """Ends of the interval at `level`."""
-    level: float
-    """Confidence; above 0.95, because all comparisons of the report share its 5 %."""
-    p_value: float
-    """Adjusted (Holm) for all comparisons of the report: below 0.05 where a difference is seen."""
-    verdict: Verdict
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One metric of one arm."""
-
-    arm: str
-    """Its label."""
-    metric: Metric
-    value: float | None
-    """None if it is unknown, or has too few samples. Infinite: that percentile of the requests was not answered."""
-    smallest: float | None
-    """The smallest and the largest value of a block."""
-    largest: float | None
-    change: Change | None
-    """None for the baseline, and where there are too few blocks for an interval."""
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """Of a whisker: the smallest and the largest block, or the value where they are unknown."""
-        value = self.value or 0.0
-        return value if self.smallest is None else self.smallest, value if self.largest is None else self.largest
-
-    @property
-    def verdict(self) -> Verdict | None:
-        """That of the change; None without one."""
-        return self.change.verdict if self.change else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Findings:
-    """One row for each metric and arm, metric by metric."""
-
-    rows: list[Row]
-
-    @property
-    def metrics(self) -> list[Metric]:
-        """Those that were measured."""
-        return list(dict.fromkeys(row.metric for row in self.rows))
-
-    @property
-    def memory(self) -> Metric:
-        """`GPU_MEMORY` if it was measured in every block, else `MEMORY`."""
-        return self.metrics[-1]
-
-    @property
-    def headline(self) -> list[Metric]:
-        """The metrics of the verdict table and the conclusion."""
-        return [metric for metric in self.metrics if metric.rank != 95]
-
-    def row(self, arm: str, metric: Metric) -> Row | None:
-        """A metric of one arm, by its label."""
-        return next((row for row in self.rows if (row.arm, row.metric) == (arm, metric)), None)
-
-    def value(self, arm: str, metric: Metric) -> float | None:
-        """Its value alone."""
-        row = self.row(arm, metric)
-        return row.value if row else None
 
 
 def judge(comparison: Comparison, *, alpha: float = 0.05) -> Findings:
@@ -146,41 +48,39 @@ def judge(comparison: Comparison, *, alpha: float = 0.05) -> Findings:
     their throughputs or peaks, the mean difference of their own percentiles. Where one round went very badly, a change
     may therefore differ from that of the values, and its interval is wide. See `loadtests.statistics`.
     """
-    arms, memory = comparison.plan.arms, GPU_MEMORY if all(uses_device(comparison)) else MEMORY
-    metrics = [TOP1, THROUGHPUT, *latencies(comparison), memory]
-    blocks = {arm.label: comparison.blocks_of(arm.label) for arm in arms}
-    effects = {
-        (arm.label, metric): effect
-        for arm in arms[1:]
-        for metric in metrics
-        if (effect := _effect(metric, blocks[arm.label], blocks[arms[0].label])) is not None
-    }
-    found = changes(effects, alpha)
-    pairs = itertools.product(metrics, blocks.items())
-    return Findings(rows=[_row(arm, metric, own, found.get((arm, metric))) for metric, (arm, own) in pairs])
+    blocks = {arm.label: comparison.blocks_of(arm.label) for arm in comparison.plan.arms}
+    baseline, *others = blocks.values()
+    tested: list[Tested] = []
+    for metric in [TOP1, THROUGHPUT, *latencies(comparison), GPU_MEMORY if all(uses_device(comparison)) else MEMORY]:
+        first, *rows = (_row(label, metric, own) for label, own in blocks.items())
+        tested.append((first, None))
+        for row, own in zip(rows, others, strict=True):
+            tested.append((replace(row, base=first.value), _effect(metric, own, baseline)))
+    return Findings(rows=judged(tested, alpha))
 
 
-def changes(effects: Mapping[tuple[str, Metric], Effect], alpha: float) -> dict[tuple[str, Metric], Change]:
-    """The verdict on each effect, by arm and metric, with Holm's levels over all of them."""
-    tests = holm([effect.p_value for effect in effects.values()], alpha)
-    found = {}
-    for ((arm, metric), effect), test in zip(effects.items(), tests, strict=True):
-        estimate, low, high = effect.at(test.level)
-        none = 1.0 if metric.kind == "ratio" else 0.0
-        verdict: Verdict = "no difference seen"
-        # An exact test and its interval may disagree by a hair: then no difference is seen.
-        if test.rejected and not low <= none <= high:
-            verdict = "better" if (low > none) == (metric.better == "higher") else "worse"
-        found[arm, metric] = Change(estimate, low, high, level=test.level, p_value=test.p_value, verdict=verdict)
-    return found
+def judged(tested: Sequence[Tested], alpha: float) -> list[Row]:
+    """The rows with the verdicts on their effects, with Holm's levels over all of them."""
+    tests = iter(holm([effect.p_value for _, effect in tested if effect], alpha))
+    return [replace(row, change=_change(row.metric, effect, next(tests))) if effect else row for row, effect in tested]
+
+
+def _change(metric: Metric, effect: Effect, test: Holm) -> Change:
+    estimate, low, high = effect.at(test.level)
+    none = 1.0 if metric.kind == "ratio" else 0.0
+    verdict: Verdict = "no difference seen"
+    # An exact test and its interval may disagree by a hair: then no difference is seen.
+    if test.rejected and not low <= none <= high:
+        verdict = "better" if (low > none) == (metric.better == "higher") else "worse"
+    return Change(estimate, low, high, level=test.level, p_value=test.p_value, verdict=verdict)
 
 
 def uses_device(comparison: Comparison) -> set[bool]:
     """Whether memory of a GPU is known for blocks: for all (True), for none (False), or for some only (both)."""
     known = {
         any(load.device_bytes is not None for load in block.loads.values())
-        for arm in comparison.plan.arms
-        for block in comparison.blocks_of(arm.label)
+        for block in comparison.blocks
+        if block.failure is None
     }
     return known or {False}
 
@@ -206,6 +106,11 @@ def values_by_round(blocks: Sequence[Block], metric: Metric, *, min_beyond: int 
     return {number: value for number, value in values.items() if value is not None}
 
 
+def ratio(values: dict[int, float], base: dict[int, float]) -> dict[int, float]:
+    """Values divided round by round, in the rounds that have both."""
+    return {number: value / base[number] for number, value in values.items() if base.get(number)}
+
+
 def latencies(comparison: Comparison) -> list[Metric]:
     """Those of `LATENCIES` that were measured, labelled by the rate of their load."""
     return [
@@ -224,14 +129,14 @@ def load_name(comparison: Comparison, load: str | None) -> str:
     return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
 
 
-def loads_of(comparison: Comparison) -> list[tuple[str, str, list[LoadResult]]]:
-    """(label of the arm, name of the load, its results block by block), load by load; only what was measured."""
-    return [
-        (arm.label, name, found)
+def loads_of(comparison: Comparison) -> dict[tuple[str, str], list[LoadResult]]:
+    """Results block by block, by arm and load, load by load; only what was measured."""
+    return {
+        (arm.label, name): found
         for name in LOADS
         for arm in comparison.plan.arms
         if (found := [block.loads[name] for block in comparison.blocks_of(arm.label) if name in block.loads])
-    ]
+    }
 
 
 def counts(comparison: Comparison, label: str) -> dict[str, int]:
@@ -252,15 +157,20 @@ def model_info(comparison: Comparison, label: str) -> dict[str, Any]:
     return next((block.info for block in comparison.blocks if block.arm == label and block.info), {})
 
 
-def _row(arm: str, metric: Metric, blocks: Sequence[Block], change: Change | None) -> Row:
+def tokens_text(info: dict[str, Any]) -> str:
+    """`16 of 64`: on how many of its tokens a model attends; empty if that is unknown."""
+    known = info.get("kv_tokens") and info.get("tokens")
+    return f"{info['kv_tokens']} of {info['tokens']}" if known else ""
+
+
+def _row(arm: str, metric: Metric, blocks: Sequence[Block]) -> Row:
     known = values_by_round(blocks, metric).values()
     value: float | None = None
     if metric.rank is not None:
         value = percentile(_pooled(blocks, metric), metric.rank)
     elif known:
         value = max(known) if metric.unit == "MB" else float(np.median(list(known)))
-    smallest, largest = min(known, default=None), max(known, default=None)
-    return Row(arm=arm, metric=metric, value=value, smallest=smallest, largest=largest, change=change)
+    return Row(arm=arm, metric=metric, value=value, smallest=min(known, default=None), largest=max(known, default=None))
 
 
 def _pooled(blocks: Sequence[Block], metric: Metric) -> npt.NDArray[np.float64]:

@@ -12,7 +12,7 @@ from loadtests.__main__ import app
 from loadtests.experiment.model import Arm, Block
 from loadtests.generator.load_result import LoadResult
 from loadtests.limit.measure import LimitExperiment, LimitPlan, closed_name, with_references
-from loadtests.limit.report import POOLED, figures, load_table, ratio, ratio_table, ratios, write
+from loadtests.limit.report import POOLED, figures, ratio, ratios, tables_of, write
 
 THOUSAND = np.arange(1.0, 1001.0)
 """Milliseconds: p50 501, p99 991."""
@@ -99,7 +99,7 @@ def test_ratios_are_paired_by_round(experiment: LimitExperiment) -> None:
     assert opened.median == pytest.approx(1.5 * 991 / 501)
     memory = found["m, peak memory above idle, 32 connections"]
     assert memory.values == pytest.approx({0: 10, 1: 20})
-    assert memory.text == "15.00 (10.00–20.00) %"
+    assert [memory.name, "15.00 (10.00–20.00) %", "–"] in tables_of(experiment)[1].rows
     assert found["plain server, peak memory above idle, 32 connections"].median == pytest.approx(80)
     assert found["m idle, memory above ONNX Runtime and model alone"].values == {0: 40, 1: 40}
 
@@ -117,7 +117,7 @@ def test_another_commit_is_set_against_the_first_arm_of_its_model(experiment: Li
     assert found.median == pytest.approx(0.82)
     assert found.interval
     assert 0.79 < found.interval[0] < found.median < found.interval[1] < 0.85
-    assert any(row[0] == f"{old.label} / m, images/s, 32 connections" for row in ratio_table(experiment).rows)
+    assert any(row[0] == f"{old.label} / m, images/s, 32 connections" for row in tables_of(experiment)[1].rows)
 
 
 def test_fewer_than_five_rounds_have_no_interval(experiment: LimitExperiment) -> None:
@@ -131,8 +131,8 @@ def test_percentiles_are_medians_of_rounds_or_pooled_where_a_round_holds_too_few
         block.loads[load] = replace(block.loads[load], latencies_ms=np.full(300, 10.0 + block.round))
     found = figures(experiment, plain, load)
     assert (found["p50 ms"], found["p99 ms"]) == ({POOLED: 11}, {POOLED: 11})
-    row = next(row for row in load_table(experiment).rows if row[:2] == (plain.label, load))
-    assert row[3:6] == ("11.0*", "11.0*", "1.00*")
+    row = next(row for row in tables_of(experiment)[0].rows if row[:2] == [plain.label, load])
+    assert row[3:6] == ["11.0*", "11.0*", "1.00*"]
 
 
 def test_a_ratio_falls_back_to_medians_where_rounds_do_not_pair() -> None:
@@ -143,7 +143,7 @@ def test_a_ratio_falls_back_to_medians_where_rounds_do_not_pair() -> None:
 
 
 def test_the_report_holds_every_arm(experiment: LimitExperiment, tmp_path: Path) -> None:
-    rows = {(row[0], row[1]): row for row in load_table(experiment).rows}
+    rows = {(row[0], row[1]): row for row in tables_of(experiment)[0].rows}
     assert rows["engine limit", "batch 4"][2] == "75.0 (50.0–100.0)"
     assert rows["m", OPEN][-1] == "2 (of 100: unsent 6, late 0)"
     assert {name for name, _ in rows} == {"m", "engine limit", "plain server"}

@@ -12,14 +12,15 @@ import pytest
 
 from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, CapacitySearch, Comparison
 from loadtests.report.document import ResultsError, as_document, from_document, read_results
-from loadtests.report.regressions import Regression, notes
+from loadtests.report.findings import MEMORY, THROUGHPUT, TOP1, Change, Row
 from loadtests.report.regressions import find_regressions as outcome
-from loadtests.report.verdicts import MEMORY, THROUGHPUT, TOP1, judge
+from loadtests.report.regressions import notes, sentence
+from loadtests.report.verdicts import judge
 from loadtests.statistics import percentile
 from tests.loadtests.report.test_verdicts import ARMS, accuracy, changed, comparison, correct
 
 
-def find_regressions(old: Comparison, new: Comparison, **how: Any) -> list[Regression]:
+def find_regressions(old: Comparison, new: Comparison, **how: Any) -> list[Row]:
     return outcome(old, new, **how).worse
 
 
@@ -40,8 +41,13 @@ def slower(measured: Comparison, *arms: str, factor: float = 0.85) -> Comparison
     return measured
 
 
-def found(results: list[Regression]) -> set[tuple[str, str | None, str]]:
+def found(results: list[Row]) -> set[tuple[str, str | None, str]]:
     return {(result.arm, result.metric.load, result.metric.name) for result in results}
+
+
+def change(row: Row) -> Change:
+    assert row.change is not None
+    return row.change
 
 
 OLD = written(comparison(seed=1))
@@ -66,12 +72,14 @@ def test_at_most_5_percent_of_equal_runs_are_called_worse(count: int, most: int)
 def test_a_slower_arm_is_found_in_a_comparison_and_in_its_document(reads: bool) -> None:
     new = slower(comparison(seed=2), "b")
     (result,) = find_regressions(OLD, written(new) if reads else new)
-    assert (result.arm, result.metric, result.relative) == ("b", THROUGHPUT, False)
-    assert 0.8 < result.change.estimate < 0.9
-    assert result.change.low < result.change.estimate < result.change.high < 1
-    assert result.new < result.old
-    assert str(result).startswith("b: images/s at saturation went from 5")
-    assert ", ×0.8" in str(result)
+    assert (result.arm, result.metric) == ("b", THROUGHPUT)
+    assert 0.8 < change(result).estimate < 0.9
+    assert change(result).low < change(result).estimate < change(result).high < 1
+    assert result.value is not None
+    assert result.base is not None
+    assert result.value < result.base
+    assert sentence(result).startswith("b: images/s at saturation went from 5")
+    assert ", ×0.8" in sentence(result)
 
 
 def test_what_is_better_or_worse_by_less_than_the_tolerance_is_no_regression() -> None:
@@ -86,8 +94,8 @@ def test_more_memory_and_latency_are_found_the_largest_change_first() -> None:
     results = find_regressions(OLD, new)
     assert found(results) == {("b", "high", "p50_ms"), ("b", "high", "p95_ms"), ("a", None, "peak_mb")}
     assert results[0].metric == MEMORY
-    assert str(results[0]).startswith("a: peak memory went from 10")
-    assert "to 30" in str(results[0])
+    assert sentence(results[0]).startswith("a: peak memory went from 10")
+    assert "to 30" in sentence(results[0])
 
 
 @pytest.mark.parametrize("reads", [False, True])
@@ -96,7 +104,7 @@ def test_percentiles_that_were_never_answered_are_a_regression(reads: bool) -> N
     new = changed(comparison(seed=2), "b", HIGH, latencies_ms=lambda values: np.where(lost, math.inf, values))
     (result,) = find_regressions(OLD, written(new) if reads else new)
     assert found([result]) == {("b", "high", "p95_ms")}
-    assert result.change.estimate > 2, "infinite, so certainly more than any that was measured"
+    assert change(result).estimate > 2, "infinite, so certainly more than any that was measured"
 
 
 def test_on_another_machine_only_ratios_to_the_baseline_count() -> None:
@@ -108,9 +116,9 @@ def test_on_another_machine_only_ratios_to_the_baseline_count() -> None:
         "The machines differ (cores: 8 and 4): ratios to a were compared, which do not show what made all arms slower."
     ]
     (result,) = find_regressions(OLD, slower(new, "b"))
-    assert (result.arm, result.metric, result.relative) == ("b", THROUGHPUT, True)
-    assert result.old == pytest.approx(1, abs=0.05)
-    assert "of the baseline's" in str(result)
+    assert found([result]) == {("b", SATURATED, "images_per_second")}
+    assert result.base == pytest.approx(1, abs=0.05)
+    assert "of the baseline's" in sentence(result)
 
 
 def test_on_another_machine_with_another_baseline_the_reader_is_warned() -> None:
@@ -143,7 +151,7 @@ def test_an_arm_that_no_longer_works_is_the_worst_regression() -> None:
     new = slower(comparison(seed=2), "a again")
     new.blocks = [replace(block, failure="it died") if block.arm == "b" else block for block in new.blocks]
     first, second = find_regressions(OLD, new)
-    assert (first.arm, first.metric, first.new, first.change.estimate) == ("b", THROUGHPUT, 0, 0)
+    assert (first.arm, first.metric, first.value, change(first).estimate) == ("b", THROUGHPUT, 0, 0)
     assert second.arm == "a again"
     assert notes(OLD, new)[0].startswith("10 blocks of b failed or answered nothing, and 0 in the old results")
     silent = changed(comparison(seed=2), "b", SATURATED, throughput=0.0)
@@ -201,9 +209,9 @@ def test_lost_accuracy_is_a_regression_however_small_if_it_is_no_chance() -> Non
         return measured
 
     (regression,) = find_regressions(OLD, with_top1(0.45))
-    assert (regression.arm, regression.metric, regression.old, regression.new) == ("b", TOP1, 50, 45)
-    assert "top-1 went from 50 to 45 %" in str(regression)
-    assert regression.change.low < -5 < regression.change.high < 0
+    assert (regression.arm, regression.metric, regression.base, regression.value) == ("b", TOP1, 50, 45)
+    assert "top-1 went from 50 to 45 %" in sentence(regression)
+    assert change(regression).low < -5 < change(regression).high < 0
     # Image by image, less is enough.
     right = np.arange(10_000) < 5000
     before, after = (with_top1(top1, correct=correct(right)) for top1 in (0.5, 0.494))

@@ -15,25 +15,13 @@ from rich.console import Console
 
 from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Arm, Block, Comparison
 from loadtests.report.document import as_document, write_samples
-from loadtests.report.format import interval_text, number
+from loadtests.report.findings import LATENCIES, MEMORY, THROUGHPUT, TOP1, Change, Findings, Metric, Row, Verdict
 from loadtests.report.plot_arms import pareto, variants
 from loadtests.report.plot_blocks import blocks, latency
-from loadtests.report.prose import conclusion, top1_note
-from loadtests.report.rendering import Table, rich_table
+from loadtests.report.rendering import Table, number, rich_table
 from loadtests.report.report import write_comparison, write_plots
-from loadtests.report.tables import detail_tables, verdict_table
-from loadtests.report.verdicts import (
-    LATENCIES,
-    MEMORY,
-    THROUGHPUT,
-    TOP1,
-    Change,
-    Findings,
-    Metric,
-    Row,
-    Verdict,
-    judge,
-)
+from loadtests.report.texts import conclusion, detail_tables, top1_note, verdict_table
+from loadtests.report.verdicts import judge
 from tests.loadtests.report.fakes import ARMS, BASELINE, CSRA, LSRA, REPEATED, comparison, load, plan
 from tests.loadtests.report.test_verdicts import correct
 
@@ -60,7 +48,15 @@ def only(found: Findings, label: str, values: dict[Metric, tuple[float | None, C
     rows = [row for row in found.rows if row.arm != label]
     labelled = {metric: metric for metric in found.metrics}
     rows += [
-        Row(arm=label, metric=labelled[metric], value=value, smallest=value, largest=value, change=changed)
+        Row(
+            arm=label,
+            metric=labelled[metric],
+            value=value,
+            base=found.value(BASELINE, metric),
+            smallest=value,
+            largest=value,
+            change=changed,
+        )
         for metric, (value, changed) in values.items()
     ]
     return replace(found, rows=rows)
@@ -148,8 +144,11 @@ def test_the_note_on_top1_says_how_it_is_compared_and_that_seeds_differ(measured
 
 
 def test_an_interval_close_to_one_keeps_the_digit_that_decides() -> None:
-    assert interval_text(THROUGHPUT, change(1.01, 1.002, 1.02, "better")) == "1.002–1.020"
-    assert interval_text(THROUGHPUT, change(1.05, 1.02, 1.08, "better")) == "1.02–1.08"
+    def texts(found: Change) -> tuple[str, str]:
+        return Row(arm=CSRA, metric=THROUGHPUT, value=373, change=found).change_texts
+
+    assert texts(change(1.01, 1.002, 1.02, "better")) == ("×1.010", "1.002–1.020")
+    assert texts(change(1.05, 1.02, 1.08, "better")) == ("×1.05", "1.02–1.08")
     assert [number(value) for value in (0.1234, 9.996, 12.34, 151.4, 1395.2, -0.5)] == [
         "0.12", "10.0", "12.3", "151", "1,395", "−0.50",
     ]  # fmt: skip

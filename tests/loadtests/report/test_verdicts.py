@@ -12,8 +12,7 @@ import pytest
 
 from loadtests.experiment.model import HIGH, LOADS, MODERATE, SATURATED, Arm, Block, Comparison, ComparisonPlan
 from loadtests.generator.load_result import LoadResult
-from loadtests.report.prose import caveats
-from loadtests.report.verdicts import (
+from loadtests.report.findings import (
     GPU_MEMORY,
     LATENCIES,
     MEMORY,
@@ -23,9 +22,9 @@ from loadtests.report.verdicts import (
     Findings,
     Metric,
     Row,
-    counts,
-    judge,
 )
+from loadtests.report.texts import caveats
+from loadtests.report.verdicts import counts, judge
 
 ARMS = (Arm(label="a", model="a"), Arm(label="b", model="b"), Arm(label="a again", model="a", repeat_of="a"))
 RATES = {MODERATE: 100.0, HIGH: 340.0}
