@@ -21,6 +21,7 @@ from loadtests.experiment.model import (
     MODERATE,
     SATURATED,
     Arm,
+    Block,
     CapacitySearch,
     Comparison,
     ComparisonPlan,
@@ -94,9 +95,9 @@ def _calibrate(bench: Bench, plan: ComparisonPlan, chosen: Chosen, progress: Pro
 def _measure(bench: Bench, comparison: Comparison, costs: Costs, progress: Progress) -> None:
     plan = comparison.plan
     searches = [(number, arm) for number in range(plan.capacity_searches) for arm in without_repeats(plan)]
-    found = bench.store.searches()
+    found = bench.store.kept(CapacitySearch)
     comparison.capacity_searches = list(found.values())
-    left = costs.whole(plan) - len(bench.store.blocks()) * costs.block(plan) - len(found) * costs.search(plan)
+    left = costs.whole(plan) - len(bench.store.kept(Block)) * costs.block(plan) - len(found) * costs.search(plan)
     progress.note(_summary(plan, comparison.rates, left))
     deadline = time.monotonic() + max(left, _OVERRUN * plan.budget_minutes * 60)
     loads = [Load(name=name, rate=rate) for name, rate in comparison.rates.items()]
@@ -117,7 +118,7 @@ def _measure(bench: Bench, comparison: Comparison, costs: Costs, progress: Progr
             return
         progress.step(f"largest rate of {arm.label}", blocks + number, blocks + len(searches))
         search = _search(bench, arm, round_number, comparison)
-        bench.store.add_search(search, number)
+        bench.store.add(search, number)
         comparison.capacity_searches.append(search)
 
 

@@ -164,7 +164,7 @@ def test_an_interrupted_comparison_reports_leaves_no_process_and_is_resumed(
     family: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "blocks" / "0000.json").is_file() or len(family) < 2:
+        while not (tmp_path / "blocks" / "Block-0000").is_file() or len(family) < 2:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
