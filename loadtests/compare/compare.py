@@ -21,7 +21,6 @@ from loadtests.experiment.model import (
     MODERATE,
     SATURATED,
     Arm,
-    Block,
     CapacitySearch,
     Comparison,
     ComparisonPlan,
@@ -95,9 +94,9 @@ def _calibrate(bench: Bench, plan: ComparisonPlan, chosen: Chosen, progress: Pro
 def _measure(bench: Bench, comparison: Comparison, costs: Costs, progress: Progress) -> None:
     plan = comparison.plan
     searches = [(number, arm) for number in range(plan.capacity_searches) for arm in without_repeats(plan)]
-    found = bench.store.kept(CapacitySearch)
+    found = bench.store.searches()
     comparison.capacity_searches = list(found.values())
-    left = costs.whole(plan) - len(bench.store.kept(Block)) * costs.block(plan) - len(found) * costs.search(plan)
+    left = costs.whole(plan) - len(bench.store.blocks()) * costs.block(plan) - len(found) * costs.search(plan)
     progress.note(_summary(plan, comparison.rates, left))
     deadline = time.monotonic() + max(left, _OVERRUN * plan.budget_minutes * 60)
     loads = [Load(name=name, rate=rate) for name, rate in comparison.rates.items()]

@@ -97,7 +97,7 @@ class Bench:
         """
         experiment, plan = self.experiment, self.experiment.plan
         blocks = order(plan.arms, plan.rounds, seed=plan.seed)
-        kept = whole_rounds(self.store.kept(Block), len(plan.arms))
+        kept = whole_rounds(self.store.blocks(), len(plan.arms))
         experiment.blocks = list(kept.values())
         self._started.update(block.arm for block in kept.values() if block.failure is None)
         for number, (round_number, arm) in enumerate(blocks):

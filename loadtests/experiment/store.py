@@ -31,13 +31,13 @@ class Store:
             differing = sorted(name for name in fingerprint | kept if kept.get(name) != fingerprint.get(name))
             if not differing:
                 return self._read("settled")
-            if self.kept(Block):
+            if self.blocks():
                 raise StoreError(
                     f"{self._folder.parent} holds a measurement that was begun with another {', '.join(differing)}: "
                     "run it again as it was begun to resume it, give --fresh to discard it, or another --out"
                 )
-        self.clear()
-        self._folder.mkdir(parents=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.settle({})
         self._write("fingerprint", fingerprint)
         return {}
 
@@ -49,10 +49,13 @@ class Store:
         """Keep a block or a search, whole or not at all."""
         self._write(f"{type(measured).__name__}-{number:04d}", measured)
 
-    def kept(self, kind: type[T]) -> dict[int, T]:
-        """All blocks, or all capacity searches, that were kept, by number."""
-        files = sorted(self._folder.glob(f"{kind.__name__}-*"))
-        return {int(file.name.rpartition("-")[2]): unpack(file.read_bytes(), kind) for file in files}
+    def blocks(self) -> dict[int, Block]:
+        """All blocks that were kept, by number."""
+        return self._kept(Block)
+
+    def searches(self) -> dict[int, CapacitySearch]:
+        """All capacity searches that were kept, by number."""
+        return self._kept(CapacitySearch)
 
     def clear(self) -> None:
         """Discard everything: it is finished, or not wanted."""
@@ -62,6 +65,10 @@ class Store:
         draft = self._folder / "draft"
         draft.write_bytes(pack(value))
         draft.replace(self._folder / name)
+
+    def _kept(self, kind: type[T]) -> dict[int, T]:
+        files = sorted(self._folder.glob(f"{kind.__name__}-*"))
+        return {int(file.name.rpartition("-")[2]): unpack(file.read_bytes(), kind) for file in files}
 
     def _read(self, name: str) -> dict[str, Any]:
         file = self._folder / name

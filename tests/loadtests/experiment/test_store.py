@@ -44,7 +44,7 @@ def test_blocks_and_searches_come_back_as_they_were(tmp_path: Path) -> None:
 
     again = Store(tmp_path / "blocks")
     assert again.open({"models": ("a", "b")}, fresh=False) == {"seconds": 4.0}
-    found = again.kept(Block)
+    found = again.blocks()
     assert sorted(found) == [0, 1, 3]
     assert found[0].loads[HIGH].latencies_ms.tolist() == [1.5, np.inf, 2.25]
     assert (found[0].loads[HIGH].stages_ms, found[0].loads[HIGH].trace) == ({"queue": 0.25}, None)
@@ -53,7 +53,7 @@ def test_blocks_and_searches_come_back_as_they_were(tmp_path: Path) -> None:
     for name, array in vars(TRACE).items():
         assert getattr(found[1].loads[HIGH].trace, name).tolist() == array.tolist()
     assert (found[3].failure, found[3].loads) == ("it died", {})
-    assert again.kept(CapacitySearch) == {1: search}
+    assert again.searches() == {1: search}
 
 
 def test_another_experiment_in_the_same_folder_is_an_error_that_names_what_differs(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_another_experiment_in_the_same_folder_is_an_error_that_names_what_diffe
     assert store.open({"connections": 8, "seed": 0}, fresh=True) == {}
     # Nothing is lost where no block was measured.
     assert store.open({"connections": 4, "seed": 0}, fresh=False) == {}
-    assert store.kept(Block) == {}
+    assert store.blocks() == {}
 
 
 def test_a_block_whose_writing_was_interrupted_does_not_count(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_block_whose_writing_was_interrupted_does_not_count(tmp_path: Path) ->
     store.open({}, fresh=False)
     store.add(block(0), 0)
     (tmp_path / "blocks" / "draft").write_bytes(b"half")
-    assert sorted(store.kept(Block)) == [0]
+    assert sorted(store.blocks()) == [0]
 
 
 def test_a_round_is_resumed_as_a_whole_or_not_at_all() -> None:
