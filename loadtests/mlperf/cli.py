@@ -23,9 +23,7 @@ def mlperf(
         ),
     ] = None,
     url: cli.Url = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder for report.md, results.json, and the logs of each scenario.")
-    ] = Path("results/mlperf"),
+    out: cli.Out = Path("results/mlperf"),
     data: cli.Data = None,
     scenarios: Annotated[
         str, typer.Option(help="Some of these, separated by commas; they run in this order.")

@@ -10,6 +10,7 @@ from typing import Any
 
 from loadtests.generator.readers import Label
 from loadtests.mlperf.plan import Scenario
+from loadtests.report.rendering import sentences
 
 HEADLINES: dict[Scenario, str] = {
     "SingleStream": "90.0th percentile latency (ns)",
@@ -70,23 +71,9 @@ def figures(scenario: Scenario, summary: Summary) -> dict[str, Any]:
 
 
 def unmet(scenario: Scenario, summary: Summary, rules: dict[str, float]) -> list[str]:
-    """The settings in which a run fell short of MLPerf's own for image classification."""
+    """The settings in which a run fell short of MLPerf's own for image classification; none in AccuracyOnly mode."""
     used = {name: float(value) for name, value in summary.parameters.items()}
-    if not used:
-        return []
-    minimums = [
-        ("s at least", used["min_duration (ms)"] / 1000, rules["min_duration_s"]),
-        ("queries at least", used["min_query_count"], rules["min_query_count"]),
-        ("images in memory", used["performance_sample_count"], rules["performance_sample_count"]),
-    ]
-    if scenario == "Offline":
-        # It is one query of many samples.
-        minimums[1] = ("samples", used["samples_per_query"], rules["min_query_count"])
-    found = [f"{value:,.0f} instead of {rule:,.0f} {what}" for what, value, rule in minimums if value < rule]
-    bound = rules.get("target_latency_ms")
-    if bound is not None and (used_ms := used["target_latency (ns)"] / 1e6) > bound:
-        found.append(f"a bound of {used_ms:g} ms instead of {bound:g} ms")
-    return found
+    return sentences("mlperf_unmet.txt.j2", scenario=scenario, used=used, rules=rules) if used else []
 
 
 def top1(log: Path | None, labels: Sequence[Label], classes: Sequence[str]) -> dict[str, Any]:
