@@ -50,8 +50,9 @@ def as_document(comparison: Comparison, findings: Findings, caveats: list[str]) 
 
 def _row(row: Row) -> dict[str, Any]:
     metric, unanswered = row.metric, row.value == math.inf
+    values = {name: getattr(row, name) for name in ("arm", "value", "smallest", "largest")}
     change = {"kind": metric.kind, **vars(row.change)} if row.change else None
-    return {**vars(row), "metric": metric.name, "load": metric.load, "unanswered": unanswered, "change": change}
+    return {**values, "metric": metric.name, "load": metric.load, "unanswered": unanswered, "change": change}
 
 
 def _block(block: Block) -> dict[str, Any]:
