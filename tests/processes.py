@@ -1,4 +1,4 @@
-"""A service in its own process, on a real socket."""
+"""Processes of their own: a service on a real socket, and commands that are interrupted."""
 
 import os
 import signal
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from loadtests.experiment.server import free_port
@@ -60,3 +61,29 @@ def serving(
             except subprocess.TimeoutExpired:
                 process.kill()
         process.communicate()
+
+
+@contextmanager
+def interruptible(*command: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that SIGINT reaches, and that ends with the block; what it says on standard error is kept."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, SIGINT is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no threads here)
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def still_running(family: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Those of some processes that have not ended; a zombie has."""
+    return [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]

@@ -117,7 +117,7 @@ def _measure(bench: Bench, comparison: Comparison, costs: Costs, progress: Progr
             return
         progress.step(f"largest rate of {arm.label}", blocks + number, blocks + len(searches))
         search = _search(bench, arm, round_number, comparison)
-        bench.store.add_search(search, number)
+        bench.store.add(search, number)
         comparison.capacity_searches.append(search)
 
 

@@ -1,25 +1,37 @@
-"""Results as strict JSON, which has no infinity: what is not finite becomes null."""
+"""Dataclasses with numpy arrays and paths on disk: as JSON for everyone, as MessagePack to be read back unchanged."""
 
-import json
-import math
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+T = TypeVar("T")
 
 
-def write_json(document: Any, path: Path) -> None:
-    """Write an indented file that ends with a newline."""
-    path.write_text(json.dumps(to_json(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+def to_json(document: Any) -> bytes:
+    """As indented, strict JSON: it knows no infinity, so numbers that are not finite become null."""
+    return msgspec.json.format(msgspec.json.encode(document, enc_hook=_plain), indent=1) + b"\n"
 
 
-def to_json(value: Any) -> Any:
-    """Dataclasses as objects, tuples as lists, paths and the like as text, numbers that are not finite as null."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, dict):
-        return {str(name): to_json(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value if isinstance(value, bool | int | str | None) else str(value)
+def from_json(document: Any, kind: type[T]) -> T:
+    """What it was, from parsed JSON; fields that `kind` does not know are ignored. Raises ValueError."""
+    return msgspec.convert(document, kind, dec_hook=_restored)
+
+
+def pack(value: Any) -> bytes:
+    """As MessagePack, which knows infinity."""
+    return msgspec.msgpack.encode(value, enc_hook=_plain)
+
+
+def unpack(packed: bytes, kind: type[T]) -> T:
+    """What was packed."""
+    return msgspec.msgpack.decode(packed, type=kind, dec_hook=_restored)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+
+
+def _restored(kind: type, value: Any) -> Any:
+    return Path(value) if kind is Path else np.array(value)

@@ -14,7 +14,6 @@ from loadtests.experiment.arms import bundles, describe, flags_of
 from loadtests.experiment.commits import checkout, environment_for, own_repository, unknown_settings
 from loadtests.experiment.engine_limit import engine_limit
 from loadtests.experiment.environment import LOAD_AVERAGE
-from loadtests.experiment.json_files import to_json
 from loadtests.experiment.locust_runner import RequestSpec, apply_load
 from loadtests.experiment.model import Arm, Block, Experiment, Load, Progress
 from loadtests.experiment.schedule import order
@@ -81,7 +80,7 @@ class Bench:
             digest.update(f"{payload.name}\0{payload.label}\0{len(payload.data)}\0".encode() + payload.data)
         facts = {name: value for name, value in self.experiment.environment.items() if name != LOAD_AVERAGE}
         models = bundles(plan.arms, plan.repository)
-        return {**to_json(plan), "payloads": digest.hexdigest(), "bundles": models, "environment": facts}
+        return {**vars(plan), "payloads": digest.hexdigest(), "bundles": models, "environment": facts}
 
     def rounds(
         self,

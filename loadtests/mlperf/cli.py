@@ -9,8 +9,9 @@ import typer
 
 from loadtests.experiment import command as cli
 from loadtests.experiment.environment import this_command
+from loadtests.mlperf.plan import SCENARIOS, Plan, Scenario
 from loadtests.mlperf.report import write
-from loadtests.mlperf.run import QUICK_LATENCY_MS, SCENARIOS, MlperfRun, Plan, Scenario, run_scenarios
+from loadtests.mlperf.run import MlperfRun, run_scenarios
 
 
 def mlperf(
@@ -22,9 +23,7 @@ def mlperf(
         ),
     ] = None,
     url: cli.Url = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder for report.md, results.json, and the logs of each scenario.")
-    ] = Path("results/mlperf"),
+    out: cli.Out = Path("results/mlperf"),
     data: cli.Data = None,
     scenarios: Annotated[
         str, typer.Option(help="Some of these, separated by commas; they run in this order.")
@@ -75,7 +74,7 @@ def mlperf(
         seconds=seconds,
         target_qps=target_qps,
         load=load,
-        latency_ms=QUICK_LATENCY_MS if latency_ms is None and not full else latency_ms,
+        latency_ms=100.0 if latency_ms is None and not full else latency_ms,
         connections=connections,
         service_arguments=tuple(shlex.split(service_args)),
     )

@@ -6,16 +6,28 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from loadtests.generator.readers import Label
+from loadtests.mlperf.plan import Scenario
+from loadtests.report.rendering import sentences
 
-_VALUE = re.compile(r"(?P<name>\S.*?)\s*:\s*(?P<value>\S.*)")
-_BAR = re.compile(r"\s*=+\s*")
-_VERDICT = "Result is"
-_PARAMETERS = "Test Parameters Used"
+HEADLINES: dict[Scenario, str] = {
+    "SingleStream": "90.0th percentile latency (ns)",
+    "Offline": "Samples per second",
+    "Server": "Completed samples per second",
+}
+"""LoadGen's name of each scenario's metric."""
+_RATES = {**HEADLINES, "SingleStream": "QPS w/ loadgen overhead"}
+_PERCENTILES = {f"p{rank}_ms": f"{rank}.00 percentile latency (ns)" for rank in (50, 90, 95, 99)}
+
+_TITLE = re.compile(r"^=+\n(.*)\n=+\n", re.MULTILINE)
+_VERDICT = re.compile(r"^Result is *: *(.*)\n((?:(?!=).*\n)*)", re.MULTILINE)
+"""With all lines below it, until the next title."""
+_VALUE = re.compile(r"^(\S.*?) *: *(\S.*)$", re.MULTILINE)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """`mlperf_log_summary.txt`, under LoadGen's own names."""
 
@@ -38,37 +50,44 @@ class Summary:
 
 def parse_summary(text: str) -> Summary:
     """Read a summary: titles between bars, sections of lines `name : value`, and reasons below the verdict."""
-    summary, lines = Summary(), text.splitlines()
-    title, below_verdict = "", False
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
-        said = line.strip()
-        if _BAR.fullmatch(line):
-            below_verdict = False
-        elif said and _BAR.fullmatch(following):
-            title = said
-        elif said.startswith(_VERDICT):
-            summary.verdict, below_verdict = said.partition(":")[2].strip(), True
-        elif said and below_verdict:
-            summary.reasons.append(line.rstrip())
-        elif match := _VALUE.fullmatch(said):
-            (summary.parameters if title == _PARAMETERS else summary.values)[match["name"]] = match["value"]
-        elif said:
-            summary.remarks.append(said)
-    return summary
+    verdict, reasons = found.groups() if (found := _VERDICT.search(text)) else (None, "")
+    measured, *titled = _TITLE.split(_VERDICT.sub("", text))
+    sections = dict(zip(titled[::2], titled[1::2], strict=True))
+    parameters = sections.pop("Test Parameters Used", "")
+    measured += "".join(sections.values())
+    return Summary(
+        verdict=verdict,
+        reasons=[line.rstrip() for line in reasons.splitlines() if line.strip()],
+        values=dict(_VALUE.findall(measured)),
+        parameters=dict(_VALUE.findall(parameters)),
+        remarks=[line for line in (measured + parameters).splitlines() if line and not _VALUE.match(line)],
+    )
 
 
-def count_correct(log: Path, labels: Sequence[Label], classes: Sequence[str]) -> tuple[int, int]:
-    """How many of the answers in `mlperf_log_accuracy.json` are right, and how many there are to labelled images.
+def figures(scenario: Scenario, summary: Summary) -> dict[str, Any]:
+    """The verdict, rate and percentiles, each None if LoadGen gives none."""
+    percentiles = {name: summary.number(key) for name, key in _PERCENTILES.items()}
+    return {"verdict": summary.verdict, "samples_per_second": summary.number(_RATES[scenario]), **percentiles}
+
+
+def unmet(scenario: Scenario, summary: Summary, rules: dict[str, float]) -> list[str]:
+    """The settings in which a run fell short of MLPerf's own for image classification; none in AccuracyOnly mode."""
+    used = {name: float(value) for name, value in summary.parameters.items()}
+    return sentences("mlperf_unmet.txt.j2", scenario=scenario, used=used, rules=rules) if used else []
+
+
+def top1(log: Path | None, labels: Sequence[Label], classes: Sequence[str]) -> dict[str, Any]:
+    """How many of the answers in `mlperf_log_accuracy.json` are `correct`, of how many to `labelled` images; `top1`.
 
     Labels are indices or names; `classes` are the model's names. Not counted are images that failed (logged without an
     answer), have no label, or whose label is a name while the model's names are unknown (a family has none).
     """
-    answered = correct = 0
-    for entry in json.loads(log.read_text(encoding="utf-8")):
+    labelled = correct = 0
+    for entry in json.loads(log.read_bytes()) if log else ():
         label, answer = labels[entry["qsl_idx"]], bytes.fromhex(entry["data"])
         if label is None or not answer or (isinstance(label, str) and not classes):
             continue
         (index,) = struct.unpack("=i", answer)
-        answered += 1
+        labelled += 1
         correct += label in (index, classes[index] if index < len(classes) else None)
-    return correct, answered
+    return {"correct": correct, "labelled": labelled, "top1": correct / labelled if labelled else None}

@@ -16,18 +16,22 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
 import mlperf_loadgen as loadgen
+import msgspec
 import urllib3
+
+from loadtests.mlperf.plan import Scenario, Task
 
 RULES = "resnet50"
 """The image classification benchmark whose rules LoadGen contains: seeds, percentiles, minimum counts."""
 
+QUICK_QUERIES: dict[Scenario, int] = {"SingleStream": 100, "Offline": 100, "Server": 1024}
+"""For the 99th percentile, early stopping needs 459 queries if none is too late, 1,001 if three are."""
 _ANSWER_SECONDS = 60.0
 _MAX_FAILURES = 50
 _MAX_FAILING_SECONDS = 5.0
@@ -38,43 +42,27 @@ _SINGLE_STREAM_SPARE = 0.5
 _FOREIGN = ("locust", "gevent", "geventhttpclient")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spec:
-    """The command line of this process, as JSON. Minimums and bounds that are None are MLPerf's own."""
-
-    url: str
-    """Address of the service's route, with the query."""
-    scenario: str
-    mode: str
-    """`PerformanceOnly` or `AccuracyOnly`."""
-    images: str
-    """Folder of image files."""
-    out: str
-    """Folder for LoadGen's logs and `sut.json`."""
-    connections: int
-    warmup_seconds: float
-    load: float
-    """The Server scenario's rate as a fraction of the warm-up's, without `target_qps`."""
-    target_qps: float | None = None
-    min_seconds: float | None = None
-    min_queries: int | None = None
-    latency_ms: float | None = None
-    """Bound of the Server scenario's 99th percentile."""
-
-
 class RequestFailed(Exception):
     """A request was not answered with 200; the message is the server's."""
 
 
-class Service:
-    """The service's route, over kept-alive connections that threads take in turn."""
+class Sut:
+    """The service as LoadGen sees it: one thread for each kept-alive connection, and all take from one queue."""
 
-    def __init__(self, url: str, connections: int) -> None:
-        self._url = url
+    def __init__(self, url: str, images: Sequence[bytes], *, connections: int, logs_classes: bool = False) -> None:
+        self._url, self._images, self._connections, self._logs_classes = url, images, connections, logs_classes
         self._pool = urllib3.PoolManager(maxsize=connections, timeout=_ANSWER_SECONDS, retries=False)
+        self._jobs: SimpleQueue[tuple[int, int]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._failed_in_a_row, self._answered_at = 0, 0.0
+        self.answered = 0
+        self.failures: Counter[str] = Counter()
+        """By the message of the server or the connection."""
+        for _ in range(connections):
+            threading.Thread(target=self._work, daemon=True).start()
 
     def post(self, image: bytes) -> bytes:
-        """The body of the answer. Raises RequestFailed."""
+        """The body of the service's answer. Raises RequestFailed."""
         try:
             response = self._pool.urlopen("POST", self._url, body=image)
         except urllib3.exceptions.HTTPError as error:
@@ -83,21 +71,26 @@ class Service:
             raise RequestFailed(f"{response.status}: {_message(response.data)}")
         return response.data
 
+    def warm_up(self, seconds: float) -> float:
+        """Keep all connections busy; images a second in the second half. Raises RequestFailed."""
+        self.post(self._images[0])
+        middle = time.perf_counter() + seconds / 2
+        end = middle + seconds / 2
 
-class Sut:
-    """The service as LoadGen sees it: one thread per connection, and all take from one queue."""
+        def work(position: int) -> int:
+            counted = 0
+            while time.perf_counter() < end:
+                self.post(self._images[position % len(self._images)])
+                counted += middle <= time.perf_counter() < end
+                position += self._connections
+            return counted
 
-    def __init__(self, service: Service, images: Sequence[bytes], *, threads: int, logs_classes: bool) -> None:
-        self._service, self._images, self._logs_classes = service, images, logs_classes
-        self._jobs: SimpleQueue[tuple[int, int]] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._failed_in_a_row = 0
+        with ThreadPoolExecutor(self._connections) as threads:
+            counted = sum(threads.map(work, range(self._connections)))
+        if not counted:
+            raise RequestFailed(f"no image was answered within {seconds / 2:g} s")
         self._answered_at = time.monotonic()
-        self.answered = 0
-        self.failures: Counter[str] = Counter()
-        """By the message of the server or the connection."""
-        for _ in range(threads):
-            threading.Thread(target=self._work, daemon=True).start()
+        return counted / (seconds / 2)
 
     def issue(self, samples: Sequence[Any]) -> None:
         """Take LoadGen's queries."""
@@ -107,99 +100,76 @@ class Sut:
     def _work(self) -> None:
         while True:
             query, index = self._jobs.get()
-            answer = array("i")
+            answer, failure = array("i"), None
             try:
-                body = self._service.post(self._images[index])
+                body = self.post(self._images[index])
                 if self._logs_classes:
                     answer.append(_class_index(body))
             except RequestFailed as error:
-                self._count_failure(str(error))
-            else:
-                with self._lock:
-                    self.answered += 1
-                    self._failed_in_a_row, self._answered_at = 0, time.monotonic()
+                failure = str(error)
+            self._count(failure)
             address, count = answer.buffer_info()
             loadgen.QuerySamplesComplete([loadgen.QuerySampleResponse(query, address, count * answer.itemsize)])
 
-    def _count_failure(self, message: str) -> None:
+    def _count(self, failure: str | None) -> None:
         with self._lock:
-            self.failures[message] += 1
+            now = time.monotonic()
+            if failure is None:
+                self.answered += 1
+                self._failed_in_a_row, self._answered_at = 0, now
+                return
+            self.failures[failure] += 1
             self._failed_in_a_row += 1
-            failing_seconds = time.monotonic() - self._answered_at
-            gone = self._failed_in_a_row >= _MAX_FAILURES and failing_seconds > _MAX_FAILING_SECONDS
-        if gone:
-            # LoadGen offers no way to stop it.
-            _exit(f"{self._failed_in_a_row} requests failed in a row, the last one with: {message}")
+            if self._failed_in_a_row >= _MAX_FAILURES and now - self._answered_at > _MAX_FAILING_SECONDS:
+                # LoadGen offers no way to stop it.
+                _exit(f"{self._failed_in_a_row} requests failed in a row, the last one with: {failure}")
 
 
-def warm_up(service: Service, images: Sequence[bytes], *, connections: int, seconds: float) -> float:
-    """Keep all connections busy; images a second in the second half. Raises RequestFailed."""
-    service.post(images[0])
-    middle = time.perf_counter() + seconds / 2
-    end = middle + seconds / 2
-
-    def work(position: int) -> int:
-        counted = 0
-        while time.perf_counter() < end:
-            service.post(images[position % len(images)])
-            counted += middle <= time.perf_counter() < end
-            position += connections
-        return counted
-
-    with ThreadPoolExecutor(connections) as threads:
-        counted = sum(threads.map(work, range(connections)))
-    if not counted:
-        raise RequestFailed(f"no image was answered within {seconds / 2:g} s")
-    return counted / (seconds / 2)
-
-
-def settings_for(spec: Spec, *, rate: float, images: int) -> tuple[Any, dict[str, float]]:
+def settings_for(task: Task, *, rate: float, images: int) -> tuple[Any, dict[str, float]]:
     """LoadGen's settings, and the minimums that MLPerf's rules for image classification demand."""
-    settings = loadgen.TestSettings()
-    if settings.FromConfig("", RULES, spec.scenario, 0):
+    plan, settings = task.plan, loadgen.TestSettings()
+    if settings.FromConfig("", RULES, task.scenario, 0):
         raise SystemExit(f"this LoadGen ({version('mlcommons-loadgen')}) contains no rules for {RULES}")
     rules = {
         "min_duration_s": settings.min_duration_ms / 1000,
         "min_query_count": settings.min_query_count,
         "performance_sample_count": settings.performance_sample_count_override,
     }
-    if spec.scenario == "Server":
+    if task.scenario == "Server":
         rules["target_latency_ms"] = settings.server_target_latency_ns / 1e6
-    settings.scenario = getattr(loadgen.TestScenario, spec.scenario)
-    settings.mode = getattr(loadgen.TestMode, spec.mode)
+    settings.scenario = getattr(loadgen.TestScenario, task.scenario)
+    settings.mode = getattr(loadgen.TestMode, plan.mode)
     settings.performance_sample_count_override = images
-    if spec.min_seconds is not None:
-        settings.min_duration_ms = round(spec.min_seconds * 1000)
-    if spec.min_queries is not None:
-        settings.min_query_count = spec.min_queries
-    if spec.latency_ms is not None:
-        settings.server_target_latency_ns = round(spec.latency_ms * 1e6)
-    settings.server_target_qps = spec.target_qps or spec.load * rate
+    if not plan.full:
+        settings.min_duration_ms = round(plan.seconds * 1000)
+        settings.min_query_count = QUICK_QUERIES[task.scenario]
+    if plan.latency_ms is not None:
+        settings.server_target_latency_ns = round(plan.latency_ms * 1e6)
+    settings.server_target_qps = task.target_qps or plan.load * rate
     settings.offline_expected_qps = _OFFLINE_SPARE * rate
     settings.single_stream_expected_latency_ns = round(_SINGLE_STREAM_SPARE * 1e9 / rate)
     return settings, rules
 
 
-def drive(spec: Spec) -> dict[str, Any]:
+def drive(task: Task) -> dict[str, Any]:
     """Warm up, let LoadGen run, and return what LoadGen cannot know. Raises RequestFailed if the warm-up fails.
 
     Among it the `failures` by message, which LoadGen takes for answered; `generator_cores`, CPU time by wall time of
     this process; and the `rules`, MLPerf's minimums.
     """
-    images = [file.read_bytes() for file in sorted(Path(spec.images).iterdir())]
-    service = Service(spec.url, spec.connections)
-    rate = warm_up(service, images, connections=spec.connections, seconds=spec.warmup_seconds)
-    settings, rules = settings_for(spec, rate=rate, images=len(images))
+    images = [file.read_bytes() for file in sorted(task.images.iterdir())]
+    sut = Sut(task.url, images, connections=task.connections, logs_classes=task.plan.accuracy)
+    rate = sut.warm_up(task.plan.warmup_seconds)
+    settings, rules = settings_for(task, rate=rate, images=len(images))
     logs = loadgen.LogSettings()
-    logs.log_output.outdir = spec.out
+    logs.log_output.outdir = str(task.out)
     logs.enable_trace = False
-    sut = Sut(service, images, threads=spec.connections, logs_classes=spec.mode == "AccuracyOnly")
     # All images are in memory from the start.
     library = loadgen.ConstructQSL(len(images), len(images), lambda _: None, lambda _: None)
     handle = loadgen.ConstructSUT(sut.issue, lambda: None)
     began, spent = time.perf_counter(), time.process_time()
     # LoadGen would obey an audit.config of the current folder.
-    loadgen.StartTestWithLogSettings(handle, library, settings, logs, str(Path(spec.out) / "no-audit.config"))
+    loadgen.StartTestWithLogSettings(handle, library, settings, logs, str(task.out / "no-audit.config"))
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - spent
     loadgen.DestroyQSL(library)
     loadgen.DestroySUT(handle)
@@ -207,8 +177,8 @@ def drive(spec: Spec) -> dict[str, Any]:
         "loadgen": version("mlcommons-loadgen"),
         "seconds": seconds,
         "answered": sut.answered,
-        "failures": dict(sut.failures),
-        "connections": spec.connections,
+        "failures": sut.failures,
+        "connections": task.connections,
         "generator_cores": cpu_seconds / seconds,
         "warmup_rate": rate,
         "images": len(images),
@@ -218,16 +188,16 @@ def drive(spec: Spec) -> dict[str, Any]:
 
 def main() -> None:
     """Drive as the command line says, and write `sut.json` beside LoadGen's logs."""
-    spec = Spec(**json.loads(sys.argv[1]))
     if foreign := [name for name in _FOREIGN if name in sys.modules]:
         raise SystemExit(f"{', '.join(foreign)} must not be loaded beside LoadGen")
     # LoadGen occupies the main thread, so that Python's own handler would not be reached.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    task = msgspec.json.decode(sys.argv[1], type=Task, dec_hook=lambda _, text: Path(text))
     try:
-        found = drive(spec)
+        found = drive(task)
     except RequestFailed as error:
         _exit(str(error))
-    (Path(spec.out) / "sut.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (task.out / "sut.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _class_index(body: bytes) -> int:

@@ -2,17 +2,14 @@
 
 import json
 import math
-from dataclasses import asdict, fields
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from loadtests.errors import LoadTestError
-from loadtests.experiment.json_files import to_json
-from loadtests.experiment.model import Block, CapacitySearch, Comparison, ComparisonPlan, Experiment
+from loadtests.experiment.json_files import from_json
+from loadtests.experiment.model import Block, Comparison, Experiment
 from loadtests.generator.load_result import LoadResult
 from loadtests.report.findings import Findings, Row
 from loadtests.report.rendering import write_report
@@ -32,34 +29,31 @@ class ResultsError(LoadTestError):
 
 
 def as_document(comparison: Comparison, findings: Findings, caveats: list[str]) -> dict[str, Any]:
-    """All that is known, as strict JSON: `rows` has one entry for each arm, load and metric.
+    """All that is known, as it is written: `rows` has one entry for each arm, load and metric.
 
-    What is infinite is null: a row says so by `unanswered: true`, a load by the share of its requests.
+    What is infinite becomes null: a row says so by `unanswered: true`, a load by the share of its requests.
     """
-    document: dict[str, Any] = to_json(
-        {
-            "schema_version": SCHEMA_VERSION,
-            **comparison.facts(),
-            "plan": comparison.plan,
-            "rates": comparison.rates,
-            "arms": [{**asdict(arm), **counts(comparison, arm.label)} for arm in comparison.plan.arms],
-            "metrics": findings.metrics,
-            "rows": [_row(row) for row in findings.rows],
-            "caveats": caveats,
-            "capacity_searches": comparison.capacity_searches,
-            "blocks": [_block(block) for block in comparison.blocks],
-            "info": {arm.label: model_info(comparison, arm.label) for arm in comparison.plan.arms},
-        }
-    )
-    return document
+    arms = comparison.plan.arms
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **comparison.facts(),
+        "plan": comparison.plan,
+        "rates": comparison.rates,
+        "arms": [{**vars(arm), **counts(comparison, arm.label)} for arm in arms],
+        "metrics": findings.metrics,
+        "rows": [_row(row) for row in findings.rows],
+        "caveats": caveats,
+        "capacity_searches": comparison.capacity_searches,
+        "blocks": [_block(block) for block in comparison.blocks],
+        "info": {arm.label: model_info(comparison, arm.label) for arm in arms},
+    }
 
 
 def _row(row: Row) -> dict[str, Any]:
-    unanswered = row.value is not None and math.isinf(row.value)
-    change = {"kind": row.metric.kind, **asdict(row.change)} if row.change else None
-    where = {"arm": row.arm, "load": row.metric.load, "metric": row.metric.name}
-    values = {name: getattr(row, name) for name in ("value", "smallest", "largest")}
-    return {**where, **values, "unanswered": unanswered, "change": change}
+    metric, unanswered = row.metric, row.value == math.inf
+    values = {name: getattr(row, name) for name in ("arm", "value", "smallest", "largest")}
+    change = {"kind": metric.kind, **vars(row.change)} if row.change else None
+    return {**values, "metric": metric.name, "load": metric.load, "unanswered": unanswered, "change": change}
 
 
 def _block(block: Block) -> dict[str, Any]:
@@ -117,46 +111,30 @@ def read_results(path: Path) -> Comparison:
     """The comparison that an earlier `compare` wrote, with percentiles in place of latencies. Raises ResultsError."""
     advice = "give the results.json of an earlier compare"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_bytes())
+        version = document.get("schema_version") if isinstance(document, dict) else None
+        if version == SCHEMA_VERSION:
+            return from_document(document)
     except OSError as error:
         raise ResultsError(f"cannot read {path}: {error.strerror}; {advice}") from error
-    except ValueError as error:
-        raise ResultsError(f"{path} is not JSON ({error}); {advice}") from error
-    version = document.get("schema_version") if isinstance(document, dict) else None
-    if version != SCHEMA_VERSION:
-        raise ResultsError(
-            f"{path} is not a results.json of compare in version {SCHEMA_VERSION} (its schema_version is {version}): "
-            "measure the old state again with `stridevit compare`"
-        )
-    try:
-        return from_document(document)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ResultsError(f"{path} is not laid out as compare writes it ({error!r}); {advice}") from error
+    raise ResultsError(
+        f"{path} is not a results.json of compare in version {SCHEMA_VERSION} (its schema_version is {version}): "
+        "measure the old state again with `stridevit compare`"
+    )
 
 
 def from_document(document: dict[str, Any]) -> Comparison:
     """Raises KeyError, TypeError, AttributeError or ValueError if the document is not laid out as it is written."""
-    return Comparison(
-        **{name: document[name] for name in ("command", "environment", "payloads", "rates", "ended_early")},
-        finished=TypeAdapter(datetime | None).validate_python(document["finished"]),
-        plan=TypeAdapter(ComparisonPlan).validate_python(document["plan"]),
-        blocks=[_read_block(block, document["info"]) for block in document["blocks"]],
-        capacity_searches=TypeAdapter(list[CapacitySearch]).validate_python(document["capacity_searches"]),
-    )
+    for block in document["blocks"]:
+        block["info"] = document["info"].get(block["arm"], {})
+        for load in block["loads"].values():
+            load |= {"latencies_ms": [], "percentiles_ms": _percentiles(load)}
+    return from_json(document, Comparison)
 
 
-def _read_block(values: dict[str, Any], infos: dict[str, Any]) -> Block:
-    loads = {name: _read_load(load) for name, load in values["loads"].items()}
-    return Block(**{**values, "loads": loads, "info": infos.get(values["arm"]) or {}})
-
-
-def _read_load(values: dict[str, Any]) -> LoadResult:
-    # A percentile is null where it is infinite, and where too few samples lie beyond it.
-    percentiles = {
-        name: math.inf
-        if values[name] is None and values["requests"] * (100 - rank) / 100 >= MIN_BEYOND
-        else values[name]
-        for name, rank in _PERCENTILES.items()
-    }
-    known = {field.name: values[field.name] for field in fields(LoadResult) if field.name in values}
-    return LoadResult(**known, percentiles_ms=percentiles, latencies_ms=np.empty(0))
+def _percentiles(load: dict[str, Any]) -> dict[str, float | None]:
+    """Those of a load; null is infinite unless too few samples lie beyond."""
+    enough = {name: load["requests"] * (100 - rank) / 100 >= MIN_BEYOND for name, rank in _PERCENTILES.items()}
+    return {name: math.inf if load[name] is None and enough[name] else load[name] for name in _PERCENTILES}

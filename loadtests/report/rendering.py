@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from loadtests.experiment.json_files import write_json
+from loadtests.experiment.json_files import to_json
 
 UNKNOWN = "–"
 """The text of a cell whose value is unknown, or would rest on too few samples."""
@@ -90,7 +90,7 @@ def write_report(out: Path, *, document: Any, template: str, html: str | None = 
     that `context` lacks.
     """
     out.mkdir(parents=True, exist_ok=True)
-    write_json(document, out / "results.json")
+    (out / "results.json").write_bytes(to_json(document))
     (out / "report.md").write_text(render(template, **context), encoding="utf-8")
     if html is not None:
         (out / "report.html").write_text(render(html, **context), encoding="utf-8")

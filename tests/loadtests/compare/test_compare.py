@@ -15,7 +15,7 @@ from loadtests.__main__ import app
 from service.host import git
 from tests.loadtests.compare.runs import arguments, command, read, run
 from tests.loadtests.servers import fake_server
-from tests.processes import ROOT, in_a_checkout
+from tests.processes import ROOT, in_a_checkout, interruptible, still_running
 
 BEFORE_THE_RENAMES = "38c342e"
 """A commit whose service has other names for its settings, and reads manifests of version 1 only."""
@@ -153,31 +153,19 @@ def test_an_interrupted_comparison_reports_leaves_no_process_and_is_resumed(
     repository: Path, tmp_path: Path, end: signal.Signals
 ) -> None:
     asked = arguments("digits-csra-r2", tmp_path, "--repository", str(repository), "--command", "c")
-    process = subprocess.Popen(
-        command(*asked),
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Where the tests run in the background, SIGINT is ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no threads here)
-    )
     family: list[psutil.Process] = []
-    try:
+    with interruptible(*command(*asked)) as process:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "blocks" / "0000.json").is_file() or len(family) < 2:
+        while not (tmp_path / "blocks" / "Block-0000").is_file() or len(family) < 2:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
             family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(end)
         _, errors = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
     assert process.returncode == 130
     assert "The same command resumes" in errors
-    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert not still_running(family)
     partial = read(tmp_path)
     assert partial["ended_early"] == "interrupted"
     if end == signal.SIGTERM:

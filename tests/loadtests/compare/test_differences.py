@@ -27,7 +27,7 @@ def test_a_slower_server_is_found(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_server_that_fails_on_the_way_is_reported_and_not_averaged_away(tmp_path: Path) -> None:
     # It answers its errors as quickly as its answers.
-    first = tmp_path / "blocks" / "0001.json"
+    first = tmp_path / "blocks" / "Block-0001"
     sick = fake_server(lambda _: 0.005, status=lambda number: 500 if first.is_file() and number % 5 == 0 else 200)
     with fake_server(lambda _: 0.005) as well, sick as ill:
         ended = run(*arguments(f"m@{well.url},m@{ill.url}", tmp_path))

@@ -40,7 +40,7 @@ def test_blocks_and_searches_come_back_as_they_were(tmp_path: Path) -> None:
     store.add(block(0), 0)
     store.add(block(1), 1)
     store.add(block(1, failure="it died", loads={}), 3)
-    store.add_search(search, 1)
+    store.add(search, 1)
 
     again = Store(tmp_path / "blocks")
     assert again.open({"models": ("a", "b")}, fresh=False) == {"seconds": 4.0}
@@ -75,7 +75,7 @@ def test_a_block_whose_writing_was_interrupted_does_not_count(tmp_path: Path) ->
     store = Store(tmp_path / "blocks")
     store.open({}, fresh=False)
     store.add(block(0), 0)
-    (tmp_path / "blocks" / "0001.draft").write_text('{"arm":')
+    (tmp_path / "blocks" / "draft").write_bytes(b"half")
     assert sorted(store.blocks()) == [0]
 
 

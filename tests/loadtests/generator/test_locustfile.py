@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from loadtests.generator.rates import poisson_arrivals
 from loadtests.generator.readers import Payload
 from loadtests.generator.samples import UNSENT, Sample, read_samples, window
 from tests.loadtests.servers import Fake, fake_server
-from tests.processes import ROOT
+from tests.processes import ROOT, interruptible
 
 LOCUST = [sys.executable, "-m", "locust", "-f"]
 
@@ -48,25 +46,6 @@ def sent(fake: Fake, ask: RequestSpec, *arguments: str) -> list[Sample]:
 
 def open_loop(*, rate: float, seconds: float, seed: int = 0) -> list[str]:
     return ["--users", "1", "--rate-per-user", str(rate), "--seconds", str(seconds), "--seed", str(seed)]
-
-
-@contextmanager
-def locust_process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [*LOCUST, *arguments],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        # If the tests run in the background, SIGINT is ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no threads here)
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
 
 
 def wait_for_requests(fake: Fake, process: subprocess.Popen[str], count: int) -> None:
@@ -205,9 +184,9 @@ def test_two_workers_share_the_rate_and_the_master_merges_their_histograms(ask: 
     with fake_server(lambda _: 0.02) as fake:
         users = ["--users", "4", "--spawn-rate", "4", "--host", fake.url]
         with (
-            locust_process(str(LOCUSTFILE), *bound, *users, *ending, *options) as master,
-            locust_process(*worker) as first,
-            locust_process(*worker) as second,
+            interruptible(*LOCUST, str(LOCUSTFILE), *bound, *users, *ending, *options) as master,
+            interruptible(*LOCUST, *worker) as first,
+            interruptible(*LOCUST, *worker) as second,
         ):
             page: dict[str, Any] = {}
             while master.poll() is None:
@@ -234,7 +213,7 @@ def test_whoever_opens_the_web_page_cannot_name_a_file(ask: RequestSpec, tmp_pat
     with fake_server(lambda _: 0.01) as fake:
         options = [*ask.arguments(), "--host", fake.url, "--web-port", str(web), "--loop", "closed"]
         form = {"user_count": 1, "spawn_rate": 1, "host": fake.url, "samples": str(wished), "data": "/etc"}
-        with locust_process(str(LOCUSTFILE), *options) as process:
+        with interruptible(*LOCUST, str(LOCUSTFILE), *options) as process:
             while True:
                 try:
                     assert httpx.post(f"http://127.0.0.1:{web}/swarm", data=form, trust_env=False).json()["success"]
@@ -252,7 +231,7 @@ def test_whoever_opens_the_web_page_cannot_name_a_file(ask: RequestSpec, tmp_pat
 )
 def test_what_cannot_be_sent_ends_locust_with_the_reason(option: str, value: str, message: str) -> None:
     arguments = [str(LOCUSTFILE), "--headless", "--host", "http://127.0.0.1:1", f"--{option}", value]
-    with locust_process(*arguments) as process:
+    with interruptible(*LOCUST, *arguments) as process:
         _, errors = process.communicate(timeout=200)
     assert process.returncode == 1
     assert message in errors
@@ -263,7 +242,7 @@ def test_ctrl_c_keeps_the_samples_so_far(ask: RequestSpec, tmp_path: Path) -> No
     options = [*ask.arguments(), "--rates", "50:600", "--samples", str(samples), "--only-summary"]
     with (
         fake_server(lambda _: 0.0) as fake,
-        locust_process(str(LOCUSTFILE), "--headless", "--host", fake.url, *options) as process,
+        interruptible(*LOCUST, str(LOCUSTFILE), "--headless", "--host", fake.url, *options) as process,
     ):
         wait_for_requests(fake, process, 20)
         process.send_signal(signal.SIGINT)

@@ -10,13 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -25,14 +26,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner, Result
 
-from loadtests.experiment.json_files import to_json
 from loadtests.generator.readers import Label
 from loadtests.mlperf.cli import mlperf
-from loadtests.mlperf.loadgen_logs import Summary, count_correct, parse_summary
-from loadtests.mlperf.report import as_json, notes, unmet, write
-from loadtests.mlperf.run import MlperfRun, Plan, ScenarioRun
-from loadtests.mlperf.sut import RequestFailed, Service
-from tests.processes import ROOT, serving
+from loadtests.mlperf.loadgen_logs import Summary, figures, parse_summary, top1, unmet
+from loadtests.mlperf.plan import Plan, Task
+from loadtests.mlperf.report import notes, write
+from loadtests.mlperf.run import MlperfRun
+from loadtests.mlperf.sut import RequestFailed, Sut
+from tests.processes import ROOT, interruptible, serving, still_running
 
 app = typer.Typer()
 app.command()(mlperf)
@@ -82,20 +83,20 @@ RULES = {
     "performance_sample_count": 1024,
     "target_latency_ms": 15.0,
 }
-SERVER = ScenarioRun(
-    scenario="Server",
-    mode="PerformanceOnly",
-    summary=parse_summary(INVALID),
-    client={
-        "answered": 90,
-        "failures": {},
-        "connections": 64,
-        "generator_cores": 0.1,
-        "loadgen": "6.0.17",
-        "rules": RULES,
-    },
-    model={},
-)
+SUMMARY = parse_summary(INVALID)
+SERVER = {
+    "scenario": "Server",
+    "answered": 90,
+    "failed": 0,
+    "failures": {},
+    "connections": 64,
+    "generator_cores": 0.1,
+    "loadgen": "6.0.17",
+    "model": {},
+    "summary": SUMMARY,
+    **figures("Server", SUMMARY),
+    "unmet": unmet("Server", SUMMARY, RULES),
+}
 PLAN = Plan(
     model="m",
     repository=Path("models"),
@@ -113,7 +114,7 @@ PLAN = Plan(
 )
 
 
-def results_of(*runs: ScenarioRun) -> MlperfRun:
+def results_of(*runs: dict[str, Any]) -> MlperfRun:
     return MlperfRun(plan=PLAN, command="as asked", environment={"cpu": "a"}, runs=list(runs))
 
 
@@ -152,7 +153,7 @@ def test_a_run_for_accuracy_has_no_verdict() -> None:
 
 
 def test_what_falls_short_of_mlperfs_own_settings_is_reported() -> None:
-    assert unmet(SERVER) == [
+    assert SERVER["unmet"] == [
         "2 instead of 600 s at least",
         "64 instead of 100 queries at least",
         "100 instead of 1,024 images in memory",
@@ -162,17 +163,17 @@ def test_what_falls_short_of_mlperfs_own_settings_is_reported() -> None:
     assert "no MLPerf result" in said
     assert "2 instead of 600 s" in said
     official = {"target_latency (ns)": "15000000", "min_duration (ms)": "600000", "min_query_count": "100"}
-    met = replace(SERVER.summary, parameters={**official, "performance_sample_count": "1024"})
-    assert unmet(replace(SERVER, summary=met)) == []
+    met = replace(SUMMARY, parameters={**official, "performance_sample_count": "1024"})
+    assert unmet("Server", met, RULES) == []
 
 
-def test_failed_requests_come_first_in_the_report_whatever_the_verdict_is() -> None:
-    valid = replace(SERVER.summary, verdict="VALID")
-    failing = replace(SERVER, summary=valid, client={**SERVER.client, "failures": {"503: too busy": 7, "404: gone": 3}})
+def test_failed_requests_come_first_in_the_report_whatever_the_verdict_is(tmp_path: Path) -> None:
+    failing = {**SERVER, "verdict": "VALID", "failed": 10, "failures": {"503: too busy": 7, "404: gone": 3}}
     first, *_ = notes(results_of(failing))
     assert "10 of 100 requests failed" in first
     assert "503: too busy" in first
-    document = to_json(as_json(results_of(failing)))
+    write(results_of(failing), tmp_path)
+    document = json.loads((tmp_path / "results.json").read_text())
     assert document["failed"] == 10
     assert document["runs"][0]["verdict"] == "VALID"
 
@@ -189,14 +190,9 @@ def test_top1_counts_answered_images_with_a_label_by_index_or_name(tmp_path: Pat
 
     answers = logged(1, 0, 1, None, 1, 0)
     labels: list[Label] = [1, 1, "dog", "dog", None, "dog"]
-    assert count_correct(answers, labels, ["cat", "dog"]) == (2, 4)
-    assert count_correct(answers, labels, []) == (1, 2)
-    assert count_correct(logged(None), [1], []) == (0, 0)
-    assert SERVER.top1 is None
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "loadtests", "mlperf", *arguments]
+    assert top1(answers, labels, ["cat", "dog"]) == {"correct": 2, "labelled": 4, "top1": 0.5}
+    assert top1(answers, labels, []) == {"correct": 1, "labelled": 2, "top1": 0.5}
+    assert top1(logged(None), [1], []) == top1(None, [1], []) == {"correct": 0, "labelled": 0, "top1": None}
 
 
 def run(*arguments: str) -> Result:
@@ -253,25 +249,14 @@ def answering(status: Callable[[int], int]) -> Iterator[str]:
         thread.join()
 
 
-def drive(url: str, folder: Path, **settings: Any) -> subprocess.CompletedProcess[str]:
+def drive(url: str, folder: Path, **changes: Any) -> subprocess.CompletedProcess[str]:
     """LoadGen's process alone, in a short SingleStream."""
     images = folder / "images"
     images.mkdir()
     (images / "0").write_bytes(b"no image, and nobody looks")
-    spec = {
-        "url": f"{url}/v1/classify",
-        "scenario": "SingleStream",
-        "mode": "PerformanceOnly",
-        "images": str(images),
-        "out": str(folder),
-        "connections": 1,
-        "warmup_seconds": 0.5,
-        "load": 0.6,
-        "min_seconds": 1,
-        "min_queries": 100,
-        **settings,
-    }
-    command = [sys.executable, "-m", "loadtests.mlperf.sut", json.dumps(spec)]
+    plan = replace(PLAN, **{"seconds": 1.0, **changes})
+    task = Task(plan=plan, scenario="SingleStream", url=f"{url}/v1/classify", images=images, out=folder)
+    command = [sys.executable, "-m", "loadtests.mlperf.sut", msgspec.json.encode(task, enc_hook=str).decode()]
     return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=250)
 
 
@@ -310,7 +295,7 @@ def test_a_run_with_failed_requests_ends_with_an_error(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_service_that_answers_no_more_ends_the_run(tmp_path: Path) -> None:
     with answering(failing_after(tmp_path / "mlperf_log_detail.txt", every=1)) as url:
-        ended = drive(url, tmp_path, min_seconds=60.0)
+        ended = drive(url, tmp_path, seconds=60.0)
     assert ended.returncode == 1
     assert "requests failed in a row, the last one with: 503: no room for more" in ended.stderr
     assert not (tmp_path / "sut.json").exists()
@@ -398,7 +383,7 @@ def test_a_connection_that_was_closed_while_idle_is_opened_anew_but_one_that_bre
 
         thread = threading.Thread(target=serve)
         thread.start()
-        service = Service(f"http://127.0.0.1:{listener.getsockname()[1]}/v1/classify?model=m", 1)
+        service = Sut(f"http://127.0.0.1:{listener.getsockname()[1]}/v1/classify?model=m", [], connections=1)
         assert service.post(b"") == b"ok"
         assert service.post(b"") == b"ok"
         with pytest.raises(RequestFailed, match=r"RemoteDisconnected|ConnectionResetError"):
@@ -408,7 +393,7 @@ def test_a_connection_that_was_closed_while_idle_is_opened_anew_but_one_that_bre
         thread.join()
 
 
-def test_loadgens_process_loads_neither_locust_nor_gevent(tmp_path: Path) -> None:
+def test_loadgens_process_loads_neither_locust_nor_gevent() -> None:
     code = "import sys, loadtests.mlperf.sut; print(*sys.modules)"
     # A coverage run would load greenlet itself.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
@@ -420,33 +405,13 @@ def test_loadgens_process_loads_neither_locust_nor_gevent(tmp_path: Path) -> Non
     assert not loaded & {"locust", "gevent", "geventhttpclient", "greenlet", "zmq", "torch", "onnxruntime", "numpy"}
 
     patched = "import gevent; from loadtests.mlperf.sut import main; main()"
-    settings = {"warmup_seconds": 1, "load": 1, "connections": 1, "mode": "PerformanceOnly", "scenario": "Server"}
-    spec = {**settings, "url": "http://127.0.0.1:9", "images": str(tmp_path), "out": str(tmp_path)}
-    ended = subprocess.run(
-        [sys.executable, "-c", patched, json.dumps(spec)], cwd=ROOT, check=False, capture_output=True, text=True
-    )
+    ended = subprocess.run([sys.executable, "-c", patched], cwd=ROOT, check=False, capture_output=True, text=True)
     assert ended.returncode == 1
     assert "gevent must not be loaded beside LoadGen" in ended.stderr
 
 
-@contextmanager
-def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        command(*arguments),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "STRIDEVIT_MAX_BATCH": "2"},
-        # Where the tests run in the background, SIGINT is ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no threads here)
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+def started(*arguments: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    return interruptible(sys.executable, "-m", "loadtests", "mlperf", *arguments, STRIDEVIT_MAX_BATCH="2")
 
 
 def wait_for(file: Path, process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -459,10 +424,6 @@ def wait_for(file: Path, process: subprocess.Popen[str]) -> list[psutil.Process]
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def gone(family: list[psutil.Process]) -> bool:
-    return not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-
-
 @pytest.mark.slow
 def test_a_server_that_dies_under_load_is_an_error_with_the_end_of_its_log(repository: Path, tmp_path: Path) -> None:
     with started(*served(repository, tmp_path, "--seconds", "60", "--scenarios", "SingleStream")) as process:
@@ -473,7 +434,7 @@ def test_a_server_that_dies_under_load_is_an_error_with_the_end_of_its_log(repos
     assert process.returncode == 1
     assert "the service for digits-csra-r2 died under load" in errors
     assert "Traceback" not in errors
-    assert gone(family)
+    assert not still_running(family)
     assert not (tmp_path / "results.json").exists()
 
 
@@ -488,7 +449,7 @@ def test_an_interrupted_run_leaves_no_process_and_reports_the_scenarios_that_wer
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopped" in errors
-    assert gone(family)
+    assert not still_running(family)
     document = json.loads((tmp_path / "results.json").read_text())
     assert document["ended_early"] == "interrupted"
     assert [one["scenario"] for one in document["runs"]] == ["SingleStream"]

@@ -1,5 +1,6 @@
 """A made-up comparison that looks like a real one: drift, a failed block, requests never answered, an A/A arm."""
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from loadtests.experiment.json_files import to_json
 from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Arm, Block, CapacitySearch, Comparison, ComparisonPlan
 from loadtests.generator.load_result import LoadResult
 
@@ -44,6 +46,11 @@ def plan(**changes: Any) -> ComparisonPlan:
         "seed": 7,
     }
     return ComparisonPlan(**(values | changes))
+
+
+def read_back(document: dict[str, Any]) -> dict[str, Any]:
+    """A document as it stands in results.json."""
+    return dict(json.loads(to_json(document)))
 
 
 def load(latencies_ms: npt.NDArray[np.float64], **changes: Any) -> LoadResult:

@@ -1,6 +1,5 @@
 """The report of a comparison: what it says follows from the intervals, and nothing in it breaks or misleads."""
 
-import json
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -22,7 +21,7 @@ from loadtests.report.rendering import Table, number, rich_table
 from loadtests.report.report import write_comparison, write_plots
 from loadtests.report.texts import conclusion, detail_tables, top1_note, verdict_table
 from loadtests.report.verdicts import judge
-from tests.loadtests.report.fakes import ARMS, BASELINE, CSRA, LSRA, REPEATED, comparison, load, plan
+from tests.loadtests.report.fakes import ARMS, BASELINE, CSRA, LSRA, REPEATED, comparison, load, plan, read_back
 from tests.loadtests.report.test_verdicts import correct
 
 MODERATE_P50 = LATENCIES[0]
@@ -213,7 +212,7 @@ def test_json_is_strict_and_keeps_what_is_infinite_apart_from_what_is_unknown(fo
     )
     whole = Comparison(plan=plan(), command="x", environment={}, blocks=[block])
     lost = only(found, CSRA, {HIGH_P99: (math.inf, change(math.inf, 1.0, math.inf, "worse"))})
-    document = json.loads(json.dumps(as_document(whole, lost, ["mind"]), allow_nan=False))
+    document = read_back(as_document(whole, lost, ["mind"]))
     assert (document["schema_version"], document["caveats"]) == (3, ["mind"])
     saturated, high = (document["blocks"][0]["loads"][name] for name in (SATURATED, HIGH))
     assert (saturated["p50_ms"], saturated["p95_ms"], saturated["unanswered"]) == (1.0, None, 0.4)
