@@ -17,8 +17,8 @@ from loadtests.experiment.model import Load
 from loadtests.experiment.process import end, start
 from loadtests.experiment.server import Server, ServerError
 from loadtests.experiment.service_metrics import mean_stages_ms, stage_totals
-from loadtests.generator.load_result import ANSWER_SECONDS, LoadResult, Protocol, RequestTrace
-from loadtests.generator.samples import Sample, read_samples, window
+from loadtests.generator.load_result import ANSWER_SECONDS, LoadResult, Protocol, window
+from loadtests.generator.samples import Samples, as_samples, read_samples
 from service.host import gpu_process_bytes, process_tree, process_tree_bytes
 
 LOCUSTFILE = Path(__file__).parents[1] / "generator" / "locustfile.py"
@@ -123,45 +123,32 @@ def apply_load(
     before = stage_totals(server.url)
     samples, meter = run_locust(server, spec, arguments, seconds=whole)
     # The warm-up begins with the first request.
-    begin = min(sample.due_s for sample in samples) + warmup_seconds
-    found = window(samples, begin=begin, seconds=seconds)
+    begin = samples.due_s.min() + warmup_seconds
     server_cores, generator_cores = meter.cores(begin, seconds)
-    is_open = load.connections is None
-    return LoadResult(
-        **vars(found),
-        mode="open" if is_open else "closed",
+    return window(
+        samples,
+        begin=begin,
+        seconds=seconds,
         connections=load.connections,
+        traced=bool(load.steps),
         offered_rate=load.rate,
         peak_bytes=meter.peak_bytes,
         server_cores=server_cores,
         generator_cores=generator_cores,
-        arrivals=len(found.latencies_ms) if is_open else 0,
         device_bytes=meter.device_bytes,
         stages_ms=mean_stages_ms(before, stage_totals(server.url)),
-        trace=_trace(samples, begin, seconds) if load.steps else None,
     )
 
 
-def _trace(samples: Sequence[Sample], begin: float, seconds: float) -> RequestTrace:
-    due = [sample for sample in samples if begin <= sample.due_s < begin + seconds]
-    return RequestTrace(
-        due_s=np.array([sample.due_s - begin for sample in due]),
-        statuses=np.array([sample.status for sample in due], dtype=np.int64),
-        models=np.array([sample.model.rpartition("/")[0] for sample in due], dtype=np.str_),
-    )
-
-
-def run_locust(
-    server: Server, spec: RequestSpec, arguments: Sequence[str], *, seconds: float
-) -> tuple[list[Sample], Meter]:
+def run_locust(server: Server, spec: RequestSpec, arguments: Sequence[str], *, seconds: float) -> tuple[Samples, Meter]:
     """Run Locust against a server to its end. Raises ServerError if the server dies, or nothing was sent."""
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", server.url]
     quiet = ["--loglevel", "WARNING", "--only-summary", "--stop-timeout", f"{ANSWER_SECONDS:g}"]
     with tempfile.TemporaryDirectory(prefix="stridevit-samples-") as folder:
         path = Path(folder) / "samples.csv"
         meter = _generate([*command, *spec.arguments(), *arguments, *quiet, "--samples", str(path)], server, seconds)
-        samples = read_samples(path) if path.is_file() else []
-    if not samples:
+        samples = read_samples(path) if path.is_file() else as_samples([])
+    if not len(samples):
         raise ServerError(f"nothing was sent to {server.name}")
     return samples, meter
 

@@ -23,12 +23,12 @@ every raw sample (loadtests/generator/samples.py); a worker adds its number to t
 # mypy: disable-error-code="untyped-decorator,no-untyped-call"
 from locust import FastHttpUser, LoadTestShape, events, task  # first: it patches the standard library for gevent  # isort: skip
 
+import csv
 import itertools
 import logging
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,7 +48,7 @@ from loadtests.generator.payloads import read_payloads
 from loadtests.generator.rates import Part, parse_rates, poisson_arrivals, rate_at
 from loadtests.generator.readers import PayloadError
 from loadtests.generator.request_encoder import target
-from loadtests.generator.samples import UNSENT, Sample, sample_writer
+from loadtests.generator.samples import UNSENT, Sample
 
 log = logging.getLogger(__name__)
 
@@ -65,44 +65,51 @@ class Run:
         data = Path(options.data) if options.data else None
         payloads = load(data) if data and is_saved(data) else read_payloads(data)
         self.target = target(
-            payloads,
-            protocol=options.protocol,
-            model=options.model,
-            host=host,
-            deadline_ms=options.deadline_ms or None,
+            payloads, protocol=options.protocol, model=options.model, host=host, deadline_ms=options.deadline_ms or None
         )
         self.open_loop = options.loop == "open"
         self.rate_per_user, self.in_flight = options.rate_per_user, options.in_flight
         self.seed = f"{options.seed}/{worker or 0}"
         self.seconds = options.seconds or math.inf
         # Workers begin at different images, so that they do not all send the same one at once.
-        self.images = itertools.count((worker or 0) * len(payloads) // 7)
+        begin = (worker or 0) * len(payloads) // 7
+        self.images = itertools.islice(itertools.cycle(range(len(payloads))), begin, None)
         self.users = itertools.count()
         self.finished_users = 0
         self.requests = Group()
         self.unix_offset = time.time() - time.perf_counter()
         """Unix time minus the clock that nobody adjusts."""
-        self._stream: TextIO | None = None
-        self._write: Callable[[Sample], None] | None = None
+        self._samples: TextIO | None = None
         if options.samples:
             path = Path(options.samples)
             if worker is not None:
                 path = path.with_name(f"{path.stem}-{worker}{path.suffix}")
-            self._stream = path.open("w", newline="", encoding="utf-8")
-            self._write = sample_writer(self._stream)
+            self._samples = path.open("w", newline="", encoding="utf-8")
+            csv.writer(self._samples).writerow(Sample._fields)
 
-    def record(self, sample: Sample) -> None:
-        """Keep the outcome of one request."""
-        _state.latencies.add(sample.latency_ms, ok=sample.ok)
-        if self._write:
-            self._write(sample)
+    def record(
+        self,
+        due: float,
+        latency_ms: float,
+        status: int,
+        behind_ms: float,
+        image: int,
+        *,
+        model: str = "",
+        correct: bool | None = None,
+    ) -> None:
+        """Keep the outcome of one request, which was due at a moment of the performance counter."""
+        _state.latencies.add(latency_ms, ok=status == 200)
+        if self._samples and not self._samples.closed:
+            due_s, latency_ms, behind_ms = round(due + self.unix_offset, 6), round(latency_ms, 3), round(behind_ms, 3)
+            judged = None if correct is None else int(correct)
+            csv.writer(self._samples).writerow(Sample(due_s, latency_ms, status, behind_ms, model, image, judged))
 
     def end(self) -> None:
         """Wait for the requests in flight."""
         self.requests.join(timeout=ANSWER_SECONDS)
-        self._write = None
-        if self._stream:
-            self._stream.close()
+        if self._samples:
+            self._samples.close()
 
 
 class _State:
@@ -149,13 +156,12 @@ class Classify(FastHttpUser):
             if self._due >= self._ends:
                 self._finish()
             due, self._due = self._due, self._started + next(self._arrivals)
-            image = next(run.images) % len(run.target.requests)
             if len(run.requests) < run.in_flight:
-                run.requests.spawn(self._send, image, due)
+                run.requests.spawn(self._send, next(run.images), due)
             else:
-                self._skip(image, due)
+                self._skip(next(run.images), due)
         else:
-            self._send(next(run.images) % len(run.target.requests), time.perf_counter())
+            self._send(next(run.images), time.perf_counter())
             if time.perf_counter() >= self._ends:
                 self._finish()
 
@@ -187,35 +193,21 @@ class Classify(FastHttpUser):
             except FAILURE_EXCEPTIONS:  # the connection broke in the middle of the answer
                 content, status = None, 0
             headers = response.headers
-        sample = Sample(
-            due_s=due + self._run.unix_offset,
-            latency_ms=latency_ms,
-            status=status,
-            behind_ms=behind_ms,
-            model=str((headers.get("x-stridevit-model") if headers else None) or ""),
-            image=image,
-            correct=target.correct(request, content) if status == 200 and content is not None else None,
-        )
-        self._run.record(sample)
+        model = str((headers.get("x-stridevit-model") if headers else None) or "")
+        correct = target.correct(request, content) if status == 200 and content is not None else None
+        self._run.record(due, latency_ms, status, behind_ms, image, model=model, correct=correct)
 
     def _skip(self, image: int, due: float) -> None:
-        path, due_s = self._run.target.path, due + self._run.unix_offset
         behind_ms = (time.perf_counter() - due) * 1000
         self.environment.events.request.fire(
             request_type="POST",
-            name=path,
+            name=self._run.target.path,
             response_time=None,
             response_length=0,
             exception=Unsent(f"{self._run.in_flight} were in flight"),
             context={},
-            start_time=due_s,
-            url=path,
-            response=None,
         )
-        sample = Sample(
-            due_s=due_s, latency_ms=behind_ms, status=UNSENT, behind_ms=behind_ms, model="", image=image, correct=None
-        )
-        self._run.record(sample)
+        self._run.record(due, behind_ms, UNSENT, behind_ms, image)
 
 
 class Rates(LoadTestShape):

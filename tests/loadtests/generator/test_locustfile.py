@@ -22,9 +22,10 @@ from loadtests.experiment.locust_runner import LOCUSTFILE, RequestSpec, apply_lo
 from loadtests.experiment.model import Load
 from loadtests.experiment.server import Server, ServerError, free_port, running
 from loadtests.generator import payload_cache
+from loadtests.generator.load_result import window
 from loadtests.generator.rates import poisson_arrivals
 from loadtests.generator.readers import Payload
-from loadtests.generator.samples import UNSENT, Sample, read_samples, window
+from loadtests.generator.samples import UNSENT, Sample, as_samples, read_samples
 from tests.loadtests.servers import Fake, fake_server
 from tests.processes import ROOT
 
@@ -43,7 +44,7 @@ def ask(tmp_path: Path) -> RequestSpec:
 def sent(fake: Fake, ask: RequestSpec, *arguments: str) -> list[Sample]:
     """Run Locust to its end: the samples in the order in which they were due."""
     samples, _ = run_locust(Server(fake.url, name="the fake"), ask, list(arguments), seconds=5)
-    return sorted(samples, key=lambda sample: sample.due_s)
+    return [Sample(*row) for row in np.sort(samples, order="due_s")]
 
 
 def open_loop(*, rate: float, seconds: float, seed: int = 0) -> list[str]:
@@ -150,9 +151,11 @@ def test_the_closed_loop_waits_for_each_answer_and_judges_it(ask: RequestSpec) -
     assert fake.max_in_flight == 1
     for number, sample in enumerate(samples):
         assert (sample.image, sample.status) == (number % 5, (200, 503, 0)[number % 3])
-        assert sample.correct == (sample.image == 3 if sample.status == 200 else None)
+        assert sample.correct == pytest.approx(
+            float(sample.image == 3) if sample.status == 200 else np.nan, nan_ok=True
+        )
         assert sample.latency_ms >= 10
-    found = window(samples, begin=0, seconds=1e12)
+    found = window(as_samples(samples), begin=0, seconds=1e12, connections=1)
     assert found.errors == np.isinf(found.latencies_ms).sum() == sum(sample.status != 200 for sample in samples)
     assert found.labelled == sum(sample.status == 200 for sample in samples)
 
@@ -220,13 +223,14 @@ def test_two_workers_share_the_rate_and_the_master_merges_their_histograms(ask: 
             for process in (first, second):
                 process.wait(30)
     rows = [read_samples(tmp_path / f"samples-{number}.csv") for number in range(2)]
-    assert all(rows)
+    assert all(map(len, rows))
+    both = as_samples(row.item() for row in np.concatenate(rows))
     # Each user has its own arrivals, whichever worker it is on.
-    assert len({round(row.due_s, 5) for row in itertools.chain(*rows)}) > 0.95 * len(rows[0] + rows[1])
+    assert len(set(both.due_s.round(5))) > 0.95 * len(both)
     assert page["failed"] == 0
-    (line,) = [line for line in errors.splitlines() if f"{len(rows[0] + rows[1])} answered, 0 not" in line]
+    (line,) = [line for line in errors.splitlines() if f"{len(both)} answered, 0 not" in line]
     median = float(line.partition("p50 ")[2].partition(",")[0])
-    assert median == pytest.approx(np.median([row.latency_ms for row in itertools.chain(*rows)]), rel=0.02)
+    assert median == pytest.approx(np.median(both.latency_ms), rel=0.02)
 
 
 def test_whoever_opens_the_web_page_cannot_name_a_file(ask: RequestSpec, tmp_path: Path) -> None:
