@@ -7,7 +7,7 @@ searches for the largest rate that keeps the objective.
 
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -36,33 +36,25 @@ _OVERRUN = 1.1
 """A round is not begun once it would end after this many budgets."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """What the user chose; None is decided when every arm has been tried."""
+def compare(bench: Bench, comparison: Comparison, progress: Progress, *, fresh: bool) -> None:
+    """Fill `comparison`, the bench's experiment, and fit its plan to its budget.
 
-    seconds: float | None
-    objective_ms: float | None
-    rates: dict[str, float] | None = None
-    """As in `Comparison.rates`."""
-
-
-def compare(bench: Bench, comparison: Comparison, progress: Progress, *, chosen: Chosen, fresh: bool) -> None:
-    """Fill `comparison`, the bench's experiment, whose plan is fitted to its budget.
-
-    An arm that fails later only loses that block. Raises ServerError if an arm cannot be served at all, StoreError if
-    the store holds another comparison, CommitError if a commit is not available.
+    `seconds` and `objective_ms` of the plan are kept unless they are 0, and `comparison.rates` if there are any. An arm
+    that fails later only loses that block. Raises ServerError if an arm cannot be served at all, StoreError if the
+    store holds another comparison, CommitError if a commit is not available.
     """
     # A resumed comparison may be given more time.
-    with bench.opened(progress, fresh=fresh, **asdict(chosen), budget_minutes=None) as kept:
+    with bench.opened(progress, fresh=fresh, rates=comparison.rates, budget_minutes=None) as kept:
         if not (settled := kept):
-            settled = _calibrate(bench, comparison.plan, chosen, progress)
+            settled = _calibrate(bench, comparison, progress)
             bench.store.settle(settled)
         comparison.plan, comparison.rates = replace(comparison.plan, **settled["plan"]), settled["rates"]
         _measure(bench, comparison, Costs(**settled["costs"]), progress)
 
 
-def _calibrate(bench: Bench, plan: ComparisonPlan, chosen: Chosen, progress: Progress) -> dict[str, Any]:
+def _calibrate(bench: Bench, comparison: Comparison, progress: Progress) -> dict[str, Any]:
     """Saturate every arm once, and decide by it what must be the same for all blocks."""
+    plan = comparison.plan
     arms, saturate = without_repeats(plan), Load(name=SATURATED, connections=plan.connections)
     throughputs, serving_seconds, generator_seconds = [], [], []
     for number, arm in enumerate(arms):
@@ -81,12 +73,12 @@ def _calibrate(bench: Bench, plan: ComparisonPlan, chosen: Chosen, progress: Pro
         generator=max(0.0, float(np.mean(generator_seconds))),
         probe=min(MOST_SECONDS, percentile.probe_seconds(slowest / 2, 0.0)),
     )
-    fits = fitted(plan, costs, seconds=chosen.seconds)
+    fits = fitted(plan, costs)
     moderate, high = (rounded(fraction * slowest) for fraction in plan.load_fractions)
-    objective_ms = chosen.objective_ms or one_two_five(1000 * plan.connections / slowest)
+    objective_ms = plan.objective_ms or one_two_five(1000 * plan.connections / slowest)
     return {
         "costs": asdict(costs),
-        "rates": chosen.rates or {MODERATE: moderate, HIGH: high},
+        "rates": comparison.rates or {MODERATE: moderate, HIGH: high},
         "plan": {"seconds": fits.seconds, "rounds": fits.rounds, "objective_ms": objective_ms},
     }
 

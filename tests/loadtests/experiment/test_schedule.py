@@ -57,7 +57,7 @@ def test_a_plan_fits_its_budget_or_is_as_small_as_possible(
     budget: float, server: float, generator: float, rounds: int, searches: int
 ) -> None:
     costs = Costs(server=server, generator=generator)
-    found = fitted(plan(budget_minutes=budget, rounds=rounds, capacity_searches=searches), costs, seconds=None)
+    found = fitted(plan(budget_minutes=budget, rounds=rounds, capacity_searches=searches), costs)
     assert SHORTEST_SECONDS <= found.seconds <= LONGEST_SECONDS
     assert 2 <= found.rounds <= rounds
     assert costs.whole(found) <= budget * 60 or (found.seconds, found.rounds) == (SHORTEST_SECONDS, 2)
@@ -69,7 +69,7 @@ def test_a_plan_fits_its_budget_or_is_as_small_as_possible(
 
 
 def test_a_given_length_stays_and_rounds_give_way() -> None:
-    found = fitted(plan(budget_minutes=10, capacity_searches=0), Costs(), seconds=12.0)
+    found = fitted(plan(budget_minutes=10, capacity_searches=0, seconds=12.0), Costs())
     assert found.seconds == 12
     assert 2 <= found.rounds < 10
     assert Costs().whole(found) <= 600

@@ -8,8 +8,9 @@ from service.host import gpu_process_bytes
 
 
 def test_means_are_of_what_came_between() -> None:
-    before = {"queue": (1.0, 100.0)}
-    after = {"queue": (1.5, 150.0), "inference": (0.2, 40.0), "idle": (0.0, 0.0)}
+    before = {("queue", "sum"): 1.0, ("queue", "count"): 100.0, ("queue", "bucket"): 7.0}
+    after = {("queue", "sum"): 1.5, ("queue", "count"): 150.0, ("queue", "bucket"): 9.0}
+    after |= {("inference", "sum"): 0.2, ("inference", "count"): 40.0, ("idle", "sum"): 0.0, ("idle", "count"): 0.0}
     assert mean_stages_ms(before, after) == {"queue": 10.0, "inference": 5.0}
     assert mean_stages_ms(after, after) == {}
 
