@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loadtests.experiment.capacity import MOST_SECONDS, Objective, find_capacity
+from loadtests.experiment.capacity import MOST_SECONDS, find_capacity, probe_seconds
 from loadtests.experiment.locust_runner import BEYOND_SECONDS
 from loadtests.experiment.model import (
     HIGH,
@@ -67,11 +67,10 @@ def _calibrate(bench: Bench, comparison: Comparison, progress: Progress) -> dict
         serving_seconds.append(ready - began + time.monotonic() - loaded)
         generator_seconds.append(loaded - ready - CALIBRATION_SECONDS - plan.warmup_seconds - BEYOND_SECONDS)
     slowest = min(throughputs)
-    percentile = Objective(ms=0.0, percentile=plan.objective_percentile)
     costs = Costs(
         server=float(np.mean(serving_seconds)) + SETTLE_SECONDS,
         generator=max(0.0, float(np.mean(generator_seconds))),
-        probe=min(MOST_SECONDS, percentile.probe_seconds(slowest / 2, 0.0)),
+        probe=min(MOST_SECONDS, probe_seconds(plan, slowest / 2)),
     )
     fits = fitted(plan, costs)
     moderate, high = (rounded(fraction * slowest) for fraction in plan.load_fractions)
@@ -114,8 +113,8 @@ def _measure(bench: Bench, comparison: Comparison, costs: Costs, progress: Progr
 
 
 def _search(bench: Bench, arm: Arm, number: int, comparison: Comparison) -> CapacitySearch:
-    plan = comparison.plan
-    saturated = [block.loads[SATURATED].throughput for block in comparison.blocks_of(arm.label)]
+    throughputs = [block.loads[SATURATED].throughput for block in comparison.blocks_of(arm.label)]
+    saturated = float(np.median(throughputs)) if throughputs else 0.0
     try:
         with bench.serving(arm, f"search{number + 1:02d}") as server:
 
@@ -123,14 +122,7 @@ def _search(bench: Bench, arm: Arm, number: int, comparison: Comparison) -> Capa
                 load, seed = Load(name="probe", rate=rate), 1000 * (number + 1) + probe_number
                 return bench.apply(arm, server, load, seconds=seconds, seed=seed).latencies_ms
 
-            return find_capacity(
-                arm.label,
-                number,
-                Objective(ms=plan.objective_ms, percentile=plan.objective_percentile),
-                saturated=float(np.median(saturated)) if saturated else 0.0,
-                seconds=plan.seconds,
-                probe=probe,
-            )
+            return find_capacity(comparison.plan, arm.label, number, saturated=saturated, probe=probe)
     except ServerError as error:
         reason = str(error).splitlines()[0]
         return CapacitySearch(arm=arm.label, round=number, rate=None, probes=(), reason=reason, failed=True)

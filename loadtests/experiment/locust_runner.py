@@ -141,28 +141,18 @@ def apply_load(
 
 
 def run_locust(server: Server, spec: RequestSpec, arguments: Sequence[str], *, seconds: float) -> tuple[Samples, Meter]:
-    """Run Locust against a server to its end. Raises ServerError if the server dies, or nothing was sent."""
+    """Run Locust against a server to its end. Raises ServerError if either fails, or nothing was sent."""
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", server.url]
-    quiet = ["--loglevel", "WARNING", "--only-summary", "--stop-timeout", f"{ANSWER_SECONDS:g}"]
-    with tempfile.TemporaryDirectory(prefix="stridevit-samples-") as folder:
-        path = Path(folder) / "samples.csv"
-        meter = _generate([*command, *spec.arguments(), *arguments, *quiet, "--samples", str(path)], server, seconds)
-        samples = read_samples(path) if path.is_file() else as_samples([])
-    if not len(samples):
-        raise ServerError(f"nothing was sent to {server.name}")
-    return samples, meter
-
-
-def _generate(command: list[str], server: Server, seconds: float) -> Meter:
-    """Run a generator to its end. Raises ServerError if the server dies or the generator fails."""
+    command += [*spec.arguments(), *arguments, "--loglevel", "WARNING", "--only-summary"]
     # Without the variables that would change what the generator does.
     foreign = ("STRIDEVIT_LOAD_", "LOCUST_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryDirectory(prefix="stridevit-samples-") as folder, tempfile.TemporaryFile("w+") as errors:
+        path, deadline = Path(folder) / "samples.csv", time.monotonic() + seconds + _SPARE_SECONDS
+        command += ["--stop-timeout", f"{ANSWER_SECONDS:g}", "--samples", str(path)]
         process = start(command, stdout=subprocess.DEVNULL, stderr=errors, environment=environment)
         try:
             meter = Meter(server, process.pid)
-            deadline = time.monotonic() + seconds + _SPARE_SECONDS
             while process.poll() is None and time.monotonic() < deadline and server.alive():
                 meter.read()
                 time.sleep(_READ_SECONDS)
@@ -176,4 +166,7 @@ def _generate(command: list[str], server: Server, seconds: float) -> Meter:
         if process.returncode:
             errors.seek(0)
             raise ServerError(f"the load generator failed ({process.returncode}):\n{errors.read()[-2000:]}")
-        return meter
+        samples = read_samples(path) if path.is_file() else as_samples([])
+    if not len(samples):
+        raise ServerError(f"nothing was sent to {server.name}")
+    return samples, meter
