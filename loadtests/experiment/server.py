@@ -78,7 +78,15 @@ def service_for(
     `source` is a checkout of this project whose service is run instead of the present one. Raises ServerError.
     """
     if url is not None:
-        yield remote_server(url)
+        server = Server(url.rstrip("/"), name=f"the server at {url}")
+        try:
+            get(server.url + "/readyz", timeout=10)
+        except (OSError, ValueError) as error:
+            raise ServerStartError(
+                f"{server.name} is not ready ({server.url}/readyz: {error}): "
+                "give the address of a running service, such as http://127.0.0.1:8000"
+            ) from error
+        yield server
         return
     command = [sys.executable, "-m", "service", "--repository", str(repository.resolve()), "--log-level", "warning"]
     command += [*(["--models", models] if models else []), *arguments, "--port"]
@@ -110,19 +118,6 @@ def running(
             yield server
         finally:
             end(process)
-
-
-def remote_server(url: str) -> Server:
-    """A server that already runs. Raises ServerError if it is not ready."""
-    server = Server(url.rstrip("/"), name=f"the server at {url}")
-    try:
-        get(server.url + "/readyz", timeout=10)
-    except (OSError, ValueError) as error:
-        raise ServerStartError(
-            f"{server.name} is not ready ({server.url}/readyz: {error}): "
-            "give the address of a running service, such as http://127.0.0.1:8000"
-        ) from error
-    return server
 
 
 def _wait_until_ready(server: Server) -> None:
