@@ -7,17 +7,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-from loadtests.experiment.model import Load
+from loadtests.experiment.model import Load, Plan
 from loadtests.experiment.process import end, start
 from loadtests.experiment.server import Server, ServerError
 from loadtests.experiment.service_metrics import mean_stages_ms, stage_totals
-from loadtests.generator.load_result import ANSWER_SECONDS, LoadResult, Protocol, window
+from loadtests.generator.load_result import ANSWER_SECONDS, LoadResult, window
 from loadtests.generator.samples import Samples, as_samples, read_samples
 from service.host import gpu_process_bytes, process_tree, process_tree_bytes
 
@@ -34,22 +33,6 @@ _FIRST_ARRIVAL = 5
 """In mean gaps; the window begins with the first arrival, which comes later than this in one of 150 runs."""
 _USERS_AT_LEAST = 20
 """Locust's users at the lowest of several steps: rates are multiples of one user's."""
-
-
-@dataclass(frozen=True)
-class RequestSpec:
-    """What is sent to a server."""
-
-    payloads: Path
-    """A folder filled by `loadtests.generator.payload_cache.save`."""
-    model: str
-    protocol: Protocol = "v1"
-    deadline_ms: float | None = None
-
-    def arguments(self) -> list[str]:
-        """For the locustfile."""
-        arguments = ["--data", str(self.payloads), "--model", self.model, "--protocol", self.protocol]
-        return arguments if self.deadline_ms is None else [*arguments, "--deadline-ms", f"{self.deadline_ms:g}"]
 
 
 class Meter:
@@ -96,15 +79,21 @@ class Meter:
         return float(server), float(generator)
 
 
+def requests_of(payloads: Path, plan: Plan, model: str) -> list[str]:
+    """What is sent, as arguments of the locustfile; `payload_cache.save` has filled the folder `payloads`."""
+    deadline_ms = f"{plan.deadline_ms or 0:g}"
+    return ["--data", str(payloads), "--model", model, "--protocol", plan.protocol, "--deadline-ms", deadline_ms]
+
+
 def apply_load(
-    server: Server, spec: RequestSpec, load: Load, *, warmup_seconds: float, seconds: float, seed: int
+    server: Server, requests: Sequence[str], load: Load, *, warmup_seconds: float, seconds: float, seed: int
 ) -> LoadResult:
-    """Put a server under a load, and measure it for `seconds` (or all its steps). Raises ServerError.
+    """Put a server under a load of `requests_of`, and measure it for `seconds` (or all its steps). Raises ServerError.
 
     A closed loop sends the next image of a connection when its last answer has come. In an open one arrivals are a
     Poisson process, and latency counts from the scheduled moments.
     """
-    arguments = ["--seed", str(seed)]
+    arguments = [*requests, "--seed", str(seed)]
     if load.steps:
         warmup_seconds, seconds = 0.0, sum(length for _, length in load.steps)
         rates = ",".join(f"{rate:g}:{length:g}" for rate, length in load.steps)
@@ -121,7 +110,7 @@ def apply_load(
     if not load.steps:
         arguments += ["--seconds", str(math.ceil(whole))]
     before = stage_totals(server.url)
-    samples, meter = run_locust(server, spec, arguments, seconds=whole)
+    samples, meter = run_locust(server, arguments, seconds=whole)
     # The warm-up begins with the first request.
     begin = samples.due_s.min() + warmup_seconds
     server_cores, generator_cores = meter.cores(begin, seconds)
@@ -140,10 +129,10 @@ def apply_load(
     )
 
 
-def run_locust(server: Server, spec: RequestSpec, arguments: Sequence[str], *, seconds: float) -> tuple[Samples, Meter]:
+def run_locust(server: Server, arguments: Sequence[str], *, seconds: float) -> tuple[Samples, Meter]:
     """Run Locust against a server to its end. Raises ServerError if either fails, or nothing was sent."""
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", server.url]
-    command += [*spec.arguments(), *arguments, "--loglevel", "WARNING", "--only-summary"]
+    command += [*arguments, "--loglevel", "WARNING", "--only-summary"]
     # Without the variables that would change what the generator does.
     foreign = ("STRIDEVIT_LOAD_", "LOCUST_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}

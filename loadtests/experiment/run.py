@@ -15,7 +15,7 @@ from loadtests.experiment.commits import checkout, environment_for, own_reposito
 from loadtests.experiment.engine_limit import engine_limit
 from loadtests.experiment.environment import LOAD_AVERAGE
 from loadtests.experiment.json_files import to_json
-from loadtests.experiment.locust_runner import RequestSpec, apply_load
+from loadtests.experiment.locust_runner import apply_load, requests_of
 from loadtests.experiment.model import Arm, Block, Experiment, Load, Progress
 from loadtests.experiment.schedule import order
 from loadtests.experiment.server import Server, ServerError, ServerStartError, running, service_for
@@ -151,9 +151,9 @@ class Bench:
     def apply(self, arm: Arm, server: Server, load: Load, *, seconds: float, seed: int) -> LoadResult:
         """Put an arm's server under a load. Raises ServerError, also if a closed loop gets no answer."""
         plan = self.experiment.plan
-        spec = RequestSpec(self._folder, arm.model, plan.protocol, plan.deadline_ms)
+        requests = requests_of(self._folder, plan, arm.model)
         result = apply_load(
-            server, spec, load, warmup_seconds=plan.warmup_seconds, seconds=seconds, seed=plan.seed + seed
+            server, requests, load, warmup_seconds=plan.warmup_seconds, seconds=seconds, seed=plan.seed + seed
         )
         if load.connections is not None and not result.throughput:
             raise ServerError(f"{server.name} answered nothing with 200:\n{server.log_tail()}\n(log: {server.log})")

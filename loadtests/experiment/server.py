@@ -51,11 +51,10 @@ class Server:
         """Present memory of the process tree; 0 for a server at a URL."""
         return process_tree_bytes(self.pid) if self.pid is not None else 0
 
-    def log_tail(self, lines: int = 15) -> str:
+    def log_tail(self) -> str:
         """The last lines of its log; empty for a server at a URL."""
-        if self.log is None:
-            return ""
-        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log else []
+        return "\n".join(lines[-15:])
 
     def died(self, when: str) -> ServerError:
         """The error to raise when it is not `alive`."""
@@ -135,7 +134,6 @@ def _wait_until_ready(server: Server) -> None:
 
 def free_port() -> int:
     """A port of this machine on which nothing listens."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
-        return port
+    return port

@@ -94,12 +94,12 @@ def window(
     ok, sent = due.status == 200, due.status != UNSENT
     models = np.array([model.rpartition("/")[0] for model in due.model], dtype=np.str_)
     return LoadResult(
-        throughput=np.count_nonzero((samples.status == 200) & (begin < ended_s) & (ended_s <= end)) / seconds,
+        throughput=float(((samples.status == 200) & (begin < ended_s) & (ended_s <= end)).sum() / seconds),
         latencies_ms=np.where(ok, due.latency_ms, np.inf),
-        errors=np.count_nonzero(sent & ~ok),
-        late_arrivals=np.count_nonzero(sent & (due.behind_ms > LATE_MS)),
-        unsent_arrivals=np.count_nonzero(~sent),
-        labelled=np.count_nonzero(np.isfinite(due.correct)),
+        errors=int((sent & ~ok).sum()),
+        late_arrivals=int((sent & (due.behind_ms > LATE_MS)).sum()),
+        unsent_arrivals=int((~sent).sum()),
+        labelled=int(np.isfinite(due.correct).sum()),
         correct=int(np.nansum(due.correct)),
         mode="open" if connections is None else "closed",
         connections=connections,
