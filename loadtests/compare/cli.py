@@ -43,9 +43,7 @@ def compare(
         str | None, typer.Option(help="Sizes of generated JPEGs, with weights: '640x480:3,1920x1080:1'. [640x480]")
     ] = None,
     protocol: Annotated[Protocol, typer.Option(help="v1 sends image files, v2 binary tensors.")] = "v1",
-    connections: Annotated[
-        int, typer.Option(min=1, help="Connections of the closed loop, to saturate the server.")
-    ] = 16,
+    connections: Annotated[int, typer.Option(min=1, help="Connections of the closed loop.")] = 16,
     load: Annotated[
         str, typer.Option(help="Rates of the two open loops, as fractions of the slowest arm's saturated throughput.")
     ] = "0.3,0.7",
@@ -56,9 +54,7 @@ def compare(
     ] = None,
     warmup: cli.Warmup = 1.0,
     budget_minutes: Annotated[float, typer.Option(min=0.5, help="The plan is fitted to this time.")] = 30.0,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A preview: 3 short rounds and no capacity search; the report says so.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A preview: 3 short rounds and no capacity search.")] = False,
     aa_run: Annotated[bool, typer.Option(help="Measure the baseline twice (A/A), to show the machine's noise.")] = True,
     objective_ms: Annotated[
         float | None,

@@ -14,8 +14,7 @@ import psutil
 
 from loadtests.experiment.model import Load, Plan
 from loadtests.experiment.process import end, start
-from loadtests.experiment.server import Server, ServerError
-from loadtests.experiment.service_metrics import mean_stages_ms, stage_totals
+from loadtests.experiment.server import Server, ServerError, mean_stages_ms
 from loadtests.generator.load_result import ANSWER_SECONDS, LoadResult, window
 from loadtests.generator.samples import Samples, as_samples, read_samples
 from service.host import gpu_process_bytes, process_tree, process_tree_bytes
@@ -109,7 +108,7 @@ def apply_load(
     whole = warmup_seconds + seconds + BEYOND_SECONDS + (_FIRST_ARRIVAL / load.rate if load.rate else 0)
     if not load.steps:
         arguments += ["--seconds", str(math.ceil(whole))]
-    before = stage_totals(server.url)
+    before = server.stage_totals()
     samples, meter = run_locust(server, arguments, seconds=whole)
     # The warm-up begins with the first request.
     begin = samples.due_s.min() + warmup_seconds
@@ -125,7 +124,7 @@ def apply_load(
         server_cores=server_cores,
         generator_cores=generator_cores,
         device_bytes=meter.device_bytes,
-        stages_ms=mean_stages_ms(before, stage_totals(server.url)),
+        stages_ms=mean_stages_ms(before, server.stage_totals()),
     )
 
 

@@ -5,11 +5,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from loadtests.errors import LoadTestError
 from loadtests.experiment.http_get import get, get_json
@@ -17,6 +20,10 @@ from loadtests.experiment.process import end, start
 from service.host import process_tree_bytes
 
 _START_SECONDS = 120
+_STAGES = "stridevit_stage_duration_seconds"
+
+StageTotals = dict[tuple[str, str], float]
+"""Seconds (`sum`) and images (`count`) by stage, over all models since the server's start."""
 
 
 class ServerError(LoadTestError):
@@ -43,6 +50,17 @@ class Server:
         """What the service says of a model: manifest, version, labels, latency by batch size. Raises like `ask`."""
         return dict(self.ask(f"/v1/models/{quote(name)}"))
 
+    def stage_totals(self) -> StageTotals:
+        """Where its time went, as its histogram of stages says now; empty without one."""
+        try:
+            families = list(text_string_to_metric_families(get(self.url + "/metrics", timeout=10).decode("utf-8")))
+        except (OSError, ValueError):
+            return {}
+        totals: StageTotals = defaultdict(float)
+        for sample in (sample for family in families if family.name == _STAGES for sample in family.samples):
+            totals[sample.labels["stage"], sample.name.removeprefix(f"{_STAGES}_")] += sample.value
+        return totals
+
     def alive(self) -> bool:
         """Whether our process still runs; true for a server at a URL."""
         return self._process is None or self._process.poll() is None
@@ -59,6 +77,16 @@ class Server:
     def died(self, when: str) -> ServerError:
         """The error to raise when it is not `alive`."""
         return ServerError(f"{self.name} died {when}:\n{self.log_tail()}\n(log: {self.log})")
+
+
+def mean_stages_ms(before: StageTotals, after: StageTotals) -> dict[str, float]:
+    """Mean milliseconds per image in each stage, of the images between two readings."""
+    between = {name: total - before.get(name, 0.0) for name, total in after.items()}
+    return {
+        stage: between[stage, "sum"] / images * 1000
+        for (stage, kind), images in between.items()
+        if kind == "count" and images > 0
+    }
 
 
 @contextmanager

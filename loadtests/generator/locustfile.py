@@ -43,7 +43,7 @@ from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 
 from loadtests.generator.histogram import Latencies
 from loadtests.generator.load_result import ANSWER_SECONDS, IN_FLIGHT, PROTOCOLS
-from loadtests.generator.payload_cache import is_saved, load
+from loadtests.generator.payload_cache import load
 from loadtests.generator.payloads import read_payloads
 from loadtests.generator.rates import Part, parse_rates, poisson_arrivals, rate_at
 from loadtests.generator.readers import PayloadError
@@ -63,14 +63,12 @@ class Run:
     def __init__(self, options: Namespace, *, host: str, worker: int | None) -> None:
         """Read the images and prepare the requests. Raises PayloadError."""
         data = Path(options.data) if options.data else None
-        payloads = load(data) if data and is_saved(data) else read_payloads(data)
+        payloads = (load(data) if data else []) or read_payloads(data)
         self.target = target(
             payloads, protocol=options.protocol, model=options.model, host=host, deadline_ms=options.deadline_ms or None
         )
-        self.open_loop = options.loop == "open"
-        self.rate_per_user, self.in_flight = options.rate_per_user, options.in_flight
+        self.options, self.open_loop = options, options.loop == "open"
         self.seed = f"{options.seed}/{worker or 0}"
-        self.seconds = options.seconds or math.inf
         # Workers begin at different images, so that they do not all send the same one at once.
         begin = (worker or 0) * len(payloads) // 7
         self.images = itertools.islice(itertools.cycle(range(len(payloads))), begin, None)
@@ -87,23 +85,11 @@ class Run:
             self._samples = path.open("w", newline="", encoding="utf-8")
             csv.writer(self._samples).writerow(Sample._fields)
 
-    def record(
-        self,
-        due: float,
-        latency_ms: float,
-        status: int,
-        behind_ms: float,
-        image: int,
-        *,
-        model: str = "",
-        correct: bool | None = None,
-    ) -> None:
-        """Keep the outcome of one request, which was due at a moment of the performance counter."""
-        _state.latencies.add(latency_ms, ok=status == 200)
+    def record(self, sample: Sample) -> None:
+        """Keep the outcome of one request."""
+        _state.latencies.add(sample.latency_ms, ok=sample.status == 200)
         if self._samples and not self._samples.closed:
-            due_s, latency_ms, behind_ms = round(due + self.unix_offset, 6), round(latency_ms, 3), round(behind_ms, 3)
-            judged = None if correct is None else int(correct)
-            csv.writer(self._samples).writerow(Sample(due_s, latency_ms, status, behind_ms, model, image, judged))
+            csv.writer(self._samples).writerow(sample)
 
     def end(self) -> None:
         """Wait for the requests in flight."""
@@ -137,8 +123,10 @@ class Classify(FastHttpUser):
             raise StopUser
         self._run = _state.run
         self._started = time.perf_counter()
-        self._ends = self._started + self._run.seconds
-        self._arrivals = poisson_arrivals(self._run.rate_per_user, seed=f"{self._run.seed}/{next(self._run.users)}")
+        self._ends = self._started + (self._run.options.seconds or math.inf)
+        self._arrivals = poisson_arrivals(
+            self._run.options.rate_per_user, seed=f"{self._run.seed}/{next(self._run.users)}"
+        )
         self._due = self._started
         if self._run.open_loop:
             self._due += next(self._arrivals)
@@ -156,7 +144,7 @@ class Classify(FastHttpUser):
             if self._due >= self._ends:
                 self._finish()
             due, self._due = self._due, self._started + next(self._arrivals)
-            if len(run.requests) < run.in_flight:
+            if len(run.requests) < run.options.in_flight:
                 run.requests.spawn(self._send, next(run.images), due)
             else:
                 self._skip(next(run.images), due)
@@ -175,9 +163,8 @@ class Classify(FastHttpUser):
         raise StopUser
 
     def _send(self, image: int, due: float) -> None:
-        target = self._run.target
-        request = target.requests[image]
-        behind_ms = (time.perf_counter() - due) * 1000
+        target, due_s = self._run.target, round(due + self._run.unix_offset, 6)
+        request, behind_ms = target.requests[image], _ms_since(due)
         with self.client.post(
             target.path,
             data=request.body,  # type: ignore[arg-type]  # takes bytes too
@@ -185,9 +172,8 @@ class Classify(FastHttpUser):
             name=target.path,
             catch_response=True,
         ) as response:
-            latency_ms = (time.perf_counter() - due) * 1000
-            response.request_meta["response_time"] = latency_ms
-            response.request_meta["start_time"] = due + self._run.unix_offset
+            latency_ms = _ms_since(due)
+            response.request_meta.update(response_time=latency_ms, start_time=due_s)
             try:
                 content, status = response.content, response.status_code or 0
             except FAILURE_EXCEPTIONS:  # the connection broke in the middle of the answer
@@ -195,19 +181,23 @@ class Classify(FastHttpUser):
             headers = response.headers
         model = str((headers.get("x-stridevit-model") if headers else None) or "")
         correct = target.correct(request, content) if status == 200 and content is not None else None
-        self._run.record(due, latency_ms, status, behind_ms, image, model=model, correct=correct)
+        self._run.record(Sample(due_s, latency_ms, status, behind_ms, model, image, correct))
 
     def _skip(self, image: int, due: float) -> None:
-        behind_ms = (time.perf_counter() - due) * 1000
+        behind_ms = _ms_since(due)
         self.environment.events.request.fire(
             request_type="POST",
             name=self._run.target.path,
             response_time=None,
             response_length=0,
-            exception=Unsent(f"{self._run.in_flight} were in flight"),
+            exception=Unsent(f"{self._run.options.in_flight} were in flight"),
             context={},
         )
-        self._run.record(due, behind_ms, UNSENT, behind_ms, image)
+        self._run.record(Sample(round(due + self._run.unix_offset, 6), behind_ms, UNSENT, behind_ms, "", image, None))
+
+
+def _ms_since(moment: float) -> float:
+    return round((time.perf_counter() - moment) * 1000, 3)
 
 
 class Rates(LoadTestShape):
@@ -289,7 +279,7 @@ def _begin(environment: Environment, **_: Any) -> None:
         # Reading the images must not take time from the first part.
         environment.shape_class.reset_time()
     Classify.client_pool = HTTPClientPool(
-        concurrency=run.in_flight if run.open_loop else 10_000,
+        concurrency=run.options.in_flight if run.open_loop else 10_000,
         connection_timeout=ANSWER_SECONDS,
         network_timeout=ANSWER_SECONDS,
     )

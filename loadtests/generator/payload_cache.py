@@ -19,13 +19,8 @@ def save(payloads: Sequence[Payload], folder: Path) -> None:
     (folder / _ORDER).write_text(json.dumps([(payload.name, payload.label) for payload in payloads]), encoding="utf-8")
 
 
-def is_saved(folder: Path) -> bool:
-    """Whether `save` has filled the folder."""
-    return (folder / _ORDER).is_file()
-
-
 def load(folder: Path) -> list[Payload]:
-    """What was saved, in the same order."""
-    order = json.loads((folder / _ORDER).read_text(encoding="utf-8"))
+    """What was saved, in the same order; empty if the folder was not filled by `save`."""
+    order = json.loads((folder / _ORDER).read_text(encoding="utf-8")) if (folder / _ORDER).is_file() else []
     images = ((folder / IMAGES / f"{number:05d}").read_bytes() for number in range(len(order)))
     return [Payload(name, image, label) for (name, label), image in zip(order, images, strict=True)]

@@ -36,12 +36,12 @@ class Target:
     requests: list[Request] = field(repr=False)
     protocol: Protocol
 
-    def correct(self, request: Request, answer: bytes) -> bool | None:
-        """Whether the answer's first class is the right one; None if the image has no label or the answer no class."""
+    def correct(self, request: Request, answer: bytes) -> int | None:
+        """1 if the answer's first class is right, 0 if not; None if the image has no label or the answer no class."""
         if request.label is None:
             return None
         try:
-            return request.label in self._first_class(json.loads(answer))
+            return int(request.label in self._first_class(json.loads(answer)))
         except (ValueError, LookupError, TypeError, AttributeError):
             return None
 

@@ -1,16 +1,17 @@
 """What a comparison decides when every arm has been tried, on servers that are made up."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loadtests.compare.compare import compare
 from loadtests.experiment import run
 from loadtests.experiment.arms import repeated
-from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Arm, Comparison, ComparisonPlan, Load
+from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Arm, Comparison, Load
 from loadtests.experiment.server import ServerError
 from loadtests.generator.load_result import LoadResult
-from tests.loadtests.experiment.benches import FakeBench, Notes, result
+from tests.loadtests.experiment.benches import FakeBench, Notes, comparison_plan, result
 
 SPEED = {"fast": 200.0, "slow": 100.0}
 
@@ -20,23 +21,9 @@ def _no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "SETTLE_SECONDS", 0.0)
 
 
-def comparison(rates: dict[str, float] | None = None, **changes: object) -> Comparison:
+def comparison(rates: dict[str, float] | None = None, **changes: Any) -> Comparison:
     arms = (Arm(label="fast", model="fast"), Arm(label="slow", model="slow"))
-    values: dict[str, object] = {
-        "repository": Path("no-such-repository"),
-        "arms": (*arms, repeated(arms[0])),
-        "data": None,
-        "connections": 16,
-        "seconds": 4.0,
-        "rounds": 2,
-        "default_rounds": 10,
-        "load_fractions": (0.3, 0.7),
-        "objective_ms": 0.0,
-        "objective_percentile": 99.0,
-        "capacity_searches": 1,
-        "budget_minutes": 30.0,
-    }
-    plan = ComparisonPlan(**{**values, **changes})  # type: ignore[arg-type]
+    plan = comparison_plan(*arms, repeated(arms[0]), **{"seconds": 4.0, "rounds": 2, **changes})
     return Comparison(plan=plan, command="", environment={}, rates=rates or {})
 
 

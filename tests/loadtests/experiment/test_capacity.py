@@ -1,5 +1,7 @@
 """The largest rate that keeps an objective, against servers that are formulas."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -8,11 +10,11 @@ from hypothesis import strategies as st
 
 from loadtests.experiment.capacity import MOST_SECONDS, find_capacity
 from loadtests.experiment.model import CapacitySearch, ComparisonPlan
-from tests.loadtests.experiment.test_schedule import plan
+from tests.loadtests.experiment.benches import comparison_plan
 
 
-def p99(**changes: object) -> ComparisonPlan:
-    return plan(**{"objective_ms": 50, "objective_percentile": 99.0, "seconds": 1.0, **changes})
+def p99(**changes: Any) -> ComparisonPlan:
+    return comparison_plan(**{"objective_ms": 50.0, "seconds": 1.0, **changes})
 
 
 def search(capacity: float, *, saturated: float, percentile: float = 99) -> CapacitySearch:

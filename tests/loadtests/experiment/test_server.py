@@ -2,8 +2,7 @@
 
 import os
 
-from loadtests.experiment.server import free_port
-from loadtests.experiment.service_metrics import mean_stages_ms, stage_totals
+from loadtests.experiment.server import Server, free_port, mean_stages_ms
 from service.host import gpu_process_bytes
 
 
@@ -16,7 +15,7 @@ def test_means_are_of_what_came_between() -> None:
 
 
 def test_a_server_without_metrics_tells_nothing() -> None:
-    assert stage_totals(f"http://127.0.0.1:{free_port()}") == {}
+    assert Server(f"http://127.0.0.1:{free_port()}", name="none").stage_totals() == {}
 
 
 def test_no_gpu_is_no_memory_on_it() -> None:
