@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtests.experiment.arms import bundles, describe, flags_of
-from loadtests.experiment.commits import checkout, environment_for, own_repository, unknown_settings
+from loadtests.experiment.commits import checkout, own_repository, unknown_settings
 from loadtests.experiment.engine_limit import engine_limit
 from loadtests.experiment.environment import LOAD_AVERAGE
 from loadtests.experiment.json_files import to_json
@@ -175,10 +175,8 @@ class Bench:
             plain = [sys.executable, str(_PLAIN), str(repository / arm.model / str(published[-1])), "--port"]
             return running(plain, name=f"the plain server for {arm.model}", log=log)
         flags = [*self.experiment.plan.service_arguments, *flags_of(arm)]
-        if arm.commit is None:
-            return service_for(models, repository=repository, log=log, arguments=flags, url=arm.url)
-        variables, source = environment_for(flags), self._sources[arm.commit]
-        return service_for(models, repository=repository, log=log, environment=variables, source=source)
+        source = self._sources[arm.commit] if arm.commit else None
+        return service_for(models, repository=repository, log=log, arguments=flags, url=arm.url, source=source)
 
     def _repository(self, arm: Arm) -> Path:
         repository: Path = self.experiment.plan.repository

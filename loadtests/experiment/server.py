@@ -15,6 +15,7 @@ from urllib.parse import quote
 from prometheus_client.parser import text_string_to_metric_families
 
 from loadtests.errors import LoadTestError
+from loadtests.experiment.commits import environment_for
 from loadtests.experiment.http_get import get, get_json
 from loadtests.experiment.process import end, start
 from service.host import process_tree_bytes
@@ -97,12 +98,11 @@ def service_for(
     log: Path,
     arguments: Sequence[str] = (),
     url: str | None = None,
-    environment: dict[str, str] | None = None,
     source: Path | None = None,
 ) -> Iterator[Server]:
     """A fresh service for some models (separated by commas), or all; or the server that already runs at `url`.
 
-    `source` is a checkout of this project whose service is run instead of the present one. Raises ServerError.
+    `source` is a checkout of another commit: its service is run, with `arguments` as variables. Raises ServerError.
     """
     if url is not None:
         server = Server(url.rstrip("/"), name=f"the server at {url}")
@@ -116,9 +116,10 @@ def service_for(
         yield server
         return
     command = [sys.executable, "-m", "service", "--repository", str(repository.resolve()), "--log-level", "warning"]
-    command += [*(["--models", models] if models else []), *arguments, "--port"]
+    command += [*(["--models", models] if models else []), *(arguments if source is None else ()), "--port"]
+    variables = {**environment_for(arguments), "PYTHONPATH": str(source)} if source else None
     name = f"the service for {models or 'all models'}"
-    with running(command, name=name, log=log, environment=environment, source=source) as server:
+    with running(command, name=name, log=log, environment=variables, folder=source) as server:
         yield server
 
 
@@ -129,16 +130,14 @@ def running(
     name: str,
     log: Path,
     environment: dict[str, str] | None = None,
-    source: Path | None = None,
+    folder: Path | None = None,
 ) -> Iterator[Server]:
     """Run a command followed by a free port, until the block ends; begins when /readyz answers. Raises ServerError."""
     port = free_port()
     # ONNX Runtime's wheels send usage data to their maker by default; the service turns that off by itself.
     variables = {**(os.environ if environment is None else environment), "ORT_DISABLE_TELEMETRY": "1"}
-    if source is not None:
-        variables["PYTHONPATH"] = str(source)
     with log.open("wb") as stream:
-        process = start([*command, str(port)], stdout=stream, stderr=stream, environment=variables, folder=source)
+        process = start([*command, str(port)], stdout=stream, stderr=stream, environment=variables, folder=folder)
         server = Server(f"http://127.0.0.1:{port}", name=name, process=process, log=log)
         try:
             _wait_until_ready(server)
