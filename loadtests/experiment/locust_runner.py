@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 
 from loadtests.experiment.model import Load, Plan
-from loadtests.experiment.process import end, start
+from loadtests.experiment.process import start
 from loadtests.experiment.server import Server, ServerError, mean_stages_ms
 from loadtests.generator.load_result import ANSWER_SECONDS, LoadResult, window
 from loadtests.generator.samples import Samples, as_samples, read_samples
@@ -138,15 +138,12 @@ def run_locust(server: Server, arguments: Sequence[str], *, seconds: float) -> t
     with tempfile.TemporaryDirectory(prefix="stridevit-samples-") as folder, tempfile.TemporaryFile("w+") as errors:
         path, deadline = Path(folder) / "samples.csv", time.monotonic() + seconds + _SPARE_SECONDS
         command += ["--stop-timeout", f"{ANSWER_SECONDS:g}", "--samples", str(path)]
-        process = start(command, stdout=subprocess.DEVNULL, stderr=errors, environment=environment)
-        try:
+        with start(command, stdout=subprocess.DEVNULL, stderr=errors, environment=environment) as process:
             meter = Meter(server, process.pid)
             while process.poll() is None and time.monotonic() < deadline and server.alive():
                 meter.read()
                 time.sleep(_READ_SECONDS)
             hangs = process.poll() is None
-        finally:
-            end(process)
         if not server.alive():
             raise server.died("under load")
         if hangs:

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from loadtests.errors import LoadTestError
 from loadtests.experiment.commits import environment_for
 from loadtests.experiment.http_get import get, get_json
-from loadtests.experiment.process import end, start
+from loadtests.experiment.process import start
 from service.host import process_tree_bytes
 
 _START_SECONDS = 120
@@ -136,14 +136,13 @@ def running(
     port = free_port()
     # ONNX Runtime's wheels send usage data to their maker by default; the service turns that off by itself.
     variables = {**(os.environ if environment is None else environment), "ORT_DISABLE_TELEMETRY": "1"}
-    with log.open("wb") as stream:
-        process = start([*command, str(port)], stdout=stream, stderr=stream, environment=variables, folder=folder)
+    with (
+        log.open("wb") as stream,
+        start([*command, str(port)], stdout=stream, stderr=stream, environment=variables, folder=folder) as process,
+    ):
         server = Server(f"http://127.0.0.1:{port}", name=name, process=process, log=log)
-        try:
-            _wait_until_ready(server)
-            yield server
-        finally:
-            end(process)
+        _wait_until_ready(server)
+        yield server
 
 
 def _wait_until_ready(server: Server) -> None:
