@@ -16,7 +16,7 @@ from loadtests.experiment.model import Load, Plan
 from loadtests.experiment.process import start
 from loadtests.experiment.server import Server, ServerError, mean_stages_ms
 from loadtests.generator.load_result import ANSWER_SECONDS, LoadResult, window
-from loadtests.generator.samples import Samples, as_samples, read_samples
+from loadtests.generator.samples import Samples, read_samples
 from service.host import gpu_process_bytes, process_tree, process_tree_bytes
 
 LOCUSTFILE = Path(__file__).parents[1] / "generator" / "locustfile.py"
@@ -151,7 +151,7 @@ def run_locust(server: Server, arguments: Sequence[str], *, seconds: float) -> t
         if process.returncode:
             errors.seek(0)
             raise ServerError(f"the load generator failed ({process.returncode}):\n{errors.read()[-2000:]}")
-        samples = read_samples(path) if path.is_file() else as_samples([])
+        samples = read_samples(path)
     if not len(samples):
         raise ServerError(f"nothing was sent to {server.name}")
     return samples, meter

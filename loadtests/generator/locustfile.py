@@ -10,14 +10,10 @@ moment at which it was due, so neither a slow server nor a slow generator can hi
 are in flight in a process, an arrival is not sent and fails as `Unsent`. Closed loop (`--loop closed`): each user sends
 its next image when its last is answered.
 
-`--rates` changes the number of users over time (loadtests/generator/rates.py): steps, ramps, spikes, a soak; the test
-ends with the last part. `--seconds` ends it when every arrival of that time is sent, so that one seed gives the same
-arrivals on any machine; Locust's own `--run-time` also counts the time in which images are read and users started.
-
-With `--master` and `--worker` each worker keeps a histogram (HDR, three digits), and the master merges them: it prints
-the percentiles at the end, and serves them at `/percentiles` beside its web page. Without the page let the master wait
-for the last reports, `--autostart --autoquit 10`: with `--headless` it ends before they come. `--samples FILE` keeps
-every raw sample (loadtests/generator/samples.py); a worker adds its number to the file's name.
+`--rates` changes the number of users over time (rates.py). `--seconds` ends the test when every arrival of that time is
+sent; Locust's own `--run-time` also counts the time in which images are read and users started. `--samples FILE` keeps
+every raw sample (samples.py); a worker adds its number to the name. With `--master` and `--worker`, use `--autostart
+--autoquit 10` in place of `--headless`, so that the master, which merges the workers' histograms, waits for the last.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call"

@@ -1,7 +1,6 @@
 """Raw samples, one row per request, as the locustfile writes them."""
 
 import csv
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,8 +43,7 @@ def as_samples(rows: Iterable[tuple[Any, ...]]) -> Samples:
 
 
 def read_samples(path: Path) -> Samples:
-    """All complete rows of a file: the last may be cut off if the generator was killed."""
-    with path.open(encoding="utf-8", newline="") as stream:
-        text = stream.read()
-    header_and_rows = csv.reader(io.StringIO(text[: text.rfind("\n") + 1]))
+    """All complete rows of a file, if there is one: the last may be cut off if the generator was killed."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    header_and_rows = csv.reader(text[: text.rfind("\n") + 1].splitlines())
     return as_samples((*row, correct or None) for *row, correct in list(header_and_rows)[1:])
