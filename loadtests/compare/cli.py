@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from loadtests.compare.compare import Chosen
 from loadtests.compare.compare import compare as run_comparison
 from loadtests.errors import LoadTestError
 from loadtests.experiment import command as cli
@@ -24,7 +23,6 @@ from loadtests.report.rendering import print_tables
 from loadtests.report.report import write_comparison
 
 DEFAULT_ROUNDS = 10
-_QUICK_ROUNDS, _QUICK_SECONDS = 3, 3.0
 _REGRESSED = 3
 """Exit code."""
 
@@ -45,9 +43,7 @@ def compare(
         str | None, typer.Option(help="Sizes of generated JPEGs, with weights: '640x480:3,1920x1080:1'. [640x480]")
     ] = None,
     protocol: Annotated[Protocol, typer.Option(help="v1 sends image files, v2 binary tensors.")] = "v1",
-    connections: Annotated[
-        int, typer.Option(min=1, help="Connections of the closed loop, to saturate the server.")
-    ] = 16,
+    connections: Annotated[int, typer.Option(min=1, help="Connections of the closed loop.")] = 16,
     load: Annotated[
         str, typer.Option(help="Rates of the two open loops, as fractions of the slowest arm's saturated throughput.")
     ] = "0.3,0.7",
@@ -58,9 +54,7 @@ def compare(
     ] = None,
     warmup: cli.Warmup = 1.0,
     budget_minutes: Annotated[float, typer.Option(min=0.5, help="The plan is fitted to this time.")] = 30.0,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A preview: 3 short rounds and no capacity search; the report says so.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A preview: 3 short rounds and no capacity search.")] = False,
     aa_run: Annotated[bool, typer.Option(help="Measure the baseline twice (A/A), to show the machine's noise.")] = True,
     objective_ms: Annotated[
         float | None,
@@ -91,6 +85,8 @@ def compare(
 
     Example: `stridevit compare --models cifar100-mha,cifar100-csra-r2 --data DIR`
     """
+    if quick:
+        rounds, seconds, capacity_searches = min(rounds, 3), seconds or 3.0, 0
     if sizes and data:
         cli.fail("--sizes describes generated images: it does not go with --data")
     try:
@@ -106,39 +102,36 @@ def compare(
         data=data,
         protocol=protocol,
         connections=connections,
-        seconds=seconds or (_QUICK_SECONDS if quick else 0.0),
+        seconds=seconds or 0.0,
         warmup_seconds=warmup,
-        rounds=min(rounds, _QUICK_ROUNDS) if quick else rounds,
+        rounds=rounds,
         default_rounds=DEFAULT_ROUNDS,
         load_fractions=load_fractions,
         objective_ms=objective_ms or 0.0,
         objective_percentile=objective_percentile,
-        capacity_searches=0 if quick else capacity_searches,
+        capacity_searches=capacity_searches,
         budget_minutes=budget_minutes,
         service_arguments=tuple(shlex.split(service_args)),
         seed=seed,
     )
-    chosen = Chosen(seconds=plan.seconds or None, objective_ms=objective_ms, rates=former.rates if former else None)
-    guess = fitted(plan, Costs(), seconds=chosen.seconds)
+    guess = fitted(plan, Costs())
     cli.console.print(
         f"{len(plan.arms)} arms, {guess.rounds} rounds: about {Costs().whole(guess) / 60:.0f} minutes; "
         "a better estimate follows when each arm has been tried once"
     )
     comparison = Comparison(plan=plan, command=command or this_command(), payloads=describe(payloads, data))
+    if former:
+        comparison.rates = former.rates
     bench = Bench(comparison, payloads, out)
     code = cli.run_measurement(
         comparison,
-        lambda progress: run_comparison(bench, comparison, progress, chosen=chosen, fresh=fresh),
+        lambda progress: run_comparison(bench, comparison, progress, fresh=fresh),
         report=lambda: _report(comparison, out),
         store=bench.store,
     )
-    if not comparison.measured:
-        raise typer.Exit(code)
-    if comparison.failures or any(search.failed for search in comparison.capacity_searches):
-        code = code or 1
-    if former is not None and not _compared(former, comparison, tolerance):
-        code = code or _REGRESSED
-    raise typer.Exit(code)
+    failed = bool(comparison.failures) or any(search.failed for search in comparison.capacity_searches)
+    worse = comparison.measured and former is not None and not _compared(former, comparison, tolerance)
+    raise typer.Exit(code or int(failed) or _REGRESSED * worse)
 
 
 def _report(comparison: Comparison, out: Path) -> Path:

@@ -7,13 +7,13 @@ searches for the largest rate that keeps the objective.
 
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from loadtests.experiment.capacity import MOST_SECONDS, Objective, find_capacity
+from loadtests.experiment.capacity import MOST_SECONDS, find_capacity, probe_seconds
 from loadtests.experiment.locust_runner import BEYOND_SECONDS
 from loadtests.experiment.model import (
     HIGH,
@@ -36,33 +36,25 @@ _OVERRUN = 1.1
 """A round is not begun once it would end after this many budgets."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """What the user chose; None is decided when every arm has been tried."""
+def compare(bench: Bench, comparison: Comparison, progress: Progress, *, fresh: bool) -> None:
+    """Fill `comparison`, the bench's experiment, and fit its plan to its budget.
 
-    seconds: float | None
-    objective_ms: float | None
-    rates: dict[str, float] | None = None
-    """As in `Comparison.rates`."""
-
-
-def compare(bench: Bench, comparison: Comparison, progress: Progress, *, chosen: Chosen, fresh: bool) -> None:
-    """Fill `comparison`, the bench's experiment, whose plan is fitted to its budget.
-
-    An arm that fails later only loses that block. Raises ServerError if an arm cannot be served at all, StoreError if
-    the store holds another comparison, CommitError if a commit is not available.
+    `seconds` and `objective_ms` of the plan are kept unless they are 0, and `comparison.rates` if there are any. An arm
+    that fails later only loses that block. Raises ServerError if an arm cannot be served at all, StoreError if the
+    store holds another comparison, CommitError if a commit is not available.
     """
     # A resumed comparison may be given more time.
-    with bench.opened(progress, fresh=fresh, **asdict(chosen), budget_minutes=None) as kept:
+    with bench.opened(progress, fresh=fresh, rates=comparison.rates, budget_minutes=None) as kept:
         if not (settled := kept):
-            settled = _calibrate(bench, comparison.plan, chosen, progress)
+            settled = _calibrate(bench, comparison, progress)
             bench.store.settle(settled)
         comparison.plan, comparison.rates = replace(comparison.plan, **settled["plan"]), settled["rates"]
         _measure(bench, comparison, Costs(**settled["costs"]), progress)
 
 
-def _calibrate(bench: Bench, plan: ComparisonPlan, chosen: Chosen, progress: Progress) -> dict[str, Any]:
+def _calibrate(bench: Bench, comparison: Comparison, progress: Progress) -> dict[str, Any]:
     """Saturate every arm once, and decide by it what must be the same for all blocks."""
+    plan = comparison.plan
     arms, saturate = without_repeats(plan), Load(name=SATURATED, connections=plan.connections)
     throughputs, serving_seconds, generator_seconds = [], [], []
     for number, arm in enumerate(arms):
@@ -75,18 +67,17 @@ def _calibrate(bench: Bench, plan: ComparisonPlan, chosen: Chosen, progress: Pro
         serving_seconds.append(ready - began + time.monotonic() - loaded)
         generator_seconds.append(loaded - ready - CALIBRATION_SECONDS - plan.warmup_seconds - BEYOND_SECONDS)
     slowest = min(throughputs)
-    percentile = Objective(ms=0.0, percentile=plan.objective_percentile)
     costs = Costs(
         server=float(np.mean(serving_seconds)) + SETTLE_SECONDS,
         generator=max(0.0, float(np.mean(generator_seconds))),
-        probe=min(MOST_SECONDS, percentile.probe_seconds(slowest / 2, 0.0)),
+        probe=min(MOST_SECONDS, probe_seconds(plan, slowest / 2)),
     )
-    fits = fitted(plan, costs, seconds=chosen.seconds)
+    fits = fitted(plan, costs)
     moderate, high = (rounded(fraction * slowest) for fraction in plan.load_fractions)
-    objective_ms = chosen.objective_ms or one_two_five(1000 * plan.connections / slowest)
+    objective_ms = plan.objective_ms or one_two_five(1000 * plan.connections / slowest)
     return {
         "costs": asdict(costs),
-        "rates": chosen.rates or {MODERATE: moderate, HIGH: high},
+        "rates": comparison.rates or {MODERATE: moderate, HIGH: high},
         "plan": {"seconds": fits.seconds, "rounds": fits.rounds, "objective_ms": objective_ms},
     }
 
@@ -122,8 +113,8 @@ def _measure(bench: Bench, comparison: Comparison, costs: Costs, progress: Progr
 
 
 def _search(bench: Bench, arm: Arm, number: int, comparison: Comparison) -> CapacitySearch:
-    plan = comparison.plan
-    saturated = [block.loads[SATURATED].throughput for block in comparison.blocks_of(arm.label)]
+    throughputs = [block.loads[SATURATED].throughput for block in comparison.blocks_of(arm.label)]
+    saturated = float(np.median(throughputs)) if throughputs else 0.0
     try:
         with bench.serving(arm, f"search{number + 1:02d}") as server:
 
@@ -131,14 +122,7 @@ def _search(bench: Bench, arm: Arm, number: int, comparison: Comparison) -> Capa
                 load, seed = Load(name="probe", rate=rate), 1000 * (number + 1) + probe_number
                 return bench.apply(arm, server, load, seconds=seconds, seed=seed).latencies_ms
 
-            return find_capacity(
-                arm.label,
-                number,
-                Objective(ms=plan.objective_ms, percentile=plan.objective_percentile),
-                saturated=float(np.median(saturated)) if saturated else 0.0,
-                seconds=plan.seconds,
-                probe=probe,
-            )
+            return find_capacity(comparison.plan, arm.label, number, saturated=saturated, probe=probe)
     except ServerError as error:
         reason = str(error).splitlines()[0]
         return CapacitySearch(arm=arm.label, round=number, rate=None, probes=(), reason=reason, failed=True)

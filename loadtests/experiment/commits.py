@@ -1,11 +1,10 @@
 """Services of other commits: unpacked, with the models and the settings that they know."""
 
-import io
 import os
 import re
+import shutil
 import subprocess
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from loadtests.errors import LoadTestError
@@ -23,6 +22,8 @@ _FORMER_NAMES = {
     "versions_to_serve": "keep_versions",
 }
 """Settings that had other names once, for commits that know only those."""
+_FLAG = re.compile(r"^--(no-)?([\w-]+)(?:(?:=|\n(?!--))(.*))?$", re.MULTILINE)
+"""`--name=VALUE`, `--name`, `--no-name`, or `--name` and VALUE on the next line."""
 
 
 class CommitError(LoadTestError):
@@ -42,10 +43,9 @@ def checkout(digest: str, folder: Path) -> Path:
     source = folder / digest
     try:
         if not source.is_dir():
-            command = ["git", "-C", str(_project()), "archive", "--format=tar", digest]
-            packed = subprocess.run(command, check=True, capture_output=True).stdout  # noqa: S603 (our own command)
-            with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-                archive.extractall(source, filter="data")
+            packed = folder / f"{digest}.tar"
+            git("-C", str(_project()), "archive", f"--output={packed}", digest)
+            shutil.unpack_archive(packed, source, filter="data")
     except (OSError, subprocess.CalledProcessError) as error:
         raise _unavailable(digest, error) from error
     return source
@@ -60,7 +60,7 @@ def own_repository(repository: Path, source: Path) -> Path:
 
 def environment_for(flags: Sequence[str]) -> dict[str, str]:
     """Flags of the service as variables, which stop no commit that does not know them, by present and former names."""
-    variables = {**os.environ, **{_variable(name): value for name, value in parsed_flags(flags)}}
+    variables = {**os.environ, **{_variable(name): value for name, value in parsed_flags(flags).items()}}
     for name, former in _FORMER_NAMES.items():
         if _variable(name) in variables:
             variables[_variable(former)] = variables[_variable(name)]
@@ -71,21 +71,15 @@ def unknown_settings(flags: Sequence[str], source: Path) -> list[str]:
     """The settings among the flags that a commit does not know by any name."""
     page = source / "docs" / "settings.md"
     known = set(re.findall(r"`(\w+)`", page.read_text(encoding="utf-8"))) if page.is_file() else set()
-    return [name for name, _ in parsed_flags(flags) if known and not known & {name, _FORMER_NAMES.get(name)}]
+    return [name for name in parsed_flags(flags) if known and not known & {name, _FORMER_NAMES.get(name)}]
 
 
-def parsed_flags(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(setting, value) of `--name VALUE`, `--name=VALUE`, `--name` and `--no-name`."""
-    for position, flag in enumerate(flags):
-        if not flag.startswith("--"):
-            continue
-        name, is_given, value = flag.removeprefix("--").partition("=")
-        following = flags[position + 1] if position + 1 < len(flags) else "--"
-        if not is_given and following.startswith("--"):
-            name, value = name.removeprefix("no-"), str(not name.startswith("no-")).lower()
-        elif not is_given:
-            value = following
-        yield name.replace("-", "_"), value
+def parsed_flags(flags: Sequence[str]) -> dict[str, str]:
+    """Values of the settings by name; a flag without one is `true`, or `false` if it begins with `--no-`."""
+    return {
+        name.replace("-", "_"): str(not no).lower() if value is None else value
+        for no, name, value in (flag.groups() for flag in _FLAG.finditer("\n".join(flags)))
+    }
 
 
 def _variable(setting: str) -> str:
@@ -98,5 +92,4 @@ def _project() -> Path:
 
 def _unavailable(commit: str, error: OSError | subprocess.CalledProcessError) -> CommitError:
     said = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
-    text = said.decode(errors="replace") if isinstance(said, bytes) else str(said)
-    return CommitError(f"commit {commit!r} is not available in this checkout: {text.strip()}")
+    return CommitError(f"commit {commit!r} is not available in this checkout: {str(said).strip()}")

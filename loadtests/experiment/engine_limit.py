@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loadtests.experiment.process import end, start
+from loadtests.experiment.process import start
 from loadtests.experiment.server import ServerError
 
 TRIALS_SECONDS = 20
@@ -18,11 +18,8 @@ def engine_limit(model: str, repository: Path, images: Path, seconds: float, set
     """The JSON of `stridevit engine-limit` on the files of a folder. Raises ServerError."""
     command = [sys.executable, "-m", "service", "engine-limit", "--model", model, "--repository", str(repository)]
     command += ["--data", str(images), "--seconds", f"{seconds:g}", "--json", *settings]
-    process = start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
+    with start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         output, errors = process.communicate()
-    finally:
-        end(process)
     try:
         return dict(json.loads(output))
     except ValueError as error:

@@ -4,7 +4,7 @@ import os
 import platform
 import shlex
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import psutil
@@ -15,7 +15,6 @@ LOAD_AVERAGE = "load average before"
 """Tells whether the machine was quiet; the only fact that may differ when a measurement is resumed."""
 
 _LIBRARIES = ("stridevit", "locust", "gevent", "geventhttpclient", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow")
-_PREFIX = "STRIDEVIT_"
 _NO_SETTINGS = ("STRIDEVIT_LOAD_", "STRIDEVIT_DATA", "STRIDEVIT_AGREEMENT", "STRIDEVIT_SERVICE_PYTHON")
 
 
@@ -28,8 +27,16 @@ def environment() -> dict[str, str]:
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "system": platform.platform(),
         "python": platform.python_version(),
-        **{name: found for name in _LIBRARIES if (found := _version(name))},
-        **_settings(),
+        **{name: found.version for name in _LIBRARIES for found in distributions(name=name)},
+        # They reach every service that is started. Keys and paths are left out.
+        **{
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith("STRIDEVIT_")
+            and not name.startswith(_NO_SETTINGS)
+            and "KEY" not in name
+            and "/" not in value
+        },
         LOAD_AVERAGE: f"{os.getloadavg()[0]:.2f}",
     }
 
@@ -39,19 +46,3 @@ def this_command() -> str:
     script = Path(sys.argv[0])
     program = ["python", "-m", script.parent.name] if script.name == "__main__.py" else [script.name]
     return shlex.join([*program, *sys.argv[1:]])
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _settings() -> dict[str, str]:
-    """Settings in the environment reach every service that is started. Keys and paths are left out."""
-    return {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name.startswith(_PREFIX) and not name.startswith(_NO_SETTINGS) and "KEY" not in name and "/" not in value
-    }

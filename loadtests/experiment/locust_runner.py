@@ -7,18 +7,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-from loadtests.experiment.model import Load
-from loadtests.experiment.process import end, start
-from loadtests.experiment.server import Server, ServerError
-from loadtests.experiment.service_metrics import mean_stages_ms, stage_totals
-from loadtests.generator.load_result import ANSWER_SECONDS, LoadResult, Protocol, RequestTrace
-from loadtests.generator.samples import Sample, read_samples, window
+from loadtests.experiment.model import Load, Plan
+from loadtests.experiment.process import start
+from loadtests.experiment.server import Server, ServerError, mean_stages_ms
+from loadtests.generator.load_result import ANSWER_SECONDS, LoadResult, window
+from loadtests.generator.samples import Samples, read_samples
 from service.host import gpu_process_bytes, process_tree, process_tree_bytes
 
 LOCUSTFILE = Path(__file__).parents[1] / "generator" / "locustfile.py"
@@ -34,22 +32,6 @@ _FIRST_ARRIVAL = 5
 """In mean gaps; the window begins with the first arrival, which comes later than this in one of 150 runs."""
 _USERS_AT_LEAST = 20
 """Locust's users at the lowest of several steps: rates are multiples of one user's."""
-
-
-@dataclass(frozen=True)
-class RequestSpec:
-    """What is sent to a server."""
-
-    payloads: Path
-    """A folder filled by `loadtests.generator.payload_cache.save`."""
-    model: str
-    protocol: Protocol = "v1"
-    deadline_ms: float | None = None
-
-    def arguments(self) -> list[str]:
-        """For the locustfile."""
-        arguments = ["--data", str(self.payloads), "--model", self.model, "--protocol", self.protocol]
-        return arguments if self.deadline_ms is None else [*arguments, "--deadline-ms", f"{self.deadline_ms:g}"]
 
 
 class Meter:
@@ -96,15 +78,21 @@ class Meter:
         return float(server), float(generator)
 
 
+def requests_of(payloads: Path, plan: Plan, model: str) -> list[str]:
+    """What is sent, as arguments of the locustfile; `payload_cache.save` has filled the folder `payloads`."""
+    deadline_ms = f"{plan.deadline_ms or 0:g}"
+    return ["--data", str(payloads), "--model", model, "--protocol", plan.protocol, "--deadline-ms", deadline_ms]
+
+
 def apply_load(
-    server: Server, spec: RequestSpec, load: Load, *, warmup_seconds: float, seconds: float, seed: int
+    server: Server, requests: Sequence[str], load: Load, *, warmup_seconds: float, seconds: float, seed: int
 ) -> LoadResult:
-    """Put a server under a load, and measure it for `seconds` (or all its steps). Raises ServerError.
+    """Put a server under a load of `requests_of`, and measure it for `seconds` (or all its steps). Raises ServerError.
 
     A closed loop sends the next image of a connection when its last answer has come. In an open one arrivals are a
     Poisson process, and latency counts from the scheduled moments.
     """
-    arguments = ["--seed", str(seed)]
+    arguments = [*requests, "--seed", str(seed)]
     if load.steps:
         warmup_seconds, seconds = 0.0, sum(length for _, length in load.steps)
         rates = ",".join(f"{rate:g}:{length:g}" for rate, length in load.steps)
@@ -120,68 +108,42 @@ def apply_load(
     whole = warmup_seconds + seconds + BEYOND_SECONDS + (_FIRST_ARRIVAL / load.rate if load.rate else 0)
     if not load.steps:
         arguments += ["--seconds", str(math.ceil(whole))]
-    before = stage_totals(server.url)
-    samples, meter = run_locust(server, spec, arguments, seconds=whole)
+    before = server.stage_totals()
+    samples, meter = run_locust(server, arguments, seconds=whole)
     # The warm-up begins with the first request.
-    begin = min(sample.due_s for sample in samples) + warmup_seconds
-    found = window(samples, begin=begin, seconds=seconds)
+    begin = samples.due_s.min() + warmup_seconds
     server_cores, generator_cores = meter.cores(begin, seconds)
-    is_open = load.connections is None
-    return LoadResult(
-        **vars(found),
-        mode="open" if is_open else "closed",
+    return window(
+        samples,
+        begin=begin,
+        seconds=seconds,
         connections=load.connections,
+        traced=bool(load.steps),
         offered_rate=load.rate,
         peak_bytes=meter.peak_bytes,
         server_cores=server_cores,
         generator_cores=generator_cores,
-        arrivals=len(found.latencies_ms) if is_open else 0,
         device_bytes=meter.device_bytes,
-        stages_ms=mean_stages_ms(before, stage_totals(server.url)),
-        trace=_trace(samples, begin, seconds) if load.steps else None,
+        stages_ms=mean_stages_ms(before, server.stage_totals()),
     )
 
 
-def _trace(samples: Sequence[Sample], begin: float, seconds: float) -> RequestTrace:
-    due = [sample for sample in samples if begin <= sample.due_s < begin + seconds]
-    return RequestTrace(
-        due_s=np.array([sample.due_s - begin for sample in due]),
-        statuses=np.array([sample.status for sample in due], dtype=np.int64),
-        models=np.array([sample.model.rpartition("/")[0] for sample in due], dtype=np.str_),
-    )
-
-
-def run_locust(
-    server: Server, spec: RequestSpec, arguments: Sequence[str], *, seconds: float
-) -> tuple[list[Sample], Meter]:
-    """Run Locust against a server to its end. Raises ServerError if the server dies, or nothing was sent."""
+def run_locust(server: Server, arguments: Sequence[str], *, seconds: float) -> tuple[Samples, Meter]:
+    """Run Locust against a server to its end. Raises ServerError if either fails, or nothing was sent."""
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", server.url]
-    quiet = ["--loglevel", "WARNING", "--only-summary", "--stop-timeout", f"{ANSWER_SECONDS:g}"]
-    with tempfile.TemporaryDirectory(prefix="stridevit-samples-") as folder:
-        path = Path(folder) / "samples.csv"
-        meter = _generate([*command, *spec.arguments(), *arguments, *quiet, "--samples", str(path)], server, seconds)
-        samples = read_samples(path) if path.is_file() else []
-    if not samples:
-        raise ServerError(f"nothing was sent to {server.name}")
-    return samples, meter
-
-
-def _generate(command: list[str], server: Server, seconds: float) -> Meter:
-    """Run a generator to its end. Raises ServerError if the server dies or the generator fails."""
+    command += [*arguments, "--loglevel", "WARNING", "--only-summary"]
     # Without the variables that would change what the generator does.
     foreign = ("STRIDEVIT_LOAD_", "LOCUST_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    with tempfile.TemporaryFile("w+") as errors:
-        process = start(command, stdout=subprocess.DEVNULL, stderr=errors, environment=environment)
-        try:
+    with tempfile.TemporaryDirectory(prefix="stridevit-samples-") as folder, tempfile.TemporaryFile("w+") as errors:
+        path, deadline = Path(folder) / "samples.csv", time.monotonic() + seconds + _SPARE_SECONDS
+        command += ["--stop-timeout", f"{ANSWER_SECONDS:g}", "--samples", str(path)]
+        with start(command, stdout=subprocess.DEVNULL, stderr=errors, environment=environment) as process:
             meter = Meter(server, process.pid)
-            deadline = time.monotonic() + seconds + _SPARE_SECONDS
             while process.poll() is None and time.monotonic() < deadline and server.alive():
                 meter.read()
                 time.sleep(_READ_SECONDS)
             hangs = process.poll() is None
-        finally:
-            end(process)
         if not server.alive():
             raise server.died("under load")
         if hangs:
@@ -189,4 +151,7 @@ def _generate(command: list[str], server: Server, seconds: float) -> Meter:
         if process.returncode:
             errors.seek(0)
             raise ServerError(f"the load generator failed ({process.returncode}):\n{errors.read()[-2000:]}")
-        return meter
+        samples = read_samples(path)
+    if not len(samples):
+        raise ServerError(f"nothing was sent to {server.name}")
+    return samples, meter

@@ -25,6 +25,14 @@ os.execvp(sys.argv[2], sys.argv[2:])
 """
 
 
+class Child(subprocess.Popen[str]):
+    """A process that ends, with its descendants, at the end of a `with`."""
+
+    def __exit__(self, *error: Any) -> None:
+        end(self)
+        super().__exit__(*error)
+
+
 def start(
     command: Sequence[str],
     *,
@@ -32,12 +40,10 @@ def start(
     stderr: int | IO[Any] | None,
     environment: dict[str, str] | None = None,
     folder: Path | None = None,
-) -> subprocess.Popen[str]:
+) -> Child:
     """Start a process that Linux kills when the calling thread ends, whatever ends it: call it from the main thread."""
     guard = [sys.executable, "-c", _GUARD, str(os.getpid())] if sys.platform == "linux" else []
-    return subprocess.Popen(  # noqa: S603 (our own command)
-        [*guard, *command], stdout=stdout, stderr=stderr, env=environment, cwd=folder, text=True
-    )
+    return Child([*guard, *command], stdout=stdout, stderr=stderr, env=environment, cwd=folder, text=True)
 
 
 def end(process: subprocess.Popen[Any]) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from loadtests.experiment.arms import bundles, describe, flags_of
-from loadtests.experiment.commits import checkout, environment_for, own_repository, unknown_settings
+from loadtests.experiment.commits import checkout, own_repository, unknown_settings
 from loadtests.experiment.engine_limit import engine_limit
 from loadtests.experiment.environment import LOAD_AVERAGE
-from loadtests.experiment.locust_runner import RequestSpec, apply_load
+from loadtests.experiment.locust_runner import apply_load, requests_of
 from loadtests.experiment.model import Arm, Block, Experiment, Load, Progress
 from loadtests.experiment.schedule import order
 from loadtests.experiment.server import Server, ServerError, ServerStartError, running, service_for
@@ -150,9 +150,9 @@ class Bench:
     def apply(self, arm: Arm, server: Server, load: Load, *, seconds: float, seed: int) -> LoadResult:
         """Put an arm's server under a load. Raises ServerError, also if a closed loop gets no answer."""
         plan = self.experiment.plan
-        spec = RequestSpec(self._folder, arm.model, plan.protocol, plan.deadline_ms)
+        requests = requests_of(self._folder, plan, arm.model)
         result = apply_load(
-            server, spec, load, warmup_seconds=plan.warmup_seconds, seconds=seconds, seed=plan.seed + seed
+            server, requests, load, warmup_seconds=plan.warmup_seconds, seconds=seconds, seed=plan.seed + seed
         )
         if load.connections is not None and not result.throughput:
             raise ServerError(f"{server.name} answered nothing with 200:\n{server.log_tail()}\n(log: {server.log})")
@@ -174,10 +174,8 @@ class Bench:
             plain = [sys.executable, str(_PLAIN), str(repository / arm.model / str(published[-1])), "--port"]
             return running(plain, name=f"the plain server for {arm.model}", log=log)
         flags = [*self.experiment.plan.service_arguments, *flags_of(arm)]
-        if arm.commit is None:
-            return service_for(models, repository=repository, log=log, arguments=flags, url=arm.url)
-        variables, source = environment_for(flags), self._sources[arm.commit]
-        return service_for(models, repository=repository, log=log, environment=variables, source=source)
+        source = self._sources[arm.commit] if arm.commit else None
+        return service_for(models, repository=repository, log=log, arguments=flags, url=arm.url, source=source)
 
     def _repository(self, arm: Arm) -> Path:
         repository: Path = self.experiment.plan.repository

@@ -49,15 +49,10 @@ def without_repeats(plan: Plan) -> list[Arm]:
     return [arm for arm in plan.arms if arm.repeat_of is None]
 
 
-def fitted(plan: ComparisonPlan, costs: Costs, *, seconds: float | None) -> ComparisonPlan:
-    """The plan with windows as long as its budget allows, or with fewer rounds if even the shortest are too long.
-
-    `seconds` is the length that the user gave; then only rounds can give way.
-    """
-    budget = plan.budget_minutes * 60
-    if seconds is not None:
-        fitting = replace(plan, seconds=seconds)
-    else:
+def fitted(plan: ComparisonPlan, costs: Costs) -> ComparisonPlan:
+    """The plan with windows as long as its budget allows, unless `seconds` is given (not 0); or with fewer rounds."""
+    budget, fitting = plan.budget_minutes * 60, plan
+    if not plan.seconds:
         # The cost of one more second in every window tells how many there is room for.
         shortest = replace(plan, seconds=SHORTEST_SECONDS)
         at_least = costs.whole(shortest)

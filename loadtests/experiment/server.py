@@ -5,18 +5,26 @@ import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from loadtests.errors import LoadTestError
+from loadtests.experiment.commits import environment_for
 from loadtests.experiment.http_get import get, get_json
-from loadtests.experiment.process import end, start
+from loadtests.experiment.process import start
 from service.host import process_tree_bytes
 
 _START_SECONDS = 120
+_STAGES = "stridevit_stage_duration_seconds"
+
+StageTotals = dict[tuple[str, str], float]
+"""Seconds (`sum`) and images (`count`) by stage, over all models since the server's start."""
 
 
 class ServerError(LoadTestError):
@@ -43,6 +51,17 @@ class Server:
         """What the service says of a model: manifest, version, labels, latency by batch size. Raises like `ask`."""
         return dict(self.ask(f"/v1/models/{quote(name)}"))
 
+    def stage_totals(self) -> StageTotals:
+        """Where its time went, as its histogram of stages says now; empty without one."""
+        try:
+            families = list(text_string_to_metric_families(get(self.url + "/metrics", timeout=10).decode("utf-8")))
+        except (OSError, ValueError):
+            return {}
+        totals: StageTotals = defaultdict(float)
+        for sample in (sample for family in families if family.name == _STAGES for sample in family.samples):
+            totals[sample.labels["stage"], sample.name.removeprefix(f"{_STAGES}_")] += sample.value
+        return totals
+
     def alive(self) -> bool:
         """Whether our process still runs; true for a server at a URL."""
         return self._process is None or self._process.poll() is None
@@ -51,15 +70,24 @@ class Server:
         """Present memory of the process tree; 0 for a server at a URL."""
         return process_tree_bytes(self.pid) if self.pid is not None else 0
 
-    def log_tail(self, lines: int = 15) -> str:
+    def log_tail(self) -> str:
         """The last lines of its log; empty for a server at a URL."""
-        if self.log is None:
-            return ""
-        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log else []
+        return "\n".join(lines[-15:])
 
     def died(self, when: str) -> ServerError:
         """The error to raise when it is not `alive`."""
         return ServerError(f"{self.name} died {when}:\n{self.log_tail()}\n(log: {self.log})")
+
+
+def mean_stages_ms(before: StageTotals, after: StageTotals) -> dict[str, float]:
+    """Mean milliseconds per image in each stage, of the images between two readings."""
+    between = {name: total - before.get(name, 0.0) for name, total in after.items()}
+    return {
+        stage: between[stage, "sum"] / images * 1000
+        for (stage, kind), images in between.items()
+        if kind == "count" and images > 0
+    }
 
 
 @contextmanager
@@ -70,20 +98,28 @@ def service_for(
     log: Path,
     arguments: Sequence[str] = (),
     url: str | None = None,
-    environment: dict[str, str] | None = None,
     source: Path | None = None,
 ) -> Iterator[Server]:
     """A fresh service for some models (separated by commas), or all; or the server that already runs at `url`.
 
-    `source` is a checkout of this project whose service is run instead of the present one. Raises ServerError.
+    `source` is a checkout of another commit: its service is run, with `arguments` as variables. Raises ServerError.
     """
     if url is not None:
-        yield remote_server(url)
+        server = Server(url.rstrip("/"), name=f"the server at {url}")
+        try:
+            get(server.url + "/readyz", timeout=10)
+        except (OSError, ValueError) as error:
+            raise ServerStartError(
+                f"{server.name} is not ready ({server.url}/readyz: {error}): "
+                "give the address of a running service, such as http://127.0.0.1:8000"
+            ) from error
+        yield server
         return
     command = [sys.executable, "-m", "service", "--repository", str(repository.resolve()), "--log-level", "warning"]
-    command += [*(["--models", models] if models else []), *arguments, "--port"]
+    command += [*(["--models", models] if models else []), *(arguments if source is None else ()), "--port"]
+    variables = {**environment_for(arguments), "PYTHONPATH": str(source)} if source else None
     name = f"the service for {models or 'all models'}"
-    with running(command, name=name, log=log, environment=environment, source=source) as server:
+    with running(command, name=name, log=log, environment=variables, folder=source) as server:
         yield server
 
 
@@ -94,35 +130,19 @@ def running(
     name: str,
     log: Path,
     environment: dict[str, str] | None = None,
-    source: Path | None = None,
+    folder: Path | None = None,
 ) -> Iterator[Server]:
     """Run a command followed by a free port, until the block ends; begins when /readyz answers. Raises ServerError."""
     port = free_port()
     # ONNX Runtime's wheels send usage data to their maker by default; the service turns that off by itself.
     variables = {**(os.environ if environment is None else environment), "ORT_DISABLE_TELEMETRY": "1"}
-    if source is not None:
-        variables["PYTHONPATH"] = str(source)
-    with log.open("wb") as stream:
-        process = start([*command, str(port)], stdout=stream, stderr=stream, environment=variables, folder=source)
+    with (
+        log.open("wb") as stream,
+        start([*command, str(port)], stdout=stream, stderr=stream, environment=variables, folder=folder) as process,
+    ):
         server = Server(f"http://127.0.0.1:{port}", name=name, process=process, log=log)
-        try:
-            _wait_until_ready(server)
-            yield server
-        finally:
-            end(process)
-
-
-def remote_server(url: str) -> Server:
-    """A server that already runs. Raises ServerError if it is not ready."""
-    server = Server(url.rstrip("/"), name=f"the server at {url}")
-    try:
-        get(server.url + "/readyz", timeout=10)
-    except (OSError, ValueError) as error:
-        raise ServerStartError(
-            f"{server.name} is not ready ({server.url}/readyz: {error}): "
-            "give the address of a running service, such as http://127.0.0.1:8000"
-        ) from error
-    return server
+        _wait_until_ready(server)
+        yield server
 
 
 def _wait_until_ready(server: Server) -> None:
@@ -140,7 +160,6 @@ def _wait_until_ready(server: Server) -> None:
 
 def free_port() -> int:
     """A port of this machine on which nothing listens."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
-        return port
+    return port

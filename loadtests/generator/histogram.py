@@ -43,19 +43,17 @@ class Latencies:
     def as_dict(self) -> dict[str, Any]:
         """Counts, and percentiles in ms; a failed request counts as slower than every answered one."""
         answered: int = self._answered.get_total_count()
-        percentiles = {f"p{rank:g}_ms": self._percentile(rank, answered) for rank in PERCENTILES}
-        return {"answered": answered, "failed": self.failed, **percentiles}
+        found: dict[str, Any] = {"answered": answered, "failed": self.failed}
+        for rank in PERCENTILES:
+            place = rank / 100 * (answered + self.failed)
+            found[f"p{rank:g}_ms"] = (
+                self._answered.get_value_at_percentile(100 * place / answered) / 1000 if 0 < place <= answered else None
+            )
+        return found
 
     def summary(self) -> str:
         """The same as one line of text."""
         found = self.as_dict()
-        values = {rank: found[f"p{rank:g}_ms"] for rank in PERCENTILES}
-        percentiles = (f"p{rank:g} {'not answered' if ms is None else f'{ms:.2f}'}" for rank, ms in values.items())
-        counts = f"{found['answered']} answered, {found['failed']} not"
-        return f"{counts}; ms from the moment each was due: {', '.join(percentiles)}"
-
-    def _percentile(self, rank: float, answered: int) -> float | None:
-        total = answered + self.failed
-        if not answered or rank / 100 * total > answered:
-            return None
-        return float(self._answered.get_value_at_percentile(rank * total / answered) / 1000)
+        counts = f"{found.pop('answered')} answered, {found.pop('failed')} not"
+        times = {name.removesuffix("_ms"): "not answered" if ms is None else f"{ms:.2f}" for name, ms in found.items()}
+        return f"{counts}; ms from the moment each was due: {', '.join(map(' '.join, times.items()))}"

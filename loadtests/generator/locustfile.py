@@ -10,25 +10,21 @@ moment at which it was due, so neither a slow server nor a slow generator can hi
 are in flight in a process, an arrival is not sent and fails as `Unsent`. Closed loop (`--loop closed`): each user sends
 its next image when its last is answered.
 
-`--rates` changes the number of users over time (loadtests/generator/rates.py): steps, ramps, spikes, a soak; the test
-ends with the last part. `--seconds` ends it when every arrival of that time is sent, so that one seed gives the same
-arrivals on any machine; Locust's own `--run-time` also counts the time in which images are read and users started.
-
-With `--master` and `--worker` each worker keeps a histogram (HDR, three digits), and the master merges them: it prints
-the percentiles at the end, and serves them at `/percentiles` beside its web page. Without the page let the master wait
-for the last reports, `--autostart --autoquit 10`: with `--headless` it ends before they come. `--samples FILE` keeps
-every raw sample (loadtests/generator/samples.py); a worker adds its number to the file's name.
+`--rates` changes the number of users over time (rates.py). `--seconds` ends the test when every arrival of that time is
+sent; Locust's own `--run-time` also counts the time in which images are read and users started. `--samples FILE` keeps
+every raw sample (samples.py); a worker adds its number to the name. With `--master` and `--worker`, use `--autostart
+--autoquit 10` in place of `--headless`, so that the master, which merges the workers' histograms, waits for the last.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call"
 from locust import FastHttpUser, LoadTestShape, events, task  # first: it patches the standard library for gevent  # isort: skip
 
+import csv
 import itertools
 import logging
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,12 +39,12 @@ from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 
 from loadtests.generator.histogram import Latencies
 from loadtests.generator.load_result import ANSWER_SECONDS, IN_FLIGHT, PROTOCOLS
-from loadtests.generator.payload_cache import is_saved, load
+from loadtests.generator.payload_cache import load
 from loadtests.generator.payloads import read_payloads
 from loadtests.generator.rates import Part, parse_rates, poisson_arrivals, rate_at
 from loadtests.generator.readers import PayloadError
 from loadtests.generator.request_encoder import target
-from loadtests.generator.samples import UNSENT, Sample, sample_writer
+from loadtests.generator.samples import UNSENT, Sample
 
 log = logging.getLogger(__name__)
 
@@ -63,46 +59,39 @@ class Run:
     def __init__(self, options: Namespace, *, host: str, worker: int | None) -> None:
         """Read the images and prepare the requests. Raises PayloadError."""
         data = Path(options.data) if options.data else None
-        payloads = load(data) if data and is_saved(data) else read_payloads(data)
+        payloads = (load(data) if data else []) or read_payloads(data)
         self.target = target(
-            payloads,
-            protocol=options.protocol,
-            model=options.model,
-            host=host,
-            deadline_ms=options.deadline_ms or None,
+            payloads, protocol=options.protocol, model=options.model, host=host, deadline_ms=options.deadline_ms or None
         )
-        self.open_loop = options.loop == "open"
-        self.rate_per_user, self.in_flight = options.rate_per_user, options.in_flight
+        self.options, self.open_loop = options, options.loop == "open"
         self.seed = f"{options.seed}/{worker or 0}"
-        self.seconds = options.seconds or math.inf
         # Workers begin at different images, so that they do not all send the same one at once.
-        self.images = itertools.count((worker or 0) * len(payloads) // 7)
+        begin = (worker or 0) * len(payloads) // 7
+        self.images = itertools.islice(itertools.cycle(range(len(payloads))), begin, None)
         self.users = itertools.count()
         self.finished_users = 0
         self.requests = Group()
         self.unix_offset = time.time() - time.perf_counter()
         """Unix time minus the clock that nobody adjusts."""
-        self._stream: TextIO | None = None
-        self._write: Callable[[Sample], None] | None = None
+        self._samples: TextIO | None = None
         if options.samples:
             path = Path(options.samples)
             if worker is not None:
                 path = path.with_name(f"{path.stem}-{worker}{path.suffix}")
-            self._stream = path.open("w", newline="", encoding="utf-8")
-            self._write = sample_writer(self._stream)
+            self._samples = path.open("w", newline="", encoding="utf-8")
+            csv.writer(self._samples).writerow(Sample._fields)
 
     def record(self, sample: Sample) -> None:
         """Keep the outcome of one request."""
-        _state.latencies.add(sample.latency_ms, ok=sample.ok)
-        if self._write:
-            self._write(sample)
+        _state.latencies.add(sample.latency_ms, ok=sample.status == 200)
+        if self._samples and not self._samples.closed:
+            csv.writer(self._samples).writerow(sample)
 
     def end(self) -> None:
         """Wait for the requests in flight."""
         self.requests.join(timeout=ANSWER_SECONDS)
-        self._write = None
-        if self._stream:
-            self._stream.close()
+        if self._samples:
+            self._samples.close()
 
 
 class _State:
@@ -130,8 +119,10 @@ class Classify(FastHttpUser):
             raise StopUser
         self._run = _state.run
         self._started = time.perf_counter()
-        self._ends = self._started + self._run.seconds
-        self._arrivals = poisson_arrivals(self._run.rate_per_user, seed=f"{self._run.seed}/{next(self._run.users)}")
+        self._ends = self._started + (self._run.options.seconds or math.inf)
+        self._arrivals = poisson_arrivals(
+            self._run.options.rate_per_user, seed=f"{self._run.seed}/{next(self._run.users)}"
+        )
         self._due = self._started
         if self._run.open_loop:
             self._due += next(self._arrivals)
@@ -149,13 +140,12 @@ class Classify(FastHttpUser):
             if self._due >= self._ends:
                 self._finish()
             due, self._due = self._due, self._started + next(self._arrivals)
-            image = next(run.images) % len(run.target.requests)
-            if len(run.requests) < run.in_flight:
-                run.requests.spawn(self._send, image, due)
+            if len(run.requests) < run.options.in_flight:
+                run.requests.spawn(self._send, next(run.images), due)
             else:
-                self._skip(image, due)
+                self._skip(next(run.images), due)
         else:
-            self._send(next(run.images) % len(run.target.requests), time.perf_counter())
+            self._send(next(run.images), time.perf_counter())
             if time.perf_counter() >= self._ends:
                 self._finish()
 
@@ -169,9 +159,8 @@ class Classify(FastHttpUser):
         raise StopUser
 
     def _send(self, image: int, due: float) -> None:
-        target = self._run.target
-        request = target.requests[image]
-        behind_ms = (time.perf_counter() - due) * 1000
+        target, due_s = self._run.target, round(due + self._run.unix_offset, 6)
+        request, behind_ms = target.requests[image], _ms_since(due)
         with self.client.post(
             target.path,
             data=request.body,  # type: ignore[arg-type]  # takes bytes too
@@ -179,43 +168,32 @@ class Classify(FastHttpUser):
             name=target.path,
             catch_response=True,
         ) as response:
-            latency_ms = (time.perf_counter() - due) * 1000
-            response.request_meta["response_time"] = latency_ms
-            response.request_meta["start_time"] = due + self._run.unix_offset
+            latency_ms = _ms_since(due)
+            response.request_meta.update(response_time=latency_ms, start_time=due_s)
             try:
                 content, status = response.content, response.status_code or 0
             except FAILURE_EXCEPTIONS:  # the connection broke in the middle of the answer
                 content, status = None, 0
             headers = response.headers
-        sample = Sample(
-            due_s=due + self._run.unix_offset,
-            latency_ms=latency_ms,
-            status=status,
-            behind_ms=behind_ms,
-            model=str((headers.get("x-stridevit-model") if headers else None) or ""),
-            image=image,
-            correct=target.correct(request, content) if status == 200 and content is not None else None,
-        )
-        self._run.record(sample)
+        model = str((headers.get("x-stridevit-model") if headers else None) or "")
+        correct = target.correct(request, content) if status == 200 and content is not None else None
+        self._run.record(Sample(due_s, latency_ms, status, behind_ms, model, image, correct))
 
     def _skip(self, image: int, due: float) -> None:
-        path, due_s = self._run.target.path, due + self._run.unix_offset
-        behind_ms = (time.perf_counter() - due) * 1000
+        behind_ms = _ms_since(due)
         self.environment.events.request.fire(
             request_type="POST",
-            name=path,
+            name=self._run.target.path,
             response_time=None,
             response_length=0,
-            exception=Unsent(f"{self._run.in_flight} were in flight"),
+            exception=Unsent(f"{self._run.options.in_flight} were in flight"),
             context={},
-            start_time=due_s,
-            url=path,
-            response=None,
         )
-        sample = Sample(
-            due_s=due_s, latency_ms=behind_ms, status=UNSENT, behind_ms=behind_ms, model="", image=image, correct=None
-        )
-        self._run.record(sample)
+        self._run.record(Sample(round(due + self._run.unix_offset, 6), behind_ms, UNSENT, behind_ms, "", image, None))
+
+
+def _ms_since(moment: float) -> float:
+    return round((time.perf_counter() - moment) * 1000, 3)
 
 
 class Rates(LoadTestShape):
@@ -297,7 +275,7 @@ def _begin(environment: Environment, **_: Any) -> None:
         # Reading the images must not take time from the first part.
         environment.shape_class.reset_time()
     Classify.client_pool = HTTPClientPool(
-        concurrency=run.in_flight if run.open_loop else 10_000,
+        concurrency=run.options.in_flight if run.open_loop else 10_000,
         connection_timeout=ANSWER_SECONDS,
         network_timeout=ANSWER_SECONDS,
     )

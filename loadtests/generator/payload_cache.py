@@ -12,22 +12,15 @@ _ORDER = "order.json"
 
 
 def save(payloads: Sequence[Payload], folder: Path) -> None:
-    """Write `images/00000`, `images/00001`, ... and `order.json`."""
-    images = folder / IMAGES
-    images.mkdir()
+    """Write `images/00000`, `images/00001`, ... and their names and labels as `order.json`."""
+    (folder / IMAGES).mkdir()
     for number, payload in enumerate(payloads):
-        (images / f"{number:05d}").write_bytes(payload.data)
-    order = [{"name": payload.name, "label": payload.label} for payload in payloads]
-    (folder / _ORDER).write_text(json.dumps(order), encoding="utf-8")
-
-
-def is_saved(folder: Path) -> bool:
-    """Whether `save` has filled the folder."""
-    return (folder / _ORDER).is_file()
+        (folder / IMAGES / f"{number:05d}").write_bytes(payload.data)
+    (folder / _ORDER).write_text(json.dumps([(payload.name, payload.label) for payload in payloads]), encoding="utf-8")
 
 
 def load(folder: Path) -> list[Payload]:
-    """What was saved, in the same order."""
-    order = json.loads((folder / _ORDER).read_text(encoding="utf-8"))
-    files = (folder / IMAGES / f"{number:05d}" for number in range(len(order)))
-    return [Payload(entry["name"], file.read_bytes(), entry["label"]) for entry, file in zip(order, files, strict=True)]
+    """What was saved, in the same order; empty if the folder was not filled by `save`."""
+    order = json.loads((folder / _ORDER).read_text(encoding="utf-8")) if (folder / _ORDER).is_file() else []
+    images = ((folder / IMAGES / f"{number:05d}").read_bytes() for number in range(len(order)))
+    return [Payload(name, image, label) for (name, label), image in zip(order, images, strict=True)]

@@ -5,7 +5,8 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,7 @@ def read_payloads(
 ) -> list[Payload]:
     """At most `limit` images in the order in which they are sent, the same for one seed.
 
-    `data` is a folder of
-    - image files, labelled by its `labels.csv` if there is one (columns `file`, and `index`, `label` (an index or a
-      class's name) or `imagenet1k_index`; empty if unknown),
-    - parquet files with a column `img` or `image` of encoded bytes, and `fine_label` or `label` (all files of the test
-      split if there is one), or
-    - one folder per class, by the class's name or index.
+    `data` is a folder as `readers.open_source` knows them.
     Without it, unlabelled JPEGs are generated whose sizes cycle through `sizes`. Without `shuffle`, images come in the
     order of their names or rows. Raises PayloadError.
     """
@@ -99,7 +95,7 @@ def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
 def generated(sizes: Sequence[tuple[int, int]], seed: int) -> Source:
     """Blurred noise with grain: JPEGs that cost about as much as photos to decode."""
 
-    def generate(positions: Iterable[int]) -> Iterator[tuple[str, bytes]]:
+    def generate(positions: Sequence[int]) -> Iterator[Payload]:
         for index in positions:
             width, height = sizes[index % len(sizes)]
             generator = np.random.default_rng([seed, index])
@@ -111,26 +107,23 @@ def generated(sizes: Sequence[tuple[int, int]], seed: int) -> Source:
             buffer = io.BytesIO()
             pixels = Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
             pixels.save(buffer, format="JPEG", quality=90)
-            yield f"generated-{width}x{height}-{index:05d}.jpg", buffer.getvalue()
+            yield Payload(f"generated-{width}x{height}-{index:05d}.jpg", buffer.getvalue())
 
     cycles = min(
         math.ceil(_GENERATED / len(sizes)), _GENERATED_PIXELS // sum(width * height for width, height in sizes)
     )
     labels = [None] * (max(1, cycles) * len(sizes))
-    return Source(description="generated JPEGs", labels=labels, read_files=generate)
+    return Source(description="generated JPEGs", labels=labels, read=generate)
 
 
 def _pixel_sizes(payloads: Sequence[Payload]) -> list[str]:
     sizes: Counter[tuple[int, int]] = Counter()
     for payload in payloads:
-        try:
-            with warnings.catch_warnings():
-                # How large an image may be is the server's decision.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(io.BytesIO(payload.data)) as image:
-                    sizes[image.size] += 1
-        except Exception:  # noqa: BLE001, S112 (a hostile header may raise anything; the image is sent all the same)
-            continue
+        # A hostile header may raise anything, and how large an image may be is the server's decision: it is sent.
+        with suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(payload.data)) as image:
+                sizes[image.size] += 1
     names = {size: f"{size[0]}×{size[1]}" for size in sizes}
     unreadable = len(payloads) - sizes.total()
     found = [f"{unreadable} with no readable header"] if unreadable else []

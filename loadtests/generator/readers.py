@@ -7,13 +7,13 @@ gigabytes need not fit into memory.
 
 import csv
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.dataset as ds
 
 from loadtests.errors import LoadTestError
 
@@ -52,19 +52,18 @@ class Source:
     """What they are, to follow their number: `files of photos/`."""
     labels: Sequence[Label] = field(repr=False)
     """One per image."""
-    read_files: Callable[[Sequence[int]], Iterator[tuple[str, bytes]]] = field(repr=False)
-    """Name and bytes of the images at ascending positions."""
-
-    def read(self, positions: Sequence[int]) -> Iterator[Payload]:
-        """The images at these positions, which must ascend. Raises PayloadError."""
-        for position, (name, data) in zip(positions, self.read_files(positions), strict=True):
-            yield Payload(name, data, self.labels[position])
+    read: Callable[[Sequence[int]], Iterator[Payload]] = field(repr=False)
+    """The images at these positions, which must ascend. Raises PayloadError."""
 
 
 def open_source(folder: Path) -> Source:
-    """What `folder` holds: image files, parquet files or class folders, in this order of preference.
+    """What `folder` holds, in this order of preference. Raises PayloadError.
 
-    Raises PayloadError.
+    - Image files, labelled by its `labels.csv` if there is one (columns `file`, and `index`, `label` (an index or a
+      class's name) or `imagenet1k_index`; empty if unknown).
+    - Parquet files with a column `img` or `image` of encoded bytes, and `fine_label` or `label` (all files of the test
+      split if there is one).
+    - One folder per class, by the class's name or index.
     """
     if not folder.is_dir():
         raise PayloadError(f"{folder} is not a folder: --data names a folder of image files or parquet files")
@@ -88,6 +87,14 @@ def open_source(folder: Path) -> Source:
     )
 
 
+@contextmanager
+def _reading(what: Path | str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
+        raise PayloadError(f"{what} cannot be read, it may be incomplete: {error}") from error
+
+
 def _images_in(folder: Path) -> list[Path]:
     return sorted(
         file
@@ -97,24 +104,21 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _file_source(root: Path, files: Sequence[Path], labels: Sequence[Label], description: str) -> Source:
-    def read(positions: Iterable[int]) -> Iterator[tuple[str, bytes]]:
-        for file in map(files.__getitem__, positions):
-            try:
-                yield file.relative_to(root).as_posix(), file.read_bytes()
-            except OSError as error:
-                raise PayloadError(f"{file} cannot be read: {error.strerror or error}") from error
+    def read(positions: Sequence[int]) -> Iterator[Payload]:
+        for position in positions:
+            file = files[position]
+            with _reading(file):
+                data = file.read_bytes()
+            yield Payload(file.relative_to(root).as_posix(), data, labels[position])
 
-    return Source(description=description, labels=labels, read_files=read)
+    return Source(description=description, labels=labels, read=read)
 
 
 def _read_labels(table: Path, files: Sequence[Path]) -> list[Label]:
     """Labels of `files`; None where the table has no row or an empty one."""
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            rows, columns = list(reader), reader.fieldnames or ()
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise PayloadError(f"{table} cannot be read: {error}") from error
+    with _reading(table), table.open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.DictReader(stream)
+        rows, columns = list(reader), reader.fieldnames or ()
     column = next((name for name in _CSV_LABELS if name in columns), None)
     if column is None or "file" not in columns:
         raise PayloadError(
@@ -134,54 +138,39 @@ def _parse_labels(names: Sequence[str]) -> list[Label]:
 
 
 def _parquet_source(files: Sequence[Path]) -> Source:
-    names = _open(files[0]).schema_arrow.names
+    folder, first = files[0].parent, files[0].name
+    with _reading(f"a parquet file of {folder}"):
+        table = ds.dataset(list(map(str, files)), format="parquet")
+        shards = list(zip(files, table.get_fragments(), strict=True))
+        rows = [f"{file.name}#{row}" for file, shard in shards for row in range(shard.count_rows())]
+    known = table.schema.names
     image, label = (
-        next((name for name in known if name in names), None) for known in (_PARQUET_IMAGES, _PARQUET_LABELS)
+        next((name for name in names if name in known), None) for names in (_PARQUET_IMAGES, _PARQUET_LABELS)
     )
     if image is None:
-        raise PayloadError(f"{files[0]} has no column img or image: it has {', '.join(names)}")
-    labels: list[Label] = []
-    for file in files:
-        opened = _open(file)
-        if missing := {image, label} - {None, *opened.schema_arrow.names}:
-            raise PayloadError(f"{file} has no column {', '.join(sorted(map(str, missing)))}, as {files[0].name} has")
-        labels += [None] * opened.metadata.num_rows if label is None else map(_known, _column(file, label))
+        raise PayloadError(f"{files[0]} has no column img or image: it has {', '.join(known)}")
+    for file, shard in shards:
+        if missing := {image, label} - {None, *shard.physical_schema.names}:
+            raise PayloadError(f"{file} has no column {', '.join(sorted(map(str, missing)))}, as {first} has")
+    is_struct = pa.types.is_struct(table.schema.field(image).type)
+    encoded = ds.field(image, "bytes") if is_struct else ds.field(image)
+    with _reading(f"{folder}: column {label}"):
+        values = table.to_table([label]).column(0).to_pylist() if label else [None] * len(rows)
+    # Hugging Face writes -1 where the labels of a test split are withheld.
+    labels = [value if isinstance(value, str) or (isinstance(value, int) and value >= 0) else None for value in values]
 
-    def read(positions: Sequence[int]) -> Iterator[tuple[str, bytes]]:
-        wanted = set(positions)
-        rows = ((f"{file.name}#{row}", cell) for file in files for row, cell in enumerate(_column(file, image)))
-        for position, (name, cell) in enumerate(itertools.islice(rows, max(wanted, default=-1) + 1)):
-            if position in wanted:
-                if not cell.is_valid:
-                    raise PayloadError(f"{name}: column {image} holds no bytes there")
-                yield name, cell.as_py()
+    def read(positions: Sequence[int]) -> Iterator[Payload]:
+        wanted, end = set(positions), max(positions, default=-1) + 1
+        with _reading(f"{folder}: column {image}"):
+            batches = table.to_batches(
+                {image: encoded}, batch_size=_BATCH_ROWS, batch_readahead=1, fragment_readahead=1
+            )
+            cells = itertools.chain.from_iterable(batch.column(0) for batch in batches)
+            for position, cell in itertools.islice(enumerate(cells), end):
+                if position in wanted:
+                    if not isinstance(data := cell.as_py(), bytes):
+                        raise PayloadError(f"{rows[position]}: column {image} holds no bytes there ({cell.type})")
+                    yield Payload(rows[position], data, labels[position])
 
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    return Source(description=f"rows of {files[0].name}{more}", labels=labels, read_files=read)
-
-
-def _known(cell: Any) -> Label:
-    """Hugging Face writes -1 where the labels of a test split are withheld."""
-    value = cell.as_py()
-    return value if isinstance(value, str) or (isinstance(value, int) and value >= 0) else None
-
-
-def _open(file: Path) -> Any:
-    try:
-        return pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
-        raise PayloadError(f"{file} cannot be read, it may be incomplete: {error}") from error
-
-
-def _column(file: Path, name: str) -> Iterator[Any]:
-    """The cells of a column; for encoded images, their bytes."""
-    try:
-        for batch in _open(file).iter_batches(batch_size=_BATCH_ROWS, columns=[name]):
-            cells = batch.column(0)
-            if name in _PARQUET_IMAGES:
-                cells = cells.field("bytes") if pa.types.is_struct(cells.type) else cells
-                if not (pa.types.is_binary(cells.type) or pa.types.is_large_binary(cells.type)):
-                    raise PayloadError(f"{file}: column {name} holds {cells.type}, not the bytes of encoded images")
-            yield from cells
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise PayloadError(f"{file}: column {name} cannot be read: {error}") from error
+    return Source(description=f"rows of {first}{more}", labels=labels, read=read)

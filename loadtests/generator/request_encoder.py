@@ -36,12 +36,12 @@ class Target:
     requests: list[Request] = field(repr=False)
     protocol: Protocol
 
-    def correct(self, request: Request, answer: bytes) -> bool | None:
-        """Whether the answer's first class is the right one; None if the image has no label or the answer no class."""
+    def correct(self, request: Request, answer: bytes) -> int | None:
+        """1 if the answer's first class is right, 0 if not; None if the image has no label or the answer no class."""
         if request.label is None:
             return None
         try:
-            return request.label in self._first_class(json.loads(answer))
+            return int(request.label in self._first_class(json.loads(answer)))
         except (ValueError, LookupError, TypeError, AttributeError):
             return None
 
@@ -63,15 +63,13 @@ def target(
     query = {} if deadline_ms is None else {"deadline_ms": f"{deadline_ms:g}"}
     if protocol == "v1":
         # Without a name the server's default model answers.
-        path = _path("/v1/classify", {**({"model": model} if model else {}), **query})
-        return Target(path, [Request(payload.data, _HEADERS, payload.label) for payload in payloads], protocol)
-    name, preprocessing = _input(host.rstrip("/"), quote(model))
-    requests = [_tensor_request(payload, name, preprocessing) for payload in payloads]
-    return Target(_path(f"/v2/models/{quote(model)}/infer", query), requests, protocol)
-
-
-def _path(path: str, query: dict[str, str]) -> str:
-    return f"{path}?{urlencode(query)}" if query else path
+        path, query = "/v1/classify", {**({"model": model} if model else {}), **query}
+        requests = [Request(payload.data, _HEADERS, payload.label) for payload in payloads]
+    else:
+        path = f"/v2/models/{quote(model)}/infer"
+        name, preprocessing = _input(host.rstrip("/"), quote(model))
+        requests = [_tensor_request(payload, name, preprocessing) for payload in payloads]
+    return Target(f"{path}?{urlencode(query)}" if query else path, requests, protocol)
 
 
 def _input(host: str, model: str) -> tuple[str, Preprocessing]:

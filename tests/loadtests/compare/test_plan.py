@@ -1,19 +1,18 @@
 """What a comparison decides when every arm has been tried, on servers that are made up."""
 
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from loadtests.compare.compare import Chosen, compare
+from loadtests.compare.compare import compare
 from loadtests.experiment import run
 from loadtests.experiment.arms import repeated
-from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Arm, Comparison, ComparisonPlan, Load
+from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Arm, Comparison, Load
 from loadtests.experiment.server import ServerError
 from loadtests.generator.load_result import LoadResult
-from tests.loadtests.experiment.benches import FakeBench, Notes, result
+from tests.loadtests.experiment.benches import FakeBench, Notes, comparison_plan, result
 
-CHOSEN = Chosen(seconds=4.0, objective_ms=None)
 SPEED = {"fast": 200.0, "slow": 100.0}
 
 
@@ -22,33 +21,19 @@ def _no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "SETTLE_SECONDS", 0.0)
 
 
-def comparison(**changes: object) -> Comparison:
+def comparison(rates: dict[str, float] | None = None, **changes: Any) -> Comparison:
     arms = (Arm(label="fast", model="fast"), Arm(label="slow", model="slow"))
-    values: dict[str, object] = {
-        "repository": Path("no-such-repository"),
-        "arms": (*arms, repeated(arms[0])),
-        "data": None,
-        "connections": 16,
-        "seconds": 0.0,
-        "rounds": 2,
-        "default_rounds": 10,
-        "load_fractions": (0.3, 0.7),
-        "objective_ms": 0.0,
-        "objective_percentile": 99.0,
-        "capacity_searches": 1,
-        "budget_minutes": 30.0,
-    }
-    plan = ComparisonPlan(**{**values, **changes})  # type: ignore[arg-type]
-    return Comparison(plan=plan, command="", environment={})
+    plan = comparison_plan(*arms, repeated(arms[0]), **{"seconds": 4.0, "rounds": 2, **changes})
+    return Comparison(plan=plan, command="", environment={}, rates=rates or {})
 
 
 def answers(arm: Arm, load: Load) -> LoadResult:
     return result(load, throughput=SPEED[arm.model])
 
 
-def compared(found: Comparison, out: Path, *, chosen: Chosen = CHOSEN) -> tuple[FakeBench, Notes]:
+def compared(found: Comparison, out: Path) -> tuple[FakeBench, Notes]:
     bench, notes = FakeBench(found, out, answers), Notes()
-    compare(bench, found, notes, chosen=chosen, fresh=False)
+    compare(bench, found, notes, fresh=False)
     return bench, notes
 
 
@@ -77,8 +62,8 @@ def test_a_resumed_comparison_keeps_what_was_decided(tmp_path: Path) -> None:
 
 
 def test_rates_of_an_earlier_report_are_kept(tmp_path: Path) -> None:
-    found = comparison()
-    compared(found, tmp_path, chosen=replace(CHOSEN, rates={MODERATE: 5.0, HIGH: 6.0}))
+    found = comparison(rates={MODERATE: 5.0, HIGH: 6.0})
+    compared(found, tmp_path)
     assert found.rates == {MODERATE: 5.0, HIGH: 6.0}
 
 
@@ -93,7 +78,7 @@ def test_a_spent_budget_ends_the_comparison_after_two_rounds(tmp_path: Path, mon
         return answers(arm, load)
 
     bench = FakeBench(found, tmp_path, slowly)
-    compare(bench, found, Notes(), chosen=CHOSEN, fresh=False)
+    compare(bench, found, Notes(), fresh=False)
     assert found.ended_early == "the budget of 10 minutes was spent after 2 of 10 rounds"
     assert len(found.blocks) == 6
     assert found.capacity_searches == []
@@ -107,6 +92,6 @@ def test_a_search_whose_server_fails_has_no_rate(tmp_path: Path) -> None:
             raise ServerError("it died under load:\nits log")
         return answers(arm, load)
 
-    compare(FakeBench(found, tmp_path, die_in_a_search), found, Notes(), chosen=CHOSEN, fresh=False)
+    compare(FakeBench(found, tmp_path, die_in_a_search), found, Notes(), fresh=False)
     first = found.capacity_searches[0]
     assert (first.rate, first.failed, first.reason) == (None, True, "it died under load:")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from loadtests.experiment.model import Arm, Experiment, Load, Plan
+from loadtests.experiment.model import Arm, ComparisonPlan, Experiment, Load, Plan
 from loadtests.experiment.run import Bench
 from loadtests.experiment.server import Server
 from loadtests.generator.load_result import LoadResult
@@ -22,6 +22,24 @@ def plan(*labels: str, **changes: Any) -> Plan:
     return Plan(
         **{"repository": Path("no-such-repository"), "arms": arms, "data": None, "rounds": 2, "seconds": 1.0, **changes}
     )
+
+
+def comparison_plan(*arms: Arm, **changes: Any) -> ComparisonPlan:
+    values: dict[str, Any] = {
+        "repository": Path("no-such-repository"),
+        "arms": arms,
+        "data": None,
+        "connections": 16,
+        "seconds": 0.0,
+        "rounds": 10,
+        "default_rounds": 10,
+        "load_fractions": (0.3, 0.7),
+        "objective_ms": 0.0,
+        "objective_percentile": 99.0,
+        "capacity_searches": 1,
+        "budget_minutes": 30.0,
+    }
+    return ComparisonPlan(**(values | changes))
 
 
 @dataclass

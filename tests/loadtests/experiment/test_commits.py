@@ -39,7 +39,7 @@ def test_an_unknown_commit_is_an_error(wrong: str) -> None:
 
 def test_flags_are_read_however_they_are_written() -> None:
     flags = ["--max-batch", "8", "--threads=2", "--tf32", "--no-allow-spinning", "--log-requests", "all"]
-    assert dict(parsed_flags(flags)) == {
+    assert parsed_flags(flags) == {
         "max_batch": "8",
         "threads": "2",
         "tf32": "true",

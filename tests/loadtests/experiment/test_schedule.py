@@ -1,7 +1,7 @@
 """In which order arms are measured, and what fits in a budget."""
 
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,26 +11,12 @@ from loadtests.compare.compare import one_two_five, rounded
 from loadtests.experiment.arms import parse_arms, repeated
 from loadtests.experiment.model import Arm, ComparisonPlan
 from loadtests.experiment.schedule import LONGEST_SECONDS, SHORTEST_SECONDS, Costs, fitted, order
+from tests.loadtests.experiment.benches import comparison_plan
 
 
-def plan(**changes: object) -> ComparisonPlan:
+def plan(**changes: Any) -> ComparisonPlan:
     arms = parse_arms("a,b,c")
-    values: dict[str, object] = {
-        "repository": Path("models"),
-        "arms": (*arms, repeated(arms[0])),
-        "data": None,
-        "connections": 16,
-        "seconds": 0.0,
-        "warmup_seconds": 1.0,
-        "rounds": 10,
-        "default_rounds": 10,
-        "load_fractions": (0.3, 0.7),
-        "objective_ms": 50.0,
-        "objective_percentile": 99.0,
-        "capacity_searches": 1,
-        "budget_minutes": 30.0,
-    }
-    return ComparisonPlan(**{**values, **changes})  # type: ignore[arg-type]
+    return comparison_plan(*arms, repeated(arms[0]), **{"warmup_seconds": 1.0, **changes})
 
 
 @settings(deadline=None)
@@ -57,7 +43,7 @@ def test_a_plan_fits_its_budget_or_is_as_small_as_possible(
     budget: float, server: float, generator: float, rounds: int, searches: int
 ) -> None:
     costs = Costs(server=server, generator=generator)
-    found = fitted(plan(budget_minutes=budget, rounds=rounds, capacity_searches=searches), costs, seconds=None)
+    found = fitted(plan(budget_minutes=budget, rounds=rounds, capacity_searches=searches), costs)
     assert SHORTEST_SECONDS <= found.seconds <= LONGEST_SECONDS
     assert 2 <= found.rounds <= rounds
     assert costs.whole(found) <= budget * 60 or (found.seconds, found.rounds) == (SHORTEST_SECONDS, 2)
@@ -69,7 +55,7 @@ def test_a_plan_fits_its_budget_or_is_as_small_as_possible(
 
 
 def test_a_given_length_stays_and_rounds_give_way() -> None:
-    found = fitted(plan(budget_minutes=10, capacity_searches=0), Costs(), seconds=12.0)
+    found = fitted(plan(budget_minutes=10, capacity_searches=0, seconds=12.0), Costs())
     assert found.seconds == 12
     assert 2 <= found.rounds < 10
     assert Costs().whole(found) <= 600

@@ -16,13 +16,14 @@ import httpx
 import numpy as np
 import pytest
 
-from loadtests.experiment.locust_runner import LOCUSTFILE, RequestSpec, apply_load, run_locust
+from loadtests.experiment.locust_runner import LOCUSTFILE, apply_load, run_locust
 from loadtests.experiment.model import Load
 from loadtests.experiment.server import Server, ServerError, free_port, running
 from loadtests.generator import payload_cache
+from loadtests.generator.load_result import window
 from loadtests.generator.rates import poisson_arrivals
 from loadtests.generator.readers import Payload
-from loadtests.generator.samples import UNSENT, Sample, read_samples, window
+from loadtests.generator.samples import UNSENT, Sample, as_samples, read_samples
 from tests.loadtests.servers import Fake, fake_server
 from tests.processes import ROOT, interruptible
 
@@ -30,18 +31,18 @@ LOCUST = [sys.executable, "-m", "locust", "-f"]
 
 
 @pytest.fixture
-def ask(tmp_path: Path) -> RequestSpec:
-    """Five payloads, of class 0 to 4."""
+def ask(tmp_path: Path) -> list[str]:
+    """Five payloads, of class 0 to 4, as arguments."""
     folder = tmp_path / "payloads"
     folder.mkdir()
     payload_cache.save([Payload(str(number), bytes([number]) * 10, number) for number in range(5)], folder)
-    return RequestSpec(payloads=folder, model="m")
+    return ["--data", str(folder), "--model", "m"]
 
 
-def sent(fake: Fake, ask: RequestSpec, *arguments: str) -> list[Sample]:
+def sent(fake: Fake, ask: list[str], *arguments: str) -> list[Sample]:
     """Run Locust to its end: the samples in the order in which they were due."""
-    samples, _ = run_locust(Server(fake.url, name="the fake"), ask, list(arguments), seconds=5)
-    return sorted(samples, key=lambda sample: sample.due_s)
+    samples, _ = run_locust(Server(fake.url, name="the fake"), [*ask, *arguments], seconds=5)
+    return [Sample(*row) for row in np.sort(samples, order="due_s")]
 
 
 def open_loop(*, rate: float, seconds: float, seed: int = 0) -> list[str]:
@@ -54,7 +55,7 @@ def wait_for_requests(fake: Fake, process: subprocess.Popen[str], count: int) ->
         time.sleep(0.05)
 
 
-def test_the_open_loop_sends_exactly_the_arrivals_of_its_seed(ask: RequestSpec) -> None:
+def test_the_open_loop_sends_exactly_the_arrivals_of_its_seed(ask: list[str]) -> None:
     with fake_server(lambda _: 0.0) as fake:
         samples = sent(fake, ask, *open_loop(rate=50, seconds=2, seed=3))
     arrivals = poisson_arrivals(50, seed="3/0/0")
@@ -67,7 +68,7 @@ def test_the_open_loop_sends_exactly_the_arrivals_of_its_seed(ask: RequestSpec) 
     assert {sample.status for sample in samples} == {200}
 
 
-def test_a_load_s_result_is_that_of_its_window(ask: RequestSpec) -> None:
+def test_a_load_s_result_is_that_of_its_window(ask: list[str]) -> None:
     load = Load(name="load", rate=30)
     with fake_server(lambda _: 0.02) as fake:
         result = apply_load(Server(fake.url, name="fake"), ask, load, warmup_seconds=0.5, seconds=1, seed=1)
@@ -82,7 +83,7 @@ def test_a_load_s_result_is_that_of_its_window(ask: RequestSpec) -> None:
     assert 0 < result.correct < result.labelled
 
 
-def test_beyond_the_cap_an_arrival_is_not_sent_and_counted(ask: RequestSpec) -> None:
+def test_beyond_the_cap_an_arrival_is_not_sent_and_counted(ask: list[str]) -> None:
     with fake_server(lambda _: 0.5) as fake:
         samples = sent(fake, ask, *open_loop(rate=200, seconds=2), "--in-flight", "3")
     arrivals = list(itertools.takewhile(lambda due: due < 2, poisson_arrivals(200, seed="0/0/0")))
@@ -92,7 +93,7 @@ def test_beyond_the_cap_an_arrival_is_not_sent_and_counted(ask: RequestSpec) -> 
     assert fake.max_in_flight <= 3
 
 
-def test_the_open_loop_shows_a_stall_that_the_closed_loop_hides(ask: RequestSpec) -> None:
+def test_the_open_loop_shows_a_stall_that_the_closed_loop_hides(ask: list[str]) -> None:
     held: dict[int, float] = {}
     stall = 3
 
@@ -121,7 +122,7 @@ def test_the_open_loop_shows_a_stall_that_the_closed_loop_hides(ask: RequestSpec
         assert sample.latency_ms >= held[int(sample.model.partition("/")[2])]
 
 
-def test_the_closed_loop_waits_for_each_answer_and_judges_it(ask: RequestSpec) -> None:
+def test_the_closed_loop_waits_for_each_answer_and_judges_it(ask: list[str]) -> None:
     # The fake always says class 3; every third connection breaks, every third answer is an error.
     with fake_server(lambda _: 0.01, status=lambda number: (200, 503, 0)[number % 3]) as fake:
         samples = sent(fake, ask, "--loop", "closed", "--users", "1", "--seconds", "1")
@@ -129,9 +130,11 @@ def test_the_closed_loop_waits_for_each_answer_and_judges_it(ask: RequestSpec) -
     assert fake.max_in_flight == 1
     for number, sample in enumerate(samples):
         assert (sample.image, sample.status) == (number % 5, (200, 503, 0)[number % 3])
-        assert sample.correct == (sample.image == 3 if sample.status == 200 else None)
+        assert sample.correct == pytest.approx(
+            float(sample.image == 3) if sample.status == 200 else np.nan, nan_ok=True
+        )
         assert sample.latency_ms >= 10
-    found = window(samples, begin=0, seconds=1e12)
+    found = window(as_samples(samples), begin=0, seconds=1e12, connections=1)
     assert found.errors == np.isinf(found.latencies_ms).sum() == sum(sample.status != 200 for sample in samples)
     assert found.labelled == sum(sample.status == 200 for sample in samples)
 
@@ -152,7 +155,7 @@ for seconds in (0, 3.9, 4, 13, 18):
     assert ended.stdout.splitlines() == ["(4, 4)", "(4, 4)", "(24, 24)", "(30, 30)", "None"]
 
 
-def test_a_server_that_dies_under_load_is_an_error_with_the_end_of_its_log(ask: RequestSpec, tmp_path: Path) -> None:
+def test_a_server_that_dies_under_load_is_an_error_with_the_end_of_its_log(ask: list[str], tmp_path: Path) -> None:
     code = """
 import os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -174,9 +177,9 @@ HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 
 @pytest.mark.slow
-def test_two_workers_share_the_rate_and_the_master_merges_their_histograms(ask: RequestSpec, tmp_path: Path) -> None:
+def test_two_workers_share_the_rate_and_the_master_merges_their_histograms(ask: list[str], tmp_path: Path) -> None:
     samples, port, web = tmp_path / "samples.csv", free_port(), free_port()
-    options = [*ask.arguments(), "--samples", str(samples), "--seed", "7", "--rate-per-user", "20"]
+    options = [*ask, "--samples", str(samples), "--seed", "7", "--rate-per-user", "20"]
     # The last reports come within three seconds after the test: the master waits for them.
     ending = ["--autostart", "--autoquit", "6", "--run-time", "5s", "--stop-timeout", "1"]
     bound = ["--master", "--master-bind-port", str(port), "--expect-workers", "2", "--web-port", str(web)]
@@ -199,19 +202,20 @@ def test_two_workers_share_the_rate_and_the_master_merges_their_histograms(ask: 
             for process in (first, second):
                 process.wait(30)
     rows = [read_samples(tmp_path / f"samples-{number}.csv") for number in range(2)]
-    assert all(rows)
+    assert all(map(len, rows))
+    both = as_samples(row.item() for row in np.concatenate(rows))
     # Each user has its own arrivals, whichever worker it is on.
-    assert len({round(row.due_s, 5) for row in itertools.chain(*rows)}) > 0.95 * len(rows[0] + rows[1])
+    assert len(set(both.due_s.round(5))) > 0.95 * len(both)
     assert page["failed"] == 0
-    (line,) = [line for line in errors.splitlines() if f"{len(rows[0] + rows[1])} answered, 0 not" in line]
+    (line,) = [line for line in errors.splitlines() if f"{len(both)} answered, 0 not" in line]
     median = float(line.partition("p50 ")[2].partition(",")[0])
-    assert median == pytest.approx(np.median([row.latency_ms for row in itertools.chain(*rows)]), rel=0.02)
+    assert median == pytest.approx(np.median(both.latency_ms), rel=0.02)
 
 
-def test_whoever_opens_the_web_page_cannot_name_a_file(ask: RequestSpec, tmp_path: Path) -> None:
+def test_whoever_opens_the_web_page_cannot_name_a_file(ask: list[str], tmp_path: Path) -> None:
     web, wished = free_port(), tmp_path / "wished.csv"
     with fake_server(lambda _: 0.01) as fake:
-        options = [*ask.arguments(), "--host", fake.url, "--web-port", str(web), "--loop", "closed"]
+        options = [*ask, "--host", fake.url, "--web-port", str(web), "--loop", "closed"]
         form = {"user_count": 1, "spawn_rate": 1, "host": fake.url, "samples": str(wished), "data": "/etc"}
         with interruptible(*LOCUST, str(LOCUSTFILE), *options) as process:
             while True:
@@ -237,9 +241,9 @@ def test_what_cannot_be_sent_ends_locust_with_the_reason(option: str, value: str
     assert message in errors
 
 
-def test_ctrl_c_keeps_the_samples_so_far(ask: RequestSpec, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_samples_so_far(ask: list[str], tmp_path: Path) -> None:
     samples = tmp_path / "samples.csv"
-    options = [*ask.arguments(), "--rates", "50:600", "--samples", str(samples), "--only-summary"]
+    options = [*ask, "--rates", "50:600", "--samples", str(samples), "--only-summary"]
     with (
         fake_server(lambda _: 0.0) as fake,
         interruptible(*LOCUST, str(LOCUSTFILE), "--headless", "--host", fake.url, *options) as process,

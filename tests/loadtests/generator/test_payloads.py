@@ -196,7 +196,7 @@ def test_a_parquet_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     write_table(file, ["a"] * 3, label=[0, 1, 2])
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(PayloadError, match=r"test-0\.parquet cannot be read, it may be incomplete"):
+    with pytest.raises(PayloadError, match=r"cannot be read, it may be incomplete: .*test-0\.parquet"):
         read_payloads(tmp_path)
     file.write_bytes(whole)
     pq.write_table(pa.table({"img": [{"bytes": b"b", "path": None}]}), tmp_path / "test-1.parquet")
@@ -204,7 +204,7 @@ def test_a_parquet_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
         read_payloads(tmp_path)
     (tmp_path / "test-1.parquet").unlink()
     pq.write_table(pa.table({"img": [1, 2]}), file)
-    with pytest.raises(PayloadError, match="column img holds int64, not the bytes of encoded images"):
+    with pytest.raises(PayloadError, match=r"test-0\.parquet#\d: column img holds no bytes there \(int64\)"):
         read_payloads(tmp_path)
     pq.write_table(pa.table({"img": [{"path": "a.png"}]}), file)
     with pytest.raises(PayloadError, match="column img cannot be read"):

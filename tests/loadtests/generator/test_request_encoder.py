@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loadtests.experiment.locust_runner import RequestSpec, run_locust
+from loadtests.experiment.locust_runner import requests_of, run_locust
 from loadtests.experiment.server import Server
 from loadtests.generator import payload_cache
 from loadtests.generator.load_result import PROTOCOLS, Protocol
@@ -17,6 +17,7 @@ from loadtests.generator.readers import Payload, PayloadError
 from loadtests.generator.request_encoder import Request, Target, target
 from service.bundle import read_bundle
 from service.images import decode
+from tests.loadtests.experiment.benches import plan
 from tests.processes import serving
 from tests.service.conftest import PNG, encoded, noise
 
@@ -102,8 +103,8 @@ def test_locust_sends_tensors_and_judges_the_answers(url: str, tmp_path: Path) -
     said = httpx.post(f"{url}/v1/classify?model={MODEL}", content=PNG, trust_env=False).json()
     best = said["results"][0]["predictions"][0]
     payload_cache.save([Payload("one", PNG, best["index"]), Payload("other", PNG, best["label"])], tmp_path)
-    spec = RequestSpec(payloads=tmp_path, model=MODEL, protocol="v2")
-    samples, _ = run_locust(Server(url, name="digits"), spec, ["--loop", "closed", "--seconds", "0.5"], seconds=1)
+    asked = requests_of(tmp_path, plan(MODEL, protocol="v2"), MODEL)
+    samples, _ = run_locust(Server(url, name="digits"), [*asked, "--loop", "closed", "--seconds", "0.5"], seconds=1)
     assert {(sample.status, sample.correct) for sample in samples} == {(200, True)}
 
 

@@ -1,6 +1,6 @@
 """A window of samples, and histograms that add up."""
 
-from dataclasses import replace
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtests.generator.histogram import Latencies
-from loadtests.generator.samples import UNSENT, Sample, read_samples, sample_writer, window
+from loadtests.generator.load_result import LoadResult
+from loadtests.generator.load_result import window as window_of
+from loadtests.generator.samples import UNSENT, Sample, as_samples, read_samples
 
 
-def sample(due_s: float, latency_ms: float, status: int = 200, correct: bool | None = None) -> Sample:
-    return Sample(
-        due_s=due_s, latency_ms=latency_ms, status=status, behind_ms=0.25, model="m/1", image=3, correct=correct
-    )
+def sample(
+    due_s: float, latency_ms: float, status: int = 200, correct: int | None = None, behind_ms: float = 0.25
+) -> Sample:
+    return Sample(due_s, latency_ms, status, behind_ms, model="m/1", image=3, correct=correct)
+
+
+def window(samples: list[Sample], *, begin: float, seconds: float) -> LoadResult:
+    return window_of(as_samples(samples), begin=begin, seconds=seconds, connections=None, traced=True)
 
 
 def test_a_slow_server_s_throughput_and_slowest_answers_are_not_cut_off() -> None:
@@ -31,30 +37,36 @@ def test_failed_and_unsent_requests_stay_as_endless_latencies() -> None:
     samples = [sample(0, 1), sample(1, 5), sample(2, 5, status=429), sample(3, 0.1, status=UNSENT), sample(9, 1)]
     found = window(samples, begin=1, seconds=4)
     assert found.latencies_ms.tolist() == [5, np.inf, np.inf]
+    assert found.trace is not None
+    assert found.trace.due_s.tolist() == [0, 1, 2]
+    assert found.trace.statuses.tolist() == [200, 429, UNSENT]
+    assert found.trace.models.tolist() == ["m"] * 3
     assert (found.errors, found.unsent_arrivals, found.throughput) == (1, 1, 0.25)
 
 
 def test_late_is_what_the_generator_sent_after_its_moment() -> None:
-    punctual, late = sample(0, 1), replace(sample(0, 1), behind_ms=5.5)
-    found = window([punctual, late, replace(late, status=UNSENT)], begin=0, seconds=1)
+    punctual, late = sample(0, 1), sample(0, 1, behind_ms=5.5)
+    found = window([punctual, late, late._replace(status=UNSENT)], begin=0, seconds=1)
     assert (found.late_arrivals, found.unsent_arrivals) == (1, 1)
 
 
 def test_labelled_answers_are_counted() -> None:
-    found = window([sample(0, 1, correct=True), sample(0, 1, correct=False), sample(0, 1)], begin=0, seconds=1)
+    found = window([sample(0, 1, correct=1), sample(0, 1, correct=0), sample(0, 1)], begin=0, seconds=1)
     assert (found.labelled, found.correct) == (2, 1)
 
 
 def test_samples_survive_their_file_and_a_cut_off_last_line_is_left_out(tmp_path: Path) -> None:
-    kept = [sample(1795404587.747507, 13.814), sample(2, 0.5, status=0), sample(3, 1, correct=True)]
+    kept = [sample(1795404587.747507, 13.814), sample(2, 0.5, status=0), sample(3, 1, correct=1)]
     path = tmp_path / "samples.csv"
     with path.open("w", newline="", encoding="utf-8") as stream:
-        write = sample_writer(stream)
-        for one in kept:
-            write(one)
-    assert read_samples(path) == kept
+        csv.writer(stream).writerows([Sample._fields, *kept])
+    read = read_samples(path)
+    assert [Sample(*row)._replace(correct=None) for row in read] == [row._replace(correct=None) for row in kept]
+    assert read.correct.tolist() == pytest.approx([np.nan, np.nan, 1], nan_ok=True)
     path.write_text(path.read_text() + "17954045", encoding="utf-8")
-    assert read_samples(path) == kept
+    assert len(read_samples(path)) == len(kept)
+    path.write_text("", encoding="utf-8")
+    assert len(read_samples(path)) == len(read_samples(tmp_path / "none.csv")) == 0
 
 
 @settings(deadline=None, max_examples=30)
