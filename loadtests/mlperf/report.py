@@ -5,12 +5,13 @@ from typing import Any
 
 from loadtests.mlperf.loadgen_logs import HEADLINES
 from loadtests.mlperf.run import MlperfRun
-from loadtests.report.rendering import UNKNOWN, Cell, Table, print_tables, sentences, write_report
+from loadtests.report.rendering import print_tables, sentences, tables, write_report
 
 
 def write(results: MlperfRun, out: Path) -> Path:
     """Write report.md and results.json, print the table, and return the report's path."""
-    plan, runs, said = results.plan, table(results), notes(results)
+    plan, said = results.plan, notes(results)
+    (runs,) = tables("mlperf_tables.txt.j2", runs=results.runs, accuracy=plan.accuracy, headlines=HEADLINES)
     facts = {
         "images": results.payloads,
         "LoadGen": results.runs[0]["loadgen"],
@@ -37,42 +38,6 @@ def write(results: MlperfRun, out: Path) -> Path:
 def notes(results: MlperfRun) -> list[str]:
     """What must be said with the figures, most important first."""
     return sentences("mlperf_notes.txt.j2", **vars(results))
-
-
-def table(results: MlperfRun) -> Table:
-    """One row per scenario."""
-    rows = [_row(run, accuracy=results.plan.accuracy) for run in results.runs]
-    cells = [list(row.values()) for row in rows]
-    return Table(title="MLPerf LoadGen", headings=list(rows[0]), rows=cells, text=(0, 1))
-
-
-def _row(run: dict[str, Any], *, accuracy: bool) -> dict[str, str | Cell]:
-    """Cells by heading."""
-    if accuracy:
-        measured = {"mode": run["mode"], "top-1": _known(run["top1"], ".4f"), "labelled": f"{run['labelled']:,}"}
-    else:
-        name = HEADLINES[run["scenario"]]
-        headline = f"{name.removesuffix(' (ns)')} {_known(run['summary'].number(name), ',.2f')}"
-        measured = {
-            "verdict": run["verdict"],
-            "LoadGen's metric": headline + " ms" * name.endswith("(ns)"),
-            # Those of Offline, which is one query, would only tell how long the run was.
-            **{
-                f"p{rank} ms": _known(None if run["scenario"] == "Offline" else run[f"p{rank}_ms"], ".2f")
-                for rank in (50, 90, 99)
-            },
-        }
-    return {
-        "scenario": run["scenario"],
-        **measured,
-        "answered": f"{run['answered']:,}",
-        "failed": Cell(f"{run['failed']:,}", "worse" if run["failed"] else None),
-        "LoadGen's cores": f"{run['generator_cores']:.2f}",
-    }
-
-
-def _known(value: float | None, form: str) -> str:
-    return UNKNOWN if value is None else format(value, form)
 
 
 def _model(model: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ import msgspec
 
 from loadtests.errors import LoadTestError
 from loadtests.experiment.model import Measurement, Progress
-from loadtests.experiment.process import end, start
+from loadtests.experiment.process import start
 from loadtests.experiment.server import Server, service_for
 from loadtests.generator import payload_cache
 from loadtests.generator.payloads import describe, read_payloads
@@ -121,16 +121,11 @@ def _drive(task: Task, server: Server, progress: Progress) -> dict[str, Any]:
     """Run LoadGen's process to its end, and return what it found."""
     what, expected = f"{task.scenario}, seconds", task.plan.estimated_seconds(task.scenario)
     log, began = task.out / "sut.log", time.monotonic()
-    with log.open("wb") as stream:
-        command = [sys.executable, "-m", "loadtests.mlperf.sut", msgspec.json.encode(task, enc_hook=str).decode()]
-        process = start(command, stdout=stream, stderr=stream)
-    try:
-        while process.poll() is None and server.alive():
+    command = [sys.executable, "-m", "loadtests.mlperf.sut", msgspec.json.encode(task, enc_hook=str).decode()]
+    with log.open("wb") as stream, start(command, stdout=stream, stderr=stream) as process:
+        while (code := process.poll()) is None and server.alive():
             progress.step(what, min(time.monotonic() - began, expected), expected)
             time.sleep(_POLL_SECONDS)
-        code = process.poll()
-    finally:
-        end(process)
     found: dict[str, Any] = json.loads((task.out / "sut.json").read_bytes()) if code == 0 else {}
     if not found or found["failures"]:
         # Connections break shortly before their process has ended.
