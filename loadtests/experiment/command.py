@@ -44,14 +44,14 @@ Command = Annotated[str | None, typer.Option(help="The command to quote in the r
 def run_rounds(
     bench: Bench, loads: Callable[[Arm], Sequence[Load]], *, fresh: bool, report: Callable[[], Path]
 ) -> NoReturn:
-    """Measure a plan that is settled from the start, report, and exit: with 1 also if a block failed."""
+    """Measure a plan that is settled from the start, report, and exit: with 1 also if `experiment.failed`."""
 
     def measure(progress: Progress) -> None:
         with bench.opened(progress, fresh=fresh):
             bench.rounds(loads, progress)
 
     code = run_measurement(bench.experiment, measure, report=report, store=bench.store)
-    raise typer.Exit(code or int(bool(bench.experiment.failures)))
+    raise typer.Exit(code or int(bench.experiment.failed))
 
 
 def run_measurement(
@@ -81,7 +81,7 @@ def run_measurement(
         code, results.ended_early = INTERRUPTED, "interrupted"
         console.print("\nstopped; no server of this measurement is left running", highlight=False)
     if results.measured:
-        if code and store:
+        if code and store and store.blocks():
             console.print("The same command resumes the measurement. Measured so far:")
         typer.echo(f"report: {report()}")
         if store and results.ended_early is None:
