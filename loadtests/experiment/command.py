@@ -44,14 +44,14 @@ Command = Annotated[str | None, typer.Option(help="The command to quote in the r
 def run_rounds(
     bench: Bench, loads: Callable[[Arm], Sequence[Load]], *, fresh: bool, report: Callable[[], Path]
 ) -> NoReturn:
-    """Measure a plan that is settled from the start, report, and exit: with 1 also if `experiment.failed`."""
+    """Measure a plan that is settled from the start, report, and exit: with 1 also if a block failed."""
 
     def measure(progress: Progress) -> None:
         with bench.opened(progress, fresh=fresh):
             bench.rounds(loads, progress)
 
     code = run_measurement(bench.experiment, measure, report=report, store=bench.store)
-    raise typer.Exit(code or int(bench.experiment.failed))
+    raise typer.Exit(code or int(bool(bench.experiment.failures)))
 
 
 def run_measurement(

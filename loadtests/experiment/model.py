@@ -171,11 +171,6 @@ class Experiment(Measurement, Generic[P]):
         """Blocks that were not measured to their end."""
         return [block for block in self.blocks if block.failure is not None]
 
-    @property
-    def failed(self) -> bool:
-        """Whether the exit code says so, although the experiment has finished."""
-        return bool(self.failures)
-
     def blocks_of(self, label: str) -> list[Block]:
         """The blocks of one arm that were measured to their end, by round."""
         return sorted(

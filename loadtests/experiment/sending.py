@@ -16,18 +16,25 @@ def send_all(
 ) -> None:
     """Await `send` for every item, `connections` of them at a time, each taken when it is its turn.
 
-    An exception ends one connection, and is raised when all have ended; an interruption cancels what is in flight.
+    After an exception of one the others in flight are awaited still; an interruption cancels them.
     """
     waiting, limits = iter(items), httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+    errors: list[Exception] = []
 
     async def work(client: httpx.AsyncClient) -> None:
-        for item in waiting:
-            await send(client, item)
+        try:
+            for item in waiting:
+                if errors:
+                    return
+                await send(client, item)
+        except Exception as error:  # noqa: BLE001 (raised below)
+            errors.append(error)
 
-    async def work_all() -> list[BaseException | None]:
+    async def work_all() -> None:
         # A proxy of the environment must not come between.
         async with httpx.AsyncClient(base_url=url, limits=limits, timeout=ANSWER_SECONDS, trust_env=False) as client:
-            return await asyncio.gather(*(work(client) for _ in range(connections)), return_exceptions=True)
+            await asyncio.gather(*(work(client) for _ in range(connections)))
 
-    for error in filter(None, asyncio.run(work_all())):
-        raise error
+    asyncio.run(work_all())
+    if errors:
+        raise errors[0]

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,12 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from loadtests.accuracy.ask import ask
 from loadtests.accuracy.cli import accuracy
-from loadtests.accuracy.evaluate import AccuracyRun, Plan, evaluate
+from loadtests.accuracy.measure import AccuracyPlan, choose_images
+from loadtests.accuracy.results import AccuracyExperiment
+from loadtests.experiment.model import Arm
+from loadtests.experiment.run import Bench
 from tests.processes import serving
 from training.__main__ import app as training
 
@@ -62,10 +67,8 @@ class Handler(BaseHTTPRequestHandler):
         name = urlsplit(self.path).path.rpartition("/")[2]
         if name == "readyz":
             return self._send(200, {}, {"ready": True})
-        if name == "models":
-            models = [{"name": model, "state": "ready"} for model in self.server.stated]
-            broken = {"name": "broken", "state": "unavailable", "reason": "model.onnx: missing"}
-            return self._send(200, {}, {"models": [*models, broken], "families": {"animals": ["right", "left"]}})
+        if name not in self.server.stated:
+            return self._send(404, {}, {"detail": f"no model {name!r} here; there are: left, right"})
         manifest = {"accuracy": self.server.stated[name]}
         return self._send(200, {}, {"name": name, "version": 3, "labels": CLASSES, "manifest": manifest})
 
@@ -211,7 +214,7 @@ def test_unlabelled_images_are_left_out_unless_two_models_are_compared(fake: Fak
     assert "1 images have no label and were left out" in ended.output
     asking(data, tmp_path / "two", "--url", fake.url, "--reference", "left")
     found = results_in(tmp_path / "two")
-    assert (found["sent"], found["models"][0]["top1"]["of"]) == (3, 2)
+    assert (found["models"][0]["sent"], found["models"][0]["top1"]["of"]) == (3, 2)
     assert (found["reference"]["same_class"]["hits"], found["reference"]["labelled"]) == (2, 2)
     (data / "labels.csv").unlink()
     ended = asking(data, tmp_path / "none", "--url", fake.url)
@@ -298,7 +301,8 @@ def test_a_refused_request_is_sent_again_after_the_time_that_the_server_asks_for
     fake.answer = answer
     ended = asking(images_of(tmp_path / "data", TEN), tmp_path / "out", "--url", fake.url)
     found = results_in(tmp_path / "out")
-    assert (found["models"][0]["top1"]["hits"], found["models"][0]["failed"], found["retries"]) == (6, 0, 1)
+    assert [found["models"][0][name] for name in ("failed", "retries", "sent")] == [0, 1, 10]
+    assert found["models"][0]["top1"]["hits"] == 6
     assert "1 retries after 429" in ended.output
     refused, again = (at for at, _, image in fake.asked if image.endswith("#3"))
     assert again - refused >= 1
@@ -327,7 +331,7 @@ def test_a_server_that_dies_ends_the_run_early_and_the_report_says_so(fake: Fake
     assert found["ended_early"].startswith("the server is gone (no answer: ")
     assert found["models"][0]["top1"]["hits"] == 20
     assert found["models"][0]["failed"] == 3
-    assert "23 of 90 images were sent" in ended.output
+    assert "23 of 90 images were sent to right" in ended.output
 
 
 def test_connections_that_fail_now_and_then_do_not_end_the_run(fake: Fake, tmp_path: Path) -> None:
@@ -340,7 +344,7 @@ def test_connections_that_fail_now_and_then_do_not_end_the_run(fake: Fake, tmp_p
     data = images_of(tmp_path / "data", TEN[:1] * 30)
     asking(data, tmp_path / "out", "--url", fake.url, "--connections", "1")
     found = results_in(tmp_path / "out")
-    assert (found["ended_early"], found["sent"], found["models"][0]["failed"]) == (None, 30, 10)
+    assert (found["ended_early"], found["models"][0]["sent"], found["models"][0]["failed"]) == (None, 30, 10)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -355,41 +359,74 @@ def test_what_an_interruption_cancels_is_not_counted(number: signal.Signals, fak
 
     class Interrupt:
         def step(self, what: str, done: float, total: float) -> None:
-            if done == 4:
+            if what.startswith("images") and done == 4:
                 signal.raise_signal(number)
 
         def note(self, message: str) -> None: ...
 
     fake.answer = answer
     data = images_of(tmp_path / "data", TEN)
-    plan = Plan(
-        models=("right",),
-        data=data,
-        url=fake.url,
+    images = choose_images(data, None, labelled=True)
+    plan = AccuracyPlan(
+        arms=(Arm(label="right", model="right", url=fake.url),),
         repository=tmp_path,
+        data=data,
         limit=None,
         connections=2,
         max_drop_points=0.1,
+        labels_sha256="",
     )
-    run = AccuracyRun(plan=plan, command="as typed", environment={})
+    run = AccuracyExperiment(plan=plan, command="as typed", environment={}, images=images)
+    bench = Bench(run, (), tmp_path / "out", measure=partial(ask, run))
     # If the tests run in the background, SIGINT is ignored.
     before = [(one, signal.signal(one, signal.default_int_handler)) for one in (signal.SIGINT, signal.SIGTERM)]
     try:
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(run, tmp_path / "out", Interrupt())
+        with bench.opened(Interrupt(), fresh=False), pytest.raises(KeyboardInterrupt):
+            bench.rounds(lambda _: (), Interrupt())
     finally:
         stopped.set()
         for one, handler in before:
             signal.signal(one, handler)
-    assert [image.position for image in run.images] == [0, 1, 2, 3]
+    assert [name for name in run.answers[0]["name"] if name] == [f"{number:02d}.png" for number in range(4)]
+    assert not run.answers[0]["failure"].any()
+    # The model is asked anew: only what has all its answers is kept.
+    assert not bench.store.blocks()
+
+
+def test_the_model_s_answers_are_kept_when_the_reference_is_interrupted(fake: Fake, tmp_path: Path) -> None:
+    def refuse(model: str, image: str, _: int) -> Answers:
+        if model == "left":
+            raise ConnectionResetError
+        return predicted(model, image)
+
+    fake.answer = refuse
+    data = images_of(tmp_path / "data", TEN)
+    options = ["--url", fake.url, "--reference", "left", "--connections", "1"]
+    ended = asking(data, tmp_path / "out", *options)
+    assert ended.exit_code == 1
+    assert "10 of 10 images were sent to right, 3 of 10 images were sent to left" in ended.output
+    assert "right and left give the same class for 0 of 3 images" in ended.output
+    fake.answer = lambda model, image, _: predicted(model, image)
+    fake.asked.clear()
+    # Other images would be compared with the answers to these.
+    ended = asking(data, tmp_path / "out", *options, "--limit", "9")
+    assert "begun with another labels_sha256, limit" in ended.output
+    ended = asking(data, tmp_path / "out", *options)
+    assert ended.exit_code == 0, ended.output
+    assert Counter(model for _, model, _ in fake.asked) == {"left": 10}
+    assert "right and left give the same class for 6 of 10 images" in ended.output
+    # What has finished is asked anew.
+    asking(data, tmp_path / "out", *options)
+    assert Counter(model for _, model, _ in fake.asked) == {"left": 20, "right": 10}
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--model", "wrong"], "the server has no model 'wrong': it has broken, left, right"),
-        (["--model", "animals"], "no model 'animals' (a family: name one of its models)"),
-        (["--model", "broken"], "broken does not serve: model.onnx: missing"),
+        (["--model", "wrong"], "no model 'wrong' here; there are: left, right"),
+        (["--reference", "wrong"], "no model 'wrong' here; there are: left, right"),
+        (["--model", "right?x"], "settings are written MODEL?NAME=VALUE"),
+        (["--model", "right?x=1"], "--url goes with models by their names alone"),
         (["--reference", "right"], "--reference right is the model itself"),
         (["--repository", "models"], "--url names a server that runs already"),
         (["--url", "127.0.0.1:8000"], "give the address of a running service, such as http://127.0.0.1:8000"),
@@ -469,7 +506,7 @@ def test_an_interrupted_run_reports_what_it_has_and_leaves_no_process(repository
     assert "stopped" in output
     found = results_in(tmp_path / "out")
     assert found["ended_early"] == "interrupted"
-    assert 0 < found["sent"] < found["images"] == 50_000
+    assert 0 < found["models"][0]["sent"] < found["images"] == 50_000
     assert found["models"][0]["failed"] == 0
     assert "- Ended early: interrupted; " in (tmp_path / "out" / "report.md").read_text()
     assert family
