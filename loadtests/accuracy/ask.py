@@ -6,19 +6,20 @@ agreement alike.
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
 import httpx
+import numpy as np
 
-from loadtests.accuracy.measure import TOP, UNKNOWN_ANSWER, no_answers
-from loadtests.accuracy.results import AccuracyExperiment
+from loadtests.accuracy.results import COLUMNS, TOP, AccuracyExperiment
 from loadtests.errors import LoadTestError
 from loadtests.experiment.model import Arm, Progress
 from loadtests.experiment.run import Bench
 from loadtests.experiment.sending import send_all
 from loadtests.experiment.server import Server
-from loadtests.generator.readers import Label, Payload
+from loadtests.generator.readers import Label, Payload, PayloadError, Source, open_source
 
 _ATTEMPTS = 8
 _MAX_RETRY_SECONDS = 60
@@ -35,6 +36,18 @@ class _RequestError(Exception):
     """A request has failed; the message says how."""
 
 
+def choose_images(data: Path, limit: int | None, *, labelled: bool) -> tuple[Source, list[int]]:
+    """A folder's images and the positions of the first ones, or of the `labelled` among them. Raises PayloadError."""
+    source = open_source(data)
+    positions = [row for row in range(len(source.labels))[:limit] if not labelled or source.labels[row] is not None]
+    if not positions:
+        raise PayloadError(
+            f"{data} holds no labels: it needs a labels.csv, class folders, or a column fine_label or label "
+            "(with --reference, two models can be compared without labels)"
+        )
+    return source, positions
+
+
 def check_reference(run: AccuracyExperiment, bench: Bench) -> None:
     """Find out before the model is asked whether the reference can be. Raises ServerError or AccuracyError."""
     for arm in run.plan.arms[1:]:
@@ -44,8 +57,9 @@ def check_reference(run: AccuracyExperiment, bench: Bench) -> None:
 
 def ask(run: AccuracyExperiment, arm: Arm, server: Server, info: dict[str, Any], progress: Progress) -> None:
     """Send all images to the arm's server, and fill a block's `info`. Raises PayloadError or AccuracyError."""
-    facts, count = _describe(run, arm, server), len(run.images.positions)
-    answers, query = no_answers(count), {"model": arm.model, "version": facts["version"], "top_k": TOP}
+    facts, count = _describe(run, arm, server), len(run.positions)
+    query = {"model": arm.model, "version": facts["version"], "top_k": TOP}
+    answers = np.array([("", -1, "failed", 0.0, 0, "")] * count, dtype=COLUMNS)
     info |= {**facts, "sent": 0, "retries": 0, "seconds": 0.0, "answers": answers}
     failed_connections = 0
 
@@ -66,20 +80,20 @@ def ask(run: AccuracyExperiment, arm: Arm, server: Server, info: dict[str, Any],
         row, image = item
         in_a_row = 0
         try:
-            answers[row] = (image.name, *_parse(await post(client, image.data), image.label), "")
+            answers[row] = ("", *_parse(await post(client, image.data), image.label), "")
         except _RequestError as error:
-            answers[row] = (image.name, *UNKNOWN_ANSWER, str(error))
+            answers["failure"][row] = str(error)
         except httpx.RequestError as error:
             in_a_row = failed_connections + 1
-            said = f"no answer: {type(error).__name__}" + (f", {error}" if str(error) else "")
-            answers[row] = (image.name, *UNKNOWN_ANSWER, said)
+            answers["failure"][row] = f"no answer: {type(error).__name__}" + (f", {error}" if str(error) else "")
         failed_connections = in_a_row
+        answers["name"][row] = image.name
         info["sent"] += 1
         progress.step(f"images, {arm.label}", info["sent"], count)
         if failed_connections >= _MAX_FAILED_CONNECTIONS * run.plan.connections:
-            raise AccuracyError(f"the server is gone ({answers[row]['failure']})")
+            raise AccuracyError(f"the server is gone ({answers['failure'][row]})")
 
-    started, images = time.monotonic(), enumerate(run.images.source.read(run.images.positions))
+    started, images = time.monotonic(), enumerate(run.source.read(run.positions))
     try:
         send_all(server.url, images, send, connections=run.plan.connections)
     finally:
@@ -103,23 +117,23 @@ def _describe(run: AccuracyExperiment, arm: Arm, server: Server) -> dict[str, An
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise AccuracyError(f"{server.name} does not answer as a StrideViT service does: {error}") from error
     classes, known = facts["classes"], {None, *range(len(facts["classes"])), *facts["classes"]}
-    if unknown := sorted({str(label) for label in run.images.labels if label not in known}):
+    if unknown := sorted({str(label) for label in run.labels if label not in known}):
         raise AccuracyError(
-            f"the data is not labelled with the {len(classes)} classes of {arm.label}: it does not know {len(unknown)} of "
-            f"the labels, {unknown[0]!r} among them (its first class is {classes[0]!r})"
+            f"the data is not labelled with the {len(classes)} classes of {arm.label}: it does not know "
+            f"{len(unknown)} of the labels, {unknown[0]!r} among them (its first class is {classes[0]!r})"
         )
     return facts
 
 
-def _parse(response: httpx.Response, label: Label) -> tuple[int, float, int]:
-    """The most probable class, its probability, and the label's rank. Raises _RequestError."""
+def _parse(response: httpx.Response, label: Label) -> tuple[int, str, float, int]:
+    """The most probable class, by index and name, its probability, and the label's rank. Raises _RequestError."""
     if response.status_code != httpx.codes.OK:
         raise _RequestError(f"{response.status_code}: {response.text[:200]}")
     try:
         ranked: list[dict[str, Any]] = response.json()["results"][0]["predictions"]
         classes = [one["index"] if isinstance(label, int) else one["label"] for one in ranked]
         rank = classes.index(label) + 1 if label in classes else 0
-        return int(ranked[0]["index"]), float(ranked[0]["probability"]), rank
+        return int(ranked[0]["index"]), str(ranked[0]["label"]), float(ranked[0]["probability"]), rank
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise _RequestError(f"200, but not understood ({error!r}): {response.text[:200]}") from error
 

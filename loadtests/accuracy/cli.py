@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 
-from loadtests.accuracy.ask import ask, check_reference
-from loadtests.accuracy.measure import AccuracyPlan, choose_images
+from loadtests.accuracy.ask import ask, check_reference, choose_images
 from loadtests.accuracy.report import write
-from loadtests.accuracy.results import AccuracyExperiment
+from loadtests.accuracy.results import AccuracyExperiment, AccuracyPlan, fails, figures
 from loadtests.errors import LoadTestError
 from loadtests.experiment import command as cli
 from loadtests.experiment.arms import parse_arm
@@ -70,7 +69,7 @@ def accuracy(
     repository = cli.repository_unless(url, repository, service_args)
     try:
         arms = tuple(parse_arm(name) for name in (model, reference) if name is not None)
-        images = choose_images(data, limit, labelled=reference is None)
+        source, positions = choose_images(data, limit, labelled=reference is None)
     except LoadTestError as problem:
         cli.fail(str(problem))
     if url is not None:
@@ -84,17 +83,21 @@ def accuracy(
         limit=limit,
         connections=connections,
         max_drop_points=max_drop_points,
-        labels_sha256=images.labels_sha256,
         service_arguments=tuple(shlex.split(service_args)),
     )
-    description = images.source.description
-    run = AccuracyExperiment(plan=plan, command=command or this_command(), payloads=description, images=images)
+    run = AccuracyExperiment(
+        plan=plan,
+        command=command or this_command(),
+        payloads=source.description,
+        source=source,
+        positions=positions,
+    )
     bench = Bench(run, (), out, measure=partial(ask, run))
 
     def measure(progress: Progress) -> None:
-        with bench.opened(progress, fresh=fresh):
+        with bench.opened(progress, fresh=fresh, labels=run.labels):
             check_reference(run, bench)
             bench.rounds(lambda _: (), progress)
 
     code = cli.run_measurement(run, measure, report=lambda: write(run, out), store=bench.store)
-    raise typer.Exit(code or int(run.failed))
+    raise typer.Exit(code or int(fails(figures(run))))

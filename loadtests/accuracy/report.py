@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from loadtests.accuracy.results import CONFIDENCE, AccuracyExperiment, disagreements, model_results, pair_result
+from loadtests.accuracy.results import CONFIDENCE, AccuracyExperiment, disagreements, figures
+from loadtests.generator.readers import Label
 from loadtests.report.rendering import UNKNOWN, Cell, Table, print_tables, sentences, write_report
 
 _SHOWN_DISAGREEMENTS = 10
@@ -18,17 +19,7 @@ def write(run: AccuracyExperiment, out: Path) -> Path:
 
     report.md, results.json, disagreements.csv, and failures.csv if a request failed.
     """
-    document: dict[str, Any] = {
-        "schema_version": 3,
-        **run.facts(),
-        "plan": run.plan,
-        "images": len(run.images.positions),
-        "beyond_limit": run.images.beyond_limit,
-        "unlabelled_left_out": run.images.unlabelled,
-        "confidence": CONFIDENCE,
-        "models": model_results(run),
-        "reference": pair_result(run),
-    }
+    document = {"schema_version": 3, **run.facts(), "plan": run.plan, **figures(run)}
     found, differing = table(document["models"]), disagreements(run)
     caveats = sentences("accuracy_caveats.txt.j2", **document)
     summary, *comparison = sentences("accuracy.txt.j2", **document)
@@ -45,7 +36,7 @@ def write(run: AccuracyExperiment, out: Path) -> Path:
         most_certain=_most_certain(run, differing),
     )
     columns = [f"{block.arm} {what}" for block in run.blocks for what in ("index", "class", "probability", "right")]
-    _write_csv(out / "disagreements.csv", ["name", "label", *columns], _disagreement_rows(run, differing))
+    _write_csv(out / "disagreements.csv", ["name", "label", *columns], _csv_rows(run, differing))
     failures = [
         (row["name"], block.arm, row["failure"])
         for block, answers in zip(run.blocks, run.answers, strict=True)
@@ -66,12 +57,12 @@ def table(results: list[dict[str, Any]]) -> Table:
     for result in results:
         check, failed = result["manifest"], result["failed"]
         (against,) = sentences("accuracy_manifest.txt.j2", check=check)
-        figures = (f"{result['top1'].of:,}", str(result["top1"]), str(result["top5"] or UNKNOWN))
+        shares = (f"{result['top1'].of:,}", str(result["top1"]), str(result["top5"] or UNKNOWN))
         warned = [
             Cell(f"{failed:,}", "worse" if failed else None),
             Cell(against, "worse" if check and check["missed"] else None),
         ]
-        rows.append((result["model"], str(result["version"]), *figures, *warned))
+        rows.append((result["model"], str(result["version"]), *shares, *warned))
     headings = ("model", "version", "images", "top-1 %", "top-5 %", "failed", "manifest")
     note = f"In brackets: {CONFIDENCE:.0%} intervals (Wilson)."
     return Table(title="Accuracy as served", headings=headings, rows=rows, text=(0, -1), note=note)
@@ -79,33 +70,34 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 def _most_certain(run: AccuracyExperiment, differing: Sequence[int]) -> Table:
     """The disagreements of which the models are most certain, with the label by name, as the answers are."""
-    everything, labels = run.answers, run.images.labels
-    certainty = np.min([answers["probability"] for answers in everything], axis=0)
+    certainty = np.min([answers["probability"] for answers in run.answers], axis=0)
     rows = []
-    for row in sorted(differing, key=lambda row: -certainty[row])[:_SHOWN_DISAGREEMENTS]:
-        label = labels[row]
-        name = run.blocks[0].info["classes"][label] if isinstance(label, int) else label or UNKNOWN
-        cells = [everything[0][row]["name"], name]
-        for block, answers in zip(run.blocks, everything, strict=True):
-            answer, classes = answers[row], block.info["classes"]
-            said = f"{classes[answer['index']]} {answer['probability']:.0%}" + " ✓" * int(answer["rank"] == 1)
-            cells.append("failed" if answer["failure"] else said)
-        rows.append(cells)
+    for name, label, said in _images(run, sorted(differing, key=lambda row: -certainty[row])[:_SHOWN_DISAGREEMENTS]):
+        known = run.blocks[0].info["classes"][label] if isinstance(label, int) else label or UNKNOWN
+        texts = [f"{one['label']} {one['probability']:.0%}" + " ✓" * int(one["rank"] == 1) for one in said]
+        failed = [one["failure"] != "" for one in said]
+        rows.append((name, known, *np.where(failed, "failed", texts)))
     headings = ("image", "label", *(block.arm for block in run.blocks))
     return Table(headings=headings, rows=rows, text=range(len(headings)))
 
 
-def _disagreement_rows(run: AccuracyExperiment, differing: Sequence[int]) -> Iterator[list[object]]:
-    """Of each model: index and name of its class, its probability, and whether it is right, where that is known."""
-    everything, labels = run.answers, run.images.labels
-    for row in differing:
-        cells: list[object] = [everything[0][row]["name"], labels[row]]
-        for block, answers in zip(run.blocks, everything, strict=True):
-            answer, classes = answers[row], block.info["classes"]
-            right = None if labels[row] is None else int(answer["rank"] == 1)
-            said = [answer["index"], classes[answer["index"]], f"{answer['probability']:.6f}", right]
-            cells += [None, "failed", None, 0] if answer["failure"] else said
+def _csv_rows(run: AccuracyExperiment, differing: Sequence[int]) -> Iterator[list[object]]:
+    for name, label, said in _images(run, differing):
+        cells: list[object] = [name, label]
+        for one in said:
+            if one["failure"]:
+                cells += [None, "failed", None, 0]
+            else:
+                right = None if label is None else int(one["rank"] == 1)
+                cells += [one["index"], one["label"], f"{one['probability']:.6f}", right]
         yield cells
+
+
+def _images(run: AccuracyExperiment, rows: Sequence[int]) -> Iterator[tuple[str, Label, list[Any]]]:
+    """Name and label of the images in some rows, and each model's answer."""
+    answers, labels = run.answers, run.labels
+    for row in rows:
+        yield answers[0]["name"][row], labels[row], [one[row] for one in answers]
 
 
 def _write_csv(file: Path, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

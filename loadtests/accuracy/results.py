@@ -1,22 +1,72 @@
-"""Top-1, top-5 and agreement of an accuracy run, with the uncertainty that lies in the choice of images."""
+"""The answers of an accuracy run: top-1, top-5 and agreement, and how much chance lies in the choice of images."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from loadtests.accuracy.measure import COLUMNS, TOP, AccuracyPlan, Answers, Images
-from loadtests.experiment.model import Block, Experiment
+from loadtests.experiment.model import Block, Experiment, Plan
+from loadtests.generator.readers import Label, Source
 from loadtests.report.rendering import UNKNOWN
 from loadtests.statistics import paired_proportions, wilson
 from service.manifest import Accuracy
 
-Booleans = npt.NDArray[np.bool_]
+TOP = 5
 CONFIDENCE = 0.95
 _ROUNDING_POINTS = 0.005
 """A manifest's 0.537 may be 0.53702, rounded: half a unit of the fourth digit is no difference."""
+
+Booleans = npt.NDArray[np.bool_]
+Answers = npt.NDArray[np.void]
+"""A row of `COLUMNS` for each image that is to be sent, in the order of the data."""
+COLUMNS = np.dtype(
+    [
+        ("name", object),  # of the image; empty until it is answered
+        ("index", np.int64),  # the most probable class; -1 without an answer
+        ("label", object),  # its name
+        ("probability", np.float64),
+        ("rank", np.int64),  # of the image's class among the five most probable, from 1; 0 if it is not among them
+        ("failure", object),  # why the request failed, which counts as a wrong answer; else empty
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyPlan(Plan):
+    """Which models are asked about which images: one arm, or a second one as the reference; one round."""
+
+    limit: int | None
+    """Number of images, from the first; None for all."""
+    connections: int
+    max_drop_points: float
+    """Percentage points that top-1 may be off the manifest's on the same images."""
+
+
+@dataclass(kw_only=True)
+class AccuracyExperiment(Experiment[AccuracyPlan]):
+    """Blocks whose `info` has what `loadtests.accuracy.ask` found."""
+
+    source: Source
+    positions: Sequence[int]
+    """Of the images in the source that are sent, ascending."""
+
+    @property
+    def measured(self) -> bool:
+        """Whether an image was answered."""
+        return any(block.info["sent"] for block in self.blocks)
+
+    @property
+    def labels(self) -> list[Label]:
+        """The classes of the images that are sent."""
+        return [self.source.labels[position] for position in self.positions]
+
+    @property
+    def answers(self) -> list[Answers]:
+        """Those of each block."""
+        return [np.array([tuple(row) for row in block.info["answers"]], dtype=COLUMNS) for block in self.blocks]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,46 +85,39 @@ class Proportion:
         return f"{100 * self.share:.2f} ({100 * low:.2f}–{100 * high:.2f})" if self.of else UNKNOWN
 
 
-@dataclass(kw_only=True)
-class AccuracyExperiment(Experiment[AccuracyPlan]):
-    """Blocks whose `info` has what the model says of itself, `retries`, `seconds` and `answers`."""
-
-    images: Images = field(repr=False)
-
-    @property
-    def measured(self) -> bool:
-        """Whether an image was answered."""
-        return any(block.info["sent"] for block in self.blocks)
-
-    @property
-    def failed(self) -> bool:
-        """Whether a request failed, or a model is off its manifest on the same images."""
-        results = model_results(self)
-        return any(found["failed"] or (found["manifest"] and found["manifest"]["missed"]) for found in results)
-
-    @property
-    def answers(self) -> list[Answers]:
-        """Those of each block."""
-        return [np.array([tuple(row) for row in block.info["answers"]], dtype=COLUMNS) for block in self.blocks]
+def figures(run: AccuracyExperiment) -> dict[str, Any]:
+    """What results.json says beside the facts that all commands give."""
+    left_out = len(run.source.labels) - len(run.positions)
+    beyond_limit = len(run.source.labels[run.plan.limit :]) if run.plan.limit else 0
+    return {
+        "images": len(run.positions),
+        "beyond_limit": beyond_limit,
+        "unlabelled_left_out": left_out - beyond_limit,
+        "confidence": CONFIDENCE,
+        "models": [
+            _model(run, block, answers, whole_set=not beyond_limit)
+            for block, answers in zip(run.blocks, run.answers, strict=True)
+        ],
+        "reference": _pair(run),
+    }
 
 
-def model_results(run: AccuracyExperiment) -> list[dict[str, Any]]:
-    """Figures of each model that was asked, as they stand in results.json."""
-    return [_model_result(run, block, answers) for block, answers in zip(run.blocks, run.answers, strict=True)]
+def fails(found: dict[str, Any]) -> bool:
+    """Whether a request failed, or a model is off its manifest on the same images, by the `figures`."""
+    return any(one["failed"] or (one["manifest"] and one["manifest"]["missed"]) for one in found["models"])
 
 
-def _model_result(run: AccuracyExperiment, block: Block, answers: Answers) -> dict[str, Any]:
+def _model(run: AccuracyExperiment, block: Block, answers: Answers, *, whole_set: bool) -> dict[str, Any]:
     info, sent = block.info, answers["name"] != ""
-    ranks = answers["rank"][sent & labelled(run)]
-    top1, whole_set = _proportion(ranks == 1), bool(sent.all()) and not run.images.beyond_limit
-    check = _manifest_check(info["accuracy"], top1, whole_set, run.plan) if info["accuracy"] and top1.of else None
+    ranks = answers["rank"][sent & _labelled(run)]
+    top1, whole_set = _proportion(ranks == 1), whole_set and bool(sent.all())
     return {
         "model": block.arm,
         **{name: info[name] for name in ("version", "trained", "sent", "retries", "seconds")},
-        "top1": top1,  # among the labelled images
+        "top1": top1,  # among the labelled images, like top-5
         "top5": _proportion(ranks > 0) if len(info["classes"]) > TOP else None,
         "failed": int((answers["failure"] != "").sum()),
-        "manifest": check,
+        "manifest": _check(info["accuracy"], top1, whole_set, run.plan) if info["accuracy"] and top1.of else None,
     }
 
 
@@ -84,7 +127,7 @@ def _proportion(hits: Booleans) -> Proportion:
     return Proportion(hits=count, of=total, share=count / total if total else math.nan, interval=interval)
 
 
-def _manifest_check(accuracy: dict[str, Any], top1: Proportion, whole_set: bool, plan: AccuracyPlan) -> dict[str, Any]:
+def _check(accuracy: dict[str, Any], top1: Proportion, whole_set: bool, plan: AccuracyPlan) -> dict[str, Any]:
     """Top-1 as served against the manifest's: of the same images it must be equal, else only lie in the interval."""
     stated = Accuracy.model_validate(accuracy)
     same_images = whole_set and top1.of == stated.n
@@ -101,12 +144,12 @@ def _manifest_check(accuracy: dict[str, Any], top1: Proportion, whole_set: bool,
     }
 
 
-def pair_result(run: AccuracyExperiment) -> dict[str, Any] | None:
+def _pair(run: AccuracyExperiment) -> dict[str, Any] | None:
     """The model against the reference, on the images that both were asked about; None if there are none."""
     sent = np.logical_and.reduce([answers["name"] != "" for answers in run.answers])
     if len(run.blocks) < 2 or not sent.any():
         return None
-    model, reference = (answers["rank"][sent & labelled(run)] == 1 for answers in run.answers)
+    model, reference = (answers["rank"][sent & _labelled(run)] == 1 for answers in run.answers)
     effect = paired_proportions(model, reference)
     points, low, high = effect.at(CONFIDENCE) if effect else (math.nan,) * 3
     return {
@@ -122,21 +165,19 @@ def pair_result(run: AccuracyExperiment) -> dict[str, Any] | None:
 
 def disagreements(run: AccuracyExperiment) -> list[int]:
     """Rows of the images on which the two models disagree; with one model, of those that it has wrong."""
-    wrong = _differ(run) if len(run.blocks) > 1 else labelled(run) & (run.answers[0]["rank"] != 1)
+    wrong = _differ(run) if len(run.blocks) > 1 else _labelled(run) & (run.answers[0]["rank"] != 1)
     rows: list[int] = np.flatnonzero(wrong & np.logical_and.reduce([one["name"] != "" for one in run.answers])).tolist()
     return rows
 
 
-def labelled(run: AccuracyExperiment) -> Booleans:
-    """Whether the class of each image is known."""
-    return np.array([label is not None for label in run.images.labels])
+def _labelled(run: AccuracyExperiment) -> Booleans:
+    return np.array([label is not None for label in run.labels])
 
 
 def _differ(run: AccuracyExperiment) -> Booleans:
     one, other = run.answers
     # Two classes of one model may share a name, as ImageNet's two cranes do.
-    first, second = (np.array(block.info["classes"]) for block in run.blocks)
-    same_classes = np.array_equal(first, second)
-    differ = one["index"] != other["index"] if same_classes else first[one["index"]] != second[other["index"]]
-    result: Booleans = differ | (one["failure"] != "") | (other["failure"] != "")
-    return result
+    same_classes = run.blocks[0].info["classes"] == run.blocks[1].info["classes"]
+    said = "index" if same_classes else "label"
+    differ: Booleans = (one[said] != other[said]) | (one["failure"] != "") | (other["failure"] != "")
+    return differ

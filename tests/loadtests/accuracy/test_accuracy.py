@@ -24,10 +24,9 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from loadtests.accuracy.ask import ask
+from loadtests.accuracy.ask import ask, choose_images
 from loadtests.accuracy.cli import accuracy
-from loadtests.accuracy.measure import AccuracyPlan, choose_images
-from loadtests.accuracy.results import AccuracyExperiment
+from loadtests.accuracy.results import AccuracyExperiment, AccuracyPlan
 from loadtests.experiment.model import Arm
 from loadtests.experiment.run import Bench
 from tests.processes import serving
@@ -366,7 +365,7 @@ def test_what_an_interruption_cancels_is_not_counted(number: signal.Signals, fak
 
     fake.answer = answer
     data = images_of(tmp_path / "data", TEN)
-    images = choose_images(data, None, labelled=True)
+    source, positions = choose_images(data, None, labelled=True)
     plan = AccuracyPlan(
         arms=(Arm(label="right", model="right", url=fake.url),),
         repository=tmp_path,
@@ -374,9 +373,8 @@ def test_what_an_interruption_cancels_is_not_counted(number: signal.Signals, fak
         limit=None,
         connections=2,
         max_drop_points=0.1,
-        labels_sha256="",
     )
-    run = AccuracyExperiment(plan=plan, command="as typed", environment={}, images=images)
+    run = AccuracyExperiment(plan=plan, command="as typed", environment={}, source=source, positions=positions)
     bench = Bench(run, (), tmp_path / "out", measure=partial(ask, run))
     # If the tests run in the background, SIGINT is ignored.
     before = [(one, signal.signal(one, signal.default_int_handler)) for one in (signal.SIGINT, signal.SIGTERM)]
@@ -410,7 +408,7 @@ def test_the_model_s_answers_are_kept_when_the_reference_is_interrupted(fake: Fa
     fake.asked.clear()
     # Other images would be compared with the answers to these.
     ended = asking(data, tmp_path / "out", *options, "--limit", "9")
-    assert "begun with another labels_sha256, limit" in ended.output
+    assert "begun with another labels, limit" in ended.output
     ended = asking(data, tmp_path / "out", *options)
     assert ended.exit_code == 0, ended.output
     assert Counter(model for _, model, _ in fake.asked) == {"left": 10}
