@@ -32,10 +32,6 @@ class AccuracyError(LoadTestError):
     """A model cannot be asked; the message says what to change."""
 
 
-class _RequestError(Exception):
-    """A request has failed; the message says how."""
-
-
 def choose_images(data: Path, limit: int | None, *, labelled: bool) -> tuple[Source, list[int]]:
     """A folder's images and the positions of the first ones, or of the `labelled` among them. Raises PayloadError."""
     source = open_source(data)
@@ -70,7 +66,7 @@ def ask(run: AccuracyExperiment, arm: Arm, server: Server, info: dict[str, Any],
                 break
             pause = _retry_after(response)
             if attempt == _ATTEMPTS or pause > _MAX_RETRY_SECONDS:
-                raise _RequestError(f"429 {attempt} times, the last with Retry-After {pause:g} s")
+                raise httpx.HTTPError(f"429 {attempt} times, the last with Retry-After {pause:g} s")
             info["retries"] += 1
             await asyncio.sleep(pause)
         return response
@@ -78,15 +74,14 @@ def ask(run: AccuracyExperiment, arm: Arm, server: Server, info: dict[str, Any],
     async def send(client: httpx.AsyncClient, item: tuple[int, Payload]) -> None:
         nonlocal failed_connections
         row, image = item
-        in_a_row = 0
+        lost = False
         try:
             answers[row] = ("", *_parse(await post(client, image.data), image.label), "")
-        except _RequestError as error:
-            answers["failure"][row] = str(error)
-        except httpx.RequestError as error:
-            in_a_row = failed_connections + 1
-            answers["failure"][row] = f"no answer: {type(error).__name__}" + (f", {error}" if str(error) else "")
-        failed_connections = in_a_row
+        except httpx.HTTPError as error:
+            lost = isinstance(error, httpx.RequestError)
+            said = f"no answer: {type(error).__name__}, {error}".removesuffix(", ") if lost else str(error)
+            answers["failure"][row] = said
+        failed_connections = failed_connections + 1 if lost else 0
         answers["name"][row] = image.name
         info["sent"] += 1
         progress.step(f"images, {arm.label}", info["sent"], count)
@@ -126,16 +121,16 @@ def _describe(run: AccuracyExperiment, arm: Arm, server: Server) -> dict[str, An
 
 
 def _parse(response: httpx.Response, label: Label) -> tuple[int, str, float, int]:
-    """The most probable class, by index and name, its probability, and the label's rank. Raises _RequestError."""
+    """The most probable class, by index and name, its probability, and the label's rank. Raises httpx.HTTPError."""
     if response.status_code != httpx.codes.OK:
-        raise _RequestError(f"{response.status_code}: {response.text[:200]}")
+        raise httpx.HTTPError(f"{response.status_code}: {response.text[:200]}")
     try:
         ranked: list[dict[str, Any]] = response.json()["results"][0]["predictions"]
         classes = [one["index"] if isinstance(label, int) else one["label"] for one in ranked]
         rank = classes.index(label) + 1 if label in classes else 0
         return int(ranked[0]["index"]), str(ranked[0]["label"]), float(ranked[0]["probability"]), rank
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise _RequestError(f"200, but not understood ({error!r}): {response.text[:200]}") from error
+        raise httpx.HTTPError(f"200, but not understood ({error!r}): {response.text[:200]}") from error
 
 
 def _retry_after(response: httpx.Response) -> float:

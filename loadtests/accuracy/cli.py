@@ -21,11 +21,7 @@ from loadtests.experiment.run import Bench
 
 def accuracy(
     model: Annotated[
-        str,
-        typer.Option(
-            help="Model to measure, written as for `compare`: NAME, NAME?max_batch=1, NAME@http://HOST:PORT or "
-            "NAME@git:COMMIT."
-        ),
+        str, typer.Option(help="Model to measure, written as for `compare`: NAME, NAME?max_batch=1, NAME@git:COMMIT.")
     ],
     data: Annotated[
         Path,
@@ -86,11 +82,7 @@ def accuracy(
         service_arguments=tuple(shlex.split(service_args)),
     )
     run = AccuracyExperiment(
-        plan=plan,
-        command=command or this_command(),
-        payloads=source.description,
-        source=source,
-        positions=positions,
+        plan=plan, command=command or this_command(), payloads=source.description, source=source, positions=positions
     )
     bench = Bench(run, (), out, measure=partial(ask, run))
 
