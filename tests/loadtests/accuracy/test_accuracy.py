@@ -253,6 +253,22 @@ def test_labels_of_other_classes_than_the_model_s_are_an_error(label: str, fake:
     assert not fake.asked
 
 
+def test_a_model_with_a_setting_is_compared_with_the_model_itself(repository: Path, tmp_path: Path) -> None:
+    data = tmp_path / "digits"
+    assert CliRunner().invoke(training, ["images", "--dataset", "digits", "--out", str(data)]).exit_code == 0
+    options = ["--repository", str(repository), "--reference", "digits-csra-r2?max_batch=1", "--limit", "50"]
+    ended = asking(data, tmp_path / "out", *options, model="digits-csra-r2")
+    assert ended.exit_code == 0, ended.output
+    assert "digits-csra-r2 and digits-csra-r2?max_batch=1 give the same class for 50 of 50 images" in ended.output
+    logs = sorted(file.name for file in (tmp_path / "out" / "logs").iterdir())
+    assert logs == [
+        "check-digits-csra-r2-max_batch-1.log",
+        "round01-digits-csra-r2-max_batch-1.log",
+        "round01-digits-csra-r2.log",
+    ]
+    assert not (tmp_path / "out" / "blocks").exists()
+
+
 def test_a_served_model_is_as_accurate_as_its_manifest_says(repository: Path, tmp_path: Path) -> None:
     data = tmp_path / "digits"
     assert CliRunner().invoke(training, ["images", "--dataset", "digits", "--out", str(data)]).exit_code == 0
