@@ -116,13 +116,14 @@ def write(experiment: SoakExperiment, out: Path) -> Path:
     info, found = block.info, figures(block.info["samples"])
     sent = f"{info['requests']:,} requests over {CONNECTIONS} connections, {info['failed_requests']} of them failed"
     what = conditions(experiment, f"{block.arm}: {sent}")
-    rows = [
-        ("fresh process", _megabytes(found["idle_bytes"])),
-        ("first tenth of the requests, median", _megabytes(found["first_bytes"])),
-        ("last tenth of the requests, median", _megabytes(found["last_bytes"])),
-        (f"largest of {len(info['samples'])} samples", _megabytes(found["peak_bytes"])),
-        ("growth from the first to the last tenth", f"{found['growth']:+.2%}"),
-    ]
+    names = {
+        "idle_bytes": "fresh process",
+        "first_bytes": "first tenth of the requests, median",
+        "last_bytes": "last tenth of the requests, median",
+        "peak_bytes": f"largest of {len(info['samples'])} samples",
+    }
+    rows = [(title, f"{found[name] / 1e6:.1f} MB") for name, title in names.items()]
+    rows.append(("growth from the first to the last tenth", f"{found['growth']:+.2%}"))
     table = Table(title=what, headings=("memory (PSS of the process tree)", ""), rows=rows)
     asked = {"model": block.arm, "planned_requests": experiment.plan.requests}
     write_experiment(
@@ -130,7 +131,3 @@ def write(experiment: SoakExperiment, out: Path) -> Path:
     )
     print_tables(table, width=100)
     return out / "report.md"
-
-
-def _megabytes(used: float) -> str:
-    return f"{used / 1e6:.1f} MB"
