@@ -1,20 +1,28 @@
 """The command `accuracy`."""
 
 import shlex
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from loadtests.accuracy import report
-from loadtests.accuracy.evaluate import AccuracyRun, Plan, evaluate
-from loadtests.accuracy.results import model_results
+from loadtests.accuracy.ask import ask, check_reference, choose_images
+from loadtests.accuracy.report import write
+from loadtests.accuracy.results import AccuracyExperiment, AccuracyPlan, fails, figures
+from loadtests.errors import LoadTestError
 from loadtests.experiment import command as cli
+from loadtests.experiment.arms import parse_arm
 from loadtests.experiment.environment import this_command
+from loadtests.experiment.model import Progress
+from loadtests.experiment.run import Bench
 
 
 def accuracy(
-    model: cli.Model,
+    model: Annotated[
+        str, typer.Option(help="Model to measure, written as for `compare`: NAME, NAME?max_batch=1, NAME@git:COMMIT.")
+    ],
     data: Annotated[
         Path,
         typer.Option(
@@ -27,7 +35,7 @@ def accuracy(
     ] = None,
     url: cli.Url = None,
     reference: Annotated[
-        str | None, typer.Option(help="Another model of the same server, to compare with on the same images.")
+        str | None, typer.Option(help="Another model, written alike, to compare with on the same images.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most that many images, from the first. [all]")] = None,
     connections: Annotated[int, typer.Option(min=1, max=256, help="Concurrent requests.")] = 8,
@@ -38,33 +46,50 @@ def accuracy(
         ),
     ] = 0.1,
     out: Annotated[
-        Path, typer.Option(help="Folder for report.md, results.json, disagreements.csv and the server's log.")
+        Path, typer.Option(help="Folder for report.md, results.json, disagreements.csv and the servers' logs.")
     ] = Path("results/accuracy"),
+    fresh: cli.Fresh = False,
     service_args: cli.ServiceArgs = "",
     command: cli.Command = None,
 ) -> None:
     """Send a whole labelled set to a served model, and report top-1 and top-5 as a client sees them.
 
-    They are compared with the model's manifest and, with `--reference`, image by image with another model. A request
-    that fails counts as wrong. Exit code 1 if any request failed, or if a model misses its manifest's accuracy on the
-    same images.
+    They are compared with the model's manifest and, with `--reference`, image by image with another model, which is
+    asked next. A request that fails counts as wrong. Exit code 1 if any request failed, or if a model misses its
+    manifest's accuracy on the same images. The same command resumes an interrupted measurement, model by model.
 
     Example: `stridevit loadtest accuracy --model cifar100-csra-r2 --reference cifar100-mha --data cifar100`
     """
     if reference == model:
         cli.fail(f"--reference {reference} is the model itself")
-    plan = Plan(
-        models=(model,) if reference is None else (model, reference),
+    repository = cli.repository_unless(url, repository, service_args)
+    try:
+        arms = tuple(parse_arm(name) for name in (model, reference) if name is not None)
+        source, positions = choose_images(data, limit, labelled=reference is None)
+    except LoadTestError as problem:
+        cli.fail(str(problem))
+    if url is not None:
+        if any(arm.settings or arm.url or arm.commit for arm in arms):
+            cli.fail("--url goes with models by their names alone")
+        arms = tuple(replace(arm, url=url) for arm in arms)
+    plan = AccuracyPlan(
+        repository=repository,
+        arms=arms,
         data=data,
-        url=url,
-        repository=cli.repository_unless(url, repository, service_args),
         limit=limit,
         connections=connections,
         max_drop_points=max_drop_points,
         service_arguments=tuple(shlex.split(service_args)),
     )
-    run = AccuracyRun(plan=plan, command=command or this_command())
-    code = cli.run_measurement(
-        run, lambda progress: evaluate(run, out, progress), report=lambda: report.write(run, out)
+    run = AccuracyExperiment(
+        plan=plan, command=command or this_command(), payloads=source.description, source=source, positions=positions
     )
-    raise typer.Exit(code or int(any(result.failed or result.misses_manifest for result in model_results(run))))
+    bench = Bench(run, (), out, measure=partial(ask, run))
+
+    def measure(progress: Progress) -> None:
+        with bench.opened(progress, fresh=fresh, labels=run.labels):
+            check_reference(run, bench)
+            bench.rounds(lambda _: (), progress)
+
+    code = cli.run_measurement(run, measure, report=lambda: write(run, out), store=bench.store)
+    raise typer.Exit(code or int(fails(figures(run))))

@@ -1,16 +1,72 @@
-"""Top-1, top-5 and agreement of an accuracy run, with the uncertainty that lies in the choice of images."""
+"""The answers of an accuracy run: top-1, top-5 and agreement, and how much chance lies in the choice of images."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from loadtests.accuracy.evaluate import TOP, AccuracyRun, Image
+import numpy as np
+import numpy.typing as npt
+
+from loadtests.experiment.model import Block, Experiment, Plan
+from loadtests.generator.readers import Label, Source
+from loadtests.report.rendering import UNKNOWN
 from loadtests.statistics import paired_proportions, wilson
 from service.manifest import Accuracy
 
+TOP = 5
 CONFIDENCE = 0.95
 _ROUNDING_POINTS = 0.005
 """A manifest's 0.537 may be 0.53702, rounded: half a unit of the fourth digit is no difference."""
+
+Booleans = npt.NDArray[np.bool_]
+Answers = npt.NDArray[np.void]
+"""A row of `COLUMNS` for each image that is to be sent, in the order of the data."""
+COLUMNS = np.dtype(
+    [
+        ("name", object),  # of the image; empty until it is answered
+        ("index", np.int64),  # the most probable class; -1 without an answer
+        ("label", object),  # its name
+        ("probability", np.float64),
+        ("rank", np.int64),  # of the image's class among the five most probable, from 1; 0 if it is not among them
+        ("failure", object),  # why the request failed, which counts as a wrong answer; else empty
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyPlan(Plan):
+    """Which models are asked about which images: one arm, or a second one as the reference; one round."""
+
+    limit: int | None
+    """Number of images, from the first; None for all."""
+    connections: int
+    max_drop_points: float
+    """Percentage points that top-1 may be off the manifest's on the same images."""
+
+
+@dataclass(kw_only=True)
+class AccuracyExperiment(Experiment[AccuracyPlan]):
+    """Blocks whose `info` has what `loadtests.accuracy.ask` found."""
+
+    source: Source
+    positions: Sequence[int]
+    """Of the images in the source that are sent, ascending."""
+
+    @property
+    def measured(self) -> bool:
+        """Whether an image was answered."""
+        return any(block.info["sent"] for block in self.blocks)
+
+    @property
+    def labels(self) -> list[Label]:
+        """The classes of the images that are sent."""
+        return [self.source.labels[position] for position in self.positions]
+
+    @property
+    def answers(self) -> list[Answers]:
+        """Those of each block."""
+        return [np.array([tuple(row) for row in block.info["answers"]], dtype=COLUMNS) for block in self.blocks]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,134 +79,105 @@ class Proportion:
     interval: tuple[float, float]
     """Wilson's interval at `CONFIDENCE`."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class ManifestCheck:
-    """A model's top-1 as served against its manifest's."""
-
-    dataset: str
-    split: str
-    n: int
-    top1: float
-    top5: float
-    same_images: bool
-    """Whether a whole set of the manifest's size was sent: top-1 must then be equal, else only lie in the interval."""
-    images_more_here: int | None
-    """For the same images: how many more are right as served."""
-    points_more_here: float
-    """Percentage points above the manifest's."""
-    holds: bool
+    def __str__(self) -> str:
+        """Share and interval in percent: `60.00 (31.27–83.18)`."""
+        low, high = self.interval
+        return f"{100 * self.share:.2f} ({100 * low:.2f}–{100 * high:.2f})" if self.of else UNKNOWN
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelResult:
-    """One model."""
-
-    model: str
-    version: int
-    top1: Proportion
-    """Among the labelled images."""
-    top5: Proportion | None
-    """None for a model of no more than five classes."""
-    failed: int
-    """Failed requests, for all images."""
-    manifest: ManifestCheck | None
-    """None if the manifest states no accuracy, or no image is labelled."""
-
-    @property
-    def misses_manifest(self) -> bool:
-        """Whether it is off its manifest on the same images."""
-        return self.manifest is not None and self.manifest.same_images and not self.manifest.holds
+def figures(run: AccuracyExperiment) -> dict[str, Any]:
+    """What results.json says beside the facts that all commands give."""
+    left_out = len(run.source.labels) - len(run.positions)
+    beyond_limit = len(run.source.labels[run.plan.limit :]) if run.plan.limit else 0
+    return {
+        "images": len(run.positions),
+        "beyond_limit": beyond_limit,
+        "unlabelled_left_out": left_out - beyond_limit,
+        "confidence": CONFIDENCE,
+        "models": [
+            _model(run, block, answers, whole_set=not beyond_limit)
+            for block, answers in zip(run.blocks, run.answers, strict=True)
+        ],
+        "reference": _pair(run),
+    }
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairResult:
-    """The model against the reference, image by image."""
-
-    same_class: Proportion
-    """Images for which both give the same class, among all."""
-    labelled: int
-    only_model_right: int
-    only_reference_right: int
-    points: float
-    """Percentage points of top-1 above the reference; nan if no image is labelled."""
-    interval_points: tuple[float, float]
-    p_value: float
-    """See `loadtests.statistics.paired_proportions`."""
+def fails(found: dict[str, Any]) -> bool:
+    """Whether a request failed, or a model is off its manifest on the same images, by the `figures`."""
+    return any(one["failed"] or (one["manifest"] and one["manifest"]["missed"]) for one in found["models"])
 
 
-def model_results(run: AccuracyRun) -> list[ModelResult]:
-    """One result per model."""
-    labelled = [image for image in run.images if image.label is not None]
-    whole_set = len(run.images) == run.total and not run.beyond_limit
-    results = []
-    for number, model in enumerate(run.models):
-        top1 = _proportion([image.answers[number].correct for image in labelled])
-        top5 = _proportion([image.answers[number].correct_top5 for image in labelled])
-        check = (
-            _check(model.accuracy, top1, whole_set, run.plan.max_drop_points) if model.accuracy and labelled else None
-        )
-        results.append(
-            ModelResult(
-                model=model.name,
-                version=model.version,
-                top1=top1,
-                top5=top5 if len(model.labels) > TOP else None,
-                failed=sum(image.answers[number].failure is not None for image in run.images),
-                manifest=check,
-            )
-        )
-    return results
+def _model(run: AccuracyExperiment, block: Block, answers: Answers, *, whole_set: bool) -> dict[str, Any]:
+    info, sent = block.info, answers["name"] != ""
+    ranks = answers["rank"][sent & _labelled(run)]
+    top1, whole_set = _proportion(ranks == 1), whole_set and bool(sent.all())
+    return {
+        "model": block.arm,
+        **{name: info[name] for name in ("version", "trained", "sent", "retries", "seconds")},
+        "top1": top1,  # among the labelled images, like top-5
+        "top5": _proportion(ranks > 0) if len(info["classes"]) > TOP else None,
+        "failed": int((answers["failure"] != "").sum()),
+        "manifest": _check(info["accuracy"], top1, whole_set, run.plan) if info["accuracy"] and top1.of else None,
+    }
 
 
-def _proportion(hits: Sequence[bool]) -> Proportion:
-    count, total = sum(hits), len(hits)
+def _proportion(hits: Booleans) -> Proportion:
+    count, total = int(hits.sum()), len(hits)
     interval = wilson(count, total, level=CONFIDENCE)
     return Proportion(hits=count, of=total, share=count / total if total else math.nan, interval=interval)
 
 
-def _check(stated: Accuracy, top1: Proportion, whole_set: bool, max_drop_points: float) -> ManifestCheck:
+def _check(accuracy: dict[str, Any], top1: Proportion, whole_set: bool, plan: AccuracyPlan) -> dict[str, Any]:
+    """Top-1 as served against the manifest's: of the same images it must be equal, else only lie in the interval."""
+    stated = Accuracy.model_validate(accuracy)
     same_images = whole_set and top1.of == stated.n
     points = 100 * (top1.share - stated.top1)
     low, high = top1.interval
-    return ManifestCheck(
+    holds = abs(points) <= plan.max_drop_points + _ROUNDING_POINTS if same_images else low <= stated.top1 <= high
+    return {
         **stated.model_dump(exclude={"correct"}),
-        same_images=same_images,
-        images_more_here=top1.hits - round(stated.top1 * stated.n) if same_images else None,
-        points_more_here=points,
-        holds=abs(points) <= max_drop_points + _ROUNDING_POINTS if same_images else low <= stated.top1 <= high,
-    )
+        "same_images": same_images,
+        "images_more_here": top1.hits - round(stated.top1 * stated.n) if same_images else None,
+        "points_more_here": points,
+        "holds": holds,
+        "missed": same_images and not holds,
+    }
 
 
-def pair_result(run: AccuracyRun) -> PairResult | None:
-    """The model against the reference; None without a reference."""
-    if len(run.models) < 2:
+def _pair(run: AccuracyExperiment) -> dict[str, Any] | None:
+    """The model against the reference, on the images that both were asked about; None if there are none."""
+    sent = np.logical_and.reduce([answers["name"] != "" for answers in run.answers])
+    if len(run.blocks) < 2 or not sent.any():
         return None
-    pairs = [[answer.correct for answer in image.answers] for image in run.images if image.label is not None]
-    effect = paired_proportions([model for model, _ in pairs], [reference for _, reference in pairs])
+    model, reference = (answers["rank"][sent & _labelled(run)] == 1 for answers in run.answers)
+    effect = paired_proportions(model, reference)
     points, low, high = effect.at(CONFIDENCE) if effect else (math.nan,) * 3
-    return PairResult(
-        same_class=_proportion([not _differ(run, image) for image in run.images]),
-        labelled=len(pairs),
-        only_model_right=sum(model and not reference for model, reference in pairs),
-        only_reference_right=sum(reference and not model for model, reference in pairs),
-        points=points,
-        interval_points=(low, high),
-        p_value=effect.p_value if effect else math.nan,
-    )
+    return {
+        "same_class": _proportion(~_differ(run)[sent]),
+        "labelled": len(model),
+        "only_model_right": int((model & ~reference).sum()),
+        "only_reference_right": int((reference & ~model).sum()),
+        "points": points,  # of top-1, above the reference's
+        "interval_points": (low, high),
+        "p_value": effect.p_value if effect else math.nan,
+    }
 
 
-def disagreements(run: AccuracyRun) -> list[Image]:
-    """Images on which the two models disagree; with one model, those that it has wrong."""
-    if len(run.models) < 2:
-        return [image for image in run.images if not image.answers[0].correct]
-    return [image for image in run.images if _differ(run, image)]
+def disagreements(run: AccuracyExperiment) -> list[int]:
+    """Rows of the images on which the two models disagree; with one model, of those that it has wrong."""
+    wrong = _differ(run) if len(run.blocks) > 1 else _labelled(run) & (run.answers[0]["rank"] != 1)
+    rows: list[int] = np.flatnonzero(wrong & np.logical_and.reduce([one["name"] != "" for one in run.answers])).tolist()
+    return rows
 
 
-def _differ(run: AccuracyRun, image: Image) -> bool:
-    one, other = image.answers
-    if one.failure is not None or other.failure is not None:
-        return True
+def _labelled(run: AccuracyExperiment) -> Booleans:
+    return np.array([label is not None for label in run.labels])
+
+
+def _differ(run: AccuracyExperiment) -> Booleans:
+    one, other = run.answers
     # Two classes of one model may share a name, as ImageNet's two cranes do.
-    same_classes = run.models[0].labels == run.models[1].labels
-    return one.index != other.index if same_classes else one.label != other.label
+    same_classes = run.blocks[0].info["classes"] == run.blocks[1].info["classes"]
+    said = "index" if same_classes else "label"
+    differ: Booleans = (one[said] != other[said]) | (one["failure"] != "") | (other["failure"] != "")
+    return differ

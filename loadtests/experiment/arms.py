@@ -34,10 +34,11 @@ def parse_arms(text: str) -> tuple[Arm, ...]:
     words = dict.fromkeys(word.strip() for word in text.split(",") if word.strip())
     if not words:
         raise ArmError("no model is named: separate names with commas")
-    return tuple(_parse(word) for word in words)
+    return tuple(parse_arm(word) for word in words)
 
 
-def _parse(word: str) -> Arm:
+def parse_arm(word: str) -> Arm:
+    """One arm. Raises ArmError or CommitError."""
     what, _, where = word.partition("@")
     model, _, query = what.partition("?")
     if not model:

@@ -81,7 +81,7 @@ def run_measurement(
         code, results.ended_early = INTERRUPTED, "interrupted"
         console.print("\nstopped; no server of this measurement is left running", highlight=False)
     if results.measured:
-        if code and store:
+        if code and store and store.blocks():
             console.print("The same command resumes the measurement. Measured so far:")
         typer.echo(f"report: {report()}")
         if store and results.ended_early is None:

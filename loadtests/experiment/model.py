@@ -71,7 +71,7 @@ class Block:
     loads: dict[str, LoadResult] = field(default_factory=dict)
     """By the loads' names."""
     info: dict[str, Any] = field(default_factory=dict, repr=False)
-    """Facts about the model (see `experiment.arms.describe`); of an engine limit, what it measured."""
+    """Facts about the model (see `experiment.arms.describe`); of a block without loads, what it measured."""
     failure: str | None = None
     """Why the block was not measured to its end; then its loads do not count."""
 
@@ -84,8 +84,8 @@ class Plan:
     arms: tuple[Arm, ...]
     """The first is the baseline. An arm with `repeat_of` is the A/A arm."""
     data: Path | None
-    rounds: int
-    seconds: float
+    rounds: int = 1
+    seconds: float = 0.0
     """Measured seconds of each load."""
     warmup_seconds: float = 0.0
     """Dropped at the start of each load."""

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,18 @@ from service.bundle import versions
 
 SETTLE_SECONDS = 1.0
 """After the last load, before memory is read again."""
+
+Measure = Callable[[Arm, Server, dict[str, Any], Progress], None]
+"""Fills a block's info, little by little, by what it asks an arm's server."""
+
 _PLAIN = Path(__file__).parents[1] / "baseline" / "plain_fastapi.py"
 
 
 class Bench:
     """Runs the blocks of an experiment and keeps them in `out/blocks`, and the servers' logs in `out/logs`.
 
-    `describe` gives a block's facts about the arm's model. With `everything` each service serves all models.
+    `describe` gives a block's facts about the arm's model; a bench with `measure` applies no loads, and needs no
+    payloads. With `everything` each service serves all models.
     """
 
     def __init__(
@@ -42,11 +48,12 @@ class Bench:
         out: Path,
         *,
         describe: Callable[[Arm, Server, Path], dict[str, Any]] = describe,
+        measure: Measure | None = None,
         everything: bool = False,
     ) -> None:
         self.experiment, self.store = experiment, Store(out / "blocks")
         self._payloads, self._logs = payloads, out / "logs"
-        self._describe, self._everything = describe, everything
+        self._describe, self._measure, self._everything = describe, measure, everything
         self._sources: dict[str, Path] = {}
         self._started: set[str] = set()
         self._folder = Path()
@@ -97,7 +104,8 @@ class Bench:
         """
         experiment, plan = self.experiment, self.experiment.plan
         blocks = order(plan.arms, plan.rounds, seed=plan.seed)
-        kept = whole_rounds(self.store.blocks(), len(plan.arms))
+        # What `measure` finds does not depend on when it was found.
+        kept = self.store.blocks() if self._measure else whole_rounds(self.store.blocks(), len(plan.arms))
         experiment.blocks = list(kept.values())
         self._started.update(block.arm for block in kept.values() if block.failure is None)
         for number, (round_number, arm) in enumerate(blocks):
@@ -108,9 +116,24 @@ class Bench:
                 return
             what = f"round {round_number + 1} of {plan.rounds}, {arm.label}"
             progress.step(what, number, len(blocks) + further_steps)
-            block = self._block(arm, round_number, loads(arm))
+            if self._measure:
+                block = self._measured_block(arm, round_number, self._measure, progress)
+            else:
+                block = self._block(arm, round_number, loads(arm))
             self.store.add(block, number)
             experiment.blocks.append(block)
+
+    def _measured_block(self, arm: Arm, number: int, measure: Measure, progress: Progress) -> Block:
+        """What ends such a block early ends the experiment; what was found until then is reported, but not kept."""
+        block = Block(arm=arm.label, round=number)
+        with self.serving(arm, f"round{number + 1:02d}") as server:
+            try:
+                measure(arm, server, block.info, progress)
+            except BaseException as error:
+                if block.info:
+                    self.experiment.blocks.append(replace(block, failure=str(error) or "interrupted"))
+                raise
+        return block
 
     def _block(self, arm: Arm, number: int, loads: Sequence[Load]) -> Block:
         """Measure an arm in a round; a server that fails on the way loses the block."""

@@ -6,9 +6,12 @@ from typing import Annotated
 
 import typer
 
+from loadtests.errors import LoadTestError
 from loadtests.experiment import command as cli
+from loadtests.experiment.arms import parse_arm
 from loadtests.experiment.environment import this_command
-from loadtests.soak.soak import Soak, send, write
+from loadtests.experiment.run import Bench
+from loadtests.soak.soak import SoakExperiment, SoakPlan, mixed_sizes, write
 
 
 def soak(
@@ -27,12 +30,15 @@ def soak(
 
     Example: `stridevit loadtest soak --model cifar100-csra-r2 --requests 100000`
     """
+    try:
+        arm, (images, what) = parse_arm(model), mixed_sizes(data)
+    except LoadTestError as problem:
+        cli.fail(str(problem))
+    if arm.url:
+        cli.fail(f"--model {model}: the memory of a server that already runs is unknown")
     cli.console.print(f"{requests:,} requests: {requests / 300 / 60:.1f} minutes at 300 per second")
-    found = Soak(model=model, planned_requests=requests, command=command or this_command())
-    flags = shlex.split(service_args)
-    code = cli.run_measurement(
-        found,
-        lambda progress: send(found, progress, repository=repository, data=data, out=out, flags=flags),
-        report=lambda: write(found, out),
-    )
-    raise typer.Exit(code)
+    arguments = tuple(shlex.split(service_args))
+    plan = SoakPlan(repository=repository, arms=(arm,), data=data, requests=requests, service_arguments=arguments)
+    experiment = SoakExperiment(plan=plan, command=command or this_command(), payloads=what, images=images)
+    bench = Bench(experiment, (), out, measure=experiment.send)
+    cli.run_rounds(bench, lambda _: (), fresh=True, report=lambda: write(experiment, out))

@@ -1,24 +1,22 @@
-"""Does the service's memory stay flat? Many requests with images of mixed sizes, while PSS is sampled.
-
-Threads and a plain HTTP client send them: how fast that goes does not matter here.
-"""
+"""Does the memory of one service process stay flat? Many requests with images of mixed sizes, while PSS is sampled."""
 
 import io
 import itertools
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 from PIL import Image
 
-from loadtests.experiment.model import Measurement, Progress
-from loadtests.experiment.server import service_for
+from loadtests.experiment.model import Arm, Experiment, Plan, Progress
+from loadtests.experiment.sending import send_all
+from loadtests.experiment.server import Server
 from loadtests.generator.payloads import read_payloads
 from loadtests.generator.readers import Payload, PayloadError
-from loadtests.report.rendering import Table, print_tables, write_report
+from loadtests.report.document import conditions, write_experiment
+from loadtests.report.rendering import Table, print_tables
 
 CONNECTIONS = 16
 SAMPLES = 200
@@ -29,83 +27,64 @@ LONGER_SIDES = (48, 160, 320, 640, 1024, 1600)
 """Pixels."""
 
 _ORIGINALS = 8
-_BATCH = 2000
-"""Requests that wait for a connection at most, so that a long run does not take all of them into memory at once."""
-_ANSWER_SECONDS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoakPlan(Plan):
+    """One arm, one round."""
+
+    requests: int
 
 
 @dataclass(kw_only=True)
-class Soak(Measurement):
-    """Memory by the number of requests sent so far."""
+class SoakExperiment(Experiment[SoakPlan]):
+    """Its only block holds the memory by the number of requests sent so far."""
 
-    model: str
-    planned_requests: int
-    samples: list[tuple[int, int]] = field(default_factory=list, repr=False)
-    """(requests sent, PSS in bytes), ascending; the first one is of the fresh process."""
-    failed_requests: int = 0
+    images: list[bytes] = field(repr=False)
 
     @property
     def measured(self) -> bool:
         """Whether there are enough samples to judge by."""
-        return len(self.samples) >= min(FEWEST_SAMPLES, self.planned_requests)
+        return bool(self.blocks) and len(self.blocks[0].info["samples"]) >= min(FEWEST_SAMPLES, self.plan.requests)
 
-    @property
-    def requests(self) -> int:
-        """Requests sent so far."""
-        return self.samples[-1][0]
+    def send(self, arm: Arm, server: Server, info: dict[str, Any], progress: Progress) -> None:
+        """Send the planned requests; `samples` are (requests sent, PSS in bytes), the first one of the fresh process.
 
-    def median_bytes(self, begin: float, end: float) -> float:
-        """Median memory over a part of the requests: 0 to 0.1 is the first tenth."""
-        begin, end = begin * self.requests, end * self.requests
-        return float(np.median([used for number, used in self.samples if begin < number <= end]))
+        Raises ServerError if the service dies.
+        """
+        planned, samples = self.plan.requests, [(0, server.memory_bytes())]
+        info |= {"samples": samples, "requests": 0, "failed_requests": 0}
 
-    def figures(self) -> dict[str, float]:
-        """What the samples show; `growth` is that of the last tenth over the first, less 1."""
-        first, last = self.median_bytes(0, 0.1), self.median_bytes(0.9, 1)
-        peak = max(used for _, used in self.samples)
-        return {
-            "idle_bytes": self.samples[0][1],
-            "first_bytes": first,
-            "last_bytes": last,
-            "peak_bytes": peak,
-            "growth": last / first - 1,
-        }
-
-
-def send(
-    found: Soak, progress: Progress, *, repository: Path, data: Path | None, out: Path, flags: Sequence[str]
-) -> None:
-    """Send the planned requests to a fresh service, and fill `found`. Raises PayloadError or ServerError."""
-    out.mkdir(parents=True, exist_ok=True)
-    images, found.payloads = mixed_sizes(data)
-    limits, every = httpx.Limits(max_connections=CONNECTIONS), max(1, found.planned_requests // SAMPLES)
-    with (
-        service_for(found.model, repository=repository, log=out / "server.log", arguments=flags) as server,
-        # A proxy that the environment names has no part in this.
-        httpx.Client(base_url=server.url, limits=limits, timeout=_ANSWER_SECONDS, trust_env=False) as client,
-        ThreadPoolExecutor(CONNECTIONS) as pool,
-    ):
-
-        def is_answered(number: int) -> bool:
+        async def send_one(client: httpx.AsyncClient, number: int) -> None:
+            image = self.images[number % len(self.images)]
             try:
-                image = images[number % len(images)]
-                return client.post("/v1/classify", params={"model": found.model}, content=image).status_code == 200
-            except httpx.TransportError:
-                return False
+                response = await client.post("/v1/classify", params={"model": arm.model}, content=image)
+                info["failed_requests"] += response.status_code != httpx.codes.OK
+            except httpx.TransportError as error:
+                info["failed_requests"] += 1
+                if not server.alive():
+                    raise server.died(f"after {info['requests']} requests") from error
+            done = info["requests"] = info["requests"] + 1
+            if done % max(1, planned // SAMPLES) == 0 or done == planned:
+                samples.append((done, server.memory_bytes()))
+                progress.step("requests", done, planned)
 
-        found.samples.append((0, server.memory_bytes()))
-        try:
-            for begin in range(0, found.planned_requests, _BATCH):
-                batch = range(begin, min(begin + _BATCH, found.planned_requests))
-                for number, ok in enumerate(pool.map(is_answered, batch), begin + 1):
-                    found.failed_requests += not ok
-                    if not ok and not server.alive():
-                        raise server.died(f"after {number} requests")
-                    if number % every == 0 or number == found.planned_requests:
-                        found.samples.append((number, server.memory_bytes()))
-                        progress.step("requests", number, found.planned_requests)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        send_all(server.url, range(planned), send_one, connections=CONNECTIONS)
+
+
+def figures(samples: list[tuple[int, int]]) -> dict[str, float]:
+    """Medians over the first and the last tenth of the requests sent, and what lies between."""
+    numbers, used = np.array(samples).T
+    tenth = numbers[-1] / 10
+    first = float(np.median(used[(numbers > 0) & (numbers <= tenth)]))
+    last = float(np.median(used[numbers > 9 * tenth]))
+    return {
+        "idle_bytes": int(used[0]),
+        "first_bytes": first,
+        "last_bytes": last,
+        "peak_bytes": int(used.max()),
+        "growth": last / first - 1,
+    }
 
 
 def mixed_sizes(data: Path | None) -> tuple[list[bytes], str]:
@@ -113,17 +92,14 @@ def mixed_sizes(data: Path | None) -> tuple[list[bytes], str]:
     originals = [_opened(payload) for payload in read_payloads(data, limit=_ORIGINALS)]
     images = []
     for image, side in itertools.product(originals, LONGER_SIDES):
-        scale = side / max(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        size = [max(1, round(length * side / max(image.size))) for length in image.size]
         buffer = io.BytesIO()
         image.resize(size, Image.Resampling.BILINEAR).save(buffer, format="JPEG", quality=85)
         images.append(buffer.getvalue())
     order = np.random.default_rng(0).permutation(len(images))
-    kilobytes = sorted(len(image) / 1000 for image in images)
-    sides = ", ".join(map(str, LONGER_SIDES))
-    return [images[index] for index in order], (
-        f"{len(images)} JPEGs of {sides} pixels on the longer side, {kilobytes[0]:.1f} to {kilobytes[-1]:.1f} kB"
-    )
+    kilobytes, sides = [len(image) / 1000 for image in images], ", ".join(map(str, LONGER_SIDES))
+    what = f"{len(images)} JPEGs of {sides} pixels on the longer side"
+    return [images[index] for index in order], f"{what}, {min(kilobytes):.1f} to {max(kilobytes):.1f} kB"
 
 
 def _opened(payload: Payload) -> Image.Image:
@@ -134,32 +110,24 @@ def _opened(payload: Payload) -> Image.Image:
         raise PayloadError(f"an image of --data cannot be read, and so not be resized: {error}") from error
 
 
-def write(found: Soak, out: Path) -> Path:
+def write(experiment: SoakExperiment, out: Path) -> Path:
     """Write report.md and results.json in `out`, print the figures, and return the report's path."""
-    figures = found.figures()
-    early = f" Ended early: {found.ended_early}." if found.ended_early else ""
-    summary = (
-        f"{found.model}: {found.requests:,} requests over {CONNECTIONS} connections, {found.failed_requests} of them "
-        f"failed; {found.payloads}.{early}"
-    )
+    (block,) = experiment.blocks
+    info, found = block.info, figures(block.info["samples"])
+    sent = f"{info['requests']:,} requests over {CONNECTIONS} connections, {info['failed_requests']} of them failed"
+    what = conditions(experiment, f"{block.arm}: {sent}")
     names = {
-        "fresh process": "idle_bytes",
-        "first tenth of the requests, median": "first_bytes",
-        "last tenth of the requests, median": "last_bytes",
-        f"largest of {len(found.samples)} samples": "peak_bytes",
+        "idle_bytes": "fresh process",
+        "first_bytes": "first tenth of the requests, median",
+        "last_bytes": "last tenth of the requests, median",
+        "peak_bytes": f"largest of {len(info['samples'])} samples",
     }
-    rows = [(name, f"{figures[key] / 1e6:.1f} MB") for name, key in names.items()]
-    rows.append(("growth from the first to the last tenth", f"{figures['growth']:+.2%}"))
-    table = Table(title=summary, headings=("memory (PSS of the process tree)", ""), rows=rows)
-    sent = {name: getattr(found, name) for name in ("model", "planned_requests", "requests", "failed_requests")}
-    write_report(
-        out,
-        document={"schema_version": 2, **found.facts(), **sent, **figures, "samples": found.samples},
-        template="soak.md.j2",
-        command=found.command,
-        environment=found.environment,
-        summary=summary,
-        memory=table,
+    rows = [(title, f"{found[name] / 1e6:.1f} MB") for name, title in names.items()]
+    rows.append(("growth from the first to the last tenth", f"{found['growth']:+.2%}"))
+    table = Table(title=what, headings=("memory (PSS of the process tree)", ""), rows=rows)
+    asked = {"model": block.arm, "planned_requests": experiment.plan.requests}
+    write_experiment(
+        experiment, out, template="soak.md.j2", figures={**asked, **info, **found}, summary=what, memory=table
     )
     print_tables(table, width=100)
     return out / "report.md"

@@ -1,148 +1,27 @@
 """Accuracy over HTTP: known answers give known figures, and nothing that fails is left out."""
 
-import csv
-import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import typer
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
-from loadtests.accuracy.cli import accuracy
-from loadtests.accuracy.evaluate import AccuracyRun, Plan, evaluate
+from tests.loadtests.accuracy.fakes import (
+    CLASSES,
+    TEN,
+    Answers,
+    Fake,
+    asking,
+    images_of,
+    predicted,
+    results_in,
+    rows_in,
+)
 from tests.processes import serving
 from training.__main__ import app as training
-
-CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
-
-app = typer.Typer()
-app.command()(accuracy)
-
-Answers = tuple[int, dict[str, str], Any]
-"""Status, headers, JSON."""
-
-
-class Fake(ThreadingHTTPServer):
-    """Answers as the service does; an image's bytes say what a model named `right`, or any other, makes of it."""
-
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.stated: dict[str, dict[str, Any] | None] = {"right": None, "left": None}
-        self.asked: list[tuple[float, str, str]] = []
-        self.answer: Callable[[str, str, int], Answers] = lambda model, image, _: predicted(model, image)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that a test breaks on purpose is not worth a traceback."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Fake
-
-    def do_GET(self) -> None:
-        name = urlsplit(self.path).path.rpartition("/")[2]
-        if name == "readyz":
-            return self._send(200, {}, {"ready": True})
-        if name == "models":
-            models = [{"name": model, "state": "ready"} for model in self.server.stated]
-            broken = {"name": "broken", "state": "unavailable", "reason": "model.onnx: missing"}
-            return self._send(200, {}, {"models": [*models, broken], "families": {"animals": ["right", "left"]}})
-        manifest = {"accuracy": self.server.stated[name]}
-        return self._send(200, {}, {"name": name, "version": 3, "labels": CLASSES, "manifest": manifest})
-
-    def do_POST(self) -> None:
-        query = {key: values[0] for key, values in parse_qs(urlsplit(self.path).query).items()}
-        image = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        assert (query["version"], query["top_k"]) == ("3", "5")
-        earlier = sum(asked[1:] == (query["model"], image) for asked in self.server.asked)
-        self.server.asked.append((time.monotonic(), query["model"], image))
-        self._send(*self.server.answer(query["model"], image, earlier))
-
-    def _send(self, status: int, headers: dict[str, str], body: object) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        """Quiet."""
-
-
-def predicted(model: str, image: str) -> Answers:
-    """An image `right=ant,bee;left=cat` is ant, then bee, to one model and cat to the other."""
-    said = dict(part.split("=") for part in image.partition("#")[0].split(";"))[model].split(",")
-    predictions = [
-        {"index": CLASSES.index(label), "label": label, "probability": round(0.9 / (1 + place), 3)}
-        for place, label in enumerate(said)
-    ]
-    return 200, {}, {"model": model, "version": 3, "results": [{"predictions": predictions}]}
-
-
-@pytest.fixture
-def fake() -> Iterator[Fake]:
-    with Fake() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-def images_of(folder: Path, images: list[tuple[str, str]]) -> Path:
-    """(label, what the models say): files 00.png, 01.png, ... and their labels.csv."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = ["file,label"]
-    for number, (label, content) in enumerate(images):
-        (folder / f"{number:02d}.png").write_text(f"{content}#{number}")
-        lines.append(f"{number:02d}.png,{label}")
-    (folder / "labels.csv").write_text("\n".join(lines))
-    return folder
-
-
-def asking(data: Path, out: Path, *options: str, model: str = "right") -> Result:
-    words = ["--model", model, "--data", str(data), "--out", str(out), "--command", "as typed", *options]
-    return CliRunner().invoke(app, words)
-
-
-def results_in(out: Path) -> Any:
-    return json.loads((out / "results.json").read_text())
-
-
-def rows_in(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-TEN = [
-    *[("ant", "right=ant,bee;left=ant")] * 4,
-    *[("bee", "right=bee,ant;left=ant,bee")] * 2,
-    *[("cat", "right=dog,cat,ant;left=cat")] * 1,
-    *[("dog", "right=ant,bee,cat,elk,dog;left=fox")] * 1,
-    *[("elk", "right=ant,bee,cat,dog,fox;left=ant")] * 2,
-]
-"""`right`: six of ten, in the top five eight. `left`: five, seven. The same class for four and the last two."""
 
 
 def test_known_answers_give_known_accuracy_and_the_list_of_what_is_wrong(fake: Fake, tmp_path: Path) -> None:
@@ -211,7 +90,7 @@ def test_unlabelled_images_are_left_out_unless_two_models_are_compared(fake: Fak
     assert "1 images have no label and were left out" in ended.output
     asking(data, tmp_path / "two", "--url", fake.url, "--reference", "left")
     found = results_in(tmp_path / "two")
-    assert (found["sent"], found["models"][0]["top1"]["of"]) == (3, 2)
+    assert (found["models"][0]["sent"], found["models"][0]["top1"]["of"]) == (3, 2)
     assert (found["reference"]["same_class"]["hits"], found["reference"]["labelled"]) == (2, 2)
     (data / "labels.csv").unlink()
     ended = asking(data, tmp_path / "none", "--url", fake.url)
@@ -298,7 +177,8 @@ def test_a_refused_request_is_sent_again_after_the_time_that_the_server_asks_for
     fake.answer = answer
     ended = asking(images_of(tmp_path / "data", TEN), tmp_path / "out", "--url", fake.url)
     found = results_in(tmp_path / "out")
-    assert (found["models"][0]["top1"]["hits"], found["models"][0]["failed"], found["retries"]) == (6, 0, 1)
+    assert [found["models"][0][name] for name in ("failed", "retries", "sent")] == [0, 1, 10]
+    assert found["models"][0]["top1"]["hits"] == 6
     assert "1 retries after 429" in ended.output
     refused, again = (at for at, _, image in fake.asked if image.endswith("#3"))
     assert again - refused >= 1
@@ -327,7 +207,7 @@ def test_a_server_that_dies_ends_the_run_early_and_the_report_says_so(fake: Fake
     assert found["ended_early"].startswith("the server is gone (no answer: ")
     assert found["models"][0]["top1"]["hits"] == 20
     assert found["models"][0]["failed"] == 3
-    assert "23 of 90 images were sent" in ended.output
+    assert "23 of 90 images were sent to right" in ended.output
 
 
 def test_connections_that_fail_now_and_then_do_not_end_the_run(fake: Fake, tmp_path: Path) -> None:
@@ -340,56 +220,16 @@ def test_connections_that_fail_now_and_then_do_not_end_the_run(fake: Fake, tmp_p
     data = images_of(tmp_path / "data", TEN[:1] * 30)
     asking(data, tmp_path / "out", "--url", fake.url, "--connections", "1")
     found = results_in(tmp_path / "out")
-    assert (found["ended_early"], found["sent"], found["models"][0]["failed"]) == (None, 30, 10)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_what_an_interruption_cancels_is_not_counted(number: signal.Signals, fake: Fake, tmp_path: Path) -> None:
-    stopped = threading.Event()
-
-    def answer(model: str, image: str, _: int) -> Answers:
-        if int(image.partition("#")[2]) >= 4:
-            stopped.wait()
-            return 503, {}, {}
-        return predicted(model, image)
-
-    class Interrupt:
-        def step(self, what: str, done: float, total: float) -> None:
-            if done == 4:
-                signal.raise_signal(number)
-
-        def note(self, message: str) -> None: ...
-
-    fake.answer = answer
-    data = images_of(tmp_path / "data", TEN)
-    plan = Plan(
-        models=("right",),
-        data=data,
-        url=fake.url,
-        repository=tmp_path,
-        limit=None,
-        connections=2,
-        max_drop_points=0.1,
-    )
-    run = AccuracyRun(plan=plan, command="as typed", environment={})
-    # If the tests run in the background, SIGINT is ignored.
-    before = [(one, signal.signal(one, signal.default_int_handler)) for one in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(run, tmp_path / "out", Interrupt())
-    finally:
-        stopped.set()
-        for one, handler in before:
-            signal.signal(one, handler)
-    assert [image.position for image in run.images] == [0, 1, 2, 3]
+    assert (found["ended_early"], found["models"][0]["sent"], found["models"][0]["failed"]) == (None, 30, 10)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--model", "wrong"], "the server has no model 'wrong': it has broken, left, right"),
-        (["--model", "animals"], "no model 'animals' (a family: name one of its models)"),
-        (["--model", "broken"], "broken does not serve: model.onnx: missing"),
+        (["--model", "wrong"], "no model 'wrong' here; there are: left, right"),
+        (["--reference", "wrong"], "no model 'wrong' here; there are: left, right"),
+        (["--model", "right?x"], "settings are written MODEL?NAME=VALUE"),
+        (["--model", "right?x=1"], "--url goes with models by their names alone"),
         (["--reference", "right"], "--reference right is the model itself"),
         (["--repository", "models"], "--url names a server that runs already"),
         (["--url", "127.0.0.1:8000"], "give the address of a running service, such as http://127.0.0.1:8000"),
@@ -413,6 +253,22 @@ def test_labels_of_other_classes_than_the_model_s_are_an_error(label: str, fake:
     assert not fake.asked
 
 
+def test_a_model_with_a_setting_is_compared_with_the_model_itself(repository: Path, tmp_path: Path) -> None:
+    data = tmp_path / "digits"
+    assert CliRunner().invoke(training, ["images", "--dataset", "digits", "--out", str(data)]).exit_code == 0
+    options = ["--repository", str(repository), "--reference", "digits-csra-r2?max_batch=1", "--limit", "50"]
+    ended = asking(data, tmp_path / "out", *options, model="digits-csra-r2")
+    assert ended.exit_code == 0, ended.output
+    assert "digits-csra-r2 and digits-csra-r2?max_batch=1 give the same class for 50 of 50 images" in ended.output
+    logs = sorted(file.name for file in (tmp_path / "out" / "logs").iterdir())
+    assert logs == [
+        "check-digits-csra-r2-max_batch-1.log",
+        "round01-digits-csra-r2-max_batch-1.log",
+        "round01-digits-csra-r2.log",
+    ]
+    assert not (tmp_path / "out" / "blocks").exists()
+
+
 def test_a_served_model_is_as_accurate_as_its_manifest_says(repository: Path, tmp_path: Path) -> None:
     data = tmp_path / "digits"
     assert CliRunner().invoke(training, ["images", "--dataset", "digits", "--out", str(data)]).exit_code == 0
@@ -432,58 +288,3 @@ def test_a_served_model_is_as_accurate_as_its_manifest_says(repository: Path, tm
         best = httpx.post(url + "/v1/classify", content=image, trust_env=False).json()["results"][0]["predictions"][0]
     assert str(best["index"]) == wrong[0]["digits-csra-r2 index"] != wrong[0]["label"]
     assert not [child for child in psutil.Process().children() if "service" in child.cmdline()]
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_reports_what_it_has_and_leaves_no_process(repository: Path, tmp_path: Path) -> None:
-    data = tmp_path / "digits"
-    CliRunner().invoke(training, ["images", "--dataset", "digits", "--out", str(data), "--count", "1"])
-    image = {"bytes": (data / "00000.png").read_bytes(), "path": None}
-    pq.write_table(pa.table({"image": [image] * 50_000, "label": [0] * 50_000}), tmp_path / "test-0.parquet")
-    command = [sys.executable, "-c", "import typer; from loadtests.accuracy.cli import accuracy; typer.run(accuracy)"]
-    options = ["--model", "digits-csra-r2", "--data", str(tmp_path), "--repository", str(repository)]
-    process = subprocess.Popen(
-        [*command, *options, "--out", str(tmp_path / "out")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-        # Where the tests run in the background, SIGINT is ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no threads here)
-    )
-    family: list[psutil.Process] = []
-    try:
-        deadline = time.monotonic() + 100
-        while not answering(process.pid):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
-    assert process.returncode == 130, output
-    assert "stopped" in output
-    found = results_in(tmp_path / "out")
-    assert found["ended_early"] == "interrupted"
-    assert 0 < found["sent"] < found["images"] == 50_000
-    assert found["models"][0]["failed"] == 0
-    assert "- Ended early: interrupted; " in (tmp_path / "out" / "report.md").read_text()
-    assert family
-    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-
-
-def answering(pid: int) -> bool:
-    """Whether the service that this process started has answered some requests."""
-    for child in psutil.Process(pid).children(recursive=True):
-        try:
-            words = child.cmdline()
-            if "--port" in words:
-                url = f"http://127.0.0.1:{words[words.index('--port') + 1]}"
-                return 'route="/v1/classify"' in httpx.get(url + "/metrics", trust_env=False).text
-        except (psutil.Error, httpx.TransportError):
-            continue
-    return False

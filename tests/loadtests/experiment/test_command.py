@@ -10,7 +10,7 @@ import pytest
 from loadtests.errors import LoadTestError
 from loadtests.experiment.command import names, run_measurement
 from loadtests.experiment.environment import this_command
-from loadtests.experiment.model import Measurement, Progress
+from loadtests.experiment.model import Block, Measurement, Progress
 from loadtests.experiment.store import Store
 
 
@@ -86,6 +86,7 @@ def test_an_interruption_reports_and_ends_with_130(
 
     store = Store(tmp_path / "blocks")
     store.open({}, fresh=False)
+    store.add(Block(arm="a", round=0), 0)
     code, _, reports = outcome(measure, store=store)
     assert (code, reports) == (130, ["interrupted"])
     assert (tmp_path / "blocks").is_dir()
