@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 
 from export.publish import export
@@ -40,24 +41,32 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A C-SRA model with real weights, trained on digits for two epochs in some seconds."""
-    out = tmp_path_factory.mktemp("runs") / "digits-csra-r2"
-    recipe = load_recipe("digits", ["schedule.epochs=2", "optim.lr=2e-3", "schedule.warmup_epochs=0.5"])
-    quiet = Console(quiet=True)
-    train(
-        recipe,
-        "csra-r2",
-        load_dataset("digits"),
-        out,
-        Execution(world=World(device=torch.device("cpu")), console=quiet),
-    )
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of pytest-xdist, which each have a temporary folder inside it."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def digits_run(shared_folder: Path) -> Path:
+    """A C-SRA model with real weights, trained on digits for two epochs by the first worker that needs it.
+
+    Shared: copy it before you change it.
+    """
+    out = shared_folder / "runs" / "digits-csra-r2"
+    with FileLock(shared_folder / "runs.lock"):
+        if not out.is_dir():
+            recipe = load_recipe("digits", ["schedule.epochs=2", "optim.lr=2e-3", "schedule.warmup_epochs=0.5"])
+            execution = Execution(world=World(device=torch.device("cpu")), console=Console(quiet=True))
+            train(recipe, "csra-r2", load_dataset("digits"), out, execution)
     return out
 
 
 @pytest.fixture(scope="session")
-def repository(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(digits_run: Path, shared_folder: Path) -> Path:
     """A repository that holds `digits-csra-r2`, version 1. Shared: copy it before you change it."""
-    folder = tmp_path_factory.mktemp("models")
-    export(finished_run(digits_run, None), folder)
+    folder = shared_folder / "repository"
+    with FileLock(shared_folder / "repository.lock"):
+        if not folder.is_dir():
+            export(finished_run(digits_run, None), folder)
     return folder

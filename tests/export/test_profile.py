@@ -19,7 +19,7 @@ from export.graph import ExportError
 from export.probe import Probe
 from export.profile import Arm, Measured, Setup, bundle_arm, measure, random_arms
 from service.manifest import Attention
-from tests.processes import ROOT
+from tests.processes import PATIENCE_SECONDS, ROOT
 from training.models import architecture
 
 SETUP = Setup(batches=(1, 4), rounds=2, seconds=0.05, threads=1, device="cpu")
@@ -165,14 +165,14 @@ def test_ctrl_c_in_a_terminal_writes_the_complete_rounds(repository: Path, tmp_p
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     # Three probes, one after the other: then two rounds are whole.
     probes: set[int] = set()
-    end = time.monotonic() + 120
+    end = time.monotonic() + PATIENCE_SECONDS
     while len(probes) < 3:
         assert process.poll() is None
         assert time.monotonic() < end
         probes |= {child.pid for child in psutil.Process(process.pid).children()}
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=150)
+    _, stderr = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130, stderr
     assert "of 500 rounds" in stderr
     assert json.loads((tmp_path / "profile.json").read_text())["rounds"] >= 1

@@ -14,7 +14,7 @@ from service import __main__ as command_line
 from service.flags import markdown
 from service.http.auth import KeyRing
 from service.settings import ENV_PREFIX, Settings
-from tests.processes import ROOT
+from tests.processes import PATIENCE_SECONDS, ROOT
 
 HASH = "0123456789abcdef" * 4
 
@@ -190,7 +190,7 @@ def test_check_of_a_model_or_device_that_is_missing_ends_with_1(
 
 def test_check_in_a_process_of_its_own_prints_the_table_alone(damaged: Path) -> None:
     command = [sys.executable, "-m", "service", "check", "--repository", str(damaged), "--max-batch", "1"]
-    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert ended.returncode == 1
     assert "digits-damaged" in ended.stdout
     assert ended.stderr == ""

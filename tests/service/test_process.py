@@ -17,13 +17,13 @@ import pytest
 import uvicorn
 
 from service.__main__ import _Server
-from tests.processes import ROOT, serving
+from tests.processes import PATIENCE_SECONDS, ROOT, serving
 from tests.service.conftest import PNG
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Poll another process. A minute is for a machine that is very busy."""
-    deadline = time.monotonic() + 60
+    """Poll another process."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -138,7 +138,7 @@ def test_a_failed_start_ends_with_a_line_that_names_the_fix(
     arguments: list[str], message: str, repository: Path
 ) -> None:
     command = [sys.executable, "-m", "service", "--repository", str(repository), "--port", "0", *arguments]
-    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert ended.returncode != 0
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -146,7 +146,7 @@ def test_a_failed_start_ends_with_a_line_that_names_the_fix(
 
 def test_a_port_in_use_is_an_error(address: str, repository: Path) -> None:
     command = [sys.executable, "-m", "service", "--repository", str(repository), "--port", address.rsplit(":", 1)[1]]
-    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert ended.returncode != 0
     assert "address already in use" in ended.stderr
 

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT
+from tests.processes import PATIENCE_SECONDS, ROOT
 
 
 def check(*, cwd: Path, path: Path) -> str:
     """The error of `python -m stridevit key` in `cwd`, with `path` first in PYTHONPATH; empty if it succeeds."""
     command = [sys.executable, "-m", "stridevit", "key"]
     environment = {**os.environ, "PYTHONPATH": str(path), "COLUMNS": "200"}
-    ended = subprocess.run(command, cwd=cwd, env=environment, check=False, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(
+        command, cwd=cwd, env=environment, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert (ended.returncode == 0) == (ended.stderr == "")
     return ended.stderr.rstrip("\n")
 

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from stridevit.command import COMMANDS, app
-from tests.processes import ROOT
+from tests.processes import PATIENCE_SECONDS, ROOT
 
 SCRIPT = Path(sys.executable).with_name("stridevit")
 OURS = ["training", "export", "service", "loadtests"]
@@ -21,7 +21,9 @@ OURS = ["training", "export", "service", "loadtests"]
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run a command in `cwd`, with this checkout on the path wherever that is."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(command, cwd=cwd, env=environment, check=False, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
 
 
 def stridevit(*arguments: str, cwd: Path, without: list[str] | None = None) -> subprocess.CompletedProcess[str]:

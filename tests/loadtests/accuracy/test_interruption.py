@@ -22,6 +22,7 @@ from loadtests.accuracy.results import AccuracyExperiment, AccuracyPlan
 from loadtests.experiment.model import Arm
 from loadtests.experiment.run import Bench
 from tests.loadtests.accuracy.fakes import TEN, Answers, Fake, asking, images_of, predicted, results_in
+from tests.processes import PATIENCE_SECONDS
 from training.__main__ import app as training
 
 
@@ -114,19 +115,17 @@ def test_an_interrupted_run_reports_what_it_has_and_leaves_no_process(
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-        # Where the tests run in the background, SIGINT is ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no threads here)
     )
     family: list[psutil.Process] = []
     try:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not answering(process.pid):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
         family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     finally:
         if process.poll() is None:
             process.kill()

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.processes import ROOT
+from tests.processes import PATIENCE_SECONDS, ROOT
 
 SHORT = ["--rounds", "2", "--seconds", "1", "--warmup", "0", "--connections", "4", "--capacity-searches", "0"]
 
@@ -21,7 +21,9 @@ def command(*arguments: str) -> list[str]:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), cwd=ROOT, check=False, capture_output=True, text=True, timeout=280)
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
 
 
 def read(out: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from loadtests.__main__ import app
 from service.host import git
 from tests.loadtests.compare.runs import arguments, command, read, run
 from tests.loadtests.servers import fake_server
-from tests.processes import ROOT, in_a_checkout, interruptible, still_running
+from tests.processes import PATIENCE_SECONDS, ROOT, in_a_checkout, interruptible, still_running
 
 BEFORE_THE_RENAMES = "38c342e"
 """A commit whose service has other names for its settings, and reads manifests of version 1 only."""
@@ -101,7 +101,7 @@ def test_a_service_that_dies_loses_its_block_and_the_others_are_measured(reposit
         text=True,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_SECONDS
         log = tmp_path / "logs" / "round01-digits-csra-r2.log"
         children: dict[str, psutil.Process] = {}
         # The service is under load while a generator runs.
@@ -113,7 +113,7 @@ def test_a_service_that_dies_loses_its_block_and_the_others_are_measured(reposit
             with suppress(psutil.Error, IndexError):
                 children = {child.cmdline()[2]: child for child in psutil.Process(process.pid).children()}
         children["service"].kill()
-        _, errors = process.communicate(timeout=200)
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     finally:
         if process.poll() is None:
             process.kill()
@@ -155,14 +155,14 @@ def test_an_interrupted_comparison_reports_leaves_no_process_and_is_resumed(
     asked = arguments("digits-csra-r2", tmp_path, "--repository", str(repository), "--command", "c")
     family: list[psutil.Process] = []
     with interruptible(*command(*asked)) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not (tmp_path / "blocks" / "Block-0000").is_file() or len(family) < 2:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
             family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(end)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130
     assert "The same command resumes" in errors
     assert not still_running(family)
@@ -187,7 +187,7 @@ def test_a_measurement_that_is_killed_takes_its_service_along(repository: Path, 
     process = subprocess.Popen(command(*asked), cwd=ROOT, stderr=subprocess.DEVNULL)
     family: list[psutil.Process] = []
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while len(family) < 2:
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -196,5 +196,5 @@ def test_a_measurement_that_is_killed_takes_its_service_along(repository: Path, 
     finally:
         process.kill()
         process.communicate()
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_SECONDS)
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]

@@ -9,6 +9,7 @@ import pytest
 
 from loadtests.experiment.process import end, start
 from service.host import process_tree, process_tree_bytes
+from tests.processes import PATIENCE_SECONDS
 
 WAIT = "import signal; print('ready', flush=True); signal.pause()"
 
@@ -30,7 +31,7 @@ input()
         measurement.wait()
         # Gone, or a zombie until init collects it.
         with suppress(psutil.NoSuchProcess):
-            assert psutil.wait_procs([child], timeout=30)[0] or child.status() == psutil.STATUS_ZOMBIE
+            assert psutil.wait_procs([child], timeout=PATIENCE_SECONDS)[0] or child.status() == psutil.STATUS_ZOMBIE
 
 
 def test_end_stops_a_process_with_its_descendants() -> None:
@@ -51,5 +52,5 @@ def test_memory_counts_the_whole_tree() -> None:
         assert process.stdout
         process.stdout.readline()
         assert process_tree_bytes(process.pid) > 80_000_000
-        process.communicate(b"\n", timeout=20)
+        process.communicate(b"\n", timeout=PATIENCE_SECONDS)
     assert process_tree_bytes(process.pid) == 0

@@ -25,7 +25,7 @@ from loadtests.generator.rates import poisson_arrivals
 from loadtests.generator.readers import Payload
 from loadtests.generator.samples import UNSENT, Sample, as_samples, read_samples
 from tests.loadtests.servers import Fake, fake_server
-from tests.processes import ROOT, interruptible
+from tests.processes import PATIENCE_SECONDS, ROOT, interruptible
 
 LOCUST = [sys.executable, "-m", "locust", "-f"]
 
@@ -236,7 +236,7 @@ def test_whoever_opens_the_web_page_cannot_name_a_file(ask: list[str], tmp_path:
 def test_what_cannot_be_sent_ends_locust_with_the_reason(option: str, value: str, message: str) -> None:
     arguments = [str(LOCUSTFILE), "--headless", "--host", "http://127.0.0.1:1", f"--{option}", value]
     with interruptible(*LOCUST, *arguments) as process:
-        _, errors = process.communicate(timeout=200)
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 1
     assert message in errors
 
@@ -250,5 +250,5 @@ def test_ctrl_c_keeps_the_samples_so_far(ask: list[str], tmp_path: Path) -> None
     ):
         wait_for_requests(fake, process, 20)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=200)
+        process.communicate(timeout=PATIENCE_SECONDS)
     assert len(read_samples(samples)) >= 20

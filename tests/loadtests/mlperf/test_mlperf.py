@@ -33,7 +33,7 @@ from loadtests.mlperf.plan import Plan, Task
 from loadtests.mlperf.report import notes, write
 from loadtests.mlperf.run import MlperfRun
 from loadtests.mlperf.sut import RequestFailed, Sut
-from tests.processes import ROOT, interruptible, serving, still_running
+from tests.processes import PATIENCE_SECONDS, ROOT, interruptible, serving, still_running
 
 app = typer.Typer()
 app.command()(mlperf)
@@ -257,7 +257,7 @@ def drive(url: str, folder: Path, **changes: Any) -> subprocess.CompletedProcess
     plan = replace(PLAN, **{"seconds": 1.0, **changes})
     task = Task(plan=plan, scenario="SingleStream", url=f"{url}/v1/classify", images=images, out=folder)
     command = [sys.executable, "-m", "loadtests.mlperf.sut", msgspec.json.encode(task, enc_hook=str).decode()]
-    return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=250)
+    return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
 
 
 def failing_after(log: Path, *, every: int) -> Callable[[int], int]:
@@ -416,7 +416,7 @@ def started(*arguments: str) -> AbstractContextManager[subprocess.Popen[str]]:
 
 def wait_for(file: Path, process: subprocess.Popen[str]) -> list[psutil.Process]:
     """Until the file is there; then the children of the process."""
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not file.exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -430,7 +430,7 @@ def test_a_server_that_dies_under_load_is_an_error_with_the_end_of_its_log(repos
         family = wait_for(tmp_path / "SingleStream" / "mlperf_log_detail.txt", process)
         (server,) = [child for child in family if "service" in child.cmdline()]
         server.kill()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 1
     assert "the service for digits-csra-r2 died under load" in errors
     assert "Traceback" not in errors
@@ -446,7 +446,7 @@ def test_an_interrupted_run_leaves_no_process_and_reports_the_scenarios_that_wer
         family = wait_for(tmp_path / "Offline" / "mlperf_log_detail.txt", process)
         assert len(family) == 2  # the service and LoadGen
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130
     assert "stopped" in errors
     assert not still_running(family)

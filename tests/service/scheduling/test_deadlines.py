@@ -24,6 +24,7 @@ from service.scheduling.cost import Cost
 from service.scheduling.request import RequestState
 from service.scheduling.scheduler import Outputs
 from service.settings import Settings
+from tests.processes import PATIENCE_SECONDS
 from tests.service.conftest import images_waiting, until
 from tests.service.identity import picture, publish_identity
 
@@ -344,8 +345,8 @@ def test_over_a_real_socket_a_closed_connection_is_noticed(app: FastAPI, pipelin
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Poll other threads. A minute is for a machine that is very busy."""
-    deadline = time.monotonic() + 60
+    """Poll other threads."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
