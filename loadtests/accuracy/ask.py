@@ -5,7 +5,9 @@ agreement alike.
 """
 
 import asyncio
+import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -20,6 +22,7 @@ from loadtests.experiment.run import Bench
 from loadtests.experiment.sending import send_all
 from loadtests.experiment.server import Server
 from loadtests.generator.readers import Label, Payload, PayloadError, Source, open_source
+from service.manifest import Accuracy
 
 _ATTEMPTS = 8
 _MAX_RETRY_SECONDS = 60
@@ -100,14 +103,19 @@ def _describe(run: AccuracyExperiment, arm: Arm, server: Server) -> dict[str, An
     try:
         detail = server.model(arm.model)
         manifest = detail["manifest"]
+        if accuracy := manifest.get("accuracy"):
+            Accuracy.model_validate(accuracy)
         facts = {
             "version": detail["version"],
             "classes": detail["labels"],
-            "accuracy": manifest.get("accuracy"),
-            "trained": not manifest.get("random_weights"),
+            "accuracy": accuracy,
+            # Another commit may speak version 1 of the schema.
+            "trained": not (manifest.get("random_weights") or manifest.get("weights") == "random"),
         }
     except HTTPError as error:
         said = error.read().decode("utf-8", errors="replace")
+        with suppress(ValueError, LookupError, TypeError):
+            said = json.loads(said)["detail"]
         raise AccuracyError(f"{server.name} says of {arm.model}: {said}") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise AccuracyError(f"{server.name} does not answer as a StrideViT service does: {error}") from error

@@ -17,11 +17,16 @@ from loadtests.experiment.arms import parse_arm
 from loadtests.experiment.environment import this_command
 from loadtests.experiment.model import Progress
 from loadtests.experiment.run import Bench
+from loadtests.generator.readers import state
 
 
 def accuracy(
     model: Annotated[
-        str, typer.Option(help="Model to measure, written as for `compare`: NAME, NAME?max_batch=1, NAME@git:COMMIT.")
+        str,
+        typer.Option(
+            help="Model to measure, written as for `compare`: NAME, NAME?max_batch=1, NAME@http://HOST:PORT, "
+            "NAME@git:COMMIT."
+        ),
     ],
     data: Annotated[
         Path,
@@ -87,7 +92,7 @@ def accuracy(
     bench = Bench(run, (), out, measure=partial(ask, run))
 
     def measure(progress: Progress) -> None:
-        with bench.opened(progress, fresh=fresh, labels=run.labels):
+        with bench.opened(progress, fresh=fresh, labels=run.labels, files=state(data)):
             check_reference(run, bench)
             bench.rounds(lambda _: (), progress)
 

@@ -38,6 +38,8 @@ COLUMNS = np.dtype(
 class AccuracyPlan(Plan):
     """Which models are asked about which images: one arm, or a second one as the reference; one round."""
 
+    rounds: int = 1
+    seconds: float = 0.0
     limit: int | None
     """Number of images, from the first; None for all."""
     connections: int

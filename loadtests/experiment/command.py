@@ -25,7 +25,6 @@ console = Console(stderr=True)
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM."""
 
-Model = Annotated[str, typer.Option(help="Name of the model; its newest version is measured.")]
 Repository = Annotated[Path, typer.Option(help="Folder of model bundles.")]
 Url = Annotated[str | None, typer.Option(help="Instead, a server that already runs, such as http://127.0.0.1:8000.")]
 Data = Annotated[
@@ -81,7 +80,7 @@ def run_measurement(
         code, results.ended_early = INTERRUPTED, "interrupted"
         console.print("\nstopped; no server of this measurement is left running", highlight=False)
     if results.measured:
-        if code and store and store.blocks():
+        if code and store and store.holds_blocks():
             console.print("The same command resumes the measurement. Measured so far:")
         typer.echo(f"report: {report()}")
         if store and results.ended_early is None:

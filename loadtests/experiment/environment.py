@@ -27,7 +27,8 @@ def environment() -> dict[str, str]:
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "system": platform.platform(),
         "python": platform.python_version(),
-        **{name: found.version for name in _LIBRARIES for found in distributions(name=name)},
+        # Where several are on the path, the first is the one that is imported.
+        **{name: found[0].version for name in _LIBRARIES if (found := list(distributions(name=name)))},
         # They reach every service that is started. Keys and paths are left out.
         **{
             name: value

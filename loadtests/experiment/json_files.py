@@ -1,4 +1,4 @@
-"""Dataclasses with numpy arrays and paths on disk: as JSON for everyone, as MessagePack to be read back unchanged."""
+"""Dataclasses with numpy arrays and paths on disk: as JSON for everyone, as MessagePack to be read back by type."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ def to_json(document: Any) -> bytes:
 
 
 def from_json(document: Any, kind: type[T]) -> T:
-    """What it was, from parsed JSON; fields that `kind` does not know are ignored. Raises ValueError."""
+    """The object that parsed JSON stands for; fields that `kind` does not know are ignored. Raises ValueError."""
     return msgspec.convert(document, kind, dec_hook=_restored)
 
 
@@ -25,7 +25,7 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(packed: bytes, kind: type[T]) -> T:
-    """What was packed."""
+    """What was packed, as `kind` says; where that is Any, tuples are lists, paths text and arrays lists."""
     return msgspec.msgpack.decode(packed, type=kind, dec_hook=_restored)
 
 

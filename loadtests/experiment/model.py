@@ -84,8 +84,8 @@ class Plan:
     arms: tuple[Arm, ...]
     """The first is the baseline. An arm with `repeat_of` is the A/A arm."""
     data: Path | None
-    rounds: int = 1
-    seconds: float = 0.0
+    rounds: int
+    seconds: float
     """Measured seconds of each load."""
     warmup_seconds: float = 0.0
     """Dropped at the start of each load."""

@@ -29,7 +29,7 @@ SETTLE_SECONDS = 1.0
 """After the last load, before memory is read again."""
 
 Measure = Callable[[Arm, Server, dict[str, Any], Progress], None]
-"""Fills a block's info, little by little, by what it asks an arm's server."""
+"""Fills a block's info, little by little, with what it asks an arm's server."""
 
 _PLAIN = Path(__file__).parents[1] / "baseline" / "plain_fastapi.py"
 
@@ -103,8 +103,8 @@ class Bench:
         for the progress. Raises ServerError if an arm cannot be started at all.
         """
         experiment, plan = self.experiment, self.experiment.plan
-        blocks = order(plan.arms, plan.rounds, seed=plan.seed)
-        # What `measure` finds does not depend on when it was found.
+        # What `measure` finds does not depend on when it is found.
+        blocks = [(0, arm) for arm in plan.arms] if self._measure else order(plan.arms, plan.rounds, seed=plan.seed)
         kept = self.store.blocks() if self._measure else whole_rounds(self.store.blocks(), len(plan.arms))
         experiment.blocks = list(kept.values())
         self._started.update(block.arm for block in kept.values() if block.failure is None)
@@ -126,13 +126,13 @@ class Bench:
     def _measured_block(self, arm: Arm, number: int, measure: Measure, progress: Progress) -> Block:
         """What ends such a block early ends the experiment; what was found until then is reported, but not kept."""
         block = Block(arm=arm.label, round=number)
-        with self.serving(arm, f"round{number + 1:02d}") as server:
-            try:
+        try:
+            with self.serving(arm, f"round{number + 1:02d}") as server:
                 measure(arm, server, block.info, progress)
-            except BaseException as error:
-                if block.info:
-                    self.experiment.blocks.append(replace(block, failure=str(error) or "interrupted"))
-                raise
+        except BaseException as error:
+            if block.info:
+                self.experiment.blocks.append(replace(block, failure=str(error) or "interrupted"))
+            raise
         return block
 
     def _block(self, arm: Arm, number: int, loads: Sequence[Load]) -> Block:

@@ -1,6 +1,7 @@
-"""Requests of which none may be left out, some of them at a time. Loads, whose timing counts, are Locust's."""
+"""Requests of which none may be left out, several at a time. Loads, whose timing counts, are Locust's."""
 
 import asyncio
+import signal
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
@@ -16,25 +17,27 @@ def send_all(
 ) -> None:
     """Await `send` for every item, `connections` of them at a time, each taken when it is its turn.
 
-    After an exception of one the others in flight are awaited still; an interruption cancels them.
+    The first exception, Ctrl-C or SIGTERM cancels those in flight.
     """
     waiting, limits = iter(items), httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-    errors: list[Exception] = []
 
     async def work(client: httpx.AsyncClient) -> None:
-        try:
-            for item in waiting:
-                if errors:
-                    return
-                await send(client, item)
-        except Exception as error:  # noqa: BLE001 (raised below)
-            errors.append(error)
+        for item in waiting:
+            await send(client, item)
 
     async def work_all() -> None:
+        # asyncio turns Ctrl-C into a cancellation: a termination must do the same.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
         # A proxy of the environment must not come between.
-        async with httpx.AsyncClient(base_url=url, limits=limits, timeout=ANSWER_SECONDS, trust_env=False) as client:
-            await asyncio.gather(*(work(client) for _ in range(connections)))
+        http = httpx.AsyncClient(base_url=url, limits=limits, timeout=ANSWER_SECONDS, trust_env=False)
+        async with http as client, asyncio.TaskGroup() as group:
+            for _ in range(connections):
+                group.create_task(work(client))
 
-    asyncio.run(work_all())
-    if errors:
-        raise errors[0]
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        asyncio.run(work_all())
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)

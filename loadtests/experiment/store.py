@@ -16,7 +16,7 @@ class StoreError(LoadTestError):
 
 
 class Store:
-    """The folder `blocks` of an experiment that is not finished: what it is, and a file per block or search."""
+    """The folder `blocks` of an experiment that is not finished: its fingerprint, and a file per block or search."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -31,7 +31,7 @@ class Store:
             differing = sorted(name for name in fingerprint | kept if kept.get(name) != fingerprint.get(name))
             if not differing:
                 return self._read("settled")
-            if self.blocks():
+            if self.holds_blocks():
                 raise StoreError(
                     f"{self._folder.parent} holds a measurement that was begun with another {', '.join(differing)}: "
                     "run it again as it was begun to resume it, give --fresh to discard it, or another --out"
@@ -48,6 +48,10 @@ class Store:
     def add(self, measured: Block | CapacitySearch, number: int) -> None:
         """Keep a block or a search, whole or not at all."""
         self._write(f"{type(measured).__name__}-{number:04d}", measured)
+
+    def holds_blocks(self) -> bool:
+        """Whether a block was kept."""
+        return any(self._folder.glob(f"{Block.__name__}-*"))
 
     def blocks(self) -> dict[int, Block]:
         """All blocks that were kept, by number."""

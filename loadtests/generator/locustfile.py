@@ -63,7 +63,8 @@ class Run:
         self.target = target(
             payloads, protocol=options.protocol, model=options.model, host=host, deadline_ms=options.deadline_ms or None
         )
-        self.options, self.open_loop = options, options.loop == "open"
+        # A copy: the web page changes the options while requests are still in flight.
+        self.options, self.open_loop = Namespace(**vars(options)), options.loop == "open"
         self.seed = f"{options.seed}/{worker or 0}"
         # Workers begin at different images, so that they do not all send the same one at once.
         begin = (worker or 0) * len(payloads) // 7

@@ -36,7 +36,7 @@ def read_payloads(
 ) -> list[Payload]:
     """At most `limit` images in the order in which they are sent, the same for one seed.
 
-    `data` is a folder as `readers.open_source` knows them.
+    `data` is a folder of a kind that `readers.open_source` knows.
     Without it, unlabelled JPEGs are generated whose sizes cycle through `sizes`. Without `shuffle`, images come in the
     order of their names or rows. Raises PayloadError.
     """

@@ -6,11 +6,13 @@ gigabytes need not fit into memory.
 """
 
 import csv
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -87,12 +89,23 @@ def open_source(folder: Path) -> Source:
     )
 
 
+def state(folder: Path) -> str:
+    """A digest of names, sizes and times of change of a folder's files: the same while nobody changes them."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        about = file.stat()
+        digest.update(f"{file.relative_to(folder)}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
 @contextmanager
 def _reading(what: Path | str) -> Iterator[None]:
     try:
         yield
     except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
-        raise PayloadError(f"{what} cannot be read, it may be incomplete: {error}") from error
+        if isinstance(error, OSError) and error.strerror:
+            raise PayloadError(f"{what} cannot be read: {error.strerror}") from error
+        raise PayloadError(f"{what} cannot be read, it may be damaged: {error}") from error
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -138,12 +151,14 @@ def _parse_labels(names: Sequence[str]) -> list[Label]:
 
 
 def _parquet_source(files: Sequence[Path]) -> Source:
-    folder, first = files[0].parent, files[0].name
-    with _reading(f"a parquet file of {folder}"):
-        table = ds.dataset(list(map(str, files)), format="parquet")
-        shards = list(zip(files, table.get_fragments(), strict=True))
-        rows = [f"{file.name}#{row}" for file, shard in shards for row in range(shard.count_rows())]
-    known = table.schema.names
+    shards: list[tuple[Path, Any]] = []
+    rows: list[str] = []
+    for file in files:
+        with _reading(file):
+            (shard,) = ds.dataset(str(file), format="parquet").get_fragments()
+            rows += [f"{file.name}#{row}" for row in range(shard.count_rows())]
+        shards.append((file, shard))
+    first, known = files[0].name, shards[0][1].physical_schema.names
     image, label = (
         next((name for name in names if name in known), None) for names in (_PARQUET_IMAGES, _PARQUET_LABELS)
     )
@@ -152,25 +167,27 @@ def _parquet_source(files: Sequence[Path]) -> Source:
     for file, shard in shards:
         if missing := {image, label} - {None, *shard.physical_schema.names}:
             raise PayloadError(f"{file} has no column {', '.join(sorted(map(str, missing)))}, as {first} has")
-    is_struct = pa.types.is_struct(table.schema.field(image).type)
-    encoded = ds.field(image, "bytes") if is_struct else ds.field(image)
-    with _reading(f"{folder}: column {label}"):
-        values = table.to_table([label]).column(0).to_pylist() if label else [None] * len(rows)
+    values = [cell.as_py() for cell in _cells(shards, label)] if label else [None] * len(rows)
     # Hugging Face writes -1 where the labels of a test split are withheld.
     labels = [value if isinstance(value, str) or (isinstance(value, int) and value >= 0) else None for value in values]
 
     def read(positions: Sequence[int]) -> Iterator[Payload]:
         wanted, end = set(positions), max(positions, default=-1) + 1
-        with _reading(f"{folder}: column {image}"):
-            batches = table.to_batches(
-                {image: encoded}, batch_size=_BATCH_ROWS, batch_readahead=1, fragment_readahead=1
-            )
-            cells = itertools.chain.from_iterable(batch.column(0) for batch in batches)
-            for position, cell in itertools.islice(enumerate(cells), end):
-                if position in wanted:
-                    if not isinstance(data := cell.as_py(), bytes):
-                        raise PayloadError(f"{rows[position]}: column {image} holds no bytes there ({cell.type})")
-                    yield Payload(rows[position], data, labels[position])
+        for position, cell in itertools.islice(enumerate(_cells(shards, image)), end):
+            if position in wanted:
+                if not isinstance(data := cell.as_py(), bytes):
+                    raise PayloadError(f"{rows[position]}: column {image} holds no bytes there ({cell.type})")
+                yield Payload(rows[position], data, labels[position])
 
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
     return Source(description=f"rows of {first}{more}", labels=labels, read=read)
+
+
+def _cells(shards: Sequence[tuple[Path, Any]], column: str) -> Iterator[Any]:
+    """The cells of a column in all files; of encoded images, their bytes."""
+    for file, shard in shards:
+        is_struct = pa.types.is_struct(shard.physical_schema.field(column).type)
+        bare = ds.field(column, "bytes") if is_struct else ds.field(column)
+        with _reading(f"{file}: column {column}"):
+            for batch in shard.to_batches(columns={column: bare}, batch_size=_BATCH_ROWS, batch_readahead=1):
+                yield from batch.column(0)

@@ -29,7 +29,7 @@ class Sample(NamedTuple):
     image: int
     """Number of the payload."""
     correct: int | None
-    """1 if the first class was the right one, 0 if not; None, as an array not a number, if unknown."""
+    """1 if the first class was the right one, 0 if not; None if unknown, which is NaN in an array."""
 
 
 Samples = np.recarray[Any, Any]

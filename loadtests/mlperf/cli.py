@@ -23,7 +23,9 @@ def mlperf(
         ),
     ] = None,
     url: cli.Url = None,
-    out: cli.Out = Path("results/mlperf"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.md, results.json, and the logs of LoadGen and server by scenario.")
+    ] = Path("results/mlperf"),
     data: cli.Data = None,
     scenarios: Annotated[
         str, typer.Option(help="Some of these, separated by commas; they run in this order.")

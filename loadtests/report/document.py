@@ -1,4 +1,4 @@
-"""results.json with every block: of a comparison, read back for `--against`; of `limit` and of `overload`."""
+"""results.json with every block: of a comparison, read back for `--against`; of `limit`, `overload` and `soak`."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from loadtests.statistics import MIN_BEYOND, percentile
 SCHEMA_VERSION = 3
 """Version 2 had other names, version 1 a single closed loop."""
 _EXPERIMENT_VERSION = 2
-"""Of `limit` and `overload`."""
+"""Of `limit`, `overload` and `soak`."""
 _PERCENTILES = {"p50_ms": 50, "p95_ms": 95, "p99_ms": 99}
 _NOT_KEPT = {"latencies_ms", "percentiles_ms", "trace"}
 
@@ -29,9 +29,9 @@ class ResultsError(LoadTestError):
 
 
 def as_document(comparison: Comparison, findings: Findings, caveats: list[str]) -> dict[str, Any]:
-    """All that is known, as it is written: `rows` has one entry for each arm, load and metric.
+    """All that is known: `rows` has one entry for each arm, load and metric.
 
-    What is infinite becomes null: a row says so by `unanswered: true`, a load by the share of its requests.
+    In the file what is infinite is null: a row says so by `unanswered: true`, a load by the share of its requests.
     """
     arms = comparison.plan.arms
     return {
@@ -117,6 +117,8 @@ def read_results(path: Path) -> Comparison:
             return from_document(document)
     except OSError as error:
         raise ResultsError(f"cannot read {path}: {error.strerror}; {advice}") from error
+    except json.JSONDecodeError as error:
+        raise ResultsError(f"{path} is not JSON ({error}); {advice}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ResultsError(f"{path} is not laid out as compare writes it ({error!r}); {advice}") from error
     raise ResultsError(

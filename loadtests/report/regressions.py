@@ -25,7 +25,7 @@ from loadtests.statistics import MIN_ROUNDS, Effect, unpaired_ratio
 _SAME_RATE = 0.05
 """Latencies under loads whose rates differ by a larger share are not compared."""
 _UNANSWERED = 2
-"""Times the largest finite value of either run: what stands in for an infinite percentile."""
+"""Times the largest finite value of the arms in both runs: what stands in for an infinite percentile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Outcome:
     tests: int
     """Metrics of arms that could be compared; with none, nothing is known."""
     worse: list[Row]
-    """The largest change first: medians of the blocks, and the ratio of the geometric means; of top-1, points."""
+    """The largest change first. Values are medians of the blocks, on another machine of ratios to the baseline's."""
 
 
 def find_regressions(old: Comparison, new: Comparison, *, tolerance: float = 0.05, alpha: float = 0.05) -> Outcome:

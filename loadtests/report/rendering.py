@@ -111,8 +111,8 @@ def sentences(template: str, **context: Any) -> list[str]:
 def tables(template: str, **context: Any) -> list[Table]:
     """The tables of a text template: for each a line `# title`, a line `heading: cell` for every cell, and its `note:`.
 
-    A `<` before the heading makes the column one of text. A heading that the row has already begins the next row.
-    Tables without a row are left out.
+    A `<` before the heading makes the column one of text. The table's first heading begins the next row; a column
+    whose heading another one has already takes its place. Tables without a row are left out.
     """
     found: dict[str, list[dict[str, str]]] = {}
     notes: dict[str, str] = {}
@@ -125,7 +125,7 @@ def tables(template: str, **context: Any) -> list[Table]:
             notes[title] = cell.strip()
         else:
             rows = found.setdefault(title, [{}])
-            if heading in rows[-1]:
+            if heading == next(iter(rows[0]), None):
                 rows.append({})
             rows[-1][heading] = cell.strip()
     return [
@@ -164,7 +164,7 @@ def number(value: float | None) -> str:
 
 
 def millions(value: float | None) -> str:
-    """The number of millions: megabytes of bytes; unknown if there is none."""
+    """In millions, as bytes in megabytes; unknown for None and 0."""
     return number(value / 1e6) if value else UNKNOWN
 
 
@@ -173,10 +173,10 @@ def span(values: Sequence[float]) -> str:
     return "–".join(dict.fromkeys((number(min(values)), number(max(values))))) if values else UNKNOWN
 
 
-def print_tables(*tables: Table, width: int) -> None:
+def print_tables(*shown: Table, width: int) -> None:
     """To standard output, which counts as at least `width` columns wide."""
     console = Console(width=max(width, Console().width))
-    for table in tables:
+    for table in shown:
         console.print(rich_table(table))
 
 
@@ -191,17 +191,17 @@ def rich_table(table: Table) -> RichTable:
         show_lines=multiline,
         padding=(0, 0) if multiline else (0, 1),
     )
-    for number, heading in enumerate(table.headings):
-        lines = [line for row in table.rows for line in str(row[number]).split("\n")]
+    for column, heading in enumerate(table.headings):
+        lines = [line for row in table.rows for line in str(row[column]).split("\n")]
         drawn.add_column(
             Text(heading),
-            justify="left" if table.is_text(number) else "right",
+            justify="left" if table.is_text(column) else "right",
             overflow="fold",
             # Labels of usual length stay in one line; paths and reasons do not.
-            no_wrap=table.is_text(number) and max(map(len, lines), default=0) <= _LABEL,
+            no_wrap=table.is_text(column) and max(map(len, lines), default=0) <= _LABEL,
         )
     for row in table.rows:
-        drawn.add_row(*(_rich_cell(cell, bold=not table.is_text(number)) for number, cell in enumerate(row)))
+        drawn.add_row(*(_rich_cell(cell, bold=not table.is_text(column)) for column, cell in enumerate(row)))
     return drawn
 
 

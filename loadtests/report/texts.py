@@ -45,7 +45,7 @@ def caveats(comparison: Comparison, findings: Findings) -> list[str]:
 
 
 def _limits(loads: list[LoadResult], seconds: float) -> dict[str, Any]:
-    """What else than the server may have limited an arm under a load; medians of the blocks."""
+    """What other than the server may have limited an arm under a load: medians of the blocks; `late` over all."""
     # Chance makes the arrivals of a short window fewer than the rate says.
     due = [min(load.offered_rate or 0, len(load.latencies_ms) / seconds) for load in loads]
     ahead = [load.throughput - _KEEPING_UP * rate for load, rate in zip(loads, due, strict=True)]

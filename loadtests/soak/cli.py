@@ -15,7 +15,9 @@ from loadtests.soak.soak import SoakExperiment, SoakPlan, mixed_sizes, write
 
 
 def soak(
-    model: cli.Model,
+    model: Annotated[
+        str, typer.Option(help="Model to serve, written as for `compare`: NAME, NAME?max_batch=1, NAME@git:COMMIT.")
+    ],
     repository: cli.Repository = Path("models"),
     out: cli.Out = Path("results/soak"),
     data: cli.Data = None,
@@ -41,4 +43,4 @@ def soak(
     plan = SoakPlan(repository=repository, arms=(arm,), data=data, requests=requests, service_arguments=arguments)
     experiment = SoakExperiment(plan=plan, command=command or this_command(), payloads=what, images=images)
     bench = Bench(experiment, (), out, measure=experiment.send)
-    cli.run_rounds(bench, lambda _: (), fresh=True, report=lambda: write(experiment, out))
+    cli.run_rounds(bench, lambda _: (), fresh=False, report=lambda: write(experiment, out))

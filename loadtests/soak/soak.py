@@ -33,6 +33,8 @@ _ORIGINALS = 8
 class SoakPlan(Plan):
     """One arm, one round."""
 
+    rounds: int = 1
+    seconds: float = 0.0
     requests: int
 
 
@@ -59,12 +61,13 @@ class SoakExperiment(Experiment[SoakPlan]):
             image = self.images[number % len(self.images)]
             try:
                 response = await client.post("/v1/classify", params={"model": arm.model}, content=image)
-                info["failed_requests"] += response.status_code != httpx.codes.OK
-            except httpx.TransportError as error:
-                info["failed_requests"] += 1
-                if not server.alive():
-                    raise server.died(f"after {info['requests']} requests") from error
+                failed = response.status_code != httpx.codes.OK
+            except httpx.TransportError:
+                failed = True
+            info["failed_requests"] += failed
             done = info["requests"] = info["requests"] + 1
+            if failed and not server.alive():
+                raise server.died(f"after {done} requests")
             if done % max(1, planned // SAMPLES) == 0 or done == planned:
                 samples.append((done, server.memory_bytes()))
                 progress.step("requests", done, planned)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from loadtests.generator.payloads import describe, generated, parse_sizes, read_payloads
-from loadtests.generator.readers import PayloadError
+from loadtests.generator.readers import PayloadError, state
 
 
 def sent(data: Path | None) -> tuple[list[bytes], str]:
@@ -191,14 +191,36 @@ def test_data_that_holds_nothing_to_send_is_an_error(tmp_path: Path) -> None:
         read_payloads(tmp_path)
 
 
+def test_shards_need_not_agree_in_how_they_hold_images_and_labels(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"img": [{"bytes": b"a", "path": None}], "label": pa.nulls(1)}), tmp_path / "test-0.parquet"
+    )
+    pq.write_table(pa.table({"img": [b"b"], "label": [7]}), tmp_path / "test-1.parquet")
+    found = sorted((payload.data, payload.label) for payload in read_payloads(tmp_path))
+    assert found == [(b"a", None), (b"b", 7)]
+
+
+def test_the_state_of_a_folder_changes_with_its_files(tmp_path: Path) -> None:
+    folder_of(tmp_path, "a.png", "cat/b.png")
+    before = state(tmp_path)
+    assert state(tmp_path) == before
+    (tmp_path / "cat" / "b.png").write_bytes(b"another image")
+    assert state(tmp_path) != before
+
+
 def test_a_parquet_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "test-0.parquet"
     write_table(file, ["a"] * 3, label=[0, 1, 2])
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(PayloadError, match=r"cannot be read, it may be incomplete: .*test-0\.parquet"):
+    with pytest.raises(PayloadError, match=r"test-0\.parquet cannot be read, it may be damaged"):
         read_payloads(tmp_path)
     file.write_bytes(whole)
+    write_table(tmp_path / "test-1.parquet", ["b" * 9000], label=[0])
+    damaged = (tmp_path / "test-1.parquet").read_bytes()
+    (tmp_path / "test-1.parquet").write_bytes(b"PAR1" + b"\xff" * 200 + damaged[204:])
+    with pytest.raises(PayloadError, match=r"test-1\.parquet: column \w+ cannot be read, it may be damaged"):
+        read_payloads(tmp_path)
     pq.write_table(pa.table({"img": [{"bytes": b"b", "path": None}]}), tmp_path / "test-1.parquet")
     with pytest.raises(PayloadError, match=r"test-1\.parquet has no column label, as test-0\.parquet has"):
         read_payloads(tmp_path)

@@ -310,6 +310,14 @@ def test_the_report_says_how_it_was_measured(measured: Comparison, written: Path
     assert "The default" not in text
 
 
+def test_two_loads_that_are_written_alike_share_a_column(tmp_path: Path) -> None:
+    alike = comparison()
+    alike.rates = {MODERATE: 110.2, HIGH: 110.4}
+    write_comparison(alike, tmp_path)
+    for table in detail_tables(alike, judge(alike)):
+        assert {len(row) for row in table.rows} == {len(table.headings)}, table.title
+
+
 def test_terminal_table_fits_140_columns(measured: Comparison, found: Findings) -> None:
     console = Console(width=140, force_terminal=False)
     with console.capture() as captured:

@@ -11,6 +11,7 @@ from loadtests.__main__ import app
 from loadtests.experiment.model import Arm, Block
 from loadtests.experiment.run import Bench
 from loadtests.experiment.server import ServerError
+from loadtests.experiment.store import Store
 from loadtests.generator.payloads import read_payloads
 from loadtests.soak.soak import LONGER_SIDES, SoakExperiment, SoakPlan, figures, mixed_sizes, write
 
@@ -50,6 +51,17 @@ def test_soak_samples_memory_all_along(repository: Path, tmp_path: Path) -> None
     assert document["peak_bytes"] >= document["last_bytes"] > 30_000_000
     assert "growth" in ended.stdout
     assert "| fresh process |" in (tmp_path / "report.md").read_text()
+
+
+def test_another_commands_blocks_are_not_discarded(repository: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "blocks")
+    store.open({"of": "another command"}, fresh=False)
+    store.add(Block(arm="m", round=0), 0)
+    asked = ["--model", "digits-csra-r2", "--repository", str(repository), "--out", str(tmp_path)]
+    ended = CliRunner().invoke(app, ["soak", *asked])
+    assert ended.exit_code == 1
+    assert "holds a measurement that was begun with another" in ended.output
+    assert store.holds_blocks()
 
 
 def test_a_service_that_does_not_start_ends_with_its_own_words(repository: Path, tmp_path: Path) -> None:
