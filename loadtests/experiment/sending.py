@@ -11,33 +11,47 @@ from loadtests.generator.load_result import ANSWER_SECONDS
 
 T = TypeVar("T")
 
+_GRACE_SECONDS = 2.0
+"""A connection that is being made when it is cancelled would stay open."""
+
 
 def send_all(
     url: str, items: Iterable[T], send: Callable[[httpx.AsyncClient, T], Awaitable[None]], *, connections: int
 ) -> None:
     """Await `send` for every item, `connections` of them at a time, each taken when it is its turn.
 
-    The first exception, Ctrl-C or SIGTERM cancels those in flight.
+    After an exception those in flight have `_GRACE_SECONDS` to end; Ctrl-C and SIGTERM cancel them.
     """
     waiting, limits = iter(items), httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+    failed = False
 
     async def work(client: httpx.AsyncClient) -> None:
         for item in waiting:
+            if failed:
+                return
             await send(client, item)
 
     async def work_all() -> None:
+        nonlocal failed
         # asyncio turns Ctrl-C into a cancellation: a termination must do the same.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
         # A proxy of the environment must not come between.
-        http = httpx.AsyncClient(base_url=url, limits=limits, timeout=ANSWER_SECONDS, trust_env=False)
-        async with http as client, asyncio.TaskGroup() as group:
-            for _ in range(connections):
-                group.create_task(work(client))
+        async with httpx.AsyncClient(base_url=url, limits=limits, timeout=ANSWER_SECONDS, trust_env=False) as client:
+            workers = [asyncio.create_task(work(client)) for _ in range(connections)]
+            try:
+                ended, others = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+                if others:
+                    failed = True
+                    await asyncio.wait(others, timeout=_GRACE_SECONDS)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+            for worker in ended:
+                worker.result()
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         asyncio.run(work_all())
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)

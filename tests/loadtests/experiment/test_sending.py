@@ -39,7 +39,7 @@ class Endless:
             raise
 
 
-def test_an_error_cancels_the_others() -> None:
+def test_an_error_ends_the_others() -> None:
     class Failing(Endless):
         def act(self) -> None:
             raise ValueError("the third")
