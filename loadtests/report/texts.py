@@ -49,12 +49,14 @@ def _limits(loads: list[LoadResult], seconds: float) -> dict[str, Any]:
     # Chance makes the arrivals of a short window fewer than the rate says.
     due = [min(load.offered_rate or 0, len(load.latencies_ms) / seconds) for load in loads]
     ahead = [load.throughput - _KEEPING_UP * rate for load, rate in zip(loads, due, strict=True)]
+    # A closed loop has no arrivals that could be late.
+    arrivals = sum(load.arrivals for load in loads)
     return {
         "answered": np.median([load.throughput for load in loads]),
         "behind": np.median(ahead) < 0,
         "generator_cores": np.median([load.generator_cores for load in loads]),
         "used_cores": np.median([load.generator_cores + load.server_cores for load in loads]),
-        "late": sum(load.late_arrivals for load in loads) / max(1, sum(load.arrivals for load in loads)),
+        "late": sum(load.late_arrivals for load in loads) / arrivals if arrivals else 0.0,
     }
 
 

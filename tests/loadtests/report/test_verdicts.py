@@ -306,6 +306,10 @@ def test_what_limits_a_load_is_said(load: str, changes: dict[str, Any], words: s
     assert warning.startswith(words)
 
 
+def test_nothing_is_late_in_a_closed_loop() -> None:
+    assert warnings(changed(comparison(), "b", SATURATED, late_arrivals=1)) == []
+
+
 def test_the_most_important_caveat_comes_first() -> None:
     measured = comparison(rounds=6)
     measured.ended_early = "interrupted"
