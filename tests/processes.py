@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,6 +80,15 @@ def interruptible(*command: str, **environment: str) -> Iterator[subprocess.Pope
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    """Poll other threads or processes, as long as `process` runs."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert process is None or process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def still_running(family: Sequence[psutil.Process]) -> list[psutil.Process]:

@@ -7,8 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,16 +16,8 @@ import pytest
 import uvicorn
 
 from service.__main__ import _Server
-from tests.processes import PATIENCE_SECONDS, ROOT, serving
+from tests.processes import PATIENCE_SECONDS, ROOT, serving, wait_until
 from tests.service.conftest import PNG
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Poll another process."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def listens(url: str) -> bool:

@@ -1,11 +1,8 @@
 """What ends an accuracy run early leaves: a report, no process, and the answers of each model that has given all."""
 
-import os
 import signal
-import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -22,7 +19,7 @@ from loadtests.accuracy.results import AccuracyExperiment, AccuracyPlan
 from loadtests.experiment.model import Arm
 from loadtests.experiment.run import Bench
 from tests.loadtests.accuracy.fakes import TEN, Answers, Fake, asking, images_of, predicted, results_in
-from tests.processes import PATIENCE_SECONDS
+from tests.processes import PATIENCE_SECONDS, interruptible, still_running, wait_until
 from training.__main__ import app as training
 
 
@@ -107,38 +104,22 @@ def test_an_interrupted_run_reports_what_it_has_and_leaves_no_process(
     CliRunner().invoke(training, ["images", "--dataset", "digits", "--out", str(data), "--count", "1"])
     image = {"bytes": (data / "00000.png").read_bytes(), "path": None}
     pq.write_table(pa.table({"image": [image] * 50_000, "label": [0] * 50_000}), tmp_path / "test-0.parquet")
-    command = [sys.executable, "-c", "import typer; from loadtests.accuracy.cli import accuracy; typer.run(accuracy)"]
-    options = ["--model", "digits-csra-r2", "--data", str(tmp_path), "--repository", str(repository)]
-    process = subprocess.Popen(
-        [*command, *options, "--out", str(tmp_path / "out")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-    )
-    family: list[psutil.Process] = []
-    try:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not answering(process.pid):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+    asked = ["--model", "digits-csra-r2", "--data", str(tmp_path), "--repository", str(repository)]
+    command = [sys.executable, "-m", "loadtests", "accuracy", *asked, "--out", str(tmp_path / "out")]
+    with interruptible(*command) as process:
+        wait_until(lambda: answering(process.pid), process)
         family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
-    assert process.returncode == 130, output
-    assert "stopped" in output
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 130, errors
+    assert "stopped" in errors
     found = results_in(tmp_path / "out")
     assert found["ended_early"] == "interrupted"
     assert 0 < found["models"][0]["sent"] < found["images"] == 50_000
     assert found["models"][0]["failed"] == 0
     assert "- Ended early: interrupted; " in (tmp_path / "out" / "report.md").read_text()
     assert family
-    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert not still_running(family)
 
 
 def answering(pid: int) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from collections.abc import Callable
 
 import httpx
 import pytest
@@ -23,15 +24,12 @@ def test_every_item_is_sent_several_at_a_time() -> None:
 class Endless:
     """Sends that never end but for the last one, which does what it is given."""
 
-    def __init__(self, last: int) -> None:
-        self._last, self.cancelled = last, 0
-
-    def act(self) -> None:
-        raise NotImplementedError
+    def __init__(self, last: int, act: Callable[[], None]) -> None:
+        self._last, self._act, self.cancelled = last, act, 0
 
     async def send(self, _: httpx.AsyncClient, item: int) -> None:
         if item == self._last:
-            self.act()
+            self._act()
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -40,11 +38,10 @@ class Endless:
 
 
 def test_an_error_ends_the_others() -> None:
-    class Failing(Endless):
-        def act(self) -> None:
-            raise ValueError("the third")
+    def fail() -> None:
+        raise ValueError("the third")
 
-    failing = Failing(2)
+    failing = Endless(2, fail)
     with pytest.raises(ValueError, match="the third"):
         send_all("http://127.0.0.1", range(100), failing.send, connections=3)
     assert failing.cancelled == 2
@@ -52,11 +49,7 @@ def test_an_error_ends_the_others() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_cancels_all_quietly(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
-    class Stopped(Endless):
-        def act(self) -> None:
-            signal.raise_signal(number)
-
-    before, stopped = signal.getsignal(signal.SIGTERM), Stopped(2)
+    before, stopped = signal.getsignal(signal.SIGTERM), Endless(2, lambda: signal.raise_signal(number))
     with pytest.raises(KeyboardInterrupt):
         send_all("http://127.0.0.1", range(100), stopped.send, connections=3)
     assert stopped.cancelled == 3

@@ -24,7 +24,7 @@ from service.scheduling.cost import Cost
 from service.scheduling.request import RequestState
 from service.scheduling.scheduler import Outputs
 from service.settings import Settings
-from tests.processes import PATIENCE_SECONDS
+from tests.processes import wait_until
 from tests.service.conftest import images_waiting, until
 from tests.service.identity import picture, publish_identity
 
@@ -342,11 +342,3 @@ def test_over_a_real_socket_a_closed_connection_is_noticed(app: FastAPI, pipelin
     text = pipeline.metrics.render().decode()
     assert f"{ENGINE_ROWS} 1.0" in text
     assert 'stridevit_rejections_total{reason="client-disconnected"} 11.0' in text
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Poll other threads."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
