@@ -32,6 +32,7 @@ from service.models.registry import Entry
 from service.pipeline import Pipeline
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
+from service.scheduling.watchdog import end_process
 from service.settings import Settings
 
 # Locals in a traceback would show the hashes of keys.
@@ -73,6 +74,9 @@ def serve(settings: Settings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     server.run()
+    if application.state.pipeline.scheduler.abandoned:
+        # Native code still runs: to end in the usual way would take its libraries from under it.
+        end_process("the service was stopped, and the engine did not end its work")
     if not server.started:
         raise typer.Exit(1)
 

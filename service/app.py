@@ -26,6 +26,7 @@ from service.models.registry import Registry
 from service.pipeline import Limits, Pipeline
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
+from service.scheduling.watchdog import Patience
 from service.settings import Settings
 from service.tracing import Tracing
 
@@ -73,13 +74,14 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> dict[str, str]:
-        """Whether the process answers."""
+        """Whether the process and its engine work; 503 if only a restart may help."""
+        pipeline.require_alive()
         return {"status": "alive"}
 
     @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", tags=["operation"])
     async def readyz() -> dict[str, str]:
-        """Whether models take traffic; 503 while draining."""
+        """Whether models take traffic; 503 while draining, or while the engine hangs."""
         pipeline.require_ready()
         return {"status": "ready"}
 
@@ -106,7 +108,13 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
 def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], float] = time.perf_counter) -> Pipeline:
     """A pipeline with all models loaded. Raises StartupError."""
     load = Load(decode_threads=settings.decode_threads or settings.threads or available_cores(), clock=clock)
-    scheduler = Scheduler(load)
+    patience = Patience(
+        factor=settings.hang_factor,
+        min_seconds=settings.hang_min_seconds,
+        max_seconds=settings.hang_max_seconds,
+        exit_seconds=settings.hang_exit_seconds,
+    )
+    scheduler = Scheduler(load, patience=patience)
     registry = make_registry(settings, scheduler, load)
     registry.load_all()
     limits = Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)})

@@ -148,6 +148,7 @@ class Engine:
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
         with _engine_errors(f"run the model on {self.device}"):
             self._session.run(OUTPUTS, {INPUT: images}, options)
+        _return_freed_memory()
 
     def close(self) -> None:
         """Free the session's memory and its arena. The engine cannot be used afterwards."""
@@ -155,9 +156,7 @@ class Engine:
             bound.close()
         self._bound.clear()
         self._session = None
-        # Return freed memory to the system, where the C library would keep it.
-        with contextlib.suppress(OSError, AttributeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)
+        _return_freed_memory()
 
     def _run_bound(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], ...]:
         """Run on a GPU through persistent buffers, one set per batch size. Not run on a GPU yet."""
@@ -221,6 +220,12 @@ class _Bound:
 
     def close(self) -> None:
         _cuda("cudaHostUnregister", ctypes.c_void_p(self._input_host.ctypes.data))
+
+
+def _return_freed_memory() -> None:
+    """Return freed memory to the system, where the C library would keep it."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

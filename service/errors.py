@@ -15,9 +15,10 @@ ServiceError
     │   └── TooManyPixels       422 larger than the pixel limit
     ├── UnknownModel            404 no such model
     ├── NoSuitableModel         422 no model of the family reaches the requested accuracy
-    ├── NotReady                503 loading or draining
+    ├── NotReady                503 loading or draining, or the engine hangs
     ├── Overloaded              429 no room, or no way to finish in time
     ├── DeadlineExceeded        504 the deadline passed before the work was done
+    ├── ModelFault              500 the model failed, or gave outputs that are none
     ├── ClientDisconnected      408 nobody is left to read the answer
     ├── Unauthorized            401 no API key, or a wrong one
     └── Forbidden               403 not with this key, or switched off
@@ -92,7 +93,7 @@ class UnknownModel(RequestError, status=404, code="unknown-model"):
 
 
 class NotReady(RequestError, status=503, code="not-ready"):
-    """The service is loading or draining. It is safe to retry."""
+    """The service is loading or draining, or its engine hangs. It is safe to retry."""
 
 
 class NoSuitableModel(RequestError, status=422, code="no-suitable-model"):
@@ -109,7 +110,15 @@ class Overloaded(RequestError, status=429, code="overloaded"):
 
 
 class DeadlineExceeded(RequestError, status=504, code="deadline-exceeded"):
-    """The deadline passed while the request waited. It is safe to retry."""
+    """The deadline passed while the request waited or was computed. It is safe to retry."""
+
+
+class ModelFault(RequestError, status=500, code="model-fault"):
+    """The model failed on the image, or gave outputs that are none. Another model may answer; a retry will not help."""
+
+    def __init__(self, message: str, *, kind: Literal["exception", "shape", "not-finite"]) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 # Nobody reads this answer. Proxies log 499 for it, which is not a registered status.

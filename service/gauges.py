@@ -1,5 +1,6 @@
 """The present state of the service as metrics: what is read at each scrape, and not counted as it happens."""
 
+import math
 from collections.abc import Iterator
 
 from prometheus_client.core import GaugeMetricFamily
@@ -20,8 +21,12 @@ class Gauges(Collector):
         admission, load = self._pipeline.admission, self._pipeline.load
         yield _gauge("pending_images", "Images accepted and not yet answered.", admission.images)
         yield _gauge("pending_bytes", "Bodies accepted and not yet answered.", admission.bytes)
-        drain = "Predicted time until all accepted work is done, by the cost model."
-        yield _gauge("predicted_drain_seconds", drain, admission.drain_seconds())
+        scheduler = self._pipeline.scheduler
+        drain = "Predicted time until all accepted work is done, by the cost model; infinite while the engine hangs."
+        # A batch that takes longer than predicted may take as long again.
+        seconds = math.inf if scheduler.hang else admission.drain_seconds() + scheduler.overdue_seconds
+        yield _gauge("predicted_drain_seconds", drain, seconds)
+        yield _gauge("engine_hung", "1 while the engine hangs, so that nothing can be computed.", bool(scheduler.hang))
         slowdown = "Recent duration of batches divided by their duration at warm-up."
         yield _gauge("device_slowdown_ratio", slowdown, load.slowdown.value)
         depth = _model_gauge("queue_depth", "Images waiting for the engine.")

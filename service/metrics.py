@@ -44,10 +44,16 @@ class Metrics:
             "Rows computed by the engine: images, and the padding that fills a batch up to a warmed-up size.",
             *("model", "kind"),
         )
-        self.batch_errors = counter("batch_errors", "Batches that the engine could not run.", "model")
+        self.batch_errors = counter("batch_errors", "Batches of which nothing could be answered.", "model")
+        self.model_faults = counter(
+            "model_faults",
+            "Images that a model could not answer: the engine failed (exception), or its outputs are of a wrong shape "
+            "(shape), NaN or infinite (not-finite).",
+            *("model", "kind"),
+        )
         self.rejections = counter(
             "rejections",
-            "Requests refused (images, bytes, deadline) or dropped (deadline-exceeded, client-disconnected).",
+            "Requests refused (images, bytes, deadline, not-ready) or ended (deadline-exceeded, client-disconnected).",
             "reason",
         )
         self.choices = counter(

@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, Field
 
-from service.errors import ClientDisconnected, DeadlineExceeded, NotReady, Overloaded, RequestError
+from service.errors import ClientDisconnected, DeadlineExceeded, ModelFault, NotReady, Overloaded, RequestError
 from service.metrics import Metrics
+from service.models.arena import ArenaTrimmer
 from service.models.family import Choice, pareto_front
+from service.models.faults import Faults
 from service.models.model import Model
 from service.models.registry import Registry
 from service.scheduling.admission import Admission, Place
@@ -39,6 +41,8 @@ class Limits:
     default_deadline_ms: float
     max_deadline_ms: float
     deadline_margin: float
+    max_consecutive_faults: int
+    trim_memory_bytes: int
 
 
 class RequestOptions(BaseModel, frozen=True, use_attribute_docstrings=True):
@@ -118,23 +122,32 @@ class Pipeline:
             max_pending_bytes=limits.max_pending_bytes,
             margin=limits.deadline_margin,
         )
+        self.faults = Faults(registry, metrics, max_consecutive=limits.max_consecutive_faults, clock=load.clock)
+        self._trimmer = ArenaTrimmer(registry, scheduler, slack_bytes=limits.trim_memory_bytes)
         self.ready = False
 
     def start(self) -> None:
         """Take requests; call on the event loop."""
         self.scheduler.start(self._on_batch)
+        self._trimmer.start()
         self.ready = True
 
     async def close(self) -> None:
         """End the threads; call when all requests are answered."""
         self.ready = False
+        self._trimmer.stop()
         await self.scheduler.close()
         self.decoders.close()
 
+    def require_alive(self) -> None:
+        """Raise NotReady if only a restart may help: the engine hangs."""
+        self.scheduler.require_engine()
+
     def require_ready(self) -> None:
-        """Raise NotReady unless requests are served: started, not draining, and with a model."""
+        """Raise NotReady unless requests are served: started, not draining, with a model and an engine that works."""
         if not (self.ready and self.registry.ready):
             raise NotReady("the service is starting or draining, or has no model: retry")
+        self.scheduler.require_engine()
 
     async def answer(
         self,
@@ -154,15 +167,16 @@ class Pipeline:
         the images will need decoding, as far as the head tells. `partial`: images with an error fail the request only
         if all of them have one.
 
-        Returns what `write` returned, and the answer. Raises a RequestError, of the first image if images failed; or
-        the engine's own error.
+        Returns what `write` returned, and the answer. Raises a RequestError, of the first image if images failed. The
+        deadline is kept by the event loop's clock: DeadlineExceeded is raised when it passes, whatever hangs.
         """
         limit_ms = self.limits.default_deadline_ms if options.deadline_ms is None else options.deadline_ms
         seconds = min(limit_ms, self.limits.max_deadline_ms) / 1000
         state = RequestState(seconds=seconds, priority=options.priority, arrived_at=arrived_at)
         try:
+            self.scheduler.require_engine()
             fastest = pareto_front(self.registry.candidates(options.model, options.version)[1])[-1]
-            with self.admission.admit(state, fastest.queue, encoded=encoded) as place:
+            with state, self.admission.admit(state, fastest.queue, encoded=encoded) as place:
                 inputs = await read(place)
                 read_seconds = time.perf_counter() - arrived_at
                 # Unpacked, the images may be much larger than the body was.
@@ -181,7 +195,7 @@ class Pipeline:
                 written = write(answer)
                 self._account(answer, arrived_at=arrived_at, read_seconds=read_seconds, inferred_at=inferred_at)
                 return written, answer
-        except (Overloaded, DeadlineExceeded, ClientDisconnected) as error:
+        except (Overloaded, DeadlineExceeded, ClientDisconnected, NotReady) as error:
             self.metrics.rejections(error.reason if isinstance(error, Overloaded) else error.code).inc()
             raise
 
@@ -225,7 +239,7 @@ class Pipeline:
                 preprocessing = model.manifest.preprocessing
                 image, decode_seconds = await self.decoders.decode(image, preprocessing, state, model.queue)
                 metrics.stage_seconds(name, "decode").observe(decode_seconds)
-            output = await self.scheduler.submit(model.queue, image, state)
+            output = await self._run(model, image, state)
         except RequestError as error:
             metrics.images(name, error.code).inc()
             return error
@@ -234,6 +248,16 @@ class Pipeline:
         metrics.stage_seconds(name, "inference").observe(output.inference_ms / 1000)
         metrics.images(name, "ok").inc()
         return output
+
+    async def _run(self, model: Model, image: Pixels, state: RequestState) -> Output:
+        try:
+            return await self.scheduler.submit(model.queue, image, state)
+        except RequestError:
+            raise
+        except Exception as error:
+            # Without the engine's own words, which are for those who made the model: the log has them.
+            reason = f"{model.queue.title} failed on this image, and the service's log says why: use another model"
+            raise ModelFault(reason, kind="exception") from error
 
     def _account(self, answer: Answer, *, arrived_at: float, read_seconds: float, inferred_at: float) -> None:
         """Count a request that was answered, and note its timings."""
@@ -260,15 +284,16 @@ class Pipeline:
 
     def _on_batch(self, batch: Batch) -> None:
         metrics, name = self.metrics, batch.queue.name
+        model = next((model for model in self.registry.ready if model.queue is batch.queue), None)
+        if batch.failed or batch.faults or (model and model.consecutive_faults):
+            self.faults.record(batch, model)
         if batch.failed:
-            metrics.batch_errors(name).inc()
             return
         metrics.batch_size(name).observe(batch.images)
         metrics.rows(name, "image").inc(batch.images)
         metrics.rows(name, "padding").inc(batch.size - batch.images)
-        for model in self.registry.ready:
-            if model.queue is batch.queue:
-                model.statistics.batch(batch.images, batch.seconds)
+        if model:
+            model.statistics.batch(batch.images, batch.seconds)
 
 
 @contextmanager
@@ -277,7 +302,7 @@ def _watched(disconnected: Callable[[], Awaitable[object]], state: RequestState)
 
     async def watch() -> None:
         await disconnected()
-        state.disconnected = True
+        state.leave()
 
     watcher = asyncio.create_task(watch())
     try:

@@ -43,6 +43,7 @@ _BOUNDED: Final = (
     ("max_images_per_request", "max_pending_images", _NEVER_ADMITTED),
     ("max_body_bytes", "max_pending_bytes", _NEVER_ADMITTED),
     ("default_deadline_ms", "max_deadline_ms", ""),
+    ("hang_min_seconds", "hang_max_seconds", ""),
 )
 """Settings that may not exceed another one."""
 
@@ -162,6 +163,23 @@ class Settings(BaseSettings):
     """Let idle engine threads spin: slightly faster, but they keep their cores busy."""
     max_batch: PositiveInt = 16
     """Largest batch of the engine, in images; up to it, warm-up chooses the best size for each model."""
+    hang_factor: Annotated[float, Field(gt=1)] = 20.0
+    """A batch counts as hung after this many times its predicted duration, within `hang_min_seconds` and
+    `hang_max_seconds`: other processes may take the cores for a while, but hardly 19 parts of 20."""
+    hang_min_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds before which no batch counts as hung, so that a short stall of the machine stops nothing."""
+    hang_max_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds after which any run of the engine counts as hung, also the proof and the warm-up of a model, for which
+    there is no prediction. More than the slowest run takes: raise it where TensorRT builds engines while serving."""
+    hang_exit_seconds: Annotated[float, Field(ge=0)] = 30.0
+    """Seconds that an engine which hangs gets to come back, before the process ends with status 70 to be started
+    again: native code cannot be interrupted."""
+    max_consecutive_faults: NonNegativeInt = 20
+    """Images in a row that a model fails to answer, without one success, after which it is taken out of service until
+    it is loaded again; more than one client's few odd images; 0: never."""
+    trim_memory_bytes: NonNegativeInt = 256 * 1024 * 1024
+    """Growth of resident memory, in bytes, after which the engines' arenas are trimmed, because a run may need far more
+    memory than those of warm-up and would keep it; more than bodies and decoders take by turns; 0: never."""
 
     max_pending_images: PositiveInt = 256
     """Largest number of images accepted and not yet answered; beyond it requests get 429."""

@@ -59,7 +59,8 @@ def probes(pipeline: Pipeline) -> APIRouter:
 
     @routes.get("/live")
     async def live() -> dict[str, bool]:
-        """Whether the process answers."""
+        """Whether the process and its engine work; 503 if only a restart may help."""
+        pipeline.require_alive()
         return {"live": True}
 
     @routes.get("/ready")
@@ -98,6 +99,7 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
     async def model_ready(name: str, version: str | None = None) -> dict[str, Any]:
         """Whether a model takes traffic."""
         found(name, version)
+        pipeline.require_alive()
         return {"name": name, "ready": True}
 
     async def config(name: str, version: str | None = None) -> dict[str, Any]:

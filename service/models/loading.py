@@ -72,7 +72,13 @@ class Loader:
         return Model(
             bundle,
             engine,
-            Queue(bundle.manifest.name, engine.run, Cost(baseline, self._load)),
+            Queue(
+                bundle.manifest.name,
+                engine.run,
+                Cost(baseline, self._load),
+                version=bundle.version,
+                classes=bundle.manifest.num_classes,
+            ),
             model_bytes=max(0, loaded - before),
             arena_bytes=max(0, resident_bytes() - loaded),
         )

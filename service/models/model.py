@@ -4,6 +4,8 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from service.bundle import Bundle
 from service.engine import Engine
 from service.scheduling.scheduler import Queue
@@ -70,6 +72,8 @@ class Model:
         self.model_bytes, self.arena_bytes = model_bytes, arena_bytes
         """Growth of resident memory while the model was loaded, and while it was warmed up."""
         self.statistics = Statistics()
+        self.consecutive_faults = 0
+        """Images that the model could not answer since it last answered one."""
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
@@ -83,6 +87,10 @@ class Model:
         self._users -= 1
         if not self._users:
             self._unused.set()
+
+    def trim(self) -> None:
+        """Free what the engine's arena holds beyond a run of the largest batch. On the engine thread."""
+        self.engine.shrink(np.zeros((self.queue.cost.limit, *self.manifest.input.shape[1:]), dtype=np.uint8))
 
     async def unused(self) -> None:
         """Wait until every request that holds the model is answered."""

@@ -6,7 +6,7 @@ old one serving, and the index gives the reason. An unloaded model first answers
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -84,7 +84,15 @@ class Registry:
     @property
     def index(self) -> list[Entry]:
         """Every version that is or could be served, and its state."""
-        return sorted(self._entries.values(), key=lambda entry: (entry.name, entry.version or 0))
+        entries = sorted(self._entries.values(), key=lambda entry: (entry.name, entry.version or 0))
+        if hang := self._scheduler.hang:
+            # All models share the engine thread.
+            ready = (entry.state == "ready" for entry in entries)
+            entries = [
+                replace(entry, state="unavailable", reason=hang) if was else entry
+                for entry, was in zip(entries, ready, strict=True)
+            ]
+        return entries
 
     @property
     def default(self) -> str | None:
@@ -181,7 +189,14 @@ class Registry:
             if name not in self._models:
                 raise UnknownModel(f"model {name!r} is not loaded")
             self._unloaded.add(name)
-            await self._retire(list(self._models[name].values()), reason="unloaded")
+            await self._retire(list(self._models[name].values()), reason="unloaded", keep=True)
+
+    async def withdraw(self, model: Model, reason: str) -> None:
+        """Take a version out of service that keeps failing, until it is loaded by request. Its family goes on."""
+        async with self._exchange:
+            if self._models.get(model.name, {}).get(model.version) is model:
+                log.error("model taken out of service", model=model.name, version=model.version, reason=reason)
+                await self._retire([model], reason=reason, keep=True)
 
     async def refresh(self) -> None:
         """Scan the repository once: load new versions, and retire those that have been removed."""
@@ -256,15 +271,15 @@ class Registry:
             self._note(Entry(name=model.name, version=model.version, state="ready"))
         self._families = None
 
-    async def _retire(self, models: list[Model], *, reason: str = "") -> None:
-        """Let models answer what they accepted, then free their memory."""
+    async def _retire(self, models: list[Model], *, reason: str = "", keep: bool = False) -> None:
+        """Let models answer what they accepted, then free their memory. `keep`: the index goes on to say why."""
         for model in models:
             serving = self._models.get(model.name, {})
             if serving.get(model.version) is model:
                 del serving[model.version]
                 if not serving:
                     del self._models[model.name]
-                self._note(Entry(name=model.name, version=model.version, state="unloading"))
+                self._note(Entry(name=model.name, version=model.version, state="unloading", reason=reason))
         self._families = None
         for model in models:
             await model.unused()
@@ -272,7 +287,7 @@ class Registry:
             await asyncio.to_thread(self._scheduler.on_engine, model.engine.close)
             # Unless the version was loaded again in the meantime.
             if self._entries[model.name, model.version].state == "unloading":
-                if reason == "unloaded":
+                if keep:
                     self._note(Entry(name=model.name, version=model.version, state="unavailable", reason=reason))
                 else:
                     del self._entries[model.name, model.version]

@@ -104,7 +104,7 @@ class Lane:
         with self._change:
             heapq.heappush(self._waiting, (state.key, next(self._numbers), state, work, answer))
             self._change.notify()
-        return await answer
+        return await state.wait(answer)
 
     def close(self) -> None:
         """Cancel waiting jobs; threads end with their current job. On the event loop."""

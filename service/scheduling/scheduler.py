@@ -7,179 +7,134 @@ then arrival. Requests whose client has left or whose deadline has passed are dr
 
 A free engine waits for one thing only: images that wait for a decoder. Then every core is busy, a batch of one would
 take a decoder's core at the highest cost per image, and the next image is about to be decoded. See `Queue.holds`.
+
+A batch that fails is taken apart: its images are run again, each alone, and only those that fail again are at fault.
+Whatever the engine does, each caller of `submit` gets one outcome: of its own image, its deadline, or the watchdog.
 """
 
 import asyncio
-import heapq
-import itertools
-import math
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
+import structlog
 
-from service.scheduling.backlog import Backlog
-from service.scheduling.cost import Cost, Load
-from service.scheduling.request import Key, RequestState
+from service.errors import NotReady
+from service.scheduling.cost import Load
+from service.scheduling.outputs import Output, Outputs, Pixels, RunBatch, finite_rows, not_finite, require_shape
+from service.scheduling.queue import Entry, Queue
+from service.scheduling.request import RequestState
+from service.scheduling.watchdog import Patience, Run, Watchdog, end_process
+
+__all__ = ["Batch", "Output", "Outputs", "Pixels", "Queue", "RunBatch", "Scheduler"]
 
 T = TypeVar("T")
-Pixels = npt.NDArray[np.uint8]
-Outputs = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
-RunBatch = Callable[[Pixels], Outputs]
+log = structlog.get_logger()
 
-
-@dataclass(slots=True, kw_only=True)
-class Output:
-    """The outputs for one image, (num_classes,) each, and its time in each stage."""
-
-    logits: npt.NDArray[np.float32]
-    probabilities: npt.NDArray[np.float32]
-    queue_ms: float
-    inference_ms: float
-    decode_ms: float = 0.0
-    """Set by those who decoded it."""
+_JOIN_SECONDS = 5.0
+"""How long `close` waits for the engine. By then all requests are answered: what still runs is for nobody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """A batch that was run, as it is reported to an observer."""
 
-    queue: "Queue"
+    queue: Queue
     images: int
     size: int
     """Rows computed by the engine: `images` and padding."""
     seconds: float
-    failed: bool
-
-
-@dataclass(slots=True, kw_only=True)
-class _Entry:
-    state: RequestState
-    pixels: Pixels
-    answer: asyncio.Future[Output]
-    since: float
-
-
-class Queue:
-    """The images of one model that wait for the engine."""
-
-    def __init__(self, name: str, run: RunBatch, cost: Cost) -> None:
-        """`run` is called on the engine thread only."""
-        self.name = name
-        self.run = run
-        self.cost = cost
-        self.running: tuple[float, float] | None = None
-        """Start of the running batch on the scheduler's clock, and its predicted seconds."""
-        self.backlog = Backlog()
-        self._heap: list[tuple[Key, int, _Entry]] = []
-        self._numbers = itertools.count()
-        self._buffers: dict[int, Pixels] = {}
-
-    def __len__(self) -> int:
-        return len(self._heap)
+    faults: Sequence[Exception] = ()
+    """Why images were not answered, one for each of them."""
+    retried: Exception | None = None
+    """Why the whole batch failed, so that its images are run again, each alone."""
+    hung: bool = False
+    """Whether the watchdog had given it up: its duration says nothing about the next one."""
 
     @property
-    def head(self) -> Key:
-        """Key of the next image. There must be one."""
-        return self._heap[0][0]
-
-    def holds(self, now: float, load: Load) -> bool:
-        """Whether the next batch should wait for images that are about to be decoded.
-
-        Only while more images are in the decode pool than its threads can work on, there is room in the batch, and the
-        deadline of the most urgent image leaves time to decode a full batch and to run two.
-        """
-        limit, head, decoding = self.cost.limit, self.head, self.backlog.decoding
-        if decoding[False] + (decoding[True] if head.batch else 0) <= load.decode_threads or len(self._heap) >= limit:
-            return False
-        return head.deadline - now > limit * load.decode_seconds + 2 * self.cost.seconds(limit)
-
-    def push(self, entry: _Entry) -> None:
-        """Add an image."""
-        heapq.heappush(self._heap, (entry.state.key, next(self._numbers), entry))
-
-    def drop_expired(self, now: float) -> list[_Entry]:
-        """Take out all images that nobody waits for or that are too late, wherever they stand in the queue."""
-        over = [entry for _, _, entry in self._heap if _is_over(entry, now)]
-        if over:
-            gone = {id(entry) for entry in over}
-            self._heap = [place for place in self._heap if id(place[2]) not in gone]
-            heapq.heapify(self._heap)
-        return over
-
-    def pop(self, now: float) -> tuple[list[_Entry], list[_Entry]]:
-        """Take out the images of the next batch, the most urgent first, and the expired ones found on the way."""
-        batch: list[_Entry] = []
-        over: list[_Entry] = []
-        while self._heap and len(batch) < self.cost.limit:
-            entry = heapq.heappop(self._heap)[2]
-            (over if _is_over(entry, now) else batch).append(entry)
-        if batch and not self._heap:
-            taken = self.cost.take(len(batch))
-            for entry in batch[taken:]:
-                self.push(entry)
-            batch = batch[:taken]
-        return batch, over
-
-    def fill(self, batch: list[_Entry]) -> Pixels:
-        """The batch as one array, padded with black to a warmed-up size. Valid until the next call."""
-        size = self.cost.padded(len(batch))
-        shape = batch[0].pixels.shape
-        if size not in self._buffers:
-            self._buffers[size] = np.zeros((size, *shape), dtype=np.uint8)
-        pixels = self._buffers[size]
-        for row, entry in enumerate(batch):
-            pixels[row] = entry.pixels
-        pixels[len(batch) :] = 0
-        return pixels
-
-    def settle(self, entry: _Entry, outcome: Output | Exception) -> None:
-        """Give an image that was taken out its outcome. On the event loop."""
-        self.backlog.answered(entry.state)
-        if entry.answer.done():
-            return
-        if isinstance(outcome, Output):
-            entry.answer.set_result(outcome)
-        else:
-            entry.answer.set_exception(outcome)
+    def failed(self) -> bool:
+        """Whether nothing of the batch was answered."""
+        return self.retried is not None or len(self.faults) == self.images
 
 
-def _is_over(entry: _Entry, now: float) -> bool:
-    return entry.answer.done() or entry.state.over(now)
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Run(Run):
+    """What the engine thread is doing, and who waits for it."""
+
+    entries: Sequence[Entry] = ()
+    job: "Future[Any] | None" = None
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    work: Callable[[], Any]
+    done: "Future[Any]" = field(default_factory=Future)
 
 
 class Scheduler:
     """Start with `start`, stop with `close`; both on the event loop that calls `submit`."""
 
-    def __init__(self, load: Load) -> None:
-        """`load`: that of the machine which decoders and engines share."""
+    def __init__(
+        self, load: Load, *, patience: Patience | None = None, leave: Callable[[str], None] = end_process
+    ) -> None:
+        """`load`: that of the machine which decoders and engines share.
+
+        `patience` says when the engine counts as hung. If it does not come back, `leave` is called with the reason.
+        """
         self.queues: list[Queue] = []
+        self.abandoned = False
+        """Whether `close` gave up waiting for the engine, whose thread still runs."""
         self._load, self._clock = load, load.clock
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_batch: Callable[[Batch], None] = lambda _: None
         # Guards the queues' heaps and the jobs; the engine thread sleeps on it.
         self._change = threading.Condition()
-        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._jobs: deque[_Job] = deque()
         self._closing = False
+        self._run: _Run | None = None
+        """What the engine thread is doing; set by that thread alone."""
+        self._watchdog = Watchdog(
+            patience or Patience(), self._clock, current=lambda: self._run, on_hang=self._give_up, leave=leave
+        )
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def hang(self) -> str | None:
+        """Why the engine counts as hung, so that nothing can be computed; None if it does not."""
+        return self._watchdog.hang
+
+    def require_engine(self) -> None:
+        """Raise NotReady while the engine hangs."""
+        if reason := self._watchdog.hang:
+            raise NotReady(f"{reason}: nothing is computed until it comes back or is started again: retry")
+
+    @property
+    def overdue_seconds(self) -> float:
+        """By how long what the engine is running has exceeded its predicted duration."""
+        run = self._run
+        return max(0.0, self._clock() - run.started - run.predicted) if run and run.predicted is not None else 0.0
 
     def start(self, on_batch: Callable[[Batch], None] | None = None) -> None:
         """Begin to run batches; `on_batch` is called with each."""
         self._on_batch = on_batch or self._on_batch
         self._loop = asyncio.get_running_loop()
+        self._watchdog.start()
 
-    async def close(self) -> None:
-        """Stop after the running batch. Images still waiting are cancelled."""
+    async def close(self, *, timeout_seconds: float = _JOIN_SECONDS) -> None:
+        """Stop after the running batch, or without it if it takes too long. Images still waiting are cancelled."""
         with self._change:
             self._closing = True
             self._change.notify_all()
-        await asyncio.to_thread(self._thread.join)
+        self._watchdog.stop()
+        await asyncio.to_thread(self._thread.join, timeout_seconds)
+        self.abandoned = self._thread.is_alive()
+        if self.abandoned:
+            self._give_up("the service has ended, and the engine has not")
         for queue in self.queues:
             self.remove(queue)
 
@@ -192,8 +147,7 @@ class Scheduler:
         """Stop serving a queue to which nothing will be submitted any more. Images still waiting are cancelled."""
         self.queues = [other for other in self.queues if other is not queue]
         with self._change:
-            # By then every deadline has passed.
-            abandoned = queue.drop_expired(math.inf)
+            abandoned = queue.clear()
         for entry in abandoned:
             entry.answer.cancel()
 
@@ -203,105 +157,192 @@ class Scheduler:
             self._change.notify()
 
     def on_engine(self, work: Callable[[], T]) -> T:
-        """Call `work` on the engine thread, between batches, and wait for its result. Not from the event loop."""
-        done: Future[T] = Future()
+        """Call `work` on the engine thread, between batches, and wait for its result. Not from the event loop.
+
+        Raises NotReady if the engine hangs, or if `work` does.
+        """
+        self.require_engine()
+        job = _Job(work)
         with self._change:
             if self._closing:
                 raise RuntimeError("the engine thread has ended")
-            self._jobs.append((work, done))
+            self._jobs.append(job)
             self._change.notify()
-        return done.result()
+        result: T = job.done.result()
+        return result
 
     async def submit(self, queue: Queue, pixels: Pixels, state: RequestState) -> Output:
-        """The outputs for one image. Raises DeadlineExceeded, ClientDisconnected, or the engine's error for its batch.
+        """The outputs for one image.
 
+        Raises DeadlineExceeded or ClientDisconnected as soon as the request is over, NotReady if the engine hangs,
+        ModelFault for outputs that are none, or the engine's error for this image.
         A cancelled caller takes its own image out of the queue and no other.
         """
-        answer = asyncio.get_running_loop().create_future()
-        entry = _Entry(state=state, pixels=pixels, answer=answer, since=self._clock())
-        with self._change:
-            queue.push(entry)
-            self._change.notify()
-        return await entry.answer
+        entry = Entry(
+            state=state, pixels=pixels, answer=asyncio.get_running_loop().create_future(), since=self._clock()
+        )
+        try:
+            self.require_engine()
+            with self._change:
+                queue.push(entry)
+                self._change.notify()
+            return await state.wait(entry.answer)
+        finally:
+            # However it ends, the engine has nothing more to do for this image.
+            queue.backlog.answered(state)
+            if entry.queued:
+                with self._change:
+                    queue.discard(entry)
 
     def _work(self) -> None:
         """The main loop of the engine thread."""
-        while True:
-            with self._change:
-                while not (self._jobs or self._closing or (found := self._next_batch())):
-                    self._change.wait()
-                job = self._jobs.popleft() if self._jobs else None
-                if job is None and self._closing:
-                    return
-            if job is not None:
-                _run_job(*job)
-            elif found:
-                self._run_batch(*found)
-
-    def _run_batch(self, queue: Queue, batch: list[_Entry]) -> None:
-        size = queue.cost.padded(len(batch))
-        started = self._clock()
-        queue.running = started, queue.cost.seconds(size)
-        outcome: Outputs | Exception
         try:
-            outcome = queue.run(queue.fill(batch))
-        except Exception as error:  # noqa: BLE001 (it is raised in the callers, and the thread goes on)
-            outcome = error
+            while True:
+                with self._change:
+                    while not (self._jobs or self._closing or (found := self._next_batch())):
+                        self._change.wait()
+                    job = self._jobs.popleft() if self._jobs else None
+                    if job is None and self._closing:
+                        return
+                if job is not None:
+                    self._run_job(job)
+                elif found:
+                    self._run_batch(*found)
+        except BaseException:
+            # For the watchdog this is an engine that does not come back.
+            self._run = _Run(what="nothing, because its thread has failed", started=self._clock(), predicted=0.0)
+            log.exception("the engine thread has failed")
+
+    def _run_job(self, job: _Job) -> None:
+        self._run = _Run(
+            what="a job: loading a model, or its proof", started=self._clock(), predicted=None, job=job.done
+        )
+        # The watchdog may have given the waiting thread its answer by then.
+        with contextlib.suppress(InvalidStateError):
+            try:
+                job.done.set_result(job.work())
+            except InvalidStateError:
+                raise
+            except BaseException as error:  # noqa: BLE001 (it is raised in the caller)
+                job.done.set_exception(error)
+        self._run = None
+
+    def _run_batch(self, queue: Queue, batch: list[Entry]) -> None:
+        size = queue.cost.padded(len(batch))
+        started, predicted = self._clock(), queue.cost.seconds(size)
+        queue.running = started, predicted
+        self._run = _Run(
+            what=f"a batch of {len(batch)} of {queue.title}, predicted to take {predicted:.3g} s",
+            started=started,
+            predicted=predicted,
+            entries=batch,
+        )
+        failure: Exception | None = None
+        try:
+            outputs = require_shape(queue.run(queue.fill(batch)), model=queue.title, rows=size, classes=queue.classes)
+            finite = finite_rows(outputs)
+        except BaseException as error:  # noqa: BLE001 (it is raised in the callers, and the thread goes on)
+            failure = _raisable(error)
         seconds = self._clock() - started
-        queue.running = None
+        report = Batch(queue=queue, images=len(batch), size=size, seconds=seconds, hung=self.hang is not None)
+        queue.running = self._run = None
 
-        def finish() -> None:
-            failed = isinstance(outcome, Exception)
-            if not failed:
-                queue.cost.observe(size, seconds)
-            self._on_batch(Batch(queue=queue, images=len(batch), size=size, seconds=seconds, failed=failed))
-            for row, entry in enumerate(batch):
-                if isinstance(outcome, Exception):
-                    queue.settle(entry, outcome)
-                    continue
-                output = Output(
-                    logits=outcome[0][row],
-                    probabilities=outcome[1][row],
-                    queue_ms=(started - entry.since) * 1000,
-                    inference_ms=seconds * 1000,
+        if failure and len(batch) > 1:
+            self._run_again(queue, batch)
+            self._on_loop(self._report, replace(report, retried=failure))
+            return
+        results: list[Output | Exception] = []
+        for row, entry in enumerate(batch):
+            if failure:
+                results.append(failure)
+            elif finite is not None and not finite[row]:
+                results.append(not_finite(queue.title))
+            else:
+                results.append(
+                    Output(
+                        logits=outputs[0][row],
+                        probabilities=outputs[1][row],
+                        queue_ms=(started - entry.since) * 1000,
+                        inference_ms=seconds * 1000,
+                    )
                 )
-                queue.settle(entry, output)
+        self._on_loop(self._deliver, batch, results, report)
 
-        self._on_loop(finish)
+    def _run_again(self, queue: Queue, batch: list[Entry]) -> None:
+        """Put the images of a batch that failed back into their queue, to be run each alone."""
+        with self._change:
+            for entry in batch:
+                entry.alone = True
+                if not entry.answer.done():
+                    queue.push(entry)
 
-    def _next_batch(self) -> tuple[Queue, list[_Entry]] | None:
+    def _deliver(self, batch: list[Entry], results: list[Output | Exception], report: Batch) -> None:
+        # The callers first: whatever happens in accounting concerns none of them.
+        for entry, result in zip(batch, results, strict=True):
+            entry.settle(result)
+        if faults := [result for result in results if isinstance(result, Exception)]:
+            report = replace(report, faults=faults)
+        self._report(report)
+
+    def _report(self, report: Batch) -> None:
+        try:
+            if not report.failed and not report.hung:
+                report.queue.cost.observe(report.size, report.seconds)
+            self._on_batch(report)
+        except Exception:
+            log.exception("a batch could not be accounted for", model=report.queue.name)
+
+    def _next_batch(self) -> tuple[Queue, list[Entry]] | None:
         """The most urgent images, all of one model; None if there is nothing to do now."""
         if self._loop is None:
             return None
         now = self._clock()
         for queue in self.queues:
-            self._drop(queue, queue.drop_expired(now))
+            self._drop(queue.drop_expired(now))
         ready = [queue for queue in self.queues if len(queue) and not queue.holds(now, self._load)]
         for queue in sorted(ready, key=lambda queue: queue.head):
             batch, expired = queue.pop(now)
-            self._drop(queue, expired)
+            self._drop(expired)
             if batch:
                 return queue, batch
             # All its images were dropped in the meantime: the next queue takes its turn.
         return None
 
-    def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call what touches futures and backlogs on the event loop."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, *arguments)
-
-    def _drop(self, queue: Queue, expired: list[_Entry]) -> None:
+    def _drop(self, expired: list[Entry]) -> None:
         if expired:
-            self._on_loop(_reject, queue, expired)
+            self._on_loop(_reject, expired)
+
+    def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call what touches futures on the event loop."""
+        # A closed loop has nobody left who waits.
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _give_up(self, reason: str) -> None:
+        """Give all who wait for the engine NotReady: images waiting and running, and jobs. On the event loop."""
+        run = self._run
+        with self._change:
+            entries = [entry for queue in self.queues for entry in queue.clear()]
+            jobs = [job.done for job in self._jobs]
+            self._jobs.clear()
+        if run is not None:
+            entries += run.entries
+            jobs += [run.job] if run.job else []
+        for entry in entries:
+            entry.settle(NotReady(f"{reason}: nothing was computed for this request, retry"))
+        for job in jobs:
+            with contextlib.suppress(InvalidStateError):
+                job.set_exception(NotReady(reason))
 
 
-def _reject(queue: Queue, expired: list[_Entry]) -> None:
+def _reject(expired: list[Entry]) -> None:
     for entry in expired:
-        queue.settle(entry, entry.state.error("while the image waited for the engine"))
+        entry.settle(entry.state.error("while the image waited for the engine"))
 
 
-def _run_job(job: Callable[[], Any], done: "Future[Any]") -> None:
-    try:
-        done.set_result(job())
-    except BaseException as error:  # noqa: BLE001 (it is raised in the caller)
-        done.set_exception(error)
+def _raisable(error: BaseException) -> Exception:
+    """The error, in a form that a future can carry to its caller without ending the event loop."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    return RuntimeError(repr(error))

@@ -1,0 +1,79 @@
+"""Models that fail: counted by kind, logged without flooding the log, and taken out of service if they keep failing."""
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import structlog
+
+from service.errors import ModelFault
+from service.metrics import Metrics
+from service.models.model import Model
+from service.models.registry import Registry
+from service.scheduling.scheduler import Batch
+
+log = structlog.get_logger()
+
+_LOG_SECONDS = 10.0
+"""Shortest time between two lines about one model: a model that fails does so at the rate of its requests."""
+
+
+class Faults:
+    """What batches say about the health of their models. On the event loop."""
+
+    def __init__(
+        self, registry: Registry, metrics: Metrics, *, max_consecutive: int, clock: Callable[[], float]
+    ) -> None:
+        """`max_consecutive`: images in a row without an answer, after which a model is taken out; 0: never."""
+        self._registry, self._metrics, self._clock = registry, metrics, clock
+        self._max_consecutive = max_consecutive
+        self._logged_at: dict[str, float] = {}
+        self._unlogged: Counter[str] = Counter()
+        self._withdrawals: set[asyncio.Task[None]] = set()
+
+    def record(self, batch: Batch, model: Model | None) -> None:
+        """Account for a batch of `model`, which is None if it is not served any more."""
+        name = batch.queue.name
+        if batch.failed:
+            self._metrics.batch_errors(name).inc()
+        for fault in batch.faults:
+            self._metrics.model_faults(name, _kind(fault)).inc()
+        if error := batch.retried or next(iter(batch.faults), None):
+            self._log(batch, error)
+        if model is None or batch.retried:
+            return
+        answered = batch.images - len(batch.faults)
+        model.consecutive_faults = 0 if answered else model.consecutive_faults + batch.images
+        if 0 < self._max_consecutive <= model.consecutive_faults:
+            reason = (
+                f"it failed on {model.consecutive_faults} images in a row, the last time because "
+                f"{_reason(batch.faults[-1])}: load it again to try it again"
+            )
+            task = asyncio.get_running_loop().create_task(self._registry.withdraw(model, reason))
+            self._withdrawals.add(task)
+            task.add_done_callback(self._withdrawals.discard)
+
+    def _log(self, batch: Batch, error: Exception) -> None:
+        title, now = batch.queue.title, self._clock()
+        if now - self._logged_at.get(title, -math.inf) < _LOG_SECONDS:
+            self._unlogged[title] += 1
+            return
+        self._logged_at[title] = now
+        log.error(
+            "model fault",
+            model=title,
+            kind=_kind(error),
+            images=batch.images,
+            run_again=batch.retried is not None,
+            reason=_reason(error),
+            more_not_logged=self._unlogged.pop(title, 0),
+        )
+
+
+def _kind(error: Exception) -> str:
+    return error.kind if isinstance(error, ModelFault) else "exception"
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__

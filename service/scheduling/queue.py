@@ -1,0 +1,140 @@
+"""The queue of one model: its images that wait for the engine, in the order of their requests' keys."""
+
+import asyncio
+import heapq
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from service.scheduling.backlog import Backlog
+from service.scheduling.cost import Cost, Load
+from service.scheduling.outputs import Output, Pixels, RunBatch
+from service.scheduling.request import Key, RequestState
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Entry:
+    """An image that waits for the engine, or that the engine is working on."""
+
+    state: RequestState
+    pixels: Pixels
+    answer: asyncio.Future[Output]
+    since: float
+    queued: bool = False
+    """Whether it is in its queue. Changed by the queue, under the scheduler's lock."""
+    alone: bool = False
+    """Whether it is to be run in a batch of its own, because the batch that it was in has failed."""
+
+    def over(self, now: float) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.answer.done() or self.state.over(now)
+
+    def settle(self, result: Output | Exception) -> None:
+        """Give it its result, unless its caller has left or has got an error. On the event loop."""
+        if self.answer.done():
+            return
+        if isinstance(result, Output):
+            self.answer.set_result(result)
+        else:
+            self.answer.set_exception(result)
+
+
+class Queue:
+    """The images of one model that wait for the engine."""
+
+    def __init__(
+        self, name: str, run: RunBatch, cost: Cost, *, version: int | None = None, classes: int | None = None
+    ) -> None:
+        """`run` is called on the engine thread only, and must give outputs of `classes` (None: of any number)."""
+        self.name, self.classes = name, classes
+        self.title = f"model {name!r}" + (f" version {version}" if version else "")
+        """For people."""
+        self.run = run
+        self.cost = cost
+        self.running: tuple[float, float] | None = None
+        """Start of the running batch on the scheduler's clock, and its predicted seconds."""
+        self.backlog = Backlog()
+        self._heap: list[tuple[Key, int, Entry]] = []
+        self._numbers = itertools.count()
+        self._buffers: dict[int, Pixels] = {}
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    @property
+    def head(self) -> Key:
+        """Key of the next image. There must be one."""
+        return self._heap[0][0]
+
+    def holds(self, now: float, load: Load) -> bool:
+        """Whether the next batch should wait for images that are about to be decoded.
+
+        Only while more images are in the decode pool than its threads can work on, there is room in the batch, and the
+        deadline of the most urgent image leaves time to decode a full batch and to run two.
+        """
+        limit, head, decoding = self.cost.limit, self.head, self.backlog.decoding
+        if decoding[False] + (decoding[True] if head.batch else 0) <= load.decode_threads or len(self._heap) >= limit:
+            return False
+        return head.deadline - now > limit * load.decode_seconds + 2 * self.cost.seconds(limit)
+
+    def push(self, entry: Entry) -> None:
+        """Add an image."""
+        entry.queued = True
+        heapq.heappush(self._heap, (entry.state.key, next(self._numbers), entry))
+
+    def discard(self, entry: Entry) -> None:
+        """Take an image out, if it is there."""
+        if entry.queued:
+            self._keep([place for place in self._heap if place[2] is not entry])
+            entry.queued = False
+
+    def drop_expired(self, now: float) -> list[Entry]:
+        """Take out all images that nobody waits for or that are too late, wherever they stand in the queue."""
+        over = [entry for _, _, entry in self._heap if entry.over(now)]
+        if over:
+            for entry in over:
+                entry.queued = False
+            self._keep([place for place in self._heap if place[2].queued])
+        return over
+
+    def clear(self) -> list[Entry]:
+        """Take out all images."""
+        entries = [entry for _, _, entry in self._heap]
+        for entry in entries:
+            entry.queued = False
+        self._keep([])
+        return entries
+
+    def pop(self, now: float) -> tuple[list[Entry], list[Entry]]:
+        """Take out the images of the next batch, the most urgent first, and the expired ones found on the way."""
+        batch: list[Entry] = []
+        over: list[Entry] = []
+        while self._heap and len(batch) < self.cost.limit:
+            if batch and (batch[0].alone or self._heap[0][2].alone):
+                return batch, over
+            entry = heapq.heappop(self._heap)[2]
+            entry.queued = False
+            (over if entry.over(now) else batch).append(entry)
+        if batch and not self._heap:
+            taken = self.cost.take(len(batch))
+            for entry in batch[taken:]:
+                self.push(entry)
+            batch = batch[:taken]
+        return batch, over
+
+    def fill(self, batch: list[Entry]) -> Pixels:
+        """The batch as one array, padded with black to a warmed-up size. Valid until the next call."""
+        size = self.cost.padded(len(batch))
+        shape = batch[0].pixels.shape
+        if size not in self._buffers:
+            self._buffers[size] = np.zeros((size, *shape), dtype=np.uint8)
+        pixels = self._buffers[size]
+        for row, entry in enumerate(batch):
+            pixels[row] = entry.pixels
+        pixels[len(batch) :] = 0
+        return pixels
+
+    def _keep(self, places: list[tuple[Key, int, Entry]]) -> None:
+        heapq.heapify(places)
+        self._heap = places

@@ -1,0 +1,138 @@
+"""The watchdog over the engine thread: what runs there longer than it can need counts as hung.
+
+While a run hangs, whoever waits for the engine gets NotReady, and so does every new request. If it comes back, the
+service goes on. If it does not, the process ends with an exit status of its own, so that a supervisor starts it again:
+native code cannot be interrupted, and its thread would hold the engine for ever.
+
+Only time counts in which this process ran. A process that was stopped (SIGSTOP, a suspended machine, a paused
+container) finds its engine where it left it.
+"""
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+log = structlog.get_logger()
+
+EXIT_STATUS = 70
+"""Exit status of a process whose engine hangs: `EX_SOFTWARE` of sysexits.h, which nothing else here ends with."""
+
+_TICK_SECONDS = 1.0
+"""Longest time between two looks at the engine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long a run of the engine may take, as the settings `hang_*` describe it."""
+
+    factor: float = 20.0
+    min_seconds: float = 10.0
+    max_seconds: float = 120.0
+    exit_seconds: float = 30.0
+
+    def limit(self, predicted: float | None) -> float:
+        """Seconds after which a run counts as hung; None: nothing is known about it."""
+        if predicted is None:
+            return self.max_seconds
+        return min(max(self.factor * predicted, self.min_seconds), self.max_seconds)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Run:
+    """What the engine thread is doing."""
+
+    what: str
+    """For people."""
+    started: float
+    """On the scheduler's clock."""
+    predicted: float | None
+    """Seconds, by the cost model; None where nothing is known."""
+
+
+def end_process(reason: str) -> None:
+    """End this process at once, without waiting for any thread, with EXIT_STATUS and one line in the log."""
+    log.critical("the engine hangs: the process ends, to be started again", reason=reason, exit_status=EXIT_STATUS)
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(EXIT_STATUS)
+
+
+class Watchdog:
+    """Looks at what the engine thread is doing, from the event loop."""
+
+    def __init__(
+        self,
+        patience: Patience,
+        clock: Callable[[], float],
+        *,
+        current: Callable[[], Run | None],
+        on_hang: Callable[[str], None],
+        leave: Callable[[str], None] = end_process,
+    ) -> None:
+        """`current`: what is running; `on_hang` is called once for a run that hangs, `leave` if it does not come back.
+
+        Both get the reason.
+        """
+        self._patience, self._clock = patience, clock
+        self._current, self._on_hang, self._leave = current, on_hang, leave
+        self._run: Run | None = None
+        self._seconds = 0.0
+        """Time that this process had since the run began."""
+        self._hung: tuple[Run, str] | None = None
+        self._looked_at = clock()
+        self._interval = min(_TICK_SECONDS, patience.min_seconds / 4)
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def hang(self) -> str | None:
+        """Why the engine counts as hung; None once it has come back."""
+        # The engine thread may have gone on since the last look.
+        return self._hung[1] if self._hung and self._hung[0] is self._current() else None
+
+    def start(self) -> None:
+        """Look at regular intervals, until `stop`. On the event loop."""
+        self._looked_at = self._clock()
+        self._again()
+
+    def stop(self) -> None:
+        """Look no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def look(self) -> None:
+        """Look once."""
+        now, run = self._clock(), self._current()
+        # After a pause of the whole process the engine's part of it is unknown: count one interval, twice as long as
+        # it should be.
+        lived = min(now - self._looked_at, 2 * self._interval)
+        self._looked_at = now
+        if run is not self._run:
+            if self._hung is not None:
+                log.warning("the engine has come back", after_seconds=round(self._seconds, 1))
+            self._run, self._hung = run, None
+            self._seconds = 0.0 if run is None else min(now - run.started, lived)
+            return
+        if run is None:
+            return
+        self._seconds += lived
+        limit = self._patience.limit(run.predicted)
+        if self._hung is None and self._seconds > limit:
+            reason = f"the engine has been at {run.what} for over {limit:.3g} s"
+            self._hung = run, reason
+            log.error("the engine hangs", reason=reason)
+            self._on_hang(reason)
+        elif self._hung is not None and self._seconds > limit + self._patience.exit_seconds:
+            self._leave(f"the engine has been at {run.what} for {self._seconds:.0f} s")
+
+    def _again(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._interval, self._tick)
+
+    def _tick(self) -> None:
+        self._again()
+        self.look()
