@@ -74,9 +74,6 @@ def serve(settings: Settings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     server.run()
-    if application.state.pipeline.scheduler.abandoned:
-        # Native code still runs: to end in the usual way would take its libraries from under it.
-        end_process("the service was stopped, and the engine did not end its work")
     if not server.started:
         raise typer.Exit(1)
 
@@ -186,6 +183,12 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, pipeline: Pipeline, *, delay_seconds: float) -> None:
         super().__init__(config)
         self._pipeline, self._delay_seconds = pipeline, delay_seconds
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        super().run(sockets)
+        if self._pipeline.scheduler.abandoned:
+            # Native code still runs: to end in the usual way would take its libraries from under it.
+            end_process("the service was stopped, and the engine did not end its work")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._pipeline.ready = False

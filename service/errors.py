@@ -116,7 +116,7 @@ class DeadlineExceeded(RequestError, status=504, code="deadline-exceeded"):
 class ModelFault(RequestError, status=500, code="model-fault"):
     """The model failed on the image, or gave outputs that are none. Another model may answer; a retry will not help."""
 
-    def __init__(self, message: str, *, kind: Literal["exception", "shape", "not-finite"]) -> None:
+    def __init__(self, message: str, *, kind: Literal["exception", "shape", "not-finite"] = "exception") -> None:
         super().__init__(message)
         self.kind = kind
 

@@ -17,6 +17,7 @@ API = {
     "deadline-exceeded": 504,
     "forbidden": 403,
     "invalid-parameter": 422,
+    "model-fault": 500,
     "no-suitable-model": 422,
     "not-ready": 503,
     "overloaded": 429,

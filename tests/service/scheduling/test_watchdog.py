@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 import pytest
+from structlog.testing import capture_logs
 
 from service.errors import NotReady
 from service.scheduling.cost import Cost, Load
@@ -150,7 +151,8 @@ def test_while_the_engine_hangs_all_who_wait_for_it_get_not_ready_and_later_ones
         assert (queue.backlog.waiting, stuck.left) == (0, [])
         await scheduler.close()
 
-    drive(scenario)
+    with capture_logs():
+        drive(scenario)
 
 
 def test_a_job_that_hangs_is_noticed_as_a_batch_is() -> None:
@@ -173,7 +175,8 @@ def test_a_job_that_hangs_is_noticed_as_a_batch_is() -> None:
         assert await answer(stuck.scheduler, stuck.queue, 2) == 2
         await stuck.scheduler.close()
 
-    drive(scenario)
+    with capture_logs():
+        drive(scenario)
 
 
 def test_closing_does_not_wait_for_an_engine_that_hangs() -> None:
@@ -192,7 +195,8 @@ def test_closing_does_not_wait_for_an_engine_that_hangs() -> None:
         stuck.echo.free.set()
         await asyncio.to_thread(stuck.scheduler._thread.join)
 
-    drive(scenario)
+    with capture_logs():
+        drive(scenario)
 
 
 def test_an_engine_thread_that_has_failed_counts_as_hung() -> None:
@@ -206,7 +210,8 @@ def test_an_engine_thread_that_has_failed_counts_as_hung() -> None:
         with pytest.raises(NotReady, match="its thread has failed"):
             await waiting
         stuck.live(30)
-        assert len(stuck.left) == 1
+        assert "its thread has failed" in stuck.left[0]
         await stuck.scheduler.close()
 
-    drive(scenario)
+    with capture_logs():
+        drive(scenario)
