@@ -56,7 +56,7 @@ class Run:
 
 def end_process(reason: str) -> None:
     """End this process at once, without waiting for any thread, with EXIT_STATUS and one line in the log."""
-    log.critical("the engine hangs: the process ends, to be started again", reason=reason, exit_status=EXIT_STATUS)
+    log.critical("the process ends without its engine", reason=reason, exit_status=EXIT_STATUS)
     logging.shutdown()
     sys.stderr.flush()
     os._exit(EXIT_STATUS)

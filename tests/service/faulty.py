@@ -1,7 +1,7 @@
 """Identity models with a fault that one kind of image brings out: every other image gets its right answer."""
 
 import io
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
@@ -41,7 +41,7 @@ def faulty_graph(fault: Fault) -> bytes:
         node("Cast", ["guilty"], ["guilty_int"], to=TensorProto.INT64),
         node("ReduceMax", ["guilty_int"], ["any"], keepdims=0),  # 1 if any is guilty
     ]
-    values = {
+    values: dict[str, np.ndarray[Any, Any]] = {
         "last": np.array([CLASSES - 1], np.int64),
         "guilty_mark": np.array(255, np.float32),
         "nan": np.array(np.nan, np.float32),

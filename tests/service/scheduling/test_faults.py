@@ -15,7 +15,7 @@ from service.scheduling.cost import Cost, Load
 from service.scheduling.request import RequestState
 from service.scheduling.scheduler import Batch, Pixels, Queue, Scheduler
 from tests.service.conftest import images_waiting, until
-from tests.service.scheduling.test_scheduler import Echo, answer, drive, image, running, state, while_busy
+from tests.service.scheduling.test_scheduler import Echo, answer, drive, running, state, while_busy
 
 GUILTY = 7
 
@@ -69,7 +69,7 @@ def test_images_that_are_run_again_keep_their_place_in_the_order_of_work() -> No
         drive(scenario)
 
 
-WRONG = {
+WRONG: dict[str, Callable[[Any], Any]] = {
     "fewer rows": lambda logits: (logits[:-1], logits[:-1]),
     "no outputs": lambda _: (),
     "one output": lambda logits: (logits,),
@@ -88,7 +88,7 @@ def test_outputs_of_a_wrong_shape_are_a_fault_of_the_model_and_free_their_caller
         async with running() as (scheduler, queue, echo):
             queue.classes = 2
             right = queue.run
-            queue.run = lambda images: WRONG[kind](right(images)[0])  # type: ignore[no-untyped-call]
+            queue.run = lambda images: WRONG[kind](right(images)[0])
             first = await while_busy(scheduler, queue, echo)
             tasks = [asyncio.create_task(answer(scheduler, queue, number)) for number in (1, 2)]
             await until(lambda: images_waiting(scheduler) == 2)
@@ -237,7 +237,7 @@ class Chaos:
             logits = logits.copy()
             logits[0] = np.nan
             return logits, logits
-        return (logits, logits) if what == "right" else WRONG[what](logits)  # type: ignore[no-untyped-call]
+        return (logits, logits) if what == "right" else WRONG[what](logits)
 
 
 async def accepted(scheduler: Scheduler, queue: Queue, number: int, by: RequestState) -> int:
