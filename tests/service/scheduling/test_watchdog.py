@@ -55,12 +55,12 @@ def test_a_run_that_comes_back_ends_the_hang_at_once() -> None:
     world = World()
     world.begin(1.0)
     world.live(25)
-    assert world.dog.hang
+    reason = world.dog.hang
     world.run = None
-    assert (world.dog.hang, len(world.hangs)) == (None, 1)
+    assert (world.dog.hang, world.hangs) == (None, [reason])
     world.begin(1.0)
     world.live(19)
-    assert (world.dog.hang, len(world.hangs), world.left) == (None, 1, [])
+    assert (world.dog.hang, world.hangs, world.left) == (None, [reason], [])
 
 
 def test_a_run_that_does_not_come_back_ends_the_process_after_a_further_time() -> None:
