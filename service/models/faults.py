@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import structlog
 
-from service.errors import ModelFault
+from service.errors import ModelFault, NotReady
 from service.metrics import Metrics
 from service.models.model import Model
 from service.models.registry import Registry
@@ -30,7 +30,7 @@ class Faults:
         self._max_consecutive = max_consecutive
         self._logged_at: dict[str, float] = {}
         self._unlogged: Counter[str] = Counter()
-        self._withdrawals: set[asyncio.Task[None]] = set()
+        self._withdrawals: dict[Model, asyncio.Task[None]] = {}
 
     def record(self, batch: Batch, model: Model | None) -> None:
         """Account for a batch of `model`, which is None if it is not served any more."""
@@ -45,14 +45,20 @@ class Faults:
             return
         answered = batch.images - len(batch.faults)
         model.consecutive_faults = 0 if answered else model.consecutive_faults + batch.images
-        if 0 < self._max_consecutive <= model.consecutive_faults:
+        if 0 < self._max_consecutive <= model.consecutive_faults and model not in self._withdrawals:
             reason = (
                 f"it failed on {model.consecutive_faults} images in a row, the last time because "
                 f"{_reason(batch.faults[-1])}: load it again to try it again"
             )
-            task = asyncio.get_running_loop().create_task(self._registry.withdraw(model, reason))
-            self._withdrawals.add(task)
-            task.add_done_callback(self._withdrawals.discard)
+            self._withdrawals[model] = asyncio.get_running_loop().create_task(self._withdraw(model, reason))
+
+    async def _withdraw(self, model: Model, reason: str) -> None:
+        try:
+            await self._registry.withdraw(model, reason)
+        except NotReady as error:  # the engine hangs, and holds the memory that would have been freed
+            log.error("a model that was taken out could not be closed", model=model.queue.title, reason=str(error))
+        finally:
+            del self._withdrawals[model]
 
     def _log(self, batch: Batch, error: Exception) -> None:
         title, now = batch.queue.title, self._clock()

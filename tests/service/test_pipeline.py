@@ -3,18 +3,22 @@
 import asyncio
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from service.app import make_pipeline
-from service.errors import BadRequest, ClientDisconnected, ImageError, NotReady
+from service.errors import BadRequest, ClientDisconnected, ImageError, NotReady, RequestError
+from service.images import open_image
 from service.metrics import Metrics
 from service.pipeline import Answer, Inputs, Pipeline, RequestOptions
+from service.scheduling import decode_pool
 from service.scheduling.admission import Place
-from service.scheduling.scheduler import Output
+from service.scheduling.scheduler import Batch, Output, Pixels
 from service.settings import Settings
 from tests.service.identity import number_in, picture, publish_identity
 
@@ -28,7 +32,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A started pipeline, and the event loop that it runs on."""
     repository = tmp_path_factory.mktemp("models")
     publish_identity(repository)
-    pipeline = make_pipeline(Settings(repository=repository, threads=1, max_batch=4), Metrics())
+    options = Settings(repository=repository, threads=1, max_batch=4, max_consecutive_faults=0)
+    pipeline = make_pipeline(options, Metrics())
 
     async def start() -> None:
         pipeline.start()
@@ -63,7 +68,7 @@ async def ask(pipeline: Pipeline, numbers: list[int], *, fate: str = "answered",
         return [number_in(image.logits) if isinstance(image, Output) else -1 for image in answer.images]
 
     written, answer = await pipeline.answer(
-        RequestOptions(),
+        RequestOptions(deadline_ms=10.0 if fate == "late" else None),
         arrived_at=time.perf_counter(),
         read=read,
         write=write,
@@ -117,6 +122,87 @@ def test_nothing_stays_behind_wherever_a_request_fails(world: World, plan: list[
     assert (admission.images, admission.bytes, backlog.waiting, backlog.undecoded) == (0, 0, 0, 0)
     assert backlog.decoding == {False: 0, True: 0}
     # Nobody holds the model any more, so that it could be unloaded.
+    runner.run(asyncio.wait_for(model.unused(), 60))
+
+
+ENGINE = ("right", "right", "raises", "nan", "fewer rows", "nothing")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    plan=st.lists(
+        st.tuples(st.sampled_from(("answered", "cancelled", "disconnects", "late")), st.integers(1, 3), st.booleans()),
+        min_size=1,
+        max_size=12,
+    ),
+    engine=st.lists(st.sampled_from(ENGINE), max_size=20),
+    decoders=st.lists(st.booleans(), max_size=20),
+    observer_fails=st.booleans(),
+)
+def test_nothing_stays_behind_whatever_fails_beneath(
+    world: World,
+    plan: list[tuple[str, int, bool]],
+    engine: list[str],
+    decoders: list[bool],
+    observer_fails: bool,
+) -> None:
+    """Decoders, engine and the accounting of batches fail at random; no answer is another image's."""
+    runner, pipeline = world
+    (model,) = pipeline.registry.ready
+    decode_well, engine_does = iter(decoders), iter(engine)
+    run = model.queue.run
+
+    def faulty_run(images: Pixels) -> Any:
+        logits, probabilities = run(images)
+        match next(engine_does, "right"):
+            case "raises":
+                raise RuntimeError("planted")
+            case "nan":
+                logits[0] = np.nan
+            case "fewer rows":
+                return logits[1:], probabilities[1:]
+            case "nothing":
+                return None
+        return logits, probabilities
+
+    def faulty_open(*arguments: Any, **options: Any) -> Any:
+        if not next(decode_well, True):
+            raise RuntimeError("planted")
+        return open_image(*arguments, **options)
+
+    def observe(batch: Batch) -> None:
+        pipeline._on_batch(batch)
+        if observer_fails:
+            raise RuntimeError("planted")
+
+    async def scenario() -> None:
+        unhandled: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
+        tasks = []
+        for place, (fate, images, encoded) in enumerate(plan):
+            numbers = [1 + 3 * place + image for image in range(images)]
+            task = asyncio.create_task(ask(pipeline, numbers, fate=fate, encoded=encoded))
+            await asyncio.sleep(0)
+            if fate == "cancelled":
+                task.cancel()
+            tasks.append((numbers, task))
+        for numbers, task in tasks:
+            (outcome,) = await asyncio.gather(task, return_exceptions=True)
+            if isinstance(outcome, list):
+                assert len(outcome) == len(numbers)
+                assert all(given in (number, -1) for given, number in zip(outcome, numbers, strict=True))
+            else:
+                assert isinstance(outcome, RequestError | RuntimeError | asyncio.CancelledError)
+        assert unhandled == []
+
+    with pytest.MonkeyPatch.context() as patch, capture_logs():
+        patch.setattr(model.queue, "run", faulty_run)
+        patch.setattr(decode_pool, "open_image", faulty_open)
+        patch.setattr(pipeline.scheduler, "_on_batch", observe)
+        runner.run(asyncio.wait_for(scenario(), 60))
+    admission, backlog = pipeline.admission, model.queue.backlog
+    assert (admission.images, admission.bytes, backlog.waiting, backlog.undecoded) == (0, 0, 0, 0)
+    assert (backlog.decoding, len(model.queue)) == ({False: 0, True: 0}, 0)
     runner.run(asyncio.wait_for(model.unused(), 60))
 
 
