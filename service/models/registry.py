@@ -71,6 +71,8 @@ class Registry:
         self._entries: dict[tuple[str, int | None], Entry] = {}
         self._unloaded: set[str] = set()
         """Unloaded by request: polling does not load them again."""
+        self._withdrawn: set[tuple[str, int]] = set()
+        """Versions that kept failing: polling does not load them again either."""
         self._exchange = asyncio.Lock()
         self._choosers: dict[str, Family] = {}
         self._families: dict[str, list[Model]] | None = None
@@ -196,6 +198,7 @@ class Registry:
         async with self._exchange:
             if self._models.get(model.name, {}).get(model.version) is model:
                 log.error("model taken out of service", model=model.name, version=model.version, reason=reason)
+                self._withdrawn.add((model.name, model.version))
                 await self._retire([model], reason=reason, keep=True)
 
     async def refresh(self) -> None:
@@ -241,6 +244,10 @@ class Registry:
         for version in reversed(scan.published):
             if len(scan.wanted) == self._versions_to_serve:
                 break
+            if fresh:
+                self._withdrawn.discard((name, version))
+            elif (name, version) in self._withdrawn:
+                continue
             known = self._entries.get((name, version))
             if not fresh and version in serving:
                 scan.wanted.add(version)

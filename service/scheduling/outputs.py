@@ -57,3 +57,10 @@ def finite_rows(outputs: Outputs) -> npt.NDArray[np.bool_] | None:
 def not_finite(model: str) -> ModelFault:
     """The error of an image whose row of the outputs is not finite."""
     return ModelFault(f"{model} gave NaN or infinite outputs for this image: use another model", kind="not-finite")
+
+
+def raisable(error: BaseException) -> Exception:
+    """An error of the engine, in a form that a future can carry to its caller without ending the event loop."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    return RuntimeError(repr(error))

@@ -3,6 +3,7 @@
 import asyncio
 import heapq
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,3 +139,25 @@ class Queue:
     def _keep(self, places: list[tuple[Key, int, Entry]]) -> None:
         heapq.heapify(places)
         self._heap = places
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A batch that was run, as it is reported to an observer."""
+
+    queue: Queue
+    images: int
+    size: int
+    """Rows computed by the engine: `images` and padding."""
+    seconds: float
+    faults: Sequence[Exception] = ()
+    """Why images were not answered, one for each of them."""
+    retried: Exception | None = None
+    """Why the whole batch failed, so that its images are run again, each alone."""
+    hung: bool = False
+    """Whether the watchdog had given it up: its duration says nothing about the next one."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether nothing of the batch was answered."""
+        return self.retried is not None or len(self.faults) == self.images

@@ -25,8 +25,17 @@ import structlog
 
 from service.errors import NotReady
 from service.scheduling.cost import Load
-from service.scheduling.outputs import Output, Outputs, Pixels, RunBatch, finite_rows, not_finite, require_shape
-from service.scheduling.queue import Entry, Queue
+from service.scheduling.outputs import (
+    Output,
+    Outputs,
+    Pixels,
+    RunBatch,
+    finite_rows,
+    not_finite,
+    raisable,
+    require_shape,
+)
+from service.scheduling.queue import Batch, Entry, Queue
 from service.scheduling.request import RequestState
 from service.scheduling.watchdog import Patience, Run, Watchdog, end_process
 
@@ -37,28 +46,6 @@ log = structlog.get_logger()
 
 _JOIN_SECONDS = 5.0
 """How long `close` waits for the engine. By then all requests are answered: what still runs is for nobody."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """A batch that was run, as it is reported to an observer."""
-
-    queue: Queue
-    images: int
-    size: int
-    """Rows computed by the engine: `images` and padding."""
-    seconds: float
-    faults: Sequence[Exception] = ()
-    """Why images were not answered, one for each of them."""
-    retried: Exception | None = None
-    """Why the whole batch failed, so that its images are run again, each alone."""
-    hung: bool = False
-    """Whether the watchdog had given it up: its duration says nothing about the next one."""
-
-    @property
-    def failed(self) -> bool:
-        """Whether nothing of the batch was answered."""
-        return self.retried is not None or len(self.faults) == self.images
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -242,7 +229,7 @@ class Scheduler:
             outputs = require_shape(queue.run(queue.fill(batch)), model=queue.title, rows=size, classes=queue.classes)
             finite = finite_rows(outputs)
         except BaseException as error:  # noqa: BLE001 (it is raised in the callers, and the thread goes on)
-            failure = _raisable(error)
+            failure = raisable(error)
         seconds = self._clock() - started
         report = Batch(queue=queue, images=len(batch), size=size, seconds=seconds, hung=self.hang is not None)
         queue.running = self._run = None
@@ -339,10 +326,3 @@ class Scheduler:
 def _reject(expired: list[Entry]) -> None:
     for entry in expired:
         entry.settle(entry.state.error("while the image waited for the engine"))
-
-
-def _raisable(error: BaseException) -> Exception:
-    """The error, in a form that a future can carry to its caller without ending the event loop."""
-    if isinstance(error, Exception) and not isinstance(error, StopIteration):
-        return error
-    return RuntimeError(repr(error))

@@ -104,6 +104,8 @@ def test_a_model_that_keeps_failing_is_taken_out_and_comes_back_by_request(clien
     assert name not in [model.name for model in pipeline.registry.families["identity"]]
     assert client.post("/v1/classify?model=identity", content=picture(1)).status_code == 200
     assert client.portal
+    client.portal.call(pipeline.registry.refresh)
+    assert index(client, name)["state"] == "UNAVAILABLE", "polling does not bring it back"
     client.portal.call(pipeline.registry.load, name)
     assert index(client, name)["state"] == "READY"
     assert client.post(f"/v1/classify?model={name}", content=picture(1)).status_code == 200
