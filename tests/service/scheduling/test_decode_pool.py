@@ -8,6 +8,7 @@ import pytest
 
 from service.errors import BadImage, ClientDisconnected, DeadlineExceeded
 from service.manifest import Preprocessing
+from service.scheduling.backlog import work_of
 from service.scheduling.cost import Cost, Load
 from service.scheduling.decode_pool import DecodePool, Lane
 from service.scheduling.request import Priority, RequestState
@@ -148,7 +149,7 @@ def test_closing_cancels_waiting_jobs() -> None:
     drive(scenario)
 
 
-def test_decoding_is_counted_in_the_backlog_and_large_images_do_not_teach_the_cost_model() -> None:
+def test_decoding_is_counted_in_the_backlog_in_the_lane_of_each_image() -> None:
     preprocessing = Preprocessing(resize=8, crop=8, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1))
     ticks = iter(range(1000))
     load = Load(clock=lambda: float(next(ticks)))
@@ -158,18 +159,24 @@ def test_decoding_is_counted_in_the_backlog_and_large_images_do_not_teach_the_co
     async def scenario() -> None:
         pool = DecodePool(scheduler, load, max_pixels=10_000_000)
         state = RequestState(seconds=60_000, arrived_at=0.0)
-        queue.backlog.accept(state, 3, encoded=True)
+        images = [encoded(noise(1500, 1000)), PNG, PNG[:60]]
+        works = pool.work_of(images, preprocessing)
+        large, small, damaged = works
+        queue.backlog.accept(state, work_of(3, works))
+        assert (queue.backlog.of_class[0].large, queue.backlog.of_class[0].small) == (large, small + damaged)
         try:
-            pixels, seconds = await pool.decode(encoded(noise(1500, 1000)), preprocessing, state, queue)
-            assert (pixels.shape, seconds >= 2, load.decode_seconds) == ((8, 8, 3), True, 0)
-            await pool.decode(PNG, preprocessing, state, queue)
+            pixels, _ = await pool.decode(images[0], preprocessing, state, queue, large)
+            assert (pixels.shape, load.decode_seconds) == ((8, 8, 3), 0)
+            assert queue.backlog.of_class[0].large == 0
+            await pool.decode(images[1], preprocessing, state, queue, small)
             assert load.decode_seconds > 0
             with pytest.raises(BadImage):
-                await pool.decode(PNG[:60], preprocessing, state, queue)
+                await pool.decode(images[2], preprocessing, state, queue, damaged)
         finally:
             pool.close()
 
     asyncio.run(scenario())
     backlog = queue.backlog
     assert (backlog.undecoded, backlog.decoding) == (0, {False: 0, True: 0})
+    assert (backlog.of_class[0].small, backlog.of_class[0].large) == (0, 0)
     assert backlog.waiting == 2, "the damaged one will never reach the engine"

@@ -309,7 +309,7 @@ def test_closing_finishes_the_running_batch_and_cancels_waiting_images() -> None
 def test_a_free_engine_waits_only_while_more_images_are_decoded_than_there_are_decoders() -> None:
     clock = Clock()
     load = Load(decode_threads=2, clock=clock)
-    load.decoded(0.010)
+    load.decoded(0.010, 1_000_000)
     queue = Queue("any", Echo().run, Cost({1: 0.005, 2: 0.010}, load))
     states = [RequestState(seconds=60, arrived_at=clock.now) for _ in range(3)]
     batch = RequestState(seconds=60, priority="batch", arrived_at=clock.now)
