@@ -26,8 +26,8 @@ log = structlog.get_logger()
 _ROUTES = {"/classify": "/v1/classify", "/infer": "/v2/models/{name}/infer"}
 """The ends of the paths of inference, and their routes in metrics."""
 
-_CALM_SECONDS = 0.005
-"""A lag that leaves every request its chance: nothing more is looked at."""
+_CALM_SECONDS = 0.025
+"""A delay by the loop's lag that leaves every request its chance: nothing more is looked at."""
 
 _DEADLINE, _PRIORITY, _REQUEST_ID = DEADLINE_HEADER.lower().encode(), PRIORITY_HEADER.lower().encode(), b"x-request-id"
 _DEADLINE_IN_QUERY = re.compile(rb"(?:^|&)deadline_ms=([^&]*)")
@@ -75,11 +75,8 @@ class Shedding:
 
     def _reason(self, scope: Scope) -> Reason | None:
         """Why the request has no chance; None if it may have one."""
-        now = time.perf_counter()
-        age: float = now - scope.get("state", {}).get("first_byte_at", now)
-        lag = max(age, self._lag.seconds)
-        crowded = self._admission.room.crowded
-        if lag < _CALM_SECONDS and not crowded:
+        delay, crowded = self._lag.delay_seconds, self._admission.room.crowded
+        if delay < _CALM_SECONDS and not crowded:
             return None
         query: bytes = scope["query_string"]
         found = _DEADLINE_IN_QUERY.search(query)
@@ -94,8 +91,9 @@ class Shedding:
             return "images"
         if deadline_ms == math.inf:
             deadline_ms = self._default_ms
-        allowed = self._margin * min(deadline_ms, self._longest_ms) / 1000 - age
-        return "lag" if self._lag.delay(lag) > allowed else None
+        now = time.perf_counter()
+        age: float = now - scope.get("state", {}).get("first_byte_at", now)
+        return "lag" if age + delay > self._margin * min(deadline_ms, self._longest_ms) / 1000 else None
 
     async def _refuse(self, scope: Scope, send: Send, reason: Reason, route: str) -> None:
         offered = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"")

@@ -27,19 +27,26 @@ class _Ahead:
     """Work of one priority class that comes before a request."""
 
     engine: Counter[Queue] = field(default_factory=Counter)
-    """Images that the engine has yet to answer, by queue."""
+    """Images that the engine has yet to answer, by queue, without those that the large lane has yet to decode."""
+    undecoded: Counter[Queue] = field(default_factory=Counter)
+    """The latter: small images do not wait for them."""
     small: int = 0
     large: int = 0
 
     def add(self, queue: Queue, work: Work) -> None:
-        self.engine[queue] += work.waiting
+        self.engine[queue] += work.waiting - work.large_images
+        if work.large_images:
+            self.undecoded[queue] += work.large_images
         self.small += work.small
         self.large += work.large
 
-    @property
-    def seconds(self) -> float:
-        """Seconds of the engine."""
-        return _seconds(self.engine)
+    def plus(self, queue: Queue, images: int) -> "_Ahead":
+        """With so many images more for the engine."""
+        return _Ahead(self.engine + Counter({queue: images}), self.undecoded, self.small, self.large)
+
+    def seconds(self, *, large: bool = True) -> float:
+        """Seconds of the engine; `large`: also for what the large lane has yet to decode."""
+        return _seconds(self.engine + self.undecoded if large else self.engine)
 
 
 class Admission:
@@ -134,8 +141,9 @@ class Admission:
         # What the other class gets done in the meantime: of its work, for each second of one's own.
         ratio = 1 / self._overtaking if state.key.batch else self._overtaking
         done, left = self._running()
-        work = _seconds(own.engine + Counter({queue: images}))
-        work += min(other.seconds, ratio * work)
+        large = any(work > LARGE_WORK for work in decoding)
+        work = own.plus(queue, images).seconds(large=large)
+        work += min(other.seconds(large=large), ratio * work)
         # The running batch is finished first, also if the request overtakes everything else.
         engine = max(left + queue.cost.total(images), work - done)
         if decoding:
@@ -157,7 +165,7 @@ class Admission:
         decode = self._load.seconds_per_pixel * max(
             work.small / self._load.decode_threads, work.large / self._load.large_threads
         )
-        return max(0.0, work.seconds - self._running()[0], decode) + self._lag.delay_seconds
+        return max(0.0, work.seconds() - self._running()[0], decode) + self._lag.delay_seconds
 
     def _is_last(self, state: RequestState) -> bool:
         """Whether all accepted work of its class comes before the request's, as when all have the same deadline."""
@@ -195,10 +203,11 @@ class Admission:
         later = [other for other in self._accepted if other.key.batch == batch and other.key > state.key]
         later.sort(key=lambda other: other.key)
         started = self._clock() - self._running()[0]
-        everything = _seconds(self._all_work(batch=batch).engine + Counter({queue: images}))
+        everything = self._all_work(batch=batch).plus(queue, images).seconds()
         if started + everything <= min((other.deadline for other in later), default=math.inf):
             return 0.0
-        without = self._work_ahead(state).engine.copy()
+        ahead = self._work_ahead(state)
+        without = ahead.engine + ahead.undecoded
         with_it = without + Counter({queue: images})
         worst = 0.0
         for other in later:

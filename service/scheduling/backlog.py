@@ -20,6 +20,8 @@ class Work:
     """Work of decoding in the lane for small images, in pixels."""
     large: int = 0
     """Work of decoding in the lane for large ones."""
+    large_images: int = 0
+    """Images in that lane, or waiting for it."""
 
     def add(self, other: "Work", sign: int = 1) -> None:
         """Add another's work, or subtract it with -1."""
@@ -27,12 +29,19 @@ class Work:
         self.undecoded += sign * other.undecoded
         self.small += sign * other.small
         self.large += sign * other.large
+        self.large_images += sign * other.large_images
 
 
 def work_of(images: int, decoding: Sequence[int]) -> Work:
     """The work of so many images; `decoding` has the work of each in pixels, and is empty if they need none."""
-    large = sum(work for work in decoding if work > LARGE_WORK)
-    return Work(waiting=images, undecoded=len(decoding), small=sum(decoding) - large, large=large)
+    large = [work for work in decoding if work > LARGE_WORK]
+    return Work(
+        waiting=images,
+        undecoded=len(decoding),
+        small=sum(decoding) - sum(large),
+        large=sum(large),
+        large_images=len(large),
+    )
 
 
 class Backlog:
@@ -68,6 +77,7 @@ class Backlog:
                 each.undecoded -= 1
                 if work > LARGE_WORK:
                     each.large -= work
+                    each.large_images -= 1
                 else:
                     each.small -= work
 

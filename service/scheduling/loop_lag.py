@@ -1,4 +1,4 @@
-"""How late the event loop is: work that queues in front of it is seen by nothing else."""
+"""How late the event loop is: what queues in front of it is seen by nothing else."""
 
 import asyncio
 import time
@@ -12,7 +12,7 @@ _WINDOW_SECONDS = 15.0
 
 
 class LoopLag:
-    """Measured by a timer that is due every 20 ms, and by the age at which requests get their turn."""
+    """Measured by a timer that is due every 20 ms; within a long turn of the loop, by how long it is overdue."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -36,13 +36,9 @@ class LoopLag:
         late = self._clock() - self._due
         return late if late > self._last else self._last
 
-    def delay(self, lag: float) -> float:
-        """What a lag adds to the time of a request."""
-        return _TURNS * lag
-
     @property
     def delay_seconds(self) -> float:
-        """What the present lag adds to the time of a request."""
+        """What the lag adds to the time of a request."""
         return _TURNS * self.seconds
 
     @property
