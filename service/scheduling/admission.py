@@ -8,7 +8,6 @@ deadline.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
@@ -26,27 +25,30 @@ from service.scheduling.scheduler import Queue, Scheduler
 class _Ahead:
     """Work of one priority class that comes before a request."""
 
-    engine: Counter[Queue] = field(default_factory=Counter)
-    """Images that the engine has yet to answer, by queue, without those that the large lane has yet to decode."""
-    undecoded: Counter[Queue] = field(default_factory=Counter)
-    """The latter: small images do not wait for them."""
+    engine: dict[Queue, int] = field(default_factory=dict)
+    """Images that the engine has yet to answer, without those that the large lane has yet to decode."""
+    undecoded: dict[Queue, int] = field(default_factory=dict)
+    """The latter, of the same queues: small images do not wait for them."""
     small: int = 0
     large: int = 0
+    """Work of decoding in each lane, in pixels."""
 
     def add(self, queue: Queue, work: Work) -> None:
-        self.engine[queue] += work.waiting - work.large_images
-        if work.large_images:
-            self.undecoded[queue] += work.large_images
+        self.engine[queue] = self.engine.get(queue, 0) + work.waiting - work.large_images
+        self.undecoded[queue] = self.undecoded.get(queue, 0) + work.large_images
         self.small += work.small
         self.large += work.large
 
-    def plus(self, queue: Queue, images: int) -> "_Ahead":
-        """With so many images more for the engine."""
-        return _Ahead(self.engine + Counter({queue: images}), self.undecoded, self.small, self.large)
-
-    def seconds(self, *, large: bool = True) -> float:
-        """Seconds of the engine; `large`: also for what the large lane has yet to decode."""
-        return _seconds(self.engine + self.undecoded if large else self.engine)
+    def seconds(self, queue: Queue | None = None, images: int = 0, *, large: bool = True) -> float:
+        """Seconds of the engine, with so many images more; `large`: also for what the large lane has yet to decode."""
+        seconds = 0.0
+        for other, count in self.engine.items():
+            waiting = count + self.undecoded[other] if large else count
+            if other is queue:
+                waiting, queue = waiting + images, None
+            if waiting > 0:
+                seconds += other.cost.total(waiting)
+        return seconds + queue.cost.total(images) if queue else seconds
 
 
 class Admission:
@@ -142,8 +144,9 @@ class Admission:
         ratio = 1 / self._overtaking if state.key.batch else self._overtaking
         done, left = self._running()
         large = any(work > LARGE_WORK for work in decoding)
-        work = own.plus(queue, images).seconds(large=large)
-        work += min(other.seconds(large=large), ratio * work)
+        work = own.seconds(queue, images, large=large)
+        if other.engine:
+            work += min(other.seconds(large=large), ratio * work)
         # The running batch is finished first, also if the request overtakes everything else.
         engine = max(left + queue.cost.total(images), work - done)
         if decoding:
@@ -203,19 +206,16 @@ class Admission:
         later = [other for other in self._accepted if other.key.batch == batch and other.key > state.key]
         later.sort(key=lambda other: other.key)
         started = self._clock() - self._running()[0]
-        everything = self._all_work(batch=batch).plus(queue, images).seconds()
+        everything = self._all_work(batch=batch).seconds(queue, images)
         if started + everything <= min((other.deadline for other in later), default=math.inf):
             return 0.0
         ahead = self._work_ahead(state)
-        without = ahead.engine + ahead.undecoded
-        with_it = without + Counter({queue: images})
+        ahead = _Ahead(dict(ahead.engine), dict(ahead.undecoded))
         worst = 0.0
         for other in later:
-            other_queue, left = self._accepted[other]
-            for work in (without, with_it):
-                work[other_queue] += left.waiting
-            finish = started + _seconds(with_it)
-            if finish > other.deadline >= started + _seconds(without):
+            ahead.add(*self._accepted[other])
+            finish = started + ahead.seconds(queue, images)
+            if finish > other.deadline >= started + ahead.seconds():
                 worst = max(worst, finish - other.deadline)
         return worst
 
@@ -280,7 +280,3 @@ class Place:
 
 
 _NOTHING = _Ahead()
-
-
-def _seconds(work: Counter[Queue]) -> float:
-    return sum(queue.cost.total(images) for queue, images in work.items() if images > 0)
