@@ -41,6 +41,9 @@ class Entry:
             self.answer.set_exception(result)
 
 
+_Waiting = tuple[Key, int, Entry]
+
+
 class Queue:
     """The images of one model that wait for the engine."""
 
@@ -56,17 +59,27 @@ class Queue:
         self.running: tuple[float, float] | None = None
         """Start of the running batch on the scheduler's clock, and its predicted seconds."""
         self.backlog = Backlog()
-        self._heap: list[tuple[Key, int, Entry]] = []
+        self._heaps: tuple[list[_Waiting], list[_Waiting]] = [], []
+        """Interactive and batch images."""
         self._numbers = itertools.count()
         self._buffers: dict[int, Pixels] = {}
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._heaps[0]) + len(self._heaps[1])
 
-    @property
-    def head(self) -> Key:
+    def waits(self, *, batch: bool) -> bool:
+        """Whether images of the priority class wait."""
+        return bool(self._heaps[batch])
+
+    def head(self, *, batch_first: bool = False) -> Key:
         """Key of the next image. There must be one."""
-        return self._heap[0][0]
+        interactive, batch = self._heaps
+        return (batch if batch and (batch_first or not interactive) else interactive)[0][0]
+
+    def rank(self, *, batch_first: bool) -> tuple[bool, Key]:
+        """Its place among the queues, by what it would run next. There must be an image."""
+        head = self.head(batch_first=batch_first)
+        return batch_first and not head.batch, head
 
     def holds(self, now: float, load: Load) -> bool:
         """Whether the next batch should wait for images that are about to be decoded.
@@ -74,50 +87,45 @@ class Queue:
         Only while more images are in the decode pool than its threads can work on, there is room in the batch, and the
         deadline of the most urgent image leaves time to decode a full batch and to run two.
         """
-        limit, head, decoding = self.cost.limit, self.head, self.backlog.decoding
-        if decoding[False] + (decoding[True] if head.batch else 0) <= load.decode_threads or len(self._heap) >= limit:
+        limit, head, decoding = self.cost.limit, self.head(), self.backlog.decoding
+        if decoding[False] + (decoding[True] if head.batch else 0) <= load.decode_threads or len(self) >= limit:
             return False
         return head.deadline - now > limit * load.decode_seconds + 2 * self.cost.seconds(limit)
 
     def push(self, entry: Entry) -> None:
         """Add an image."""
         entry.queued = True
-        heapq.heappush(self._heap, (entry.state.key, next(self._numbers), entry))
+        heapq.heappush(self._heaps[entry.state.key.batch], (entry.state.key, next(self._numbers), entry))
 
     def discard(self, entry: Entry) -> None:
         """Take an image out, if it is there."""
         if entry.queued:
-            self._keep([place for place in self._heap if place[2] is not entry])
-            entry.queued = False
+            self._take_out([entry])
 
     def drop_expired(self, now: float) -> list[Entry]:
         """Take out all images that nobody waits for or that are too late, wherever they stand in the queue."""
-        over = [entry for _, _, entry in self._heap if entry.over(now)]
-        if over:
-            for entry in over:
-                entry.queued = False
-            self._keep([place for place in self._heap if place[2].queued])
+        over = [entry for heap in self._heaps for _, _, entry in heap if entry.over(now)]
+        self._take_out(over)
         return over
 
     def clear(self) -> list[Entry]:
         """Take out all images."""
-        entries = [entry for _, _, entry in self._heap]
-        for entry in entries:
-            entry.queued = False
-        self._keep([])
+        entries = [entry for heap in self._heaps for _, _, entry in heap]
+        self._take_out(entries)
         return entries
 
-    def pop(self, now: float) -> tuple[list[Entry], list[Entry]]:
+    def pop(self, now: float, *, batch_first: bool = False) -> tuple[list[Entry], list[Entry]]:
         """Take out the images of the next batch, the most urgent first, and the expired ones found on the way."""
         batch: list[Entry] = []
         over: list[Entry] = []
-        while self._heap and len(batch) < self.cost.limit:
-            if batch and (batch[0].alone or self._heap[0][2].alone):
-                return batch, over
-            entry = heapq.heappop(self._heap)[2]
-            entry.queued = False
-            (over if entry.over(now) else batch).append(entry)
-        if batch and not self._heap:
+        for heap in reversed(self._heaps) if batch_first else self._heaps:
+            while heap and len(batch) < self.cost.limit:
+                if batch and (batch[0].alone or heap[0][2].alone):
+                    return batch, over
+                entry = heapq.heappop(heap)[2]
+                entry.queued = False
+                (over if entry.over(now) else batch).append(entry)
+        if batch and not len(self):
             taken = self.cost.take(len(batch))
             for entry in batch[taken:]:
                 self.push(entry)
@@ -136,9 +144,15 @@ class Queue:
         pixels[len(batch) :] = 0
         return pixels
 
-    def _keep(self, places: list[tuple[Key, int, Entry]]) -> None:
-        heapq.heapify(places)
-        self._heap = places
+    def _take_out(self, entries: Sequence[Entry]) -> None:
+        if not entries:
+            return
+        for entry in entries:
+            entry.queued = False
+        for heap in self._heaps:
+            if any(not place[2].queued for place in heap):
+                heap[:] = [place for place in heap if place[2].queued]
+                heapq.heapify(heap)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

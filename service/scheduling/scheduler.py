@@ -3,7 +3,8 @@
 There is one queue per model, and one thread for all engines, so that two models never compete for the same cores. The
 thread takes its batches itself: a free engine does not wait for the event loop's next turn. There is no timer and no
 polling: a single image starts at once, and batches form while the engine is busy. The order is priority, then deadline,
-then arrival. Requests whose client has left or whose deadline has passed are dropped before a batch is formed.
+then arrival; batch work keeps a share of the turns. Requests whose client has left or whose deadline has passed are
+dropped before a batch is formed.
 
 A free engine waits for one thing only: images that wait for a decoder. Then every core is busy, a batch of one would
 take a decoder's core at the highest cost per image, and the next image is about to be decoded. See `Queue.holds`.
@@ -37,6 +38,7 @@ from service.scheduling.outputs import (
 )
 from service.scheduling.queue import Batch, Entry, Queue
 from service.scheduling.request import RequestState
+from service.scheduling.turns import BATCH_SHARE, Turns
 from service.scheduling.watchdog import Patience, Run, Watchdog, end_process
 
 __all__ = ["Batch", "Output", "Outputs", "Pixels", "Queue", "RunBatch", "Scheduler"]
@@ -66,12 +68,18 @@ class Scheduler:
     """Start with `start`, stop with `close`; both on the event loop that calls `submit`."""
 
     def __init__(
-        self, load: Load, *, patience: Patience | None = None, leave: Callable[[str], None] = end_process
+        self,
+        load: Load,
+        *,
+        batch_share: float = BATCH_SHARE,
+        patience: Patience | None = None,
+        leave: Callable[[str], None] = end_process,
     ) -> None:
         """`load`: that of the machine which decoders and engines share.
 
         `patience` says when the engine counts as hung. If it does not come back, `leave` is called with the reason.
         """
+        self._turns = Turns(batch_share)
         self.queues: list[Queue] = []
         self.abandoned = False
         """Whether `close` gave up waiting for the engine, whose thread still runs."""
@@ -287,8 +295,14 @@ class Scheduler:
         for queue in self.queues:
             self._drop(queue.drop_expired(now))
         ready = [queue for queue in self.queues if len(queue) and not queue.holds(now, self._load)]
-        for queue in sorted(ready, key=lambda queue: queue.head):
-            batch, expired = queue.pop(now)
+        if not ready:
+            return None
+        batch_first = self._turns.batch_first(
+            interactive_waits=any(queue.waits(batch=False) for queue in ready),
+            batch_waits=any(queue.waits(batch=True) for queue in ready),
+        )
+        for queue in sorted(ready, key=lambda queue: queue.rank(batch_first=batch_first)):
+            batch, expired = queue.pop(now, batch_first=batch_first)
             self._drop(expired)
             if batch:
                 return queue, batch
