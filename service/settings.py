@@ -138,7 +138,7 @@ class Settings(BaseSettings):
     all, which is safe with API keys too, because a browser sends a key, unlike a cookie, only if the page does."""
 
     max_connections: NonNegativeInt = 0
-    """Largest number of open connections; for one more the oldest unused one is closed, and with all in use it gets 503.
+    """Largest number of open connections; one more replaces the oldest unused one, or gets 503 if all are in use.
     0: as many as the limit of open files allows, up to 10,000. The start fails if they do not fit into that limit."""
     max_head_bytes: Annotated[int, Field(ge=1024)] = 32 * 1024
     """Largest head of a request, in bytes; beyond it requests get 431. Ten times what browsers and proxies send."""

@@ -123,7 +123,7 @@ class Connections:
             self._metrics.connections_closed(reason).inc()
 
     def say(self, event: str, reason: str) -> None:
-        """Log an event of a connection, at most one line for each reason in ten seconds: floods are what they report."""
+        """Log an event of a connection: at most one line for each reason in ten seconds, since floods are reported."""
         now = self.clock()
         if now - self._logged_at.get(reason, -_LOG_SECONDS) >= _LOG_SECONDS:
             self._logged_at[reason] = now

@@ -3,7 +3,7 @@
 import asyncio
 import http
 from collections.abc import Iterable
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import structlog
 from starlette.types import ASGIApp, Message, Scope
@@ -63,7 +63,7 @@ class Wire(Protocol):
 
 
 class Cycle:
-    """The request's `receive` and `send`; its connection feeds it the body. At most 64 KiB and one read are buffered."""
+    """`receive` and `send` of one request; its connection feeds it the body, of which 64 KiB and one read may wait."""
 
     __slots__ = (
         "_bodiless",

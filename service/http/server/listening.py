@@ -2,10 +2,10 @@
 
 import asyncio
 import ctypes
-import sys
 import resource
 import socket
 import struct
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -66,7 +66,7 @@ async def stop_listening(servers: Sequence[asyncio.Server]) -> None:
         for listening in duplicates:
             _ignore_handshakes(listening)
         await asyncio.sleep(_HANDSHAKE_SECONDS)
-        while any(_backlog(listening) for listening in duplicates):
+        while any(_backlog(listening) for listening in duplicates):  # noqa: ASYNC110 (the system tells nobody)
             await asyncio.sleep(0.01)
     finally:
         for listening in duplicates:

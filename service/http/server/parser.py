@@ -1,10 +1,10 @@
 """Bytes of a connection to heads and bodies of requests, by httptools (llhttp in its strict mode), within bounds.
 
 - A head is bounded by `max_head_bytes`, `max_url_bytes` and `max_headers`, and by one read of the socket beyond them.
-- What frames a chunked body (sizes, extensions, trailers) is bounded by `max_head_bytes` between two pieces of the body.
-- What could be read in two ways is refused, so that no proxy can have read it differently. llhttp refuses Content-Length
-  with Transfer-Encoding, either of them twice, bare line feeds, folded lines; this parser other codings than `chunked`,
-  Transfer-Encoding in HTTP/1.0, and a missing or second Host.
+- What frames a chunked body (sizes, extensions, trailers) is bounded by `max_head_bytes` from one piece to the next.
+- What could be read in two ways is refused, so that no proxy can have read it differently. llhttp refuses
+  Content-Length with Transfer-Encoding, either of them twice, bare line feeds, folded lines; this parser other codings
+  than `chunked`, Transfer-Encoding in HTTP/1.0, and a missing or second Host.
 - `Upgrade` is ignored, as RFC 9110 allows: by itself, llhttp would take the body for another protocol.
 """
 
@@ -20,7 +20,7 @@ from service.http.server.connections import ConnectionLimits
 _NOTED: Final = frozenset((b"host", b"expect", b"content-length", b"transfer-encoding"))
 
 
-class Refused(Exception):  # noqa: N818
+class Refused(Exception):
     """These bytes are not read on. `error` is the answer; None ends the connection without one."""
 
     def __init__(self, error: RequestError | None) -> None:
@@ -84,6 +84,7 @@ class Parser:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self._go_on_without_upgrade(data[upgrade.args[0] :])
+            return
         except httptools.HttpParserError as error:
             if isinstance(error.__context__, Refused):
                 raise error.__context__ from None
@@ -142,7 +143,8 @@ class Parser:
         if len(self._url) > limits.max_url_bytes or len(headers) > limits.max_headers or self._head_is_too_large():
             raise Refused(self._too_long())
         version, method = parser.get_http_version(), parser.get_method().decode("ascii")
-        expects_continue, hosts, length = False, 0, 0
+        expects_continue, hosts = False, 0
+        length: int | None = 0
         for name, value in self._noted:
             if name == b"host":
                 hosts += 1

@@ -65,7 +65,8 @@ class HttpProtocol(asyncio.Protocol):
         self._input_ended = self._output_ended = self._at_eof = False
         self._serves_all = self._reads = True
         self._spared = False
-        self._reason, self._wait = "client", None
+        self._reason = "client"
+        self._wait: Wait | None = None
         self.write_blocked = False
         self._writable: asyncio.Event | None = None
 
@@ -97,7 +98,7 @@ class HttpProtocol(asyncio.Protocol):
         self._at_eof = self._input_ended = True
         if self._output_ended or self._reading or not self._answering or self._transport.is_closing():
             return False
-        # The client has closed either its side, or all. In the latter case its system refuses the next bytes: send some.
+        # The client has closed its side, or all. In the latter case its system refuses the next bytes: send some.
         if self._answering.scope["http_version"] == "1.1" and not self._answering.sent:
             self._transport.write(CONTINUE)
         self._settle()
@@ -222,7 +223,7 @@ class HttpProtocol(asyncio.Protocol):
             if broken.sent:
                 self.abort("malformed")
                 return
-        elif broken in self._pipelined:
+        elif broken and broken in self._pipelined:
             self._pipelined.remove(broken)
         self._refusal = error
         if self._answering is None:

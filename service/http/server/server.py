@@ -29,9 +29,9 @@ class Server(uvicorn.Server):
     """uvicorn with our connections, and an end of our own.
 
     SIGTERM or SIGINT: not ready, and every answer is the last one of its connection; after `delay_seconds`, listening
-    ends without losing a connection that was made; each connection is closed once it is answered and unused; the threads
-    end; exit 0. What is left after `graceful_seconds` is aborted, with EXIT_ABORTED. A second signal ends the process at
-    once, with 128 and the signal's number.
+    ends without losing a connection that was made; each connection is closed once it is answered and unused; the
+    threads end; exit 0. What is left after `graceful_seconds` is aborted, with EXIT_ABORTED. A second signal ends the
+    process at once, with 128 and the signal's number.
     """
 
     def __init__(

@@ -1,0 +1,285 @@
+"""How many connections are open, what each may wait for, and how they end."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from service.http.server.connections import RESERVED_FOR_PROBES, ConnectionLimits, Connections, Wait
+from service.metrics import Metrics
+from tests.processes import wait_until
+from tests.service.conftest import Clock
+from tests.service.http.server.bench import LIMITS, Bench, answers, one_answer, serving
+
+GET = b"GET /a HTTP/1.1\r\nHost: h\r\n\r\n"
+WAIT = b"GET /wait HTTP/1.1\r\nHost: h\r\n\r\n"
+PROBE = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
+
+
+class Plain:
+    """A connection that notes what is done to it."""
+
+    def __init__(self, connections: Connections, *, unused: bool = True) -> None:
+        self.done: list[tuple[str, str]] = []
+        self._connections, self._unused = connections, unused
+        self.served = connections.add(self)
+
+    def wait(self, wait: Wait) -> "Plain":
+        wait[self] = self._connections.clock()
+        return self
+
+    def unused(self) -> bool:
+        return self._unused
+
+    def expire(self, reason: str) -> None:
+        self.done.append(("expire", reason))
+
+    def end(self, reason: str) -> None:
+        self.done.append(("end", reason))
+
+    def close(self, reason: str) -> None:
+        self.done.append(("close", reason))
+
+    def abort(self, reason: str) -> None:
+        self.done.append(("abort", reason))
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def made(clock: Clock, **limits: Any) -> Connections:
+    return Connections(ConnectionLimits(**{**LIMITS, **limits}), Metrics(), clock=clock)
+
+
+def test_what_waits_for_too_long_expires_and_nothing_else_does(clock: Clock) -> None:
+    connections = made(clock, keep_alive_seconds=10.0, head_timeout_seconds=5.0, write_timeout_seconds=20.0)
+    waits = (connections.idle, connections.heads, connections.unread)
+    first = [Plain(connections).wait(wait) for wait in waits]
+    clock.now += 4
+    second = [Plain(connections).wait(wait) for wait in waits]
+    clock.now += 1.5
+    connections.sweep()
+    assert [connection.done for connection in (*first, *second)] == [[], [("expire", "slow-head")], [], [], [], []]
+    del connections.heads[first[1]]
+    clock.now += 4.6
+    connections.sweep()
+    assert [connection.done for connection in (first[0], second[0], second[1])] == [
+        [("expire", "idle")],
+        [],
+        [("expire", "slow-head")],
+    ]
+    clock.now += 10
+    connections.sweep()
+    assert [connection.done for connection in (first[2], second[2])] == [[("expire", "slow-reader")], []]
+
+
+def test_without_room_the_connection_that_was_unused_for_longest_makes_place(clock: Clock) -> None:
+    connections = made(clock, max_connections=3)
+    oldest, busy, younger = Plain(connections), Plain(connections), Plain(connections)
+    oldest.wait(connections.idle)
+    clock.now += 5
+    younger.wait(connections.idle)
+    clock.now += 5
+    new = Plain(connections)
+    assert (oldest.done, busy.done, younger.done, new.served) == ([("close", "evicted")], [], [], True)
+    assert connections.open == {busy, younger, new}
+
+
+def test_a_connection_on_which_a_request_may_be_on_its_way_is_not_closed_for_another(clock: Clock) -> None:
+    connections = made(clock, max_connections=2)
+    with_a_request = Plain(connections, unused=False).wait(connections.idle)
+    clock.now += 5
+    just_made = Plain(connections).wait(connections.idle)
+    assert not Plain(connections).served
+    assert with_a_request.done == just_made.done == []
+
+
+def test_without_place_for_probes_either_the_oldest_that_has_not_asked_goes(clock: Clock) -> None:
+    connections = made(clock, max_connections=1)
+    Plain(connections)
+    beyond = [Plain(connections).wait(connections.beyond) for _ in range(RESERVED_FOR_PROBES)]
+    new = Plain(connections)
+    assert beyond[0].done == [("abort", "full")]
+    assert all(connection.done == [] for connection in (*beyond[1:], new))
+
+
+@pytest.fixture
+def small() -> Iterator[Bench]:
+    with serving(max_connections=4) as running:
+        yield running
+
+
+def closed_by_server(client: socket.socket) -> bool:
+    client.settimeout(400)
+    return client.recv(1) == b""
+
+
+def test_idle_connections_make_room_and_busy_ones_do_not(small: Bench) -> None:
+    idle = [small.connect() for _ in range(4)]
+    for client in idle:
+        client.sendall(GET)
+        one_answer(client)
+    time.sleep(1.1)  # younger ones might have a request on the way
+    new = [small.connect() for _ in range(4)]
+    for client in new:
+        client.sendall(WAIT)
+    assert all(closed_by_server(client) for client in idle)
+    wait_until(lambda: [scope["path"] for scope in small.app.scopes].count("/wait") == 4)
+    late = small.connect()
+    late.sendall(GET)
+    [(status, headers, _)] = answers(late)
+    assert (status, headers["connection"]) == (503, "close")
+    # Probes are answered while everything is in use, and the answers in work are not lost.
+    probe = small.connect()
+    probe.sendall(PROBE)
+    assert answers(probe)[0][0] == 200
+    small.app.released.set()
+    assert [one_answer(client)[0] for client in new] == [200] * 4
+    assert small.closed("evicted") == 4
+    for client in (*idle, *new, late, probe):
+        client.close()
+    wait_until(lambda: small.closed("too-many-connections") == 1)
+
+
+def test_a_client_beyond_the_limit_that_asks_nothing_is_told_so(small: Bench) -> None:
+    busy = [small.connect() for _ in range(4)]
+    for client in busy:
+        client.sendall(WAIT)
+    wait_until(lambda: len(small.app.scopes) == 4)
+    silent = small.connect()
+    assert answers(silent)[0][0] == 503
+    for client in (*busy, silent):
+        client.close()
+
+
+def test_a_slow_head_is_answered_408() -> None:
+    with serving(head_timeout_seconds=0.1) as bench, bench.connect() as client:
+        client.sendall(GET)
+        assert one_answer(client)[0] == 200
+        client.sendall(GET[:20])
+        [(status, headers, _)] = answers(client)
+        assert (status, headers["connection"]) == (408, "close")
+    assert bench.closed("head-too-slow") == 1
+
+
+def test_an_idle_connection_ends_after_its_time() -> None:
+    with serving(keep_alive_seconds=0.1) as bench, bench.connect() as client, bench.connect() as silent:
+        client.sendall(GET)
+        assert one_answer(client)[0] == 200
+        assert closed_by_server(client)
+        assert closed_by_server(silent)
+    wait_until(lambda: bench.closed("idle") == 2)
+
+
+def test_a_request_that_arrives_while_the_event_loop_is_late_is_answered() -> None:
+    """An idle connection's time may pass before the loop sees the request in its socket."""
+    with serving(keep_alive_seconds=0.3) as bench, bench.connect() as client, bench.connect() as other:
+        other.sendall(b"GET /block HTTP/1.1\r\nHost: h\r\n\r\n")
+        wait_until(lambda: bench.app.scopes != [])
+        bench.app.released.set()
+        one_answer(other)
+        for _ in range(3):
+            client.sendall(GET)
+            assert one_answer(client)[0] == 200
+            bench.app.released.clear()
+            asked = len(bench.app.scopes)
+            with bench.connect() as blocking:
+                blocking.sendall(b"GET /block HTTP/1.1\r\nHost: h\r\n\r\n")
+                wait_until(lambda asked=asked: len(bench.app.scopes) > asked)  # type: ignore[misc]
+                client.sendall(GET)
+                time.sleep(0.6)
+                bench.app.released.set()
+                assert one_answer(client)[0] == 200
+
+
+def test_a_client_that_does_not_read_its_answer_is_closed_and_its_request_ends() -> None:
+    with serving(write_timeout_seconds=0.2) as bench, bench.connect() as client:
+        client.sendall(b"GET /large HTTP/1.1\r\nHost: h\r\n\r\n" * 3)
+        wait_until(lambda: bench.closed("slow-reader") == 1)
+        wait_until(lambda: not bench.server.server_state.tasks)
+
+
+def test_while_draining_every_answer_is_the_last_of_its_connection() -> None:
+    with serving() as bench, bench.connect() as client, bench.connect() as pipelining:
+        client.sendall(GET)
+        assert one_answer(client)[1]["connection"] == "keep-alive"
+        bench.server.connections.draining = True
+        client.sendall(GET)
+        [(status, headers, _)] = answers(client)
+        assert (status, headers["connection"]) == (200, "close")
+        pipelining.sendall(GET * 3)
+        assert [answer[1]["connection"] for answer in answers(pipelining)] == ["keep-alive", "keep-alive", "close"]
+
+
+def test_connections_that_wait_to_be_accepted_are_answered_at_the_end() -> None:
+    """The system resets them when a listening socket is closed: the server has to accept them before."""
+    with serving() as bench:
+        blocking = bench.connect()
+        blocking.sendall(b"GET /block HTTP/1.1\r\nHost: h\r\n\r\n")
+        wait_until(lambda: bench.app.scopes != [])
+        bench.server.should_exit = True
+        waiting = [bench.connect() for _ in range(40)]
+        for client in waiting:
+            client.sendall(GET)
+        bench.app.released.set()
+        for client in (blocking, *waiting):
+            with client:
+                [(status, headers, _)] = answers(client)
+                assert (status, headers["connection"]) == (200, "close")
+
+
+def test_connections_made_until_listening_ends_are_answered_or_refused() -> None:
+    """Clients connect all the time; none that got a connection may be left without an answer."""
+    with serving() as bench:
+        port, unanswered, answered, refused = bench.port, [0], [0], threading.Event()
+
+        def ask() -> None:
+            while not refused.is_set():
+                try:
+                    client = socket.create_connection(("127.0.0.1", port), timeout=400)
+                except ConnectionRefusedError:
+                    refused.set()
+                    return
+                with client:
+                    try:
+                        client.sendall(GET)
+                        assert one_answer(client)[0] == 200
+                        answered[0] += 1
+                    except OSError:
+                        unanswered[0] += 1
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: answered[0] > 50)
+        bench.server.should_exit = True
+        for thread in threads:
+            thread.join(400)
+        assert unanswered == [0]
+
+
+def test_a_kept_connection_that_was_just_used_gets_its_next_answer_before_the_end() -> None:
+    with serving() as bench, bench.connect() as client:
+        client.sendall(GET)
+        one_answer(client)
+        bench.server.should_exit = True
+        time.sleep(0.4)  # listening has ended; the connection is not quiet for long enough
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"http://127.0.0.1:{client.getpeername()[1]}/a", trust_env=False)
+        client.sendall(GET)
+        assert [answer[0] for answer in answers(client)] == [200]
+
+
+def test_what_does_not_end_in_time_is_aborted_with_a_status_of_its_own() -> None:
+    with serving(graceful_seconds=0.3) as bench, bench.connect() as client:
+        client.sendall(WAIT)
+        wait_until(lambda: bench.app.scopes != [])
+        bench.server.should_exit = True
+        assert closed_by_server(client)
+        wait_until(lambda: bench.left == [4])
