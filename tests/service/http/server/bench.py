@@ -52,7 +52,7 @@ class Echo:
         if path == "/fail":
             raise ValueError("a fault of the application")
         if path == "/block":
-            self.released.wait(PATIENCE_SECONDS)  # noqa: ASYNC251 (the event loop stands still)
+            self.released.wait(PATIENCE_SECONDS)  # the event loop stands still
         if path == "/wait":
             while not self.released.is_set() and path not in self.disconnected:
                 try:
