@@ -29,12 +29,8 @@ def serving(
     command: Sequence[str] | None = None,
     cwd: Path = ROOT,
     environment: dict[str, str] | None = None,
-    before: Callable[[], None] | None = None,
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Serve `repository` until the block ends, by `python -m service` or `command`: the base URL and the process.
-
-    `before` runs in the process first, to set its limits.
-    """
+    """Serve `repository` until the block ends, by `python -m service` or `command`: the base URL and the process."""
     port = free_port()
     process = subprocess.Popen(
         [*(command or [python, "-m", "service"]), "--repository", str(repository), "--port", str(port)],
@@ -42,7 +38,6 @@ def serving(
         env={**os.environ, **(environment or {})},
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=before,
     )
     url = f"http://127.0.0.1:{port}"
     try:

@@ -26,6 +26,8 @@ from tests.clients.checks import get, png
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 400
+SETTLE_SECONDS = 2
+"""Until a proxy that checks health has noticed that a process is back: both may not be missing at once."""
 
 NGINX = """
 daemon off; pid {folder}/pid; error_log {folder}/error.log; worker_processes 1; events {{ }}
@@ -63,7 +65,12 @@ static_resources:
   - name: service
     connect_timeout: 5s
     health_checks:
-    - {{timeout: 5s, interval: 0.25s, unhealthy_threshold: 1, healthy_threshold: 1, http_health_check: {{path: /readyz}}}}
+    - timeout: 5s
+      interval: 0.25s
+      no_traffic_interval: 0.25s
+      unhealthy_threshold: 1
+      healthy_threshold: 1
+      http_health_check: {{path: /readyz}}
     typed_extension_protocol_options:
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
         "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
@@ -107,6 +114,7 @@ def main() -> None:
             counts[f"exit {status}"] += 1
             processes[index] = _start(asked, ports[index])
             _wait_until_ready(ports[index], processes[index])
+            time.sleep(SETTLE_SECONDS)
             print(f"{number + 1} restarts: {dict(sorted(counts.items()))}", flush=True)
     bad = sum(count for name, count in counts.items() if name.startswith(("unanswered", "status 5")))
     good = counts["status 200"] > 0 and counts["exit 0"] == asked.restarts
@@ -175,8 +183,8 @@ def _load(asked: argparse.Namespace, targets: list[int], counts: "Counter[str]")
             try:
                 connection.request("POST", "/v1/classify", image, {} if keeps else {"Connection": "close"})
                 answer = connection.getresponse()
-                answer.read()
-                outcome = f"status {answer.status}"
+                body = answer.read()
+                outcome = f"status {answer.status}" + (f" {body[:60]!r}" if answer.status >= 500 else "")
             except (OSError, http.client.HTTPException) as error:
                 outcome = f"unanswered {type(error).__name__}"
                 connection.close()

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -26,6 +25,9 @@ def listens(url: str) -> bool:
     except OSError:
         return False
     return True
+
+
+FEW_FILES = ["sh", "-c", 'ulimit -n 192; exec "$0" "$@"', sys.executable, "-m", "service"]
 
 
 def connected(url: str) -> socket.socket:
@@ -144,10 +146,7 @@ def test_what_does_not_end_in_time_is_aborted_and_the_exit_status_says_so(reposi
 
 
 def test_idle_connections_leave_descriptors_for_others(repository: Path) -> None:
-    def few_files() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (192, 192))
-
-    with serving(repository, before=few_files) as (url, process), contextlib.ExitStack() as stack:
+    with serving(repository, command=FEW_FILES) as (url, process), contextlib.ExitStack() as stack:
         for _ in range(40):
             stack.enter_context(connected(url))
         time.sleep(1.1)  # younger ones might have a request on the way
@@ -160,15 +159,8 @@ def test_idle_connections_leave_descriptors_for_others(repository: Path) -> None
 
 
 def test_more_connections_than_descriptors_are_an_error_at_start(repository: Path) -> None:
-    command = [sys.executable, "-m", "service", "--repository", str(repository), "--port", "0"]
-    command += ["--max-connections", "500"]
-
-    def few_files() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (192, 192))
-
-    ended = subprocess.run(
-        command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS, preexec_fn=few_files
-    )
+    command = [*FEW_FILES, "--repository", str(repository), "--port", "0", "--max-connections", "500"]
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert ended.returncode == 1
     assert "raise it with `ulimit -n`, or lower max_connections" in ended.stderr
 
