@@ -10,7 +10,9 @@ left without a complete answer and 0 were answered with 5xx.
 
 import argparse
 import http.client
+import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from loadtests.experiment.server import free_port
 from tests.clients.checks import get, png
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.02, help="seconds between two requests of a client")
     parser.add_argument("--delay", type=float, default=2.0, help="shutdown_delay_seconds of the service")
     asked = parser.parse_args()
-    ports = [free_port(), free_port()]
+    ports = [_free_port(), _free_port()]
     with ExitStack() as stack:
         processes = [_start(asked, port) for port in ports]
         stack.callback(lambda: [process.kill() for process in processes])
@@ -121,6 +122,15 @@ def main() -> None:
     sys.exit(0 if good and not bad else 1)
 
 
+def _free_port() -> int:
+    """A port that stays free while its process restarts: not one that the system gives to outgoing connections."""
+    while True:
+        port = random.randrange(10_000, 32_000)  # noqa: S311
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+
+
 def _start(asked: argparse.Namespace, port: int) -> "subprocess.Popen[bytes]":
     words = [asked.service, "-m", "service", "--repository", asked.repository, "--models", asked.model]
     words += ["--port", str(port), "--shutdown-delay-seconds", str(asked.delay), "--log-level", "error"]
@@ -139,7 +149,7 @@ def _wait_until_ready(port: int, process: "subprocess.Popen[bytes]") -> None:
 def _front(asked: argparse.Namespace, ports: list[int]) -> Iterator[int]:
     """A proxy before both processes; its port."""
     with tempfile.TemporaryDirectory() as folder:
-        port, config = free_port(), Path(folder) / "config.yaml"
+        port, config = _free_port(), Path(folder) / "config.yaml"
         template = NGINX if asked.front == "nginx" else ENVOY
         config.write_text(template.format(folder=folder, port=port, first=ports[0], second=ports[1]))
         words = ["nginx", "-c", str(config)]
