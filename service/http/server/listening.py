@@ -14,7 +14,7 @@ from typing import Final
 from service.errors import StartupError
 
 MOST_CONNECTIONS: Final = 10_000
-"""Limit where the limit of descriptors allows as many: idle, they hold about 150 MB."""
+"""Limit where the limit of descriptors allows as many: idle, they hold about 80 MB."""
 _RESERVED_FILES: Final = 80
 """Descriptors left for all but connections: bundles that are loaded, pipes, the log, and connections of probes."""
 _FEWEST_CONNECTIONS: Final = 16
