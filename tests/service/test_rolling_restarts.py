@@ -1,4 +1,4 @@
-"""Restarts under load lose nothing; `python -m tests.clients.rolling_restarts` does the same for as long as one likes."""
+"""Restarts under load lose nothing. `python -m tests.clients.rolling_restarts` does the same at length."""
 
 import shutil
 import subprocess
@@ -11,6 +11,7 @@ from tests.processes import ROOT
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("front", ["none", "nginx", "envoy"])
 def test_every_request_on_an_accepted_connection_is_answered_while_two_processes_restart(
     front: str, repository: Path
