@@ -102,7 +102,7 @@ def main() -> None:
     ports = [_free_port(), _free_port()]
     with ExitStack() as stack:
         processes = [_start(asked, port) for port in ports]
-        stack.callback(lambda: [process.kill() for process in processes])
+        stack.callback(_kill, processes)
         for port, process in zip(ports, processes, strict=True):
             _wait_until_ready(port, process)
         targets = [stack.enter_context(_front(asked, ports))] if asked.front != "none" else ports
@@ -135,6 +135,11 @@ def _start(asked: argparse.Namespace, port: int) -> "subprocess.Popen[bytes]":
     words = [asked.service, "-m", "service", "--repository", asked.repository, "--models", asked.model]
     words += ["--port", str(port), "--shutdown-delay-seconds", str(asked.delay), "--log-level", "error"]
     return subprocess.Popen(words, cwd=ROOT)
+
+
+def _kill(processes: "list[subprocess.Popen[bytes]]") -> None:
+    for process in processes:
+        process.kill()
 
 
 def _wait_until_ready(port: int, process: "subprocess.Popen[bytes]") -> None:

@@ -148,7 +148,7 @@ class _Unclosed(io.BufferedReader):
     """A reader whose end leaves the stream open for the next answer."""
 
     def __init__(self, stream: io.BytesIO) -> None:
-        super().__init__(stream, buffer_size=1)  # type: ignore[arg-type]
+        super().__init__(stream, buffer_size=1)
         self._stream = stream
 
     def close(self) -> None:
