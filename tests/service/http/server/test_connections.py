@@ -1,18 +1,18 @@
 """How many connections are open, what each may wait for, and how they end."""
 
+import asyncio
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 
 from service.http.server.connections import RESERVED_FOR_PROBES, ConnectionLimits, Connections, Wait
 from service.metrics import Metrics
 from tests.processes import wait_until
-from tests.service.conftest import Clock
+from tests.service.conftest import Clock, until
 from tests.service.http.server.bench import LIMITS, Bench, answers, one_answer, serving
 
 GET = b"GET /a HTTP/1.1\r\nHost: h\r\n\r\n"
@@ -177,25 +177,25 @@ def test_an_idle_connection_ends_after_its_time() -> None:
     wait_until(lambda: bench.closed("idle") == 2)
 
 
-def test_a_request_that_arrives_while_the_event_loop_is_late_is_answered() -> None:
-    """An idle connection's time may pass before the loop sees the request in its socket."""
-    with serving(keep_alive_seconds=0.3) as bench, bench.connect() as client, bench.connect() as other:
-        other.sendall(b"GET /block HTTP/1.1\r\nHost: h\r\n\r\n")
-        wait_until(lambda: bench.app.scopes != [])
-        bench.app.released.set()
-        one_answer(other)
-        for _ in range(3):
+def test_a_request_that_arrives_while_its_idle_connection_expires_is_answered() -> None:
+    """The time of a connection may pass before the event loop sees the request in its socket."""
+    with serving(keep_alive_seconds=1000.0) as bench, bench.connect() as client:
+        client.sendall(GET)
+        assert one_answer(client)[0] == 200
+        connections, done = bench.server.connections, threading.Event()
+
+        def arrive_and_expire() -> None:
             client.sendall(GET)
-            assert one_answer(client)[0] == 200
-            bench.app.released.clear()
-            asked = len(bench.app.scopes)
-            with bench.connect() as blocking:
-                blocking.sendall(b"GET /block HTTP/1.1\r\nHost: h\r\n\r\n")
-                wait_until(lambda asked=asked: len(bench.app.scopes) > asked)  # type: ignore[misc]
-                client.sendall(GET)
-                time.sleep(0.6)
-                bench.app.released.set()
-                assert one_answer(client)[0] == 200
+            now = time.monotonic()
+            connections.clock = lambda: now + 2000
+            connections.sweep()
+            connections.clock = time.monotonic
+            done.set()
+
+        # In one callback, so that the loop cannot read in between.
+        bench.server.servers[0].get_loop().call_soon_threadsafe(arrive_and_expire)
+        assert done.wait(400)
+        assert one_answer(client)[0] == 200
 
 
 def test_a_client_that_does_not_read_its_answer_is_closed_and_its_request_ends() -> None:
@@ -264,16 +264,24 @@ def test_connections_made_until_listening_ends_are_answered_or_refused() -> None
         assert unanswered == [0]
 
 
-def test_a_kept_connection_that_was_just_used_gets_its_next_answer_before_the_end() -> None:
-    with serving() as bench, bench.connect() as client:
-        client.sendall(GET)
-        one_answer(client)
-        bench.server.should_exit = True
-        time.sleep(0.4)  # listening has ended; the connection is not quiet for long enough
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"http://127.0.0.1:{client.getpeername()[1]}/a", trust_env=False)
-        client.sendall(GET)
-        assert [answer[0] for answer in answers(client)] == [200]
+def test_at_the_end_a_connection_is_closed_once_it_was_quiet_for_a_second(clock: Clock) -> None:
+    connections = made(clock)
+    unused, with_a_request = Plain(connections), Plain(connections, unused=False)
+    unused.wait(connections.idle)
+    with_a_request.wait(connections.idle)
+
+    async def end() -> None:
+        ended = asyncio.create_task(connections.finish(10))
+        await asyncio.sleep(0.2)
+        assert unused.done == []
+        clock.now += 1
+        await until(lambda: unused.done != [])
+        assert (unused.done[0], with_a_request.done) == (("end", "drained"), [])
+        connections.remove(unused, "drained")
+        connections.remove(with_a_request, "client")
+        assert await ended
+
+    asyncio.run(end())
 
 
 def test_what_does_not_end_in_time_is_aborted_with_a_status_of_its_own() -> None:
