@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import logging
 import os
 import signal
 import socket
@@ -25,6 +26,12 @@ _CLOSE_SECONDS: Final = 10.0
 """Seconds that the threads of engine and decoders may take to end, once no request is left."""
 
 
+def leave_at_once(status: int) -> None:
+    """End the process whatever its threads do, once its log lines are out."""
+    logging.shutdown()
+    os._exit(status)
+
+
 class Server(uvicorn.Server):
     """uvicorn with our connections, and an end of our own.
 
@@ -45,7 +52,7 @@ class Server(uvicorn.Server):
         trusted_proxies: tuple[str, ...] = (),
         delay_seconds: float,
         graceful_seconds: float,
-        leave: Callable[[int], object] = os._exit,
+        leave: Callable[[int], object] = leave_at_once,
     ) -> None:
         """`leave` ends the process with a status, whatever its threads do."""
         self.connections = Connections(limits, pipeline.metrics)
