@@ -3,8 +3,9 @@
 #   DOCKER_BUILDKIT=1 docker build --target cpu --tag stridevit:cpu .
 #   docker run --rm --read-only --tmpfs /tmp --cap-drop ALL --publish 127.0.0.1:8000:8000 stridevit:cpu
 #
-# Flags of `python -m service` may follow the image's name. Stop it with at least `--time 35`: accepted requests have
-# STRIDEVIT_GRACEFUL_TIMEOUT_SECONDS (30) to finish.
+# Flags of `python -m service` may follow the image's name. Stop it with at least `--time 50`: it serves on for
+# STRIDEVIT_SHUTDOWN_DELAY_SECONDS (5), so that proxies notice; accepted requests then have
+# STRIDEVIT_GRACEFUL_TIMEOUT_SECONDS (30) to finish, and its threads 10 s to end.
 #
 # Behind a mirror or a TLS proxy pip takes two secrets, neither of which ends up in the image. Both are optional:
 #   --secret id=pip_conf,src=pip.conf           with `cert = /run/secrets/ca_bundle` if the other one is given too
@@ -54,7 +55,8 @@ ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     STRIDEVIT_HOST=0.0.0.0 \
     STRIDEVIT_PORT=8000 \
-    STRIDEVIT_REPOSITORY=/models
+    STRIDEVIT_REPOSITORY=/models \
+    STRIDEVIT_SHUTDOWN_DELAY_SECONDS=5
 # Readable for the service whatever umask the bundles were made with, and owned by root: it cannot change them.
 COPY --chmod=755 models /models
 USER 10001:10001

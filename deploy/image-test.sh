@@ -64,6 +64,6 @@ Image.radial_gradient("L").resize((640, 480)).convert("RGB").save(sys.stdout.buf
 fi
 python3 deploy/ask.py "http://$("$docker" port "$container" 8000/tcp | sed -n 1p)" "$photo"
 
-"$docker" stop --time 40 "$container" >/dev/null
+"$docker" stop --time 50 "$container" >/dev/null
 code=$("$docker" inspect --format '{{.State.ExitCode}}' "$container")
 [[ $code == 0 ]] || die "SIGTERM must end the service with exit code 0, not $code"

@@ -1,21 +1,18 @@
 """`python -m service`: serve a repository of bundles over HTTP, check it, generate keys and show the settings."""
 
-import asyncio
 import contextlib
 import json
 import logging
 import signal
-import socket
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import structlog
 import typer
-import uvicorn
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -27,12 +24,13 @@ from service.engine_limit import measure_engine_limit, read_images
 from service.errors import StartupError
 from service.flags import with_settings
 from service.http.auth import new_key
+from service.http.server.connections import ConnectionLimits
+from service.http.server.listening import connections_within_file_limit
+from service.http.server.server import Server
 from service.models.model import Model
 from service.models.registry import Entry
-from service.pipeline import Pipeline
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
-from service.scheduling.watchdog import end_process
 from service.settings import Settings
 
 # Locals in a traceback would show the hashes of keys.
@@ -45,7 +43,11 @@ def serve(settings: Settings) -> None:
     """Serve image classification models over HTTP.
 
     `/` is a page to try it, `/docs` documents the API, and `/metrics` has the metrics. SIGTERM or Ctrl-C finishes the
-    accepted requests, then exits.
+    accepted requests, then exits; a second one exits at once.
+
+    The exit status is 0 if all accepted requests were answered, 4 if some did not finish within
+    `graceful_timeout_seconds`, 70 if the engine hung, 128 and the signal's number after a second signal, 1 or 3 if the
+    start failed, and 2 if the settings are invalid.
 
     Every flag is also an environment variable, `STRIDEVIT_MAX_BATCH` for `--max-batch`, and a line in the TOML file
     that `--config` names: flags override the environment, which overrides the file. Lists are separated by commas.
@@ -55,20 +57,17 @@ def serve(settings: Settings) -> None:
     """
     _configure_logging(settings.log_level)
     application = create_app(settings)
-    server = _Server(
-        uvicorn.Config(
-            application,
-            host=settings.host,
-            port=settings.port,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=bool(settings.trusted_proxies),
-            forwarded_allow_ips=list(settings.trusted_proxies),
-            timeout_graceful_shutdown=settings.graceful_timeout_seconds,
-        ),
+    limits = {field.name: getattr(settings, field.name) for field in fields(ConnectionLimits)}
+    limits["max_connections"] = connections_within_file_limit(settings.max_connections)
+    server = Server(
+        application,
         application.state.pipeline,
+        ConnectionLimits(**limits),
+        host=settings.host,
+        port=settings.port,
+        trusted_proxies=settings.trusted_proxies,
         delay_seconds=settings.shutdown_delay_seconds,
+        graceful_seconds=settings.graceful_timeout_seconds,
     )
     # After shutdown, uvicorn raises the signal that stopped it again. All is done by then: ignore it, and exit with 0.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -175,25 +174,6 @@ def show_settings(
     for name, value in flags.values(settings):
         table.add_row(name, escape(value), escape(origins[name]))
     Console().print(table)
-
-
-class _Server(uvicorn.Server):
-    """At shutdown: reports that it is not ready, serves on for the delay, then finishes what it accepted."""
-
-    def __init__(self, config: uvicorn.Config, pipeline: Pipeline, *, delay_seconds: float) -> None:
-        super().__init__(config)
-        self._pipeline, self._delay_seconds = pipeline, delay_seconds
-
-    def run(self, sockets: list[socket.socket] | None = None) -> None:
-        super().run(sockets)
-        if self._pipeline.scheduler.abandoned:
-            # Native code still runs: to end in the usual way would take its libraries from under it.
-            end_process("the service was stopped, and the engine did not end its work")
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._pipeline.ready = False
-        await asyncio.sleep(self._delay_seconds)
-        await super().shutdown(sockets)
 
 
 def _configure_logging(level: str) -> None:

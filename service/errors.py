@@ -7,6 +7,10 @@ ServiceError
 └── RequestError                one request, or one image of it, cannot be answered; others are not affected
     ├── BadRequest              400 malformed
     ├── InvalidParameter        422 a parameter of the query, or a header, is out of its range
+    ├── UrlTooLong              414 a URL longer than the limit
+    ├── HeadTooLarge            431 more bytes or headers than the limits
+    ├── HeadTooSlow             408 did not arrive in time
+    ├── TooManyConnections      503 all connections are in use
     ├── BodyTooLarge            413 more bytes than the limit
     ├── BodyTooSlow             408 did not arrive in time
     ├── ImageError              one image cannot be used
@@ -62,6 +66,22 @@ class BadRequest(RequestError, status=400, code="bad-request"):
 
 class InvalidParameter(RequestError, status=422, code="invalid-parameter"):
     """A parameter of the query, or a header, is out of its range."""
+
+
+class UrlTooLong(RequestError, status=414, code="url-too-long"):
+    """The URL is longer than the limit."""
+
+
+class HeadTooLarge(RequestError, status=431, code="head-too-large"):
+    """The request's head has more bytes or headers than the limits."""
+
+
+class HeadTooSlow(RequestError, status=408, code="head-too-slow"):
+    """The request's head did not arrive in time. Nothing was done: it is safe to retry."""
+
+
+class TooManyConnections(RequestError, status=503, code="too-many-connections"):
+    """All connections are in use. Nothing was done: it is safe to retry."""
 
 
 class BodyTooLarge(RequestError, status=413, code="body-too-large"):

@@ -68,6 +68,12 @@ class Metrics:
         self.choices = counter(
             "choices", "Requests for a family, by the chosen model and the reason.", "family", "model", "reason"
         )
+        self.connections_closed = counter(
+            "connections_closed",
+            "Connections closed, by reason: client, answered (Connection: close), a limit, or the error's code.",
+            "reason",
+        )
+        self.open_connections = Gauge("stridevit_open_connections", "Connections that are open.", registry=registry)
         peak = Gauge("stridevit_peak_memory_bytes", "Largest resident memory so far.", registry=registry)
         peak.set_function(peak_bytes)
         ProcessCollector(registry=registry)

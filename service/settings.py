@@ -44,6 +44,7 @@ _BOUNDED: Final = (
     ("max_body_bytes", "max_pending_bytes", _NEVER_ADMITTED),
     ("default_deadline_ms", "max_deadline_ms", ""),
     ("hang_min_seconds", "hang_max_seconds", ""),
+    ("max_url_bytes", "max_head_bytes", ": a URL is a part of the head"),
 )
 """Settings that may not exceed another one."""
 
@@ -136,6 +137,23 @@ class Settings(BaseSettings):
     cors_origins: _List[_Origin] = ()
     """Origins whose pages may call the service from a browser, such as `https://example.com`; empty: CORS is off; `*`:
     all, which is safe with API keys too, because a browser sends a key, unlike a cookie, only if the page does."""
+
+    max_connections: NonNegativeInt = 0
+    """Largest number of open connections; one more replaces the oldest unused one, or gets 503 if all are in use.
+    0: as many as the limit of open files allows, up to 10,000. The start fails if they do not fit into that limit."""
+    max_head_bytes: Annotated[int, Field(ge=1024)] = 32 * 1024
+    """Largest head of a request, in bytes; beyond it requests get 431. Ten times what browsers and proxies send."""
+    max_url_bytes: Annotated[int, Field(ge=256)] = 8 * 1024
+    """Largest URL, in bytes; beyond it requests get 414. Nothing here needs a long one: images are in the body."""
+    max_headers: Annotated[int, Field(ge=16)] = 100
+    """Largest number of headers; beyond it requests get 431. Each costs far more memory than its bytes."""
+    head_timeout_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds that a request's head may take from its first byte, before it gets 408: so long it holds a connection."""
+    keep_alive_seconds: Annotated[float, Field(gt=0)] = 75.0
+    """Seconds after which an idle connection is closed. More than the 60 s after which nginx and many load balancers
+    close theirs: the side that sends the next request should be the one that closes."""
+    write_timeout_seconds: Annotated[float, Field(gt=0)] = 20.0
+    """Seconds that a client may leave an answer unread in full buffers, before its connection is closed."""
 
     api_key_hashes: _List[_Hash] = Field(default=(), repr=False)
     """SHA-256 in hexadecimal of each accepted API key; empty: no key is needed. `stridevit key` generates a key

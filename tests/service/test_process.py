@@ -1,21 +1,20 @@
 """The service as its users run it: a process and a socket."""
 
-import asyncio
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 
-from service.__main__ import _Server
 from tests.processes import PATIENCE_SECONDS, ROOT, serving, wait_until
 from tests.service.conftest import PNG
 
@@ -26,6 +25,22 @@ def listens(url: str) -> bool:
     except OSError:
         return False
     return True
+
+
+FEW_FILES = ["sh", "-c", 'ulimit -n 192; exec "$0" "$@"', sys.executable, "-m", "service"]
+
+
+def connected(url: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=PATIENCE_SECONDS)
+
+
+def gauge(url: str, name: str) -> float:
+    """A gauge of the service; -1 if it does not answer."""
+    with contextlib.suppress(httpx.TransportError):
+        for line in httpx.get(url + "/metrics", trust_env=False).text.splitlines():
+            if line.startswith(f"stridevit_{name} "):
+                return float(line.split()[1])
+    return -1.0
 
 
 @pytest.fixture(scope="module")
@@ -96,24 +111,58 @@ def test_in_the_shutdown_delay_it_is_not_ready_and_serves_on(repository: Path) -
         process.kill()
 
 
-def test_shutdown_reports_not_ready_then_waits_then_closes(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[object] = []
+def test_a_second_signal_ends_it_at_once(repository: Path) -> None:
+    with serving(repository, environment={"STRIDEVIT_SHUTDOWN_DELAY_SECONDS": "600"}) as (url, process):
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(url + "/readyz").status_code == 503)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
 
-    class Pipeline:
-        ready = True
 
-    async def sleep(seconds: float) -> None:
-        steps.extend([("ready", pipeline.ready), ("delay", seconds)])
+def test_clients_that_never_send_or_read_do_not_keep_it_from_ending(repository: Path) -> None:
+    environment = {"STRIDEVIT_WRITE_TIMEOUT_SECONDS": "1", "STRIDEVIT_GRACEFUL_TIMEOUT_SECONDS": "300"}
+    with serving(repository, environment=environment) as (url, process), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connected(url)) for _ in range(60)]
+        head = b"POST /v1/classify HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % len(PNG)
+        for client in clients[:20]:
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:  # until neither side takes more: no answer is ever read
+                    client.send(head + PNG)
+        for client in clients[20:40]:
+            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n" * 500)
+        wait_until(lambda: gauge(url, "pending_images") == 0)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_SECONDS) == 0
 
-    async def close(*_: object) -> None:
-        steps.append("closed")
 
-    pipeline = Pipeline()
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    monkeypatch.setattr(uvicorn.Server, "shutdown", close)
-    server = _Server(uvicorn.Config("no:app"), pipeline, delay_seconds=5)  # type: ignore[arg-type]
-    asyncio.run(server.shutdown())
-    assert steps == [("ready", False), ("delay", 5), "closed"]
+def test_what_does_not_end_in_time_is_aborted_and_the_exit_status_says_so(repository: Path) -> None:
+    environment = {"STRIDEVIT_GRACEFUL_TIMEOUT_SECONDS": "1"}
+    with serving(repository, environment=environment) as (url, process), connected(url) as client:
+        client.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\n")
+        wait_until(lambda: gauge(url, "open_connections") >= 1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_SECONDS) == 4
+
+
+def test_idle_connections_leave_descriptors_for_others(repository: Path) -> None:
+    with serving(repository, command=FEW_FILES) as (url, process), contextlib.ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(connected(url))
+        time.sleep(1.1)  # younger ones might have a request on the way
+        for _ in range(300):
+            with contextlib.suppress(OSError):
+                stack.enter_context(connected(url))
+        wait_until(lambda: httpx.get(url + "/readyz", trust_env=False).status_code == 200)
+        wait_until(lambda: httpx.post(url + "/v1/classify", content=PNG, trust_env=False).status_code == 200)
+        assert process.poll() is None
+
+
+def test_more_connections_than_descriptors_are_an_error_at_start(repository: Path) -> None:
+    command = [*FEW_FILES, "--repository", str(repository), "--port", "0", "--max-connections", "500"]
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert ended.returncode == 1
+    assert "raise it with `ulimit -n`, or lower max_connections" in ended.stderr
 
 
 @pytest.mark.parametrize(

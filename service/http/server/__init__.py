@@ -1,0 +1,1 @@
+"""HTTP/1.1 on sockets: connections, what bounds them, and the end of the process."""

@@ -1,0 +1,92 @@
+"""The listening sockets: how many descriptors there are for connections, and how listening ends."""
+
+import asyncio
+import ctypes
+import resource
+import socket
+import struct
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from service.errors import StartupError
+
+MOST_CONNECTIONS: Final = 10_000
+"""Limit where the limit of descriptors allows as many: idle, they hold about 80 MB."""
+_RESERVED_FILES: Final = 80
+"""Descriptors left for all but connections: bundles that are loaded, pipes, the log, and connections of probes."""
+_FEWEST_CONNECTIONS: Final = 16
+
+_HANDSHAKE_SECONDS: Final = 0.1
+"""Seconds in which handshakes that have begun may end, before the listening sockets are closed."""
+_BACKLOG_OFFSET: Final = 24
+"""Of `tcpi_unacked` in Linux' struct tcp_info: for a listening socket, the connections that wait to be accepted."""
+_SO_ATTACH_FILTER: Final = 26
+_DROP_SYN: Final = (
+    (0x30, 0, 0, 13),  # load the byte of the TCP flags
+    (0x45, 0, 1, 0x02),  # SYN?
+    (0x06, 0, 0, 0),  # then drop the packet
+    (0x06, 0, 0, 0xFFFFFFFF),  # else keep it
+)
+"""A classic BPF program."""
+
+
+def connections_within_file_limit(wanted: int) -> int:
+    """How many connections may be open: `wanted`, or as many as the limit of file descriptors allows if that is 0.
+
+    Raises the soft limit to the hard one, as far as that is of use. Raises StartupError if there is no room.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").is_dir() else 64
+    needed = used + _RESERVED_FILES + (wanted or MOST_CONNECTIONS)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    room = needed if soft == resource.RLIM_INFINITY else soft
+    room -= used + _RESERVED_FILES
+    if room < max(wanted, _FEWEST_CONNECTIONS):
+        raise StartupError(
+            f"{room} connections fit into the limit of {soft} open files (RLIMIT_NOFILE), "
+            f"{max(wanted, _FEWEST_CONNECTIONS)} are wanted: raise it with `ulimit -n`"
+            + (", or lower max_connections" if wanted else "")
+        )
+    return wanted or min(room, MOST_CONNECTIONS)
+
+
+async def stop_listening(servers: Sequence[asyncio.Server]) -> None:
+    """Close the listening sockets, and lose none of the connections that clients take for open.
+
+    The system resets what waits to be accepted when a listening socket is closed. So new handshakes are ignored first:
+    their clients try again after a second, and are refused then.
+    """
+    duplicates = [socket.fromfd(own.fileno(), own.family, own.type) for server in servers for own in server.sockets]
+    try:
+        for listening in duplicates:
+            _ignore_handshakes(listening)
+        await asyncio.sleep(_HANDSHAKE_SECONDS)
+        while any(_backlog(listening) for listening in duplicates):  # noqa: ASYNC110 (the system tells nobody)
+            await asyncio.sleep(0.01)
+    finally:
+        for listening in duplicates:
+            listening.close()
+        for server in servers:
+            server.close()
+
+
+def _ignore_handshakes(listening: socket.socket) -> None:
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in _DROP_SYN))
+    # Where the system has no such filters, a connection made in the last microseconds may be reset.
+    with suppress(OSError):
+        listening.setsockopt(
+            socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(_DROP_SYN), ctypes.addressof(program))
+        )
+
+
+def _backlog(listening: socket.socket) -> int:
+    try:
+        info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BACKLOG_OFFSET + 4)
+    except OSError:
+        return 0
+    return int.from_bytes(info[_BACKLOG_OFFSET:], sys.byteorder) if len(info) > _BACKLOG_OFFSET else 0

@@ -1,0 +1,119 @@
+"""The server: from the first connection to the end of the process, which is bounded."""
+
+import asyncio
+import functools
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Final
+
+import structlog
+import uvicorn
+
+from service.http.server.connections import ConnectionLimits, Connections
+from service.http.server.listening import stop_listening
+from service.http.server.protocol import HttpProtocol
+from service.pipeline import Pipeline
+from service.scheduling import watchdog
+
+log = structlog.get_logger()
+
+EXIT_ABORTED: Final = 4
+"""Exit status when accepted requests did not finish within `graceful_timeout_seconds`."""
+_CLOSE_SECONDS: Final = 10.0
+"""Seconds that the threads of engine and decoders may take to end, once no request is left."""
+
+
+def leave_at_once(status: int) -> None:
+    """End the process whatever its threads do, once its log lines are out."""
+    logging.shutdown()
+    os._exit(status)
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our connections, and an end of our own.
+
+    SIGTERM or SIGINT: not ready, and every answer is the last one of its connection; after `delay_seconds`, listening
+    ends without losing a connection that was made; each connection is closed once it is answered and unused; the
+    threads end; exit 0. What is left after `graceful_seconds` is aborted, with EXIT_ABORTED. A second signal ends the
+    process at once, with 128 and the signal's number.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        pipeline: Pipeline,
+        limits: ConnectionLimits,
+        *,
+        host: str,
+        port: int,
+        trusted_proxies: tuple[str, ...] = (),
+        delay_seconds: float,
+        graceful_seconds: float,
+        leave: Callable[[int], object] = leave_at_once,
+    ) -> None:
+        """`leave` ends the process with a status, whatever its threads do."""
+        self.connections = Connections(limits, pipeline.metrics)
+        protocol: Any = functools.partial(HttpProtocol, connections=self.connections)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=host,
+                port=port,
+                http=protocol,
+                # There are none here. uvicorn's own would take over whatever connection asks for them.
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=bool(trusted_proxies),
+                forwarded_allow_ips=list(trusted_proxies),
+            )
+        )
+        self._pipeline, self._leave = pipeline, leave
+        self._delay_seconds, self._graceful_seconds = delay_seconds, graceful_seconds
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        self.connections.start()
+        await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer what was accepted, then end. `sockets` is uvicorn's, and not used."""
+        del sockets
+        self._pipeline.ready = False
+        self.connections.draining = True
+        log.info("draining", seconds=self._delay_seconds, open_connections=len(self.connections.open))
+        await asyncio.sleep(self._delay_seconds)
+        await stop_listening(self.servers)
+        if not await self.connections.finish(self._graceful_seconds):
+            log.error(
+                "requests did not finish within graceful_timeout_seconds: aborted",
+                seconds=self._graceful_seconds,
+                open_connections=len(self.connections.open),
+            )
+            self.connections.abort_all()
+            await self._end_or_leave()
+            self._leave(EXIT_ABORTED)
+        await self._end_or_leave()
+
+    async def _end_or_leave(self) -> None:
+        try:
+            await asyncio.wait_for(self.lifespan.shutdown(), _CLOSE_SECONDS)
+        except TimeoutError:
+            log.error("the threads of the service did not end: aborted", seconds=_CLOSE_SECONDS)
+            self._leave(EXIT_ABORTED)
+        if self._pipeline.scheduler.abandoned:
+            # Native code still runs: to end in the usual way would take its libraries from under it.
+            log.critical("the engine did not end its work: aborted", exit_status=watchdog.EXIT_STATUS)
+            self._leave(watchdog.EXIT_STATUS)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal ends the service, the second one the process."""
+        if self.should_exit:
+            log.error("second signal: ended at once", signal=signal.Signals(sig).name)
+            self._leave(128 + sig)
+        super().handle_exit(sig, frame)
