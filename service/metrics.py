@@ -47,7 +47,8 @@ class Metrics:
         self.batch_errors = counter("batch_errors", "Batches that the engine could not run.", "model")
         self.rejections = counter(
             "rejections",
-            "Requests refused (images, bytes, deadline) or dropped (deadline-exceeded, client-disconnected).",
+            "Requests refused (images, bytes, deadline, key-rate, key-concurrency) or dropped (deadline-exceeded, "
+            "client-disconnected).",
             "reason",
         )
         self.choices = counter(
