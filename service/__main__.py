@@ -51,6 +51,9 @@ def serve(settings: Settings, logs: Logs) -> None:
     Example: `stridevit serve --repository models --port 8000`, then
     `curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/classify?model=cifar100-csra-r2'`
     """
+    if settings.keys_file:
+        # By default it would end the process, until there is a file to read again.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     application = create_app(settings)
     application.state.pipeline.metrics.registry.register(logs)
     server = _Server(

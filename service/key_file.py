@@ -110,17 +110,19 @@ class KeyFile:
         return version
 
     def _watch(self) -> None:
+        # At once too: models may have taken a while to load since it was read.
+        asked = False
         while True:
+            try:
+                self.refresh(asked=asked)
+            except Exception:  # the next look may succeed
+                log.exception("looking at the file of keys failed")
             try:
                 if not self._wishes.get(timeout=self._poll_seconds or None):
                     return
                 asked = True
             except queue.Empty:
                 asked = False
-            try:
-                self.refresh(asked=asked)
-            except Exception:  # the next look may succeed
-                log.exception("looking at the file of keys failed")
 
 
 def _version(status: os.stat_result) -> _Version:

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from service import __main__ as command_line
 from service.flags import markdown
 from service.key_file import entries_of_settings, read_keys
 from service.keys import KeyRing
+from service.metrics import Metrics
 from service.settings import ENV_PREFIX, Settings
 from tests.processes import PATIENCE_SECONDS, ROOT
 
@@ -248,7 +250,8 @@ def test_only_named_proxies_are_trusted(
 
     class Application:
         class state:  # noqa: N801
-            pipeline = None
+            pipeline = SimpleNamespace(metrics=Metrics())
+            key_file = None
 
     monkeypatch.setattr(command_line, "_Server", Listening)
     monkeypatch.setattr(command_line, "create_app", lambda _: Application)
