@@ -161,10 +161,10 @@ def test_an_entry_for_the_file_of_keys_is_printed_apart_from_its_key(tmp_path: P
     file.write_text(result.stdout + run("key", "--name", "bob").stdout)
     alice, bob = read_keys(file)[0]
     assert KeyRing([alice]).find(key)
-    assert (alice.name, alice.scopes, alice.max_concurrent) == ("alice", {"classify", "read"}, 3)
+    assert (alice.name, alice.scopes, alice.max_concurrent) == ("alice", frozenset({"classify", "read"}), 3)
     assert (alice.requests_per_second, alice.burst) == (2.5, 5)
     assert alice.expires
-    assert (bob.name, bob.scopes, bob.expires) == ("bob", {"classify"}, None)
+    assert (bob.name, bob.scopes, bob.expires) == ("bob", frozenset({"classify"}), None)
 
 
 @pytest.mark.parametrize(
