@@ -25,6 +25,9 @@ ACCEPTED = {
 }
 """What bandit may find, by test and file (empty: any file), and why it is no fault."""
 
+_UNREACHABLE = re.compile(r"requests\.exceptions\.|ConnectionError|Could not connect")
+"""What pip-audit's errors hold if its database cannot be asked."""
+
 
 def run(*command: str | Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run a tool to its end."""
@@ -39,8 +42,8 @@ def vulnerabilities(tools: Path) -> bool:
     others = set().union(*map(pins_of, (ROOT / "lock").glob("*.txt"))) - service
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        # pip-audit takes each name once, and clients pin other versions than the service.
-        for number, batch in enumerate([service, *one_version_each(others)]):
+        # pip-audit takes each name once. Locks pin several versions, by Python's version and for the clients.
+        for number, batch in enumerate([*one_version_each(service), *one_version_each(others)]):
             file = Path(folder) / f"{number}.txt"
             file.write_text("\n".join(sorted(batch)) + "\n", encoding="utf-8")
             ended = run(
@@ -50,9 +53,10 @@ def vulnerabilities(tools: Path) -> bool:
             try:
                 found += [one for one in json.loads(ended.stdout)["dependencies"] if "vulns" in one]
             except (ValueError, KeyError):
-                reason = (ended.stderr.strip().splitlines() or ["no output"])[-1]
-                print(f"vulnerabilities: not audited: pip-audit could not ask its database: {reason}")
-                return True
+                reason = (ended.stderr.strip().splitlines() or ["no output"])[-1].partition(" (Caused")[0]
+                unreachable = _UNREACHABLE.search(ended.stderr) is not None
+                print(f"vulnerabilities: {'not audited' if unreachable else 'pip-audit failed'}: {reason}")
+                return unreachable
             if not found:
                 print("vulnerabilities: not audited: pip-audit's database knows none of the service's versions")
                 return True
