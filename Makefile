@@ -3,6 +3,7 @@ PYTHON ?= python3
 DEV := .venv
 SERVE := .venv-serve
 CLIENTS := .venv-clients
+AUDIT := .venv-audit
 UV := .venv-lock/bin/uv
 ENGINE := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)
 WORKERS := $(shell nproc 2>/dev/null || echo 2)
@@ -15,7 +16,7 @@ LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-h
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve demo test test-all coverage test-clients check format lock dist image-test clean
+.PHONY: help serve demo test test-all coverage test-clients check format lock audit licences dist image-test clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -65,12 +66,20 @@ format: $(DEV)/.installed ## Format the code and fix what ruff can
 	@$(DEV)/bin/ruff format .
 
 lock: $(UV) ## Resolve pyproject.toml again into lock/ (exact versions and hashes)
-	@echo "resolving lock/dev.txt, then the service's locks within it, then the clients'"
+	@echo "resolving lock/dev.txt, then the service's locks within it, then those of clients and of the audit"
 	@$(LOCK) pyproject.toml lock/build.in -c lock/pins.in -o lock/dev.txt \
 	  --extra cpu --extra train --extra export --extra loadtest --extra dev
 	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-cpu.txt --extra cpu
 	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-gpu.txt --extra gpu
-	@for client in triton kserve perf; do $(LOCK) lock/client-$$client.in -o lock/client-$$client.txt || exit 1; done
+	@for other in client-triton client-kserve client-perf audit; do $(LOCK) lock/$$other.in -o lock/$$other.txt || exit 1; done
+
+audit: $(AUDIT)/.installed $(SERVE)/.cpu ## Look for known vulnerabilities, suspicious code and faults of the Dockerfile; write an SBOM
+	@echo "auditing lock/, the packages and the Dockerfile; the bill of materials goes to dist/sbom-cpu.cdx.json"
+	@$(PYTHON) deploy/audit.py $(AUDIT)/bin $(SERVE)/bin/python dist/sbom-cpu.cdx.json
+
+licences: $(DEV)/.installed ## Write docs/licences.md, the licences of what the images hold
+	@echo "writing docs/licences.md from the metadata of the packages"
+	@$(DEV)/bin/python deploy/licences.py > docs/licences.md
 
 dist: $(DEV)/.installed ## Build sdist and wheel into dist/, install the wheel elsewhere and serve with it
 	@echo "building dist/ and installing the wheel into a new environment"
@@ -84,7 +93,7 @@ image-test: ## Build the container image and test a running container (needs a D
 
 clean: ## Remove environments, caches, dist/ and the demo
 	@echo "removing environments, caches, dist/ and $(DEMO)/"
-	@rm -rf $(DEV) $(SERVE) .venv-lock $(CLIENTS) $(DEMO) dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf $(DEV) $(SERVE) .venv-lock $(CLIENTS) $(AUDIT) $(DEMO) dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # An environment is rebuilt when its lock or pyproject.toml changes; the marker's name says which engine it has.
 $(DEV)/.installed: lock/dev.txt pyproject.toml
@@ -104,6 +113,13 @@ $(CLIENTS)/triton/.installed $(CLIENTS)/kserve/.installed: $(CLIENTS)/%/.install
 	@rm -rf $(@D)
 	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
+$(AUDIT)/.installed: lock/audit.txt
+	@echo "setting up $(AUDIT) with the tools of the audit"
+	@rm -rf $(AUDIT)
+	@$(PYTHON) -m venv $(AUDIT)
+	@$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@touch $@
 
 $(CLIENTS)/perf/.installed: lock/client-perf.txt tests/clients/perf_install.py

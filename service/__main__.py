@@ -2,17 +2,15 @@
 
 import contextlib
 import json
-import logging
 import signal
-import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, fields
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import structlog
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,10 +21,11 @@ from service.bundle import model_names
 from service.engine_limit import measure_engine_limit, read_images
 from service.errors import StartupError
 from service.flags import with_settings
-from service.http.auth import new_key
 from service.http.server.connections import ConnectionLimits
 from service.http.server.listening import connections_within_file_limit
 from service.http.server.server import Server
+from service.keys import KeyEntry, new_key
+from service.logs import Logs
 from service.models.model import Model
 from service.models.registry import Entry
 from service.scheduling.cost import Load
@@ -39,7 +38,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exce
 
 @app.callback(invoke_without_command=True)
 @with_settings
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, logs: Logs) -> None:
     """Serve image classification models over HTTP.
 
     `/` is a page to try it, `/docs` documents the API, and `/metrics` has the metrics. SIGTERM or Ctrl-C finishes the
@@ -55,8 +54,11 @@ def serve(settings: Settings) -> None:
     Example: `stridevit serve --repository models --port 8000`, then
     `curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/classify?model=cifar100-csra-r2'`
     """
-    _configure_logging(settings.log_level)
+    if settings.keys_file:
+        # By default it would end the process, until there is a file to read again.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     application = create_app(settings)
+    application.state.pipeline.metrics.registry.register(logs)
     limits = {field.name: getattr(settings, field.name) for field in fields(ConnectionLimits)}
     limits["max_connections"] = connections_within_file_limit(settings.max_connections)
     server = Server(
@@ -72,6 +74,8 @@ def serve(settings: Settings) -> None:
     # After shutdown, uvicorn raises the signal that stopped it again. All is done by then: ignore it, and exit with 0.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
+    if application.state.key_file:
+        signal.signal(signal.SIGHUP, lambda *_: application.state.key_file.reload())
     server.run()
     if not server.started:
         raise typer.Exit(1)
@@ -85,7 +89,11 @@ def check(settings: Settings) -> None:
     The exit status is 0 if all are good, 1 if one is not, 2 if the settings are invalid.
     """
     # The table gives the errors; the log repeats them only on request.
-    _configure_logging(settings.log_level if "log_level" in settings.model_fields_set else "critical")
+    with Logs(settings.log_level if "log_level" in settings.model_fields_set else "critical"):
+        _check(settings)
+
+
+def _check(settings: Settings) -> None:
     table = Table("name", "version", "variant", "precision", "top-1", "state")
     good: set[str] = set()
     bad: set[str] = set()
@@ -141,20 +149,56 @@ def engine_limit(
 
     Example: `stridevit engine-limit --model cifar100-mha --data photos`
     """
-    _configure_logging("warning")
-    limit = measure_engine_limit(settings, model, read_images(data), seconds=seconds)
+    with Logs("warning"):
+        limit = measure_engine_limit(settings, model, read_images(data), seconds=seconds)
     typer.echo(json.dumps(asdict(limit)) if as_json else limit.text())
 
 
 @app.command()
-def key() -> None:
+def key(
+    *,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the key in logs and metrics: prints an entry for `keys_file`.")
+    ] = None,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="classify, read or admin; may be given several times. [classify]")
+    ] = None,
+    requests_per_second: Annotated[float | None, typer.Option(help="Its long-term rate of requests.")] = None,
+    burst: Annotated[int | None, typer.Option(help="Requests at once within that rate.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="Its requests in work at once.")] = None,
+    days: Annotated[float | None, typer.Option(min=0, help="Days until it expires.")] = None,
+) -> None:
     """Generate an API key, and its hash for the service.
 
-    Give the key to its user, and put the hash into `STRIDEVIT_API_KEY_HASHES` (several are separated by commas) or
-    `STRIDEVIT_ADMIN_KEY_HASH`. The key itself is not stored anywhere.
+    Give the key to its user. It is not stored anywhere; the service gets its hash. With `--name` the entry for the file
+    of keys (`STRIDEVIT_KEYS_FILE`) goes to standard output and the key to standard error; the service reads the file
+    again by itself. Without a name, put the hash into `STRIDEVIT_API_KEY_HASHES` (several are separated by commas) or
+    `STRIDEVIT_ADMIN_KEY_HASH`.
+
+    Example: `stridevit key --name alice --scope classify --requests-per-second 20 >> keys.toml`
     """
     made, digest = new_key()
-    typer.echo(f"key      {made}\nSHA-256  {digest}")
+    if name is None:
+        if scope or requests_per_second or burst or max_concurrent or days:
+            raise typer.BadParameter("scopes and limits belong to a key with a --name, in the file of keys")
+        typer.echo(f"key      {made}\nSHA-256  {digest}")
+        return
+    values = {
+        "name": name,
+        "sha256": digest,
+        "scopes": scope or ["classify"],
+        "requests_per_second": requests_per_second,
+        "burst": burst,
+        "max_concurrent": max_concurrent,
+        "expires": None if days is None else datetime.now(UTC).replace(microsecond=0) + timedelta(days=days),
+    }
+    try:
+        entry = KeyEntry.model_validate(values)
+    except ValidationError as error:
+        item = error.errors(include_input=False)[0]
+        raise typer.BadParameter(f"{'.'.join(map(str, item['loc'])) or 'key'}: {item['msg']}") from None
+    typer.echo(f"key (shown once): {made}", err=True)
+    typer.echo(entry.as_toml(), nl=False)
 
 
 @app.command(name="settings")
@@ -174,35 +218,6 @@ def show_settings(
     for name, value in flags.values(settings):
         table.add_row(name, escape(value), escape(origins[name]))
     Console().print(table)
-
-
-def _configure_logging(level: str) -> None:
-    """Log JSON lines, or coloured text on a terminal, also for the logs of libraries."""
-    number = logging.getLevelNamesMapping()[level.upper()]
-    shared: list[Any] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    on_terminal = sys.stderr.isatty()
-    renderer: Any = structlog.dev.ConsoleRenderer() if on_terminal else structlog.processors.JSONRenderer()
-    errors = [] if on_terminal else [structlog.processors.format_exc_info]
-    structlog.configure(
-        processors=[*shared, *errors, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
-    )
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *errors, renderer],
-            foreign_pre_chain=shared,
-        )
-    )
-    logging.basicConfig(level=max(number, logging.INFO), handlers=[handler], force=True)
-    # Pillow warns about odd metadata in clients' files.
-    warnings.filterwarnings("ignore", module="PIL")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,15 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.gauges import Gauges
 from service.host import available_cores
-from service.http import page, problems, v1, v2
+from service.http import docs, page, problems, v1, v2
 from service.http.auth import KeyGate
 from service.http.fast_path import FastPath
 from service.http.observe import Observe
+from service.http.security_headers import SecurityHeaders
 from service.http.shedding import Shedding
 from service.image_work import seconds_per_pixel
+from service.key_file import KeyFile, entries_of_settings
+from service.keys import KeyRing
 from service.metrics import Metrics
 from service.models.loading import Loader
 from service.models.registry import Registry
@@ -40,15 +43,26 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
     release = version("stridevit")
     tracing = Tracing(settings.otlp_endpoint, version=release) if settings.otlp_endpoint else None
     metrics = Metrics()
+    ring = KeyRing(fixed := entries_of_settings(settings.api_key_hashes, settings.admin_key_hash))
+    metrics.registry.register(ring)
+    key_file = (
+        KeyFile(settings.keys_file, ring, fixed=fixed, poll_seconds=settings.keys_poll_seconds)
+        if settings.keys_file
+        else None
+    )
     pipeline = make_pipeline(settings, metrics, clock)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         pipeline.start()
+        if key_file:
+            key_file.start()
         polling = (
             asyncio.create_task(_poll(pipeline.registry, settings.poll_seconds)) if settings.poll_seconds else None
         )
         yield
+        if key_file:
+            key_file.close()
         if polling:
             polling.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -57,19 +71,22 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
         if tracing:
             await asyncio.to_thread(tracing.close)
 
-    # Its documentation pages work offline: FastAPI's own load from a CDN.
+    # It serves the parts of the documentation page: FastAPI's own page loads them from a CDN.
     app = FastAPIOffline(
+        docs_url=None,
         redoc_url=None,
+        static_url=docs.PARTS,
         title="StrideViT",
         version=release,
         summary="Image classification with Vision Transformers whose keys and values are compressed.",
         lifespan=lifespan,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
-    app.state.pipeline = pipeline
+    app.state.pipeline, app.state.key_file = pipeline, key_file
     problems.install(app)
     v2_routers = [v2.probes(pipeline), v2.router(pipeline, version=release), v2.repository(pipeline)]
-    routers = [page.router(), v1.router(pipeline), *v2_routers]
+    docs_page = docs.DocsPage(app.title)
+    routers = [page.router(), docs_page.router(), v1.router(pipeline), *v2_routers]
     for router in routers:
         app.include_router(router)
 
@@ -94,7 +111,13 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
 
     app.add_middleware(FastPath, routes=[route for router in routers for route in router.routes])
     # The last one added is the first to see a request: a preflight has no key, and every answer has an id.
-    app.add_middleware(KeyGate, api_key_hashes=settings.api_key_hashes, admin_key_hash=settings.admin_key_hash)
+    app.add_middleware(
+        KeyGate,
+        ring=ring,
+        required=bool(settings.api_key_hashes or settings.keys_file),
+        guarded_pages=settings.guarded_pages,
+        metrics=metrics,
+    )
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -103,7 +126,15 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
             allow_headers=["*"],
             expose_headers=["*"],
         )
-    app.add_middleware(Observe, metrics=metrics, tracing=tracing, log_requests=settings.log_requests)
+    app.add_middleware(
+        Observe,
+        metrics=metrics,
+        tracing=tracing,
+        log_requests=settings.log_requests,
+        security_headers=SecurityHeaders(
+            {page.PATH: page.headers(), docs.PATH: docs_page.headers}, parts=f"{docs.PARTS}/"
+        ),
+    )
     app.add_middleware(Shedding, pipeline=pipeline, metrics=metrics, cors=bool(settings.cors_origins))
     return app
 

@@ -21,6 +21,7 @@ ServiceError
     ├── NoSuitableModel         422 no model of the family reaches the requested accuracy
     ├── NotReady                503 loading or draining, or the engine hangs
     ├── Overloaded              429 no room, or no way to finish in time
+    │   └── KeyLimited          429 a limit of the request's key
     ├── DeadlineExceeded        504 the deadline passed before the work was done
     ├── ModelFault              500 the model failed, or gave outputs that are none
     ├── ClientDisconnected      408 nobody is left to read the answer
@@ -120,13 +121,21 @@ class NoSuitableModel(RequestError, status=422, code="no-suitable-model"):
     """No model of the family reaches the requested accuracy."""
 
 
+Reason = Literal["images", "bytes", "deadline", "key-rate", "key-concurrency"]
+
+
 class Overloaded(RequestError, status=429, code="overloaded"):
     """There is no room, or no way to finish in time. Nothing was done: retry after `Retry-After` seconds."""
 
-    def __init__(self, message: str, *, reason: Literal["images", "bytes", "deadline"], retry_after_s: float) -> None:
+    def __init__(self, message: str, *, reason: Reason, retry_after_s: float) -> None:
         super().__init__(message)
         self.reason = reason
         self.retry_after_s = retry_after_s
+
+
+class KeyLimited(Overloaded, status=429, code="key-limited"):
+    """The limit of this key's requests is reached: of those per second, or of those at once. Nothing was done: retry
+    after `Retry-After` seconds."""
 
 
 class DeadlineExceeded(RequestError, status=504, code="deadline-exceeded"):

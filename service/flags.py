@@ -8,9 +8,11 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
+import structlog
 import typer
 from pydantic import ValidationError
 from pydantic_settings import EnvSettingsSource, SettingsError
@@ -18,12 +20,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from service.errors import ServiceError
+from service.logs import Logs
 from service.settings import ENV_PREFIX, GROUPS, Settings, read_file
 
 console = Console(stderr=True)
 
 Given = dict[str, Any]
 """Values given as flags, by the name of the setting."""
+
+Level = Literal["warning", "error"]
+_Voice = Callable[[Level, str], None]
+"""How a command says what is wrong with its settings: a log line, or text for people."""
 
 _KINDS: Final = {"string": "text", "array": "list"}
 """Types of JSON schema under their names in the documentation, where these differ."""
@@ -35,6 +42,9 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
     A parameter `given` receives the values of the flags. Flags before a subcommand hold for it too; its own override
     them. An error is one line that names the fix; the exit status is 2 for invalid settings, 1 if the command fails.
+
+    A parameter `logs` makes the command a service: it receives the logging, which begins before the settings are read,
+    and all errors are lines of the log, those that nobody foresaw too.
     """
     own = inspect.signature(command).parameters
 
@@ -44,16 +54,24 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         ctx.obj = {**(ctx.obj or {}), **{name: value for name, value in flags.items() if value is not None}}
         if ctx.invoked_subcommand is not None:
             return
-        values |= {"settings": _read(ctx.obj), "given": ctx.obj}
-        try:
-            command(**{name: values[name] for name in own})
-        except ServiceError as error:
-            _print_error(str(error))
-            raise typer.Exit(1) from None
+        with Logs() if "logs" in own else nullcontext() as logs:
+            voice: _Voice = _log if logs else _print
+            values |= {"settings": _read(ctx.obj, voice, logs), "given": ctx.obj, "logs": logs}
+            try:
+                command(**{name: values[name] for name in own})
+            except ServiceError as error:
+                voice("error", str(error))
+                raise typer.Exit(1) from None
+            except Exception as error:
+                # With its traceback, which Typer would print over many lines.
+                if not logs or isinstance(error, typer.Exit | typer.Abort):
+                    raise
+                structlog.get_logger().exception("a fault ended the service")
+                raise typer.Exit(1) from None
 
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     context = inspect.Parameter("ctx", keyword_only, annotation=typer.Context)
-    others = [p.replace(kind=keyword_only) for name, p in own.items() if name not in ("settings", "given")]
+    others = [p.replace(kind=keyword_only) for name, p in own.items() if name not in ("settings", "given", "logs")]
     run.__signature__ = inspect.Signature([context, *others, *_parameters()])  # type: ignore[attr-defined]
     return run
 
@@ -97,25 +115,38 @@ def variable(name: str) -> str:
     return ENV_PREFIX + name.upper()
 
 
-def _read(given: Given) -> Settings:
+def _read(given: Given, voice: _Voice, logs: Logs | None) -> Settings:
     """The settings in effect. Exits with 2 and one line for each invalid one, which says where it was given."""
-    for misspelt, name in _misspelt():
-        console.print(f"[yellow]warning:[/] {misspelt} is not a setting: did you mean {name}?", highlight=False)
     try:
-        return Settings(**given)
+        settings = Settings(**given)
+        if logs:
+            logs.adjust(
+                level=settings.log_level,
+                buffer_bytes=settings.log_buffer_bytes,
+                flush_seconds=settings.log_flush_seconds,
+            )
+        for misspelt, name in _misspelt():
+            voice("warning", f"{misspelt} is not a setting: did you mean {name}?")
+        return settings
     except ValidationError as error:
         places = origins(given)
         for item in error.errors(include_input=False):
             name = str(item["loc"][0]) if item["loc"] else ""
             place = f"{name} (from {places[name]}): " if name in places else ""
-            _print_error(place + item["msg"].removeprefix("Value error, "))
+            voice("error", place + item["msg"].removeprefix("Value error, "))
     except SettingsError as error:
-        _print_error(str(error))
+        voice("error", str(error))
     raise typer.Exit(2)
 
 
-def _print_error(message: str) -> None:
-    console.print(f"[red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+def _print(level: Level, message: str) -> None:
+    colour = {"warning": "yellow", "error": "red"}[level]
+    console.print(f"[{colour}]{level}:[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def _log(level: Level, message: str) -> None:
+    log = structlog.get_logger()
+    (log.error if level == "error" else log.warning)(message)
 
 
 def _misspelt() -> Iterator[tuple[str, str]]:

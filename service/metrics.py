@@ -55,8 +55,8 @@ class Metrics:
         )
         self.rejections = counter(
             "rejections",
-            "Requests refused (images, bytes, deadline, lag, not-ready) or ended (deadline-exceeded, "
-            "client-disconnected).",
+            "Requests refused (images, bytes, deadline, lag, not-ready, key-rate, key-concurrency) or ended "
+            "(deadline-exceeded, client-disconnected).",
             "reason",
         )
         self.predicted_ratio = Histogram(

@@ -5,7 +5,6 @@ The docstring under a setting is its only documentation: --help and docs/setting
 
 import difflib
 import ipaddress
-import re
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +23,7 @@ from pydantic_settings import (
 
 from service.engine import Tuning
 from service.images import MAX_PIXELS
+from service.keys import key_hash
 
 ENV_PREFIX: Final = "STRIDEVIT_"
 
@@ -48,8 +48,6 @@ _BOUNDED: Final = (
 )
 """Settings that may not exceed another one."""
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
 
 def _split(value: object) -> object:
     """Lists are comma-separated text in the environment and in flags."""
@@ -59,14 +57,6 @@ def _split(value: object) -> object:
 def _empty_is_unset(value: object) -> object:
     """An empty flag resets a value of the environment or the file. As a path it would be the current folder."""
     return None if value == "" else value
-
-
-def _key_hash(value: str) -> str:
-    digest = value.strip().lower()
-    if not _SHA256.fullmatch(digest):
-        # Without the value: it may be the key itself.
-        raise ValueError("must be 64 hexadecimal digits, the SHA-256 of a key: `stridevit key` generates both")
-    return digest
 
 
 def _address(value: str) -> str:
@@ -93,7 +83,7 @@ def _lower(value: object) -> object:
 _T = TypeVar("_T")
 _List = Annotated[tuple[_T, ...], NoDecode, BeforeValidator(_split)]
 _Optional = Annotated[_T | None, BeforeValidator(_empty_is_unset)]
-_Hash = Annotated[str, AfterValidator(_key_hash)]
+_Hash = Annotated[str, AfterValidator(key_hash)]
 _Address = Annotated[str, AfterValidator(_address)]
 _Origin = Annotated[str, AfterValidator(_origin)]
 _Url = Annotated[str, Field(pattern="^https?://")]
@@ -156,10 +146,19 @@ class Settings(BaseSettings):
     """Seconds that a client may leave an answer unread in full buffers, before its connection is closed."""
 
     api_key_hashes: _List[_Hash] = Field(default=(), repr=False)
-    """SHA-256 in hexadecimal of each accepted API key; empty: no key is needed. `stridevit key` generates a key
-    and its hash."""
+    """SHA-256 in hexadecimal of each accepted API key, with the scopes `classify` and `read`; empty, and without a
+    `keys_file`: no key is needed. `stridevit key` generates a key and its hash."""
     admin_key_hash: _Optional[_Hash] = Field(default=None, repr=False)
-    """SHA-256 in hexadecimal of the key that may load and unload models; unset: nobody may."""
+    """SHA-256 in hexadecimal of the key that may load and unload models, and do all else; unset, and without an admin
+    key in `keys_file`: nobody may."""
+    keys_file: _Optional[Path] = None
+    """TOML file of API keys with names, scopes and limits, which `stridevit key --name` writes entries for; read again
+    on SIGHUP and when it changes; unset: only the keys above."""
+    keys_poll_seconds: Annotated[float, Field(ge=0)] = 5.0
+    """Interval in seconds at which `keys_file` is looked at for changes; 0: only SIGHUP reads it again."""
+    guarded_pages: _List[Literal["metrics", "docs"]] = ()
+    """Pages that need a key with the scope `read`: `metrics`, `docs` (`/docs` and `/openapi.json`) or both; empty: they
+    are open to all who can reach the port."""
 
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N` or `tensorrt`. The start fails if it is unavailable: no silent fallback."""
@@ -249,6 +248,12 @@ class Settings(BaseSettings):
     """Lowest level of events to log."""
     log_requests: Literal["none", "errors", "all"] = "errors"
     """Requests to log, one line each: `errors` (answered with 4xx or 5xx), `all` or `none`."""
+    log_buffer_bytes: PositiveInt = 1024 * 1024
+    """Largest size of the log lines that wait to be written, in bytes; beyond it lines are dropped and counted, because
+    a reader that is slow or gone must not hold up the service."""
+    log_flush_seconds: Annotated[float, Field(ge=0)] = 2.0
+    """Seconds that log lines may take to be written at the end, so that a reader that is gone cannot keep the process
+    from ending."""
     otlp_endpoint: _Optional[_Url] = None
     """URL of a collector of OpenTelemetry traces (OTLP over HTTP), such as `http://collector:4318/v1/traces`; unset: no
     traces."""
@@ -271,6 +276,8 @@ class Settings(BaseSettings):
                 f"max_body_bytes ({self.max_body_bytes}) exceeds the {large} of max_pending_bytes that "
                 f"large_bodies_fraction ({self.large_bodies_fraction:g}) leaves to large bodies{_NEVER_ADMITTED}"
             )
+        if self.guarded_pages and not (self.api_key_hashes or self.admin_key_hash or self.keys_file):
+            raise ValueError("guarded_pages needs keys: set api_key_hashes, admin_key_hash or keys_file")
         return self
 
     def tuning(self) -> Tuning:

@@ -1,98 +1,112 @@
-"""API keys: required under /v1 and /v2, and the admin key for loading and unloading.
+"""API keys over HTTP: for /v1 and /v2, for loading and unloading, and for other pages if the settings say so."""
 
-The service knows only hashes of the keys, so that neither its settings nor its memory give a key away.
-"""
-
-import hashlib
-import hmac
-import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Collection, Iterator
 
 from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import Forbidden, RequestError, Unauthorized
+from service.errors import Forbidden, KeyLimited, RequestError, Unauthorized
 from service.http.problems import error_response
+from service.keys import Key, KeyRing
+from service.metrics import Metrics
 
 _OPEN = ("/v2/health/live", "/v2/health/ready")
 """Probes have no key."""
 _GUARDED = ("/v1", "/v2")
 _ADMIN = "/v2/repository/models/"
 """By prefix: the router may match a path that a pattern does not, such as one that ends in a newline."""
+_INDEX = "/v2/repository/index"
 
+PAGES = {"metrics": ("/metrics",), "docs": ("/docs", "/openapi.json")}
+"""Paths, by prefix, that need a key if the settings say so."""
 
-class KeyRing:
-    """The keys that are accepted."""
-
-    def __init__(self, hashes: Sequence[str]) -> None:
-        """`hashes`: SHA-256 of each key, in hexadecimal. Raises ValueError if one is not hexadecimal."""
-        self._digests = tuple(bytes.fromhex(digest) for digest in hashes)
-
-    def accepts(self, key: str) -> bool:
-        """Whether `key` is one of them, in a time that reveals neither how near it came nor to which."""
-        digest = _digest(key)
-        accepted = False
-        for known in self._digests:
-            accepted |= hmac.compare_digest(digest, known)
-        return accepted
-
-
-def new_key() -> tuple[str, str]:
-    """A random key of 256 bits, and the hash by which the service knows it."""
-    key = secrets.token_urlsafe(32)
-    return key, _digest(key).hex()
-
-
-def _digest(key: str) -> bytes:
-    # Neither salt nor a slow hash: a key is random, not chosen, so there is no dictionary to try.
-    # "surrogatepass", since a header may hold anything and must be refused without an exception.
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+_ANY = frozenset({"classify", "read", "admin"})
+_CLASSIFY, _READ = frozenset({"classify"}), frozenset({"read"})
+_HINT = "send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
 
 
 class KeyGate:
-    """ASGI middleware: answers 401 or 403 instead of calling the application."""
+    """ASGI middleware: answers 401, 403 or 429 instead of calling the application, before a body is read.
 
-    def __init__(self, app: ASGIApp, *, api_key_hashes: Sequence[str], admin_key_hash: str | None) -> None:
-        """Without API keys everybody has access; without an admin key nobody can load and unload."""
-        self._app = app
-        self._keys = KeyRing(api_key_hashes) if api_key_hashes else None
-        self._admin = KeyRing([admin_key_hash]) if admin_key_hash else None
+    It leaves the request's `key` in the state of the scope.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        ring: KeyRing,
+        required: bool,
+        guarded_pages: Collection[str] = (),
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`required`: whether /v1 and /v2 need a key; loading and unloading always do. `clock`: the time of day."""
+        self._app, self._ring, self._metrics, self._clock = app, ring, metrics, clock
+        self._pages = tuple(path for page in guarded_pages for path in PAGES[page])
+        # First of all for speed: every request passes here.
+        self._prefixes = (*_GUARDED, *self._pages) if required else (_ADMIN, *self._pages)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (error := self._refusal(scope)):
-            await error_response(Request(scope), error)(scope, receive, send)
-        else:
+        if scope["type"] != "http" or not scope["path"].startswith(self._prefixes) or scope["path"] in _OPEN:
             await self._app(scope, receive, send)
+            return
+        try:
+            key = self._permitted(scope)
+            scope["state"]["key"] = key
+            started = key.usage.begin(key.entry)
+        except RequestError as error:
+            if isinstance(error, KeyLimited):
+                self._metrics.rejections(error.reason).inc()
+            await error_response(Request(scope), error)(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            key.usage.end(started)
 
-    def _refusal(self, scope: Scope) -> RequestError | None:
+    def _permitted(self, scope: Scope) -> Key:
+        """The key that allows this request. Raises Unauthorized or Forbidden."""
         path = scope["path"]
-        # First of all for speed: every request passes here.
-        if not (self._keys or path.startswith("/v2/repository")):
-            return None
-        if not path.startswith(_GUARDED) or path in _OPEN:
-            return None
-        key = _offered_key(scope)
         if path.startswith(_ADMIN):
-            return self._admin_refusal(key)
-        if self._keys is None or self._keys.accepts(key) or (self._admin and self._admin.accepts(key)):
-            return None
-        return Unauthorized("an API key is needed: send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`")
+            return self._admin(scope)
+        known = [key for offered in _offered(scope) if (key := self._ring.find(offered))]
+        valid = [key for key in known if not key.expired(self._clock())]
+        if not valid:
+            if known:
+                raise Unauthorized(f"the key {known[0].name} has expired: ask for a new one")
+            raise Unauthorized(f"an API key is needed: {_HINT}")
+        if path.startswith(self._pages):
+            needed = _READ
+        else:
+            needed = _ANY if scope["method"] in ("GET", "HEAD") or path == _INDEX else _CLASSIFY
+        for key in valid:
+            if key.scopes & needed:
+                return key
+        raise Forbidden(f"the key {valid[0].name} lacks the scope {' or '.join(sorted(needed))}, which this needs")
 
-    def _admin_refusal(self, key: str) -> RequestError | None:
-        if self._admin is None:
-            return Forbidden(
+    def _admin(self, scope: Scope) -> Key:
+        now = self._clock()
+        if not any("admin" in key.scopes for key in self._ring.keys):
+            raise Forbidden(
                 "loading and unloading are switched off: start the service with an admin key "
-                "(stridevit key, then STRIDEVIT_ADMIN_KEY_HASH)"
+                "(stridevit key, then STRIDEVIT_ADMIN_KEY_HASH, or the scope `admin` in the file of keys)"
             )
-        if not self._admin.accepts(key):
-            return Forbidden("loading and unloading need the admin key, as `Authorization: Bearer KEY`")
-        return None
+        for offered in _offered(scope):
+            key = self._ring.find(offered)
+            if key and "admin" in key.scopes and not key.expired(now):
+                return key
+        raise Forbidden(f"loading and unloading need an admin key: {_HINT}")
 
 
-def _offered_key(scope: Scope) -> str:
+def _offered(scope: Scope) -> Iterator[str]:
+    """The keys that a request offers: clients and proxies add headers of their own, and one right key is enough."""
+    bearers = keys = 0
     for name, value in scope["headers"]:
-        if name == b"authorization" and value[:7].lower() == b"bearer ":
-            return str(value[7:].strip().decode("latin-1"))
-        if name == b"x-api-key":
-            return str(value.decode("latin-1"))
-    return ""
+        if name == b"authorization" and value[:7].lower() == b"bearer " and not bearers:
+            bearers += 1
+            yield value[7:].strip().decode("latin-1")
+        elif name == b"x-api-key" and not keys:
+            keys += 1
+            yield value.decode("latin-1")

@@ -1,4 +1,4 @@
-"""Every request gets an id, and is counted, timed, traced and logged by its route."""
+"""Every request gets an id and its answer security headers; it is counted, timed, traced and logged by its route."""
 
 import itertools
 import re
@@ -10,6 +10,7 @@ import structlog
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.http.security_headers import SecurityHeaders
 from service.metrics import Metrics
 from service.tracing import Tracing
 
@@ -21,9 +22,17 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 class Observe:
     """ASGI middleware, the outermost one. It leaves `request_id` and `started` in the state of the scope."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, tracing: Tracing | None, log_requests: str) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        tracing: Tracing | None,
+        log_requests: str,
+        security_headers: SecurityHeaders,
+    ) -> None:
         """`log_requests`: `none`, `errors` (4xx and 5xx) or `all`."""
-        self._app, self._metrics, self._tracing = app, metrics, tracing
+        self._app, self._metrics, self._tracing, self._security = app, metrics, tracing, security_headers
         # Unique without asking the system for random numbers at every request.
         self._prefix, self._numbers = secrets.token_hex(8), itertools.count(1)
         self._lowest_logged_status = {"none": 1000, "errors": 400, "all": 0}[log_requests]
@@ -35,7 +44,7 @@ class Observe:
         state: dict[str, Any] = scope.setdefault("state", {})
         # The server knows when the first byte of the head was read; other servers, and tests, do not say.
         started: float = state.get("first_byte_at") or time.perf_counter()
-        headers = Headers(scope=scope)
+        headers, path = Headers(scope=scope), scope["path"]
         offered = headers.get("x-request-id", "")
         request_id = offered if _REQUEST_ID.fullmatch(offered) else f"{self._prefix}{next(self._numbers):016x}"
         state.update(request_id=request_id, started=started)
@@ -46,7 +55,7 @@ class Observe:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                own = [(b"x-request-id", request_id.encode())]
+                own = [(b"x-request-id", request_id.encode()), *self._security.of(path, status)]
                 if self._tracing:
                     own.append((b"traceparent", self._tracing.traceparent(span).encode()))
                 message["headers"] = [*message["headers"], *own]
@@ -56,6 +65,9 @@ class Observe:
             await self._app(scope, receive, send_with_id)
         finally:
             seconds = time.perf_counter() - started
+            key = state.get("key")
+            if key:
+                key.usage.statuses[status] += 1
             # The route's template, so that arbitrary paths add no time series.
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests(route, scope["method"], status).inc()
@@ -70,6 +82,7 @@ class Observe:
                         "http.response.status_code": status,
                         "stridevit.model": state.get("model", ""),
                         "stridevit.request_id": request_id,
+                        **({"stridevit.key": key.name} if key else {}),
                     },
                     timings_ms=state.get("timings_ms", {}),
                 )
@@ -82,4 +95,5 @@ class Observe:
                     status=status,
                     ms=round(seconds * 1000, 3),
                     model=state.get("model"),
+                    key=key and key.name,
                 )

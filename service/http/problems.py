@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from service.errors import InvalidParameter, Overloaded, RequestError, Unauthorized
+from service.http import security_headers
 
 log = structlog.get_logger()
 
@@ -74,8 +75,12 @@ def install(app: FastAPI) -> None:
         request_id = request.scope["state"]["request_id"]
         log.error("unhandled error", path=request.url.path, request_id=request_id, exc_info=error)
         detail = "a fault of the service: its log has the details under this request's id"
-        # This answer is sent from outside the middleware that adds the header to all others.
-        return _response(request, problem_members(500, "internal-server-error", detail), {"X-Request-ID": request_id})
+        # This answer is sent from outside the middleware that adds these headers to all others.
+        headers = {
+            "X-Request-ID": request_id,
+            **{name.decode(): value.decode() for name, value in security_headers.API},
+        }
+        return _response(request, problem_members(500, "internal-server-error", detail), headers)
 
     # Starlette's type of a handler takes any exception.
     app.add_exception_handler(RequestError, on_request_error)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import Overloaded
+from service.http import security_headers
 from service.http.exchange import DEADLINE_HEADER, PRIORITY_HEADER
 from service.metrics import Metrics
 from service.pipeline import Pipeline
@@ -108,6 +109,7 @@ class Shedding:
             (b"content-length", b"%d" % len(body)),
             (b"retry-after", b"%d" % max(1, math.ceil(retry_ms / 1000))),
             (b"x-request-id", request_id),
+            *security_headers.API,
             *self._own,
         ]
         await send({"type": "http.response.start", "status": Overloaded.status, "headers": headers})

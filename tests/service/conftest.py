@@ -11,9 +11,9 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from service import __main__ as command_line
 from service.app import create_app
 from service.bundle import CONTENT_FILES, SUMS_FILE
+from service.logs import Logs
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
 
@@ -64,7 +64,7 @@ async def until(condition: Callable[[], bool]) -> None:
 @pytest.fixture
 def _no_logging(monkeypatch: pytest.MonkeyPatch) -> None:
     """Configured logging would outlive the test, and write to its closed output."""
-    monkeypatch.setattr(command_line, "_configure_logging", lambda _: None)
+    monkeypatch.setattr(Logs, "_install", lambda _: None)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from typer.testing import CliRunner, Result
 
 from service import __main__ as command_line
 from service.flags import markdown
-from service.http.auth import KeyRing
+from service.key_file import entries_of_settings, read_keys
+from service.keys import KeyRing
+from service.metrics import Metrics
 from service.settings import ENV_PREFIX, Settings
 from tests.processes import PATIENCE_SECONDS, ROOT
 
@@ -146,7 +149,38 @@ def test_the_page_of_settings_is_current() -> None:
 def test_a_new_key_is_printed_with_the_hash_that_accepts_it() -> None:
     result = run("key")
     key, digest = (line.split()[-1] for line in result.stdout.splitlines())
-    assert KeyRing(Settings(api_key_hashes=(digest,)).api_key_hashes).accepts(key)
+    assert KeyRing(entries_of_settings(Settings(api_key_hashes=(digest,)).api_key_hashes, None)).find(key)
+
+
+def test_an_entry_for_the_file_of_keys_is_printed_apart_from_its_key(tmp_path: Path) -> None:
+    limits = ("--requests-per-second", "2.5", "--burst", "5", "--max-concurrent", "3", "--days", "30")
+    result = run("key", "--name", "alice", "--scope", "classify", "--scope", "read", *limits)
+    key = result.stderr.split()[-1]
+    assert key not in result.stdout
+    file = tmp_path / "keys.toml"
+    file.write_text(result.stdout + run("key", "--name", "bob").stdout)
+    alice, bob = read_keys(file)[0]
+    assert KeyRing([alice]).find(key)
+    assert (alice.name, alice.scopes, alice.max_concurrent) == ("alice", frozenset({"classify", "read"}), 3)
+    assert (alice.requests_per_second, alice.burst) == (2.5, 5)
+    assert alice.expires
+    assert (bob.name, bob.scopes, bob.expires) == ("bob", frozenset({"classify"}), None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scope", "read"], "a key with a --name"),
+        (["--name", "a b"], "name: String should match"),
+        (["--name", "a", "--scope", "all"], "Input should be 'classify', 'read' or 'admin'"),
+        (["--name", "a", "--burst", "2"], "burst needs requests_per_second"),
+    ],
+)
+def test_an_entry_that_the_service_would_refuse_is_not_printed(arguments: list[str], message: str) -> None:
+    result = run("key", *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert "sha256" not in result.stdout
 
 
 @pytest.mark.usefixtures("_no_logging")
@@ -216,7 +250,8 @@ def test_only_named_proxies_are_trusted(
 
     class Application:
         class state:  # noqa: N801
-            pipeline = None
+            pipeline = SimpleNamespace(metrics=Metrics())
+            key_file = None
 
     monkeypatch.setattr(command_line, "_Server", Listening)
     monkeypatch.setattr(command_line, "create_app", lambda _: Application)

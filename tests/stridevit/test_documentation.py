@@ -52,6 +52,17 @@ def test_every_link_to_a_file_leads_somewhere(file: Path) -> None:
     assert [link for link in links if not (file.parent / link).exists()] == []
 
 
+@page
+def test_every_test_that_a_page_names_exists(file: Path) -> None:
+    named = set(re.findall(r"`(test_\w+)`", file.read_text(encoding="utf-8")))
+    there = {
+        name
+        for tests in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"def (test_\w+)\(", tests.read_text(encoding="utf-8"))
+    }
+    assert named - there == set()
+
+
 def test_every_file_that_the_architecture_names_exists() -> None:
     named = re.findall(
         r"`((?:training|export|service|loadtests|stridevit|tests)/[\w/.]*)`", (ROOT / "CONTRIBUTING.md").read_text()

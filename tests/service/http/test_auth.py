@@ -1,16 +1,20 @@
 """API keys and the admin key, and which web pages may call the service."""
 
-import hashlib
+import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import structlog
 from fastapi.testclient import TestClient
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from service import app as app_module
 from service.app import create_app
-from service.http.auth import KeyRing, new_key
+from service.keys import new_key
 from service.settings import Settings
+from service.tracing import Tracing
 from tests.service.identity import picture, publish_identity
 
 KEY, KEY_HASH = new_key()
@@ -110,45 +114,166 @@ def test_web_pages_of_other_origins_have_access_only_if_the_settings_say_so(tmp_
         assert "access-control-allow-origin" not in other.headers
 
 
-def sha256sum(key: str) -> str:
-    """As `sha256sum` would."""
-    return hashlib.sha256(key.encode()).hexdigest()
+def test_either_header_is_enough_if_it_has_a_right_key(tmp_path: Path) -> None:
+    with client_of(tmp_path, api_key_hashes=(KEY_HASH,)) as client:
+        for headers in ({**bearer("wrong"), "X-API-Key": KEY}, {"X-API-Key": "wrong", **bearer(KEY)}):
+            assert client.get("/v1/models", headers=headers).status_code == 200
+        assert client.get("/v1/models", headers={**bearer("wrong"), "X-API-Key": "wrong"}).status_code == 401
 
 
-@settings(max_examples=50)
-@given(st.lists(st.text(), max_size=5), st.text(st.characters()))
-def test_exactly_the_keys_whose_hashes_are_known_are_accepted(keys: list[str], other: str) -> None:
-    """`other` may hold lone surrogates, which UTF-8 cannot."""
-    ring = KeyRing([sha256sum(key) for key in keys])
-    assert all(ring.accepts(key) for key in keys)
-    assert ring.accepts(other) == (other in keys)
+ENTRIES = f"""
+[[keys]]
+name = "reader"
+sha256 = "{KEY_HASH}"
+scopes = ["read"]
+
+[[keys]]
+name = "shop"
+sha256 = "{OTHER_HASH}"
+scopes = ["classify"]
+
+[[keys]]
+name = "operator"
+sha256 = "{ADMIN_HASH}"
+scopes = ["admin"]
+"""
 
 
-def test_a_new_key_opens_the_ring_made_of_its_hash_and_no_other_does() -> None:
-    key, digest = new_key()
-    other, _ = new_key()
-    ring = KeyRing(Settings(api_key_hashes=(digest,)).api_key_hashes)
-    assert ring.accepts(key)
-    assert not ring.accepts(other)
-    assert not ring.accepts(digest)
+def file_of(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "keys.toml"
+    path.write_text(text)
+    return path
 
 
-def test_new_keys_differ_and_hold_256_bits() -> None:
-    keys = {new_key()[0] for _ in range(100)}
-    assert len(keys) == 100
-    assert min(map(len, keys)) >= 43  # 32 bytes in base64
+def test_a_key_may_do_what_its_scopes_say_and_nothing_else(tmp_path: Path) -> None:
+    unload = "/v2/repository/models/identity-a/unload"
+    infer = "/v2/models/identity-a/infer"
+    allowed = {
+        ("POST", "/v1/classify"): {OTHER},
+        ("POST", infer): {OTHER},
+        ("GET", "/metrics"): {KEY},
+        ("GET", "/docs"): {KEY},
+        ("GET", "/openapi.json"): {KEY},
+        ("GET", "/v1/models"): {KEY, OTHER, ADMIN},
+        ("POST", "/v2/repository/index"): {KEY, OTHER, ADMIN},
+        ("POST", unload): {ADMIN},
+    }
+    pages = ("metrics", "docs")
+    with client_of(tmp_path, keys_file=file_of(tmp_path, ENTRIES), guarded_pages=pages) as client:
+        for (method, path), keys in allowed.items():
+            for key in (KEY, OTHER, ADMIN):
+                status = client.request(method, path, content=picture(1), headers=bearer(key)).status_code
+                assert (status != 403) == (key in keys), (method, path, key, status)
+            assert client.request(method, path).status_code == (403 if path == unload else 401)
+        refused = client.post("/v1/classify", headers=bearer(KEY)).json()
+        assert refused["detail"] == "the key reader lacks the scope classify, which this needs"
 
 
-def test_an_empty_ring_accepts_nothing() -> None:
-    assert not KeyRing(()).accepts("")
+def test_a_file_without_keys_lets_nobody_in(tmp_path: Path) -> None:
+    with client_of(tmp_path, keys_file=file_of(tmp_path, "")) as client:
+        assert client.get("/v1/models").status_code == 401
+        assert client.get("/readyz").status_code == 200
 
 
-def test_every_hash_is_compared_wherever_the_right_one_stands() -> None:
-    keys = ["first", "second", "third"]
-    ring = KeyRing([sha256sum(key) for key in keys])
-    assert [ring.accepts(key) for key in keys] == [True, True, True]
+def test_an_expired_key_is_refused_by_name(tmp_path: Path) -> None:
+    text = ENTRIES + "expires = 2020-01-01T00:00:00Z\n"
+    with client_of(tmp_path, keys_file=file_of(tmp_path, text)) as client:
+        refused = client.get("/v1/models", headers=bearer(ADMIN))
+        assert refused.status_code == 401
+        assert "operator has expired" in refused.json()["detail"]
+        assert client.post("/v2/repository/models/identity-a/unload", headers=bearer(ADMIN)).status_code == 403
 
 
-def test_a_ring_does_not_show_its_hashes() -> None:
-    digest = new_key()[1]
-    assert digest not in repr(KeyRing([digest]))
+def test_a_key_s_rate_is_limited_and_others_are_not(tmp_path: Path) -> None:
+    text = ENTRIES.replace('["classify"]', '["classify"]\nrequests_per_second = 0.001\nburst = 2')
+
+    with client_of(tmp_path, keys_file=file_of(tmp_path, text)) as client:
+        for _ in range(2):
+            assert client.post("/v1/classify", content=picture(1), headers=bearer(OTHER)).status_code == 200
+        refused = client.post("/v1/classify", content=picture(1), headers=bearer(OTHER))
+        assert refused.status_code == 429
+        assert refused.json()["code"] == "key-limited"
+        assert 900 < int(refused.headers["retry-after"]) <= 1000
+        assert client.get("/v1/models", headers=bearer(KEY)).status_code == 200
+        metrics = client.get("/metrics").text
+        assert 'stridevit_rejections_total{reason="key-rate"} 1.0' in metrics
+        assert 'stridevit_key_requests_total{key="shop",status="200"} 2.0' in metrics
+        assert 'stridevit_key_requests_total{key="shop",status="429"} 1.0' in metrics
+        assert OTHER not in metrics
+        assert OTHER_HASH not in metrics
+
+
+def test_a_key_s_requests_at_once_are_limited_before_a_body_is_read(tmp_path: Path) -> None:
+    """By ASGI itself, since clients here send the body whatever is answered."""
+    publish_identity(tmp_path)
+    text = ENTRIES.replace('["classify"]', '["classify"]\nmax_concurrent = 1')
+    app = create_app(Settings(repository=tmp_path, threads=1, keys_file=file_of(tmp_path, text)))
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/classify",
+        "raw_path": b"/v1/classify",
+        "query_string": b"",
+        "headers": [(b"x-api-key", OTHER.encode())],
+    }
+
+    async def ask(receive: Callable[[], Awaitable[Any]]) -> int:
+        statuses: list[int] = []
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        await app(dict(scope), receive, send)
+        return statuses[0]
+
+    async def scenario() -> list[int]:
+        arrived, gone = asyncio.Event(), asyncio.Event()
+
+        async def slow() -> Any:
+            arrived.set()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def untouched() -> Any:
+            raise AssertionError("the body was read")
+
+        app.state.pipeline.start()
+        first = asyncio.create_task(ask(slow))
+        await arrived.wait()
+        second = await ask(untouched)
+        gone.set()
+        statuses = [await first, second, await ask(slow)]
+        await app.state.pipeline.close()
+        return statuses
+
+    assert asyncio.run(scenario()) == [408, 429, 408]
+
+
+def test_the_log_and_the_trace_name_the_key_and_never_show_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = InMemorySpanExporter()
+    monkeypatch.setattr(
+        app_module, "Tracing", lambda endpoint, *, version: Tracing(endpoint, version=version, exporter=exporter)
+    )
+    values = {"log_requests": "all", "otlp_endpoint": "http://127.0.0.1:1/v1/traces"}
+    with (
+        structlog.testing.capture_logs() as lines,
+        client_of(tmp_path, keys_file=file_of(tmp_path, ENTRIES), **values) as client,
+    ):
+        client.post("/v1/classify", content=picture(1), headers=bearer(OTHER))
+        client.get("/v1/models")
+    named = [line["key"] for line in lines if line["event"] == "request"]
+    assert named == ["shop", None]
+    spans = exporter.get_finished_spans()
+    assert [span.attributes.get("stridevit.key") for span in spans if span.attributes and span.parent is None] == [
+        "shop",
+        None,
+    ]
+    said = f"{lines} {[span.to_json() for span in spans]}"
+    assert OTHER not in said
+    assert OTHER_HASH not in said
+
+
+def test_guarded_pages_without_any_key_are_an_error() -> None:
+    with pytest.raises(ValueError, match="guarded_pages needs keys"):
+        Settings(guarded_pages=("metrics",))

@@ -14,7 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from service.app import create_app
-from service.http.auth import new_key
+from service.keys import new_key
 from service.scheduling.request import RequestState
 from service.settings import Settings
 from tests.service.conftest import PNG, noise
