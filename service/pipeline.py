@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, Field
 
 from service.errors import ClientDisconnected, DeadlineExceeded, NotReady, Overloaded, RequestError
+from service.images import ImageRules, MemoryBudget
 from service.metrics import Metrics
 from service.models.family import Choice, pareto_front
 from service.models.model import Model
@@ -35,10 +36,22 @@ class Limits:
     max_body_bytes: int
     max_images_per_request: int
     max_pixels: int
+    max_decode_bytes: int
+    image_formats: tuple[str, ...]
+    draft_jpegs: bool
     body_timeout_seconds: float
     default_deadline_ms: float
     max_deadline_ms: float
     deadline_margin: float
+
+    def image_rules(self) -> ImageRules:
+        """Which images are decoded, and how; with a memory budget of its own."""
+        return ImageRules(
+            max_pixels=self.max_pixels,
+            formats=self.image_formats,
+            draft_jpegs=self.draft_jpegs,
+            memory=MemoryBudget(self.max_decode_bytes),
+        )
 
 
 class RequestOptions(BaseModel, frozen=True, use_attribute_docstrings=True):
@@ -110,7 +123,7 @@ class Pipeline:
     ) -> None:
         self.registry, self.scheduler, self.load = registry, scheduler, load
         self.limits, self.metrics = limits, metrics
-        self.decoders = DecodePool(scheduler, load, max_pixels=limits.max_pixels)
+        self.decoders = DecodePool(scheduler, load, rules=limits.image_rules())
         self.admission = Admission(
             scheduler,
             load,

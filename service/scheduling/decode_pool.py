@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from service.images import LARGE_PIXELS, OpenedImage, open_image
+from service.images import LARGE_PIXELS, ImageRules, OpenedImage
 from service.manifest import Preprocessing
 from service.scheduling.cost import Load
 from service.scheduling.request import Key, RequestState
@@ -31,9 +31,9 @@ _STAGE = "before the image was decoded"
 class DecodePool:
     """Decodes images, and keeps the scheduler and the cost model informed about it."""
 
-    def __init__(self, scheduler: Scheduler, load: Load, *, max_pixels: int) -> None:
-        """With as many threads as `load` says; images of more than `max_pixels` are refused."""
-        self._scheduler, self._load, self._max_pixels = scheduler, load, max_pixels
+    def __init__(self, scheduler: Scheduler, load: Load, *, rules: ImageRules) -> None:
+        """With as many threads as `load` says; `rules` say which images are decoded."""
+        self._scheduler, self._load, self._rules = scheduler, load, rules
         self._small = Lane(load.decode_threads, "decode", load.clock)
         self._large = Lane(max(1, load.decode_threads // 2), "decode-large", load.clock)
 
@@ -46,7 +46,7 @@ class DecodePool:
         """
 
         def small() -> Pixels | OpenedImage:
-            opened = open_image(image, preprocessing, max_pixels=self._max_pixels)
+            opened = self._rules.open(image, preprocessing)
             return opened if opened.pixels > LARGE_PIXELS else opened.render()
 
         try:

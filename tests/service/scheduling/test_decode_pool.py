@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from service.errors import BadImage, ClientDisconnected, DeadlineExceeded
+from service.images import ImageRules
 from service.manifest import Preprocessing
 from service.scheduling.cost import Cost, Load
 from service.scheduling.decode_pool import DecodePool, Lane
@@ -156,7 +157,7 @@ def test_decoding_is_counted_in_the_backlog_and_large_images_do_not_teach_the_co
     queue = Queue("any", lambda _: (_, _), Cost({1: 0.01}, Load()))  # type: ignore[arg-type,return-value]
 
     async def scenario() -> None:
-        pool = DecodePool(scheduler, load, max_pixels=10_000_000)
+        pool = DecodePool(scheduler, load, rules=ImageRules(max_pixels=10_000_000))
         state = RequestState(seconds=60_000, arrived_at=0.0)
         queue.backlog.accept(state, 3, encoded=True)
         try:
