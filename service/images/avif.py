@@ -22,6 +22,8 @@ _HEADER_BYTES = {b"meta": 4, b"iprp": 0, b"ipco": 0, b"moov": 0, b"trak": 0, b"m
 
 _WORK = 4
 """Cost of a pixel of a frame, in pixels of a JPEG: measured 2 to 4."""
+_WORK_BYTE = 8
+"""Cost of a byte of the picture."""
 _BYTES, _FRAME_BYTES, _MAX_REFERENCES = 24, 6, 9
 """Bytes of a pixel: planes, two copies in RGBA and as in a PNG with alpha; of each frame that the decoder keeps."""
 
@@ -67,9 +69,9 @@ def scan(data: bytes, max_pixels: int) -> Scan:
             check_size(coded.width, coded.height, max_pixels)
         frames = max(frames, coded.frames)
         area = max(area, coded.width * coded.height)
-        work += coded.width * coded.height * max(1, coded.frames)
+        work += _WORK * coded.width * coded.height * max(1, coded.frames) + _WORK_BYTE * len(sequence)
     kept = area * _FRAME_BYTES * min(frames, _MAX_REFERENCES)
-    header = ImageHeader("AVIF", width, height, _WORK * max(work, area), _BYTES * area + kept)
+    header = ImageHeader("AVIF", width, height, max(work, _WORK * area), _BYTES * area + kept)
     if not found.exif_at:
         return Scan(header, (data,), None)
     cleaned = bytearray(data)

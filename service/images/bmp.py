@@ -7,7 +7,7 @@ from service.images.header import ImageHeader, Scan, check_size, damaged
 
 _WORK = 2
 """Cost of a pixel, in pixels of a JPEG: measured below 1."""
-_BYTES = 12
+_BYTES = 16
 """Bytes of a pixel, as in a PNG with alpha."""
 _RUN_LENGTHS = (1, 2)
 _MAX_RUNS_BYTES = 2_000_000

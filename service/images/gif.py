@@ -6,7 +6,7 @@ from service.images.header import MAX_PARTS, ImageHeader, Scan, check_size, dama
 _EXTENSION, _FRAME, _CONTROL = 0x21, 0x2C, 0xF9
 _WORK = 2
 """Cost of a pixel, in pixels of a JPEG: measured 1.1."""
-_BYTES = 13
+_BYTES = 17
 """Bytes of a pixel: an index, and as in a PNG with alpha."""
 
 

@@ -131,8 +131,8 @@ def _header(data: bytes, scan_at: int, code: int, frame: bytes, *, max_pixels: i
     check_size(width, height, max_pixels)
     pixels = width * height
     arithmetic = _ARITHMETIC if code in _ARITHMETIC_FRAMES else 1
-    # Four bytes of a decoded pixel, four more while CMYK becomes RGB.
-    decoded = pixels * (8 if components == 4 else 4)
+    # Four bytes of a decoded pixel, four while it is turned, four more while CMYK becomes RGB.
+    decoded = pixels * (12 if components == 4 else 8)
     if code not in _SEVERAL_SCANS and data[scan_at + 2 : scan_at + 3] == bytes([components]):
         return ImageHeader("JPEG", width, height, pixels * arithmetic, decoded)
     scans = count_scans(data, scan_at)

@@ -95,8 +95,8 @@ def _header(chunk: bytes, transparent: bool, max_pixels: int) -> ImageHeader:
     width, height, colour = struct.unpack_from(">IIxB", chunk, 8)
     check_size(width, height, max_pixels)
     alpha = transparent or colour in (4, 6)
-    # Pillow has four bytes for a pixel, and copies the picture to convert it, and again to weigh it by alpha.
-    copies, work = (3, _WORK_ALPHA) if alpha else (2, _WORK)
+    # Pillow has four bytes for a pixel, and copies the picture to turn it, to convert it, and to weigh it by alpha.
+    copies, work = (4, _WORK_ALPHA) if alpha else (3, _WORK)
     pixels = width * height
     return ImageHeader("PNG", width, height, work * pixels, 4 * copies * pixels)
 

@@ -233,9 +233,14 @@ def _to_rgb_crop(image: Image.Image, box: _Box | None, preprocessing: Preprocess
     `box`: the picture in a drafted JPEG, which is neither transparent nor grey of more than 8 bits.
     """
     if image.mode.startswith("I;16"):
-        # Pillow would clip 16-bit grey to white.
-        grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return _resize_and_crop(grey.convert("RGB"), preprocessing)
+        # Pillow would clip 16-bit grey to white, and has no alpha for it.
+        deep = np.asarray(image)
+        grey = Image.fromarray((deep >> 8).astype(np.uint8))
+        transparent = image.info.get("transparency")
+        if transparent is None:
+            return _resize_and_crop(grey.convert("RGB"), preprocessing)
+        alpha = Image.fromarray(np.where(deep == transparent, 0, 255).astype(np.uint8))
+        return _over_background(Image.merge("LA", (grey, alpha)), preprocessing)
     if image.mode in ("I", "F"):
         _, top = cast(tuple[float, float], image.getextrema())
         # 32-bit grey has no agreed range: 0..1 as floats, 0..255 where it fits, else 0..65535.
@@ -246,11 +251,15 @@ def _to_rgb_crop(image: Image.Image, box: _Box | None, preprocessing: Preprocess
         grey = Image.fromarray((small * scale).clip(0, 255).round().astype(np.uint8))
         return np.asarray(grey.convert("RGB"))
     if image.has_transparency_data:
-        # Pillow weighs colours by alpha when it resizes RGBA, so invisible colours do not bleed into visible ones.
-        layer = Image.fromarray(_resize_and_crop(image.convert("RGBA"), preprocessing))
-        background = Image.new("RGBA", layer.size, (*_BACKGROUND, 255))
-        return np.asarray(Image.alpha_composite(background, layer).convert("RGB"))
+        return _over_background(image, preprocessing)
     return _resize_and_crop(image if image.mode == "RGB" else image.convert("RGB"), preprocessing, box)
+
+
+def _over_background(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    # Pillow weighs colours by alpha when it resizes RGBA, so invisible colours do not bleed into visible ones.
+    layer = Image.fromarray(_resize_and_crop(image.convert("RGBA"), preprocessing))
+    background = Image.new("RGBA", layer.size, (*_BACKGROUND, 255))
+    return np.asarray(Image.alpha_composite(background, layer).convert("RGB"))
 
 
 def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, box: _Box | None = None) -> npt.NDArray[Any]:

@@ -21,7 +21,7 @@ _MAX_BLOCKS = 20_000
 _WORK_BLOCK = 1_000
 """Cost of a strip or tile itself, in pixels of a JPEG."""
 _MAX_SAMPLES, _MAX_BITS = 8, 64
-_BYTES = 12
+_BYTES = 16
 """Bytes of a pixel, as in a PNG with alpha; the buffer for a strip or tile comes on top."""
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
@@ -42,8 +42,8 @@ _KINDS = frozenset({*INTEGERS, 5, 7})
 
 _UNCOMPRESSED = (1, 32771)
 _JPEG, _WEBP, _LZMA = (6, 7), 50001, 34925
-_WORK = {1: 2, _LZMA: 20, _WEBP: 6}
-_WORK_OTHERS = 5
+_WORK = {1: 2, _LZMA: 8, _WEBP: 6}
+_WORK_OTHERS = 3
 """Cost of a pixel by compression, in pixels of a JPEG."""
 
 COMPRESSIONS = {

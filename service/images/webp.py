@@ -10,8 +10,10 @@ from service.images.header import MAX_PARTS, Bytes, ImageHeader, Scan, check_siz
 _CHUNK = struct.Struct("<4sI")
 _WORK = 3
 """Cost of a pixel, in pixels of a JPEG: measured 1.5 (lossy) to 3 (lossless with alpha)."""
-_BYTES = 24
-"""Bytes of a pixel: two canvases of the animation's decoder, two copies, and as in a PNG with alpha."""
+_WORK_BYTE = 3
+"""Cost of a byte of the picture."""
+_BYTES = 28
+"""Bytes of a pixel: two canvases of the animation's decoder, a copy, and as in a PNG with alpha."""
 _ALPHA, _EXIF, _XMP, _ANIMATED = 0x10, 0x08, 0x04, 0x02
 """Flags of the extended header."""
 
@@ -37,7 +39,7 @@ def scan(data: bytes, max_pixels: int) -> Scan:
         picture.insert(0, _CHUNK.pack(b"VP8X", 10) + bytes([flags & (_ALPHA | _ANIMATED)]) + data[21:30])
     content = sum(len(part) for part in picture)
     pixels = width * height
-    header = ImageHeader("WEBP", width, height, _WORK * pixels, _BYTES * pixels)
+    header = ImageHeader("WEBP", width, height, _WORK * pixels + _WORK_BYTE * content, _BYTES * pixels)
     return Scan(header, (b"RIFF", struct.pack("<I", 4 + content), b"WEBP", *picture), partial(orientation, exif, xmp))
 
 
