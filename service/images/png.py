@@ -22,7 +22,7 @@ _LARGEST = {b"IHDR": 64, b"PLTE": 3 * 256, b"tRNS": 256}
 
 _WORK = 2
 """Cost of a pixel, in pixels of a JPEG, unless it has alpha: measured 1.5 to 2."""
-_WORK_ALPHA = 4
+_WORK_ALPHA = 6
 
 
 @dataclass(slots=True)

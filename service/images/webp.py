@@ -8,8 +8,8 @@ from service.images.exif import orientation
 from service.images.header import MAX_PARTS, Bytes, ImageHeader, Scan, check_size, damaged
 
 _CHUNK = struct.Struct("<4sI")
-_WORK = 3
-"""Cost of a pixel, in pixels of a JPEG: measured 1.5 (lossy) to 3 (lossless with alpha)."""
+_WORK, _WORK_ALPHA = 3, 6
+"""Cost of a pixel, in pixels of a JPEG."""
 _WORK_BYTE = 3
 """Cost of a byte of the picture."""
 _BYTES = 28
@@ -39,7 +39,13 @@ def scan(data: bytes, max_pixels: int) -> Scan:
         picture.insert(0, _CHUNK.pack(b"VP8X", 10) + bytes([flags & (_ALPHA | _ANIMATED)]) + data[21:30])
     content = sum(len(part) for part in picture)
     pixels = width * height
-    header = ImageHeader("WEBP", width, height, _WORK * pixels + _WORK_BYTE * content, _BYTES * pixels)
+    header = ImageHeader(
+        "WEBP",
+        width,
+        height,
+        (_WORK_ALPHA if kind == b"VP8L" or flags & _ALPHA else _WORK) * pixels + _WORK_BYTE * content,
+        _BYTES * pixels,
+    )
     return Scan(header, (b"RIFF", struct.pack("<I", 4 + content), b"WEBP", *picture), partial(orientation, exif, xmp))
 
 

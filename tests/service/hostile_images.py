@@ -53,9 +53,7 @@ def jpeg_of_scans(count: int, width: int = 64, height: int = 48) -> bytes:
 _LETTERS = {1: "B", 3: "H", 4: "I", 7: "B"}
 
 
-def tiff(
-    tags: dict[int, tuple[int, Sequence[int]]], data: bytes = b"", *, odd_tags: int = 0, odd_type: int = 200
-) -> bytes:
+def tiff(tags: dict[int, tuple[int, Sequence[int]]], data: bytes = b"", *, odd_tags: int = 0) -> bytes:
     """A TIFF of one directory: tag -> (type, values). `data` starts at offset 8; odd tags are of an unknown type."""
     entries, values = b"", b""
     count = len(tags) + odd_tags
