@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 from service.errors import BadImage
 
-_MAX_UNITS = 20_000
 _SEQUENCE, _FRAME_HEADER, _FRAME = 1, 3, 6
 
 
 class Coded(NamedTuple):
-    """The largest frame of a bitstream, and how many frames it has."""
+    """The largest frame of a bitstream, how many frames it has, and how many units of any kind."""
 
     width: int
     height: int
     frames: int
+    units: int
 
 
 class _Bits:
@@ -36,12 +36,12 @@ class _Bits:
         return self.read(zeros) + (1 << zeros) - 1
 
 
-def scan(data: bytes) -> Coded:
+def scan(data: bytes, max_units: int) -> Coded:
     """Zero sizes if there is no sequence header. Raises BadImage."""
     width = height = frames = at = 0
-    for _ in range(_MAX_UNITS):
+    for units in range(max_units + 1):
         if at >= len(data):
-            return Coded(width, height, frames)
+            return Coded(width, height, frames, units)
         first = data[at]
         kind, at = first >> 3 & 15, at + (2 if first & 4 else 1)
         size = len(data) - at
@@ -59,7 +59,7 @@ def scan(data: bytes) -> Coded:
                 width, height = wide, high
         frames += kind in (_FRAME, _FRAME_HEADER)
         at += size
-    raise BadImage(f"the image has more than {_MAX_UNITS:,} parts: save it as a still picture")
+    raise BadImage("the image has too many parts: save it as a still picture")
 
 
 def _frame_size(bits: _Bits) -> tuple[int, int]:

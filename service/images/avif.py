@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 
 from service.errors import BadImage, UnsupportedImage
 from service.images import av1
-from service.images.header import ImageHeader, Scan, check_size, damaged
+from service.images.header import MAX_PARTS, ImageHeader, Scan, check_size, damaged
 
 _MAX_BOXES = 4_000
+_MAX_EXTENTS = 4_000
+"""Extents of all items: a table can claim 65,535 for each of them without holding any."""
 _MAX_TABLE = 32 * 1024
 """Bytes of a table of items or frames: libavif searches some of them once for each of their entries."""
 _TABLES = frozenset(
@@ -38,6 +40,7 @@ class _Container:
     """Type of each item by its number."""
     extents: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     """Where the bytes of an item are."""
+    extent_count: int = 0
     in_idat: set[int] = field(default_factory=set)
     """Items whose extents count from the start of `idat`."""
     idat: int | None = None
@@ -62,9 +65,10 @@ def scan(data: bytes, max_pixels: int) -> Scan:
         raise damaged("it has no size")
     width, height = max(found.sizes, key=lambda size: size[0] * size[1])
     check_size(width, height, max_pixels)
-    area, frames, work = width * height, 1, 0
+    area, frames, work, parts = width * height, 1, 0, MAX_PARTS
     for sequence in _pictures(data, found):
-        coded = av1.scan(sequence)
+        coded = av1.scan(sequence, parts)
+        parts -= coded.units
         if coded.width:
             check_size(coded.width, coded.height, max_pixels)
         frames = max(frames, coded.frames)
@@ -81,7 +85,9 @@ def scan(data: bytes, max_pixels: int) -> Scan:
     return Scan(header, (bytes(cleaned),), None)
 
 
-def _boxes(data: bytes, start: int, end: int, found: _Container) -> Iterator[tuple[bytes, int, int]]:
+def _boxes(
+    data: bytes, start: int, end: int, found: _Container, *, outermost: bool = False
+) -> Iterator[tuple[bytes, int, int]]:
     """Kind, start and end of the content of each box."""
     while start + 8 <= end:
         found.boxes += 1
@@ -93,16 +99,16 @@ def _boxes(data: bytes, start: int, end: int, found: _Container) -> Iterator[tup
             (size,), header = struct.unpack_from(">Q", data, start + 8), 16
         stop = end if size == 0 else start + size
         if stop > end or stop < start + header:
-            if kind == b"mdat":
-                stop = end
-            else:
+            if not outermost:
                 raise damaged("its boxes are cut off")
+            # Bytes behind the last box, as of a video.
+            stop = end
         yield kind, start + header, stop
         start = stop
 
 
 def _read(data: bytes, start: int, end: int, found: _Container, depth: int = 0) -> None:
-    for kind, at, stop in _boxes(data, start, end, found):
+    for kind, at, stop in _boxes(data, start, end, found, outermost=depth == 0):
         if kind in _TABLES and stop - at > _MAX_TABLE:
             raise BadImage(f"the image has a table of more than {_MAX_TABLE:,} bytes ({kind.decode()}): save it again")
         if kind in _HEADER_BYTES and depth < 8:
@@ -158,6 +164,9 @@ def _read_extents(data: bytes, at: int, stop: int, found: _Container) -> None:
         base, at = int.from_bytes(data[at + 2 : at + 2 + base_bytes]), at + 2 + base_bytes
         extents, at = int.from_bytes(data[at : at + 2]), at + 2
         places = found.extents.setdefault(item, [])
+        found.extent_count += extents
+        if found.extent_count > _MAX_EXTENTS:
+            raise BadImage(f"the image has more than {_MAX_EXTENTS:,} pieces of items: save it again")
         for _ in range(extents):
             if at >= stop:
                 raise damaged("its boxes are cut off")

@@ -15,27 +15,20 @@ def scan(data: bytes, max_pixels: int) -> Scan:
     view = memoryview(data)
     at = 13 + _palette_bytes(data, 10)
     screen, transparent = view[:at], None
-    for _ in range(MAX_PARTS):
-        kind = data[at : at + 1]
-        if kind == b",":
-            break
+    parts = 0
+    while (kind := data[at : at + 1]) != b",":
+        parts += 1
         if kind in (b"", b";"):
             raise damaged("it has no picture")
-        if kind != b"!":
-            at += 1
-            continue
-        label, at = data[at + 1 : at + 2], at + 2
-        if label == b"\xf9" and data[at : at + 1] >= b"\4" and len(data) > at + 4 and data[at + 1] & 1:
-            transparent = data[at + 4]
-        for _ in range(MAX_PARTS):
-            length = data[at] if at < len(data) else 0
-            at += 1 + length
-            if not length:
-                break
-        else:
-            raise _too_many()
-    else:
-        raise _too_many()
+        if kind == b"!":
+            label, at = data[at + 1 : at + 2], at + 2
+            if label == b"\xf9" and data[at : at + 1] >= b"\4" and len(data) > at + 4 and data[at + 1] & 1:
+                transparent = data[at + 4]
+            while at < len(data) and data[at] and parts <= MAX_PARTS:
+                at, parts = at + 1 + data[at], parts + 1
+        at += 1
+        if parts > MAX_PARTS:
+            raise BadImage(f"the image has more than {MAX_PARTS:,} blocks before the picture: remove its comments")
     if len(data) < at + 10:
         raise damaged("it ends before the picture")
     left, top, frame_width, frame_height = (int.from_bytes(data[i : i + 2], "little") for i in range(at + 1, at + 9, 2))
@@ -53,7 +46,3 @@ def _palette_bytes(data: bytes, flags_at: int) -> int:
         raise damaged("it ends before the picture")
     flags = data[flags_at]
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
-
-
-def _too_many() -> BadImage:
-    return BadImage(f"the image has more than {MAX_PARTS:,} blocks before the picture: remove its comments")

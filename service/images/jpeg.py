@@ -12,8 +12,8 @@ from service.images.header import Bytes, ImageHeader, Scan, check_size, damaged
 
 _MAX_SEGMENTS = 4_096
 """Segments before the picture: 64 KiB each, they could hold 256 MB of metadata. Cameras write up to 40."""
-_MAX_TABLES = 256
-"""Tables and the like that the decoder gets; there are at most eight of two kinds."""
+_MAX_TABLES, _MAX_TABLE_BYTES = 256, 32 * 1024
+"""Tables and the like that the decoder gets, which Pillow reads in Python; eight of two kinds are of use, 3 kB."""
 _MAX_EXIF_PARTS = 16
 """Segments of EXIF that are joined: the orientation is in the first."""
 
@@ -45,6 +45,7 @@ class _Segments:
 
     data: bytes
     tables: list[memoryview] = field(default_factory=list)
+    table_bytes: int = 0
     frame: tuple[int, bytes] | None = None
     """Marker and payload of the frame header."""
     jfif: memoryview | None = None
@@ -65,8 +66,9 @@ class _Segments:
         elif code not in _TABLES:
             return
         self.tables.append(memoryview(self.data)[start:end])
-        if len(self.tables) > _MAX_TABLES:
-            raise damaged(f"it has more than {_MAX_TABLES} tables")
+        self.table_bytes += end - start
+        if len(self.tables) > _MAX_TABLES or self.table_bytes > _MAX_TABLE_BYTES:
+            raise damaged(f"it has more than {_MAX_TABLES} tables, or {_MAX_TABLE_BYTES:,} bytes of them")
 
     def _take_metadata(self, code: int, start: int, payload: int, end: int) -> None:
         data, view = self.data, memoryview(self.data)

@@ -86,11 +86,11 @@ def tiff_of_tile(side: int) -> bytes:
     return tiff(tags, zlib.compress(bytes(min(side * side, 400_000))).ljust(500, b"\0"))
 
 
-def gif_with_comments(blocks: int) -> bytes:
-    """A GIF with a comment of blocks of a byte each."""
+def gif_with_comments(blocks: int, comments: int = 1) -> bytes:
+    """A GIF with comments of blocks of a byte each."""
     whole = encoded(PICTURE.quantize(16), "GIF")
     at = 13 + 3 * (2 << (whole[10] & 7))
-    return whole[:at] + b"!\xfe" + b"\x01a" * blocks + b"\0" + whole[at:]
+    return whole[:at] + (b"!\xfe" + b"\x01a" * blocks + b"\0") * comments + whole[at:]
 
 
 def bmp_of_runs(side: int, runs: int) -> bytes:
@@ -110,3 +110,11 @@ def avif_that_claims(width: int, height: int, claimed: int) -> bytes:
 def av1_units(*units: tuple[int, bytes]) -> bytes:
     """An AV1 bitstream of units: type and content."""
     return b"".join(bytes([kind << 3 | 2, len(content)]) + content for kind, content in units)
+
+
+def avif_of_extents(items: int, extents: int) -> bytes:
+    """An AVIF whose table of items claims extents of no bytes."""
+    table = struct.pack(">IBBH", 0, 0, 0, items) + struct.pack(">HHH", 1, 0, extents) * items
+    location = struct.pack(">I4s", 8 + len(table), b"iloc") + table
+    meta = struct.pack(">I4sI", 12 + len(location), b"meta", 0) + location
+    return struct.pack(">I4s4sI", 16, b"ftyp", b"avif", 0) + meta

@@ -91,6 +91,7 @@ def test_metadata_does_not_reach_the_decoder(name: str) -> None:
         (hostile.jpeg_with(hostile.jpeg_segment(0xE1, b"Exif\0\0II*\0") * 5_000), BadImage, "4,096 segments"),
         (hostile.jpeg_with(b"\xff\xd0" * 5_000), BadImage, "4,096 segments"),
         (hostile.jpeg_with(hostile.jpeg_segment(0xDB, b"\0" + bytes([1]) * 64) * 300), BadImage, "256 tables"),
+        (hostile.jpeg_with(hostile.jpeg_segment(0xDB, (b"\0" + bytes([1]) * 64) * 600)), BadImage, "32,768 bytes"),
         (hostile.jpeg_of_scans(101), BadImage, "101 scans"),
         (hostile.png_with(hostile.png_chunk(b"tEXt", b"a\0b") * 21_000), BadImage, "20,000 chunks"),
         (hostile.png_with(hostile.png_chunk(b"PLTE", bytes(3_000))), BadImage, "PLTE chunk of 3,000 bytes"),
@@ -122,6 +123,8 @@ def test_metadata_does_not_reach_the_decoder(name: str) -> None:
         ),
         (hostile.tiff(hostile.grey_tiff(8, 8, t259=(3, [34712])), bytes(64)), UnsupportedImage, "compression .34712"),
         (hostile.gif_with_comments(25_000), BadImage, "20,000 blocks"),
+        (hostile.gif_with_comments(5_000, comments=5), BadImage, "20,000 blocks"),
+        (hostile.avif_of_extents(1_000, 65_535), BadImage, "4,000 pieces"),
         (hostile.bmp_of_runs(2_000, 1_100_000), UnsupportedImage, "run lengths"),
         (b"BM" + bytes(12) + struct.pack("<IIIHHI", 2**31, 8, 8, 1, 24, 0), BadImage, "a header of"),
     ],
@@ -165,10 +168,10 @@ def test_the_size_of_an_avif_is_that_of_its_bitstream_not_of_its_boxes() -> None
 
 def test_every_frame_of_an_av1_bitstream_is_work() -> None:
     still = bytes([0b000_1_1_000, 0b00_0111_01, 0b11_111111, 0b11_111111, 0b11_000000])
-    found = av1.scan(hostile.av1_units((2, b""), (1, still), *[(6, b"\0")] * 50, (3, b"")))
-    assert (found.frames, found.width > 0, found.height > 0) == (51, True, True)
+    found = av1.scan(hostile.av1_units((2, b""), (1, still), *[(6, b"\0")] * 50, (3, b"")), 53)
+    assert (found.units, found.frames, found.width > 0, found.height > 0) == (53, 51, True, True)
     with pytest.raises(BadImage, match="parts"):
-        av1.scan(hostile.av1_units(*[(6, b"")] * 20_001))
+        av1.scan(hostile.av1_units(*[(6, b"")] * 20_001), 20_000)
 
 
 def test_a_text_is_unpacked_only_as_far_as_an_orientation_may_be() -> None:
