@@ -25,7 +25,7 @@ from service.engine_memory import measure_memory
 from service.engine_timer import time_runs
 from service.errors import ImageError, StartupError
 from service.host import available_cores
-from service.images import decode
+from service.images import ImageRules
 from service.scheduling.cost import candidate_sizes
 from service.settings import Settings
 
@@ -117,7 +117,11 @@ def measure_engine_limit(settings: Settings, name: str, images: list[bytes], *, 
     one, largest = (
         measure_memory(bundle, threads=max(thread_counts), batch=sizes[-1]) if device == "cpu" else (None, None)
     )
-    decode_one = partial(decode, preprocessing=bundle.manifest.preprocessing, max_pixels=settings.max_pixels)
+    rules = ImageRules(max_pixels=settings.max_pixels, formats=settings.image_formats, draft_jpegs=settings.draft_jpegs)
+
+    def decode_one(image: bytes) -> Pixels:
+        return rules.open(image, bundle.manifest.preprocessing).render()
+
     try:
         decoded = [decode_one(image) for image in images][: sizes[-1]]
     except ImageError as error:

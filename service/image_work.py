@@ -15,11 +15,14 @@ import time
 import numpy as np
 from PIL import Image
 
-from service.images import DRAFT_MARGIN, JPEG, MAX_PIXELS, OTHER_FORMATS, OpenedImage, decode
+from service.images import MAX_PIXELS, ImageRules, OpenedImage, decode, draft_scale
 from service.manifest import Preprocessing
 
 FIXED_WORK = 15_000
 """Opening an image, resizing it and handing it over: 0.15 ms."""
+
+_OTHER_FORMATS = 2
+"""Cost of a pixel of a PNG, GIF, BMP or WebP, in pixels of a JPEG, as far as its size alone tells."""
 
 _REPETITIONS = 5
 
@@ -37,23 +40,23 @@ def work_of_bytes(count: int) -> int:
     return count + FIXED_WORK
 
 
-def work_of(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) -> int:
-    """Work of decoding an encoded image; that of its bytes alone if its size cannot be seen or exceeds `max_pixels`."""
+def work_of(data: bytes, preprocessing: Preprocessing, rules: ImageRules) -> int:
+    """Work of decoding an encoded image; that of its bytes alone if its size cannot be seen, or breaks the rules."""
     pixels = 0
     try:
         if data[:2] == b"\xff\xd8":
             width, height, progressive = _jpeg(data)
-            pixels = width * height // _reduction(width, height, preprocessing) ** 2
+            pixels = width * height // draft_scale(width, height, preprocessing, rules) ** 2
             if progressive:
                 # Every scan is a pass over all pixels, also if few of them are decoded: encoders write about ten.
                 pixels += width * height
         else:
             width, height = _size(data)
-            pixels = OTHER_FORMATS * width * height
+            pixels = _OTHER_FORMATS * width * height
     except (IndexError, struct.error):
         # Cut short within its header.
         return work_of_bytes(len(data))
-    if not 0 < width * height <= max_pixels:
+    if not 0 < width * height <= rules.max_pixels:
         # It is refused when it is opened.
         return work_of_bytes(len(data))
     return pixels + work_of_bytes(len(data))
@@ -71,22 +74,13 @@ def seconds_per_pixel() -> float:
         started = time.perf_counter()
         decode(data, preprocessing, max_pixels=MAX_PIXELS)
         taken.append(time.perf_counter() - started)
-    return min(taken) / work_of(data, preprocessing, max_pixels=MAX_PIXELS)
+    return min(taken) / work_of(data, preprocessing, ImageRules(max_pixels=MAX_PIXELS))
 
 
 def work_of_opened(opened: OpenedImage, count: int) -> int:
     """The same for an opened image of `count` bytes, whose size and scans are known for certain."""
-    if opened.image.format not in JPEG:
-        return opened.pixels + work_of_bytes(count)
-    width, height = opened.image.size
-    spared = width * height - width * height // _reduction(width, height, opened.preprocessing) ** 2
-    return opened.pixels - spared + work_of_bytes(count)
-
-
-def _reduction(width: int, height: int, preprocessing: Preprocessing) -> int:
-    """By which factor a JPEG's sides are divided while it is decoded, as Pillow's draft mode would do it."""
-    scale = min(width, height) // (DRAFT_MARGIN * preprocessing.resize)
-    return 1 if scale < 2 else 2 if scale < 4 else 4 if scale < 8 else 8
+    size = opened.header.width * opened.header.height
+    return opened.pixels - (size - size // opened.draft_scale**2) + work_of_bytes(count)
 
 
 def _jpeg(data: bytes) -> tuple[int, int, bool]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from service.errors import ClientDisconnected, DeadlineExceeded, ModelFault, NotReady, Overloaded, RequestError
 from service.image_work import work_of_bytes
+from service.images import ImageRules, MemoryBudget
 from service.metrics import Metrics
 from service.models.arena import ArenaTrimmer
 from service.models.family import Choice, pareto_front
@@ -44,6 +45,9 @@ class Limits:
     max_body_bytes: int
     max_images_per_request: int
     max_pixels: int
+    max_decode_bytes: int
+    image_formats: tuple[str, ...]
+    draft_jpegs: bool
     body_timeout_seconds: float
     min_upload_rate: int
     upload_window_seconds: float
@@ -52,6 +56,15 @@ class Limits:
     deadline_margin: float
     max_consecutive_faults: int
     trim_memory_bytes: int
+
+    def image_rules(self) -> ImageRules:
+        """Which images are decoded, and how; with a memory budget of its own."""
+        return ImageRules(
+            max_pixels=self.max_pixels,
+            formats=self.image_formats,
+            draft_jpegs=self.draft_jpegs,
+            memory=MemoryBudget(self.max_decode_bytes),
+        )
 
 
 class RequestOptions(BaseModel, frozen=True, use_attribute_docstrings=True):
@@ -123,7 +136,7 @@ class Pipeline:
     ) -> None:
         self.registry, self.scheduler, self.load = registry, scheduler, load
         self.limits, self.metrics = limits, metrics
-        self.decoders = DecodePool(scheduler, load, max_pixels=limits.max_pixels, batch_share=limits.batch_share)
+        self.decoders = DecodePool(scheduler, load, rules=limits.image_rules(), batch_share=limits.batch_share)
         self.lag = LoopLag()
         self.admission = Admission(
             scheduler,

@@ -22,7 +22,7 @@ from pydantic_settings import (
 )
 
 from service.engine import Tuning
-from service.images import MAX_PIXELS
+from service.images import FORMATS, MAX_PIXELS, Format
 from service.keys import key_hash
 
 ENV_PREFIX: Final = "STRIDEVIT_"
@@ -80,12 +80,17 @@ def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
 _T = TypeVar("_T")
 _List = Annotated[tuple[_T, ...], NoDecode, BeforeValidator(_split)]
 _Optional = Annotated[_T | None, BeforeValidator(_empty_is_unset)]
 _Hash = Annotated[str, AfterValidator(key_hash)]
 _Address = Annotated[str, AfterValidator(_address)]
 _Origin = Annotated[str, AfterValidator(_origin)]
+_Format = Annotated[Format, BeforeValidator(_upper)]
 _Url = Annotated[str, Field(pattern="^https?://")]
 _Fraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -219,6 +224,15 @@ class Settings(BaseSettings):
     """Largest number of images in one request."""
     max_pixels: Annotated[int, Field(ge=1, le=MAX_PIXELS)] = 50_000_000
     """Largest image, in pixels, checked before decoding. Pillow itself refuses more than 178,956,970."""
+    max_decode_bytes: Annotated[int, Field(ge=64 * 1024 * 1024)] = 1024 * 1024 * 1024
+    """Memory that large images may take while they are decoded, all together, in bytes, as predicted from their
+    headers: further ones wait, and one that takes more alone gets 422. The default lets a single image of any format
+    have 40 megapixels."""
+    image_formats: Annotated[_List[_Format], Field(min_length=1)] = FORMATS
+    """Formats of images that are accepted: fewer mean fewer decoders that a hostile file can reach."""
+    draft_jpegs: bool = True
+    """Decode a JPEG that is much larger than the model's input at 1/2, 1/4 or 1/8 of its size, which is several times
+    faster and changes pixels slightly; off: the pixels are those of torchvision's preprocessing."""
     body_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Seconds that a client may take to send its body, before it gets 408."""
     min_upload_rate: NonNegativeInt = 4096

@@ -13,6 +13,8 @@ import math
 import time
 from collections.abc import Callable, Mapping
 
+from service.images import LARGE_PIXELS
+
 _FAST_WEIGHT, _SLOW_WEIGHT = 0.2, 0.02
 """Weights of a new timing: in the device's slowdown, and in the drift of its own batch size."""
 
@@ -27,7 +29,7 @@ _SECONDS_PER_PIXEL = 1e-8
 _OUTLIER = 4.0
 """A decoding that took longer than predicted counts as this many times longer at most; likewise if it was faster."""
 
-LARGE_WORK = 2_000_000
+LARGE_WORK = LARGE_PIXELS
 """Work of decoding, in pixels, above which an image goes to a lane of its own, so that small ones need not wait for it.
 
 At 10 ms of CPU per megapixel smaller images take at most 20 ms; docs/service.md has times of larger ones.

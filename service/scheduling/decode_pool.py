@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.image_work import work_of, work_of_opened
-from service.images import OpenedImage, open_image
+from service.images import ImageRules, OpenedImage
 from service.manifest import Preprocessing
 from service.scheduling.cost import LARGE_WORK, Load
 from service.scheduling.request import Key, RequestState
@@ -37,15 +37,17 @@ _LEAST = 0.5
 class DecodePool:
     """Decodes images, and keeps the scheduler and the cost model informed about it."""
 
-    def __init__(self, scheduler: Scheduler, load: Load, *, max_pixels: int, batch_share: float = BATCH_SHARE) -> None:
-        """With as many threads as `load` says; images of more than `max_pixels` are refused."""
-        self._scheduler, self._load, self._max_pixels = scheduler, load, max_pixels
+    def __init__(
+        self, scheduler: Scheduler, load: Load, *, rules: ImageRules, batch_share: float = BATCH_SHARE
+    ) -> None:
+        """With as many threads as `load` says; `rules` say which images are decoded."""
+        self._scheduler, self._load, self._rules = scheduler, load, rules
         self._small = Lane(load.decode_threads, "decode", load.clock, batch_share=batch_share)
         self._large = Lane(load.large_threads, "decode-large", load.clock, batch_share=batch_share)
 
     def work_of(self, images: Sequence[bytes], preprocessing: Preprocessing) -> list[int]:
         """Work of decoding each of them in pixels, by their headers, for admission and for `decode`."""
-        return [work_of(image, preprocessing, max_pixels=self._max_pixels) for image in images]
+        return [work_of(image, preprocessing, self._rules) for image in images]
 
     async def decode(
         self, image: bytes, preprocessing: Preprocessing, state: RequestState, queue: Queue, work: int
@@ -57,7 +59,7 @@ class DecodePool:
         load = self._load
 
         def opened() -> OpenedImage:
-            return open_image(image, preprocessing, max_pixels=self._max_pixels)
+            return self._rules.open(image, preprocessing)
 
         def small() -> Pixels | OpenedImage:
             found = opened()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from service.image_work import FIXED_WORK, seconds_per_pixel, work_of, work_of_bytes, work_of_opened
-from service.images import open_image
+from service.images import ImageRules, open_image
 from service.manifest import Preprocessing
 from tests.service.conftest import encoded, noise
 
@@ -20,7 +20,7 @@ LIMIT = 50_000_000
 
 
 def work(data: bytes) -> int:
-    return work_of(data, PREPROCESSING, max_pixels=LIMIT)
+    return work_of(data, PREPROCESSING, ImageRules(max_pixels=LIMIT))
 
 
 @pytest.mark.parametrize(

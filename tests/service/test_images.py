@@ -218,8 +218,8 @@ def test_any_size_becomes_what_torchvision_makes(width: int, height: int, crop: 
     assert difference <= (0 if max(width, height) <= 7 * min(width, height) else 2)
 
 
-def test_a_strip_of_one_pixel_by_a_million_is_not_resized_as_a_whole() -> None:
-    strip = Image.new("RGB", (1_000_000, 1), (10, 20, 30))
+def test_a_strip_of_one_pixel_by_the_longest_side_is_not_resized_as_a_whole() -> None:
+    strip = Image.new("RGB", (65_535, 1), (10, 20, 30))
     ours = decode(encoded(strip), preprocessing(224, resize=256), max_pixels=1_000_000)
     assert np.unique(ours.reshape(-1, 3), axis=0).tolist() == [[10, 20, 30]]
 
@@ -289,14 +289,10 @@ def test_images_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
                 open_image(data, preprocessing(), max_pixels=limit)
             with contextlib.suppress(ImageError):
                 decode(data, preprocessing(), max_pixels=limit)
-        assert len(alive) == 16
-        assert [left() for left in alive] == [None] * 16
+        assert len(alive) == 6, "what is refused or only opened never reaches Pillow"
         opened = open_image(whole, preprocessing(), max_pixels=40_000)
         opened.render()
-        image = alive[-1]()
-        assert isinstance(image, Image.Image)
-        with pytest.raises(ValueError, match="closed"):
-            image.load()  # its pixels are gone though the opened image is still held
+        assert [left() for left in alive] == [None] * 8, "its pixels are gone though the opened image is still held"
     finally:
         gc.enable()
 

@@ -181,12 +181,11 @@ def test_the_groups_begin_with_settings_in_the_order_of_their_declaration() -> N
 def test_all_defaults_can_be_written_into_a_file(config: Path) -> None:
     lines = []
     for name, field in Settings.model_fields.items():
-        value = list(field.default) if isinstance(field.default, tuple) else field.default
+        value = ",".join(field.default) if isinstance(field.default, tuple) else field.default
         if value is not None:
             lines.append(
                 f"{name} = {str(value).lower() if isinstance(value, bool | int | float) else repr(str(value))}"
             )
-    lines = [line.replace("'[]'", "[]") for line in lines]
     assert tomllib.loads("\n".join(lines))
     config.write_text("\n".join(lines))
     assert Settings(config=config) == Settings().model_copy(update={"config": config})

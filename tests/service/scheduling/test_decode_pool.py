@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from service.errors import BadImage, ClientDisconnected, DeadlineExceeded
+from service.images import ImageRules
 from service.manifest import Preprocessing
 from service.scheduling.backlog import work_of
 from service.scheduling.cost import LARGE_WORK, Cost, Load
@@ -176,7 +177,7 @@ def test_an_image_whose_header_hides_its_size_leaves_the_lane_for_small_ones() -
     names: list[str] = []
 
     async def scenario() -> None:
-        pool = DecodePool(Scheduler(load), load, max_pixels=10_000_000)
+        pool = DecodePool(Scheduler(load), load, rules=ImageRules(max_pixels=10_000_000))
         running = pool._large.run
 
         async def noted(state: RequestState, work: Callable[[], object], **options: float) -> object:
@@ -219,7 +220,7 @@ def test_decoding_is_counted_in_the_backlog_in_the_lane_of_each_image() -> None:
     queue = Queue("any", lambda _: (_, _), Cost({1: 0.01}, Load()))  # type: ignore[arg-type,return-value]
 
     async def scenario() -> None:
-        pool = DecodePool(scheduler, load, max_pixels=10_000_000)
+        pool = DecodePool(scheduler, load, rules=ImageRules(max_pixels=10_000_000))
         state = RequestState(seconds=60_000, arrived_at=0.0)
         images = [encoded(noise(1500, 1000)), PNG, PNG[:60]]
         works = pool.work_of(images, preprocessing)

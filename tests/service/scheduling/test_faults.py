@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from service.errors import ClientDisconnected, DeadlineExceeded, ModelFault
+from service.scheduling.backlog import work_of
 from service.scheduling.cost import Cost, Load
 from service.scheduling.request import RequestState
 from service.scheduling.scheduler import Batch, Pixels, Queue, Scheduler
@@ -241,7 +242,7 @@ class Chaos:
 
 
 async def accepted(scheduler: Scheduler, queue: Queue, number: int, by: RequestState) -> int:
-    queue.backlog.accept(by, 1, encoded=False)
+    queue.backlog.accept(by, work_of(1, ()))
     return await answer(scheduler, queue, number, by)
 
 

@@ -1,0 +1,291 @@
+"""From a scanned file to the model's pixels.
+
+The rules for all formats: the first frame of an animation, EXIF orientation applied, alpha over white, 16-bit grey
+scaled (not clipped) to 8 bits, the shorter side resized and the centre cropped, all as RGB.
+"""
+
+import ctypes
+import io
+import struct
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from PIL import AvifImagePlugin, ExifTags, Image, ImageFile, UnidentifiedImageError, _imaging
+
+from service.errors import BadImage, TooManyPixels
+from service.images.header import ImageHeader, Scan
+from service.images.memory import MemoryBudget
+from service.images.scan import scan
+from service.images.sniff import FORMATS
+from service.manifest import Preprocessing
+
+# What Pillow raises on damaged or hostile files, found with samples of fuzzed files.
+_DAMAGED = (
+    OSError,
+    EOFError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+)
+
+_BACKGROUND = (255, 255, 255)
+
+LARGE_PIXELS = 2_000_000
+"""Decoding work, as in ImageHeader.work_pixels, above which an image is large: small ones should not wait for it.
+
+At 10 ms of CPU per megapixel smaller images take about 20 ms, at worst 40; docs/service.md has times of larger ones.
+"""
+
+_SMALL_BYTES = 32 * LARGE_PIXELS
+"""Images that take less memory do not wait for it."""
+
+_DRAFT_MARGIN = 3
+"""A JPEG is decoded at 1/2, 1/4 or 1/8 if its shorter side is then still this many times `resize`.
+
+docs/service.md has the differences that were measured for margins from 1 to 4.
+"""
+
+_MAX_STRETCH = 8
+"""Images with a larger aspect ratio are not resized as a whole."""
+
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image of an EXIF orientation upright."""
+
+_Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRules:
+    """Which images are decoded, and how."""
+
+    max_pixels: int
+    """Limit of width times height, at most MAX_PIXELS."""
+    formats: Collection[str] = FORMATS
+    """Formats that are accepted."""
+    draft_jpegs: bool = True
+    """Decode a JPEG that is much too large at a fraction of its size."""
+    memory: MemoryBudget | None = None
+    """What all images that are decoded at once may take; none: no limit."""
+
+    def inspect(self, data: bytes) -> ImageHeader:
+        """Format, size and cost, from the file's structure. Raises as `open`."""
+        return self._scan(data).header
+
+    def open(self, data: bytes, preprocessing: Preprocessing) -> "OpenedImage":
+        """Scan the file and check all limits, without decoding. Raises UnsupportedImage, TooManyPixels or BadImage."""
+        return OpenedImage(scan=self._scan(data), preprocessing=preprocessing, rules=self)
+
+    def _scan(self, data: bytes) -> Scan:
+        memory = self.memory
+        return scan(
+            data,
+            max_pixels=self.max_pixels,
+            formats=self.formats,
+            max_bytes=None if memory is None else memory.limit_bytes,
+        )
+
+
+def decode(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) -> npt.NDArray[np.uint8]:
+    """Encoded image -> uint8 (crop, crop, 3), RGB, exactly as it is served by default.
+
+    `max_pixels`: limit of width times height, at most MAX_PIXELS. Raises UnsupportedImage, TooManyPixels or BadImage.
+    """
+    return open_image(data, preprocessing, max_pixels=max_pixels).render()
+
+
+def open_image(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) -> "OpenedImage":
+    """Scan the file and check all limits, without decoding. Raises as `decode`."""
+    return ImageRules(max_pixels=max_pixels).open(data, preprocessing)
+
+
+def draft_scale(width: int, height: int, preprocessing: Preprocessing, rules: ImageRules) -> int:
+    """By how much the sides of a JPEG are divided while it is decoded: 1, 2, 4 or 8."""
+    if not rules.draft_jpegs:
+        return 1
+    enough = _DRAFT_MARGIN * preprocessing.resize
+    return next(scale for scale in (8, 4, 2, 1) if min(width, height) >= scale * enough or scale == 1)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class OpenedImage:
+    """An image within the limits. It holds the file only, so that waiting to be rendered costs nothing."""
+
+    scan: Scan
+    preprocessing: Preprocessing
+    rules: ImageRules
+
+    @property
+    def header(self) -> ImageHeader:
+        """Format, size and cost."""
+        return self.scan.header
+
+    @property
+    def pixels(self) -> int:
+        """Work of decoding it whole; see ImageHeader.work_pixels."""
+        return self.scan.header.work_pixels
+
+    @property
+    def draft_scale(self) -> int:
+        """By how much a JPEG's sides are divided while it is decoded: 1, 2, 4 or 8."""
+        header = self.scan.header
+        if header.format != "JPEG":
+            return 1
+        return draft_scale(header.width, header.height, self.preprocessing, self.rules)
+
+    def render(self) -> npt.NDArray[np.uint8]:
+        """Decode, rotate upright, resize and crop: uint8 (crop, crop, 3). Waits for room in the memory budget.
+
+        Raises TooManyPixels or BadImage.
+        """
+        needed, memory = self.header.decoded_bytes, self.rules.memory
+        # Without waiting: the number of decoders bounds what small images take.
+        if memory is None or needed <= _SMALL_BYTES:
+            return self._decode()
+        with memory.hold(needed):
+            return self._decode()
+
+    def _decode(self) -> npt.NDArray[np.uint8]:
+        try:
+            with _open(self.scan) as image:
+                return self._render(image)
+        except Image.DecompressionBombError as error:
+            limit = self.rules.max_pixels
+            raise TooManyPixels(f"a frame of the image exceeds the limit of {limit:,} pixels") from error
+        except UnidentifiedImageError as error:
+            kind = self.header.format
+            raise BadImage(f"the image is damaged, or a rare kind of {kind}: save it again") from error
+        except _DAMAGED as error:
+            raise BadImage(f"the image is damaged: {error}") from error
+
+    def _render(self, image: ImageFile.ImageFile) -> npt.NDArray[np.uint8]:
+        turned = self.scan.orientation
+        orientation = image.getexif().get(ExifTags.Base.Orientation) if turned is None else turned()
+        box = _draft(image, self.draft_scale, orientation)
+        image.load()
+        if orientation in _TRANSPOSE:
+            upright = image.transpose(_TRANSPOSE[orientation])
+            # Not both at once.
+            image.close()
+            return _to_rgb_crop(upright, box, self.preprocessing)
+        return _to_rgb_crop(image, box, self.preprocessing)
+
+
+def _open(scanned: Scan) -> ImageFile.ImageFile:
+    """Open the rewritten file with Pillow."""
+    kind = scanned.header.format
+    if kind == "TIFF":
+        _silence_libtiff()
+    elif kind == "AVIF":
+        # One thread for an image: the pool of decoders uses the others.
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    data = scanned.rewritten()
+    image = Image.open(io.BytesIO(data), formats=[kind])
+    # In blocks of 64 KiB, a decoder that needs more starts again with each: quadratic for hostile files.
+    image.decodermaxblock = len(data)
+    return image
+
+
+@cache
+def _silence_libtiff() -> None:
+    """libtiff writes a line to stderr for each fault of a file, with text of the file: for its sender to choose."""
+    # Pillow's own module; the linker finds the library that it uses.
+    library = ctypes.CDLL(_imaging.__file__)
+    if hasattr(library, "TIFFSetErrorHandler"):
+        library.TIFFSetErrorHandler(None)
+        library.TIFFSetWarningHandler(None)
+
+
+def _draft(image: ImageFile.ImageFile, scale: int, orientation: int | None) -> _Box | None:
+    """Have a JPEG decoded at 1/2, 1/4 or 1/8 of its size.
+
+    Returns the box of the whole picture within the upright decoded pixels: their number is rounded up, so only a
+    fraction of the last row and column may belong to it. None if nothing is drafted, as for all other formats.
+    """
+    if scale == 1:
+        return None
+    drafted = image.draft(None, (image.width // scale, image.height // scale))
+    if drafted is None:
+        return None
+    _, (_, _, width, height) = drafted
+    right, bottom = image.width - width, image.height - height
+    if orientation in (5, 6, 7, 8):
+        width, height, right, bottom = height, width, bottom, right
+    left = right if orientation in (2, 3, 6, 7) else 0.0
+    top = bottom if orientation in (3, 4, 7, 8) else 0.0
+    return left, top, left + width, top + height
+
+
+def _to_rgb_crop(image: Image.Image, box: _Box | None, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Resize before converting, so that a large image is not held in memory several times.
+
+    `box`: the picture in a drafted JPEG, which is neither transparent nor grey of more than 8 bits.
+    """
+    if image.mode.startswith("I;16"):
+        # Pillow would clip 16-bit grey to white, and has no alpha for it.
+        deep = np.asarray(image)
+        grey = Image.fromarray((deep >> 8).astype(np.uint8))
+        transparent = image.info.get("transparency")
+        if transparent is None:
+            return _resize_and_crop(grey.convert("RGB"), preprocessing)
+        alpha = Image.fromarray(np.where(deep == transparent, 0, 255).astype(np.uint8))
+        return _over_background(Image.merge("LA", (grey, alpha)), preprocessing)
+    if image.mode in ("I", "F"):
+        _, top = cast(tuple[float, float], image.getextrema())
+        # 32-bit grey has no agreed range: 0..1 as floats, 0..255 where it fits, else 0..65535.
+        scale = 1.0 if top <= 255 else 255 / 65535
+        if image.mode == "F" and top <= 1.0:
+            scale = 255.0
+        small = np.nan_to_num(_resize_and_crop(image.convert("F"), preprocessing), posinf=0.0, neginf=0.0)
+        grey = Image.fromarray((small * scale).clip(0, 255).round().astype(np.uint8))
+        return np.asarray(grey.convert("RGB"))
+    if image.has_transparency_data:
+        return _over_background(image, preprocessing)
+    return _resize_and_crop(image if image.mode == "RGB" else image.convert("RGB"), preprocessing, box)
+
+
+def _over_background(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    # Pillow weighs colours by alpha when it resizes RGBA, so invisible colours do not bleed into visible ones.
+    layer = Image.fromarray(_resize_and_crop(image.convert("RGBA"), preprocessing))
+    background = Image.new("RGBA", layer.size, (*_BACKGROUND, 255))
+    return np.asarray(Image.alpha_composite(background, layer).convert("RGB"))
+
+
+def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, box: _Box | None = None) -> npt.NDArray[Any]:
+    """Shorter side to `resize`, then the centre `crop` × `crop`: exactly torchvision's Resize and CenterCrop."""
+    x0, y0, x1, y1 = box or (0, 0, *image.size)
+    sides = x1 - x0, y1 - y0
+    crop, shorter = preprocessing.crop, min(sides)
+    # The sides of a drafted picture are exact in binary, so they give the same numbers as those of the whole one.
+    width, height = (int(preprocessing.resize * side / shorter) for side in sides)
+    left, top = round((width - crop) / 2), round((height - crop) / 2)
+    filter_ = Image.Resampling[preprocessing.interpolation.upper()]
+    if max(width, height) <= _MAX_STRETCH * preprocessing.resize:
+        if image.size != (width, height):
+            image = image.resize((width, height), filter_, box)
+        image = image.crop((left, top, left + crop, top + crop))
+    else:
+        # A strip of one pixel by a million would be huge when resized as a whole. The same region alone differs only by
+        # rounding.
+        x, y = sides[0] / width, sides[1] / height
+        region = (x0 + left * x, y0 + top * y, x0 + (left + crop) * x, y0 + (top + crop) * y)
+        image = image.resize((crop, crop), filter_, region)
+    return np.asarray(image)
