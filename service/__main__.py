@@ -21,14 +21,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from service import flags
-from service.app import create_app, make_registry
-from service.bundle import model_names
+from service.app import create_app, make_loader, make_registry
+from service.bundle import list_repository
 from service.engine_limit import measure_engine_limit, read_images
 from service.errors import StartupError
 from service.flags import with_settings
 from service.http.auth import new_key
+from service.models.index import Entry
 from service.models.model import Model
-from service.models.registry import Entry
 from service.pipeline import Pipeline
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
@@ -109,10 +109,11 @@ def _load_each(settings: Settings) -> Iterator[tuple[Entry, Model | None]]:
 
     Raises BundleError or EngineError.
     """
-    for name in settings.models or model_names(settings.repository):
-        scheduler = Scheduler(load := Load())
+    scheduler = Scheduler(load := Load())
+    loader = make_loader(settings, scheduler, load)
+    for name in settings.models or list_repository(settings.repository).names:
         alone = settings.model_copy(update={"models": (name,), "default_model": None})
-        registry = make_registry(alone, scheduler, load)
+        registry = make_registry(alone, loader, scheduler)
         # The index holds the reason.
         with contextlib.suppress(StartupError):
             registry.load_all()
@@ -185,6 +186,8 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._pipeline.ready = False
+        # Nobody waits for a model that is only being loaded.
+        self._pipeline.registry.close()
         await asyncio.sleep(self._delay_seconds)
         await super().shutdown(sockets)
 

@@ -46,6 +46,7 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
             asyncio.create_task(_poll(pipeline.registry, settings.poll_seconds)) if settings.poll_seconds else None
         )
         yield
+        pipeline.registry.close()
         if polling:
             polling.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -107,7 +108,7 @@ def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], floa
     """A pipeline with all models loaded. Raises StartupError."""
     load = Load(decode_threads=settings.decode_threads or settings.threads or available_cores(), clock=clock)
     scheduler = Scheduler(load)
-    registry = make_registry(settings, scheduler, load)
+    registry = make_registry(settings, make_loader(settings, scheduler, load), scheduler)
     registry.load_all()
     limits = Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)})
     pipeline = Pipeline(registry, scheduler, load, limits=limits, metrics=metrics)
@@ -115,9 +116,9 @@ def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], floa
     return pipeline
 
 
-def make_registry(settings: Settings, scheduler: Scheduler, load: Load) -> Registry:
-    """A registry of no models yet. Raises EngineError if the device is unavailable."""
-    loader = Loader(
+def make_loader(settings: Settings, scheduler: Scheduler, load: Load) -> Loader:
+    """What loads models as the settings say. Raises EngineError if the device is unavailable."""
+    return Loader(
         scheduler,
         load,
         device=settings.device,
@@ -125,7 +126,13 @@ def make_registry(settings: Settings, scheduler: Scheduler, load: Load) -> Regis
         intra_op_threads=settings.intra_op_threads,
         max_batch=settings.max_batch,
         tuning=settings.tuning(),
+        memory_bytes=settings.memory_bytes,
+        timeout_seconds=settings.load_timeout_seconds,
     )
+
+
+def make_registry(settings: Settings, loader: Loader, scheduler: Scheduler) -> Registry:
+    """A registry of no models yet."""
     return Registry(
         loader,
         scheduler,
