@@ -111,17 +111,20 @@ def _load_each(settings: Settings) -> Iterator[tuple[Entry, Model | None]]:
     """
     scheduler = Scheduler(load := Load())
     loader = make_loader(settings, scheduler, load)
-    for name in settings.models or list_repository(settings.repository).names:
-        alone = settings.model_copy(update={"models": (name,), "default_model": None})
-        registry = make_registry(alone, loader, scheduler)
-        # The index holds the reason.
-        with contextlib.suppress(StartupError):
-            registry.load_all()
-        ready = {model.version: model for model in registry.ready}
-        for entry in registry.index:
-            yield entry, ready.get(entry.version) if entry.version else None
-        for model in ready.values():
-            scheduler.on_engine(model.engine.close)
+    try:
+        for name in settings.models or list_repository(settings.repository).names:
+            alone = settings.model_copy(update={"models": (name,), "default_model": None})
+            registry = make_registry(alone, loader, scheduler)
+            # The index holds the reason.
+            with contextlib.suppress(StartupError):
+                registry.load_all()
+            ready = {model.version: model for model in registry.ready}
+            for entry in registry.index:
+                yield entry, ready.get(entry.version) if entry.version else None
+            for model in ready.values():
+                scheduler.on_engine(model.engine.close)
+    finally:
+        loader.rest()
 
 
 @app.command()

@@ -108,8 +108,12 @@ def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], floa
     """A pipeline with all models loaded. Raises StartupError."""
     load = Load(decode_threads=settings.decode_threads or settings.threads or available_cores(), clock=clock)
     scheduler = Scheduler(load)
-    registry = make_registry(settings, make_loader(settings, scheduler, load), scheduler)
-    registry.load_all()
+    loader = make_loader(settings, scheduler, load)
+    registry = make_registry(settings, loader, scheduler)
+    try:
+        registry.load_all()
+    finally:
+        loader.rest()
     limits = Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)})
     pipeline = Pipeline(registry, scheduler, load, limits=limits, metrics=metrics)
     metrics.registry.register(Gauges(pipeline))

@@ -48,9 +48,17 @@ class Index:
             log.error("model unavailable", model=name, reason=reason)
             self._entries[name, None] = entry
 
-    def note_listed(self, name: str, published: list[int]) -> list[int]:
-        """The versions of a model are known: those that were unavailable and are gone are forgotten, and returned."""
-        if published:
+    @property
+    def names(self) -> set[str]:
+        """The models that it has entries of."""
+        return {name for name, _ in list(self._entries)}
+
+    def note_listed(self, name: str, published: list[int], *, expected: bool) -> list[int]:
+        """The versions of a model are known: those that were unavailable and are gone are forgotten, and returned.
+
+        `expected`: whether a model without versions is to stay in the index.
+        """
+        if published or not expected:
             self._entries.pop((name, None), None)
         gone = [
             entry.version

@@ -3,8 +3,8 @@
 It runs in a process of its own (`service.models.trial`), and its result is what the serving process goes by.
 """
 
+import time
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from service.host import peak_bytes, reset_peak, resident_bytes
 from service.models.verify import verify_golden
 from service.scheduling.cost import candidate_sizes, worthwhile_sizes
 
-_MAX_RUNS, _MAX_SECONDS = 5, 0.5
-"""Timed runs of each batch size: five, or fewer once they have taken this long together."""
+_MAX_RUNS, _MAX_SECONDS = 3, 0.5
+"""Timed runs of each batch size: three, or fewer once they have taken this long together."""
 
 _MIN_SPEEDUP, _LONG_SECONDS = 1.25, 0.02
 """All threads must make a single image faster than one thread by this factor: else they only wait for each other, and
@@ -73,7 +73,7 @@ def prove(folder: Path, options: EngineOptions) -> Proof:
     try:
         loaded = resident_bytes()
         verify_golden(bundle, engine)
-        seconds = _time_sizes(bundle, engine, max_batch=options.max_batch)
+        seconds = _time_sizes(bundle, engine, threads=threads, max_batch=options.max_batch)
         largest = blank(bundle, max(seconds))
         engine.shrink(largest)
         engine.run(largest)
@@ -110,33 +110,61 @@ def _open(bundle: Bundle, options: EngineOptions) -> tuple[Engine, int]:
     engine = options.engine(bundle, threads=threads)
     if options.intra_op_threads or threads == 1 or options.device != "cpu":
         return engine, threads
-    seconds = min(_time(bundle, engine, 1))
+    seconds = _time(bundle, engine, 1).fastest
     if seconds > _LONG_SECONDS:
         return engine, threads
     single = options.engine(bundle, threads=1)
-    if min(_time(bundle, single, 1)) > _MIN_SPEEDUP * seconds:
+    if _time(bundle, single, 1).fastest > _MIN_SPEEDUP * seconds:
         single.close()
         return engine, threads
     engine.close()
     return single, 1
 
 
-def _time_sizes(bundle: Bundle, engine: Engine, *, max_batch: int) -> dict[int, float]:
-    """Time the batch sizes that a model may run: seconds by size, of those that pay."""
+@dataclass(frozen=True, slots=True)
+class _Timing:
+    """Runs of one batch size."""
+
+    fastest: float
+    """Seconds of the fastest one: interference only makes a run longer, and the cost model follows it by live timings.
+    """
+    cpu: float
+    """Least CPU seconds of one, all threads together."""
+    total: float
+    """Seconds of all."""
+
+
+def _time_sizes(bundle: Bundle, engine: Engine, *, threads: int, max_batch: int) -> dict[int, float]:
+    """Time the batch sizes that a model may run: seconds by size, of those that pay.
+
+    On the CPU that is judged by CPU time: beside traffic, at low priority, a long run is interrupted more often than a
+    short one, and every larger batch would seem not to pay.
+    """
     limit = min(max_batch, bundle.manifest.max_batch or max_batch)
     seconds: dict[int, float] = {}
+    costs: dict[int, float] = {}
     for size in candidate_sizes(limit):
-        runs = _time(bundle, engine, size)
-        # The fastest: interference only makes a run longer, and the cost model follows it by live timings.
-        seconds[size] = min(runs)
+        timing = _time(bundle, engine, size)
+        costs[size] = timing.cpu if engine.device == "cpu" else timing.fastest
+        # Of a single thread, CPU time is the duration on an idle core.
+        seconds[size] = costs[size] if threads == 1 else timing.fastest
         # Two sizes in a row do not pay and a run takes long: the next size would only cost time and memory.
-        if sum(runs) > _MAX_SECONDS and len(seconds) >= len(worthwhile_sizes(seconds)) + 2:
+        if timing.total > _MAX_SECONDS and len(costs) >= len(worthwhile_sizes(costs)) + 2:
             break
     for larger, smaller in pairwise(sorted(seconds, reverse=True)):
         # A smaller batch can be run padded to a larger one: if it took longer than that, it was disturbed.
         seconds[smaller] = min(seconds[smaller], seconds[larger])
-    return {size: seconds[size] for size in worthwhile_sizes(seconds)}
+        costs[smaller] = min(costs[smaller], costs[larger])
+    return {size: seconds[size] for size in worthwhile_sizes(costs)}
 
 
-def _time(bundle: Bundle, engine: Engine, size: int) -> list[float]:
-    return time_runs(partial(engine.run, blank(bundle, size)), seconds=_MAX_SECONDS, max_runs=_MAX_RUNS)
+def _time(bundle: Bundle, engine: Engine, size: int) -> _Timing:
+    images, cpu = blank(bundle, size), list[float]()
+
+    def run() -> None:
+        started = time.process_time()
+        engine.run(images)
+        cpu.append(time.process_time() - started)
+
+    runs = time_runs(run, seconds=_MAX_SECONDS, max_runs=_MAX_RUNS)
+    return _Timing(fastest=min(runs), cpu=min(cpu), total=sum(runs))

@@ -150,7 +150,7 @@ class Registry:
         return self.candidates(name, version)[1]
 
     def load_all(self) -> None:
-        """Load all models to serve. Blocks.
+        """Load all models to serve. Blocks; the loader is then to `rest`.
 
         A broken bundle is logged and left out. Raises StartupError if it is served by name, or if no model is left.
         """
@@ -158,14 +158,11 @@ class Registry:
             listing = list_repository(self._repository)
         except BundleError as error:
             raise StartupError(str(error)) from error
-        try:
-            for name in self._names or listing.names:
-                scan = self._scan(name, fresh=True)
-                self._serve(scan)
-                if not scan.wanted and name in self._names:
-                    raise StartupError(f"model {name!r}: {scan.failures[-1]}")
-        finally:
-            self._loader.rest()
+        for name in self._names or listing.names:
+            scan = self._scan(name, fresh=True)
+            self._serve(scan)
+            if not scan.wanted and name in self._names:
+                raise StartupError(f"model {name!r}: {scan.failures[-1]}")
         if not self._models:
             raise StartupError(f"no model can be served from {self._repository}: see the log above")
         if self._default_model is not None and self._default_model not in self._models:
@@ -212,7 +209,7 @@ class Registry:
             return
         self.readable = not listing.unreadable
         try:
-            for name in self._names or sorted({*listing.names, *self._models}):
+            for name in self._names or sorted({*listing.names, *self._models, *self._index.names}):
                 if name not in self._unloaded:
                     async with self._exchange[name]:
                         await self._update(name, fresh=False)
@@ -254,11 +251,13 @@ class Registry:
             reason = f"its folder cannot be listed ({error.strerror})"
             self._index.note_unlisted(name, reason)
             return _Scan(published=sorted(serving), wanted=serving, failures=[reason])
-        for version in self._index.note_listed(name, scan.published):
+        expected = name in self._names
+        for version in self._index.note_listed(name, scan.published, expected=expected):
             self._failures.forget((name, version))
         if not scan.published and not serving:
             scan.failures.append("no version of it in the repository")
-            self._index.note_unlisted(name, scan.failures[0])
+            if expected:
+                self._index.note_unlisted(name, scan.failures[0])
         for version in reversed(scan.published):
             if len(scan.wanted) == self.versions_to_serve:
                 break
