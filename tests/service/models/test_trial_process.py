@@ -12,7 +12,11 @@ from tests.processes import serving, still_running, wait_until
 from tests.service.identity import picture, publish_identity
 from tests.service.models.hostile import publish_endless, trials_of
 
-POLLING = {"STRIDEVIT_POLL_SECONDS": "0.1", "STRIDEVIT_THREADS": "1"}
+POLLING = {
+    "STRIDEVIT_POLL_SECONDS": "0.1",
+    "STRIDEVIT_LOAD_TIMEOUT_SECONDS": "3600",
+    "STRIDEVIT_THREADS": "1",
+}
 
 
 def hang(repository: Path, url: str, process: "subprocess.Popen[str]") -> psutil.Process:
