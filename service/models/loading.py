@@ -130,7 +130,9 @@ class Loader:
         if known is not None and known.digest == digest:
             proof = known
         else:
-            proof = self._prover.prove(bundle.folder, memory_bytes=self.memory_left())
+            # A GPU's driver maps more memory than there is.
+            limit = self.memory_left() if self._options.device == "cpu" else None
+            proof = self._prover.prove(bundle.folder, memory_bytes=limit)
             if proof.digest != digest:
                 raise NotNow(f"{bundle.folder}: was changed while it was loaded")
         self._proofs[key] = proof
@@ -148,7 +150,10 @@ class Loader:
             seconds = {size: self._time(bundle, engine, size) for size in sizes}
         except BaseException:
             self._proofs.pop((bundle.manifest.name, bundle.version), None)
-            on_engine(engine.close)
+            try:
+                on_engine(engine.close)
+            except RuntimeError:  # the engine thread has ended
+                engine.close()
             raise
         # The faster one: interference only makes a run longer, and the cost model follows it by live timings.
         return engine, {size: min(proof.seconds[size], seconds[size]) for size in reversed(sizes)}

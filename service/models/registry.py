@@ -69,6 +69,8 @@ class Registry:
         self._failures = Failures(loader.memory_left)
         self._exchange: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """By name: a model that takes long to load keeps no other from being unloaded."""
+        self._loading = asyncio.Lock()
+        """Taken before the lock of a name: loads wait for each other here, and not in threads, which others need."""
         self._closed = False
         self._choosers: dict[str, Family] = {}
         self._families: dict[str, list[Model]] | None = None
@@ -176,16 +178,16 @@ class Registry:
         loaded, and NotReady while the service shuts down; then what served before goes on serving.
         """
         await asyncio.to_thread(self._require_known, name)
-        async with self._exchange[name]:
+        async with self._loading:
             self._unloaded.discard(name)
             try:
                 scan = await self._update(name, fresh=True)
             finally:
                 await asyncio.to_thread(self._loader.rest)
-            if self._closed:
-                raise NotReady("the service is shutting down")
-            if scan.failures:
-                raise BundleError(f"model {name!r}: {'; '.join(scan.failures)}")
+        if self._closed:
+            raise NotReady("the service is shutting down")
+        if scan.failures:
+            raise BundleError(f"model {name!r}: {'; '.join(scan.failures)}")
 
     async def unload(self, name: str) -> None:
         """Take a model out of service once it has answered what it accepted. Raises UnknownModel."""
@@ -208,13 +210,13 @@ class Registry:
             self.readable = False
             return
         self.readable = not listing.unreadable
-        try:
-            for name in self._names or sorted({*listing.names, *self._models, *self._index.names}):
-                if name not in self._unloaded:
-                    async with self._exchange[name]:
+        async with self._loading:
+            try:
+                for name in self._names or sorted({*listing.names, *self._models, *self._index.names}):
+                    if name not in self._unloaded:
                         await self._update(name, fresh=False)
-        finally:
-            await asyncio.to_thread(self._loader.rest)
+            finally:
+                await asyncio.to_thread(self._loader.rest)
 
     def close(self) -> None:
         """End what is being loaded, and load nothing more; what serves goes on serving. From any thread."""
@@ -229,15 +231,16 @@ class Registry:
             raise UnknownModel(f"no model {name!r} in the repository")
 
     async def _update(self, name: str, *, fresh: bool) -> _Scan:
-        before = dict(self._models.get(name, {}))
-        scan = await asyncio.to_thread(self._scan, name, fresh=fresh)
-        self._serve(scan)
-        replaced = {model.version for model in scan.loaded}
-        # Nothing is retired for a version that cannot serve, nor because the folder cannot be listed.
-        if scan.wanted or not scan.published:
-            retired = [m for version, m in before.items() if version in replaced or version not in scan.wanted]
-            await self._retire(retired, reason="" if scan.published else "removed from the repository")
-        return scan
+        async with self._exchange[name]:
+            before = dict(self._models.get(name, {}))
+            scan = await asyncio.to_thread(self._scan, name, fresh=fresh)
+            self._serve(scan)
+            replaced = {model.version for model in scan.loaded}
+            # Nothing is retired for a version that cannot serve, nor because the folder cannot be listed.
+            if scan.wanted or not scan.published:
+                retired = [m for version, m in before.items() if version in replaced or version not in scan.wanted]
+                await self._retire(retired, reason="" if scan.published else "removed from the repository")
+            return scan
 
     def _scan(self, name: str, *, fresh: bool) -> _Scan:
         """Load the newest versions that can be loaded. Blocks.
@@ -278,7 +281,7 @@ class Registry:
             self._failures.forget((name, version))
             self.loads["ready"] += 1
         except Exception as error:  # a bundle that cannot be loaded never keeps others from being served
-            if not isinstance(error, ServiceError):
+            if not (isinstance(error, ServiceError) or self._closed):
                 log.exception("loading failed", model=name, version=version)
             # Clients see the reason, so it leaves out the path of the repository.
             reason = str(error).replace(f"{self._repository}/", "")
