@@ -74,7 +74,13 @@ def test_proportional_memory_of_this_process_is_at_most_what_is_resident() -> No
     ("line", "folder", "limit", "used", "cache"),
     [
         ("0::/pod/box", "pod/box", "memory.max", "memory.current", "inactive_file"),
-        ("4:memory:/pod/box", "memory/pod/box", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        (
+            "4:memory:/pod/box",
+            "memory/pod/box",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
         # As in a container whose path is the host's.
         ("0::/not/here", "", "memory.max", "memory.current", "inactive_file"),
     ],

@@ -99,8 +99,13 @@ def test_in_the_shutdown_delay_it_is_not_ready_and_serves_on(repository: Path) -
 def test_shutdown_reports_not_ready_then_waits_then_closes(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[object] = []
 
+    class Loads:
+        def close(self) -> None:
+            steps.append("loads ended")
+
     class Pipeline:
         ready = True
+        registry = Loads()
 
     async def sleep(seconds: float) -> None:
         steps.extend([("ready", pipeline.ready), ("delay", seconds)])
@@ -113,7 +118,7 @@ def test_shutdown_reports_not_ready_then_waits_then_closes(monkeypatch: pytest.M
     monkeypatch.setattr(uvicorn.Server, "shutdown", close)
     server = _Server(uvicorn.Config("no:app"), pipeline, delay_seconds=5)  # type: ignore[arg-type]
     asyncio.run(server.shutdown())
-    assert steps == [("ready", False), ("delay", 5), "closed"]
+    assert steps == ["loads ended", ("ready", False), ("delay", 5), "closed"]
 
 
 @pytest.mark.parametrize(
