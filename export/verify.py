@@ -6,7 +6,7 @@ import onnx
 
 from export.graph import ExportError, check_standard, manifest_fields
 from export.kernels import gaps
-from service.bundle import LABELS_FILE, MANIFEST_FILE, MODEL_FILE, Bundle, read_bundle
+from service.bundle import LABELS_FILE, MANIFEST_FILE, MODEL_FILE, Bundle, is_version, read_bundle
 from service.engine import Engine
 from service.errors import BundleError
 from service.host import available_cores
@@ -18,7 +18,7 @@ def verify(folder: Path) -> dict[str, str]:
 
     Raises BundleError, ExportError or EngineError naming the file that is wrong.
     """
-    if not folder.name.isdecimal():
+    if not is_version(folder.name):
         raise BundleError(f"{folder} is not a bundle: name the folder of a version, such as models/x/1")
     bundle = read_bundle(folder)
     graph = read_graph(bundle)

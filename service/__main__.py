@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from service import flags
-from service.app import create_app, make_registry
-from service.bundle import model_names
+from service.app import create_app, make_loader, make_registry
+from service.bundle import list_repository
 from service.engine_limit import measure_engine_limit, read_images
 from service.errors import StartupError
 from service.flags import with_settings
@@ -26,8 +26,8 @@ from service.http.server.listening import connections_within_file_limit
 from service.http.server.server import Server
 from service.keys import KeyEntry, new_key
 from service.logs import Logs
+from service.models.index import Entry
 from service.models.model import Model
-from service.models.registry import Entry
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
@@ -117,18 +117,22 @@ def _load_each(settings: Settings) -> Iterator[tuple[Entry, Model | None]]:
 
     Raises BundleError or EngineError.
     """
-    for name in settings.models or model_names(settings.repository):
-        scheduler = Scheduler(load := Load())
-        alone = settings.model_copy(update={"models": (name,), "default_model": None})
-        registry = make_registry(alone, scheduler, load)
-        # The index holds the reason.
-        with contextlib.suppress(StartupError):
-            registry.load_all()
-        ready = {model.version: model for model in registry.ready}
-        for entry in registry.index:
-            yield entry, ready.get(entry.version) if entry.version else None
-        for model in ready.values():
-            scheduler.on_engine(model.engine.close)
+    scheduler = Scheduler(load := Load())
+    loader = make_loader(settings, scheduler, load)
+    try:
+        for name in settings.models or list_repository(settings.repository).names:
+            alone = settings.model_copy(update={"models": (name,), "default_model": None})
+            registry = make_registry(alone, loader, scheduler)
+            # The index holds the reason.
+            with contextlib.suppress(StartupError):
+                registry.load_all()
+            ready = {model.version: model for model in registry.ready}
+            for entry in registry.index:
+                yield entry, ready.get(entry.version) if entry.version else None
+            for model in ready.values():
+                scheduler.on_engine(model.engine.close)
+    finally:
+        loader.rest()
 
 
 @app.command()

@@ -61,6 +61,7 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
             asyncio.create_task(_poll(pipeline.registry, settings.poll_seconds)) if settings.poll_seconds else None
         )
         yield
+        pipeline.registry.close()
         if key_file:
             key_file.close()
         if polling:
@@ -153,17 +154,21 @@ def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], floa
         exit_seconds=settings.hang_exit_seconds,
     )
     scheduler = Scheduler(load, patience=patience, batch_share=settings.batch_share)
-    registry = make_registry(settings, scheduler, load)
-    registry.load_all()
+    loader = make_loader(settings, scheduler, load)
+    registry = make_registry(settings, loader, scheduler)
+    try:
+        registry.load_all()
+    finally:
+        loader.rest()
     limits = Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)})
     pipeline = Pipeline(registry, scheduler, load, limits=limits, metrics=metrics)
     metrics.registry.register(Gauges(pipeline))
     return pipeline
 
 
-def make_registry(settings: Settings, scheduler: Scheduler, load: Load) -> Registry:
-    """A registry of no models yet. Raises EngineError if the device is unavailable."""
-    loader = Loader(
+def make_loader(settings: Settings, scheduler: Scheduler, load: Load) -> Loader:
+    """What loads models as the settings say. Raises EngineError if the device is unavailable."""
+    return Loader(
         scheduler,
         load,
         device=settings.device,
@@ -171,7 +176,13 @@ def make_registry(settings: Settings, scheduler: Scheduler, load: Load) -> Regis
         intra_op_threads=settings.intra_op_threads,
         max_batch=settings.max_batch,
         tuning=settings.tuning(),
+        memory_bytes=settings.memory_bytes,
+        timeout_seconds=settings.load_timeout_seconds,
     )
+
+
+def make_registry(settings: Settings, loader: Loader, scheduler: Scheduler) -> Registry:
+    """A registry of no models yet."""
     return Registry(
         loader,
         scheduler,

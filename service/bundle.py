@@ -7,15 +7,23 @@
                             SHA256SUMS      over all of the above
 
 A bundle never changes once published: a new model is a new version. Publishing is one rename.
+
+Its folder holds these files and nothing else, hidden files included: what ONNX Runtime would load beside the graph
+(external data) must not escape the digests. A link or a special file is refused without opening it.
 """
 
 import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +41,17 @@ GOLDEN_FILE = "golden.npz"
 SUMS_FILE = "SHA256SUMS"
 CONTENT_FILES = (GOLDEN_FILE, LABELS_FILE, MANIFEST_FILE, MODEL_FILE)
 
+MAX_GOLDEN_BYTES = 256 * 1024 * 1024
+"""Largest `golden.npz`, and largest contents of it once unpacked: a few images and their outputs take far less."""
+
+_MAX_BYTES = {SUMS_FILE: 64 * 1024, MANIFEST_FILE: 8 * 1024 * 1024, LABELS_FILE: 16 * 1024 * 1024}
+"""Files that are read into memory whole: ten times what a million test images (a bit each) or 20,000 labels need."""
+
 _SUM_LINE = re.compile(r"(?P<digest>[0-9a-f]{64})  (?P<file>[A-Za-z0-9_.-]+)")
+_VERSION = re.compile(r"[1-9][0-9]{0,17}")
+"""Other spellings of a number, such as `01`, would be a second folder for the same version."""
+
+Signature = tuple[tuple[str, int, int, int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +81,19 @@ class Bundle:
         """Read `golden.npz`. Raises BundleError."""
         path = self.folder / GOLDEN_FILE
         try:
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-                logits, probabilities = arrays["logits"], arrays["probabilities"]
-                images = tuple(arrays[f"image_{number}"].tobytes() for number in range(len(logits)))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            with _opened(path, MAX_GOLDEN_BYTES) as stream:
+                with zipfile.ZipFile(stream) as members:
+                    unpacked = sum(member.file_size for member in members.infolist())
+                if unpacked > MAX_GOLDEN_BYTES:
+                    raise BundleError(f"{path}: unpacks to {unpacked} bytes, more than {MAX_GOLDEN_BYTES}")
+                stream.seek(0)
+                with np.load(stream, allow_pickle=False) as arrays:
+                    logits, probabilities = arrays["logits"], arrays["probabilities"]
+                    images = tuple(arrays[f"image_{number}"].tobytes() for number in range(len(logits)))
+        # NotImplementedError and RuntimeError: a kind of compression or encryption that zipfile does not know.
+        except (OSError, ValueError, KeyError, EOFError, TypeError, MemoryError, RuntimeError) as error:
+            raise BundleError(f"{path}: cannot be read ({error})") from error
+        except (zipfile.BadZipFile, zlib.error) as error:
             raise BundleError(f"{path}: cannot be read ({error})") from error
         expected = (len(images), self.manifest.num_classes)
         if not images or logits.shape != expected or probabilities.shape != expected:
@@ -74,45 +101,100 @@ class Bundle:
         return Golden(images=images, logits=logits, probabilities=probabilities)
 
 
+def is_version(name: str) -> bool:
+    """Whether the name of a folder is that of a version: a decimal number in ASCII without a leading zero."""
+    return _VERSION.fullmatch(name) is not None
+
+
 def versions(repository: Path, name: str) -> list[int]:
-    """Published versions of a model, ascending."""
-    folder = repository / name
-    if not folder.is_dir():
+    """Published versions of a model, ascending; empty without a folder of that name.
+
+    Raises OSError if its folder cannot be listed.
+    """
+    try:
+        with os.scandir(repository / name) as entries:
+            return sorted(int(entry.name) for entry in entries if is_version(entry.name) and entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal() and entry.is_dir())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """What a repository holds."""
+
+    versions: dict[str, list[int]]
+    """By name; only models that have a version."""
+    unreadable: dict[str, str]
+    """By name: why a folder cannot be listed."""
+
+    @property
+    def names(self) -> list[str]:
+        """All of them."""
+        return sorted({*self.versions, *self.unreadable})
+
+
+def list_repository(repository: Path) -> Listing:
+    """List a repository. Raises BundleError if there is no such folder or if it cannot be listed."""
+    try:
+        names = [name for name in os.listdir(repository) if re.fullmatch(NAME_PATTERN, name)]  # noqa: PTH208
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(f"no model repository at {repository}: name one with --repository") from None
+    except OSError as error:
+        raise BundleError(f"the model repository {repository} cannot be listed ({error.strerror})") from error
+    found: dict[str, list[int]] = {}
+    unreadable: dict[str, str] = {}
+    for name in sorted(names):
+        try:
+            published = versions(repository, name)
+        except OSError as error:
+            unreadable[name] = f"its folder cannot be listed ({error.strerror})"
+        else:
+            if published:
+                found[name] = published
+    return Listing(versions=found, unreadable=unreadable)
 
 
 def model_names(repository: Path) -> list[str]:
-    """Names in a repository that have at least one version. Raises BundleError if there is no such folder."""
-    if not repository.is_dir():
-        raise BundleError(f"no model repository at {repository}: name one with --repository")
-    return sorted(
-        entry.name
-        for entry in repository.iterdir()
-        if re.fullmatch(NAME_PATTERN, entry.name) and versions(repository, entry.name)
+    """Names in a repository that have at least one version. Raises BundleError as `list_repository` does."""
+    return list(list_repository(repository).versions)
+
+
+def signature(folder: Path) -> Signature | None:
+    """Names, kinds, sizes, times and inodes of what a folder holds, to notice a change; None if it cannot be listed.
+
+    The time is that of the last change of the inode: rights that are granted later count too.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+    except OSError:
+        return None
+    return tuple(
+        sorted((name, status.st_mode, status.st_size, status.st_ctime_ns, status.st_ino) for name, status in found)
     )
 
 
 def read_bundle(folder: Path) -> Bundle:
     """Read a bundle and check every digest. Raises BundleError naming the file that is wrong."""
+    if not is_version(folder.name):
+        raise BundleError(f"{folder} is not a bundle: the folder of a version is named 1, 2, 3 and so on")
+    _check_listing(folder)
     sums = _read_sums(folder / SUMS_FILE)
     for file in CONTENT_FILES:
         path = folder / file
-        if not path.is_file():
-            raise BundleError(f"{path}: missing")
         try:
-            with path.open("rb") as stream:
+            with _opened(path) as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
-            raise BundleError(f"{path}: cannot be read ({error})") from error
+            raise BundleError(f"{path}: cannot be read ({error.strerror})") from error
         if digest != sums[file]:
             raise BundleError(f"{path}: sha256 is {digest}, but {SUMS_FILE} says {sums[file]}")
     try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
+        manifest = Manifest.model_validate_json(_read(folder / MANIFEST_FILE))
     except ValidationError as error:
         raise BundleError(f"{folder / MANIFEST_FILE}: {error}") from error
     try:
-        labels = tuple((folder / LABELS_FILE).read_text(encoding="utf-8").splitlines())
+        labels = tuple(_read(folder / LABELS_FILE).decode("utf-8").splitlines())
     except UnicodeDecodeError as error:
         raise BundleError(f"{folder / LABELS_FILE}: not UTF-8 text ({error})") from error
     if len(labels) != manifest.num_classes:
@@ -120,6 +202,11 @@ def read_bundle(folder: Path) -> Bundle:
     if folder.parent.name != manifest.name:
         raise BundleError(f"{folder / MANIFEST_FILE}: names {manifest.name!r}, but lies in {folder.parent}")
     return Bundle(folder=folder, version=int(folder.name), manifest=manifest, labels=labels)
+
+
+def content_digest(folder: Path) -> str:
+    """SHA-256 of `SHA256SUMS`, which stands for all that a bundle holds. Raises BundleError."""
+    return hashlib.sha256(_read(folder / SUMS_FILE)).hexdigest()
 
 
 def publish(repository: Path, manifest: Manifest, *, model: bytes, labels: tuple[str, ...], golden: Golden) -> Path:
@@ -159,10 +246,58 @@ def _rename_to_next_version(staging: Path, parent: Path) -> Path:
         return target
 
 
+def _check_listing(folder: Path) -> None:
+    """Refuse a folder that holds anything but the files of a bundle, from its listing alone."""
+    try:
+        with os.scandir(folder) as entries:
+            kinds = {entry.name: entry.stat(follow_symlinks=False).st_mode for entry in entries}
+    except OSError as error:
+        raise BundleError(f"{folder}: cannot be listed ({error.strerror})") from error
+    for file in (SUMS_FILE, *CONTENT_FILES):
+        if file not in kinds:
+            raise BundleError(f"{folder / file}: missing")
+    for name, mode in sorted(kinds.items()):
+        if name not in (SUMS_FILE, *CONTENT_FILES):
+            raise BundleError(f"{folder / name}: not listed in {SUMS_FILE}: a bundle holds nothing else, remove it")
+        if not stat.S_ISREG(mode):
+            raise BundleError(f"{folder / name}: is {_kind(mode)}, not a file: put the file itself in its place")
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+@contextmanager
+def _opened(path: Path, max_bytes: int | None = None) -> Iterator[BufferedReader]:
+    """A regular file of at most `max_bytes`, opened so that nothing else can make the call wait.
+
+    Raises BundleError or OSError.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    with os.fdopen(os.open(path, flags), "rb") as stream:
+        status = os.fstat(stream.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise BundleError(f"{path}: is {_kind(status.st_mode)}, not a file")
+        if max_bytes is not None and status.st_size > max_bytes:
+            raise BundleError(f"{path}: {status.st_size} bytes, more than {max_bytes}")
+        yield stream
+
+
+def _read(path: Path) -> bytes:
+    """The whole of a small file. Raises BundleError."""
+    limit = _MAX_BYTES[path.name]
+    try:
+        with _opened(path, limit) as stream:
+            return stream.read(limit)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 def _read_sums(path: Path) -> dict[str, str]:
     try:
-        text = path.read_bytes().decode("ascii")
-    except (OSError, UnicodeDecodeError) as error:
+        text = _read(path).decode("ascii")
+    except UnicodeDecodeError as error:
         raise BundleError(f"{path}: cannot be read ({error})") from error
     if not text.endswith("\n"):
         raise BundleError(f"{path}: ends in the middle of a line")

@@ -4,6 +4,7 @@ ServiceError
 ├── StartupError                the service cannot start with its settings
 │   └── EngineError             no ONNX Runtime, two of them, or an unavailable device
 ├── BundleError                 a bundle that must not take traffic
+│   └── NotNow                  it may be loaded later as it is: memory is short, or no process can be started
 └── RequestError                one request, or one image of it, cannot be answered; others are not affected
     ├── BadRequest              400 malformed
     ├── InvalidParameter        422 a parameter of the query, or a header, is out of its range
@@ -46,6 +47,15 @@ class EngineError(StartupError):
 
 class BundleError(ServiceError):
     """A bundle that must not take traffic."""
+
+
+class NotNow(BundleError):
+    """A bundle that cannot be loaded at present, through no fault of its own."""
+
+    def __init__(self, message: str, *, needed_bytes: int = 0) -> None:
+        """`needed_bytes`: memory without which there is no use in trying again."""
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
 
 
 class RequestError(ServiceError):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -33,11 +33,22 @@ class Gauges(Collector):
         yield _gauge("predicted_megapixel_seconds", megapixel, load.seconds_per_pixel * 1e6)
         slowdown = "Recent duration of batches divided by their duration at warm-up."
         yield _gauge("device_slowdown_ratio", slowdown, load.slowdown.value)
+        registry = self._pipeline.registry
+        loads = CounterMetricFamily(
+            "stridevit_model_loads",
+            "Versions that were loaded (outcome=ready), and that could not be (outcome=failed).",
+            labels=["outcome"],
+        )
+        for outcome in ("ready", "failed"):
+            loads.add_metric([outcome], registry.loads[outcome])
+        yield loads
+        readable = "Whether the repository and every folder in it could be listed when it was last scanned: 1 or 0."
+        yield _gauge("repository_readable", readable, registry.readable)
         depth = _model_gauge("queue_depth", "Images waiting for the engine.")
         info = _model_gauge("model_info", "Models that take traffic; the value is always 1.", "variant")
         memory = _model_gauge(
             "model_memory_bytes",
-            "Growth of resident memory while the model was loaded (kind=model) and warmed up (kind=arena).",
+            "Growth of resident memory as the model was proven: by loading it (kind=model), by warm-up (kind=arena).",
             "kind",
         )
         batch = _model_gauge(

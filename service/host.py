@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import psutil
 
+_CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP_V2 = Path("/sys/fs/cgroup/cpu.max")
 _CGROUP_V1_QUOTA = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
 _CGROUP_V1_PERIOD = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
 
 _PROCESS = Path("/proc/self")
+_MEMINFO = Path("/proc/meminfo")
 _CPUINFO = Path("/proc/cpuinfo")
 _VECTOR_EXTENSIONS = ("avx", "amx", "fma", "sse4")
 
@@ -79,14 +82,75 @@ def reset_peak() -> None:
     (_PROCESS / "clear_refs").write_text("5", encoding="ascii")
 
 
+def memory_left_bytes() -> int | None:
+    """Memory that this process can still take: by its control groups, its own limits and what the machine has
+    available, whichever is least. None where the system reports none of them."""
+    limits = [*_cgroup_left(), *_process_left()]
+    if available := _field(_MEMINFO, "MemAvailable"):
+        limits.append(available)
+    return max(0, min(limits)) if limits else None
+
+
+def _cgroup_left() -> Iterator[int]:
+    """What each control group above this process leaves, its page cache counted as free."""
+    for group in _cgroups():
+        for limit, used, cache in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            try:
+                bound, taken = (group / limit).read_text(encoding="ascii"), (group / used).read_text(encoding="ascii")
+                lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+            except OSError:  # no limit here, or the other version of control groups
+                continue
+            if bound.strip().isdecimal():  # "max": no limit
+                reclaimable = sum(int(line.split()[1]) for line in lines if line.split()[0] == cache)
+                yield int(bound) - int(taken) + reclaimable
+
+
+def _cgroups() -> Iterator[Path]:
+    try:
+        lines = (_PROCESS / "cgroup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "memory" in controllers.split(","):
+            root = _CGROUPS / controllers
+            # In a container the path may be the host's; then the root is the container's own group.
+            own = root / path.strip("/")
+            yield from [group for group in (own, *own.parents) if group == root or root in group.parents]
+
+
+def _process_left() -> Iterator[int]:
+    if sys.platform == "win32":
+        return
+    import resource  # noqa: PLC0415 (not on Windows)
+
+    for limit, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        soft, _ = resource.getrlimit(limit)
+        if soft != resource.RLIM_INFINITY:
+            yield soft - _memory("status", used)
+
+
+def data_bytes() -> int:
+    """Private writable memory of this process, whether resident or not: what RLIMIT_DATA limits."""
+    return _memory("status", "VmData")
+
+
 def pss_bytes() -> int | None:
     """Proportional set size of this process; None where the system does not report it."""
     return _memory("smaps_rollup", "Pss") or None
 
 
 def _memory(file: str, field: str) -> int:
+    return _field(_PROCESS / file, field)
+
+
+def _field(file: Path, field: str) -> int:
+    """A field in kB of a file of the proc filesystem, in bytes; 0 where the system does not report it."""
     try:
-        lines = (_PROCESS / file).read_text(encoding="ascii").splitlines()
+        lines = file.read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)

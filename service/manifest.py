@@ -125,6 +125,15 @@ class Tolerance(_Part):
     max_abs_probability: NonNegativeFloat
 
 
+class Memory(_Part):
+    """Memory that the model takes in ONNX Runtime on the CPU, in bytes, where it was measured."""
+
+    weights_bytes: PositiveInt
+    """Once it is loaded."""
+    arena_bytes: NonNegativeInt
+    """Beyond that, for its largest batch."""
+
+
 class Source(_Part):
     """Origin of the bundle."""
 
@@ -181,6 +190,8 @@ class Manifest(_Part):
     parity: Parity
     tolerance: Tolerance
     devices: tuple[Device, ...]
+    memory: Memory | None = None
+    """Null where it was not measured: then the service estimates it from the size of the graph."""
     source: Source
 
     @model_validator(mode="before")

@@ -121,6 +121,12 @@ class Settings(BaseSettings):
     poll_seconds: Annotated[float, Field(ge=0)] = 0.0
     """Interval in seconds at which the repository is scanned for new and removed versions; 0: no polling, only
     requests to `/v2/repository` load and unload."""
+    memory_bytes: NonNegativeInt = 0
+    """Memory that the service may take in all, in bytes: a model that needs more than is left of it is refused; 0: what
+    the container's limit and the machine leave. It does not limit requests."""
+    load_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds that a version may take to prove itself in a process of its own, before it is given up: a large model
+    takes some ten on idle cores and ten times that beside full traffic; TensorRT may take more."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: all IPv4 addresses."""

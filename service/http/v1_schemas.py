@@ -7,8 +7,8 @@ from pydantic import BaseModel, Field
 from service.http.problems import Problem
 from service.manifest import AccuracySummary, Manifest
 from service.models.family import Choice
+from service.models.index import State
 from service.models.model import Model
-from service.models.registry import State
 from service.pipeline import RequestOptions
 
 

@@ -104,12 +104,16 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
 
     async def config(name: str, version: str | None = None) -> dict[str, Any]:
         """A model's configuration, as Triton would write it."""
-        limit = pipeline.limits.max_images_per_request
-        return v2_metadata.config(name, found(name, version), max_images_per_request=limit)
+        return v2_metadata.config(
+            name,
+            found(name, version),
+            max_images_per_request=pipeline.limits.max_images_per_request,
+            versions_to_serve=registry.versions_to_serve,
+        )
 
     async def statistics(name: str, version: str | None = None) -> dict[str, Any]:
-        """What a model has done so far."""
-        _, models = registry.candidates(name, _number(name, version))
+        """What a model has done so far: each version that serves, or the one in the path."""
+        models = registry.serving(name, _number(name, version))
         return {"model_stats": [v2_metadata.statistics(model) for model in models]}
 
     async def infer(request: Request) -> Response:

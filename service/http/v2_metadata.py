@@ -24,7 +24,7 @@ def metadata(name: str, model: Model, *, versions: list[int]) -> dict[str, Any]:
     }
 
 
-def config(name: str, model: Model, *, max_images_per_request: int) -> dict[str, Any]:
+def config(name: str, model: Model, *, max_images_per_request: int, versions_to_serve: int) -> dict[str, Any]:
     """A model's configuration, as Triton would write it."""
 
     def described(tensor: Tensor) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def config(name: str, model: Model, *, max_images_per_request: int) -> dict[str,
         "name": name,
         "platform": "onnxruntime_onnx",
         "backend": "onnxruntime",
-        "version_policy": {"latest": {"num_versions": 1}},
+        "version_policy": {"latest": {"num_versions": versions_to_serve}},
         "max_batch_size": max_images_per_request,
         "input": [{**described(model.manifest.input), "format": "FORMAT_NONE"}],
         "output": [{**described(output), "label_filename": "labels.txt"} for output in model.manifest.outputs],

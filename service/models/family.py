@@ -7,7 +7,7 @@ oscillate while the load is near a limit.
 Research systems choose in this way: INFaaS (ATC'21), Proteus (ASPLOS'24), SuperServe (NSDI'25).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from typing_extensions import TypedDict
@@ -102,3 +102,21 @@ class Family:
 
 def _rounded_ms(seconds: float) -> float:
     return round(seconds * 1000, 3)
+
+
+def families_of(models: Iterable[Model]) -> dict[str, list[Model]]:
+    """Models that can replace each other, by family and the most accurate first.
+
+    Only those of known accuracy, and with the labels and the input of the most accurate one.
+    """
+    families: dict[str, list[Model]] = {}
+    for model in sorted(models, key=lambda model: -model.top1):
+        if model.top1 >= 0:
+            members = families.setdefault(model.manifest.family, [])
+            if not members or _interchangeable(members[0], model):
+                members.append(model)
+    return families
+
+
+def _interchangeable(one: Model, other: Model) -> bool:
+    return one.bundle.labels == other.bundle.labels and one.manifest.input == other.manifest.input

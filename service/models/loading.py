@@ -1,35 +1,41 @@
-"""From a bundle on disk to a model that may take traffic: read, open an engine, verify golden outputs, warm up."""
+"""From a bundle on disk to a model that may take traffic.
 
+    read, digests → memory that it needs → proof in a process of its own → engine here → one golden image → warm-up
+
+Nothing is loaded into this process before another one has loaded it, and whatever fails leaves nothing behind. Each run
+here is a job of its own on the engine thread: live traffic waits for one at most.
+"""
+
+import threading
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import structlog
 
-from service.bundle import Bundle, read_bundle
+from service.bundle import Bundle, content_digest, read_bundle
 from service.engine import Engine, Tuning, resolve_device
 from service.engine_timer import time_runs
-from service.errors import BundleError
-from service.host import resident_bytes
+from service.errors import BundleError, NotNow
+from service.host import memory_left_bytes, resident_bytes
 from service.models.model import Model
+from service.models.proof import EngineOptions, Proof, blank
+from service.models.prover import Prover
 from service.models.verify import verify_golden
-from service.scheduling.cost import Cost, Load, candidate_sizes, worthwhile_sizes
+from service.scheduling.cost import Cost, Load
 from service.scheduling.scheduler import Queue, Scheduler
 
 log = structlog.get_logger()
 
-_MAX_RUNS, _MAX_SECONDS = 5, 0.5
-"""Timed runs of each batch size at warm-up: five, or fewer once they have taken this long together."""
+_MEMORY_PER_GRAPH_BYTE = 2.0
+"""Memory that a model takes per byte of its graph, where the manifest does not say: the weights once as they are read
+and once as they are used."""
 
-_MIN_SPEEDUP, _LONG_SECONDS = 1.25, 0.02
-"""All threads must make a single image faster than one thread by this factor: else they only wait for each other, and
-take cores from the decoders. A model that takes longer than this for an image always gains from them."""
+_SHORT_SECONDS = 0.02
+"""A batch that takes less is run a second time at warm-up, as its first run is not typical."""
 
 
 class Loader:
-    """Loads bundles onto one device. `load` blocks; engines run on the scheduler's engine thread only."""
+    """Loads bundles onto one device, one at a time. `load` blocks; engines run on the engine thread only."""
 
     def __init__(
         self,
@@ -41,96 +47,132 @@ class Loader:
         intra_op_threads: int,
         max_batch: int,
         tuning: Tuning,
+        memory_bytes: int = 0,
+        timeout_seconds: float = 300.0,
     ) -> None:
-        """`threads`: cores to use; `intra_op_threads`: 0 to choose between one and all of them for each model.
+        """`threads`: cores to use; `intra_op_threads`: 0 to choose between one and all of them for each model;
+        `memory_bytes`: what this process may take in all, 0 for all that there is; `timeout_seconds`: for one proof.
 
         Raises EngineError if the device is unavailable.
         """
         self._scheduler, self._load = scheduler, load
-        self._device, self._number = resolve_device(device)
-        self._threads, self._intra_op_threads = threads, intra_op_threads
-        self._max_batch, self._tuning = max_batch, tuning
+        kind, number = resolve_device(device)
+        self._options = EngineOptions(
+            device=kind,
+            number=number,
+            threads=threads,
+            intra_op_threads=intra_op_threads,
+            max_batch=max_batch,
+            tuning=tuning,
+        )
+        self._memory_bytes = memory_bytes
+        self._prover = Prover(self._options, seconds=timeout_seconds)
+        self._proofs: dict[tuple[str, int], Proof] = {}
+        """The last proof of each version: what has been proven here once is not proven again."""
+        self._one = threading.Lock()
 
     def load(self, folder: Path) -> Model:
         """Load the bundle in `folder`. Raises BundleError or EngineError."""
-        bundle = read_bundle(folder)
-        if self._device not in bundle.manifest.devices:
-            raise BundleError(f"{folder}: made for {', '.join(bundle.manifest.devices)}, not for {self._device}")
-        before = resident_bytes()
-        engine, threads = self._open(bundle)
-        loaded = resident_bytes()
-        self._scheduler.on_engine(lambda: verify_golden(bundle, engine))
-        baseline = _warm_up(bundle, engine, self._scheduler, max_batch=self._max_batch)
+        with self._one:
+            bundle = read_bundle(folder)
+            manifest, device = bundle.manifest, self._options.device
+            if device not in manifest.devices:
+                raise BundleError(f"{folder}: made for {', '.join(manifest.devices)}, not for {device}")
+            self._require(folder, *_expected_bytes(bundle))
+            proof = self._proof(bundle)
+            self._require(folder, proof.peak_bytes, "measured")
+            engine, seconds = self._open(bundle, proof)
         log.info(
             "model ready",
-            model=bundle.manifest.name,
+            model=manifest.name,
             version=bundle.version,
-            device=self._device,
-            threads=threads,
-            batch_ms={size: round(seconds * 1000, 2) for size, seconds in baseline.items()},
+            device=device,
+            threads=proof.threads,
+            batch_ms={size: round(taken * 1000, 2) for size, taken in seconds.items()},
+            memory_mib=proof.peak_bytes >> 20,
         )
         return Model(
             bundle,
             engine,
             Queue(
-                bundle.manifest.name,
+                manifest.name,
                 engine.run,
-                Cost(baseline, self._load),
+                Cost(seconds, self._load),
                 version=bundle.version,
-                classes=bundle.manifest.num_classes,
+                classes=manifest.num_classes,
             ),
-            model_bytes=max(0, loaded - before),
-            arena_bytes=max(0, resident_bytes() - loaded),
+            model_bytes=proof.weights_bytes,
+            arena_bytes=proof.arena_bytes,
         )
 
-    def _open(self, bundle: Bundle) -> tuple[Engine, int]:
-        """An engine, and its number of threads: as set, else one or all, whichever pays for this model."""
-        device, number, tuning = self._device, self._number, self._tuning
-        make = partial(Engine, bundle.model_path, device=device, number=number, tuning=tuning)
-        threads = self._intra_op_threads or self._threads
-        engine = make(threads=threads)
-        if self._intra_op_threads or threads == 1 or device != "cpu":
-            return engine, threads
-        seconds = min(_time(bundle, engine, self._scheduler, 1))
-        if seconds > _LONG_SECONDS:
-            return engine, threads
-        single = make(threads=1)
-        if min(_time(bundle, single, self._scheduler, 1)) > _MIN_SPEEDUP * seconds:
-            single.close()
-            return engine, threads
-        engine.close()
-        return single, 1
+    def memory_left(self) -> int | None:
+        """Memory that is left for another model; None where that is unknown and not limited."""
+        left = memory_left_bytes()
+        if not self._memory_bytes:
+            return left
+        own = max(0, self._memory_bytes - resident_bytes())
+        return own if left is None else min(own, left)
+
+    def rest(self) -> None:
+        """Free what proofs need. To be called after the last of some loads."""
+        self._prover.rest()
+
+    def close(self) -> None:
+        """End a proof that is running, and allow no other. From any thread."""
+        self._prover.close()
+
+    def _require(self, folder: Path, needed: int, how: str) -> None:
+        """Raise NotNow if the memory that is needed is not left."""
+        left = self.memory_left()
+        if left is not None and needed > left:
+            raise NotNow(
+                f"{folder}: needs {needed >> 20} MiB of memory ({how}), but {left >> 20} MiB are left",
+                needed_bytes=needed,
+            )
+
+    def _proof(self, bundle: Bundle) -> Proof:
+        key, digest = (bundle.manifest.name, bundle.version), content_digest(bundle.folder)
+        known = self._proofs.pop(key, None)
+        if known is not None and known.digest == digest:
+            proof = known
+        else:
+            # A GPU's driver maps more memory than there is.
+            limit = self.memory_left() if self._options.device == "cpu" else None
+            proof = self._prover.prove(bundle.folder, memory_bytes=limit)
+            if proof.digest != digest:
+                raise NotNow(f"{bundle.folder}: was changed while it was loaded")
+        self._proofs[key] = proof
+        return proof
+
+    def _open(self, bundle: Bundle, proof: Proof) -> tuple[Engine, dict[int, float]]:
+        """An engine that is warmed up for the batch sizes that pay, and the seconds of each."""
+        engine = self._options.engine(bundle, threads=proof.threads)
+        on_engine = self._scheduler.on_engine
+        try:
+            # The rest of them were run by the process that proved it.
+            verify_golden(bundle, engine, first=1, run=lambda pixels: on_engine(partial(engine.run, pixels)))
+            sizes = sorted(proof.seconds, reverse=True)
+            on_engine(partial(engine.shrink, blank(bundle, sizes[0])))
+            seconds = {size: self._time(bundle, engine, size) for size in sizes}
+        except BaseException:
+            self._proofs.pop((bundle.manifest.name, bundle.version), None)
+            try:
+                on_engine(engine.close)
+            except RuntimeError:  # the engine thread has ended
+                engine.close()
+            raise
+        # The faster one: interference only makes a run longer, and the cost model follows it by live timings.
+        return engine, {size: min(proof.seconds[size], seconds[size]) for size in reversed(sizes)}
+
+    def _time(self, bundle: Bundle, engine: Engine, size: int) -> float:
+        run = partial(engine.run, blank(bundle, size))
+        on_engine = self._scheduler.on_engine
+        return min(time_runs(run, seconds=_SHORT_SECONDS, max_runs=2, warm_up_runs=0, on_thread=on_engine))
 
 
-def _warm_up(bundle: Bundle, engine: Engine, scheduler: Scheduler, *, max_batch: int) -> dict[int, float]:
-    """Time the batch sizes that a model may run, and leave the engine ready for those that pay: seconds by size.
-
-    Each run is a job of its own on the engine thread, so that live traffic waits for one at most.
-    """
-    limit = min(max_batch, bundle.manifest.max_batch or max_batch)
-    seconds: dict[int, float] = {}
-    for size in candidate_sizes(limit):
-        runs = _time(bundle, engine, scheduler, size)
-        # The fastest: interference only makes a run longer, and the cost model follows it by live timings.
-        seconds[size] = min(runs)
-        # Two sizes in a row do not pay and a run takes long: the next size would only cost time and memory.
-        if sum(runs) > _MAX_SECONDS and len(seconds) >= len(worthwhile_sizes(seconds)) + 2:
-            break
-    for larger, smaller in pairwise(sorted(seconds, reverse=True)):
-        # A smaller batch can be run padded to a larger one: if it took longer than that, it was disturbed.
-        seconds[smaller] = min(seconds[smaller], seconds[larger])
-    sizes = worthwhile_sizes(seconds)
-    largest = _blank(bundle, sizes[-1])
-    scheduler.on_engine(partial(engine.shrink, largest))
-    for size in reversed(sizes):
-        scheduler.on_engine(partial(engine.run, _blank(bundle, size)))
-    return {size: seconds[size] for size in sizes}
-
-
-def _time(bundle: Bundle, engine: Engine, scheduler: Scheduler, size: int) -> list[float]:
-    run = partial(engine.run, _blank(bundle, size))
-    return time_runs(run, seconds=_MAX_SECONDS, max_runs=_MAX_RUNS, on_thread=scheduler.on_engine)
-
-
-def _blank(bundle: Bundle, size: int) -> npt.NDArray[np.uint8]:
-    return np.zeros((size, *bundle.manifest.input.shape[1:]), dtype=np.uint8)
+def _expected_bytes(bundle: Bundle) -> tuple[int, str]:
+    """Memory that a model will take, and where that is known from."""
+    if memory := bundle.manifest.memory:
+        return memory.weights_bytes + memory.arena_bytes, "by its manifest"
+    size = bundle.model_path.stat().st_size
+    return round(size * _MEMORY_PER_GRAPH_BYTE), f"estimated from its graph of {size >> 20} MiB"

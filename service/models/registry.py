@@ -1,10 +1,12 @@
 """The models that are served: found in the repository, loaded, and exchanged while serving.
 
 A version takes traffic only once it is verified and warmed up (`service.models.loading`). A broken version leaves the
-old one serving, and the index gives the reason. An unloaded model first answers what it has accepted.
+old one serving, and the index gives the reason. An unloaded model first answers what it has accepted. A repository or a
+folder that cannot be listed for a while takes nothing away that serves.
 """
 
 import asyncio
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,27 +14,16 @@ from typing import Literal
 
 import structlog
 
-from service.bundle import model_names, versions
+from service.bundle import list_repository, signature, versions
 from service.errors import BundleError, NotReady, ServiceError, StartupError, UnknownModel
-from service.models.family import Family
+from service.models.failures import Failures
+from service.models.family import Family, families_of
+from service.models.index import Entry, Index
 from service.models.loading import Loader
 from service.models.model import Model
 from service.scheduling.scheduler import Scheduler
 
 log = structlog.get_logger()
-
-State = Literal["ready", "loading", "unloading", "unavailable"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """A version in the index."""
-
-    name: str
-    version: int | None
-    """None where not even that is known."""
-    state: State
-    reason: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,14 +57,23 @@ class Registry:
         """`names`: the models to serve, empty for all in the repository. The rest as in `service.settings`."""
         self._loader, self._scheduler = loader, scheduler
         self._repository, self._names, self._default_model = repository, tuple(names), default_model
-        self._versions_to_serve, self._step_up_headroom = versions_to_serve, step_up_headroom
+        self.versions_to_serve, self._step_up_headroom = versions_to_serve, step_up_headroom
+        self.loads: Counter[Literal["ready", "failed"]] = Counter()
+        """Versions that were loaded, and that could not be, since the start."""
+        self.readable = True
+        """Whether the repository could be listed when it was last scanned, and all folders in it."""
         self._models: dict[str, dict[int, Model]] = {}
-        self._entries: dict[tuple[str, int | None], Entry] = {}
+        self._index = Index()
         self._unloaded: set[str] = set()
         """Unloaded by request: polling does not load them again."""
         self._withdrawn: set[tuple[str, int]] = set()
         """Versions that kept failing: polling does not load them again either."""
-        self._exchange = asyncio.Lock()
+        self._failures = Failures(loader.memory_left)
+        self._exchange: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """By name: a model that takes long to load keeps no other from being unloaded."""
+        self._loading = asyncio.Lock()
+        """Taken before the lock of a name: loads wait for each other here, and not in threads, which others need."""
+        self._closed = False
         self._choosers: dict[str, Family] = {}
         self._families: dict[str, list[Model]] | None = None
         """Cached until the models change."""
@@ -86,7 +86,7 @@ class Registry:
     @property
     def index(self) -> list[Entry]:
         """Every version that is or could be served, and its state."""
-        entries = sorted(self._entries.values(), key=lambda entry: (entry.name, entry.version or 0))
+        entries = self._index.entries
         if hang := self._scheduler.hang:
             # All models share the engine thread.
             ready = (entry.state == "ready" for entry in entries)
@@ -129,17 +129,9 @@ class Registry:
 
     @property
     def families(self) -> dict[str, list[Model]]:
-        """Models that can replace each other, by family and the most accurate first.
-
-        Only those of known accuracy, and with the labels and the input of the most accurate one.
-        """
+        """See `families_of`."""
         if self._families is None:
-            self._families = {}
-            for model in sorted(map(self._newest, sorted(self._models)), key=lambda model: -model.top1):
-                if model.top1 >= 0:
-                    members = self._families.setdefault(model.manifest.family, [])
-                    if not members or _interchangeable(members[0], model):
-                        members.append(model)
+            self._families = families_of(map(self._newest, sorted(self._models)))
         return self._families
 
     def candidates(self, name: str | None, version: int | None = None) -> tuple[Family | None, list[Model]]:
@@ -152,16 +144,25 @@ class Registry:
         chooser = self._choosers.setdefault(name, Family(name, step_up_headroom=self._step_up_headroom))
         return chooser, self.families[name]
 
+    def serving(self, name: str, version: int | None = None) -> list[Model]:
+        """The models that a name stands for: all versions that serve, or the members of a family.
+
+        Raises what `find` raises.
+        """
+        if version is None and name in self._models:
+            return [self._models[name][number] for number in sorted(self._models[name])]
+        return self.candidates(name, version)[1]
+
     def load_all(self) -> None:
-        """Load all models to serve. Blocks.
+        """Load all models to serve. Blocks; the loader is then to `rest`.
 
         A broken bundle is logged and left out. Raises StartupError if it is served by name, or if no model is left.
         """
         try:
-            names = self._names or model_names(self._repository)
+            listing = list_repository(self._repository)
         except BundleError as error:
             raise StartupError(str(error)) from error
-        for name in names:
+        for name in self._names or listing.names:
             scan = self._scan(name, fresh=True)
             self._serve(scan)
             if not scan.wanted and name in self._names:
@@ -175,27 +176,32 @@ class Registry:
     async def load(self, name: str) -> None:
         """Load the newest versions of a model again, and replace those that serve.
 
-        Raises UnknownModel if the repository has none or the settings exclude it, and BundleError if a version cannot
-        be loaded; then what served before goes on serving.
+        Raises UnknownModel if the repository has none or the settings exclude it, BundleError if a version cannot be
+        loaded, and NotReady while the service shuts down; then what served before goes on serving.
         """
-        async with self._exchange:
-            await asyncio.to_thread(self._require_known, name)
+        await asyncio.to_thread(self._require_known, name)
+        async with self._loading:
             self._unloaded.discard(name)
-            scan = await self._update(name, fresh=True)
-            if scan.failures:
-                raise BundleError(f"model {name!r}: {'; '.join(scan.failures)}")
+            try:
+                scan = await self._update(name, fresh=True)
+            finally:
+                await asyncio.to_thread(self._loader.rest)
+        if self._closed:
+            raise NotReady("the service is shutting down")
+        if scan.failures:
+            raise BundleError(f"model {name!r}: {'; '.join(scan.failures)}")
 
     async def unload(self, name: str) -> None:
         """Take a model out of service once it has answered what it accepted. Raises UnknownModel."""
-        async with self._exchange:
-            if name not in self._models:
-                raise UnknownModel(f"model {name!r} is not loaded")
+        if name not in self._models:
+            raise UnknownModel(f"model {name!r} is not loaded")
+        async with self._exchange[name]:
             self._unloaded.add(name)
-            await self._retire(list(self._models[name].values()), reason="unloaded", keep=True)
+            await self._retire(list(self._models.get(name, {}).values()), reason="unloaded", keep=True)
 
     async def withdraw(self, model: Model, reason: str) -> None:
         """Take a version out of service that keeps failing, until it is loaded by request. Its family goes on."""
-        async with self._exchange:
+        async with self._exchange[model.name]:
             if self._models.get(model.name, {}).get(model.version) is model:
                 log.error("model taken out of service", model=model.name, version=model.version, reason=reason)
                 self._withdrawn.add((model.name, model.version))
@@ -203,79 +209,111 @@ class Registry:
 
     async def refresh(self) -> None:
         """Scan the repository once: load new versions, and retire those that have been removed."""
-        async with self._exchange:
-            try:
-                present = await asyncio.to_thread(model_names, self._repository)
-            except BundleError as error:
+        try:
+            listing = await asyncio.to_thread(list_repository, self._repository)
+            if self._models and not (listing.versions or listing.unreadable):
+                # What is left of a network mount is an empty folder.
+                raise BundleError(f"the model repository {self._repository} is empty: what serves goes on serving")
+        except BundleError as error:
+            if self.readable:
                 log.error("repository cannot be read", reason=str(error))
-                return
-            for name in self._names or sorted({*present, *self._models}):
-                if name not in self._unloaded:
-                    await self._update(name, fresh=False)
+            self.readable = False
+            return
+        self.readable = not listing.unreadable
+        async with self._loading:
+            try:
+                for name in self._names or sorted({*listing.names, *self._models, *self._index.names}):
+                    if name not in self._unloaded:
+                        await self._update(name, fresh=False)
+            finally:
+                await asyncio.to_thread(self._loader.rest)
+
+    def close(self) -> None:
+        """End what is being loaded, and load nothing more; what serves goes on serving. From any thread."""
+        self._closed = True
+        self._loader.close()
 
     def _require_known(self, name: str) -> None:
         if self._names and name not in self._names:
             raise UnknownModel(f"the settings serve only: {', '.join(self._names)}")
         # A name from a request never becomes a path unless the repository lists it.
-        if name not in model_names(self._repository):
+        if name not in list_repository(self._repository).names:
             raise UnknownModel(f"no model {name!r} in the repository")
 
     async def _update(self, name: str, *, fresh: bool) -> _Scan:
-        before = dict(self._models.get(name, {}))
-        scan = await asyncio.to_thread(self._scan, name, fresh=fresh)
-        self._serve(scan)
-        replaced = {model.version for model in scan.loaded}
-        # Nothing is retired for a version that cannot serve.
-        if scan.wanted or not scan.published:
-            retired = [m for version, m in before.items() if version in replaced or version not in scan.wanted]
-            await self._retire(retired, reason="" if scan.published else "removed from the repository")
-        return scan
+        async with self._exchange[name]:
+            before = dict(self._models.get(name, {}))
+            scan = await asyncio.to_thread(self._scan, name, fresh=fresh)
+            self._serve(scan)
+            replaced = {model.version for model in scan.loaded}
+            # Nothing is retired for a version that cannot serve, nor because the folder cannot be listed.
+            if scan.wanted or not scan.published:
+                retired = [m for version, m in before.items() if version in replaced or version not in scan.wanted]
+                await self._retire(retired, reason="" if scan.published else "removed from the repository")
+            return scan
 
     def _scan(self, name: str, *, fresh: bool) -> _Scan:
         """Load the newest versions that can be loaded. Blocks.
 
-        Unless `fresh`, versions that serve stay and those that failed are not tried again: bundles never change.
+        Unless `fresh`, versions that serve stay, and those that failed are tried again only once there is a reason to.
         """
         serving = set(self._models.get(name, {}))
-        scan = _Scan(published=versions(self._repository, name))
+        try:
+            scan = _Scan(published=versions(self._repository, name))
+        except OSError as error:
+            reason = f"its folder cannot be listed ({error.strerror})"
+            self._index.note_unlisted(name, reason)
+            return _Scan(published=sorted(serving), wanted=serving, failures=[reason])
+        expected = name in self._names
+        for version in self._index.note_listed(name, scan.published, expected=expected):
+            self._failures.forget((name, version))
         if not scan.published and not serving:
             scan.failures.append("no version of it in the repository")
-            self._note(Entry(name=name, version=None, state="unavailable", reason=scan.failures[0]))
+            if expected:
+                self._index.note_unlisted(name, scan.failures[0])
         for version in reversed(scan.published):
-            if len(scan.wanted) == self._versions_to_serve:
+            if len(scan.wanted) == self.versions_to_serve:
                 break
             if fresh:
                 self._withdrawn.discard((name, version))
             elif (name, version) in self._withdrawn:
                 continue
-            known = self._entries.get((name, version))
+            folder = self._repository / name / str(version)
             if not fresh and version in serving:
                 scan.wanted.add(version)
-            elif fresh or known is None or known.state != "unavailable":
-                if version not in serving:
-                    self._note(Entry(name=name, version=version, state="loading"))
-                try:
-                    scan.loaded.append(self._loader.load(self._repository / name / str(version)))
-                    scan.wanted.add(version)
-                except Exception as error:  # a bundle that cannot be loaded never keeps others from being served
-                    if not isinstance(error, ServiceError):
-                        log.exception("loading failed", model=name, version=version)
-                    # Clients see the reason, so it leaves out the path of the repository.
-                    reason = str(error).replace(f"{self._repository}/", "")
-                    scan.failures.append(reason)
-                    log.error("model unavailable", model=name, version=version, reason=str(error))
-                    if version in serving:
-                        scan.wanted.add(version)
-                        self._note(Entry(name=name, version=version, state="ready", reason=f"not reloaded: {reason}"))
-                    else:
-                        self._note(Entry(name=name, version=version, state="unavailable", reason=reason))
+            elif fresh or self._failures.worth_trying((name, version), folder):
+                self._try(scan, name, version, folder, serving=version in serving)
         return scan
+
+    def _try(self, scan: _Scan, name: str, version: int, folder: Path, *, serving: bool) -> None:
+        if not serving:
+            self._index.note(name, version, "loading")
+        seen = signature(folder)
+        try:
+            scan.loaded.append(self._loader.load(folder))
+            scan.wanted.add(version)
+            self._failures.forget((name, version))
+            self.loads["ready"] += 1
+        except Exception as error:  # a bundle that cannot be loaded never keeps others from being served
+            if not (isinstance(error, ServiceError) or self._closed):
+                log.exception("loading failed", model=name, version=version)
+            # Clients see the reason, so it leaves out the path of the repository.
+            reason = str(error).replace(f"{self._repository}/", "")
+            scan.failures.append(reason)
+            self.loads["failed"] += 1
+            if self._failures.record((name, version), seen, error):
+                log.error("model unavailable", model=name, version=version, reason=str(error))
+            if serving:
+                scan.wanted.add(version)
+                self._index.note(name, version, "ready", f"not reloaded: {reason}")
+            else:
+                self._index.note(name, version, "unavailable", reason)
 
     def _serve(self, scan: _Scan) -> None:
         for model in scan.loaded:
             self._scheduler.add(model.queue)
             self._models.setdefault(model.name, {})[model.version] = model
-            self._note(Entry(name=model.name, version=model.version, state="ready"))
+            self._index.note(model.name, model.version, "ready")
         self._families = None
 
     async def _retire(self, models: list[Model], *, reason: str = "", keep: bool = False) -> None:
@@ -286,29 +324,22 @@ class Registry:
                 del serving[model.version]
                 if not serving:
                     del self._models[model.name]
-                self._note(Entry(name=model.name, version=model.version, state="unloading", reason=reason))
+                self._index.note(model.name, model.version, "unloading", reason)
         self._families = None
         for model in models:
             await model.unused()
             self._scheduler.remove(model.queue)
             await asyncio.to_thread(self._scheduler.on_engine, model.engine.close)
             # Unless the version was loaded again in the meantime.
-            if self._entries[model.name, model.version].state == "unloading":
+            if self._index.state(model.name, model.version) == "unloading":
                 if keep:
-                    self._note(Entry(name=model.name, version=model.version, state="unavailable", reason=reason))
+                    self._index.note(model.name, model.version, "unavailable", reason)
                 else:
-                    del self._entries[model.name, model.version]
+                    self._index.remove(model.name, model.version)
             log.info("model retired", model=model.name, version=model.version)
-
-    def _note(self, entry: Entry) -> None:
-        self._entries[entry.name, entry.version] = entry
 
     def _newest(self, name: str) -> Model:
         return self._models[name][max(self._models[name])]
-
-
-def _interchangeable(one: Model, other: Model) -> bool:
-    return one.bundle.labels == other.bundle.labels and one.manifest.input == other.manifest.input
 
 
 def _listed(names: Iterable[str] | Iterable[int]) -> str:

@@ -1,8 +1,10 @@
 """The check before traffic: a loaded model must give its golden outputs on this machine."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from service.bundle import GOLDEN_FILE, Bundle, Golden
 from service.engine import Engine
@@ -13,18 +15,28 @@ from service.manifest import Manifest
 
 MAX_GOLDEN_PIXELS = 4_000_000
 
-
-def verify_golden(bundle: Bundle, engine: Engine) -> None:
-    """Check a bundle on disk against its own golden file. Raises BundleError."""
-    check_golden(bundle.golden(), bundle.manifest, engine, path=bundle.folder / GOLDEN_FILE)
+Run = Callable[[npt.NDArray[np.uint8]], tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
 
 
-def check_golden(golden: Golden, manifest: Manifest, engine: Engine, *, path: Path) -> None:
+def verify_golden(bundle: Bundle, engine: Engine, *, first: int | None = None, run: Run | None = None) -> None:
+    """Check a bundle on disk against its own golden file, or the `first` images of it. Raises BundleError.
+
+    `run` runs a batch where the engine's own `run` must not be called.
+    """
+    golden = bundle.golden()
+    part = Golden(
+        images=golden.images[:first], logits=golden.logits[:first], probabilities=golden.probabilities[:first]
+    )
+    check_golden(part, bundle.manifest, engine, path=bundle.folder / GOLDEN_FILE, run=run)
+
+
+def check_golden(golden: Golden, manifest: Manifest, engine: Engine, *, path: Path, run: Run | None = None) -> None:
     """Decode the golden images of the file `path`, run them in as few batches as the model allows, and compare.
 
     Raises BundleError if an output exceeds the manifest's tolerance or a top-1 differs. Its message names the file, the
     largest differences, the device and the CPU.
     """
+    run = run or engine.run
     try:
         pixels = np.stack(
             [decode(image, manifest.preprocessing, max_pixels=MAX_GOLDEN_PIXELS) for image in golden.images]
@@ -32,7 +44,7 @@ def check_golden(golden: Golden, manifest: Manifest, engine: Engine, *, path: Pa
     except ImageError as error:
         raise BundleError(f"{path}: {error}") from error
     step = manifest.max_batch or len(pixels)
-    batches = [engine.run(pixels[start : start + step]) for start in range(0, len(pixels), step)]
+    batches = [run(pixels[start : start + step]) for start in range(0, len(pixels), step)]
     logits, probabilities = (np.concatenate(output) for output in zip(*batches, strict=True))
     if logits.shape != golden.logits.shape:
         raise BundleError(f"{path}: the model gives {logits.shape[1:]} outputs, not {golden.logits.shape[1:]}")

@@ -1,7 +1,11 @@
 """Bundles on disk: errors are found and name the file."""
 
+import contextlib
 import json
+import os
 import shutil
+import socket
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +13,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.bundle import CONTENT_FILES, SUMS_FILE, Golden, model_names, publish, read_bundle, versions
+from service.bundle import (
+    CONTENT_FILES,
+    SUMS_FILE,
+    Golden,
+    content_digest,
+    list_repository,
+    model_names,
+    publish,
+    read_bundle,
+    signature,
+    versions,
+)
 from service.engine import Engine
 from service.errors import BundleError
 from service.models.verify import verify_golden
@@ -123,3 +138,91 @@ def test_a_publication_that_fails_leaves_no_version(bundle: Path, tmp_path: Path
 def test_a_missing_repository_is_refused_with_the_fix(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="--repository"):
         model_names(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["weights.bin", ".hidden", ".nfs0001", "folder"])
+def test_what_the_sums_do_not_list_is_refused_by_name(bundle: Path, name: str) -> None:
+    """ONNX Runtime would load external data from it, which no digest covers."""
+    if name == "folder":
+        (bundle / name).mkdir()
+    else:
+        (bundle / name).write_bytes(b"\0" * 8)
+    with pytest.raises(BundleError, match=rf"/{name}: not listed in SHA256SUMS: .*remove it"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize("file", [*CONTENT_FILES, SUMS_FILE])
+def test_what_is_not_a_file_is_refused_without_opening_it(bundle: Path, file: str) -> None:
+    path, copy = bundle / file, bundle.parent / "copy"
+    path.rename(copy)
+    path.symlink_to(copy)
+    with pytest.raises(BundleError, match=rf"{file}: is a link, not a file: put the file itself"):
+        read_bundle(bundle)
+    path.unlink()
+    os.mkfifo(path)  # whoever opens it for reading waits for a writer
+    with pytest.raises(BundleError, match=rf"{file}: is a FIFO"):
+        read_bundle(bundle)
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as listening:
+        # The name of a socket may have some hundred characters only.
+        with contextlib.chdir(bundle):
+            listening.bind(file)
+        with pytest.raises(BundleError, match=rf"{file}: is a socket"):
+            read_bundle(bundle)
+
+
+def test_a_file_that_becomes_something_else_while_it_is_read_does_not_block(bundle: Path) -> None:
+    path = bundle / SUMS_FILE
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(BundleError, match="is a FIFO"):
+        content_digest(bundle)
+
+
+@pytest.mark.parametrize("file", ["SHA256SUMS", "manifest.json", "labels.txt", "golden.npz"])
+def test_a_file_that_would_take_too_much_memory_is_refused(bundle: Path, file: str) -> None:
+    loaded = read_bundle(bundle)
+    with (bundle / file).open("r+b") as stream:
+        stream.truncate(300 * 1024 * 1024)  # sparse
+    if file != SUMS_FILE:
+        resum(bundle)
+    read = loaded.golden if file == "golden.npz" else partial(read_bundle, bundle)
+    with pytest.raises(BundleError, match=rf"{file}: 314572800 bytes, more than \d+"):
+        read()
+
+
+def test_a_golden_file_that_unpacks_to_too_much_is_refused(bundle: Path) -> None:
+    np.savez_compressed(bundle / "golden.npz", allow_pickle=False, logits=np.zeros(1 << 26, np.float64))
+    assert (bundle / "golden.npz").stat().st_size < 1 << 20
+    resum(bundle)
+    with pytest.raises(BundleError, match=r"golden\.npz: unpacks to 5\d{8} bytes"):
+        read_bundle(bundle).golden()
+
+
+def test_only_plain_decimal_numbers_are_versions(bundle: Path) -> None:
+    for name in ("0", "01", "٢", "²", "+3", "4.0", "5_0", " 6", "7x", "9" * 19):
+        shutil.copytree(bundle, bundle.parent / name)
+        with pytest.raises(BundleError, match="is not a bundle"):
+            read_bundle(bundle.parent / name)
+    shutil.copytree(bundle, bundle.parent / "20261128120000")
+    assert versions(bundle.parent.parent, "digits-csra-r2") == [1, 20261128120000]
+
+
+def test_one_folder_that_cannot_be_listed_hides_no_other(bundle: Path) -> None:
+    repository = bundle.parent.parent
+    (repository / "loop").symlink_to("loop")
+    listing = list_repository(repository)
+    assert listing.versions == {"digits-csra-r2": [1]}
+    assert list(listing.unreadable) == ["loop"]
+    assert listing.names == ["digits-csra-r2", "loop"]
+
+
+def test_a_signature_changes_with_what_a_folder_holds(bundle: Path) -> None:
+    seen = signature(bundle)
+    assert signature(bundle) == seen
+    (bundle / "labels.txt").chmod(0o600)
+    chmod = signature(bundle)
+    assert chmod != seen
+    (bundle / "labels.txt").write_text((bundle / "labels.txt").read_text())
+    assert signature(bundle) != chmod
+    assert signature(bundle / "nowhere") is None

@@ -70,6 +70,53 @@ def test_proportional_memory_of_this_process_is_at_most_what_is_resident() -> No
     assert 0 < pss <= host.resident_bytes() * 1.01
 
 
+@pytest.mark.parametrize(
+    ("line", "folder", "limit", "used", "cache"),
+    [
+        ("0::/pod/box", "pod/box", "memory.max", "memory.current", "inactive_file"),
+        (
+            "4:memory:/pod/box",
+            "memory/pod/box",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+        # As in a container whose path is the host's.
+        ("0::/not/here", "", "memory.max", "memory.current", "inactive_file"),
+    ],
+)
+def test_memory_that_is_left_follows_the_container_s_limit(
+    line: str, folder: str, limit: str, used: str, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups, process, machine = tmp_path / "cgroup", tmp_path / "self", tmp_path / "meminfo"
+    (groups / folder).mkdir(parents=True)
+    process.mkdir()
+    (process / "cgroup").write_text(f"7:pids:/\n{line}\n")
+    monkeypatch.setattr(host, "_CGROUPS", groups)
+    monkeypatch.setattr(host, "_PROCESS", process)
+    monkeypatch.setattr(host, "_MEMINFO", machine)
+    assert host.memory_left_bytes() is None
+    machine.write_text("MemFree: 1 kB\nMemAvailable:    5000 kB\n")
+    assert host.memory_left_bytes() == 5000 * 1024
+    (groups / folder / limit).write_text("max\n")
+    (groups / folder / used).write_text("3000000\n")
+    (groups / folder / "memory.stat").write_text(f"anon 7\n{cache} 500000\n")
+    assert host.memory_left_bytes() == 5000 * 1024
+    (groups / folder / limit).write_text("4000000\n")
+    assert host.memory_left_bytes() == 1_500_000, "page cache is given up when memory is needed"
+    (groups / folder / used).write_text("9000000\n")
+    assert host.memory_left_bytes() == 0
+
+
+def test_memory_that_is_left_follows_the_limits_of_the_process() -> None:
+    code = (
+        "import resource; from service import host;"
+        "limit = host.data_bytes() + (1 << 28); resource.setrlimit(resource.RLIMIT_DATA, (limit, limit));"
+        "left = host.memory_left_bytes(); assert 0 < left <= 1 << 28, left"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_nothing_is_reported_where_the_system_reports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "_PROCESS", tmp_path / "nowhere")
     assert (host.resident_bytes(), host.peak_bytes(), host.pss_bytes()) == (0, 0, None)

@@ -85,6 +85,8 @@ class Server(uvicorn.Server):
         """Answer what was accepted, then end. `sockets` is uvicorn's, and not used."""
         del sockets
         self._pipeline.ready = False
+        # Nobody waits for a model that is only being loaded.
+        self._pipeline.registry.close()
         self.connections.draining = True
         log.info("draining", seconds=self._delay_seconds, open_connections=len(self.connections.open))
         await asyncio.sleep(self._delay_seconds)

@@ -1,0 +1,125 @@
+"""`python -m service.models.trial`: the process that proves bundles, so that one that cannot be loaded harms no other.
+
+A graph may loop, or take all memory, or end the process in native code; whatever it does, it does it here, within
+limits of memory and time, and at low priority. Requests come as JSON lines on standard input (`Request`), answers go as
+JSON lines to standard output (`Result`). The process ends when its input does: with the one that started it.
+"""
+
+import os
+import queue
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from service.engine import resolve_device
+from service.errors import ServiceError
+from service.host import data_bytes
+from service.models.proof import EngineOptions, Proof, prove
+
+_NICE = 10
+"""A tenth of a core where the service keeps all of them busy, and all that it leaves free. Lower, and a busy service
+could load nothing within the time limit."""
+
+_SLACK_BYTES, _STACK_BYTES = 64 * 1024 * 1024, 8 * 1024 * 1024
+"""What counts as private memory and is not taken: reserved by the C library, and the stack of each thread."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A bundle to prove."""
+
+    folder: Path
+    options: EngineOptions
+    memory_bytes: int | None
+    """What it may take; None for no limit."""
+    seconds: float
+    """After which the process ends itself, should nobody be left to end it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """The proof, or why there is none."""
+
+    proof: Proof | None = None
+    error: str = ""
+    out_of_memory: bool = False
+
+
+REQUESTS, RESULTS = TypeAdapter(Request), TypeAdapter(Result)
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    # What libraries print goes to standard error: answers only to the output.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    if sys.platform != "win32":
+        os.nice(_NICE)
+        # The first to go if memory runs out: rather this process than the one that serves.
+        _write("/proc/self/oom_score_adj", "1000")
+    # Loads ONNX Runtime, whose own memory is not that of a model.
+    resolve_device("cpu")
+    requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(requests,), daemon=True).start()
+    while True:
+        request = REQUESTS.validate_json(requests.get())
+        result = _answer(request)
+        if sys.platform != "win32":
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        answers.write(RESULTS.dump_json(result) + b"\n")
+        answers.flush()
+
+
+def _read(requests: "queue.SimpleQueue[bytes]") -> None:
+    """In a thread of its own, so that the end of the input ends the process whatever the other one does."""
+    for line in sys.stdin.buffer:
+        requests.put(line)
+    os._exit(0)
+
+
+def _answer(request: Request) -> Result:
+    _limit(request)
+    try:
+        return Result(proof=prove(request.folder, request.options))
+    except MemoryError:
+        return Result(error="out of memory", out_of_memory=True)
+    except Exception as error:  # noqa: BLE001 (whatever it is, it is why this bundle cannot be served)
+        text = str(error) if isinstance(error, ServiceError) else f"{type(error).__name__}: {error}"
+        return Result(error=text, out_of_memory=is_out_of_memory(text))
+
+
+def is_out_of_memory(text: str) -> bool:
+    """Whether a message of ONNX Runtime, its allocator or the C++ library says that memory ran out."""
+    return any(sign in text for sign in ("bad_alloc", "bad allocation", "Failed to allocate memory", "out of memory"))
+
+
+def _limit(request: Request) -> None:
+    if sys.platform == "win32":
+        return
+    import resource  # noqa: PLC0415 (not on Windows)
+
+    # The default action of the signal ends the process even within native code.
+    signal.setitimer(signal.ITIMER_REAL, request.seconds)
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = resource.RLIM_INFINITY
+    if request.memory_bytes is not None:
+        # Not RLIMIT_AS: the C library and CUDA reserve address space that they never use.
+        limit = data_bytes() + request.memory_bytes + _SLACK_BYTES + request.options.threads * _STACK_BYTES
+    if hard != resource.RLIM_INFINITY and (limit == resource.RLIM_INFINITY or limit > hard):
+        limit = hard
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def _write(file: str, text: str) -> None:
+    try:
+        Path(file).write_text(text, encoding="ascii")
+    except OSError:  # not Linux, or not allowed here
+        return
+
+
+if __name__ == "__main__":
+    main()

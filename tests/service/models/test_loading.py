@@ -1,0 +1,203 @@
+"""A version that cannot be served is found out elsewhere: its failure costs the serving process nothing."""
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from service.engine import Engine, Tuning
+from service.errors import BundleError, NotNow
+from service.host import resident_bytes
+from service.models import loading
+from service.models.loading import Loader
+from service.scheduling.cost import Load
+from service.scheduling.scheduler import Scheduler
+from tests.processes import still_running, wait_until
+from tests.service.conftest import resum
+from tests.service.identity import publish_identity
+from tests.service.models.hostile import publish_endless, publish_greedy, publish_wrong, trials
+
+MIB = 1 << 20
+MakeLoader = Callable[..., Loader]
+
+
+@pytest.fixture
+def make_loader() -> Iterator[MakeLoader]:
+    """Makes loaders, and ends what they started."""
+    made: list[Loader] = []
+
+    def make(*, memory_bytes: int = 0, timeout_seconds: float = 300) -> Loader:
+        scheduler = Scheduler(load := Load())
+        loader = Loader(
+            scheduler,
+            load,
+            device="cpu",
+            threads=1,
+            intra_op_threads=0,
+            max_batch=2,
+            tuning=Tuning(),
+            memory_bytes=memory_bytes,
+            timeout_seconds=timeout_seconds,
+        )
+        made.append(loader)
+        return loader
+
+    yield make
+    for loader in made:
+        loader.close()
+        loader.rest()
+
+
+def test_a_version_that_was_proven_is_loaded_and_its_memory_is_known(make_loader: MakeLoader, tmp_path: Path) -> None:
+    loader = make_loader()
+    model = loader.load(publish_identity(tmp_path, work=8))
+    assert model.queue.cost.sizes[0] == 1
+    assert model.model_bytes > 8 * MIB, "eight matrices of a mebibyte"
+    loader.rest()
+    assert trials() == []
+
+
+def test_what_was_proven_once_is_loaded_again_without_another_process(make_loader: MakeLoader, tmp_path: Path) -> None:
+    loader = make_loader()
+    folder = publish_identity(tmp_path)
+    loader.load(folder)
+    loader.rest()
+    loader.load(folder)
+    assert trials() == []
+    (folder / "labels.txt").write_text("".join(f"other {number}\n" for number in range(12)))
+    resum(folder)
+    loader.load(folder)
+    assert len(trials()) == 1, "other files under the same version are proven anew"
+
+
+def test_a_version_that_never_ends_is_given_up_after_the_time_limit(make_loader: MakeLoader, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"not proven within 0\.5 s \(load_timeout_seconds\)"):
+        make_loader(timeout_seconds=0.5).load(publish_endless(tmp_path))
+    assert trials() == []
+
+
+def test_a_version_that_takes_more_memory_than_is_left_fails_within_its_limit(
+    make_loader: MakeLoader, tmp_path: Path
+) -> None:
+    loader = make_loader(memory_bytes=resident_bytes() + 500 * MIB)
+    with pytest.raises(NotNow, match=r"loading it takes more memory than the \d+ MiB that are left"):
+        loader.load(publish_greedy(tmp_path, mebibytes=4000))
+
+
+def test_the_process_that_proves_a_version_is_the_first_to_go_and_the_last_to_run(
+    make_loader: MakeLoader, tmp_path: Path
+) -> None:
+    loader = make_loader()
+    with ThreadPoolExecutor(1) as pool:
+        loaded = pool.submit(loader.load, publish_endless(tmp_path))
+        own = psutil.Process().nice()
+        wait_until(lambda: bool(trials()) and trials()[0].nice() == min(19, own + 10))
+        (trial,) = trials()
+        wait_until(lambda: Path(f"/proc/{trial.pid}/oom_score_adj").read_text().strip() == "1000")
+        trial.send_signal(signal.SIGSEGV)
+        with pytest.raises(BundleError, match="the process that loaded it ended with SIGSEGV"):
+            loaded.result()
+    assert trials() == []
+
+
+def test_a_killed_process_is_reported_as_a_lack_of_memory(make_loader: MakeLoader, tmp_path: Path) -> None:
+    """As the kernel does it when the container's limit is reached."""
+    loader = make_loader()
+    with ThreadPoolExecutor(1) as pool:
+        loaded = pool.submit(loader.load, publish_endless(tmp_path))
+        wait_until(lambda: bool(trials()))
+        trials()[0].kill()
+        with pytest.raises(NotNow, match=r"takes more memory.*killed by the system"):
+            loaded.result()
+
+
+def test_a_loader_that_is_closed_ends_what_it_is_loading(make_loader: MakeLoader, tmp_path: Path) -> None:
+    loader = make_loader()
+    with ThreadPoolExecutor(1) as pool:
+        loaded = pool.submit(loader.load, publish_endless(tmp_path))
+        wait_until(lambda: bool(trials()))
+        loader.close()
+        with pytest.raises(NotNow, match="shutting down"):
+            loaded.result()
+    with pytest.raises(NotNow, match="shutting down"):
+        loader.load(publish_identity(tmp_path, "identity-b"))
+    assert trials() == []
+
+
+def test_golden_outputs_that_differ_are_the_reason(make_loader: MakeLoader, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"identity-a/1/golden\.npz: .* differ .* by 1 in a logit"):
+        make_loader().load(publish_wrong(tmp_path))
+
+
+def test_needs_that_the_manifest_declares_are_checked_before_anything_is_loaded(
+    make_loader: MakeLoader, tmp_path: Path
+) -> None:
+    folder = publish_identity(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["memory"] = {"weights_bytes": 300 * MIB, "arena_bytes": 200 * MIB}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    resum(folder)
+    loader = make_loader(memory_bytes=resident_bytes() + 400 * MIB)
+    with pytest.raises(NotNow, match=r"needs 500 MiB of memory \(by its manifest\), but \d+ MiB are left") as refused:
+        loader.load(folder)
+    assert refused.value.needed_bytes == 500 * MIB
+    assert trials() == []
+
+
+def test_needs_that_no_manifest_declares_are_estimated_from_the_graph(make_loader: MakeLoader, tmp_path: Path) -> None:
+    folder = publish_identity(tmp_path, work=20)
+    with pytest.raises(NotNow, match=r"needs 2 MiB of memory \(estimated from its graph of 1 MiB\), but 0 MiB"):
+        make_loader(memory_bytes=1).load(folder)
+    assert trials() == []
+
+
+def test_measured_needs_are_checked_before_the_service_loads_a_version(
+    make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loader = make_loader()
+    folder = publish_identity(tmp_path, work=20)
+    loader.load(folder)
+    monkeypatch.setattr(loading, "_MEMORY_PER_GRAPH_BYTE", 0)
+    loader._memory_bytes = 1
+    with pytest.raises(NotNow, match=r"needs \d+ MiB of memory \(measured\), but 0 MiB are left"):
+        loader.load(folder)
+
+
+def test_what_fails_in_the_serving_process_leaves_no_engine_open(
+    make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    closed: list[str] = []
+    close = Engine.close
+
+    def record(engine: Engine) -> None:
+        closed.append(threading.current_thread().name)
+        close(engine)
+
+    def differ(*_: object, **__: object) -> None:
+        raise BundleError("outputs differ here")
+
+    monkeypatch.setattr(Engine, "close", record)
+    monkeypatch.setattr(loading, "verify_golden", differ)
+    with pytest.raises(BundleError, match="outputs differ here"):
+        make_loader().load(publish_identity(tmp_path))
+    assert closed == ["engine"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_300_failing_loads_leave_resident_memory_flat(make_loader: MakeLoader, tmp_path: Path) -> None:
+    loader = make_loader()
+    folder = publish_wrong(tmp_path, work=30)
+    sizes: list[int] = []
+    for _ in range(300):
+        with pytest.raises(BundleError, match="differ"):
+            loader.load(folder)
+        sizes.append(resident_bytes())
+    assert still_running([psutil.Process(), *trials()]) == [psutil.Process()]
+    # One session of 30 MiB that was kept would show.
+    assert max(sizes[100:]) - max(sizes[:50]) < 8 * MIB, sizes
