@@ -289,7 +289,8 @@ def test_images_that_are_decoded_at_once_share_the_memory_budget(monkeypatch: py
     for thread in threads:
         thread.start()
     try:
-        wait_until(lambda: len(at_once) + len(budget) == 32 and len(at_once) == 300_000_000 // needed)
+        wait_until(lambda: len(at_once) + len(budget) == 32)
+        assert len(at_once) == 300_000_000 // needed
     finally:
         go.set()
     for thread in threads:
