@@ -57,6 +57,7 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
     # Its documentation pages work offline: FastAPI's own load from a CDN.
     app = FastAPIOffline(
         redoc_url=None,
+        redirect_slashes=False,
         title="StrideViT",
         version=release,
         summary="Image classification with Vision Transformers whose keys and values are compressed.",
@@ -70,13 +71,11 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
     for router in routers:
         app.include_router(router)
 
-    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> dict[str, str]:
         """Whether the process answers."""
         return {"status": "alive"}
 
-    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", tags=["operation"])
     async def readyz() -> dict[str, str]:
         """Whether models take traffic; 503 while draining."""

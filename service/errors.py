@@ -6,7 +6,7 @@ ServiceError
 ├── BundleError                 a bundle that must not take traffic
 └── RequestError                one request, or one image of it, cannot be answered; others are not affected
     ├── BadRequest              400 malformed
-    ├── InvalidParameter        422 a parameter of the query, or a header, is out of its range
+    ├── InvalidParameter        422 a parameter is unknown, out of its range, or contradicts another one
     ├── BodyTooLarge            413 more bytes than the limit
     ├── BodyTooSlow             408 did not arrive in time
     ├── ImageError              one image cannot be used
@@ -14,7 +14,7 @@ ServiceError
     │   ├── UnsupportedImage    415 not an image, or of a format that is not accepted
     │   └── TooManyPixels       422 larger than the pixel limit
     ├── UnknownModel            404 no such model
-    ├── NoSuitableModel         422 no model of the family reaches the requested accuracy
+    ├── NoSuitableModel         422 no model that may answer reaches the requested accuracy
     ├── NotReady                503 loading or draining
     ├── Overloaded              429 no room, or no way to finish in time
     ├── DeadlineExceeded        504 the deadline passed before the work was done
@@ -60,7 +60,8 @@ class BadRequest(RequestError, status=400, code="bad-request"):
 
 
 class InvalidParameter(RequestError, status=422, code="invalid-parameter"):
-    """A parameter of the query, or a header, is out of its range."""
+    """A parameter of the query, a header, a form field or a JSON member is unknown, out of its range, or contradicts
+    another one."""
 
 
 class BodyTooLarge(RequestError, status=413, code="body-too-large"):
@@ -96,7 +97,7 @@ class NotReady(RequestError, status=503, code="not-ready"):
 
 
 class NoSuitableModel(RequestError, status=422, code="no-suitable-model"):
-    """No model of the family reaches the requested accuracy."""
+    """No model that may answer reaches the requested accuracy."""
 
 
 class Overloaded(RequestError, status=429, code="overloaded"):

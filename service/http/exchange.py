@@ -1,11 +1,14 @@
 """What /v1 and /v2 share: the options of a request, its client, and the headers of its answer."""
 
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from service.errors import InvalidParameter
+from service.http import hints
 from service.pipeline import Answer, RequestOptions
 
 M = TypeVar("M", bound=BaseModel)
@@ -20,6 +23,26 @@ def validated(kind: type[M], values: dict[str, Any]) -> M:
     except ValidationError as error:
         text = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise InvalidParameter(text) from error
+
+
+def query_values(query: bytes, known: Sequence[str]) -> dict[str, str]:
+    """The values of a query string. Raises InvalidParameter for an unknown name, or one that is given twice."""
+    values: dict[str, str] = {}
+    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        if name not in known:
+            raise InvalidParameter(hints.unknown_name("query parameter", name, known))
+        if values.setdefault(name, value) != value:
+            raise InvalidParameter(f"{name} is given twice in the query, with different values")
+    return values
+
+
+def known_query(*known: str) -> Callable[[Request], Coroutine[Any, Any, None]]:
+    """A dependency of routes that take only `known` names in the query."""
+
+    async def check(request: Request) -> None:
+        query_values(request.scope["query_string"], known)
+
+    return check
 
 
 async def disconnected(request: Request) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ValidationError
 
-from service.errors import BadRequest, BundleError, UnknownModel
-from service.http import exchange, tensors, v2_metadata
+from service.errors import BadRequest, BundleError, UnknownModel, UnsupportedImage
+from service.http import exchange, hints, tensors, v2_metadata
 from service.http.body import read_body
 from service.http.compression import compress, decompress
 from service.http.fast_path import FastRoute
@@ -40,6 +40,9 @@ _LARGE_BODY = 32 * 1024
 
 _SMALL_BODY, _SMALL_BODY_SECONDS = 64 * 1024, 30.0
 """Limits of a request to the repository."""
+
+_QUERY = ("deadline_ms", "priority")
+"""The query of an inference. The protocol knows none, so that an unknown name can only be a wish of ours misspelt."""
 
 _TAG: str | Enum = "v2: Open Inference Protocol"
 
@@ -119,7 +122,7 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
         """
         name = request.path_params["name"]
         version = _number(name, request.path_params.get("version"))
-        query = {key: value for key, value in request.query_params.items() if key in ("deadline_ms", "priority")}
+        query = exchange.query_values(request.scope["query_string"], _QUERY)
         options = exchange.with_headers(request, exchange.validated(RequestOptions, query))
         parsed: tensors.InferenceRequest
         limits = pipeline.limits
@@ -133,14 +136,21 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
             parsed = await pipeline.decoders.run(place.state, parse) if large else parse()
             return parsed.inputs
 
-        response, answer = await pipeline.answer(
-            options.model_copy(update={"model": name, "version": version}),
-            arrived_at=request.scope["state"]["started"],
-            read=read,
-            write=lambda answer: _response(request, parsed, answer),
-            disconnected=partial(exchange.disconnected, request),
-            encoded=False,  # as far as the head tells
-        )
+        try:
+            response, answer = await pipeline.answer(
+                options.model_copy(update={"model": name, "version": version}),
+                arrived_at=request.scope["state"]["started"],
+                read=read,
+                write=lambda answer: _response(request, parsed, answer),
+                disconnected=partial(exchange.disconnected, request),
+                encoded=False,  # as far as the head tells
+            )
+        except UnsupportedImage as error:
+            images = parsed.inputs.images
+            # Of several images it is not known here which one it was.
+            if len(images) == 1 and (hint := hints.for_body(bytes(images[0]))):
+                raise UnsupportedImage(hint) from error
+            raise
         response.headers.update(exchange.report(request, answer))
         return response
 

@@ -38,6 +38,11 @@ class RequestState:
         batch = self.key.batch if priority is None else priority == "batch"
         self.key = Key(batch, self.deadline, self.key.number)
 
+    def replace(self, *, seconds: float, priority: Priority) -> None:
+        """Another deadline, also a later one, and another priority than the head said. Only before it is accepted."""
+        self.deadline = self.arrived_at + seconds
+        self.key = Key(priority == "batch", self.deadline, self.key.number)
+
     def over(self, now: float) -> bool:
         """Whether nothing more should be done for the request."""
         return self.disconnected or now > self.deadline
