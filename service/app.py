@@ -11,12 +11,13 @@ from importlib.metadata import version
 import structlog
 from fastapi import FastAPI, Response
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import PlainTextResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.gauges import Gauges
 from service.host import available_cores
-from service.http import page, problems, v1, v2
+from service.http import openapi, page, problems, v1, v2
 from service.http.auth import KeyGate
 from service.http.fast_path import FastPath
 from service.http.observe import Observe
@@ -58,6 +59,7 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
     app = FastAPIOffline(
         redoc_url=None,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
         title="StrideViT",
         version=release,
         summary="Image classification with Vision Transformers whose keys and values are compressed.",
@@ -66,6 +68,7 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
     )
     app.state.pipeline = pipeline
     problems.install(app)
+    openapi.install(app, keys_needed=bool(settings.api_key_hashes))
     v2_routers = [v2.probes(pipeline), v2.router(pipeline, version=release), v2.repository(pipeline)]
     routers = [page.router(), v1.router(pipeline), *v2_routers]
     for router in routers:
@@ -82,7 +85,7 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
         pipeline.require_ready()
         return {"status": "ready"}
 
-    @app.get("/metrics", tags=["operation"])
+    @app.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Prometheus metrics."""
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -83,7 +83,7 @@ def router(pipeline: Pipeline) -> APIRouter:
             example="classification_example",
         ),
         openapi_extra={
-            "parameters": openapi.query_parameters(ClassifyQuery, headers=openapi.CLASSIFY_HEADERS),
+            "parameters": openapi.query_parameters(ClassifyQuery, headers=openapi.HEADERS),
             "requestBody": openapi.fixed_part("classify_request_body"),
         },
     )

@@ -134,8 +134,13 @@ def test_what_is_not_json_is_refused_without_a_general_parser(text: str) -> None
 
 
 def test_a_count_is_checked_before_any_number_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = []
-    monkeypatch.setattr(json_pixels, "count_up_to", lambda *given: counted.append(given[2]) or count_up_to(*given))
+    counted: list[int] = []
+
+    def spy(text: bytes, marks: bytes, limit: int) -> int:
+        counted.append(limit)
+        return count_up_to(text, marks, limit)
+
+    monkeypatch.setattr(json_pixels, "count_up_to", spy)
     monkeypatch.setattr(json_pixels, "_is_regular", lambda _: pytest.fail("it went on"))
     with pytest.raises(BadRequest, match="got more"):
         read_pixels(b"[" + b"1," * 1_000_000 + b"1]", (3072,), "here")

@@ -22,6 +22,7 @@ from structlog.testing import capture_logs
 from service.app import create_app
 from service.bundle import read_bundle
 from service.engine import Engine
+from service.http.auth import new_key
 from service.http.v1_schemas import Classification
 from service.images import decode
 from service.manifest import Manifest
@@ -480,7 +481,9 @@ def test_the_documentation_needs_no_internet(client: TestClient) -> None:
 def test_openapi_describes_the_answer_and_its_errors(client: TestClient) -> None:
     operation = client.get("/openapi.json").json()["paths"]["/v1/classify"]["post"]
     assert {"200", "400", "401", "404", "413", "415", "422", "429", "503", "504"} <= set(operation["responses"])
-    assert {"image/*", "multipart/form-data"} == set(operation["requestBody"]["content"])
+    assert {"application/octet-stream", "multipart/form-data", "application/json"} == set(
+        operation["requestBody"]["content"]
+    )
     names = {parameter["name"] for parameter in operation["parameters"]}
     assert names == {
         *("model", "version", "top_k", "min_top1", "deadline_ms", "priority"),
@@ -494,7 +497,7 @@ def test_openapi_describes_the_answer_and_its_errors(client: TestClient) -> None
                 if status == "200":
                     assert content["example"], path
                     continue
-                for code, example in content["examples"].items():
+                for code, example in content.get("examples", {}).items():
                     problem = example["value"]
                     assert (problem["type"], problem["status"]) == (f"urn:stridevit:{code}", int(status)), path
     Classification.model_validate(operation["responses"]["200"]["content"]["application/json"]["example"])
@@ -508,6 +511,48 @@ def test_openapi_declares_how_to_authorize(client: TestClient) -> None:
         keys = [key for operation in operations.values() for option in operation.get("security", []) for key in option]
         guarded = path.startswith(("/v1", "/v2")) and "/health/" not in path
         assert set(keys) == ({"bearer", "X-API-Key"} if guarded else set()), path
+
+
+def test_a_key_is_optional_in_openapi_where_none_is_needed(repository: Path) -> None:
+    _, digest = new_key()
+    for hashes, optional in (((), True), ((digest,), False)):
+        schema = create_app(Settings(repository=repository, threads=1, api_key_hashes=hashes)).openapi()
+        assert ({} in schema["paths"]["/v1/classify"]["post"]["security"]) is optional
+        assert {} not in schema["paths"]["/v2/repository/models/{name}/load"]["post"]["security"]
+
+
+def test_openapi_is_complete_for_every_operation(client: TestClient) -> None:
+    schema = client.get("/openapi.json").json()
+    names = []
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            names.append(operation["operationId"])
+            declared = {entry["name"] for entry in operation.get("parameters", []) if entry["in"] == "path"}
+            assert declared == set(re.findall(r"{(\w+)}", path)), path
+            wanted = {"application/json"} if path.startswith("/v2") else {"application/problem+json"}
+            for status, answer in operation["responses"].items():
+                if status != "200":
+                    assert set(answer["content"]) == wanted, (path, status)
+    assert len(names) == len(set(names))
+    assert "HTTPValidationError" not in json.dumps(schema)
+    assert set(schema["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
+    infer = schema["paths"]["/v2/models/{name}/versions/{version}/infer"]["post"]
+    assert set(infer["requestBody"]["content"]) == {"application/json", "application/octet-stream"}
+
+
+def test_openapi_lists_the_options_of_a_body_as_those_of_the_query(client: TestClient) -> None:
+    schema = client.get("/openapi.json").json()
+    query = {
+        entry["name"]: entry["schema"]
+        for entry in schema["paths"]["/v1/classify"]["post"]["parameters"]
+        if entry["in"] == "query"
+    }
+    for name, images in (("ImageForm", {"image"}), ("ImagesAsBase64", {"image", "images"})):
+        body = schema["components"]["schemas"][name]["properties"]
+        assert set(body) - images == set(query)
+        for option, described in query.items():
+            limits = {key: value for key, value in described.items() if key not in ("title", "description")}
+            assert body[option] == limits, option
 
 
 def test_metrics_count_by_route_and_not_by_path(client: TestClient) -> None:
