@@ -76,7 +76,7 @@ class InferQuery(BaseModel, frozen=True, use_attribute_docstrings=True):
     """`batch` work waits until no `interactive` work is left."""
 
 
-class RepositoryRequest(BaseModel):
+class RepositoryRequest(BaseModel, strict=True):
     """The optional body of a request to the repository."""
 
     ready: bool = False

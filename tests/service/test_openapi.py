@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 # The service is on this machine: not through the environment's proxies.
 DIRECT = {**os.environ, "NO_PROXY": "*", "no_proxy": "*"}
 EXAMPLES = 10
+# Nobody reads what the service says while it is tested, and it is refused thousands of requests.
+QUIET = {"STRIDEVIT_LOG_REQUESTS": "none"}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def tools() -> Path:
 @pytest.fixture(scope="module")
 def url(repository: Path) -> Iterator[str]:
     """A service without keys."""
-    with serving(repository) as (address, process):
+    with serving(repository, environment=QUIET) as (address, process):
         yield address
         assert process.poll() is None
 
@@ -68,7 +70,7 @@ def test_schemathesis_finds_nothing_without_keys(tools: Path, url: str, tmp_path
 
 def test_schemathesis_finds_nothing_with_keys(tools: Path, repository: Path, tmp_path: Path) -> None:
     key, digest = new_key()
-    with serving(repository, environment={"STRIDEVIT_API_KEY_HASHES": digest}) as (url, process):
+    with serving(repository, environment={**QUIET, "STRIDEVIT_API_KEY_HASHES": digest}) as (url, process):
         schemathesis(tools, url, tmp_path, "--header", f"Authorization: Bearer {key}")
         assert process.poll() is None
 
