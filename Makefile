@@ -10,7 +10,7 @@ WORKERS := $(shell nproc 2>/dev/null || echo 2)
 DEMO := demo
 DEMO_VARIANTS := mha lsra-r2 csra-r2
 STRIDEVIT := $(DEV)/bin/stridevit
-PYTEST = STRIDEVIT_SERVICE_PYTHON=$(CURDIR)/$(SERVE)/bin/python $(DEV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = STRIDEVIT_SERVICE_PYTHON=$(CURDIR)/$(SERVE)/bin/python STRIDEVIT_OPENAPI_TOOLS=$(CURDIR)/$(CLIENTS)/openapi/bin $(DEV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 ALL := -m "slow or not slow"
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header
 
@@ -41,7 +41,7 @@ test: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run the tests, all but the slow o
 	@echo "running the tests but the slow ones on $(WORKERS) workers; real data: $${STRIDEVIT_DATA:-none}"
 	@$(PYTEST) $(ARGS)
 
-test-all: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run all tests, also those that are slow by nature
+test-all: $(DEV)/.installed $(SERVE)/.$(ENGINE) $(CLIENTS)/openapi/.installed ## Run all tests, also those that are slow by nature
 	@echo "running all tests on $(WORKERS) workers; real data: $${STRIDEVIT_DATA:-none}"
 	@$(PYTEST) $(ALL) $(ARGS)
 
@@ -71,7 +71,7 @@ lock: $(UV) ## Resolve pyproject.toml again into lock/ (exact versions and hashe
 	  --extra cpu --extra train --extra export --extra loadtest --extra dev
 	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-cpu.txt --extra cpu
 	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-gpu.txt --extra gpu
-	@for other in client-triton client-kserve client-perf audit; do $(LOCK) lock/$$other.in -o lock/$$other.txt || exit 1; done
+	@for other in client-triton client-kserve client-perf client-openapi audit; do $(LOCK) lock/$$other.in -o lock/$$other.txt || exit 1; done
 
 audit: $(AUDIT)/.installed $(SERVE)/.cpu ## Look for known vulnerabilities, suspicious code and faults of the Dockerfile; write an SBOM
 	@echo "auditing lock/, the packages and the Dockerfile; the bill of materials goes to dist/sbom-cpu.cdx.json"
@@ -108,7 +108,7 @@ $(SERVE)/.cpu $(SERVE)/.gpu: $(SERVE)/.%: lock/service-%.txt pyproject.toml
 	@$(call new-environment,$(SERVE),lock/service-$*.txt)
 	@touch $@
 
-$(CLIENTS)/triton/.installed $(CLIENTS)/kserve/.installed: $(CLIENTS)/%/.installed: lock/client-%.txt
+$(CLIENTS)/triton/.installed $(CLIENTS)/kserve/.installed $(CLIENTS)/openapi/.installed: $(CLIENTS)/%/.installed: lock/client-%.txt
 	@echo "setting up $(@D) with the $* client"
 	@rm -rf $(@D)
 	@$(PYTHON) -m venv $(@D)

@@ -11,12 +11,13 @@ from importlib.metadata import version
 import structlog
 from fastapi import FastAPI, Response
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import PlainTextResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.gauges import Gauges
 from service.host import available_cores
-from service.http import docs, page, problems, v1, v2
+from service.http import docs, openapi, page, problems, v1, v2
 from service.http.auth import KeyGate
 from service.http.fast_path import FastPath
 from service.http.observe import Observe
@@ -77,6 +78,8 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
         docs_url=None,
         redoc_url=None,
         static_url=docs.PARTS,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
         title="StrideViT",
         version=release,
         summary="Image classification with Vision Transformers whose keys and values are compressed.",
@@ -85,27 +88,26 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
     )
     app.state.pipeline, app.state.key_file = pipeline, key_file
     problems.install(app)
+    openapi.install(app, keys_needed=bool(settings.api_key_hashes or settings.keys_file))
     v2_routers = [v2.probes(pipeline), v2.router(pipeline, version=release), v2.repository(pipeline)]
     docs_page = docs.DocsPage(app.title)
     routers = [page.router(), docs_page.router(), v1.router(pipeline), *v2_routers]
     for router in routers:
         app.include_router(router)
 
-    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> dict[str, str]:
         """Whether the process and its engine work; 503 if only a restart may help."""
         pipeline.require_alive()
         return {"status": "alive"}
 
-    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", tags=["operation"])
     async def readyz() -> dict[str, str]:
         """Whether models take traffic; 503 while draining, or while the engine hangs."""
         pipeline.require_ready()
         return {"status": "ready"}
 
-    @app.get("/metrics", tags=["operation"])
+    @app.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Prometheus metrics."""
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -7,7 +7,7 @@ ServiceError
 │   └── NotNow                  it may be loaded later as it is: memory is short, or no process can be started
 └── RequestError                one request, or one image of it, cannot be answered; others are not affected
     ├── BadRequest              400 malformed
-    ├── InvalidParameter        422 a parameter of the query, or a header, is out of its range
+    ├── InvalidParameter        422 a parameter is unknown, out of its range, or contradicts another one
     ├── UrlTooLong              414 a URL longer than the limit
     ├── HeadTooLarge            431 more bytes or headers than the limits
     ├── HeadTooSlow             408 did not arrive in time
@@ -19,7 +19,7 @@ ServiceError
     │   ├── UnsupportedImage    415 not an image, or of a format that is not accepted
     │   └── TooManyPixels       422 larger than the pixel limit
     ├── UnknownModel            404 no such model
-    ├── NoSuitableModel         422 no model of the family reaches the requested accuracy
+    ├── NoSuitableModel         422 no model that may answer reaches the requested accuracy
     ├── NotReady                503 loading or draining, or the engine hangs
     ├── Overloaded              429 no room, or no way to finish in time
     │   └── KeyLimited          429 a limit of the request's key
@@ -76,7 +76,8 @@ class BadRequest(RequestError, status=400, code="bad-request"):
 
 
 class InvalidParameter(RequestError, status=422, code="invalid-parameter"):
-    """A parameter of the query, or a header, is out of its range."""
+    """A parameter of the query, a header, a form field or a JSON member is unknown, out of its range, or contradicts
+    another one."""
 
 
 class UrlTooLong(RequestError, status=414, code="url-too-long"):
@@ -128,7 +129,7 @@ class NotReady(RequestError, status=503, code="not-ready"):
 
 
 class NoSuitableModel(RequestError, status=422, code="no-suitable-model"):
-    """No model of the family reaches the requested accuracy."""
+    """No model that may answer reaches the requested accuracy."""
 
 
 Reason = Literal["images", "bytes", "deadline", "key-rate", "key-concurrency"]

@@ -16,7 +16,7 @@ from service.image_work import work_of_bytes
 from service.images import ImageRules, MemoryBudget
 from service.metrics import Metrics
 from service.models.arena import ArenaTrimmer
-from service.models.family import Choice, pareto_front
+from service.models.family import Choice, pareto_front, require_top1
 from service.models.faults import Faults
 from service.models.model import Model
 from service.models.registry import Registry
@@ -76,7 +76,8 @@ class RequestOptions(BaseModel, frozen=True, use_attribute_docstrings=True):
     version: Annotated[int | None, Field(ge=1)] = None
     """Version of the model; the newest by default."""
     min_top1: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """A family does not choose a model below this top-1 accuracy."""
+    """Least top-1 accuracy of the model that answers: 422 if the one named, the default one, or each of the family is
+    below it."""
     deadline_ms: Annotated[float | None, Field(gt=0, le=1e9)] = None
     """Answer within this many milliseconds of the request's arrival, or not at all."""
     priority: Priority = "interactive"
@@ -92,6 +93,8 @@ class Inputs:
     seconds: float | None = None
     """An earlier deadline, counted from the request's arrival."""
     priority: Priority | None = None
+    options: RequestOptions | None = None
+    """What the request asks for if its body says more about it than its head; instead of the head's options."""
 
     @property
     def encoded(self) -> bool:
@@ -202,9 +205,7 @@ class Pipeline:
         Returns what `write` returned, and the answer. Raises a RequestError, of the first image if images failed. The
         deadline is kept by the event loop's clock: DeadlineExceeded is raised when it passes, whatever hangs.
         """
-        limit_ms = self.limits.default_deadline_ms if options.deadline_ms is None else options.deadline_ms
-        seconds = min(limit_ms, self.limits.max_deadline_ms) / 1000
-        state = RequestState(seconds=seconds, priority=options.priority, arrived_at=arrived_at)
+        state = RequestState(seconds=self._seconds(options), priority=options.priority, arrived_at=arrived_at)
         try:
             self.scheduler.require_engine()
             fastest = pareto_front(self.registry.candidates(options.model, options.version)[1])[-1]
@@ -214,6 +215,9 @@ class Pipeline:
                 read_seconds = time.perf_counter() - arrived_at
                 # Unpacked, the images may be much larger than the body was.
                 place.hold_bytes(max(0, inputs.nbytes - place.bytes))
+                if inputs.options:
+                    options = inputs.options
+                    state.replace(seconds=self._seconds(options), priority=options.priority)
                 state.amend(seconds=inputs.seconds, priority=inputs.priority)
                 model, choice, decoding = self._select(options, state, inputs)
                 self.admission.accept(place, model.queue, len(inputs.images), decoding=decoding)
@@ -235,6 +239,11 @@ class Pipeline:
         except (Overloaded, DeadlineExceeded, ClientDisconnected, NotReady) as error:
             self.metrics.rejections(error.reason if isinstance(error, Overloaded) else error.code).inc()
             raise
+
+    def _seconds(self, options: RequestOptions) -> float:
+        """Seconds from its arrival within which a request must be answered."""
+        limit_ms = self.limits.default_deadline_ms if options.deadline_ms is None else options.deadline_ms
+        return min(limit_ms, self.limits.max_deadline_ms) / 1000
 
     def _select(
         self, options: RequestOptions, state: RequestState, inputs: Inputs
@@ -259,6 +268,8 @@ class Pipeline:
                 min_top1=options.min_top1,
             )
             self.metrics.choices(family.name, model.name, choice["reason"]).inc()
+        else:
+            require_top1(model, options.min_top1)
         if isinstance(inputs.images, np.ndarray) and inputs.images.shape[1:] != model.manifest.input.shape[1:]:
             raise NotReady("the model was replaced by one of another image size in the meantime: retry")
         return model, choice, decoding

@@ -15,7 +15,13 @@ LOAD_AVERAGE = "load average before"
 """Tells whether the machine was quiet; the only fact that may differ when a measurement is resumed."""
 
 _LIBRARIES = ("stridevit", "locust", "gevent", "geventhttpclient", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow")
-_NO_SETTINGS = ("STRIDEVIT_LOAD_", "STRIDEVIT_DATA", "STRIDEVIT_AGREEMENT", "STRIDEVIT_SERVICE_PYTHON")
+_NO_SETTINGS = (
+    "STRIDEVIT_LOAD_",
+    "STRIDEVIT_DATA",
+    "STRIDEVIT_AGREEMENT",
+    "STRIDEVIT_SERVICE_PYTHON",
+    "STRIDEVIT_OPENAPI_TOOLS",
+)
 
 
 def environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Request bodies, read under a byte limit and a time limit: raw bytes, or multipart with one or many files."""
+"""Request bodies, read under a byte limit and a time limit."""
 
 import asyncio
 import time
@@ -6,18 +6,15 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from service.errors import BadRequest, BodyTooLarge, BodyTooSlow, ClientDisconnected, DeadlineExceeded
+from service.errors import BodyTooLarge, BodyTooSlow, ClientDisconnected, DeadlineExceeded
 from service.http.exchange import content_length
-from service.pipeline import Inputs, Limits
+from service.pipeline import Limits
 from service.scheduling.admission import Place
 
 T = TypeVar("T")
 
-_MAX_FIELD_BYTES = 4096
 _CLOCKS_DIFFER_SECONDS = 0.002
 """A loop's timer may be early by so much on the clock of deadlines."""
 
@@ -77,20 +74,6 @@ async def read_small_body(request: Request, *, max_bytes: int, timeout_seconds: 
         raise BodyTooSlow(f"the body did not arrive within {timeout_seconds:g} s: send it again") from error
 
 
-async def read_images(request: Request, limits: Limits, place: Place) -> Inputs:
-    """The images of a request: its files if it is multipart, else its whole body as one image.
-
-    Raises what `read_body` raises, and BadRequest for a malformed or empty body.
-    """
-    if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        reading = _Reading(request, limits, place)
-        return Inputs(images=await reading.in_time(_read_multipart(request, limits, reading.chunks())))
-    body = await read_body(request, limits, place)
-    if not body:
-        raise BadRequest("the body is empty: send an image, for example with curl --data-binary @photo.jpg")
-    return Inputs(images=[body])
-
-
 class _Reading:
     """The reading of one body, which ends when it takes too long."""
 
@@ -146,32 +129,6 @@ class _Reading:
 
         left = min(self._ends - time.perf_counter(), self._pace.left_seconds)
         self._timer = loop.call_later(max(0.0, left) + _CLOCKS_DIFFER_SECONDS, check)
-
-
-async def _read_multipart(request: Request, limits: Limits, chunks: AsyncGenerator[bytes, None]) -> list[bytes]:
-    parser = MultiPartParser(
-        request.headers,
-        chunks,
-        max_files=limits.max_images_per_request,
-        max_fields=limits.max_images_per_request,
-        # Fields are not used, but Starlette decodes them with a codec of the client's choice, and some are slow.
-        max_part_size=_MAX_FIELD_BYTES,
-    )
-    # Keep files in memory: the whole body is limited, and nothing of a request belongs on the disk.
-    parser.spool_max_size = limits.max_body_bytes
-    try:
-        form = await parser.parse()
-    except MultiPartException as error:
-        raise BadRequest(f"malformed multipart body: {error.message}") from error
-    except (KeyError, ValueError, UnicodeError) as error:
-        raise BadRequest("malformed multipart body: its boundary or a part's head cannot be read") from error
-    try:
-        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-        if not files:
-            raise BadRequest("the multipart body has no file: send one with curl -F image=@photo.jpg")
-        return [await file.read() for file in files]
-    finally:
-        await form.close()
 
 
 async def _chunks(request: Request, max_bytes: int, place: Place | None = None) -> AsyncGenerator[bytes, None]:

@@ -1,11 +1,14 @@
 """What /v1 and /v2 share: the options of a request, its client, and the headers of its answer."""
 
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from service.errors import InvalidParameter
+from service.http import hints
 from service.pipeline import Answer, RequestOptions
 
 M = TypeVar("M", bound=BaseModel)
@@ -27,6 +30,26 @@ def content_length(request: Request) -> int | None:
     """The number of bytes that a body is declared to have."""
     declared: str = request.headers.get("content-length", "")
     return int(declared) if declared.isdecimal() and len(declared) < _MAX_DIGITS else None
+
+
+def query_values(query: bytes, known: Sequence[str]) -> dict[str, str]:
+    """The values of a query string. Raises InvalidParameter for an unknown name, or one that is given twice."""
+    values: dict[str, str] = {}
+    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        if name not in known:
+            raise InvalidParameter(hints.unknown_name("query parameter", name, known))
+        if values.setdefault(name, value) != value:
+            raise InvalidParameter(f"{name} is given twice in the query, with different values")
+    return values
+
+
+def known_query(*known: str) -> Callable[[Request], Coroutine[Any, Any, None]]:
+    """A dependency of routes that take only `known` names in the query."""
+
+    async def check(request: Request) -> None:
+        query_values(request.scope["query_string"], known)
+
+    return check
 
 
 async def disconnected(request: Request) -> None:

@@ -3,10 +3,11 @@
 import inspect
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from fastapi import Security
+from fastapi import FastAPI, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic import BaseModel
 
@@ -20,12 +21,28 @@ SECURITY = [
 ]
 """Declares the schemes for /docs; `service.http.auth` checks the keys before any route is found."""
 
+_OIP_ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/OipError"}}}
+_PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _REQUEST_ID = "c8c774003f9448b49c0964e4feeb8708"
 
-CLASSIFY_HEADERS = {
-    DEADLINE_HEADER: "The same as `deadline_ms`; if both are given, the earlier deadline counts.",
-    PRIORITY_HEADER: "The same as `priority`.",
-    "X-Request-ID": "Returned with the answer and logged: 1 to 128 letters, digits, `_`, `.`, `:` and `-`.",
+HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    DEADLINE_HEADER: (
+        "The same as `deadline_ms`; if both are given, the earlier deadline counts.",
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 1e9},
+    ),
+    PRIORITY_HEADER: ("The same as `priority`.", {"type": "string", "enum": ["interactive", "batch"]}),
+    "X-Request-ID": (
+        "Returned with the answer and logged: 1 to 128 letters, digits, `_`, `.`, `:` and `-`. Another is replaced.",
+        {"type": "string", "pattern": "^[A-Za-z0-9_.:-]{1,128}$"},
+    ),
+}
+"""Headers of a request that asks for a classification, with their texts and schemas."""
+INFER_HEADERS = {
+    **HEADERS,
+    "Inference-Header-Content-Length": (
+        "Bytes of JSON before binary tensors; 0: the body is nothing but pixels.",
+        {"type": "integer", "minimum": 0},
+    ),
 }
 
 
@@ -36,16 +53,73 @@ def fixed_part(name: str) -> dict[str, Any]:
     return part
 
 
-def query_parameters(query: type[BaseModel], *, headers: dict[str, str]) -> list[dict[str, Any]]:
-    """The fields of a pydantic model as query parameters, and headers by name and description."""
+def query_parameters(query: type[BaseModel], *, headers: dict[str, tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The fields of a pydantic model as query parameters, and headers by name, with their texts and schemas."""
     fields = query.model_json_schema()["properties"]
+    for schema in fields.values():
+        # A query cannot say null: what is not given is.
+        for kind in schema.pop("anyOf", ()):
+            if kind != {"type": "null"}:
+                schema.update(kind)
+        # Generated clients and /docs send a default, and it would contradict what the body asks for.
+        if (default := schema.pop("default", None)) is not None:
+            schema["description"] = f"{schema.get('description', '')} Default: {default}."
     texts = {name: " ".join(schema.pop("description", "").split()) for name, schema in fields.items()}
     described = [("query", name, texts[name], schema) for name, schema in fields.items()]
-    described += [("header", name, text, {"type": "string"}) for name, text in headers.items()]
+    described += [("header", name, text, schema) for name, (text, schema) in headers.items()]
     return [
         {"name": name, "in": place, "required": False, "description": text, "schema": schema}
         for place, name, text, schema in described
     ]
+
+
+def described_by(path: str, **more: Any) -> dict[str, Any]:
+    """The `openapi_extra` of a route of /v2 that reads its path itself: the path's parameters, and more of it."""
+    known = fixed_part("path_parameters")
+    return {**more, "parameters": [*map(known.get, re.findall(r"{(\w+)}", path)), *more.get("parameters", [])]}
+
+
+def v2_responses(*errors: type[RequestError], success: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
+    """The errors that a route of /v2 may answer with, by status, and its 200 if it is no plain JSON object."""
+    described: dict[int | str, dict[str, Any]] = {200: success} if success else {}
+    for kind in errors:
+        text = inspect.getdoc(kind) or ""
+        known = described.setdefault(kind.status, {"description": text, "content": _OIP_ERROR})
+        if text not in known["description"]:
+            known["description"] += f" {text}"
+    return described
+
+
+def install(app: FastAPI, *, keys_needed: bool) -> None:
+    """Complete what FastAPI generates. Unless `keys_needed`, only loading and unloading need one."""
+    generate, completed = app.openapi, None
+
+    def openapi() -> dict[str, Any]:
+        nonlocal completed
+        schema = generate()
+        if schema is not completed:
+            _complete(schema, keys_needed=keys_needed)
+            completed = schema
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _complete(schema: dict[str, Any], *, keys_needed: bool) -> None:
+    """Every operation has an answer for every error, and none in a form that is never sent."""
+    schemas = schema["components"]["schemas"]
+    schemas.update(fixed_part("schemas"))
+    for path, operations in schema["paths"].items():
+        error = _OIP_ERROR if path.startswith("/v2") else _PROBLEM
+        for operation in operations.values():
+            answers = operation["responses"]
+            if "HTTPValidationError" in json.dumps(answers.get("422", {})):
+                del answers["422"]
+            if "security" in operation and not (keys_needed or path.startswith("/v2/repository/models/")):
+                operation["security"].append({})
+            answers["default"] = {"description": "Any other error.", "content": error}
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
 
 
 def responses(*errors: type[RequestError], example: str) -> dict[int | str, dict[str, Any]]:
@@ -61,7 +135,7 @@ def responses(*errors: type[RequestError], example: str) -> dict[int | str, dict
             "description": " ".join(texts.values()),
             "content": {
                 "application/problem+json": {
-                    "schema": {"$ref": "#/components/schemas/Problem"},
+                    **_PROBLEM["application/problem+json"],
                     "examples": {
                         code: {"value": {**problem_members(status, code, text), "request_id": _REQUEST_ID}}
                         for code, text in texts.items()

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from service.errors import InvalidParameter, Overloaded, RequestError, Unauthorized
-from service.http import security_headers
+from service.http import hints, security_headers
 
 log = structlog.get_logger()
 
@@ -65,7 +65,16 @@ def install(app: FastAPI) -> None:
 
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
-        return _response(request, problem_members(error.status_code, code, error.detail), dict(error.headers or {}))
+        headers, detail = dict(error.headers or {}), error.detail
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            detail = f"there is nothing at this path; {hints.for_path(request.url.path)}"
+        elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED and "Allow" in headers:
+            allowed = sorted({*headers["Allow"].split(", "), *(["HEAD"] if "GET" in headers["Allow"] else [])})
+            headers["Allow"] = ", ".join(allowed)
+            detail = f"{request.method} is not offered here, but {' and '.join(allowed)}"
+            if hint := hints.for_path_of_others(request.url.path):
+                detail = f"{detail}; {hint}"
+        return _response(request, problem_members(error.status_code, code, detail), headers)
 
     async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         detail = "; ".join(f"{'.'.join(str(place) for place in item['loc'])}: {item['msg']}" for item in error.errors())

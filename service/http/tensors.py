@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.errors import BadRequest
-from service.http.json_pixels import read_pixels
+from service.http.json_pixels import PLACEHOLDER, count_up_to, read_pixels, without_pixels
 from service.pipeline import Inputs, ranked
 
 T = TypeVar("T")
@@ -69,11 +69,14 @@ def parse(
     if header_length is not None and not 0 < header_length <= len(body):
         raise BadRequest(f"Inference-Header-Content-Length: {header_length} is not between 0 and {len(body)}, the body")
     text = body if header_length is None else body[:header_length]
-    request = _parse_json(text)
     binary = memoryview(body)[len(text) :]
+    outline, numbers = without_pixels(text)
+    request = _parse_json(outline)
     parameters = request.parameters
     tensor, shape = _only_input(request, image_shape, max_images)
     data = bytes(tensor.data)
+    if numbers is not None and data == PLACEHOLDER:
+        data = numbers
     size = _binary_size(tensor, binary, in_json=data != b"null", has_header=header_length is not None)
     images: list[bytes] | Pixels
     if tensor.datatype == "UINT8":
@@ -181,9 +184,11 @@ _NESTED_STRINGS = msgspec.json.Decoder(list[tuple[bytes]])
 def _parse_json(text: bytes) -> _Request:
     if not text or text.isspace():
         raise BadRequest("malformed inference request: the body is empty")
-    # Each string and each key costs an object. Pixels have none; they and the shape are left as text.
-    if text.count(b'"') > 2 * _MAX_STRINGS:
-        raise BadRequest(f"malformed inference request: over {_MAX_STRINGS:,} strings")
+    # Each value may cost an object, and parsing is not divisible. Of the pixels only their place is left.
+    if count_up_to(text, b'",[{', 3 * _MAX_STRINGS) > 3 * _MAX_STRINGS:
+        raise BadRequest(
+            f"malformed inference request: over {_MAX_STRINGS:,} strings or other values beside the pixels"
+        )
     return _decoded(_REQUEST, text, "")
 
 

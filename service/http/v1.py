@@ -1,19 +1,23 @@
 """/v1: the API for people."""
 
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
-from urllib.parse import parse_qsl
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
 from service import errors
-from service.http import exchange, openapi
-from service.http.body import read_images
+from service.http import exchange, hints, openapi
 from service.http.fast_path import FastRoute
 from service.http.problems import problem
+from service.http.v1_body import read_sent
 from service.http.v1_schemas import Classification, ClassifyQuery, ModelDetail, ModelList, ModelSummary, summary
-from service.pipeline import Answer, Pipeline, ranked
+from service.pipeline import Answer, Inputs, Pipeline, ranked
+from service.scheduling.admission import Place
+
+OPTIONS = tuple(ClassifyQuery.model_fields)
+"""What a classification may ask for, in its query, a form's fields or JSON members."""
 
 
 def router(pipeline: Pipeline) -> APIRouter:
@@ -28,15 +32,32 @@ def router(pipeline: Pipeline) -> APIRouter:
         """
         query: bytes = request.scope["query_string"]
         options = (_parsed_cached if len(query) <= _MAX_CACHED else _parsed)(query)
-        results, answer = await pipeline.answer(
-            exchange.with_headers(request, options),
-            arrived_at=request.scope["state"]["started"],
-            read=partial(read_images, request, pipeline.limits),
-            write=partial(_results, top_k=options.top_k),
-            disconnected=partial(exchange.disconnected, request),
-            encoded_bytes=exchange.content_length(request) or 0,
-            partial=True,
-        )
+        images: Sequence[bytes] = ()
+
+        async def read(place: Place) -> Inputs:
+            nonlocal images, options
+            sent = await read_sent(request, place, pipeline.limits, pipeline.decoders, OPTIONS)
+            images = sent.images
+            if not sent.options:
+                return Inputs(images=images)
+            options = _joined(options, sent.options)
+            return Inputs(images=images, options=exchange.with_headers(request, options))
+
+        try:
+            results, answer = await pipeline.answer(
+                exchange.with_headers(request, options),
+                arrived_at=request.scope["state"]["started"],
+                read=read,
+                write=lambda answer: _results(answer, images, top_k=options.top_k),
+                disconnected=partial(exchange.disconnected, request),
+                encoded_bytes=_least_bytes(request),
+                partial=True,
+            )
+        except errors.UnsupportedImage as error:
+            # Every image failed, and this is the error of the first; without images it is one of the JSON around them.
+            if hint := images and hints.for_body(images[0]):
+                raise errors.UnsupportedImage(hint) from error
+            raise
         return JSONResponse(
             {
                 "model": answer.model.name,
@@ -63,16 +84,17 @@ def router(pipeline: Pipeline) -> APIRouter:
             example="classification_example",
         ),
         openapi_extra={
-            "parameters": openapi.query_parameters(ClassifyQuery, headers=openapi.CLASSIFY_HEADERS),
+            "parameters": openapi.query_parameters(ClassifyQuery, headers=openapi.HEADERS),
             "requestBody": openapi.fixed_part("classify_request_body"),
         },
     )
 
     @routes.get(
         "/models",
+        dependencies=[Depends(exchange.known_query())],
         response_model=ModelList,
         response_model_exclude_none=True,
-        responses=openapi.responses(errors.Unauthorized, example="models_example"),
+        responses=openapi.responses(errors.Unauthorized, errors.InvalidParameter, example="models_example"),
     )
     async def models() -> ModelList:
         """All models of the repository, with what they are and whether they take traffic."""
@@ -89,6 +111,7 @@ def router(pipeline: Pipeline) -> APIRouter:
 
     @routes.get(
         "/models/{name}",
+        dependencies=[Depends(exchange.known_query("version"))],
         responses=openapi.responses(
             *(errors.Unauthorized, errors.UnknownModel, errors.InvalidParameter, errors.NotReady),
             example="model_example",
@@ -112,7 +135,7 @@ def router(pipeline: Pipeline) -> APIRouter:
 
 def _parsed(query: bytes) -> ClassifyQuery:
     """What a query string asks for. Raises errors.InvalidParameter."""
-    return exchange.validated(ClassifyQuery, dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True)))
+    return exchange.validated(ClassifyQuery, exchange.query_values(query, OPTIONS))
 
 
 _MAX_CACHED = 256
@@ -120,10 +143,31 @@ _parsed_cached = lru_cache(maxsize=1000)(_parsed)
 """Most clients send the same short query again and again."""
 
 
-def _results(answer: Answer, *, top_k: int) -> list[dict[str, Any]]:
+def _least_bytes(request: Request) -> int:
+    """The least number of bytes of images in a body: base64 makes them a third more."""
+    return 3 * (exchange.content_length(request) or 0) // 4
+
+
+def _joined(query: ClassifyQuery, sent: dict[str, Any]) -> ClassifyQuery:
+    """What the query and the body ask for together. Raises errors.InvalidParameter where they contradict each other."""
+    body = exchange.validated(ClassifyQuery, sent)
+    for name in query.model_fields_set & body.model_fields_set:
+        one, other = getattr(query, name), getattr(body, name)
+        if one != other:
+            raise errors.InvalidParameter(f"{name} is {one!r} in the query and {other!r} in the body: give it once")
+    return exchange.validated(ClassifyQuery, {**query.model_dump(exclude_unset=True), **sent})
+
+
+def _explained(error: errors.RequestError, image: bytes) -> errors.RequestError:
+    """The error of an image, which says what was sent in place of one."""
+    hint = hints.for_body(image) if isinstance(error, errors.UnsupportedImage) else None
+    return errors.UnsupportedImage(hint) if hint else error
+
+
+def _results(answer: Answer, images: Sequence[bytes], *, top_k: int) -> list[dict[str, Any]]:
     labels = answer.model.bundle.labels
     return [
-        {"error": problem(image)}
+        {"error": problem(_explained(image, images[number]))}
         if isinstance(image, errors.RequestError)
         else {
             "predictions": [
@@ -131,5 +175,5 @@ def _results(answer: Answer, *, top_k: int) -> list[dict[str, Any]]:
                 for index, probability in ranked(image.probabilities, top_k)
             ]
         }
-        for image in answer.images
+        for number, image in enumerate(answer.images)
     ]

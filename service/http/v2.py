@@ -8,21 +8,44 @@ bytes.
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from service.errors import BadRequest, BundleError, UnknownModel
-from service.http import exchange, tensors, v2_metadata
+from service.errors import (
+    BadImage,
+    BadRequest,
+    BodyTooLarge,
+    BodyTooSlow,
+    BundleError,
+    DeadlineExceeded,
+    Forbidden,
+    InvalidParameter,
+    NotReady,
+    Overloaded,
+    TooManyPixels,
+    Unauthorized,
+    UnknownModel,
+    UnsupportedImage,
+)
+from service.http import exchange, hints, tensors, v2_metadata
 from service.http.body import read_body, read_small_body
 from service.http.compression import compress, decompress
 from service.http.fast_path import FastRoute
-from service.http.openapi import SECURITY
+from service.http.openapi import (
+    INFER_HEADERS,
+    SECURITY,
+    described_by,
+    fixed_part,
+    query_parameters,
+    v2_responses,
+)
 from service.models.model import Model
 from service.pipeline import Answer, Inputs, Pipeline, RequestOptions
 from service.scheduling.admission import Place
+from service.scheduling.request import Priority
 
 EXTENSIONS = (
     "binary_tensor_data",
@@ -44,7 +67,16 @@ _SMALL_BODY, _SMALL_BODY_SECONDS = 64 * 1024, 30.0
 _TAG: str | Enum = "v2: Open Inference Protocol"
 
 
-class RepositoryRequest(BaseModel):
+class InferQuery(BaseModel, frozen=True, use_attribute_docstrings=True):
+    """The query of an inference. The protocol knows none, so an unknown name is taken for one of these misspelt."""
+
+    deadline_ms: Annotated[float | None, Field(gt=0, le=1e9)] = None
+    """Answer within this many milliseconds of the request's arrival, or not at all."""
+    priority: Priority = "interactive"
+    """`batch` work waits until no `interactive` work is left."""
+
+
+class RepositoryRequest(BaseModel, strict=True):
     """The optional body of a request to the repository."""
 
     ready: bool = False
@@ -63,7 +95,7 @@ def probes(pipeline: Pipeline) -> APIRouter:
         pipeline.require_alive()
         return {"live": True}
 
-    @routes.get("/ready")
+    @routes.get("/ready", responses=v2_responses(NotReady))
     async def ready() -> dict[str, bool]:
         """Whether models take traffic."""
         pipeline.require_ready()
@@ -77,43 +109,45 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
     routes = APIRouter(prefix="/v2", tags=[_TAG], dependencies=SECURITY)
     registry = pipeline.registry
 
-    @routes.get("")
+    @routes.get("", responses=v2_responses(Unauthorized))
     async def server() -> dict[str, Any]:
         """What this server is."""
         return {"name": "stridevit", "version": version, "extensions": list(EXTENSIONS)}
 
-    @routes.get("/models/stats")
+    @routes.get("/models/stats", responses=v2_responses(Unauthorized))
     async def all_statistics() -> dict[str, Any]:
         """What every model has done so far."""
         return {"model_stats": [v2_metadata.statistics(model) for model in registry.ready]}
 
-    def found(name: str, version: str | None) -> Model:
-        return registry.candidates(name, _number(name, version))[1][0]
+    def candidates(request: Request) -> tuple[str, list[Model]]:
+        name, version = _addressed(request)
+        return name, registry.candidates(name, version)[1]
 
-    async def metadata(name: str, version: str | None = None) -> dict[str, Any]:
+    async def metadata(request: Request) -> dict[str, Any]:
         """A model's inputs and outputs."""
-        model = found(name, version)
+        name, (model, *_) = candidates(request)
         versions = [other.version for other in registry.ready if other.name == model.name]
         return v2_metadata.metadata(name, model, versions=versions)
 
-    async def model_ready(name: str, version: str | None = None) -> dict[str, Any]:
+    async def model_ready(request: Request) -> dict[str, Any]:
         """Whether a model takes traffic."""
-        found(name, version)
+        name, _ = candidates(request)
         pipeline.require_alive()
         return {"name": name, "ready": True}
 
-    async def config(name: str, version: str | None = None) -> dict[str, Any]:
+    async def config(request: Request) -> dict[str, Any]:
         """A model's configuration, as Triton would write it."""
+        name, (model, *_) = candidates(request)
         return v2_metadata.config(
             name,
-            found(name, version),
+            model,
             max_images_per_request=pipeline.limits.max_images_per_request,
             versions_to_serve=registry.versions_to_serve,
         )
 
-    async def statistics(name: str, version: str | None = None) -> dict[str, Any]:
+    async def statistics(request: Request) -> dict[str, Any]:
         """What a model has done so far: each version that serves, or the one in the path."""
-        models = registry.serving(name, _number(name, version))
+        models = registry.serving(*_addressed(request))
         return {"model_stats": [v2_metadata.statistics(model) for model in models]}
 
     async def infer(request: Request) -> Response:
@@ -123,9 +157,8 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
         raw pixels alone. Outputs `logits` and `probabilities` are FP32, or BYTES `value:index:label` with the parameter
         `classification`. The parameters `timeout` (µs) and `priority` (2 and more: batch) count too.
         """
-        name = request.path_params["name"]
-        version = _number(name, request.path_params.get("version"))
-        query = {key: value for key, value in request.query_params.items() if key in ("deadline_ms", "priority")}
+        name, version = _addressed(request)
+        query = exchange.query_values(request.scope["query_string"], tuple(InferQuery.model_fields))
         options = exchange.with_headers(request, exchange.validated(RequestOptions, query))
         parsed: tensors.InferenceRequest
         limits = pipeline.limits
@@ -138,14 +171,21 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
             parsed = await pipeline.decoders.run(place.state, parse) if large else parse()
             return parsed.inputs
 
-        response, answer = await pipeline.answer(
-            options.model_copy(update={"model": name, "version": version}),
-            arrived_at=request.scope["state"]["started"],
-            read=read,
-            write=lambda answer: _response(request, parsed, answer),
-            disconnected=partial(exchange.disconnected, request),
-            encoded_bytes=None,  # as far as the head tells
-        )
+        try:
+            response, answer = await pipeline.answer(
+                options.model_copy(update={"model": name, "version": version}),
+                arrived_at=request.scope["state"]["started"],
+                read=read,
+                write=lambda answer: _response(request, parsed, answer),
+                disconnected=partial(exchange.disconnected, request),
+                encoded_bytes=None,  # as far as the head tells
+            )
+        except UnsupportedImage as error:
+            images = parsed.inputs.images
+            # Of several images it is not known here which one it was.
+            if len(images) == 1 and (hint := hints.for_body(bytes(images[0]))):
+                raise UnsupportedImage(hint) from error
+            raise
         response.headers.update(exchange.report(request, answer))
         return response
 
@@ -156,13 +196,32 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
         "/stats": statistics,
         "/infer": infer,
     }
-    fast: dict[str, Any] = {"methods": ["POST"], "route_class_override": FastRoute}
     for suffix, handler in handlers.items():
-        options = fast if handler is infer else {}
-        routes.add_api_route(f"/models/{{name}}{suffix}", handler, **options)
-        path, operation = f"/models/{{name}}/versions/{{version}}{suffix}", f"{handler.__name__}_of_version"
-        routes.add_api_route(path, handler, operation_id=operation, **options)
+        _add_both(routes, suffix, handler, is_infer=handler is infer)
     return routes
+
+
+def _add_both(routes: APIRouter, suffix: str, handler: Callable[..., Any], *, is_infer: bool) -> None:
+    """Add a handler for a model's newest version, and for one that the path names."""
+    more: dict[str, Any] = {}
+    options: dict[str, Any] = {"responses": v2_responses(Unauthorized, UnknownModel, NotReady)}
+    if is_infer:
+        more = {
+            "parameters": query_parameters(InferQuery, headers=INFER_HEADERS),
+            "requestBody": fixed_part("infer_request_body"),
+        }
+        options = {
+            "methods": ["POST"],
+            "route_class_override": FastRoute,
+            "responses": v2_responses(
+                *(BadRequest, BadImage, UnsupportedImage, TooManyPixels, InvalidParameter, Unauthorized, UnknownModel),
+                *(BodyTooLarge, BodyTooSlow, NotReady, Overloaded, DeadlineExceeded),
+                success=fixed_part("infer_response"),
+            ),
+        }
+    for start, end in (("/models/{name}", ""), ("/models/{name}/versions/{version}", "_of_version")):
+        path, extra = start + suffix, described_by(start, **more)
+        routes.add_api_route(path, handler, name=f"{handler.__name__}{end}", openapi_extra=extra, **options)
 
 
 def repository(pipeline: Pipeline) -> APIRouter:
@@ -170,7 +229,13 @@ def repository(pipeline: Pipeline) -> APIRouter:
     routes = APIRouter(prefix="/v2/repository", tags=[_TAG], dependencies=SECURITY)
     registry = pipeline.registry
 
-    @routes.post("/index")
+    changing = v2_responses(BadRequest, Forbidden, UnknownModel, NotReady, BodyTooLarge, BodyTooSlow)
+
+    @routes.post(
+        "/index",
+        responses=v2_responses(BadRequest, Unauthorized, BodyTooLarge, BodyTooSlow),
+        openapi_extra={"requestBody": fixed_part("index_request_body")},
+    )
     async def index(request: Request) -> list[dict[str, str]]:
         """Every version that is or could be served, and its state; `{"ready": true}` asks for those ready."""
         only_ready = (await _repository_request(request)).ready
@@ -185,7 +250,9 @@ def repository(pipeline: Pipeline) -> APIRouter:
             if entry.state == "ready" or not only_ready
         ]
 
-    @routes.post("/models/{name}/load")
+    @routes.post(
+        "/models/{name}/load", responses=changing, openapi_extra={"requestBody": fixed_part("load_request_body")}
+    )
     async def load(name: str, request: Request) -> dict[str, str]:
         """Load a model's newest version again; what serves goes on if that fails. Needs the admin key."""
         if (await _repository_request(request)).parameters:
@@ -196,7 +263,9 @@ def repository(pipeline: Pipeline) -> APIRouter:
             raise BadRequest(str(error)) from error
         return {}
 
-    @routes.post("/models/{name}/unload")
+    @routes.post(
+        "/models/{name}/unload", responses=changing, openapi_extra={"requestBody": fixed_part("unload_request_body")}
+    )
     async def unload(name: str, request: Request) -> dict[str, str]:
         """Take a model out of service, once it has answered what it accepted. Needs the admin key."""
         await _repository_request(request)
@@ -254,6 +323,12 @@ def _response(request: Request, parsed: tensors.InferenceRequest, answer: Answer
         headers["Content-Encoding"] = encoding
     kind = "application/json" if json_length is None else "application/octet-stream"
     return Response(body, media_type=kind, headers=headers)
+
+
+def _addressed(request: Request) -> tuple[str, int | None]:
+    """The model and the version in a path. Raises UnknownModel."""
+    name = request.path_params["name"]
+    return name, _number(name, request.path_params.get("version"))
 
 
 def _number(name: str, version: str | None) -> int | None:

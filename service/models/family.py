@@ -51,6 +51,16 @@ def pareto_front(members: Sequence[Model]) -> list[Model]:
     return kept
 
 
+def require_top1(model: Model, min_top1: float) -> None:
+    """Raise NoSuitableModel if a model that is not chosen by its family is below the accuracy that a request needs."""
+    if model.top1 < min_top1:
+        has = f"it has {model.top1:.4f}" if model.top1 >= 0 else "its accuracy is unknown"
+        raise NoSuitableModel(
+            f"model {model.name!r} does not reach a top-1 of {min_top1:g}: {has}; name a family, and its most accurate "
+            "model that is in time answers"
+        )
+
+
 class Family:
     """Chooses among the models of a family, and remembers which it chose last."""
 

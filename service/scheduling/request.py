@@ -61,12 +61,14 @@ class RequestState:
     def amend(self, *, seconds: float | None = None, priority: Priority | None = None) -> None:
         """Apply what the body says: an earlier deadline, another priority. Only before the work is accepted."""
         if seconds is not None and self.arrived_at + seconds < self.deadline:
-            self.deadline = self.arrived_at + seconds
-            if self._timer is not None:
-                self._timer.cancel()
-                self._arm()
+            self._set_deadline(seconds)
         batch = self.key.batch if priority is None else priority == "batch"
         self.key = Key(batch, self.deadline, self.key.number)
+
+    def replace(self, *, seconds: float, priority: Priority) -> None:
+        """Another deadline, also a later one, and another priority than the head said. Only before it is accepted."""
+        self._set_deadline(seconds)
+        self.key = Key(priority == "batch", self.deadline, self.key.number)
 
     def over(self, now: float) -> bool:
         """Whether nothing more should be done for the request."""
@@ -103,6 +105,12 @@ class RequestState:
         """The deadline has passed. On the event loop."""
         self._expired = True
         self._end()
+
+    def _set_deadline(self, seconds: float) -> None:
+        self.deadline = self.arrived_at + seconds
+        if self._timer is not None:
+            self._timer.cancel()
+            self._arm()
 
     def _arm(self) -> None:
         delay = max(0.0, self.deadline - self._clock())

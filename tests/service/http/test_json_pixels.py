@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from service.errors import BadRequest
 from service.http import json_pixels
-from service.http.json_pixels import read_pixels
+from service.http.json_pixels import PLACEHOLDER, count_up_to, read_pixels, without_pixels
 
 
 def flat(array: Any) -> list[Any]:
@@ -121,3 +121,52 @@ def test_chunks_split_no_number(monkeypatch: pytest.MonkeyPatch, chunk_bytes: in
     wrong[17] = 256
     with pytest.raises(BadRequest, match="number 17: "):
         read_pixels(json.dumps(wrong).encode(), (math.prod(shape),), "here")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1]2", "[1,2]]", "[[1,2]", "[1][2]", "[[1]2,[3]]", "[[1],2[3]]", "1,2", "[1,]", "[,1]", "[1 2]", "[[1],[2]]3"],
+)
+def test_what_is_not_json_is_refused_without_a_general_parser(text: str) -> None:
+    for size in (1, 2, 3):
+        with pytest.raises(BadRequest):
+            read_pixels(text.encode(), (size,), "here")
+
+
+def test_a_count_is_checked_before_any_number_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+
+    def spy(text: bytes, marks: bytes, limit: int) -> int:
+        counted.append(limit)
+        return count_up_to(text, marks, limit)
+
+    monkeypatch.setattr(json_pixels, "count_up_to", spy)
+    monkeypatch.setattr(json_pixels, "_is_regular", lambda _: pytest.fail("it went on"))
+    with pytest.raises(BadRequest, match="got more"):
+        read_pixels(b"[" + b"1," * 1_000_000 + b"1]", (3072,), "here")
+    assert counted == [3072]
+    assert count_up_to(b"," * 10_000_000, b",", 3072) < 1_000_000, "it stops early"
+
+
+@pytest.mark.parametrize(
+    ("text", "outline", "numbers"),
+    [
+        ('{"data": [1, 2]}', '{"data": @}', "[1, 2]"),
+        ('{"data":[[1],[2]] , "a": 1}', '{"data":@ , "a": 1}', "[[1],[2]]"),
+        ('{"a": [3], "data" : [1.0]}', '{"a": [3], "data" : @}', "[1.0]"),
+        ('{"data": ["QUJD"]}', None, None),
+        ('{"data": [1, null]}', None, None),
+        ('{"data": [1], "b": {"data": [2]}}', None, None),
+        ('{"data": [1], "b": 7.01701411834604692e-77}', None, None),
+        ('{"data": [1', '{"data": [1', None),
+        ('{"data": {}}', None, None),
+    ],
+)
+@pytest.mark.parametrize("chunk_bytes", [1, 1000])
+def test_only_the_pixels_are_left_out_of_what_is_parsed(
+    monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, text: str, outline: str | None, numbers: str | None
+) -> None:
+    monkeypatch.setattr(json_pixels, "_CHUNK_BYTES", chunk_bytes)
+    got, array = without_pixels(text.encode())
+    assert got.decode() == (text if outline is None else outline.replace("@", PLACEHOLDER.decode()))
+    assert array == (numbers.encode() if numbers else None)

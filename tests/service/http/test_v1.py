@@ -1,10 +1,16 @@
 """The HTTP API: answers, errors, and that one bad input harms no other."""
 
 import asyncio
+import base64
+import gzip
+import json
 import re
 import threading
+import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import urljoin
 
 import numpy as np
@@ -19,7 +25,9 @@ from service.bundle import read_bundle
 from service.engine import Engine
 from service.http.v1_schemas import Classification
 from service.images import decode
+from service.keys import new_key
 from service.manifest import Manifest
+from service.scheduling.admission import Place
 from service.scheduling.request import RequestState
 from service.settings import Settings
 from tests.service.conftest import PNG, encoded, noise
@@ -105,7 +113,8 @@ def test_a_request_fails_only_if_every_image_does(client: TestClient) -> None:
     ("query", "body", "status", "detail"),
     [
         ("", b"", 400, "curl --data-binary"),
-        ("", b"plain text", 415, "JPEG, PNG, WEBP"),
+        ("", b"plain text", 415, "text ('plain text'): with curl write --data-binary"),
+        ("", bytes(100), 415, "JPEG, PNG, WEBP"),
         ("", PNG[: len(PNG) // 2], 400, "damaged"),
         ("", encoded(Image.new("1", (1001, 1000))), 422, "1001 × 1000"),
         ("", bytes(200_001), 413, "200,000"),
@@ -118,6 +127,12 @@ def test_a_request_fails_only_if_every_image_does(client: TestClient) -> None:
         ("?deadline_ms=0", PNG, 422, "deadline_ms"),
         ("?deadline_ms=nan", PNG, 422, "deadline_ms"),
         ("?priority=urgent", PNG, 422, "'interactive' or 'batch'"),
+        ("?topk=1", PNG, 422, "unknown query parameter 'topk': did you mean 'top_k'?"),
+        ("?threshold=0.5", PNG, 422, "unknown query parameter 'threshold'; there are: deadline_ms, min_top1, model"),
+        ("?top_k=1&top_k=2", PNG, 422, "top_k is given twice"),
+        ("?min_top1=1", PNG, 422, "model 'digits-csra-r2' does not reach a top-1 of 1"),
+        ("?model=digits-csra-r2&min_top1=1", PNG, 422, "model 'digits-csra-r2' does not reach a top-1 of 1"),
+        ("?model=digits&min_top1=1", PNG, 422, "no model of family 'digits' reaches a top-1 of 1"),
     ],
 )
 def test_bad_input_is_a_clear_4xx(client: TestClient, query: str, body: bytes, status: int, detail: str) -> None:
@@ -219,9 +234,167 @@ def test_a_field_of_a_multipart_body_cannot_choose_a_slow_codec(client: TestClie
     assert answer.status_code == 400
 
 
-def test_probes_answer_head_requests(client: TestClient) -> None:
-    for path in ("/healthz", "/readyz"):
-        assert client.head(path).status_code == 200
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/", "/docs", "/openapi.json", "/metrics", "/healthz", "/readyz", "/v1/models", "/v1/models/digits-csra-r2"),
+        *("/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/digits-csra-r2", "/v2/models/stats", "/nowhere"),
+    ],
+)
+def test_head_is_answered_as_get_without_the_body(client: TestClient, path: str) -> None:
+    head, got = client.head(path), client.get(path)
+    assert (head.status_code, head.headers["content-type"]) == (got.status_code, got.headers["content-type"])
+    assert head.content == b""
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/v2"), ("GET", "/v1/models"), ("POST", "/v1/classify")])
+def test_a_slash_at_the_end_of_a_path_changes_nothing(client: TestClient, method: str, path: str) -> None:
+    answers = [client.request(method, path + end, content=PNG, follow_redirects=False) for end in ("", "/")]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert client.request(method, path + "//", content=PNG).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/classify", "POST"),
+        ("HEAD", "/v1/classify", "POST"),
+        ("PUT", "/v1/models", "GET, HEAD"),
+        ("POST", "/", "GET, HEAD"),
+        ("GET", "/v2/repository/index", "POST"),
+        ("DELETE", "/v2/models/digits-csra-r2", "GET, HEAD"),
+    ],
+)
+def test_a_wrong_method_is_told_the_right_one(client: TestClient, method: str, path: str, allowed: str) -> None:
+    answer = client.request(method, path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+    if method != "HEAD":
+        detail = answer.json().get("detail") or answer.json()["error"]
+        assert f"{method} is not offered here, but {' and '.join(allowed.split(', '))}" in detail
+
+
+def test_a_path_of_tf_serving_that_a_route_matches_is_told_ours_too(client: TestClient) -> None:
+    answer = client.post("/v1/models/digits-csra-r2:predict", content=PNG)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
+    assert "POST /v1/classify?model=digits-csra-r2" in answer.json()["detail"]
+
+
+def results(answer: Any) -> tuple[str, list[list[int]]]:
+    """The model that answered, and the classes of every image."""
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    return body["model"], [[p["index"] for p in result["predictions"]] for result in body["results"]]
+
+
+def as_json(value: object) -> dict[str, Any]:
+    return {"content": json.dumps(value), "headers": {"Content-Type": "application/json"}}
+
+
+B64 = base64.b64encode(PNG).decode()
+
+
+def test_json_with_base64_is_answered_like_the_bytes(client: TestClient) -> None:
+    other = encoded(noise(32, 32, seed=7))
+    both = [("a", ("a.png", PNG)), ("b", ("b.png", other))]
+    expected = results(client.post("/v1/classify?top_k=2&model=digits-csra-r2", files=both))
+    images = [B64, f"data:image/png;base64,{base64.b64encode(other).decode()}"]
+    wishes = {"top_k": 2, "model": "digits-csra-r2"}
+    for body in (
+        {"images": images, **wishes},
+        {"instances": [{"b64": images[0]}, {"image_bytes": {"b64": images[1]}}], **wishes},
+        {"inputs": images, "parameters": {"top_k": 2}, "model": "digits-csra-r2"},
+    ):
+        assert results(client.post("/v1/classify", **as_json(body))) == expected
+    assert results(client.post("/v1/classify?top_k=2", content=json.dumps({"image": B64})))[1] == expected[1][:1]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zlib.compress])
+def test_compressed_bodies_of_any_kind_are_answered(client: TestClient, pack: Callable[[bytes], bytes]) -> None:
+    expected = results(client.post("/v1/classify", content=PNG))
+    form = client.build_request("POST", "/v1/classify", files={"image": ("a.png", PNG)})
+    bodies = (PNG, "image/png"), (json.dumps({"image": B64}).encode(), ""), (form.read(), form.headers["content-type"])
+    for body, content_type in bodies:
+        encoding = "gzip" if pack is gzip.compress else "deflate"
+        headers = {"Content-Encoding": encoding, "Content-Type": content_type}
+        assert results(client.post("/v1/classify", content=pack(body), headers=headers)) == expected
+
+
+def test_a_decompression_bomb_is_a_413(client: TestClient) -> None:
+    bomb = gzip.compress(bytes(50_000_000))
+    assert client.post("/v1/classify", content=bomb, headers={"Content-Encoding": "gzip"}).status_code == 413
+    assert client.app.state.pipeline.admission.bytes == 0  # type: ignore[attr-defined]
+
+
+def test_what_a_body_asks_for_counts(client: TestClient) -> None:
+    def form(query: str = "", **fields: str) -> Any:
+        return client.post(f"/v1/classify{query}", files={"image": ("a.png", PNG)}, data=fields)
+
+    def in_json(query: str = "", **members: object) -> Any:
+        return client.post(f"/v1/classify{query}", **as_json({"image": B64, **members}))
+
+    send: Callable[..., Any]
+    for send in (form, in_json):
+        assert len(results(send(top_k="1"))[1][0]) == 1
+        assert results(send("?top_k=2", top_k="2", priority="batch", deadline_ms="60000", version="1"))
+        for wishes, status, detail in (
+            ({"model": "nobody"}, 404, "no model 'nobody'"),
+            ({"version": "2"}, 404, "no version 2"),
+            ({"min_top1": "1"}, 422, "does not reach a top-1 of 1"),
+            ({"top_k": "many"}, 422, "top_k"),
+            ({"deadline_ms": "0.001"}, 429, "the deadline leaves 0 ms"),
+            ({"topk": "1"}, 422, "'topk': did you mean 'top_k'?"),
+        ):
+            answer = send(**wishes)
+            assert (answer.status_code, detail in answer.json()["detail"]) == (status, True), answer.text
+        conflict = send("?top_k=2", top_k="1")
+        assert (conflict.status_code, conflict.json()["detail"]) == (
+            422,
+            "top_k is 2 in the query and 1 in the body: give it once",
+        )
+    assert client.app.state.pipeline.admission.bytes == 0  # type: ignore[attr-defined]
+
+
+def test_a_deadline_in_the_body_may_be_later_than_the_default_one(repository: Path) -> None:
+    settings = Settings(repository=repository, default_deadline_ms=1, max_deadline_ms=60_000, threads=1)
+    with TestClient(create_app(settings)) as client:
+        seen = []
+        accept = client.app.state.pipeline.admission.accept  # type: ignore[attr-defined]
+
+        def spy(place: Place, *arguments: object, **options: object) -> None:
+            seen.append(place.state.deadline - place.state.arrived_at)
+            accept(place, *arguments, **options)
+
+        client.app.state.pipeline.admission.accept = spy  # type: ignore[attr-defined]
+        body = as_json({"image": B64, "deadline_ms": 1e9})
+        headers = {**body.pop("headers"), "X-Deadline-Ms": "5000"}
+        client.post("/v1/classify?priority=batch", **body, headers=headers)
+    assert seen == [pytest.approx(5.0)]
+
+
+def test_an_image_that_is_something_else_is_told_so_in_its_place(client: TestClient) -> None:
+    files = [("a", ("a.png", PNG)), ("b", ("b", b"%PDF-1.7 ...")), ("c", ("c", gzip.compress(PNG)))]
+    good, pdf, packed = client.post("/v1/classify", files=files).json()["results"]
+    assert good["predictions"]
+    assert pdf["error"]["detail"].startswith("not an image but a PDF document")
+    assert packed["error"]["detail"].startswith("not an image but gzip data")
+    alone = client.post("/v1/classify", content=gzip.compress(PNG))
+    assert (alone.status_code, "Content-Encoding: gzip" in alone.json()["detail"]) == (415, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/predict", "POST /v1/classify"),
+        ("/invocations", "POST /v1/classify"),
+        ("/v1/predict", "POST /v1/classify"),
+        ("/ping", "GET /healthz"),
+        ("/v1/clasify", "did you mean /v1/classify?"),
+    ],
+)
+def test_paths_of_other_servers_are_told_ours(client: TestClient, path: str, hint: str) -> None:
+    answer = client.post(path)
+    assert (answer.status_code, answer.json()["code"]) == (404, "not-found")
+    assert hint in answer.json()["detail"]
 
 
 def test_too_many_images_are_a_400(client: TestClient) -> None:
@@ -309,7 +482,9 @@ def test_the_documentation_needs_no_internet(client: TestClient) -> None:
 def test_openapi_describes_the_answer_and_its_errors(client: TestClient) -> None:
     operation = client.get("/openapi.json").json()["paths"]["/v1/classify"]["post"]
     assert {"200", "400", "401", "404", "413", "415", "422", "429", "503", "504"} <= set(operation["responses"])
-    assert {"image/*", "multipart/form-data"} == set(operation["requestBody"]["content"])
+    assert {"application/octet-stream", "multipart/form-data", "application/json"} == set(
+        operation["requestBody"]["content"]
+    )
     names = {parameter["name"] for parameter in operation["parameters"]}
     assert names == {
         *("model", "version", "top_k", "min_top1", "deadline_ms", "priority"),
@@ -323,7 +498,7 @@ def test_openapi_describes_the_answer_and_its_errors(client: TestClient) -> None
                 if status == "200":
                     assert content["example"], path
                     continue
-                for code, example in content["examples"].items():
+                for code, example in content.get("examples", {}).items():
                     problem = example["value"]
                     assert (problem["type"], problem["status"]) == (f"urn:stridevit:{code}", int(status)), path
     Classification.model_validate(operation["responses"]["200"]["content"]["application/json"]["example"])
@@ -337,6 +512,48 @@ def test_openapi_declares_how_to_authorize(client: TestClient) -> None:
         keys = [key for operation in operations.values() for option in operation.get("security", []) for key in option]
         guarded = path.startswith(("/v1", "/v2")) and "/health/" not in path
         assert set(keys) == ({"bearer", "X-API-Key"} if guarded else set()), path
+
+
+def test_a_key_is_optional_in_openapi_where_none_is_needed(repository: Path) -> None:
+    _, digest = new_key()
+    for hashes, optional in (((), True), ((digest,), False)):
+        schema = create_app(Settings(repository=repository, threads=1, api_key_hashes=hashes)).openapi()
+        assert ({} in schema["paths"]["/v1/classify"]["post"]["security"]) is optional
+        assert {} not in schema["paths"]["/v2/repository/models/{name}/load"]["post"]["security"]
+
+
+def test_openapi_is_complete_for_every_operation(client: TestClient) -> None:
+    schema = client.get("/openapi.json").json()
+    names = []
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            names.append(operation["operationId"])
+            declared = {entry["name"] for entry in operation.get("parameters", []) if entry["in"] == "path"}
+            assert declared == set(re.findall(r"{(\w+)}", path)), path
+            wanted = {"application/json"} if path.startswith("/v2") else {"application/problem+json"}
+            for status, answer in operation["responses"].items():
+                if status != "200":
+                    assert set(answer["content"]) == wanted, (path, status)
+    assert len(names) == len(set(names))
+    assert "HTTPValidationError" not in json.dumps(schema)
+    assert set(schema["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
+    infer = schema["paths"]["/v2/models/{name}/versions/{version}/infer"]["post"]
+    assert set(infer["requestBody"]["content"]) == {"application/json", "application/octet-stream"}
+
+
+def test_openapi_lists_the_options_of_a_body_as_those_of_the_query(client: TestClient) -> None:
+    schema = client.get("/openapi.json").json()
+    query = {
+        entry["name"]: entry["schema"]
+        for entry in schema["paths"]["/v1/classify"]["post"]["parameters"]
+        if entry["in"] == "query"
+    }
+    for name, images in (("ImageForm", {"image"}), ("ImagesAsBase64", {"image", "images"})):
+        body = schema["components"]["schemas"][name]["properties"]
+        assert set(body) - images == set(query)
+        for option, described in query.items():
+            limits = {key: value for key, value in described.items() if key not in ("title", "description")}
+            assert body[option] == limits, option
 
 
 def test_metrics_count_by_route_and_not_by_path(client: TestClient) -> None:

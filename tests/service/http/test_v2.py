@@ -14,6 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from service.app import create_app
+from service.http import tensors
 from service.keys import new_key
 from service.scheduling.request import RequestState
 from service.settings import Settings
@@ -166,6 +167,47 @@ def test_errors_are_what_its_clients_parse(client: TestClient, body: str, detail
 def test_all_other_errors_have_the_same_form(client: TestClient, method: str, path: str, status: int) -> None:
     answer = client.request(method, path)
     assert (answer.status_code, list(answer.json())) == (status, ["error"])
+
+
+def test_the_query_of_an_inference_has_no_unknown_names(client: TestClient) -> None:
+    body = infer_body([1, 32, 32, 3], PIXELS.tolist())
+    assert client.post(MODEL + "/infer?deadline_ms=60000&priority=batch", content=body).status_code == 200
+    answer = client.post(MODEL + "/infer?deadline=5", content=body)
+    assert (answer.status_code, "did you mean 'deadline_ms'?" in answer.json()["error"]) == (422, True)
+
+
+def test_unknown_members_and_parameters_are_ignored_as_the_protocol_has_it(client: TestClient) -> None:
+    request = json.loads(infer_body([1, 32, 32, 3], PIXELS.tolist(), parameters={"mine": 1}, note="x"))
+    request |= {"parameters": {"sequence_id": 7, "mine": [1]}, "extra": {"a": [{}]}}
+    assert client.post(MODEL + "/infer", content=json.dumps(request)).status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["system", "cuda"])
+def test_shared_memory_is_refused_with_a_sentence(client: TestClient, kind: str) -> None:
+    answer = client.post(f"/v2/{kind}sharedmemory/region/in/register", content=b"{}")
+    assert (answer.status_code, "shared memory is not offered" in answer.json()["error"]) == (404, True)
+
+
+def test_one_image_that_is_something_else_is_told_so(client: TestClient) -> None:
+    body, headers = binary_body(elements(b"%PDF-1.7"), shape=[1], datatype="BYTES")
+    answer = client.post(MODEL + "/infer", content=body, headers=headers)
+    assert (answer.status_code, "a PDF document" in answer.json()["error"]) == (415, True)
+
+
+def test_a_large_tensor_in_json_is_never_parsed_at_once(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[int] = []
+    decoder = tensors._REQUEST
+
+    class Spy:
+        def decode(self, text: bytes) -> Any:
+            parsed.append(len(text))
+            return decoder.decode(text)
+
+    monkeypatch.setattr(tensors, "_REQUEST", Spy())
+    flat: list[object] = [*PIXELS.ravel().tolist()] * 4
+    assert client.post(MODEL + "/infer", content=infer_body([4, 32, 32, 3], flat)).status_code == 200
+    assert client.post(MODEL + "/infer", content=infer_body([1, 32, 32, 3], flat)).status_code == 400
+    assert max(parsed) < 200, "of the pixels nothing is left"
 
 
 @pytest.mark.parametrize("length", ["-1", "x", "1e3", "9" * 30, "٣"])
