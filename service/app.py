@@ -26,10 +26,11 @@ from service.http.shedding import Shedding
 from service.image_work import seconds_per_pixel
 from service.key_file import KeyFile, entries_of_settings
 from service.keys import KeyRing
+from service.limits import Limits
 from service.metrics import Metrics
 from service.models.loading import Loader
 from service.models.registry import Registry
-from service.pipeline import Limits, Pipeline
+from service.pipeline import Pipeline
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.watchdog import Patience

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from service.errors import ClientDisconnected, DeadlineExceeded, ModelFault, NotReady, Overloaded, RequestError
 from service.image_work import work_of_bytes
-from service.images import ImageRules, MemoryBudget
+from service.limits import Limits
 from service.metrics import Metrics
 from service.models.arena import ArenaTrimmer
 from service.models.family import Choice, pareto_front, require_top1
@@ -30,41 +30,6 @@ from service.scheduling.scheduler import Batch, Output, Scheduler
 
 T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """The limits of requests, as the settings of the same names describe them."""
-
-    max_pending_images: int
-    reserved_fraction: float
-    batch_share: float
-    max_pending_bytes: int
-    large_body_bytes: int
-    large_bodies_fraction: float
-    max_body_bytes: int
-    max_images_per_request: int
-    max_pixels: int
-    max_decode_bytes: int
-    image_formats: tuple[str, ...]
-    draft_jpegs: bool
-    body_timeout_seconds: float
-    min_upload_rate: int
-    upload_window_seconds: float
-    default_deadline_ms: float
-    max_deadline_ms: float
-    deadline_margin: float
-    max_consecutive_faults: int
-    trim_memory_bytes: int
-
-    def image_rules(self) -> ImageRules:
-        """Which images are decoded, and how; with a memory budget of its own."""
-        return ImageRules(
-            max_pixels=self.max_pixels,
-            formats=self.image_formats,
-            draft_jpegs=self.draft_jpegs,
-            memory=MemoryBudget(self.max_decode_bytes),
-        )
 
 
 class RequestOptions(BaseModel, frozen=True, use_attribute_docstrings=True):

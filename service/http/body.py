@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 
 from service.errors import BodyTooLarge, BodyTooSlow, ClientDisconnected, DeadlineExceeded
 from service.http.exchange import content_length
-from service.pipeline import Limits
+from service.limits import Limits
 from service.scheduling.admission import Place
 
 T = TypeVar("T")

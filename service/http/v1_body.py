@@ -13,7 +13,7 @@ from service.http.body import read_body
 from service.http.compression import decompress
 from service.http.form import read_form
 from service.http.json_images import is_json, read_images
-from service.pipeline import Limits
+from service.limits import Limits
 from service.scheduling.admission import Place
 from service.scheduling.decode_pool import DecodePool
 
