@@ -7,6 +7,7 @@ here is a job of its own on the engine thread: live traffic waits for one at mos
 """
 
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -57,6 +58,9 @@ class Loader:
         """
         self._scheduler, self._load = scheduler, load
         kind, number = resolve_device(device)
+        if tuning.tensorrt_cache is not None:
+            # The process that proves a bundle has another current folder.
+            tuning = replace(tuning, tensorrt_cache=tuning.tensorrt_cache.absolute())
         self._options = EngineOptions(
             device=kind,
             number=number,

@@ -18,6 +18,9 @@ from service.models.trial import REQUESTS, RESULTS, Request, Result, is_out_of_m
 _GRACE_SECONDS = 5
 """What the process gets beyond the time limit before its own timer ends it: this one should, and say why."""
 
+_END_SECONDS = 5
+"""What an idle process gets to end before it is killed."""
+
 _TAIL_BYTES = 2000
 """Of what the process wrote to standard error, enough for its last words."""
 
@@ -66,8 +69,12 @@ class Prover:
         with self._change:
             process, self._process = self._process, None
         if process is not None:
-            process.kill()
-            process.wait()
+            process.terminate()
+            try:
+                process.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             for stream in (process.stdin, process.stdout, process.stderr):
                 # Closing the input would write to the process what was left to write.
                 with contextlib.suppress(BrokenPipeError):

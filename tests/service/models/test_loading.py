@@ -15,6 +15,7 @@ from service.errors import BundleError, NotNow
 from service.host import resident_bytes
 from service.models import loading
 from service.models.loading import Loader
+from service.models.proof import EngineOptions, prove
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
 from tests.processes import still_running, wait_until
@@ -60,6 +61,23 @@ def test_a_version_that_was_proven_is_loaded_and_its_memory_is_known(make_loader
     assert model.model_bytes > 8 * MIB, "eight matrices of a mebibyte"
     loader.rest()
     assert trials() == []
+
+
+@pytest.mark.parametrize(("threads", "intra_op_threads"), [(1, 0), (2, 0), (2, 2)])
+def test_a_proof_chooses_threads_and_batch_sizes(threads: int, intra_op_threads: int, tmp_path: Path) -> None:
+    options = EngineOptions(
+        device="cpu",
+        number=0,
+        threads=threads,
+        intra_op_threads=intra_op_threads,
+        max_batch=4,
+        tuning=Tuning(allow_spinning=False),
+    )
+    proof = prove(publish_identity(tmp_path, work=4), options)
+    assert proof.threads in ({intra_op_threads} if intra_op_threads else {1, threads})
+    assert set(proof.seconds) <= {1, 2, 4}
+    assert min(proof.seconds) == 1
+    assert proof.peak_bytes >= proof.weights_bytes + proof.arena_bytes
 
 
 def test_what_was_proven_once_is_loaded_again_without_another_process(make_loader: MakeLoader, tmp_path: Path) -> None:
