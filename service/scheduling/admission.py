@@ -48,7 +48,7 @@ class _Ahead:
                 waiting, queue = waiting + images, None
             if waiting > 0:
                 seconds += other.cost.total(waiting)
-        return seconds + queue.cost.total(images) if queue else seconds
+        return seconds if queue is None else seconds + queue.cost.total(images)
 
 
 class Admission:
