@@ -20,6 +20,8 @@ from service.http import page, problems, v1, v2
 from service.http.auth import KeyGate
 from service.http.fast_path import FastPath
 from service.http.observe import Observe
+from service.http.shedding import Shedding
+from service.image_work import seconds_per_pixel
 from service.metrics import Metrics
 from service.models.loading import Loader
 from service.models.registry import Registry
@@ -100,13 +102,18 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
             expose_headers=["*"],
         )
     app.add_middleware(Observe, metrics=metrics, tracing=tracing, log_requests=settings.log_requests)
+    app.add_middleware(Shedding, pipeline=pipeline, metrics=metrics, cors=bool(settings.cors_origins))
     return app
 
 
 def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], float] = time.perf_counter) -> Pipeline:
     """A pipeline with all models loaded. Raises StartupError."""
-    load = Load(decode_threads=settings.decode_threads or settings.threads or available_cores(), clock=clock)
-    scheduler = Scheduler(load)
+    load = Load(
+        decode_threads=settings.decode_threads or settings.threads or available_cores(),
+        seconds_per_pixel=seconds_per_pixel(),
+        clock=clock,
+    )
+    scheduler = Scheduler(load, batch_share=settings.batch_share)
     registry = make_registry(settings, scheduler, load)
     registry.load_all()
     limits = Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)})

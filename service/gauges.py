@@ -22,6 +22,10 @@ class Gauges(Collector):
         yield _gauge("pending_bytes", "Bodies accepted and not yet answered.", admission.bytes)
         drain = "Predicted time until all accepted work is done, by the cost model."
         yield _gauge("predicted_drain_seconds", drain, admission.drain_seconds())
+        lag = "Largest delay of the event loop in the last 15 to 30 seconds."
+        yield _gauge("event_loop_lag_seconds", lag, self._pipeline.lag.worst_seconds)
+        megapixel = "Predicted time of decoding a JPEG of a megapixel, without opening it."
+        yield _gauge("predicted_megapixel_seconds", megapixel, load.seconds_per_pixel * 1e6)
         slowdown = "Recent duration of batches divided by their duration at warm-up."
         yield _gauge("device_slowdown_ratio", slowdown, load.slowdown.value)
         depth = _model_gauge("queue_depth", "Images waiting for the engine.")

@@ -20,7 +20,7 @@ from service.errors import BadImage, TooManyPixels, UnsupportedImage
 from service.manifest import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-_JPEG = ("JPEG", "MPO")
+JPEG = ("JPEG", "MPO")
 """Pillow's names of a JPEG: MPO holds several pictures."""
 
 # What Pillow raises on damaged or hostile files, found with samples of fuzzed files.
@@ -47,7 +47,7 @@ _MAX_JPEG_WORK = 4_000_000_000
 _SCANS_A_PIXEL = 10
 """A further scan costs a tenth of decoding the picture: 0.5 to 1.1 ms of CPU per megapixel against 10."""
 
-_OTHER_FORMATS = 2
+OTHER_FORMATS = 2
 """Cost of a pixel of the other formats, in pixels of a JPEG: measured 1.1 (GIF) to 4 (PNG with alpha)."""
 
 MAX_PIXELS = 178_956_970
@@ -59,7 +59,7 @@ LARGE_PIXELS = 2_000_000
 At 10 ms of CPU per megapixel smaller images take about 20 ms, at worst 40; docs/service.md has times of larger ones.
 """
 
-_DRAFT_MARGIN = 3
+DRAFT_MARGIN = 3
 """A JPEG is decoded at 1/2, 1/4 or 1/8 if its shorter side is then still this many times `resize`.
 
 docs/service.md has the differences that were measured for margins from 1 to 4.
@@ -139,8 +139,8 @@ def _work(image: ImageFile.ImageFile, data: bytes, *, max_pixels: int) -> int:
     width, height = image.size
     if width * height > max_pixels:
         raise TooManyPixels(f"the image is {width} × {height}; the limit is {max_pixels:,} pixels: make it smaller")
-    if image.format not in _JPEG:
-        return _OTHER_FORMATS * width * height
+    if image.format not in JPEG:
+        return OTHER_FORMATS * width * height
     # Each scan of a progressive JPEG is a pass over all pixels, and a small file can hold thousands. The count is an
     # upper bound: compressed data never contains this marker, but metadata or a video behind the picture may. Pillow
     # has read up to the first scan, so markers in the metadata before it, as of a thumbnail, are counted apart.
@@ -157,8 +157,8 @@ def _draft(image: ImageFile.ImageFile, preprocessing: Preprocessing) -> _Box | N
     Returns the box of the whole picture within the upright decoded pixels: their number is rounded up, so only a
     fraction of the last row and column may belong to it. None if nothing is drafted, as for all other formats.
     """
-    enough = _DRAFT_MARGIN * preprocessing.resize
-    if image.format not in _JPEG or min(image.size) < 2 * enough:
+    enough = DRAFT_MARGIN * preprocessing.resize
+    if image.format not in JPEG or min(image.size) < 2 * enough:
         return None
     drafted = image.draft(None, (enough, enough))
     if drafted is None:

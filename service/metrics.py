@@ -10,6 +10,8 @@ from service.host import peak_bytes
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
+_RATIOS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.3, 1.5, 2.0, 4.0, 10.0)
+
 
 class Metrics:
     """All metrics of one application: each is called with the values of its labels, then counts or observes."""
@@ -47,8 +49,14 @@ class Metrics:
         self.batch_errors = counter("batch_errors", "Batches that the engine could not run.", "model")
         self.rejections = counter(
             "rejections",
-            "Requests refused (images, bytes, deadline) or dropped (deadline-exceeded, client-disconnected).",
+            "Requests refused (images, bytes, deadline, lag) or dropped (deadline-exceeded, client-disconnected).",
             "reason",
+        )
+        self.predicted_ratio = Histogram(
+            "stridevit_predicted_finish_ratio",
+            "Predicted time from acceptance to the answer, divided by the time that it took.",
+            buckets=_RATIOS,
+            registry=registry,
         )
         self.choices = counter(
             "choices", "Requests for a family, by the chosen model and the reason.", "family", "model", "reason"

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, Field
 
 from service.errors import ClientDisconnected, DeadlineExceeded, NotReady, Overloaded, RequestError
+from service.image_work import work_of_bytes
 from service.metrics import Metrics
 from service.models.family import Choice, pareto_front
 from service.models.model import Model
@@ -19,7 +20,9 @@ from service.models.registry import Registry
 from service.scheduling.admission import Admission, Place
 from service.scheduling.cost import Load
 from service.scheduling.decode_pool import DecodePool
+from service.scheduling.loop_lag import LoopLag
 from service.scheduling.request import Priority, RequestState
+from service.scheduling.room import Room
 from service.scheduling.scheduler import Batch, Output, Scheduler
 
 T = TypeVar("T")
@@ -31,11 +34,17 @@ class Limits:
     """The limits of requests, as the settings of the same names describe them."""
 
     max_pending_images: int
+    reserved_fraction: float
+    batch_share: float
     max_pending_bytes: int
+    large_body_bytes: int
+    large_bodies_fraction: float
     max_body_bytes: int
     max_images_per_request: int
     max_pixels: int
     body_timeout_seconds: float
+    min_upload_rate: int
+    upload_window_seconds: float
     default_deadline_ms: float
     max_deadline_ms: float
     deadline_margin: float
@@ -110,24 +119,34 @@ class Pipeline:
     ) -> None:
         self.registry, self.scheduler, self.load = registry, scheduler, load
         self.limits, self.metrics = limits, metrics
-        self.decoders = DecodePool(scheduler, load, max_pixels=limits.max_pixels)
+        self.decoders = DecodePool(scheduler, load, max_pixels=limits.max_pixels, batch_share=limits.batch_share)
+        self.lag = LoopLag()
         self.admission = Admission(
             scheduler,
             load,
-            max_pending_images=limits.max_pending_images,
-            max_pending_bytes=limits.max_pending_bytes,
+            Room(
+                max_images=limits.max_pending_images,
+                max_bytes=limits.max_pending_bytes,
+                reserved_fraction=limits.reserved_fraction,
+                large_body_bytes=limits.large_body_bytes,
+                large_bodies_fraction=limits.large_bodies_fraction,
+            ),
             margin=limits.deadline_margin,
+            batch_share=limits.batch_share,
+            lag=self.lag,
         )
         self.ready = False
 
     def start(self) -> None:
         """Take requests; call on the event loop."""
         self.scheduler.start(self._on_batch)
+        self.lag.start()
         self.ready = True
 
     async def close(self) -> None:
         """End the threads; call when all requests are answered."""
         self.ready = False
+        self.lag.stop()
         await self.scheduler.close()
         self.decoders.close()
 
@@ -144,15 +163,15 @@ class Pipeline:
         read: Callable[[Place], Awaitable[Inputs]],
         write: Callable[[Answer], T],
         disconnected: Callable[[], Awaitable[object]],
-        encoded: bool = True,
+        encoded_bytes: int | None = 0,
         partial: bool = False,
     ) -> tuple[T, Answer]:
         """Answer a request whose head has arrived at `arrived_at`, on `time.perf_counter`'s clock.
 
         `read` reads the body once the head is admitted, and holds its bytes with the place that it gets; `write` writes
-        the answer; `disconnected` returns once the client has left, and is called only after `read`. `encoded`: whether
-        the images will need decoding, as far as the head tells. `partial`: images with an error fail the request only
-        if all of them have one.
+        the answer; `disconnected` returns once the client has left, and is called only after `read`. `encoded_bytes`:
+        the least number of bytes of images to decode, as far as the head tells; None if there may be none to decode.
+        `partial`: images with an error fail the request only if all of them have one.
 
         Returns what `write` returned, and the answer. Raises a RequestError, of the first image if images failed; or
         the engine's own error.
@@ -162,16 +181,18 @@ class Pipeline:
         state = RequestState(seconds=seconds, priority=options.priority, arrived_at=arrived_at)
         try:
             fastest = pareto_front(self.registry.candidates(options.model, options.version)[1])[-1]
-            with self.admission.admit(state, fastest.queue, encoded=encoded) as place:
+            least = () if encoded_bytes is None else (work_of_bytes(encoded_bytes),)
+            with self.admission.admit(state, fastest.queue, decoding=least) as place:
                 inputs = await read(place)
                 read_seconds = time.perf_counter() - arrived_at
                 # Unpacked, the images may be much larger than the body was.
                 place.hold_bytes(max(0, inputs.nbytes - place.bytes))
                 state.amend(seconds=inputs.seconds, priority=inputs.priority)
-                model, choice = self._select(options, state, inputs)
-                self.admission.accept(place, model.queue, len(inputs.images), encoded=inputs.encoded)
+                model, choice, decoding = self._select(options, state, inputs)
+                self.admission.accept(place, model.queue, len(inputs.images), decoding=decoding)
+                accepted_at = time.perf_counter()
                 with model, _watched(disconnected, state):
-                    images = await self._infer(model, state, inputs.images)
+                    images = await self._infer(model, state, inputs.images, decoding)
                 inferred_at = time.perf_counter()
                 answer = Answer(model=model, choice=choice, images=images)
                 errors = [image for image in images if isinstance(image, RequestError)]
@@ -180,37 +201,49 @@ class Pipeline:
                     raise errors[0]
                 written = write(answer)
                 self._account(answer, arrived_at=arrived_at, read_seconds=read_seconds, inferred_at=inferred_at)
+                self.metrics.predicted_ratio.observe(
+                    place.predicted_seconds / max(1e-6, time.perf_counter() - accepted_at)
+                )
                 return written, answer
         except (Overloaded, DeadlineExceeded, ClientDisconnected) as error:
             self.metrics.rejections(error.reason if isinstance(error, Overloaded) else error.code).inc()
             raise
 
-    def _select(self, options: RequestOptions, state: RequestState, inputs: Inputs) -> tuple[Model, Choice | None]:
-        """The model that answers, and why if a family was asked for. Raises UnknownModel or NoSuitableModel."""
+    def _select(
+        self, options: RequestOptions, state: RequestState, inputs: Inputs
+    ) -> tuple[Model, Choice | None, list[int]]:
+        """The model that answers, why if a family was asked for, and the work of decoding each image.
+
+        Raises UnknownModel or NoSuitableModel.
+        """
         family, members = self.registry.candidates(options.model, options.version)
         model, choice = members[0], None
+        decoding: list[int] = []
+        if not isinstance(inputs.images, np.ndarray):
+            # By the pixels that the most accurate member needs: all members take the same.
+            decoding = self.decoders.work_of(inputs.images, model.manifest.preprocessing)
         if family:
-            count, encoded = len(inputs.images), inputs.encoded
-            decode = self.load.decode_seconds if encoded else 0.0
+            count = len(inputs.images)
             model, choice = family.choose(
                 pareto_front(members),
-                predict=lambda model: self.admission.predict(model.queue, state, count, encoded=encoded),
-                predict_idle=lambda model: decode + model.queue.cost.total(count),
+                predict=lambda model: self.admission.predict(model.queue, state, count, decoding=decoding),
+                predict_idle=lambda model: self.admission.idle_seconds(model.queue, count, decoding=decoding),
                 allowed_seconds=self.admission.allowed_seconds(state),
                 min_top1=options.min_top1,
             )
             self.metrics.choices(family.name, model.name, choice["reason"]).inc()
         if isinstance(inputs.images, np.ndarray) and inputs.images.shape[1:] != model.manifest.input.shape[1:]:
             raise NotReady("the model was replaced by one of another image size in the meantime: retry")
-        return model, choice
+        return model, choice, decoding
 
     async def _infer(
-        self, model: Model, state: RequestState, images: Sequence[bytes] | Pixels
+        self, model: Model, state: RequestState, images: Sequence[bytes] | Pixels, decoding: Sequence[int]
     ) -> list[Output | RequestError]:
+        works = decoding or [0] * len(images)
         if len(images) == 1:
-            return [await self._infer_one(model, state, images[0])]
+            return [await self._infer_one(model, state, images[0], works[0])]
         # All end before an error is raised: none may go on working for a request that is already answered.
-        work = (self._infer_one(model, state, image) for image in images)
+        work = (self._infer_one(model, state, image, work) for image, work in zip(images, works, strict=True))
         outcomes: list[Output | RequestError] = []
         for outcome in await asyncio.gather(*work, return_exceptions=True):
             if not isinstance(outcome, Output | RequestError):
@@ -218,12 +251,14 @@ class Pipeline:
             outcomes.append(outcome)
         return outcomes
 
-    async def _infer_one(self, model: Model, state: RequestState, image: bytes | Pixels) -> Output | RequestError:
+    async def _infer_one(
+        self, model: Model, state: RequestState, image: bytes | Pixels, work: int
+    ) -> Output | RequestError:
         metrics, name, decode_seconds = self.metrics, model.name, 0.0
         try:
             if isinstance(image, bytes):
                 preprocessing = model.manifest.preprocessing
-                image, decode_seconds = await self.decoders.decode(image, preprocessing, state, model.queue)
+                image, decode_seconds = await self.decoders.decode(image, preprocessing, state, model.queue, work)
                 metrics.stage_seconds(name, "decode").observe(decode_seconds)
             output = await self.scheduler.submit(model.queue, image, state)
         except RequestError as error:

@@ -165,8 +165,19 @@ class Settings(BaseSettings):
 
     max_pending_images: PositiveInt = 256
     """Largest number of images accepted and not yet answered; beyond it requests get 429."""
+    reserved_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.25
+    """Fraction of `max_pending_images` that is kept for each priority class, so that neither `interactive` nor `batch`
+    work can fill the queue and leave the other with 429."""
+    batch_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+    """Fraction of the engine's batches and of the decoders' images that `batch` work gets while `interactive` work
+    waits, so that it moves on under any load."""
     max_pending_bytes: PositiveInt = 256 * 1024 * 1024
     """Largest size of all bodies accepted and not yet answered, in bytes; beyond it requests get 429."""
+    large_body_bytes: PositiveInt = 1024 * 1024
+    """Size in bytes above which a body is large."""
+    large_bodies_fraction: _Fraction = 0.75
+    """Fraction of `max_pending_bytes` that large bodies may take together, so that a few large uploads, slow ones above
+    all, leave room for ordinary ones."""
     max_body_bytes: PositiveInt = 32 * 1024 * 1024
     """Largest request body, in bytes; beyond it requests get 413."""
     max_images_per_request: PositiveInt = 32
@@ -175,6 +186,11 @@ class Settings(BaseSettings):
     """Largest image, in pixels, checked before decoding. Pillow itself refuses more than 178,956,970."""
     body_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Seconds that a client may take to send its body, before it gets 408."""
+    min_upload_rate: NonNegativeInt = 4096
+    """Bytes per second below which a client that still sends its body gets 408, measured over `upload_window_seconds`:
+    an upload that has stopped holds its memory no longer than that. Slow mobile networks reach ten times this rate."""
+    upload_window_seconds: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds over which `min_upload_rate` is measured, so that a short pause is no reason for 408."""
 
     default_deadline_ms: PositiveInt = 30_000
     """Deadline in milliseconds of requests that set none."""
@@ -207,6 +223,18 @@ class Settings(BaseSettings):
             value, limit = getattr(self, name), getattr(self, bound)
             if value > limit:
                 raise ValueError(f"{name} ({value}) exceeds {bound} ({limit}){consequence}")
+        of_class = self.max_pending_images - int(self.max_pending_images * self.reserved_fraction)
+        if self.max_images_per_request > of_class:
+            raise ValueError(
+                f"max_images_per_request ({self.max_images_per_request}) exceeds the {of_class} of max_pending_images "
+                f"that reserved_fraction ({self.reserved_fraction:g}) leaves to one priority class{_NEVER_ADMITTED}"
+            )
+        large = int(self.max_pending_bytes * self.large_bodies_fraction)
+        if self.max_body_bytes > max(large, self.large_body_bytes):
+            raise ValueError(
+                f"max_body_bytes ({self.max_body_bytes}) exceeds the {large} of max_pending_bytes that "
+                f"large_bodies_fraction ({self.large_bodies_fraction:g}) leaves to large bodies{_NEVER_ADMITTED}"
+            )
         return self
 
     def tuning(self) -> Tuning:

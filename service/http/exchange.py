@@ -10,6 +10,7 @@ from service.pipeline import Answer, RequestOptions
 
 M = TypeVar("M", bound=BaseModel)
 
+_MAX_DIGITS = 19
 DEADLINE_HEADER, PRIORITY_HEADER = "X-Deadline-Ms", "X-Priority"
 
 
@@ -20,6 +21,12 @@ def validated(kind: type[M], values: dict[str, Any]) -> M:
     except ValidationError as error:
         text = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise InvalidParameter(text) from error
+
+
+def content_length(request: Request) -> int | None:
+    """The number of bytes that a body is declared to have."""
+    declared: str = request.headers.get("content-length", "")
+    return int(declared) if declared.isdecimal() and len(declared) < _MAX_DIGITS else None
 
 
 async def disconnected(request: Request) -> None:

@@ -32,11 +32,12 @@ class Observe:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = time.perf_counter()
+        state: dict[str, Any] = scope.setdefault("state", {})
+        # The server knows when the first byte of the head was read; other servers, and tests, do not say.
+        started: float = state.get("first_byte_at") or time.perf_counter()
         headers = Headers(scope=scope)
         offered = headers.get("x-request-id", "")
         request_id = offered if _REQUEST_ID.fullmatch(offered) else f"{self._prefix}{next(self._numbers):016x}"
-        state: dict[str, Any] = scope.setdefault("state", {})
         state.update(request_id=request_id, started=started)
         span = self._tracing.begin(scope["method"], headers.get("traceparent")) if self._tracing else None
         status = 500

@@ -34,6 +34,7 @@ def router(pipeline: Pipeline) -> APIRouter:
             read=partial(read_images, request, pipeline.limits),
             write=partial(_results, top_k=options.top_k),
             disconnected=partial(exchange.disconnected, request),
+            encoded_bytes=exchange.content_length(request) or 0,
             partial=True,
         )
         return JSONResponse(

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from service.errors import BadRequest, BundleError, UnknownModel
 from service.http import exchange, tensors, v2_metadata
-from service.http.body import read_body
+from service.http.body import read_body, read_small_body
 from service.http.compression import compress, decompress
 from service.http.fast_path import FastRoute
 from service.http.openapi import SECURITY
@@ -126,8 +126,7 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
 
         async def read(place: Place) -> Inputs:
             nonlocal parsed
-            timeout = limits.body_timeout_seconds
-            body = await read_body(request, max_bytes=limits.max_body_bytes, timeout_seconds=timeout, place=place)
+            body = await read_body(request, limits, place)
             parse = partial(_parse, request, body, pipeline, name, version)
             large = len(body) > _LARGE_BODY or "content-encoding" in request.headers
             parsed = await pipeline.decoders.run(place.state, parse) if large else parse()
@@ -139,7 +138,7 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
             read=read,
             write=lambda answer: _response(request, parsed, answer),
             disconnected=partial(exchange.disconnected, request),
-            encoded=False,  # as far as the head tells
+            encoded_bytes=None,  # as far as the head tells
         )
         response.headers.update(exchange.report(request, answer))
         return response
@@ -203,7 +202,7 @@ def repository(pipeline: Pipeline) -> APIRouter:
 
 async def _repository_request(request: Request) -> RepositoryRequest:
     """A JSON body that may be missing; clients send it with any Content-Type or none. Raises BadRequest."""
-    body = await read_body(request, max_bytes=_SMALL_BODY, timeout_seconds=_SMALL_BODY_SECONDS)
+    body = await read_small_body(request, max_bytes=_SMALL_BODY, timeout_seconds=_SMALL_BODY_SECONDS)
     try:
         return RepositoryRequest.model_validate_json(body) if body.strip() else RepositoryRequest()
     except ValidationError as error:

@@ -1,70 +1,107 @@
 """Admission: a request is taken only if there is room for it and it can finish in time; else it gets 429 at once.
 
-Two bounds, on the images and on the bytes of all requests, keep memory flat. The predicted finish of a request, by the
-cost model and the work ahead of it in the order of its `Key`, is compared with its deadline. A request is also rejected
-if it would make one that was accepted earlier miss its deadline.
+Two bounds, on the images and on the bytes of all requests, keep memory flat (`service.scheduling.room`). The predicted
+finish of a request, by the cost model, the work ahead of it in the order of its `Key` and the lag of the event loop, is
+compared with its deadline: once by its head, before anything is read, and again by the headers of its images, before
+anything is decoded. A request is also rejected if it would make one of its class that was accepted earlier miss its
+deadline.
 """
 
 import math
-from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Self
 
 from service.errors import Overloaded
-from service.scheduling.backlog import Work
-from service.scheduling.cost import Load
+from service.scheduling.backlog import Work, work_of
+from service.scheduling.cost import LARGE_WORK, Load
+from service.scheduling.loop_lag import LoopLag
 from service.scheduling.request import Key, RequestState
+from service.scheduling.room import Room
 from service.scheduling.scheduler import Queue, Scheduler
+
+
+@dataclass(slots=True)
+class _Ahead:
+    """Work of one priority class that comes before a request."""
+
+    engine: dict[Queue, int] = field(default_factory=dict)
+    """Images that the engine has yet to answer, without those that the large lane has yet to decode."""
+    undecoded: dict[Queue, int] = field(default_factory=dict)
+    """The latter, of the same queues: small images do not wait for them."""
+    small: int = 0
+    large: int = 0
+    """Work of decoding in each lane, in pixels."""
+
+    def add(self, queue: Queue, work: Work) -> None:
+        self.engine[queue] = self.engine.get(queue, 0) + work.waiting - work.large_images
+        self.undecoded[queue] = self.undecoded.get(queue, 0) + work.large_images
+        self.small += work.small
+        self.large += work.large
+
+    def seconds(self, queue: Queue | None = None, images: int = 0, *, large: bool = True) -> float:
+        """Seconds of the engine, with so many images more; `large`: also for what the large lane has yet to decode."""
+        seconds = 0.0
+        for other, count in self.engine.items():
+            waiting = count + self.undecoded[other] if large else count
+            if other is queue:
+                waiting, queue = waiting + images, None
+            if waiting > 0:
+                seconds += other.cost.total(waiting)
+        return seconds if queue is None else seconds + queue.cost.total(images)
 
 
 class Admission:
     """All requests being answered, and what they will cost."""
 
     def __init__(
-        self, scheduler: Scheduler, load: Load, *, max_pending_images: int, max_pending_bytes: int, margin: float
+        self, scheduler: Scheduler, load: Load, room: Room, *, margin: float, batch_share: float, lag: LoopLag
     ) -> None:
-        """`margin`: the fraction of its deadline within which a request must be predicted to finish."""
-        self._scheduler, self._load, self._clock = scheduler, load, load.clock
-        self._max_images, self._max_bytes, self._margin = max_pending_images, max_pending_bytes, margin
+        """`margin`: the fraction of its deadline within which a request must be predicted to finish. `batch_share`: as
+        in the scheduler and of the decode pool."""
+        self._scheduler, self._load, self._clock, self._lag = scheduler, load, load.clock, lag
+        self._margin = margin
+        self._overtaking = batch_share / (1 - batch_share)
+        """Batch images that are done before an interactive one although they come after it, for each before it."""
+        self.room = room
         self._accepted: dict[RequestState, tuple[Queue, Work]] = {}
-        self._last: Key | None = None
-        """No accepted request comes after this one, which may have been answered in the meantime."""
+        self._last: list[Key | None] = [None, None]
+        """No accepted request of the class comes after this one, which may have been answered in the meantime."""
         self._version = 0
         """Changes with the accepted work."""
-        self._ahead: tuple[Key, int, Counter[Queue], int] | None = None
+        self._ahead: tuple[Key, int, _Ahead] | None = None
         """The last request asked about, and the work ahead of it: one request is predicted for several models."""
-        self.images = 0
-        """Images accepted and not yet answered."""
-        self.bytes = 0
-        """Bytes of bodies accepted and not yet answered."""
 
-    def admit(self, state: RequestState, queue: Queue, *, encoded: bool) -> "Place":
+    @property
+    def images(self) -> int:
+        """Images accepted and not yet answered."""
+        return self.room.images
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of bodies accepted and not yet answered."""
+        return self.room.bytes
+
+    def admit(self, state: RequestState, queue: Queue, *, decoding: Sequence[int] = ()) -> "Place":
         """Room for a request whose body is not yet read: enter it as a context, and leave it when all is answered.
 
-        `queue` is that of the fastest model that may answer; `encoded` says whether the images will need decoding.
-        Raises Overloaded if one image could not finish in time, or if there is no room for one. Images take up room
-        only once they are accepted: a slow sender takes up bytes, but nobody else's room.
+        `queue` is that of the fastest model that may answer; `decoding` is the least work of decoding that there will
+        be, as far as the head tells. Raises Overloaded if it could not finish in time, or if there is no room for one
+        image. Images take up room only once they are accepted: a slow sender takes up bytes, but nobody else's room.
         """
-        self.require_in_time(state, self.predict(queue, state, encoded=encoded))
-        self._require_room(1)
+        self.require_in_time(state, self.predict(queue, state, decoding=decoding))
+        self.room.require(1, batch=state.key.batch, drain_seconds=self.drain_seconds)
         return Place(self, state)
 
-    def hold_bytes(self, place: "Place", count: int) -> None:
-        """Account for more bytes of a body. Raises Overloaded if all bodies together would be too large."""
-        if self.bytes + count > self._max_bytes:
-            raise Overloaded(
-                f"{self.bytes:,} bytes are pending and {self._max_bytes:,} are allowed: "
-                "nothing was done for this request, send it again later",
-                reason="bytes",
-                retry_after_s=self.drain_seconds(),
-            )
-        self.bytes += count
-        place.bytes += count
+    def accept(self, place: "Place", queue: Queue, images: int, *, decoding: Sequence[int] = ()) -> None:
+        """Accept a request's images. Raises Overloaded if they cannot finish in time or there is no room for them.
 
-    def accept(self, place: "Place", queue: Queue, images: int, *, encoded: bool) -> None:
-        """Accept a request's images. Raises Overloaded if they cannot finish in time or there is no room for them."""
+        `decoding`: the work of decoding each, empty if they are pixels.
+        """
         state = place.state
-        self._require_room(images)
-        self.require_in_time(state, self.predict(queue, state, images, encoded=encoded))
+        self.room.require(images, batch=state.key.batch, drain_seconds=self.drain_seconds)
+        place.predicted_seconds = self.predict(queue, state, images, decoding=decoding)
+        self.require_in_time(state, place.predicted_seconds)
         if not self._is_last(state) and (late := self._seconds_late(state, queue, images)):
             raise Overloaded(
                 "this request would make an earlier one miss its deadline: "
@@ -72,16 +109,14 @@ class Admission:
                 reason="deadline",
                 retry_after_s=late,
             )
-        self.images += images
         self._version += 1
-        place.images = images
-        self._accepted[state] = queue, queue.backlog.accept(state, images, encoded=encoded)
-        self._last = max(self._last, state.key) if self._last else state.key
+        place.hold_images(images)
+        self._accepted[state] = queue, queue.backlog.accept(state, work_of(images, decoding))
+        last = self._last[state.key.batch]
+        self._last[state.key.batch] = max(last, state.key) if last else state.key
 
     def release(self, place: "Place") -> None:
         """Free all that a request holds."""
-        self.images -= place.images
-        self.bytes -= place.bytes
         self._version += 1
         if accepted := self._accepted.pop(place.state, None):
             accepted[0].backlog.release(place.state)
@@ -102,78 +137,85 @@ class Admission:
         """Seconds from now within which the request must be predicted to finish."""
         return self._margin * (state.deadline - state.arrived_at) - (self._clock() - state.arrived_at)
 
-    def predict(self, queue: Queue, state: RequestState, images: int = 1, *, encoded: bool = True) -> float:
+    def predict(self, queue: Queue, state: RequestState, images: int = 1, *, decoding: Sequence[int] = ()) -> float:
         """Predicted seconds from now until a request of `images` for `queue` is answered."""
-        ahead, undecoded = self._work_ahead(state)
-        work = ahead + Counter({queue: images})
-        # The running batch is finished first, also if the request overtakes everything else.
+        own, other = self._work_ahead(state), self._all_work(batch=not state.key.batch)
+        # What the other class gets done in the meantime: of its work, for each second of one's own.
+        ratio = 1 / self._overtaking if state.key.batch else self._overtaking
         done, left = self._running()
-        engine = max(left + queue.cost.total(images), _seconds(work) - done)
-        if not encoded:
-            return engine
-        # Decoding and inference overlap, except for the last image's own decoding and batch.
-        decode = self._decode_seconds(undecoded + images)
-        last = queue.cost.total(min(images, queue.cost.limit))
-        return max(decode + last, engine + self._load.decode_seconds)
+        large = any(work > LARGE_WORK for work in decoding)
+        work = own.seconds(queue, images, large=large)
+        if other.engine:
+            work += min(other.seconds(large=large), ratio * work)
+        # The running batch is finished first, also if the request overtakes everything else.
+        engine = max(left + queue.cost.total(images), work - done)
+        if decoding:
+            # Decoding and inference overlap, except for the last image's own decoding and batch.
+            decoded = self._decode_seconds(own, other, decoding, ratio)
+            engine = max(engine, decoded + queue.cost.total(min(images, queue.cost.limit)))
+        return engine + self._lag.delay_seconds
+
+    def idle_seconds(self, queue: Queue, images: int, *, decoding: Sequence[int] = ()) -> float:
+        """What `predict` would say if there were no other requests."""
+        return self._decode_seconds(_NOTHING, _NOTHING, decoding, 0.0) + queue.cost.total(images)
 
     def drain_seconds(self) -> float:
         """Predicted seconds until all accepted work is done."""
-        work, undecoded = self._all_work()
-        return max(0.0, _seconds(work) - self._running()[0], self._decode_seconds(undecoded))
+        work = _Ahead()
+        for batch in (False, True):
+            for queue in self._scheduler.queues:
+                work.add(queue, queue.backlog.of_class[batch])
+        decode = self._load.seconds_per_pixel * max(
+            work.small / self._load.decode_threads, work.large / self._load.large_threads
+        )
+        return max(0.0, work.seconds() - self._running()[0], decode) + self._lag.delay_seconds
 
     def _is_last(self, state: RequestState) -> bool:
-        """Whether all accepted work comes before the request's, which is so if all have the same deadline."""
-        if self._last is None or state.key > self._last:
+        """Whether all accepted work of its class comes before the request's, as when all have the same deadline."""
+        batch = state.key.batch
+        last = self._last[batch]
+        if last is None or state.key > last:
             return True
-        self._last = max((other.key for other in self._accepted), default=None)
-        return self._last is None or state.key > self._last
+        self._last[batch] = last = max(
+            (other.key for other in self._accepted if other.key.batch == batch), default=None
+        )
+        return last is None or state.key > last
 
-    def _work_ahead(self, state: RequestState) -> tuple[Counter[Queue], int]:
-        """Images that the engine answers before the request's, by queue, and those of them to be decoded."""
+    def _work_ahead(self, state: RequestState) -> _Ahead:
+        """What is done before the request's images, of its class."""
         if self._is_last(state):
-            return self._all_work()
+            return self._all_work(batch=state.key.batch)
         if self._ahead is None or self._ahead[:2] != (state.key, self._version):
-            work, undecoded = Counter[Queue](), 0
-            for other, (queue, pending) in self._accepted.items():
-                if other.key < state.key:
-                    work[queue] += pending.waiting
-                    undecoded += pending.undecoded
-            self._ahead = state.key, self._version, work, undecoded
-        return self._ahead[2], self._ahead[3]
+            ahead = _Ahead()
+            for other, (queue, left) in self._accepted.items():
+                if other.key.batch == state.key.batch and other.key < state.key:
+                    ahead.add(queue, left)
+            self._ahead = state.key, self._version, ahead
+        return self._ahead[2]
 
-    def _all_work(self) -> tuple[Counter[Queue], int]:
-        work, undecoded = Counter[Queue](), 0
+    def _all_work(self, *, batch: bool) -> _Ahead:
+        ahead = _Ahead()
         for queue in self._scheduler.queues:
-            if queue.backlog.waiting:
-                work[queue] = queue.backlog.waiting
-            undecoded += queue.backlog.undecoded
-        return work, undecoded
-
-    def _require_room(self, images: int) -> None:
-        if self.images + images > self._max_images:
-            raise Overloaded(
-                f"{self.images} images are pending and {self._max_images} are allowed: "
-                "nothing was done for this request, send it again later",
-                reason="images",
-                retry_after_s=self.drain_seconds(),
-            )
+            if (left := queue.backlog.of_class[batch]).waiting:
+                ahead.add(queue, left)
+        return ahead
 
     def _seconds_late(self, state: RequestState, queue: Queue, images: int) -> float:
-        """By how much the request would make an accepted one late that is otherwise in time; 0 if none."""
-        later = sorted((other for other in self._accepted if other.key > state.key), key=lambda other: other.key)
+        """By how much the request would make an accepted one of its class late that is otherwise in time; 0 if none."""
+        batch = state.key.batch
+        later = [other for other in self._accepted if other.key.batch == batch and other.key > state.key]
+        later.sort(key=lambda other: other.key)
         started = self._clock() - self._running()[0]
-        everything = _seconds(self._all_work()[0] + Counter({queue: images}))
+        everything = self._all_work(batch=batch).seconds(queue, images)
         if started + everything <= min((other.deadline for other in later), default=math.inf):
             return 0.0
-        without = self._work_ahead(state)[0].copy()
-        with_it = without + Counter({queue: images})
+        ahead = self._work_ahead(state)
+        ahead = _Ahead(dict(ahead.engine), dict(ahead.undecoded))
         worst = 0.0
         for other in later:
-            other_queue, pending = self._accepted[other]
-            for work in (without, with_it):
-                work[other_queue] += pending.waiting
-            finish = started + _seconds(with_it)
-            if finish > other.deadline >= started + _seconds(without):
+            ahead.add(*self._accepted[other])
+            finish = started + ahead.seconds(queue, images)
+            if finish > other.deadline >= started + ahead.seconds():
                 worst = max(worst, finish - other.deadline)
         return worst
 
@@ -187,29 +229,54 @@ class Admission:
                 return done, seconds - done
         return 0.0, 0.0
 
-    def _decode_seconds(self, images: int) -> float:
-        return math.ceil(images / self._load.decode_threads) * self._load.decode_seconds
+    def _decode_seconds(self, own: _Ahead, other: _Ahead, decoding: Sequence[int], ratio: float) -> float:
+        """Seconds until the images are decoded, each in its lane; `ratio` as in `predict`."""
+        large = sum(work for work in decoding if work > LARGE_WORK)
+        small, load = sum(decoding) - large, self._load
+        work = 0.0
+        if small:
+            ahead = own.small + small
+            work = (ahead + min(other.small, ratio * ahead)) / load.decode_threads
+        if large:
+            ahead = own.large + large
+            work = max(work, (ahead + min(other.large, ratio * ahead)) / load.large_threads)
+        # An image has one thread.
+        return load.seconds_per_pixel * max(work, max(decoding, default=0))
 
 
 class Place:
     """The room that one request holds, from admission to answer. Leaving the context is the only way to free it."""
 
-    __slots__ = ("_admission", "bytes", "images", "state")
+    __slots__ = ("_admission", "bytes", "images", "predicted_seconds", "state")
 
     def __init__(self, admission: Admission, state: RequestState) -> None:
         self._admission, self.state = admission, state
         self.images = self.bytes = 0
+        self.predicted_seconds = 0.0
+        """Predicted finish when its images were accepted, in seconds from then."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        room = self._admission.room
+        room.free_images(self.images, batch=self.state.key.batch)
+        room.free_bytes(self.bytes)
         self._admission.release(self)
+
+    def hold_images(self, count: int) -> None:
+        """Account for the images of the request, for which there must be room."""
+        self._admission.room.hold_images(count, batch=self.state.key.batch)
+        self.images += count
 
     def hold_bytes(self, count: int) -> None:
         """Account for more bytes of the request's body. Raises Overloaded if all bodies would be too large."""
-        self._admission.hold_bytes(self, count)
+        self._admission.room.hold_bytes(count, before=self.bytes, drain_seconds=self._admission.drain_seconds)
+        self.bytes += count
+
+    def expect_bytes(self, count: int) -> None:
+        """Raise Overloaded if a body of `count` bytes could not be held now."""
+        self._admission.room.require_bytes(count, before=self.bytes, drain_seconds=self._admission.drain_seconds)
 
 
-def _seconds(work: Counter[Queue]) -> float:
-    return sum(queue.cost.total(images) for queue, images in work.items() if images > 0)
+_NOTHING = _Ahead()

@@ -5,6 +5,8 @@
 Warm-up measures the baselines on an idle device. Under traffic, decoding and other processes take their share of the
 cores. That slows all models alike, so one fast-moving factor of the device follows it, and models that have not run for
 a while are predicted well too. A slower factor for each batch size follows what the first does not explain. Both decay.
+
+Decoding is predicted in the same way, from the work of each image in pixels: see `service.image_work`.
 """
 
 import math
@@ -19,6 +21,18 @@ _GOOD_ENOUGH = 1.1
 
 _HALF_LIFE_SECONDS, _DRIFT_HALF_LIFE_SECONDS = 5.0, 60.0
 
+_SECONDS_PER_PIXEL = 1e-8
+"""Decoding a pixel of a JPEG, where it was not measured."""
+
+_OUTLIER = 4.0
+"""A decoding that took longer than predicted counts as this many times longer at most; likewise if it was faster."""
+
+LARGE_WORK = 2_000_000
+"""Work of decoding, in pixels, above which an image goes to a lane of its own, so that small ones need not wait for it.
+
+At 10 ms of CPU per megapixel smaller images take at most 20 ms; docs/service.md has times of larger ones.
+"""
+
 _HANDOVER_SECONDS = 0.0003
 """Cost of a batch beside the engine: two changes of thread. Measured; it matters to the smallest models only."""
 
@@ -30,21 +44,44 @@ class Load:
     rejected requests are not timed.
     """
 
-    def __init__(self, *, decode_threads: int = 1, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        *,
+        decode_threads: int = 1,
+        seconds_per_pixel: float = _SECONDS_PER_PIXEL,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`seconds_per_pixel`: the time of decoding on an idle machine, for each pixel of work."""
         self.decode_threads = decode_threads
+        self.large_threads = max(1, decode_threads // 2)
+        """Threads of the lane for images of more than LARGE_WORK."""
         self.clock = clock
         self.slowdown = Decaying(1.0, clock)
         """Recent duration of batches divided by their baselines; its value is 1 on an idle device."""
-        self._decode_seconds = Decaying(0.0, clock)
+        self._seconds_per_pixel = seconds_per_pixel
+        self._decode_slowdown = Decaying(1.0, clock)
+        self._decode_drift = Decaying(1.0, clock, _DRIFT_HALF_LIFE_SECONDS)
+        self._work = Decaying(0.0, clock)
 
     @property
     def decode_seconds(self) -> float:
-        """Recent mean duration of decoding one image; 0 before the first."""
-        return self._decode_seconds.value
+        """Predicted duration of decoding an image like the recent small ones; 0 before the first."""
+        return self._work.value * self.seconds_per_pixel
 
-    def decoded(self, seconds: float) -> None:
+    @property
+    def seconds_per_pixel(self) -> float:
+        """Predicted duration of decoding, for each pixel of work."""
+        return self._seconds_per_pixel * self._decode_slowdown.value * self._decode_drift.value
+
+    def decoded(self, seconds: float, work: int) -> None:
         """Record the decoding of one image."""
-        self._decode_seconds.mix(seconds, _FAST_WEIGHT)
+        # One image that is far slower than its header says, by chance or by design, must not shut out the others.
+        ratio = min(max(seconds / (work * self.seconds_per_pixel), 1 / _OUTLIER), _OUTLIER)
+        self._decode_slowdown.value *= ratio**_FAST_WEIGHT
+        self._decode_drift.value *= ratio**_SLOW_WEIGHT
+        if work <= LARGE_WORK:
+            # Large images say nothing about how long the next small one will take.
+            self._work.mix(work, _FAST_WEIGHT)
 
 
 class Decaying:
@@ -90,6 +127,11 @@ class Cost:
     def limit(self) -> int:
         """Largest number of images in a batch."""
         return self.sizes[-1]
+
+    @property
+    def least(self) -> float:
+        """Predicted seconds of the smallest batch."""
+        return self.seconds(self.sizes[0])
 
     def padded(self, images: int) -> int:
         """The warmed-up size that holds `images`. Raises ValueError above the limit."""

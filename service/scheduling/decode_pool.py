@@ -1,6 +1,7 @@
 """The decode pool: the most urgent image first, and images that take long in a lane of their own.
 
-Without the second lane a few large photos would occupy every decoder, and small images would wait behind them.
+Without the second lane a few large photos would occupy every decoder, and small images would wait behind them. In each
+lane batch work gets its share of the turns.
 """
 
 import asyncio
@@ -8,65 +9,84 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from service.images import LARGE_PIXELS, OpenedImage, open_image
+from service.image_work import work_of, work_of_opened
+from service.images import OpenedImage, open_image
 from service.manifest import Preprocessing
-from service.scheduling.cost import Load
+from service.scheduling.cost import LARGE_WORK, Load
 from service.scheduling.request import Key, RequestState
 from service.scheduling.scheduler import Queue, Scheduler
+from service.scheduling.turns import BATCH_SHARE, Turns
 
 T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
-_Job = tuple[Key, int, RequestState, Callable[[], Any], "asyncio.Future[Any]"]
+_Job = tuple[Key, int, RequestState, float, Callable[[], Any], "asyncio.Future[Any]"]
 
 _SWEEP_SECONDS = 0.05
 _STAGE = "before the image was decoded"
+
+_LEAST = 0.5
+"""An image is not decoded if even this fraction of its predicted work would end after its deadline."""
 
 
 class DecodePool:
     """Decodes images, and keeps the scheduler and the cost model informed about it."""
 
-    def __init__(self, scheduler: Scheduler, load: Load, *, max_pixels: int) -> None:
+    def __init__(self, scheduler: Scheduler, load: Load, *, max_pixels: int, batch_share: float = BATCH_SHARE) -> None:
         """With as many threads as `load` says; images of more than `max_pixels` are refused."""
         self._scheduler, self._load, self._max_pixels = scheduler, load, max_pixels
-        self._small = Lane(load.decode_threads, "decode", load.clock)
-        self._large = Lane(max(1, load.decode_threads // 2), "decode-large", load.clock)
+        self._small = Lane(load.decode_threads, "decode", load.clock, batch_share=batch_share)
+        self._large = Lane(load.large_threads, "decode-large", load.clock, batch_share=batch_share)
+
+    def work_of(self, images: Sequence[bytes], preprocessing: Preprocessing) -> list[int]:
+        """Work of decoding each of them in pixels, by their headers, for admission and for `decode`."""
+        return [work_of(image, preprocessing, max_pixels=self._max_pixels) for image in images]
 
     async def decode(
-        self, image: bytes, preprocessing: Preprocessing, state: RequestState, queue: Queue
+        self, image: bytes, preprocessing: Preprocessing, state: RequestState, queue: Queue, work: int
     ) -> tuple[Pixels, float]:
         """An encoded image of a request accepted by `queue` as uint8 (crop, crop, 3), and the seconds it took.
 
-        Raises ImageError, or what `run` raises.
+        `work`: as `work_of` says. Raises ImageError, or what `run` raises.
         """
+        load = self._load
+
+        def opened() -> OpenedImage:
+            return open_image(image, preprocessing, max_pixels=self._max_pixels)
 
         def small() -> Pixels | OpenedImage:
-            opened = open_image(image, preprocessing, max_pixels=self._max_pixels)
-            return opened if opened.pixels > LARGE_PIXELS else opened.render()
+            found = opened()
+            return found if work_of_opened(found, len(image)) > LARGE_WORK else found.render()
 
         try:
-            try:
-                with queue.backlog.in_decode_pool(state):
-                    result, seconds = await self._small.run(state, small)
-            finally:
-                self._scheduler.wake()
-            if isinstance(result, np.ndarray):
-                # Large images are left out: they say nothing about how long the next small one will take.
-                self._load.decoded(seconds)
-                return result, seconds
-            pixels, more = await self._large.run(state, result.render)
-            return pixels, seconds + more
+            needs = _LEAST * (work * load.seconds_per_pixel + queue.cost.least)
+            seconds = 0.0
+            if work <= LARGE_WORK:
+                try:
+                    with queue.backlog.in_decode_pool(state):
+                        result, seconds = await self._small.run(state, small, needs=needs)
+                finally:
+                    self._scheduler.wake()
+                if isinstance(result, np.ndarray):
+                    load.decoded(seconds, work)
+                    return result, seconds
+                # Its header hid how large it is.
+                pixels, more = await self._large.run(state, result.render)
+                return pixels, seconds + more
+            pixels, seconds = await self._large.run(state, lambda: opened().render(), needs=needs)
+            load.decoded(seconds, work)
+            return pixels, seconds
         except BaseException:
             # It will never reach the engine.
             queue.backlog.answered(state)
             raise
         finally:
-            queue.backlog.decoded(state)
+            queue.backlog.decoded(state, work)
 
     async def run(self, state: RequestState, work: Callable[[], T]) -> T:
         """Call `work` in the pool. Raises ClientDisconnected or DeadlineExceeded instead of calling it in vain."""
@@ -82,9 +102,18 @@ class DecodePool:
 class Lane:
     """Some threads, and the jobs that wait for them in the order of their requests' keys."""
 
-    def __init__(self, threads: int, name: str, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        threads: int,
+        name: str,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        batch_share: float = BATCH_SHARE,
+    ) -> None:
         self._clock = clock
-        self._waiting: list[_Job] = []
+        self._waiting: tuple[list[_Job], list[_Job]] = [], []
+        """Interactive and batch jobs."""
+        self._turns = Turns(batch_share)
         self._numbers = itertools.count()
         self._closing = False
         self._next_sweep = 0.0
@@ -93,16 +122,17 @@ class Lane:
             threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True).start()
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting[0]) + len(self._waiting[1])
 
-    async def run(self, state: RequestState, work: Callable[[], T]) -> tuple[T, float]:
+    async def run(self, state: RequestState, work: Callable[[], T], *, needs: float = 0.0) -> tuple[T, float]:
         """Call `work` in a thread: its result and its seconds.
 
-        Raises ClientDisconnected or DeadlineExceeded if the request is over by then.
+        Raises ClientDisconnected or DeadlineExceeded if the request is over by then, or would be in `needs` seconds.
         """
         answer: asyncio.Future[tuple[T, float]] = asyncio.get_running_loop().create_future()
         with self._change:
-            heapq.heappush(self._waiting, (state.key, next(self._numbers), state, work, answer))
+            job = (state.key, next(self._numbers), state, needs, work, answer)
+            heapq.heappush(self._waiting[state.key.batch], job)
             self._change.notify()
         return await answer
 
@@ -111,26 +141,28 @@ class Lane:
         with self._change:
             self._closing = True
             self._change.notify_all()
-        for *_, answer in self._waiting:
+        for *_, answer in itertools.chain(*self._waiting):
             answer.cancel()
 
     def _work(self) -> None:
         """The main loop of a thread."""
         while True:
             with self._change:
-                while not (self._waiting or self._closing):
+                while not (len(self) or self._closing):
                     self._change.wait()
                 if self._closing:
                     return
-                _, _, state, work, answer = heapq.heappop(self._waiting)
+                interactive, batch = self._waiting
+                batch_first = self._turns.batch_first(interactive_waits=bool(interactive), batch_waits=bool(batch))
+                _, _, state, needs, work, answer = heapq.heappop(batch if batch_first else interactive)
                 swept = self._sweep()
-            for *_, over, _, waiter in swept:
+            for _, _, over, _, _, waiter in swept:
                 _call_back(waiter, None, over.error(_STAGE))
             if answer.done():
                 continue
             try:
                 started = self._clock()
-                if state.over(started):
+                if state.over(started + needs):
                     raise state.error(_STAGE)
                 outcome: Any = work(), self._clock() - started
                 failure: BaseException | None = None
@@ -146,11 +178,13 @@ class Lane:
         if now < self._next_sweep:
             return []
         self._next_sweep = now + _SWEEP_SECONDS
-        over = [job for job in self._waiting if job[2].over(now)]
-        if over:
-            numbers = {job[1] for job in over}
-            self._waiting = [job for job in self._waiting if job[1] not in numbers]
-            heapq.heapify(self._waiting)
+        over: list[_Job] = []
+        for waiting in self._waiting:
+            if gone := [job for job in waiting if job[2].over(now)]:
+                numbers = {job[1] for job in gone}
+                waiting[:] = [job for job in waiting if job[1] not in numbers]
+                heapq.heapify(waiting)
+                over += gone
         return over
 
 

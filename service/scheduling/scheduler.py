@@ -3,7 +3,8 @@
 There is one queue per model, and one thread for all engines, so that two models never compete for the same cores. The
 thread takes its batches itself: a free engine does not wait for the event loop's next turn. There is no timer and no
 polling: a single image starts at once, and batches form while the engine is busy. The order is priority, then deadline,
-then arrival. Requests whose client has left or whose deadline has passed are dropped before a batch is formed.
+then arrival; batch work keeps a share of the turns. Requests whose client has left or whose deadline has passed are
+dropped before a batch is formed.
 
 A free engine waits for one thing only: images that wait for a decoder. Then every core is busy, a batch of one would
 take a decoder's core at the highest cost per image, and the next image is about to be decoded. See `Queue.holds`.
@@ -26,6 +27,7 @@ import numpy.typing as npt
 from service.scheduling.backlog import Backlog
 from service.scheduling.cost import Cost, Load
 from service.scheduling.request import Key, RequestState
+from service.scheduling.turns import BATCH_SHARE, Turns
 
 T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
@@ -65,6 +67,9 @@ class _Entry:
     since: float
 
 
+_Waiting = tuple[Key, int, _Entry]
+
+
 class Queue:
     """The images of one model that wait for the engine."""
 
@@ -76,17 +81,22 @@ class Queue:
         self.running: tuple[float, float] | None = None
         """Start of the running batch on the scheduler's clock, and its predicted seconds."""
         self.backlog = Backlog()
-        self._heap: list[tuple[Key, int, _Entry]] = []
+        self._heaps: tuple[list[_Waiting], list[_Waiting]] = [], []
+        """Interactive and batch images."""
         self._numbers = itertools.count()
         self._buffers: dict[int, Pixels] = {}
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._heaps[0]) + len(self._heaps[1])
 
-    @property
-    def head(self) -> Key:
+    def waits(self, *, batch: bool) -> bool:
+        """Whether images of the priority class wait."""
+        return bool(self._heaps[batch])
+
+    def head(self, *, batch_first: bool = False) -> Key:
         """Key of the next image. There must be one."""
-        return self._heap[0][0]
+        interactive, batch = self._heaps
+        return (batch if batch and (batch_first or not interactive) else interactive)[0][0]
 
     def holds(self, now: float, load: Load) -> bool:
         """Whether the next batch should wait for images that are about to be decoded.
@@ -94,32 +104,35 @@ class Queue:
         Only while more images are in the decode pool than its threads can work on, there is room in the batch, and the
         deadline of the most urgent image leaves time to decode a full batch and to run two.
         """
-        limit, head, decoding = self.cost.limit, self.head, self.backlog.decoding
-        if decoding[False] + (decoding[True] if head.batch else 0) <= load.decode_threads or len(self._heap) >= limit:
+        limit, head, decoding = self.cost.limit, self.head(), self.backlog.decoding
+        if decoding[False] + (decoding[True] if head.batch else 0) <= load.decode_threads or len(self) >= limit:
             return False
         return head.deadline - now > limit * load.decode_seconds + 2 * self.cost.seconds(limit)
 
     def push(self, entry: _Entry) -> None:
         """Add an image."""
-        heapq.heappush(self._heap, (entry.state.key, next(self._numbers), entry))
+        heapq.heappush(self._heaps[entry.state.key.batch], (entry.state.key, next(self._numbers), entry))
 
     def drop_expired(self, now: float) -> list[_Entry]:
         """Take out all images that nobody waits for or that are too late, wherever they stand in the queue."""
-        over = [entry for _, _, entry in self._heap if _is_over(entry, now)]
-        if over:
-            gone = {id(entry) for entry in over}
-            self._heap = [place for place in self._heap if id(place[2]) not in gone]
-            heapq.heapify(self._heap)
-        return over
+        dropped: list[_Entry] = []
+        for heap in self._heaps:
+            if over := [entry for _, _, entry in heap if _is_over(entry, now)]:
+                gone = {id(entry) for entry in over}
+                heap[:] = [place for place in heap if id(place[2]) not in gone]
+                heapq.heapify(heap)
+                dropped += over
+        return dropped
 
-    def pop(self, now: float) -> tuple[list[_Entry], list[_Entry]]:
+    def pop(self, now: float, *, batch_first: bool = False) -> tuple[list[_Entry], list[_Entry]]:
         """Take out the images of the next batch, the most urgent first, and the expired ones found on the way."""
         batch: list[_Entry] = []
         over: list[_Entry] = []
-        while self._heap and len(batch) < self.cost.limit:
-            entry = heapq.heappop(self._heap)[2]
-            (over if _is_over(entry, now) else batch).append(entry)
-        if batch and not self._heap:
+        for heap in reversed(self._heaps) if batch_first else self._heaps:
+            while heap and len(batch) < self.cost.limit:
+                entry = heapq.heappop(heap)[2]
+                (over if _is_over(entry, now) else batch).append(entry)
+        if batch and not len(self):
             taken = self.cost.take(len(batch))
             for entry in batch[taken:]:
                 self.push(entry)
@@ -149,6 +162,12 @@ class Queue:
             entry.answer.set_exception(outcome)
 
 
+def _rank(queue: Queue, batch_first: bool) -> tuple[bool, Key]:
+    """The order of queues by what they would run next."""
+    head = queue.head(batch_first=batch_first)
+    return batch_first and not head.batch, head
+
+
 def _is_over(entry: _Entry, now: float) -> bool:
     return entry.answer.done() or entry.state.over(now)
 
@@ -156,8 +175,9 @@ def _is_over(entry: _Entry, now: float) -> bool:
 class Scheduler:
     """Start with `start`, stop with `close`; both on the event loop that calls `submit`."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Load, *, batch_share: float = BATCH_SHARE) -> None:
         """`load`: that of the machine which decoders and engines share."""
+        self._turns = Turns(batch_share)
         self.queues: list[Queue] = []
         self._load, self._clock = load, load.clock
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -277,8 +297,14 @@ class Scheduler:
         for queue in self.queues:
             self._drop(queue, queue.drop_expired(now))
         ready = [queue for queue in self.queues if len(queue) and not queue.holds(now, self._load)]
-        for queue in sorted(ready, key=lambda queue: queue.head):
-            batch, expired = queue.pop(now)
+        if not ready:
+            return None
+        batch_first = self._turns.batch_first(
+            interactive_waits=any(queue.waits(batch=False) for queue in ready),
+            batch_waits=any(queue.waits(batch=True) for queue in ready),
+        )
+        for queue in sorted(ready, key=lambda queue: _rank(queue, batch_first)):
+            batch, expired = queue.pop(now, batch_first=batch_first)
             self._drop(queue, expired)
             if batch:
                 return queue, batch

@@ -68,7 +68,7 @@ async def ask(pipeline: Pipeline, numbers: list[int], *, fate: str = "answered",
         read=read,
         write=write,
         disconnected=client_left.wait,
-        encoded=encoded,
+        encoded_bytes=0 if encoded else None,
         partial=True,
     )
     assert set(answer.timings_ms) == {"read", "decode", "queue", "inference", "total"}
@@ -116,6 +116,7 @@ def test_nothing_stays_behind_wherever_a_request_fails(world: World, plan: list[
     backlog = model.queue.backlog
     assert (admission.images, admission.bytes, backlog.waiting, backlog.undecoded) == (0, 0, 0, 0)
     assert backlog.decoding == {False: 0, True: 0}
+    assert [(work.small, work.large) for work in backlog.of_class] == [(0, 0), (0, 0)]
     # Nobody holds the model any more, so that it could be unloaded.
     runner.run(asyncio.wait_for(model.unused(), 60))
 

@@ -98,6 +98,8 @@ def test_an_invalid_value_is_an_error(name: str, value: str, monkeypatch: pytest
     [
         ({"max_images_per_request": 3, "max_pending_images": 2}, "could never be admitted"),
         ({"max_body_bytes": 3, "max_pending_bytes": 2}, "could never be admitted"),
+        ({"max_images_per_request": 76, "max_pending_images": 100}, "the 75 of max_pending_images"),
+        ({"max_body_bytes": 80 << 20, "max_pending_bytes": 100 << 20}, "that large_bodies_fraction .0.75. leaves"),
         ({"default_deadline_ms": 3, "max_deadline_ms": 2}, "default_deadline_ms .3. exceeds max_deadline_ms"),
     ],
 )

@@ -233,8 +233,8 @@ def test_a_full_service_says_when_to_retry(repository: Path) -> None:
     two = [("a", ("a.png", PNG)), ("b", ("b.png", PNG))]
     with TestClient(app) as client:
         admission, queue = app.state.pipeline.admission, app.state.pipeline.registry.ready[0].queue
-        with admission.admit(RequestState(seconds=60), queue, encoded=True) as other:
-            admission.accept(other, queue, 2, encoded=True)
+        with admission.admit(RequestState(seconds=60), queue) as other:
+            admission.accept(other, queue, 2)
             assert client.post("/v1/classify", content=PNG).status_code == 200, "one place is left"
             busy = client.post("/v1/classify", files=two)
             assert busy.status_code == 429

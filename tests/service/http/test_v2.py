@@ -186,7 +186,7 @@ def test_decompressed_bytes_count_against_the_limit_of_all_bodies(repository: Pa
         pipeline = client.app.state.pipeline  # type: ignore[attr-defined]
         admission, queue = pipeline.admission, pipeline.registry.ready[0].queue
         body, headers = binary_body(elements(bytes(200_000)), shape=[1], datatype="BYTES")
-        with admission.admit(RequestState(seconds=60), queue, encoded=True) as other:
+        with admission.admit(RequestState(seconds=60), queue) as other:
             other.hold_bytes(150_000)
             packed = gzip.compress(body)
             answer = client.post(MODEL + "/infer", content=packed, headers=headers | {"Content-Encoding": "gzip"})

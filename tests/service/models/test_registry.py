@@ -18,6 +18,7 @@ from service.host import resident_bytes
 from service.metrics import Metrics
 from service.pipeline import Answer, Inputs, Pipeline, RequestOptions
 from service.scheduling.admission import Place
+from service.scheduling.room import Room
 from service.scheduling.scheduler import Output
 from service.settings import Settings
 from tests.service.conftest import PNG, images_waiting, resum
@@ -263,7 +264,7 @@ def test_no_answer_is_lost_or_swapped_under_cancellation_errors_and_reloads(tmp_
     chance = random.Random(0)  # noqa: S311 (the same sequence every time)
 
     async def scenario(classifier: Pipeline) -> None:
-        classifier.admission._max_images = 10**6
+        classifier.admission.room = Room(max_images=10**6, max_bytes=10**9)
         reloading = asyncio.create_task(reload(classifier))
         tasks: list[tuple[int, str, asyncio.Task[int]]] = []
         for number in range(4000):

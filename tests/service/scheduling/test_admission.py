@@ -8,9 +8,14 @@ import pytest
 from service.errors import Overloaded
 from service.scheduling.admission import Admission, Place
 from service.scheduling.cost import Cost, Load
+from service.scheduling.loop_lag import LoopLag
 from service.scheduling.request import Priority, RequestState
+from service.scheduling.room import Room
 from service.scheduling.scheduler import Queue, Scheduler
 from tests.service.conftest import Clock
+
+HALF_A_SECOND = 1_000_000
+"""Work of decoding, in pixels, on a machine that takes 500 ns for each."""
 
 
 def no_engine(_: object) -> tuple[np.ndarray, np.ndarray]:
@@ -20,37 +25,47 @@ def no_engine(_: object) -> tuple[np.ndarray, np.ndarray]:
 class World:
     """Admission before a model whose single image takes 10 ms, and no larger batches."""
 
-    def __init__(self, *, max_images: int = 100, max_bytes: int = 1000, margin: float = 1.0) -> None:
+    def __init__(
+        self,
+        *,
+        max_images: int = 100,
+        max_bytes: int = 1000,
+        margin: float = 1.0,
+        reserved: float = 0.0,
+        large: float = 1.0,
+    ) -> None:
         self.clock = Clock()
-        self.load = Load(clock=self.clock)
+        self.load = Load(seconds_per_pixel=5e-7, clock=self.clock)
         self.queue = Queue("ten-ms", no_engine, Cost({1: 0.010}, self.load))
         scheduler = Scheduler(self.load)
         scheduler.add(self.queue)
         self.places = ExitStack()
-        self.admission = Admission(
-            scheduler,
-            self.load,
-            max_pending_images=max_images,
-            max_pending_bytes=max_bytes,
-            margin=margin,
+        self.lag = LoopLag(self.clock)
+        self.room = Room(
+            max_images=max_images,
+            max_bytes=max_bytes,
+            reserved_fraction=reserved,
+            large_body_bytes=100,
+            large_bodies_fraction=large,
         )
+        self.admission = Admission(scheduler, self.load, self.room, margin=margin, batch_share=0.2, lag=self.lag)
 
     def state(self, *, seconds: float = 60.0, priority: Priority = "interactive") -> RequestState:
         return RequestState(seconds=seconds, priority=priority, arrived_at=self.clock.now)
 
     def admit(self, state: RequestState | None = None) -> Place:
-        return self.admission.admit(state or self.state(), self.queue, encoded=False)
+        return self.admission.admit(state or self.state(), self.queue)
 
     def accept(self, images: int, *, seconds: float = 60.0, priority: Priority = "interactive") -> RequestState:
         """A request that stays in work."""
         state = self.state(seconds=seconds, priority=priority)
         place = self.places.enter_context(self.admit(state))
-        self.admission.accept(place, self.queue, images, encoded=False)
+        self.admission.accept(place, self.queue, images)
         return state
 
     def predict(self, *, seconds: float = 60.0, priority: Priority = "interactive") -> float:
         """Seconds until one more image would be answered."""
-        return self.admission.predict(self.queue, self.state(seconds=seconds, priority=priority), encoded=False)
+        return self.admission.predict(self.queue, self.state(seconds=seconds, priority=priority))
 
 
 def test_the_predicted_finish_counts_the_work_ahead_and_not_that_behind() -> None:
@@ -60,7 +75,7 @@ def test_the_predicted_finish_counts_the_work_ahead_and_not_that_behind() -> Non
     assert world.predict() == pytest.approx(0.040)
     assert world.predict(seconds=10.0) == pytest.approx(0.010), "it would overtake them"
     world.accept(5, priority="batch", seconds=1)
-    assert world.predict() == pytest.approx(0.040), "batch work waits"
+    assert world.predict() == pytest.approx(0.050), "batch work has one turn in five"
 
 
 def test_answered_images_are_no_longer_ahead() -> None:
@@ -73,10 +88,11 @@ def test_answered_images_are_no_longer_ahead() -> None:
 
 def test_decoding_is_part_of_the_prediction() -> None:
     world = World()
-    world.load.decoded(0.5)
     state = world.state()
-    assert world.admission.predict(world.queue, state, 2, encoded=True) == pytest.approx(1.01, rel=0.01)
-    assert world.admission.predict(world.queue, state, 2, encoded=False) == pytest.approx(0.02)
+    assert world.admission.predict(world.queue, state, 2) == pytest.approx(0.02)
+    # Two of 0.5 s each by the one decoder, and the last one's batch.
+    decoding = [HALF_A_SECOND, HALF_A_SECOND]
+    assert world.admission.predict(world.queue, state, 2, decoding=decoding) == pytest.approx(1.01)
 
 
 def test_a_request_that_cannot_finish_in_time_is_rejected_at_once() -> None:
@@ -117,7 +133,7 @@ def test_images_beyond_the_limit_are_rejected_and_room_comes_back() -> None:
     world = World(max_images=3)
     world.accept(2)
     with world.admit() as more:
-        world.admission.accept(more, world.queue, 1, encoded=False)
+        world.admission.accept(more, world.queue, 1)
         with pytest.raises(Overloaded, match="3 images are pending and 3 are allowed") as rejected:
             world.accept(1)
         assert rejected.value.reason == "images"
@@ -145,16 +161,96 @@ def test_mixed_deadlines_are_predicted_as_if_counted_one_by_one() -> None:
     assert [round(world.predict(seconds=s) * 100) for s in (5, 15, 25, 35, 45, 55)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_batch_work_is_predicted_to_get_its_turns_and_no_more() -> None:
+    world = World()
+    world.accept(90)
+    # One turn in five: for each of its images, four of the others are done.
+    assert world.predict(priority="batch") == pytest.approx(0.010 * (1 + 4))
+    world.accept(2, priority="batch")
+    assert world.predict(priority="batch") == pytest.approx(0.010 * (3 + 12))
+
+
+def test_interactive_work_is_not_refused_for_the_sake_of_batch_work() -> None:
+    world = World()
+    world.accept(10, seconds=0.15, priority="batch")
+    world.accept(10, seconds=0.2)
+
+
+def test_the_lag_of_the_event_loop_is_part_of_the_prediction() -> None:
+    world = World()
+    before = world.predict()
+    world.lag.observe(0.1, world.clock.now)
+    assert world.predict() == pytest.approx(before + 5 * 0.1)
+    with pytest.raises(Overloaded):
+        world.admit(world.state(seconds=0.3))
+
+
+def test_a_large_photo_on_an_idle_service_is_refused_before_it_is_decoded() -> None:
+    world = World()
+    state = world.state(seconds=0.05)
+    with world.admit(state) as place, pytest.raises(Overloaded, match="the work ahead takes about 510 ms"):
+        world.admission.accept(place, world.queue, 1, decoding=[HALF_A_SECOND])
+    assert world.queue.backlog.undecoded == 0
+
+
+def test_the_bytes_of_a_body_say_enough_to_refuse_it_by_its_head() -> None:
+    world = World()
+    with pytest.raises(Overloaded):
+        world.admission.admit(world.state(seconds=0.05), world.queue, decoding=[HALF_A_SECOND])
+
+
+def test_large_images_wait_for_large_ones_and_small_ones_for_small_ones() -> None:
+    world = World()
+    large, small = 4 * HALF_A_SECOND, HALF_A_SECOND // 10
+    place = world.places.enter_context(world.admit())
+    world.admission.accept(place, world.queue, 1, decoding=[large + 1])
+    state = world.state(seconds=61)
+    assert world.admission.predict(world.queue, state, decoding=[small]) == pytest.approx(0.06, rel=0.01)
+    assert world.admission.predict(world.queue, state, decoding=[large + 1]) == pytest.approx(4.01, rel=0.01)
+
+
+@pytest.mark.parametrize(("greedy", "other"), [("batch", "interactive"), ("interactive", "batch")])
+def test_no_priority_class_can_fill_the_room_of_the_other(greedy: Priority, other: Priority) -> None:
+    world = World(max_images=100, reserved=0.25)
+    world.accept(75, priority=greedy)
+    with pytest.raises(Overloaded, match=f"75 images of priority {greedy} are pending and 75 are allowed"):
+        world.accept(1, priority=greedy)
+    world.accept(25, priority=other)
+    with pytest.raises(Overloaded, match="100 images are pending and 100 are allowed"):
+        world.accept(1, priority=other)
+
+
+def test_large_bodies_leave_room_for_ordinary_ones() -> None:
+    world = World(max_bytes=1000, large=0.75)
+    with ExitStack() as uploads:
+        for _ in range(3):
+            uploads.enter_context(world.admit()).hold_bytes(250)
+        with world.admit() as fourth:
+            fourth.hold_bytes(100)
+            with pytest.raises(
+                Overloaded, match="750 bytes of bodies of more than 100 are pending and 750 are allowed"
+            ):
+                fourth.hold_bytes(1)
+            with pytest.raises(Overloaded):
+                fourth.expect_bytes(300)
+        with world.admit() as ordinary:
+            ordinary.expect_bytes(100)
+            ordinary.hold_bytes(100)
+    assert world.admission.bytes == 0
+    with world.admit() as large:
+        large.hold_bytes(750)
+
+
 def test_a_deadline_that_the_body_brings_forward_is_predicted_anew() -> None:
     world = World()
     for seconds in (10, 20, 30):
         world.accept(1, seconds=seconds)
     state = world.state(seconds=25)
-    assert world.admission.predict(world.queue, state, encoded=False) == pytest.approx(0.03)
+    assert world.admission.predict(world.queue, state) == pytest.approx(0.03)
     state.amend(seconds=15)
-    assert world.admission.predict(world.queue, state, encoded=False) == pytest.approx(0.02)
+    assert world.admission.predict(world.queue, state) == pytest.approx(0.02)
     state.amend(priority="batch")
-    assert world.admission.predict(world.queue, state, encoded=False) == pytest.approx(0.04)
+    assert world.admission.predict(world.queue, state) == pytest.approx(0.04)
 
 
 def test_a_request_of_many_images_needs_room_for_all_of_them() -> None:

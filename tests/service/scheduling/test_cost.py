@@ -83,11 +83,14 @@ def test_observations_decay_so_that_one_stall_does_not_reject_everybody_for_ever
     cost = Cost({1: 0.010}, load)
     for _ in range(3):
         cost.observe(1, 20.0)
-    load.decoded(2.0)
+    for _ in range(3):
+        load.decoded(2.0, 100_000)
+    slow = load.seconds_per_pixel
     stalled = cost.seconds(1)
     assert stalled > 0.05
     clock.now += 5.0
     assert 0.010 < cost.seconds(1) < 0.7 * stalled
+    assert load.seconds_per_pixel < 0.8 * slow
     clock.now += 120.0
     assert cost.seconds(1) == pytest.approx(0.010, rel=0.2)
     assert load.decode_seconds < 0.001
@@ -108,7 +111,23 @@ def test_a_slow_phase_is_forgotten_after_some_minutes() -> None:
 def test_after_a_pause_the_first_decoding_counts_in_full() -> None:
     clock = Clock()
     load = Load(clock=clock)
-    load.decoded(0.4)
+    load.decoded(0.02, 2_000_000)
     clock.now += 60.0
-    load.decoded(0.004)
-    assert load.decode_seconds == pytest.approx(0.004, rel=0.05)
+    load.decoded(0.0002, 20_000)
+    assert load.decode_seconds == pytest.approx(0.0002, rel=0.05)
+
+
+def test_one_decoding_that_is_far_slower_than_its_header_says_shuts_nobody_out() -> None:
+    load = Load()
+    before = load.seconds_per_pixel
+    load.decoded(30.0, 20_000)
+    assert load.seconds_per_pixel < 1.4 * before
+    load.decoded(1e-9, 2_000_000)
+    assert load.seconds_per_pixel == pytest.approx(before, rel=0.01)
+
+
+def test_decoders_that_are_slower_than_at_the_start_are_believed() -> None:
+    load = Load(seconds_per_pixel=1e-8, clock=Clock())
+    for work in (20_000, 500_000, 5_000_000) * 20:
+        load.decoded(work * 3e-8, work)
+    assert load.seconds_per_pixel == pytest.approx(3e-8, rel=0.05)

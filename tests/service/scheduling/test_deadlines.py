@@ -25,7 +25,7 @@ from service.scheduling.request import RequestState
 from service.scheduling.scheduler import Outputs
 from service.settings import Settings
 from tests.processes import wait_until
-from tests.service.conftest import images_waiting, until
+from tests.service.conftest import encoded, images_waiting, noise, until
 from tests.service.identity import picture, publish_identity
 
 DECODED = 'stridevit_stage_duration_seconds_count{model="identity-fast",stage="decode"}'
@@ -68,8 +68,11 @@ def pipeline(app: FastAPI) -> Pipeline:
 
 
 @pytest.fixture
-def client(app: FastAPI) -> Iterator[TestClient]:
+def client(app: FastAPI, pipeline: Pipeline) -> Iterator[TestClient]:
     with TestClient(app) as session:
+        # On a busy machine the event loop may be late enough for a refusal.
+        assert session.portal
+        session.portal.call(pipeline.lag.stop)
         yield session
 
 
@@ -99,6 +102,18 @@ def test_a_request_that_cannot_finish_in_time_is_rejected_before_its_body_is_rea
     assert "the deadline leaves" in answer.json()["detail"]
     assert metric(client, 'stridevit_rejections_total{reason="deadline"}') == 1
     assert metric(client, DECODED) == 0
+
+
+def test_a_lone_large_photo_with_a_near_deadline_is_refused_before_it_is_decoded(
+    client: TestClient, pipeline: Pipeline
+) -> None:
+    pipeline.load._seconds_per_pixel = 1e-5
+    photo = encoded(noise(1600, 1200), "JPEG")
+    refused = client.post("/v1/classify?deadline_ms=1000", content=photo)
+    assert (refused.status_code, "the work ahead takes about" in refused.json()["detail"]) == (429, True)
+    assert refused.json()["retry_after_ms"] > 30
+    assert metric(client, DECODED) == 0
+    assert client.post("/v1/classify?deadline_ms=60000", content=photo).status_code == 200
 
 
 def test_deadlines_have_a_default_and_a_maximum(tmp_path: Path) -> None:
@@ -131,7 +146,7 @@ def test_a_family_meets_a_tight_deadline_with_a_faster_model(client: TestClient)
     assert (body["model"], body["choice"]["reason"]) == ("identity-fast", "deadline")
     (skipped,) = body["choice"]["skipped"]
     assert skipped["model"] == "identity-slow"
-    assert skipped["predicted_ms"] == pytest.approx(2000)
+    assert skipped["predicted_ms"] >= 2000
 
 
 def test_a_lowest_accuracy_is_kept_rather_than_the_deadline(client: TestClient) -> None:

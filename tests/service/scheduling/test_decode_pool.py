@@ -5,10 +5,12 @@ import threading
 from collections.abc import Awaitable, Callable
 
 import pytest
+from PIL import Image
 
 from service.errors import BadImage, ClientDisconnected, DeadlineExceeded
 from service.manifest import Preprocessing
-from service.scheduling.cost import Cost, Load
+from service.scheduling.backlog import work_of
+from service.scheduling.cost import LARGE_WORK, Cost, Load
 from service.scheduling.decode_pool import DecodePool, Lane
 from service.scheduling.request import Priority, RequestState
 from service.scheduling.scheduler import Queue, Scheduler
@@ -135,6 +137,67 @@ def test_the_most_urgent_is_decoded_first() -> None:
     drive(scenario)
 
 
+def test_batch_work_is_decoded_under_interactive_load_that_never_ends() -> None:
+    async def scenario(world: OneThread) -> None:
+        decoded: list[int] = []
+        tasks: list[Awaitable[object]] = [await world.occupy()]
+        for number in range(40):
+            state = world.state(priority="batch" if number < 2 else "interactive")
+            tasks.append(await world.submit(lambda number=number: decoded.append(number), state))  # type: ignore[misc]
+        world.free()
+        await asyncio.gather(*tasks)
+        # The job that occupied the thread was alone: every tenth turn after it.
+        assert (decoded.index(0), decoded.index(1)) == (9, 19)
+
+    drive(scenario)
+
+
+def test_an_image_that_cannot_be_in_time_is_not_decoded_any_more() -> None:
+    async def scenario(world: OneThread) -> None:
+        decoded: list[str] = []
+        holding = await world.occupy()
+        hopeless = asyncio.create_task(world.lane.run(world.state(seconds=5), lambda: decoded.append("no"), needs=2.0))
+        hopeful = asyncio.create_task(world.lane.run(world.state(seconds=5), lambda: decoded.append("yes"), needs=0.5))
+        await until(lambda: len(world.lane) == 2)
+        world.clock.now += 4
+        world.free()
+        with pytest.raises(DeadlineExceeded):
+            await hopeless
+        await asyncio.gather(holding, hopeful)
+        assert decoded == ["yes"]
+
+    drive(scenario)
+
+
+def test_an_image_whose_header_hides_its_size_leaves_the_lane_for_small_ones() -> None:
+    preprocessing = Preprocessing(resize=8, crop=8, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1))
+    load = Load()
+    queue = Queue("any", lambda _: (_, _), Cost({1: 0.01}, load))  # type: ignore[arg-type,return-value]
+    names: list[str] = []
+
+    async def scenario() -> None:
+        pool = DecodePool(Scheduler(load), load, max_pixels=10_000_000)
+        running = pool._large.run
+
+        async def noted(state: RequestState, work: Callable[[], object], **options: float) -> object:
+            names.append("large")
+            return await running(state, work, **options)
+
+        pool._large.run = noted  # type: ignore[assignment,method-assign]
+        state = RequestState(seconds=60_000)
+        tiff = encoded(Image.new("RGB", (1500, 1000)), "TIFF", compression="tiff_lzw")
+        (work,) = pool.work_of([tiff], preprocessing)
+        assert work < LARGE_WORK, "a TIFF's directory is not looked for"
+        queue.backlog.accept(state, work_of(1, [work]))
+        try:
+            pixels, _ = await pool.decode(tiff, preprocessing, state, queue, work)
+        finally:
+            pool.close()
+        assert (pixels.shape, names) == ((8, 8, 3), ["large"])
+
+    asyncio.run(scenario())
+
+
 def test_closing_cancels_waiting_jobs() -> None:
     async def scenario(world: OneThread) -> None:
         holding = await world.occupy()
@@ -148,7 +211,7 @@ def test_closing_cancels_waiting_jobs() -> None:
     drive(scenario)
 
 
-def test_decoding_is_counted_in_the_backlog_and_large_images_do_not_teach_the_cost_model() -> None:
+def test_decoding_is_counted_in_the_backlog_in_the_lane_of_each_image() -> None:
     preprocessing = Preprocessing(resize=8, crop=8, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1))
     ticks = iter(range(1000))
     load = Load(clock=lambda: float(next(ticks)))
@@ -158,18 +221,24 @@ def test_decoding_is_counted_in_the_backlog_and_large_images_do_not_teach_the_co
     async def scenario() -> None:
         pool = DecodePool(scheduler, load, max_pixels=10_000_000)
         state = RequestState(seconds=60_000, arrived_at=0.0)
-        queue.backlog.accept(state, 3, encoded=True)
+        images = [encoded(noise(1500, 1000)), PNG, PNG[:60]]
+        works = pool.work_of(images, preprocessing)
+        large, small, damaged = works
+        queue.backlog.accept(state, work_of(3, works))
+        assert (queue.backlog.of_class[0].large, queue.backlog.of_class[0].small) == (large, small + damaged)
         try:
-            pixels, seconds = await pool.decode(encoded(noise(1500, 1000)), preprocessing, state, queue)
-            assert (pixels.shape, seconds >= 2, load.decode_seconds) == ((8, 8, 3), True, 0)
-            await pool.decode(PNG, preprocessing, state, queue)
+            pixels, _ = await pool.decode(images[0], preprocessing, state, queue, large)
+            assert (pixels.shape, load.decode_seconds) == ((8, 8, 3), 0)
+            assert queue.backlog.of_class[0].large == 0
+            await pool.decode(images[1], preprocessing, state, queue, small)
             assert load.decode_seconds > 0
             with pytest.raises(BadImage):
-                await pool.decode(PNG[:60], preprocessing, state, queue)
+                await pool.decode(images[2], preprocessing, state, queue, damaged)
         finally:
             pool.close()
 
     asyncio.run(scenario())
     backlog = queue.backlog
     assert (backlog.undecoded, backlog.decoding) == (0, {False: 0, True: 0})
+    assert (backlog.of_class[0].small, backlog.of_class[0].large) == (0, 0)
     assert backlog.waiting == 2, "the damaged one will never reach the engine"

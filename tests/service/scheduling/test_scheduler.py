@@ -306,10 +306,31 @@ def test_closing_finishes_the_running_batch_and_cancels_waiting_images() -> None
     drive(scenario)
 
 
+def test_batch_work_gets_its_batches_under_interactive_load_that_never_ends() -> None:
+    async def scenario() -> None:
+        scheduler, echo = Scheduler(Load(), batch_share=0.2), Echo()
+        queue = scheduler.add(new_queue(echo))
+        scheduler.start()
+        first = await while_busy(scheduler, queue, echo)
+        batch_work = [asyncio.create_task(answer(scheduler, queue, n, state(priority="batch"))) for n in range(1, 7)]
+        interactive = [asyncio.create_task(answer(scheduler, queue, number)) for number in range(100, 140)]
+        await until(lambda: images_waiting(scheduler) == 46)
+        echo.free.set()
+        await asyncio.gather(first, *batch_work, *interactive)
+        kinds = ["batch" if max(batch) < 99 else "interactive" for batch in echo.batches[1:]]
+        assert kinds[:4] == ["interactive"] * 4
+        assert kinds[4] == "batch"
+        assert [number for batch in echo.batches for number in batch if number < 99] == [1, 2, 3, 4, 5, 6]
+        assert max(echo.batches.index(batch) for batch in echo.batches if min(batch) < 7) <= 10
+        await scheduler.close()
+
+    drive(scenario)
+
+
 def test_a_free_engine_waits_only_while_more_images_are_decoded_than_there_are_decoders() -> None:
     clock = Clock()
     load = Load(decode_threads=2, clock=clock)
-    load.decoded(0.010)
+    load.decoded(0.010, 1_000_000)
     queue = Queue("any", Echo().run, Cost({1: 0.005, 2: 0.010}, load))
     states = [RequestState(seconds=60, arrived_at=clock.now) for _ in range(3)]
     batch = RequestState(seconds=60, priority="batch", arrived_at=clock.now)

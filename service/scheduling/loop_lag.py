@@ -1,0 +1,64 @@
+"""How late the event loop is: what queues in front of it is seen by nothing else."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+_INTERVAL_SECONDS = 0.02
+_TURNS = 5
+"""Turns of the loop that a request takes: its head, its body, decoded, answered by the engine, written."""
+
+_WINDOW_SECONDS = 15.0
+
+
+class LoopLag:
+    """Measured by a timer that is due every 20 ms; within a long turn of the loop, by how long it is overdue."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._last, self._due = 0.0, float("inf")
+        self._worst, self._worst_before, self._window_ends = 0.0, 0.0, 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Measure from now on; on the event loop."""
+        self._schedule(self._clock())
+
+    def stop(self) -> None:
+        """Measure no longer."""
+        if self._timer:
+            self._timer.cancel()
+        self._last, self._due = 0.0, float("inf")
+
+    @property
+    def seconds(self) -> float:
+        """How late the loop is: by how much the timer was late, or is by now if that is more."""
+        late = self._clock() - self._due
+        return late if late > self._last else self._last
+
+    @property
+    def delay_seconds(self) -> float:
+        """What the lag adds to the time of a request."""
+        return _TURNS * self.seconds
+
+    @property
+    def worst_seconds(self) -> float:
+        """The largest lag of the last 15 to 30 seconds."""
+        return max(self._worst, self._worst_before, self.seconds)
+
+    def observe(self, late: float, now: float) -> None:
+        """Record one lag."""
+        # It falls by half a turn, so that one short turn does not end the shedding.
+        self._last = max(late, self._last / 2)
+        if now > self._window_ends:
+            self._worst_before, self._worst, self._window_ends = self._worst, 0.0, now + _WINDOW_SECONDS
+        self._worst = max(self._worst, late)
+
+    def _tick(self) -> None:
+        now = self._clock()
+        self.observe(max(0.0, now - self._due), now)
+        self._schedule(now)
+
+    def _schedule(self, now: float) -> None:
+        self._due = now + _INTERVAL_SECONDS
+        self._timer = asyncio.get_running_loop().call_later(_INTERVAL_SECONDS, self._tick)
