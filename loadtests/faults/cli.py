@@ -53,7 +53,7 @@ def faults(
         if unknown := [name for name in cli.names(only) if name not in known]:
             cli.fail(f"--faults {','.join(unknown)}: there are {', '.join(known)}")
         chosen = [known[name] for name in cli.names(only) or known]
-        reasons = {fault.name: fault.impossible() for fault in chosen}
+        reasons = {fault.name: fault.impossible for fault in chosen}
         possible = [fault for fault in chosen if reasons[fault.name] is None]
         plan = FaultPlan(
             repository=out / "models",

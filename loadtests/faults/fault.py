@@ -29,11 +29,12 @@ class World:
 
     async def guilty(self, every_s: float) -> None:
         """Send guilty images for as long as the fault lasts, and note the statuses of their answers."""
-        statuses: list[int] = []
+        sent = []
         ends_at = time.monotonic() + self.seconds
         while time.monotonic() < ends_at:
-            statuses.append(await self.load.send_guilty())
+            sent.append(asyncio.create_task(self.load.send_guilty()))
             await asyncio.sleep(every_s)
+        statuses = await asyncio.gather(*sent)
         counts = {status: statuses.count(status) for status in sorted(set(statuses))}
         said = ", ".join(f"{count} × {status or 'no answer'}" for status, count in counts.items())
         self.notes.append(f"guilty images: {said}")
@@ -74,5 +75,5 @@ class Fault:
     launch: Launch = field(default_factory=Launch)
     survives: bool = True
     """Whether the process must live on: then nothing may be lost."""
-    impossible: Callable[[], str | None] = lambda: None
+    impossible: str | None = None
     """Why it cannot be made here, if that is known before."""

@@ -31,10 +31,10 @@ class Sample(NamedTuple):
 
 
 class Load:
-    """Sends requests for one model and keeps a sample of each."""
+    """Sends requests for one model, and gives a sample of each to `keep`."""
 
-    def __init__(self, client: Client, model: str, *, deadline_ms: float) -> None:
-        self.samples: list[Sample] = []
+    def __init__(self, client: Client, model: str, *, deadline_ms: float, keep: Callable[[Sample], None]) -> None:
+        self._keep = keep
         self._client, self._model, self._deadline_ms = client, model, deadline_ms
         self._numbers = itertools.count(1)
         self._guilty = itertools.count(GUILTY)
@@ -75,7 +75,7 @@ class Load:
                 group.create_task(work())
 
     async def send(self, due: float) -> Sample:
-        """Send the next request, and keep what becomes of it."""
+        """Send the next request, and see what becomes of it."""
         number = next(self._numbers)
         # Each form meets each kind of connection.
         form, kept = FORMS[number % len(FORMS)], number // len(FORMS) % 2 == 0
@@ -88,7 +88,7 @@ class Load:
             outcome = error.outcome
         times = (time.monotonic() - due) * 1000, (began - due) * 1000
         sample = Sample(due, *times, outcome, status, form, kept)
-        self.samples.append(sample)
+        self._keep(sample)
         return sample
 
     async def send_guilty(self) -> int:

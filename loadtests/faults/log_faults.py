@@ -5,7 +5,11 @@ import os
 import resource
 
 from loadtests.faults.fault import Fault, World
+from loadtests.faults.plan import ANSWER_SECONDS
 from loadtests.faults.service import SMALL_DISK_BYTES, Launch, Log
+
+UNREAD_SECONDS = ANSWER_SECONDS + 5
+"""Longer than clients wait, so that a service that hangs meanwhile loses their requests."""
 
 
 async def _fill_disk(world: World) -> None:
@@ -30,7 +34,7 @@ async def _limit_file(world: World) -> None:
 
 async def _leave_unread(world: World) -> None:
     world.service.stop_reading()
-    await asyncio.sleep(world.seconds)
+    await asyncio.sleep(max(world.seconds, UNREAD_SECONDS))
     world.service.read()
 
 
@@ -59,7 +63,7 @@ def log_faults() -> list[Fault]:
             what=f"the log's disk, a tmpfs of {SMALL_DISK_BYTES >> 20} MiB, is full",
             act=_fill_disk,
             launch=_logging("small disk"),
-            impossible=_no_small_disk,
+            impossible=_no_small_disk(),
         ),
         Fault(
             name="log-file-limit",

@@ -15,7 +15,7 @@ from loadtests.experiment.server import Server, ServerError
 from loadtests.faults.client import Client
 from loadtests.faults.fault import Fault, World
 from loadtests.faults.figures import summarise
-from loadtests.faults.load import Load
+from loadtests.faults.load import Load, Sample
 from loadtests.faults.plan import ANSWER_SECONDS, DEADLINE_MS, FaultPlan, FaultResult
 from loadtests.faults.service import NotRun, Service
 
@@ -65,7 +65,8 @@ class FaultRunner:
     async def _run(self, fault: Fault, service: Service, result: FaultResult) -> FaultResult:
         plan = self._plan
         client = Client("127.0.0.1", service.port, answer_seconds=ANSWER_SECONDS)
-        load = Load(client, fault.model, deadline_ms=plan.deadline_ms or DEADLINE_MS)
+        samples: list[Sample] = []
+        load = Load(client, fault.model, deadline_ms=plan.deadline_ms or DEADLINE_MS, keep=samples.append)
         world = World(service=service, load=load, seconds=plan.seconds)
         service.read()
         stop = asyncio.Event()
@@ -73,7 +74,7 @@ class FaultRunner:
         watching = [asyncio.create_task(work) for work in (service.supervise(), service.watch_memory())]
         try:
             await asyncio.sleep(WARMUP_SECONDS)
-            load.samples.clear()
+            samples.clear()
             await asyncio.sleep(plan.seconds)
             began = time.monotonic()
             await _act(fault, world)
@@ -94,7 +95,7 @@ class FaultRunner:
         for failure in failures:
             if isinstance(failure, Exception):
                 raise failure
-        figures = summarise(result, load.samples, began_s=began, ended_s=ended, after_s=after, ends=service.ends)
+        figures = summarise(result, samples, began_s=began, ended_s=ended, after_s=after, ends=service.ends)
         found: dict[str, Any] = {**figures, "peak_bytes": peak}
         return FaultResult(**{**found, "notes": tuple(world.notes), "unmet": tuple(world.unmet)})
 

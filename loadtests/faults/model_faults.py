@@ -22,8 +22,9 @@ _TAKEN_SECONDS = 20.0
 _HALF_WRITTEN_SECONDS = 3.0
 _ADMIN_KEY = "the-key-of-this-harness"
 _NUMBERED: Kind = "numbered"
-_POLLING = Launch(flags=(f"--poll-seconds={POLL_SECONDS:g}",))
-_ADMIN = Launch(flags=(f"--admin-key-hash={hashlib.sha256(_ADMIN_KEY.encode()).hexdigest()}",))
+POLLING_FLAGS = (f"--poll-seconds={POLL_SECONDS:g}",)
+ADMIN_FLAGS = (f"--admin-key-hash={hashlib.sha256(_ADMIN_KEY.encode()).hexdigest()}",)
+_POLLING, _ADMIN = Launch(flags=POLLING_FLAGS), Launch(flags=ADMIN_FLAGS)
 
 
 async def _guilty(world: World) -> None:

@@ -2,7 +2,10 @@
 
 import asyncio
 import resource
+import shutil
 import signal
+import struct
+import subprocess
 from pathlib import Path
 
 from loadtests.faults.fault import Fault, World
@@ -12,8 +15,10 @@ STOPPED_SECONDS = 5.0
 OPEN_FILES = 128
 """Limit of open files; `attacks.idle` opens more connections than that."""
 _SPARE_BYTES = 64 * 2**20
-_CLOCK_STEPS = ("+3600", "-7200", "+0")
-_FAKETIME = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib*/faketime/libfaketimeMT.so.1")
+_CLOCK_STEPS = (3600, -3600, 0)
+"""Seconds beside the true time."""
+_CLOCK_VARIABLE = "FAULTS_CLOCK"
+"""Read by clock.c."""
 
 
 async def _terminate(world: World) -> None:
@@ -50,38 +55,33 @@ async def _limit_memory(world: World) -> None:
 
 
 async def _step_clock(world: World) -> None:
-    clock = Path(dict(world.service.launch.variables)["FAKETIME_TIMESTAMP_FILE"])
+    clock = Path(dict(world.service.launch.variables)[_CLOCK_VARIABLE])
     for step in _CLOCK_STEPS:
-        _set(clock, step)
+        _set_clock(clock, step)
         await asyncio.sleep(world.seconds / len(_CLOCK_STEPS))
 
 
-def _set(clock: Path, step: str) -> None:
-    clock.write_text(f"{step}\n", encoding="ascii")
+def _set_clock(clock: Path, seconds: int) -> None:
+    with clock.open("r+b" if clock.exists() else "wb") as stream:
+        stream.write(struct.pack("q", seconds))
 
 
-def _faketime() -> Path | None:
-    root = Path("/")
-    return next((path for pattern in _FAKETIME for path in sorted(root.glob(pattern[1:]))), None)
-
-
-def _clock_launch(clock: Path) -> Launch:
-    variables = {
-        "LD_PRELOAD": str(_faketime()),
-        "FAKETIME_TIMESTAMP_FILE": str(clock),
-        "FAKETIME_CACHE_DURATION": "1",
-        # An administrator who sets the clock changes the wall clock only.
-        "DONT_FAKE_MONOTONIC": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }
-    return Launch(variables=tuple(variables.items()))
+def _make_clock(scratch: Path) -> tuple[Launch, str | None]:
+    """With what the wall clock of a service can be moved; or why it cannot."""
+    if not (compiler := shutil.which("cc")):
+        return Launch(), "needs a C compiler (cc), to build what moves a process's clock"
+    library, clock = scratch / "clock.so", scratch / "clock"
+    command = [compiler, "-shared", "-fPIC", "-o", str(library), str(Path(__file__).with_name("clock.c"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (no foreign words)
+    if done.returncode:
+        return Launch(), f"what moves a process's clock cannot be built: {done.stderr.strip()}"
+    _set_clock(clock, 0)
+    return Launch(variables=(("LD_PRELOAD", str(library)), (_CLOCK_VARIABLE, str(clock)))), None
 
 
 def process_faults(scratch: Path) -> list[Fault]:
     """All of them; `scratch` is a folder for files that they need."""
-    clock = scratch / "clock"
-    _set(clock, "+0")
-    no_faketime = "libfaketime is not installed (Debian: apt-get install faketime)"
+    clock_launch, no_clock = _make_clock(scratch)
     return [
         Fault(
             name="sigterm",
@@ -111,7 +111,7 @@ def process_faults(scratch: Path) -> list[Fault]:
             name="clock-step",
             what="the wall clock jumps an hour ahead, two hours back, and home",
             act=_step_clock,
-            launch=_clock_launch(clock),
-            impossible=lambda: None if _faketime() else no_faketime,
+            launch=clock_launch,
+            impossible=no_clock,
         ),
     ]
