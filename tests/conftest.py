@@ -1,20 +1,16 @@
 """Fixtures that several packages' tests share: real data, and one small trained model per session."""
 
+import hashlib
 import os
+import shutil
 import signal
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 from filelock import FileLock
-from rich.console import Console
 
-from export.publish import export
-from export.sources import finished_run
-from training.data import load_dataset
-from training.distributed import World
-from training.loop import Execution, train
-from training.recipes import load_recipe
+# torch is imported where it is needed: most tests of the service and the load tests do without it.
 
 
 def pytest_configure() -> None:
@@ -22,9 +18,11 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_torch_thread() -> None:
+@pytest.fixture(scope="session")
+def one_torch_thread() -> None:
     """The tests' tensors are small: more threads only wait for each other, most of all on a shared machine."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -48,25 +46,58 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def digits_run(shared_folder: Path) -> Path:
+def digits_run(shared_folder: Path, pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Path:
     """A C-SRA model with real weights, trained on digits for two epochs by the first worker that needs it.
 
-    Shared: copy it before you change it.
+    Shared: copy it before you change it. pytest's cache keeps it for later runs, as long as `training/` is the same.
     """
     out = shared_folder / "runs" / "digits-csra-r2"
     with FileLock(shared_folder / "runs.lock"):
         if not out.is_dir():
-            recipe = load_recipe("digits", ["schedule.epochs=2", "optim.lr=2e-3", "schedule.warmup_epochs=0.5"])
-            execution = Execution(world=World(device=torch.device("cpu")), console=Console(quiet=True))
-            train(recipe, "csra-r2", load_dataset("digits"), out, execution)
+            assert pytestconfig.cache is not None
+            kept = pytestconfig.cache.mkdir("digits") / _training_digest()
+            if not kept.is_dir():
+                request.getfixturevalue("one_torch_thread")
+                _train_digits(kept)
+            shutil.copytree(kept, out)
     return out
 
 
+def _training_digest() -> str:
+    """Changes with the code of `training` and with the version of torch."""
+    digest = hashlib.sha256(version("torch").encode())
+    package = Path(__file__).parents[1] / "training"
+    for file in sorted(path for path in package.rglob("*") if path.suffix in {".py", ".toml"}):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _train_digits(out: Path) -> None:
+    import torch
+    from rich.console import Console
+
+    from training.data import load_dataset
+    from training.distributed import World
+    from training.loop import Execution, train
+    from training.recipes import load_recipe
+
+    recipe = load_recipe("digits", ["schedule.epochs=2", "optim.lr=2e-3", "schedule.warmup_epochs=0.5"])
+    execution = Execution(world=World(device=torch.device("cpu")), console=Console(quiet=True))
+    unfinished = out.with_name(f"{out.name}-{os.getpid()}") / "digits-csra-r2"
+    train(recipe, "csra-r2", load_dataset("digits"), unfinished, execution)
+    if not out.is_dir():
+        unfinished.rename(out)
+
+
 @pytest.fixture(scope="session")
-def repository(digits_run: Path, shared_folder: Path) -> Path:
+def repository(digits_run: Path, shared_folder: Path, request: pytest.FixtureRequest) -> Path:
     """A repository that holds `digits-csra-r2`, version 1. Shared: copy it before you change it."""
     folder = shared_folder / "repository"
     with FileLock(shared_folder / "repository.lock"):
         if not folder.is_dir():
+            request.getfixturevalue("one_torch_thread")
+            from export.publish import export
+            from export.sources import finished_run
+
             export(finished_run(digits_run, None), folder)
     return folder

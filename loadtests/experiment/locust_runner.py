@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -85,14 +85,23 @@ def requests_of(payloads: Path, plan: Plan, model: str) -> list[str]:
 
 
 def apply_load(
-    server: Server, requests: Sequence[str], load: Load, *, warmup_seconds: float, seconds: float, seed: int
+    server: Server,
+    requests: Sequence[str],
+    load: Load,
+    *,
+    warmup_seconds: float,
+    seconds: float,
+    seed: int,
+    cores: Collection[int] = (),
 ) -> LoadResult:
     """Put a server under a load of `requests_of`, and measure it for `seconds` (or all its steps). Raises ServerError.
 
     A closed loop sends the next image of a connection when its last answer has come. In an open one arrivals are a
     Poisson process, and latency counts from the scheduled moments.
     """
-    arguments = [*requests, "--seed", str(seed)]
+    arguments = [*requests, "--seed", str(seed), "--in-flight", str(load.in_flight)]
+    if not load.reuse_connections:
+        arguments.append("--new-connections")
     if load.steps:
         warmup_seconds, seconds = 0.0, sum(length for _, length in load.steps)
         rates = ",".join(f"{rate:g}:{length:g}" for rate, length in load.steps)
@@ -109,7 +118,7 @@ def apply_load(
     if not load.steps:
         arguments += ["--seconds", str(math.ceil(whole))]
     before = server.stage_totals()
-    samples, meter = run_locust(server, arguments, seconds=whole)
+    samples, meter = run_locust(server, arguments, seconds=whole, cores=cores)
     # The warm-up begins with the first request.
     begin = samples.due_s.min() + warmup_seconds
     server_cores, generator_cores = meter.cores(begin, seconds)
@@ -128,8 +137,10 @@ def apply_load(
     )
 
 
-def run_locust(server: Server, arguments: Sequence[str], *, seconds: float) -> tuple[Samples, Meter]:
-    """Run Locust against a server to its end. Raises ServerError if either fails, or nothing was sent."""
+def run_locust(
+    server: Server, arguments: Sequence[str], *, seconds: float, cores: Collection[int] = ()
+) -> tuple[Samples, Meter]:
+    """Run Locust on some cores until it ends. Raises ServerError if it or the server fails, or nothing was sent."""
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", server.url]
     command += [*arguments, "--loglevel", "WARNING", "--only-summary"]
     # Without the variables that would change what the generator does.
@@ -138,7 +149,7 @@ def run_locust(server: Server, arguments: Sequence[str], *, seconds: float) -> t
     with tempfile.TemporaryDirectory(prefix="stridevit-samples-") as folder, tempfile.TemporaryFile("w+") as errors:
         path, deadline = Path(folder) / "samples.csv", time.monotonic() + seconds + _SPARE_SECONDS
         command += ["--stop-timeout", f"{ANSWER_SECONDS:g}", "--samples", str(path)]
-        with start(command, stdout=subprocess.DEVNULL, stderr=errors, environment=environment) as process:
+        with start(command, stdout=subprocess.DEVNULL, stderr=errors, environment=environment, cores=cores) as process:
             meter = Meter(server, process.pid)
             while process.poll() is None and time.monotonic() < deadline and server.alive():
                 meter.read()

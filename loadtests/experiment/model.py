@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from loadtests.experiment.environment import environment, this_command
-from loadtests.generator.load_result import LoadResult
+from loadtests.generator.load_result import IN_FLIGHT, LoadResult
 from loadtests.generator.load_result import Protocol as ApiProtocol
 
 SATURATED, MODERATE, HIGH = LOADS = ("saturated", "moderate", "high")
 """The loads of `compare`: a closed loop with enough connections to keep the server busy, an open loop at a rate that
 every arm serves with ease, and one at a rate close to the slowest arm's capacity."""
 
-ArmKind = Literal["service", "plain", "engine"]
-"""The service; the plain FastAPI server (loadtests/baseline); or the engine limit, which serves no HTTP."""
+ArmKind = Literal["service", "plain", "refusing", "engine"]
+"""The service; the plain FastAPI server, or the server that refuses everything (both in loadtests/baseline); or the
+engine limit, which serves no HTTP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +52,17 @@ class Load:
     """Arrivals as a fraction of the throughput of the block's last closed loop."""
     steps: tuple[tuple[float, float], ...] = ()
     """(arrivals per second, seconds), one after the other; without a warm-up, and with `LoadResult.trace`."""
+    relative_steps: bool = False
+    """The rates of `steps` are multiples of the throughput of the block's last closed loop."""
+    reuse_connections: bool = True
+    """Without it, every request opens a connection of its own."""
+    in_flight: int = IN_FLIGHT
+    """Largest number of requests in flight in an open loop."""
 
     def at(self, saturated: float) -> "Load":
-        """With a rate instead of a fraction of the saturated throughput."""
+        """With absolute rates in place of those relative to the saturated throughput."""
+        if self.relative_steps:
+            return replace(self, steps=tuple((rate * saturated, seconds) for rate, seconds in self.steps))
         return self if self.fraction is None else replace(self, rate=self.fraction * saturated)
 
 
@@ -94,6 +103,9 @@ class Plan:
     deadline_ms: float | None = None
     """Sent with every request; None for the service's default."""
     seed: int = 0
+    server_cores: tuple[int, ...] = ()
+    """The only cores that servers may use; empty for all, like `generator_cores`."""
+    generator_cores: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,10 +40,29 @@ def start(
     stderr: int | IO[Any] | None,
     environment: dict[str, str] | None = None,
     folder: Path | None = None,
+    cores: Collection[int] = (),
 ) -> Child:
-    """Start a process that Linux kills when the calling thread ends, whatever ends it: call it from the main thread."""
+    """Start a process that Linux kills when the calling thread ends, whatever ends it: call it from the main thread.
+
+    `cores`: the only ones it may use; empty for all.
+    """
     guard = [sys.executable, "-c", _GUARD, str(os.getpid())] if sys.platform == "linux" else []
-    return Child([*guard, *command], stdout=stdout, stderr=stderr, env=environment, cwd=folder, text=True)
+    with _restricted(cores):
+        return Child([*guard, *command], stdout=stdout, stderr=stderr, env=environment, cwd=folder, text=True)
+
+
+@contextmanager
+def _restricted(cores: Collection[int]) -> Iterator[None]:
+    """What is started in the block inherits these cores from the calling thread."""
+    if not cores:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def end(process: subprocess.Popen[Any]) -> None:

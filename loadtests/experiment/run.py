@@ -33,7 +33,7 @@ Measure = Callable[[Arm, Server, dict[str, Any], Progress], None]
 Serve = Callable[[Arm, Path], AbstractContextManager[Server]]
 """An arm's server, whose log is the path."""
 
-_PLAIN = Path(__file__).parents[1] / "baseline" / "plain_fastapi.py"
+_BASELINE = Path(__file__).parents[1] / "baseline"
 
 
 class Bench:
@@ -179,9 +179,15 @@ class Bench:
         plan = self.experiment.plan
         requests = requests_of(self._folder, plan, arm.model)
         result = apply_load(
-            server, requests, load, warmup_seconds=plan.warmup_seconds, seconds=seconds, seed=plan.seed + seed
+            server,
+            requests,
+            load,
+            warmup_seconds=plan.warmup_seconds,
+            seconds=seconds,
+            seed=plan.seed + seed,
+            cores=plan.generator_cores,
         )
-        if load.connections is not None and not result.throughput:
+        if load.connections is not None and arm.kind != "refusing" and not result.throughput:
             raise ServerError(f"{server.name} answered nothing with 200:\n{server.log_tail()}\n(log: {server.log})")
         return result
 
@@ -194,15 +200,22 @@ class Bench:
             yield server
 
     def _server(self, arm: Arm, log: Path) -> AbstractContextManager[Server]:
+        cores = self.experiment.plan.server_cores
+        if arm.kind == "refusing":
+            command = [sys.executable, str(_BASELINE / "refusing.py"), "--port"]
+            return running(command, name="the refusing server", log=log, cores=cores)
         repository, models = self._repository(arm), None if self._everything else arm.model
         if arm.kind == "plain":
             if not (published := versions(repository, arm.model)):
                 raise ServerStartError(f"model {arm.model!r}: no version of it in {repository}")
-            plain = [sys.executable, str(_PLAIN), str(repository / arm.model / str(published[-1])), "--port"]
-            return running(plain, name=f"the plain server for {arm.model}", log=log)
+            bundle = repository / arm.model / str(published[-1])
+            plain = [sys.executable, str(_BASELINE / "plain_fastapi.py"), str(bundle), "--port"]
+            return running(plain, name=f"the plain server for {arm.model}", log=log, cores=cores)
         flags = [*self.experiment.plan.service_arguments, *flags_of(arm)]
         source = self._sources[arm.commit] if arm.commit else None
-        return service_for(models, repository=repository, log=log, arguments=flags, url=arm.url, source=source)
+        return service_for(
+            models, repository=repository, log=log, arguments=flags, url=arm.url, source=source, cores=cores
+        )
 
     def _repository(self, arm: Arm) -> Path:
         repository: Path = self.experiment.plan.repository

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,10 +99,12 @@ def service_for(
     arguments: Sequence[str] = (),
     url: str | None = None,
     source: Path | None = None,
+    cores: Collection[int] = (),
 ) -> Iterator[Server]:
     """A fresh service for some models (separated by commas), or all; or the server that already runs at `url`.
 
-    `source` is a checkout of another commit: its service is run, with `arguments` as variables. Raises ServerError.
+    `source` is a checkout of another commit: its service is run, with `arguments` as variables. `cores` as in `start`.
+    Raises ServerError.
     """
     if url is not None:
         server = Server(url.rstrip("/"), name=f"the server at {url}")
@@ -119,7 +121,7 @@ def service_for(
     command += [*(["--models", models] if models else []), *(arguments if source is None else ()), "--port"]
     variables = {**environment_for(arguments), "PYTHONPATH": str(source)} if source else None
     name = f"the service for {models or 'all models'}"
-    with running(command, name=name, log=log, environment=variables, folder=source) as server:
+    with running(command, name=name, log=log, environment=variables, folder=source, cores=cores) as server:
         yield server
 
 
@@ -131,6 +133,7 @@ def running(
     log: Path,
     environment: dict[str, str] | None = None,
     folder: Path | None = None,
+    cores: Collection[int] = (),
 ) -> Iterator[Server]:
     """Run a command followed by a free port, until the block ends; begins when /readyz answers. Raises ServerError."""
     port = free_port()
@@ -138,7 +141,9 @@ def running(
     variables = {**(os.environ if environment is None else environment), "ORT_DISABLE_TELEMETRY": "1"}
     with (
         log.open("wb") as stream,
-        start([*command, str(port)], stdout=stream, stderr=stream, environment=variables, folder=folder) as process,
+        start(
+            [*command, str(port)], stdout=stream, stderr=stream, environment=variables, folder=folder, cores=cores
+        ) as process,
     ):
         server = Server(f"http://127.0.0.1:{port}", name=name, process=process, log=log)
         wait_until_ready(server)

@@ -34,6 +34,10 @@ class RequestTrace:
     """HTTP status; 0 without an answer, `samples.UNSENT` if it was not sent."""
     models: npt.NDArray[np.str_] = field(repr=False)
     """Name of the model that answered."""
+    ended_ms: npt.NDArray[np.float64] = field(repr=False)
+    """Milliseconds after the scheduled moment at which the answer had come, whatever its status."""
+    behind_ms: npt.NDArray[np.float64] = field(repr=False)
+    """Delay between the scheduled moment and sending."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +108,16 @@ def window(
         mode="open" if connections is None else "closed",
         connections=connections,
         arrivals=len(due) if connections is None else 0,
-        trace=RequestTrace(due_s=due.due_s - begin, statuses=due.status, models=models) if traced else None,
+        trace=_trace(due, begin, models) if traced else None,
         **others,
+    )
+
+
+def _trace(due: Samples, begin: float, models: npt.NDArray[np.str_]) -> RequestTrace:
+    return RequestTrace(
+        due_s=due.due_s - begin,
+        statuses=due.status,
+        models=models,
+        ended_ms=due.latency_ms,
+        behind_ms=due.behind_ms,
     )

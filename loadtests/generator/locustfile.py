@@ -61,7 +61,12 @@ class Run:
         data = Path(options.data) if options.data else None
         payloads = (load(data) if data else []) or read_payloads(data)
         self.target = target(
-            payloads, protocol=options.protocol, model=options.model, host=host, deadline_ms=options.deadline_ms or None
+            payloads,
+            protocol=options.protocol,
+            model=options.model,
+            host=host,
+            deadline_ms=options.deadline_ms or None,
+            reuse_connections=not options.new_connections,
         )
         # A copy: the web page changes the options while requests are still in flight.
         self.options, self.open_loop = Namespace(**vars(options)), options.loop == "open"
@@ -233,6 +238,7 @@ def _arguments(parser: LocustArgumentParser, **_: Any) -> None:
     add("rates", "rate of the open loop over time: RATE:SECONDS or FROM>TO:SECONDS,...", **command_line_only)
     add("rate-per-user", "images a second of each user of the open loop", type=float, default=1.0)
     add("in-flight", "maximum of requests in flight in each process of the open loop", type=int, default=IN_FLIGHT)
+    add("new-connections", "open a connection for every request", action="store_true", default=False)
     add("deadline-ms", "deadline of every request, 0 for the server's default", type=float, default=0.0)
     add("seed", "seed of the arrivals", type=int, default=0)
     add("seconds", "arrivals of this time are sent, then the test ends; 0 for no end", type=float, default=0.0)

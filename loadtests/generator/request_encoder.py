@@ -6,7 +6,7 @@ the load begins, with the service's own code, and the server only infers.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -54,7 +54,13 @@ class Target:
 
 
 def target(
-    payloads: Sequence[Payload], *, protocol: Protocol, model: str, host: str, deadline_ms: float | None = None
+    payloads: Sequence[Payload],
+    *,
+    protocol: Protocol,
+    model: str,
+    host: str,
+    deadline_ms: float | None = None,
+    reuse_connections: bool = True,
 ) -> Target:
     """Prepare the requests; for `v2` the server at `host` is asked for the model's input and preprocessing.
 
@@ -69,6 +75,8 @@ def target(
         path = f"/v2/models/{quote(model)}/infer"
         name, preprocessing = _input(host.rstrip("/"), quote(model))
         requests = [_tensor_request(payload, name, preprocessing) for payload in payloads]
+    if not reuse_connections:
+        requests = [replace(one, headers={**one.headers, "Connection": "close"}) for one in requests]
     return Target(f"{path}?{urlencode(query)}" if query else path, requests, protocol)
 
 

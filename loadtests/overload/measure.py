@@ -1,7 +1,12 @@
-"""A step overload: what happens to deadlines, and to accuracy, when more arrives than a model can answer.
+"""More arrives than a model can answer: what happens to deadlines, refusals, accuracy and memory, and how it recovers.
 
 Each arm is the name of a model or of a family, all served by the same service with the same models. Arrivals are an
-open loop whose rate steps up and down again; every request has the same deadline.
+open loop whose rate steps up and down again; every request has the same deadline. The steps' rates are given, or they
+are multiples (*levels*) of the throughput that a closed loop has just reached in the same block, followed by a *rest*.
+
+What a level can reach at best (`ceiling`) follows from CPU time: a server that spends `a` on an answer and `r` on a
+refusal, and has C cores, gives at most g answers per second of n arrivals, where g·a + (n - g)·r = C. `a` is measured
+in the closed loop; `r` on bare uvicorn, which decides nothing (loadtests/baseline/refusing.py).
 """
 
 from collections import Counter
@@ -11,28 +16,71 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from loadtests.experiment.model import Arm, Block, Experiment, Load, Plan
+from loadtests.experiment.model import SATURATED, Arm, Block, Experiment, Load, Plan
 from loadtests.experiment.server import Server
+from loadtests.generator.samples import LATE_MS, UNSENT
+from loadtests.report.rendering import median
 from loadtests.statistics import percentile
 
 STEPS = "steps"
-"""Name of the only load."""
+"""Name of the load whose steps have given rates."""
+CONNECTIONS = ("kept", "new")
+"""Names of the loads whose steps are levels: on kept-alive connections, or with one connection per request."""
+SATURATING_CONNECTIONS = 8
+"""Of the closed loop: enough to keep every core busy, and so few that no answer misses its deadline."""
+
 _CHANGE_SECONDS = 1.5
 """Dropped at the start of each step: Locust changes the number of its users once per second."""
+_IN_FLIGHT = 2000
+"""So many arrivals wait in a server that answers neither in time nor with a refusal."""
+_REST_LEVEL, _REST_SECONDS = 0.5, 10.0
+_RECOVERED, _RECOVERY_BIN_SECONDS = 2.0, 0.5
+"""A service has recovered once the median latency of every later half second is at most this many times the first
+level's, and nothing is refused or fails."""
+_SENT = 0.95
+"""A level counts as sent if this fraction of its rate was due, and this fraction of that was sent in time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OverloadPlan(Plan):
-    """What is measured; `seconds` are those of all steps together."""
+    """What is measured; `seconds` are those of all steps together, or of each level."""
 
-    steps: tuple[tuple[float, float], ...]
+    steps: tuple[tuple[float, float], ...] = ()
     """(arrivals per second, seconds)."""
+    levels: tuple[float, ...] = ()
+    """Arrivals as multiples of the saturated throughput, instead of `steps`."""
+    connections: tuple[str, ...] = ()
+    """Some of `CONNECTIONS`, for levels."""
     deadline_ms: float
 
-    def loads(self, _: Arm) -> list[Load]:
+    def loads(self, arm: Arm) -> list[Load]:
         """What each block applies."""
-        return [Load(name=STEPS, steps=self.steps)]
+        if not self.levels:
+            return [Load(name=STEPS, steps=self.steps, in_flight=_IN_FLIGHT)]
+        saturated = Load(name=SATURATED, connections=SATURATING_CONNECTIONS)
+        reuse = {name: name == "kept" for name in self.connections}
+        if arm.kind == "refusing":
+            return [
+                Load(name=name, connections=SATURATING_CONNECTIONS, reuse_connections=reuse[name])
+                for name in self.connections
+            ]
+        steps = (*((level, self.seconds) for level in self.levels), (_REST_LEVEL, _REST_SECONDS))
+        return [
+            saturated,
+            *(
+                Load(name=name, steps=steps, relative_steps=True, reuse_connections=reuse[name], in_flight=_IN_FLIGHT)
+                for name in self.connections
+            ),
+        ]
+
+    def rates(self, block: Block) -> tuple[tuple[float, float], ...]:
+        """(arrivals per second, seconds) of every step of a block, without the rest."""
+        if not self.levels:
+            return self.steps
+        saturated = block.loads[SATURATED].throughput
+        return tuple((level * saturated, self.seconds) for level in self.levels)
 
 
 OverloadExperiment = Experiment[OverloadPlan]
@@ -43,14 +91,23 @@ class StepResult:
     """One step of one arm, over all rounds. Outcomes are fractions of the requests that were due."""
 
     arm: str
+    load: str
+    level: float | None
+    """Arrivals as a multiple of the saturated throughput; None if the rate was given."""
     rate: float
     """Arrivals per second that were asked for."""
     offered_rate: float
     """Requests per second that were due."""
+    sent: bool
+    """Whether the generator could send them in time; if not, the step says little about the service."""
     goodput: float
     """Requests per second that were answered with 200 within the deadline."""
     goodput_range: tuple[float, float]
     """The smallest and the largest round."""
+    of_peak: float | None
+    """The goodput as a fraction of the largest of the arm's steps under the same load; None if nothing was in time."""
+    of_ceiling: float | None
+    """The goodput as a fraction of what the CPU allows (see the module); None if that is unknown."""
     within_deadline: float
     refused: float
     """Answered with 429."""
@@ -58,6 +115,8 @@ class StepResult:
     """Answered after the deadline, or dropped because of it (504)."""
     failed: float
     """Everything else, including requests not sent for want of connections."""
+    refused_p50_ms: float | None
+    """Median time from the scheduled moment to the end of a refusal, by the client's clock."""
     p99_ms: float | None
     """99th percentile of the answers with 200; None where fewer than five lie beyond it."""
     mean_top1: float | None
@@ -66,23 +125,38 @@ class StepResult:
     """The fraction of these answers that each model gave."""
 
 
-def requests(blocks: Sequence[Block], deadline_ms: float) -> Any:
-    """One record per request of some whole blocks: due_s, latency_ms, outcome, model, and the number of its block.
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """What follows the last level of one arm under one load: the median of the rounds, and their largest memory."""
+
+    arm: str
+    load: str
+    seconds: float | None
+    """From the end of the last level until latency is normal again; None if it never was in a round."""
+    idle_mb: float
+    peak_mb: float
+
+
+def requests(blocks: Sequence[Block], load: str, deadline_ms: float) -> Any:
+    """One record per request of some whole blocks: due_s, ended_ms, behind_ms, status, outcome, model, number of block.
 
     Latency and deadline count from the moment at which it was due.
     """
-    loads = [block.loads[STEPS] for block in blocks]
-    traces = [load.trace for load in loads if load.trace]
-    statuses = np.concatenate([trace.statuses for trace in traces])
-    latencies_ms = np.concatenate([load.latencies_ms for load in loads])
+    traces = [block.loads[load].trace for block in blocks]
+    found = [trace for trace in traces if trace]
+    statuses, ended_ms = (
+        np.concatenate([getattr(trace, name) for trace in found]) for name in ("statuses", "ended_ms")
+    )
     answered = statuses == 200
-    ends = [answered & (latencies_ms <= deadline_ms), answered | (statuses == 504), statuses == 429]
+    ends = [answered & (ended_ms <= deadline_ms), answered | (statuses == 504), statuses == 429]
     columns = {
-        "due_s": np.concatenate([trace.due_s for trace in traces]),
-        "latency_ms": latencies_ms,
+        "due_s": np.concatenate([trace.due_s for trace in found]),
+        "ended_ms": ended_ms,
+        "behind_ms": np.concatenate([trace.behind_ms for trace in found]),
+        "status": statuses,
         "outcome": np.select(ends, ["in time", "too late", "refused"], "failed"),
-        "model": np.concatenate([trace.models for trace in traces]),
-        "block": np.repeat(np.arange(len(blocks)), [len(load.latencies_ms) for load in loads]),
+        "model": np.concatenate([trace.models for trace in found]),
+        "block": np.repeat(np.arange(len(found)), [len(trace.due_s) for trace in found]),
     }
     return np.rec.fromarrays(columns.values(), dtype=[(name, column.dtype) for name, column in columns.items()])
 
@@ -95,21 +169,48 @@ def top1_of_models(_arm: Arm, server: Server, _repository: Path) -> dict[str, An
 
 def step_results(experiment: OverloadExperiment) -> list[StepResult]:
     """The steps of every arm that has a whole block, pooled over the rounds."""
-    return [
-        _step(experiment.plan, blocks, place)
-        for arm in experiment.plan.arms
-        if (blocks := experiment.blocks_of(arm.label))
-        for place in range(len(experiment.plan.steps))
-    ]
+    plan = experiment.plan
+    found: list[StepResult] = []
+    for arm in plan.arms:
+        blocks = experiment.blocks_of(arm.label)
+        if arm.kind == "refusing" or not blocks:
+            continue
+        for load in plan.connections or (STEPS,):
+            every = requests(blocks, load, plan.deadline_ms)
+            parts = [_due(plan, blocks, every, place) for place in range(len(plan.rates(blocks[0])))]
+            goods = [float((part.outcome == "in time").sum() / seconds / len(blocks)) for part, seconds in parts]
+            ceilings = _ceilings(experiment, blocks, load)
+            found += [
+                _step(plan, blocks, load, place, part, seconds, peak=max(goods), ceiling=ceilings[place])
+                for place, (part, seconds) in enumerate(parts)
+            ]
+    return found
 
 
-def _step(plan: OverloadPlan, blocks: list[Block], place: int) -> StepResult:
-    rate, length = plan.steps[place]
+def _due(plan: OverloadPlan, blocks: list[Block], every: Any, place: int) -> tuple[Any, float]:
+    """The requests of one step without its beginning, and its remaining seconds."""
+    steps = plan.rates(blocks[0])
+    length = steps[place][1]
     changing = min(_CHANGE_SECONDS, length / 2)
-    begin, seconds = sum(earlier for _, earlier in plan.steps[:place]) + changing, length - changing
-    every = requests(blocks, plan.deadline_ms)
-    due = every[(every.due_s >= begin) & (every.due_s < begin + seconds)]
-    good = due[due.outcome == "in time"]
+    begin = sum(earlier for _, earlier in steps[:place]) + changing
+    return every[(every.due_s >= begin) & (every.due_s < begin + length - changing)], length - changing
+
+
+def _step(
+    plan: OverloadPlan,
+    blocks: list[Block],
+    load: str,
+    place: int,
+    due: Any,
+    seconds: float,
+    *,
+    peak: float,
+    ceiling: float | None,
+) -> StepResult:
+    rate = float(np.mean([plan.rates(block)[place][0] for block in blocks]))
+    offered = len(due) / (seconds * len(blocks))
+    good, refused = due[due.outcome == "in time"], due[due.outcome == "refused"]
+    in_time = (due.status != UNSENT) & (due.behind_ms <= LATE_MS)
     goodput = np.bincount(good.block, minlength=len(blocks)) / seconds
     fractions = {outcome: count / len(due) for outcome, count in Counter(due.outcome.tolist()).items()}
     models = {model: count / len(good) for model, count in Counter(good.model.tolist()).most_common()}
@@ -117,15 +218,82 @@ def _step(plan: OverloadPlan, blocks: list[Block], place: int) -> StepResult:
     known = bool(models) and models.keys() <= top1.keys()
     return StepResult(
         arm=blocks[0].arm,
+        load=load,
+        level=plan.levels[place] if plan.levels else None,
         rate=rate,
-        offered_rate=len(due) / (seconds * len(blocks)),
+        offered_rate=offered,
+        sent=offered >= _SENT * rate and bool(len(due)) and float(in_time.mean()) >= _SENT,
         goodput=float(goodput.mean()),
         goodput_range=(float(goodput.min()), float(goodput.max())),
+        of_peak=float(goodput.mean()) / peak if peak else None,
+        of_ceiling=float(goodput.mean()) / min(ceiling, offered) if ceiling and offered else None,
         within_deadline=fractions.get("in time", 0.0),
         refused=fractions.get("refused", 0.0),
         too_late=fractions.get("too late", 0.0),
         failed=fractions.get("failed", 0.0),
-        p99_ms=percentile(due.latency_ms[np.isfinite(due.latency_ms)], 99),
+        refused_p50_ms=median(refused.ended_ms),
+        p99_ms=percentile(due.ended_ms[due.status == 200], 99),
         mean_top1=sum(top1[model] * fraction for model, fraction in models.items()) if known else None,
         models=models,
     )
+
+
+def _ceilings(experiment: OverloadExperiment, blocks: list[Block], load: str) -> list[float | None]:
+    """What each step could reach at best, in answers per second."""
+    plan = experiment.plan
+    bare = [
+        block.loads[load] for arm in plan.arms if arm.kind == "refusing" for block in experiment.blocks_of(arm.label)
+    ]
+    if not bare or not plan.levels:
+        return [None] * len(plan.rates(blocks[0]))
+    refusal = float(np.median([one.server_cores * plan.seconds / one.errors for one in bare if one.errors]))
+    full = [block.loads[SATURATED] for block in blocks]
+    answer = float(np.median([one.server_cores / one.throughput for one in full]))
+    capacity = float(np.mean([one.throughput for one in full]))
+    # What the closed loop has shown to be usable; a few per cent of a core are idle even there.
+    cores = capacity * answer
+    rates = np.mean([[rate for rate, _ in plan.rates(block)] for block in blocks], axis=0)
+    return [min(capacity, max(0.0, cores - rate * refusal) / (answer - refusal)) for rate in rates.tolist()]
+
+
+def recoveries(experiment: OverloadExperiment) -> list[Recovery]:
+    """How every arm recovers from its last level, by load."""
+    plan = experiment.plan
+    found: list[Recovery] = []
+    for arm in plan.arms:
+        blocks = experiment.blocks_of(arm.label)
+        if arm.kind == "refusing" or not blocks:
+            continue
+        for load in plan.connections:
+            seconds = [_recovery(plan, block, load) for block in blocks]
+            known = [one for one in seconds if one is not None]
+            found.append(
+                Recovery(
+                    arm=arm.label,
+                    load=load,
+                    seconds=median(known) if len(known) == len(seconds) else None,
+                    idle_mb=max(block.idle_bytes for block in blocks) / 1e6,
+                    peak_mb=max(block.loads[load].peak_bytes for block in blocks) / 1e6,
+                )
+            )
+    return found
+
+
+def _recovery(plan: OverloadPlan, block: Block, load: str) -> float | None:
+    every = requests([block], load, plan.deadline_ms)
+    normal, _ = _due(plan, [block], every, 0)
+    answered = normal.ended_ms[normal.status == 200]
+    if not len(answered):
+        return None
+    limit = _RECOVERED * float(np.median(answered))
+    end = sum(seconds for _, seconds in plan.rates(block))
+    rest = every[every.due_s >= end]
+    bins = np.floor((rest.due_s - end) / _RECOVERY_BIN_SECONDS).astype(int)
+    bad = {number for number in set(bins.tolist()) if not _is_normal(rest[bins == number], limit)}
+    last = max(bad, default=-1)
+    return None if last == bins.max(initial=-1) else (last + 1) * _RECOVERY_BIN_SECONDS
+
+
+def _is_normal(part: Any, limit_ms: float) -> bool:
+    ok: npt.NDArray[np.bool_] = part.status == 200
+    return bool(ok.all()) and float(np.median(part.ended_ms)) <= limit_ms

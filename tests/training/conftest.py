@@ -6,6 +6,11 @@ import pytest
 from training.data import load_dataset
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread(one_torch_thread: None) -> None:
+    """All tests here use torch."""
+
+
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options of `train` and `study` for 160 of the digits to train on and 50 to test on: 8 steps per epoch."""

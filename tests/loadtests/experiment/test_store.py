@@ -10,7 +10,11 @@ from loadtests.experiment.store import Store, StoreError, whole_rounds
 from loadtests.generator.load_result import LoadResult, RequestTrace
 
 TRACE = RequestTrace(
-    due_s=np.array([0.0, 0.5, 1.0]), statuses=np.array([200, 429, -1]), models=np.array(["a", "", "b"], dtype=np.str_)
+    due_s=np.array([0.0, 0.5, 1.0]),
+    statuses=np.array([200, 429, -1]),
+    models=np.array(["a", "", "b"], dtype=np.str_),
+    ended_ms=np.array([1.5, 0.5, 0.0]),
+    behind_ms=np.array([0.1, 0.2, 0.0]),
 )
 
 

@@ -1,6 +1,7 @@
 """A step overload: what is counted as in time, refused, too late, and how accurate the answers were."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from loadtests.__main__ import app
 from loadtests.experiment.model import Arm, Block
 from loadtests.generator.load_result import LoadResult, RequestTrace
 from loadtests.generator.samples import UNSENT
-from loadtests.overload.measure import STEPS, OverloadExperiment, OverloadPlan, step_results
+from loadtests.overload.measure import STEPS, OverloadExperiment, OverloadPlan, recoveries, step_results
 from loadtests.report.rendering import tables
 
 Request = tuple[float, float, int, str]
@@ -46,9 +47,38 @@ def block(number: int, *requests: Request) -> Block:
         peak_bytes=1,
         server_cores=1.0,
         generator_cores=0.1,
-        trace=RequestTrace(due_s=due_s, statuses=statuses, models=models),
+        trace=RequestTrace(
+            due_s=due_s, statuses=statuses, models=models, ended_ms=latencies_ms, behind_ms=np.zeros(len(due_s))
+        ),
     )
     return Block(arm="family", round=number, loads={STEPS: load}, info={"top1": {"good": 0.8, "fast": 0.6}})
+
+
+def closed_loop(*, throughput: float = 0.0, errors: int = 0, cores: float) -> LoadResult:
+    return LoadResult(
+        mode="closed",
+        connections=8,
+        throughput=throughput,
+        errors=errors,
+        latencies_ms=np.zeros(0),
+        server_cores=cores,
+    )
+
+
+def levels(*levels: float, blocks: list[Block]) -> OverloadExperiment:
+    bare = Arm(label="bare 429", model="", kind="refusing")
+    found = experiment(*blocks)
+    plan = replace(
+        found.plan, arms=(*found.plan.arms, bare), steps=(), levels=levels, connections=("kept",), seconds=3.5
+    )
+    return replace(found, plan=plan)
+
+
+def level_blocks(*requests: Request, throughput: float) -> list[Block]:
+    one = block(0, *requests)
+    loads = {"saturated": closed_loop(throughput=throughput, cores=1.0), "kept": one.loads[STEPS]}
+    refusing = Block(arm="bare 429", round=0, loads={"kept": closed_loop(errors=35, cores=1.0)})
+    return [replace(one, loads=loads, idle_bytes=1_000_000), refusing]
 
 
 def test_each_request_is_counted_in_the_step_in_which_it_was_due() -> None:
@@ -83,8 +113,52 @@ def test_no_answer_in_time_has_no_accuracy() -> None:
     calm, _ = step_results(found)
     assert (calm.goodput, calm.refused) == (0, 1)
     assert calm.mean_top1 is None
-    (table,) = tables("overload_tables.txt.j2", title="A step overload", steps=[calm])
-    assert table.rows[0][4:] == ["100.0%", "0.0%", "0.0%", "–", "–"]
+    (table,) = tables("overload_tables.txt.j2", title="Overload", steps=[calm], recoveries=[])
+    shown = dict(zip(table.headings, table.rows[0], strict=True))
+    assert (shown["refused"], shown["refusal p50 ms"], shown["p99 ms"], shown["mean top-1"]) == (
+        "100.0%",
+        "50.0",
+        "–",
+        "–",
+    )
+
+
+def test_a_level_is_set_against_what_the_cpu_allows() -> None:
+    # An answer takes half of a core's second, a refusal a tenth: of 4/s at twice the capacity, g answers are possible
+    # with g / 2 + (4 - g) / 10 = 1.
+    calm = [request(1.6 + 0.5 * number) for number in range(4)]
+    crowded = [request(5.1 + 0.25 * number, status=429 if number % 4 else 200) for number in range(8)]
+    first, second = step_results(levels(1, 2, blocks=level_blocks(*calm, *crowded, throughput=2.0)))
+    assert (first.level, first.rate, first.offered_rate, first.goodput) == (1, 2.0, 2.0, 2.0)
+    assert (first.of_peak, first.sent) == (1.0, True)
+    assert (second.goodput, second.of_peak) == (1.0, 0.5)
+    assert second.of_ceiling == pytest.approx(1.0 / 1.5)
+    assert second.refused_p50_ms == 50
+
+
+def test_a_level_that_the_generator_could_not_send_is_marked() -> None:
+    block, bare = level_blocks(*(request(1.6 + 0.5 * number) for number in range(4)), throughput=2.0)
+    trace = block.loads["kept"].trace
+    assert trace is not None
+    behind = replace(trace, behind_ms=np.array([0.0, 80.0, 0.0, 0.0]))
+    slow = replace(block, loads={**block.loads, "kept": replace(block.loads["kept"], trace=behind)})
+    (found,) = step_results(levels(1, blocks=[slow, bare]))
+    assert not found.sent
+
+
+def test_recovery_ends_with_the_last_half_second_that_is_not_normal() -> None:
+    calm = [request(1.6 + 0.5 * number, latency_ms=20) for number in range(4)]
+    rest = [
+        request(3.6, status=429),
+        request(4.2, latency_ms=39),
+        request(5.2, latency_ms=41),
+        request(5.7, latency_ms=20),
+    ]
+    (found,) = recoveries(levels(1, blocks=level_blocks(*calm, *rest, throughput=2.0)))
+    assert found.seconds == 2.0
+    never = [*rest, request(6.2, status=504)]
+    (found,) = recoveries(levels(1, blocks=level_blocks(*calm, *never, throughput=2.0)))
+    assert found.seconds is None
 
 
 @pytest.mark.parametrize(
@@ -110,3 +184,30 @@ def test_overload_measures_and_reports(repository: Path, tmp_path: Path) -> None
     assert (load["mode"], load["errors"]) == ("open", 0)
     assert "| digits |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "overload.svg").stat().st_size > 5000
+
+
+def test_levels_follow_the_throughput_that_the_block_has_reached(repository: Path, tmp_path: Path) -> None:
+    asked = ["--models", "digits", "--levels", "0.2,0.4", "--seconds", "2", "--rounds", "1", "--out", str(tmp_path)]
+    ended = CliRunner().invoke(app, ["overload", "--repository", str(repository), *asked, "--deadline-ms", "20000"])
+    assert ended.exit_code == 0, ended.output
+    document = json.loads((tmp_path / "results.json").read_text())
+    expected = [("kept", 0.2), ("kept", 0.4), ("new", 0.2), ("new", 0.4)]
+    assert [(step["load"], step["level"]) for step in document["steps"]] == expected
+    service = next(block for block in document["blocks"] if block["arm"] == "digits")
+    saturated = service["loads"]["saturated"]["throughput"]
+    for step in document["steps"]:
+        assert step["rate"] == pytest.approx(step["level"] * saturated)
+        assert step["of_ceiling"] > 0
+    assert [one["load"] for one in document["recoveries"]] == ["kept", "new"]
+    refusing = next(block for block in document["blocks"] if block["arm"] == "bare 429")
+    assert refusing["loads"]["kept"]["errors"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [(["--levels", "0"], "above 0"), (["--levels", "two"], "1,2,5,10"), (["--connections", "old"], "kept or new")],
+)
+def test_malformed_levels_are_refused(flags: list[str], reason: str) -> None:
+    ended = CliRunner().invoke(app, ["overload", "--models", "a", *flags])
+    assert ended.exit_code == 1
+    assert reason in ended.output
