@@ -212,7 +212,8 @@ def _reported(counts: Counter[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        print(", ".join(f"{count} × {what}" for what, count in sorted(counts.items())))
+        if counts:
+            print(", ".join(f"{count} × {what}" for what, count in sorted(counts.items())))
 
 
 async def _until_terminated(attack: Awaitable[None]) -> None:

@@ -8,13 +8,11 @@ import numpy as np
 
 from loadtests.faults.client import Outcome
 from loadtests.faults.load import Sample
-from loadtests.faults.plan import Bin, FaultResult, Moments
+from loadtests.faults.plan import CUT, Bin, FaultResult, Moments
 from loadtests.faults.service import End
 from loadtests.generator.samples import LATE_MS
 from loadtests.statistics import percentile
 
-CUT = "cut"
-"""Sent wholly to a process that then ended at once: nobody can answer that."""
 RECOVERED_SECONDS = 2.0
 RECOVERED_FACTOR = 1.5
 _LEAST_MS = 10.0

@@ -6,7 +6,10 @@ from typing import Any
 
 from loadtests.experiment.json_files import from_json
 from loadtests.experiment.model import Experiment, Plan
+from loadtests.faults.client import Outcome
 
+CUT = "cut"
+"""Sent wholly to a process that then ended at once: nobody can answer that."""
 DEADLINE_MS = 8000.0
 ANSWER_SECONDS = DEADLINE_MS / 1000 + 7
 """A request without an answer after its deadline and this much more counts as lost."""
@@ -58,8 +61,8 @@ class FaultResult:
     """Whether the process had to live on."""
     not_run: str | None = None
     """Why the fault could not be made after all."""
-    counts: dict[str, int] = field(default_factory=dict)
-    """Requests by outcome (`loadtests.faults.client.Outcome`); `cut` are lost to a process that ended at once."""
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*Outcome, CUT), 0))
+    """Requests by outcome, and those that were `CUT`."""
     statuses: dict[str, int] = field(default_factory=dict)
     """Of the failed: by HTTP status."""
     before: Moments | None = None

@@ -108,6 +108,11 @@ def test_the_report_names_what_is_not_as_promised(tmp_path: Path) -> None:
     assert (tmp_path / "faults.svg").stat().st_size > 5000
 
 
+def test_a_service_that_does_not_start_under_a_fault_breaks_a_promise_and_is_reported(tmp_path: Path) -> None:
+    never = FaultResult(fault="one", what="a fault", survives=True, unmet=("the service did not start: no space",))
+    assert "- one: the service did not start: no space" in report(tmp_path, vars(never))
+
+
 def test_a_report_without_broken_promises_says_so(tmp_path: Path) -> None:
     assert "Nothing was swapped, and nothing lost" in report(tmp_path, result())
 

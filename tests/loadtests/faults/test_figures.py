@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import pytest
 
 from loadtests.faults.client import Outcome
-from loadtests.faults.figures import CUT, moments, recovery, summarise
+from loadtests.faults.figures import moments, recovery, summarise
 from loadtests.faults.load import Sample
-from loadtests.faults.plan import FaultResult
+from loadtests.faults.plan import CUT, FaultResult
 from loadtests.faults.service import End
 
 
