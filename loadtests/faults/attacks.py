@@ -25,6 +25,8 @@ HOST = "127.0.0.1"
 _FOREVER = 3600.0
 _PATIENCE_SECONDS = 60.0
 _CHUNK = 1 << 16
+_LARGE_BODY = 32 * 2**20
+"""The service's own limit by default, and eight of them its budget."""
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -49,8 +51,8 @@ async def slow_heads(port: int) -> None:
 
 
 async def slow_bodies(port: int) -> None:
-    """Eight large bodies that stop, and a hundred that come a byte a second."""
-    large = _head(32 * 2**20 - 1) + bytes(_CHUNK)
+    """Eight large bodies that stop before their end, and a hundred that come a byte a second."""
+    large = _head(_LARGE_BODY) + bytes(_LARGE_BODY - 1000)
     slow = _head(3600)
     await asyncio.gather(
         _many(8, lambda: _drip(port, large, begin=len(large))),

@@ -75,5 +75,7 @@ class Fault:
     launch: Launch = field(default_factory=Launch)
     survives: bool = True
     """Whether the process must live on: then nothing may be lost."""
+    spares_others: bool = False
+    """Whether only guilty images may fail."""
     impossible: str | None = None
     """Why it cannot be made here, if that is known before."""

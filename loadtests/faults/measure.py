@@ -50,7 +50,9 @@ class FaultRunner:
         """Put the result of a fault into `info`."""
         assert isinstance(server, Service)  # noqa: S101 (from `serve`)
         fault = self._faults[arm.label]
-        result = FaultResult(fault=fault.name, what=fault.what, survives=fault.survives)
+        result = FaultResult(
+            fault=fault.name, what=fault.what, survives=fault.survives, spares_others=fault.spares_others
+        )
         try:
             with server.opened():
                 result = run_interruptibly(self._run(fault, server, result))

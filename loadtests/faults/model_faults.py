@@ -154,18 +154,21 @@ def model_faults() -> list[Fault]:
             what="four times a second an image for which the engine raises an error",
             act=_guilty,
             model="numbered-raises",
+            spares_others=True,
         ),
         Fault(
             name="engine-nan",
             what="four times a second an image for which the outputs are NaN",
             act=_guilty,
             model="numbered-nan",
+            spares_others=True,
         ),
         Fault(
             name="engine-short",
             what="four times a second an image for which the engine gives no row",
             act=_guilty,
             model="numbered-short",
+            spares_others=True,
         ),
         Fault(
             name="engine-hang",

@@ -59,6 +59,8 @@ class FaultResult:
     what: str
     survives: bool
     """Whether the process had to live on."""
+    spares_others: bool = False
+    """Whether no request of the load may fail."""
     not_run: str | None = None
     """Why the fault could not be made after all."""
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*Outcome, CUT), 0))
@@ -94,6 +96,8 @@ class FaultResult:
             found.append(f"{swapped} answers to another image")
         if self.survives and (lost := self.counts.get("lost")):
             found.append(f"{lost} requests lost")
+        if self.spares_others and (failed := self.counts.get("failed")):
+            found.append(f"{failed} innocent requests failed")
         if self.survives and self.exit_codes:
             found.append(f"the process ended with {', '.join(map(str, self.exit_codes))}")
         return found

@@ -30,7 +30,7 @@ def write(experiment: FaultExperiment, out: Path) -> Path:
         experiment,
         out,
         template="faults.md.j2",
-        figures={"broken": experiment.broken, "not_run": not_run, "results": results},
+        figures={"broken": experiment.broken, "not_run": not_run},
         conditions=what,
         tables=found,
         results=tried,

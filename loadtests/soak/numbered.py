@@ -85,6 +85,7 @@ class NumberedRun:
         try:
             await self._read_on(watch, counts, sending, stop, calm, progress)
             await sending
+            watch.read(counts.total(), calm=calm.now)
         finally:
             for task in (sending, *others):
                 task.cancel()

@@ -50,9 +50,9 @@ class SoakExperiment(Experiment[SoakPlan]):
 
     @property
     def measured(self) -> bool:
-        """Whether there are enough readings to judge by."""
+        """Whether the run ended, or there are enough readings to judge by."""
         fewest = min(FEWEST_SAMPLES, self.plan.requests or FEWEST_SAMPLES)
-        return bool(self.blocks) and len(self.blocks[0].info["samples"]) >= fewest
+        return any(block.failure is None or len(block.info["samples"]) >= fewest for block in self.blocks)
 
     def send(self, arm: Arm, server: Server, info: dict[str, Any], progress: Progress) -> None:
         """Send images of mixed sizes; `samples` are readings (`soak.watch`), the first one of the fresh process.
@@ -97,8 +97,9 @@ def figures(samples: list[dict[str, Any]]) -> dict[str, float]:
     """Medians of memory over the first and the last tenth of the requests sent, and what lies between."""
     numbers, used = np.array([(sample["requests"], sample["pss_bytes"]) for sample in samples]).T
     tenth = numbers[-1] / 10
-    first = float(np.median(used[(numbers > 0) & (numbers <= tenth)]))
-    last = float(np.median(used[numbers > 9 * tenth]))
+    early, late = used[(numbers > 0) & (numbers <= tenth)], used[numbers > 9 * tenth]
+    # A short run may have no reading in its first tenth but that of the fresh process.
+    first, last = (float(np.median(part if len(part) else used[:1])) for part in (early, late))
     return {
         "idle_bytes": int(used[0]),
         "first_bytes": first,

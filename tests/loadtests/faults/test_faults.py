@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from PIL import Image
@@ -130,17 +130,22 @@ def report(out: Path, *results: dict[str, object], not_run: tuple[tuple[str, str
     return write(FaultExperiment(plan=plan, blocks=blocks), out).read_text()
 
 
+def results_in(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """results.json, and the results of its faults."""
+    document = json.loads((out / "results.json").read_text())
+    return document, [block["info"]["result"] for block in document["blocks"]]
+
+
 @pytest.mark.slow
 def test_a_killed_process_and_an_unread_log_from_end_to_end(tmp_path: Path) -> None:
     asked = ["--faults", "sigkill,stderr-closed", "--rate", "10", "--seconds", "3", "--out", str(tmp_path)]
     ended = CliRunner().invoke(app, ["faults", *asked])
-    document = json.loads((tmp_path / "results.json").read_text())
-    killed, closed = document["results"]
+    document, (killed, closed) = results_in(tmp_path)
     assert (killed["fault"], closed["fault"]) == ("sigkill", "stderr-closed")
     assert killed["exit_codes"] == [-signal.SIGKILL]
     assert killed["counts"]["unconnected"] > 0
     assert killed["first_answer_s"] > 0
-    for found in document["results"]:
+    for found in (killed, closed):
         assert found["counts"]["swapped"] == 0
         assert found["counts"]["answered"] > 0
         assert found["after"]["answered"] > 0
@@ -158,9 +163,9 @@ def test_an_interrupted_run_leaves_no_service_and_is_resumed_at_the_next_fault(t
         os.kill(process.pid, signal.SIGTERM)
         process.wait(PATIENCE_SECONDS)
     assert process.returncode == 130
-    assert [each["fault"] for each in json.loads((tmp_path / "results.json").read_text())["results"]] == ["sigstop"]
+    assert [found["fault"] for found in results_in(tmp_path)[1]] == ["sigstop"]
     with interruptible(*command) as process:
         process.wait(PATIENCE_SECONDS)
-    document = json.loads((tmp_path / "results.json").read_text())
-    assert [each["fault"] for each in document["results"]] == ["sigstop", "sigkill"]
+    document, found = results_in(tmp_path)
+    assert [each["fault"] for each in found] == ["sigstop", "sigkill"]
     assert document["ended_early"] is None

@@ -73,6 +73,13 @@ def test_what_breaks_a_promise_is_named() -> None:
     assert result([*steady(0, 10), *bad], ended, survives=False).broken == ["1 answers to another image"]
 
 
+def test_where_only_the_guilty_may_fail_the_failures_of_others_are_named() -> None:
+    failed = [*steady(0, 10), sample(10.5, outcome=Outcome.FAILED, status=500)]
+    assert result(failed).broken == []
+    spared = FaultResult(**{**vars(result(failed)), "spares_others": True})
+    assert spared.broken == ["1 innocent requests failed"]
+
+
 def test_the_first_answer_counts_from_the_end_of_the_process() -> None:
     ended = End(at_s=11.0, code=0, by="SIGTERM")
     assert result([*steady(0, 10), sample(12.5)], ended, survives=False).first_answer_s == pytest.approx(1.5)
