@@ -6,11 +6,12 @@ from pathlib import Path
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from loadtests.faults.figures import RECOVERED_FACTOR, RECOVERED_SECONDS
 from loadtests.faults.plan import FaultExperiment, FaultResult
 from loadtests.report.document import conditions, write_experiment
-from loadtests.report.plot_style import FAINT, INK, PALE, SMALLER, STYLE, WIDTH
+from loadtests.report.plot_style import FAINT, INK, PALE, SMALLER, STYLE, WIDTH, instead
 from loadtests.report.rendering import print_tables, tables
 
 _COLUMNS = 3
@@ -57,13 +58,17 @@ def _plot(results: list[FaultResult]) -> Figure:
         axes.set_axis_off()
     figure.supxlabel("seconds after the fault began (shaded: the fault)", fontsize=SMALLER, color=FAINT)
     figure.supylabel("slowest answer, ms", fontsize=SMALLER, color=FAINT)
-    handles = panels.flat[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper left", ncols=3, fontsize=SMALLER)
+    handles, names = next((found for axes in panels.flat if (found := axes.get_legend_handles_labels())[0]), ([], []))
+    figure.legend(handles, names, loc="outside upper left", ncols=3, fontsize=SMALLER)
     return figure
 
 
 def _panel(axes: Axes, result: FaultResult) -> None:
     bins = result.timeline
+    axes.set_title(result.fault, fontsize=SMALLER, loc="left", pad=2)
+    if not bins:
+        instead(axes, "it did not start")
+        return
     times = [each.at_s + 0.25 for each in bins]
     axes.axvspan(0, result.lasted_s, color=PALE)
     axes.plot(times, [each.worst_ms or math.nan for each in bins], color=INK, linewidth=0.9, label="slowest answer")
@@ -73,5 +78,6 @@ def _panel(axes: Axes, result: FaultResult) -> None:
         axes.plot(marked, [height] * len(marked), "|", color=colour, markersize=5, label=label)
     axes.set_yscale("log")
     axes.set_ylim(0.4, 30_000)
-    axes.set_title(result.fault, fontsize=SMALLER, loc="left", pad=2)
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.tick_params(labelsize=6)
