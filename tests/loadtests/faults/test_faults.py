@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,7 +25,7 @@ from loadtests.faults.client_faults import client_faults
 from loadtests.faults.hostile_images import hostile_images
 from loadtests.faults.mild import MILD, MILD_LAUNCH, mild_faults
 from loadtests.faults.models import Kind
-from loadtests.faults.plan import FaultExperiment, FaultPlan, FaultResult
+from loadtests.faults.plan import Bin, FaultExperiment, FaultPlan, FaultResult
 from loadtests.faults.report import write
 from tests.processes import PATIENCE_SECONDS, interruptible, wait_until
 
@@ -119,8 +120,9 @@ def test_a_report_without_broken_promises_says_so(tmp_path: Path) -> None:
 
 def result(fault: str = "one", **counts: int) -> dict[str, object]:
     names = ("answered", "refused", "failed", "unconnected", "unsent", "lost", "swapped", "cut")
-    found = FaultResult(fault=fault, what="a fault", survives=True, counts=dict.fromkeys(names, 0) | counts)
-    return vars(found)
+    timeline = (Bin(at_s=0.0, answered=1, refused=1, others=1, worst_ms=5.0),)
+    zeros = dict.fromkeys(names, 0)
+    return asdict(FaultResult(fault=fault, what="a fault", survives=True, counts=zeros | counts, timeline=timeline))
 
 
 def report(out: Path, *results: dict[str, object], not_run: tuple[tuple[str, str], ...] = ()) -> str:
