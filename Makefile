@@ -16,7 +16,7 @@ LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-h
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve demo test test-all coverage test-clients check format lock audit licences dist image-test clean
+.PHONY: help serve demo test test-all coverage test-clients faults check format lock audit licences dist image-test clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,10 @@ coverage: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run `make test` and fail if i
 test-clients: $(SERVE)/.$(ENGINE) $(CLIENTS)/triton/.installed $(CLIENTS)/kserve/.installed $(CLIENTS)/perf/.installed ## Test the service with tritonclient, the KServe SDK and perf_analyzer
 	@echo "serving models/ to third-party clients, each in its own environment"
 	@$(PYTHON) -m tests.clients.run --service $(SERVE)/bin/python --clients $(CLIENTS)
+
+faults: $(DEV)/.installed ## Do one harm after the other to a service under load; results/faults/report.md (about 20 minutes; all faults as root)
+	@echo "trying faults on a service; report in results/faults/report.md"
+	@$(STRIDEVIT) loadtest faults $(ARGS)
 
 check: $(DEV)/.installed ## Lint, format check, types and import rules
 	@echo "checking with ruff, ruff format, mypy --strict and import-linter"

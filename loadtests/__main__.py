@@ -4,6 +4,7 @@ import typer
 
 from loadtests.accuracy.cli import accuracy
 from loadtests.compare.cli import compare
+from loadtests.faults.cli import faults
 from loadtests.limit.cli import limit
 from loadtests.mlperf.cli import mlperf
 from loadtests.overload.cli import overload
@@ -14,11 +15,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="""Find out which model to run, at which load, and at what cost in accuracy and memory.
 
-    `compare` and `accuracy` decide between models; `limit`, `overload` and `soak` test the service itself; `mlperf`
-    lets MLPerf LoadGen drive it. To load any server by hand, with Locust's web page or from several machines, see
-    `loadtests/generator/locustfile.py`.""",
+    `compare` and `accuracy` decide between models; `limit`, `overload`, `soak` and `faults` test the service itself;
+    `mlperf` lets MLPerf LoadGen drive it. To load any server by hand, with Locust's web page or from several machines,
+    see `loadtests/generator/locustfile.py`.""",
 )
-for command in (compare, accuracy, limit, overload, soak, mlperf):
+for command in (compare, accuracy, limit, overload, soak, faults, mlperf):
     app.command()(command)
 
 

@@ -30,6 +30,8 @@ SETTLE_SECONDS = 1.0
 
 Measure = Callable[[Arm, Server, dict[str, Any], Progress], None]
 """Fills a block's info, little by little, with what it asks an arm's server."""
+Serve = Callable[[Arm, Path], AbstractContextManager[Server]]
+"""An arm's server, whose log is the path."""
 
 _BASELINE = Path(__file__).parents[1] / "baseline"
 
@@ -38,7 +40,7 @@ class Bench:
     """Runs the blocks of an experiment and keeps them in `out/blocks`, and the servers' logs in `out/logs`.
 
     `describe` gives a block's facts about the arm's model; a bench with `measure` applies no loads, and needs no
-    payloads. With `everything` each service serves all models.
+    payloads. With `everything` each service serves all models. `serve` gives servers of another kind than the arms say.
     """
 
     def __init__(
@@ -50,10 +52,12 @@ class Bench:
         describe: Callable[[Arm, Server, Path], dict[str, Any]] = describe,
         measure: Measure | None = None,
         everything: bool = False,
+        serve: Serve | None = None,
     ) -> None:
         self.experiment, self.store = experiment, Store(out / "blocks")
         self._payloads, self._logs = payloads, out / "logs"
         self._describe, self._measure, self._everything = describe, measure, everything
+        self._serve = serve or self._server
         self._sources: dict[str, Path] = {}
         self._started: set[str] = set()
         self._folder = Path()
@@ -191,7 +195,7 @@ class Bench:
     def serving(self, arm: Arm, purpose: str) -> Iterator[Server]:
         """The arm's server, fresh unless it runs elsewhere; the log is named by purpose and arm. Raises ServerError."""
         name = re.sub(r"[^\w.-]+", "-", arm.label)
-        with self._server(arm, self._logs / f"{purpose}-{name}.log") as server:
+        with self._serve(arm, self._logs / f"{purpose}-{name}.log") as server:
             self._started.add(arm.label)
             yield server
 

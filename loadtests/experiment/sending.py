@@ -2,8 +2,8 @@
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable, Iterable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any, TypeVar
 
 import httpx
 
@@ -33,8 +33,6 @@ def send_all(
 
     async def work_all() -> None:
         nonlocal failed
-        # asyncio turns Ctrl-C into a cancellation: a termination must do the same.
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
         # A proxy of the environment must not come between.
         async with httpx.AsyncClient(base_url=url, limits=limits, timeout=ANSWER_SECONDS, trust_env=False) as client:
             workers = [asyncio.create_task(work(client)) for _ in range(connections)]
@@ -50,8 +48,19 @@ def send_all(
             for worker in ended:
                 worker.result()
 
+    run_interruptibly(work_all())
+
+
+def run_interruptibly(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end; Ctrl-C and SIGTERM cancel it, and raise KeyboardInterrupt."""
+
+    async def guarded() -> T:
+        # asyncio turns Ctrl-C into a cancellation: a termination must do the same.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+        return await work
+
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        asyncio.run(work_all())
+        return asyncio.run(guarded())
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)

@@ -146,11 +146,12 @@ def running(
         ) as process,
     ):
         server = Server(f"http://127.0.0.1:{port}", name=name, process=process, log=log)
-        _wait_until_ready(server)
+        wait_until_ready(server)
         yield server
 
 
-def _wait_until_ready(server: Server) -> None:
+def wait_until_ready(server: Server) -> None:
+    """Block until /readyz answers with 200. Raises ServerStartError."""
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if not server.alive():

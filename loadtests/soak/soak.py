@@ -1,7 +1,8 @@
-"""Does the memory of one service process stay flat? Many requests with images of mixed sizes, while PSS is sampled."""
+"""Does one service process stay as it is? Many requests, while memory, descriptors, threads and latency are read."""
 
 import io
 import itertools
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,11 @@ from loadtests.experiment.sending import send_all
 from loadtests.experiment.server import Server
 from loadtests.generator.payloads import read_payloads
 from loadtests.generator.readers import Payload, PayloadError
-from loadtests.report.document import conditions, write_experiment
-from loadtests.report.rendering import Table, print_tables
+from loadtests.soak.watch import Watch
 
 CONNECTIONS = 16
 SAMPLES = 200
-"""PSS is read this many times, or after every request if they are fewer."""
+"""The process is read this many times, or after every request if they are fewer."""
 FEWEST_SAMPLES = 50
 """With fewer, an interrupted run has nothing to report."""
 LONGER_SIDES = (48, 160, 320, 640, 1024, 1600)
@@ -31,56 +31,75 @@ _ORIGINALS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class SoakPlan(Plan):
-    """One arm, one round."""
+    """One arm, one round, and either a number of requests or a time."""
 
     rounds: int = 1
     seconds: float = 0.0
-    requests: int
+    requests: int | None = None
+    minutes: float | None = None
+    rate: float | None = None
+    """Arrivals a second of an open loop; None for a closed one."""
+    faults: bool = False
 
 
 @dataclass(kw_only=True)
 class SoakExperiment(Experiment[SoakPlan]):
-    """Its only block holds the memory by the number of requests sent so far."""
+    """Its only block holds the readings of the process."""
 
-    images: list[bytes] = field(repr=False)
+    images: list[bytes] = field(default_factory=list, repr=False)
 
     @property
     def measured(self) -> bool:
-        """Whether there are enough samples to judge by."""
-        return bool(self.blocks) and len(self.blocks[0].info["samples"]) >= min(FEWEST_SAMPLES, self.plan.requests)
+        """Whether the run ended, or there are enough readings to judge by."""
+        fewest = min(FEWEST_SAMPLES, self.plan.requests or FEWEST_SAMPLES)
+        return any(block.failure is None or len(block.info["samples"]) >= fewest for block in self.blocks)
 
     def send(self, arm: Arm, server: Server, info: dict[str, Any], progress: Progress) -> None:
-        """Send the planned requests; `samples` are (requests sent, PSS in bytes), the first one of the fresh process.
+        """Send images of mixed sizes; `samples` are readings (`soak.watch`), the first one of the fresh process.
 
         Raises ServerError if the service dies.
         """
-        planned, samples = self.plan.requests, [(0, server.memory_bytes())]
-        info |= {"samples": samples, "requests": 0, "failed_requests": 0}
+        planned, watch = self.plan.requests, Watch(server)
+        seconds = (self.plan.minutes or 0) * 60
+        watch.read(0)
+        info |= {"samples": watch.readings, "requests": 0, "failed_requests": 0}
+        began = read_at = time.monotonic()
 
         async def send_one(client: httpx.AsyncClient, number: int) -> None:
-            image = self.images[number % len(self.images)]
+            nonlocal read_at
+            image, sent_at = self.images[number % len(self.images)], time.monotonic()
             try:
                 response = await client.post("/v1/classify", params={"model": arm.model}, content=image)
                 failed = response.status_code != httpx.codes.OK
             except httpx.TransportError:
                 failed = True
+            now = time.monotonic()
+            if not failed:
+                watch.answered((now - sent_at) * 1000)
             info["failed_requests"] += failed
             done = info["requests"] = info["requests"] + 1
             if failed and not server.alive():
                 raise server.died(f"after {done} requests")
-            if done % max(1, planned // SAMPLES) == 0 or done == planned:
-                samples.append((done, server.memory_bytes()))
-                progress.step("requests", done, planned)
+            by_count = planned and (done % max(1, planned // SAMPLES) == 0 or done == planned)
+            if by_count or (seconds and now - read_at >= seconds / SAMPLES):
+                watch.read(done)
+                read_at = now
+                progress.step(*(("requests", done, planned) if planned else ("seconds", now - began, seconds)))
 
-        send_all(server.url, range(planned), send_one, connections=CONNECTIONS)
+        if planned:
+            numbers = iter(range(planned))
+        else:
+            numbers = itertools.takewhile(lambda _: time.monotonic() - began < seconds, itertools.count())
+        send_all(server.url, numbers, send_one, connections=CONNECTIONS)
 
 
-def figures(samples: list[tuple[int, int]]) -> dict[str, float]:
-    """Medians over the first and the last tenth of the requests sent, and what lies between."""
-    numbers, used = np.array(samples).T
+def figures(samples: list[dict[str, Any]]) -> dict[str, float]:
+    """Medians of memory over the first and the last tenth of the requests sent, and what lies between."""
+    numbers, used = np.array([(sample["requests"], sample["pss_bytes"]) for sample in samples]).T
     tenth = numbers[-1] / 10
-    first = float(np.median(used[(numbers > 0) & (numbers <= tenth)]))
-    last = float(np.median(used[numbers > 9 * tenth]))
+    early, late = used[(numbers > 0) & (numbers <= tenth)], used[numbers > 9 * tenth]
+    # A short run may have no reading in its first tenth but that of the fresh process.
+    first, last = (float(np.median(part if len(part) else used[:1])) for part in (early, late))
     return {
         "idle_bytes": int(used[0]),
         "first_bytes": first,
@@ -111,26 +130,3 @@ def _opened(payload: Payload) -> Image.Image:
             return image.convert("RGB")
     except OSError as error:
         raise PayloadError(f"an image of --data cannot be read, and so not be resized: {error}") from error
-
-
-def write(experiment: SoakExperiment, out: Path) -> Path:
-    """Write report.md and results.json in `out`, print the figures, and return the report's path."""
-    (block,) = experiment.blocks
-    info, found = block.info, figures(block.info["samples"])
-    sent = f"{info['requests']:,} requests over {CONNECTIONS} connections, {info['failed_requests']} of them failed"
-    what = conditions(experiment, f"{block.arm}: {sent}")
-    names = {
-        "idle_bytes": "fresh process",
-        "first_bytes": "first tenth of the requests, median",
-        "last_bytes": "last tenth of the requests, median",
-        "peak_bytes": f"largest of {len(info['samples'])} samples",
-    }
-    rows = [(title, f"{found[name] / 1e6:.1f} MB") for name, title in names.items()]
-    rows.append(("growth from the first to the last tenth", f"{found['growth']:+.2%}"))
-    table = Table(title=what, headings=("memory (PSS of the process tree)", ""), rows=rows)
-    asked = {"model": block.arm, "planned_requests": experiment.plan.requests}
-    write_experiment(
-        experiment, out, template="soak.md.j2", figures={**asked, **info, **found}, summary=what, memory=table
-    )
-    print_tables(table, width=100)
-    return out / "report.md"

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import signal, stats
 
 from loadtests.statistics import (
     Effect,
@@ -18,6 +18,7 @@ from loadtests.statistics import (
     paired_proportions,
     paired_ratio,
     percentile,
+    trend,
     unpaired_ratio,
     wilson,
 )
@@ -289,3 +290,26 @@ def test_ten_percent_less_throughput_is_mostly_found_among_27_tests(noise: float
         first, *_ = holm([effect.p_value for effect in effects], 0.05)
         found += first.rejected and effects[0].at(first.level)[2] < 1
     assert found > share * 100
+
+
+def test_a_trend_is_the_slope_per_unit_of_time() -> None:
+    moments = np.linspace(0, 10, 200)
+    found = trend(moments, 3 + 0.5 * moments)
+    assert found
+    assert found.at(0.95) == pytest.approx((0.5, 0.5, 0.5))
+    assert trend(moments[:9], moments[:9]) is None
+    flat = trend(moments, np.full(200, 7))
+    assert flat
+    assert flat.at(0.95) == (0, 0, 0)
+    # A part of the time without a value says nothing about its course.
+    assert trend([0, 0.1, 0.2, 9.8, 9.9, 10] * 3, [1] * 18) is None
+
+
+def test_the_interval_of_a_trend_keeps_its_level_where_neighbours_are_alike() -> None:
+    generator, moments, covered = np.random.default_rng(0), np.linspace(0, 1, 200), 0
+    for _ in range(400):
+        noise = signal.lfilter([1], [1, -0.5], generator.normal(size=400))[200:]
+        _, low, high = present(trend(moments, noise)).at(0.95)
+        covered += low <= 0 <= high
+    # Least squares over all values: 77 %.
+    assert covered / 400 == pytest.approx(0.95, abs=0.03)

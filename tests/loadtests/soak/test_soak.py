@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -12,25 +13,29 @@ from loadtests.experiment.model import Arm, Block
 from loadtests.experiment.run import Bench
 from loadtests.experiment.server import ServerError
 from loadtests.experiment.store import Store
+from loadtests.faults.client import Outcome
 from loadtests.generator.payloads import read_payloads
-from loadtests.soak.soak import LONGER_SIDES, SoakExperiment, SoakPlan, figures, mixed_sizes, write
+from loadtests.soak import numbered
+from loadtests.soak.report import broken, write
+from loadtests.soak.soak import LONGER_SIDES, SoakExperiment, SoakPlan, figures, mixed_sizes
+from loadtests.soak.watch import QUANTITIES, trends
 
 
 def test_the_first_tenth_of_the_requests_is_compared_with_the_last() -> None:
     samples = [(0, 50), (5, 100), (10, 102), (50, 300), (90, 1), (95, 103), (98, 105), (100, 104)]
-    found = figures(samples)
+    found = figures([{"requests": requests, "pss_bytes": used} for requests, used in samples])
     assert found.pop("growth") == pytest.approx(3 / 101)
     assert found == {"idle_bytes": 50, "first_bytes": 101, "last_bytes": 104, "peak_bytes": 300}
 
 
 def test_an_interrupted_run_is_reported_if_it_has_enough_samples(tmp_path: Path) -> None:
     plan = SoakPlan(repository=tmp_path, arms=(Arm(label="m", model="m"),), data=None, requests=1000)
-    samples = [(number, 1) for number in range(49)]
+    samples = [{"requests": number} for number in range(49)]
     soak = SoakExperiment(plan=plan, images=[])
     assert not soak.measured
     soak.blocks.append(Block(arm="m", round=0, info={"samples": samples}, failure="interrupted"))
     assert not soak.measured
-    samples.append((50, 1))
+    samples.append({"requests": 50})
     assert soak.measured
 
 
@@ -47,7 +52,10 @@ def test_soak_samples_memory_all_along(repository: Path, tmp_path: Path) -> None
     assert ended.exit_code == 0, ended.output
     document = json.loads((tmp_path / "results.json").read_text())
     assert (document["requests"], document["failed_requests"]) == (120, 0)
-    assert [number for number, _ in document["samples"]] == list(range(121))
+    assert [sample["requests"] for sample in document["samples"]] == list(range(121))
+    assert all(sample["descriptors"] > 3 and sample["threads"] > 1 for sample in document["samples"])
+    assert [trend["name"] for trend in document["trends"]] == list(QUANTITIES)
+    assert all(trend["low"] <= trend["per_hour"] <= trend["high"] for trend in document["trends"])
     assert document["peak_bytes"] >= document["last_bytes"] > 30_000_000
     assert "growth" in ended.stdout
     assert "| fresh process |" in (tmp_path / "report.md").read_text()
@@ -92,6 +100,76 @@ def test_a_service_that_dies_ends_the_run_and_what_was_measured_is_reported(repo
     assert found.measured
     assert found.blocks[0].info["failed_requests"] > 0
     assert write(found, tmp_path).is_file()
+
+
+def reading(seconds: float, *, pss_bytes: float = 1e8, calm: bool = True) -> dict[str, Any]:
+    others = {"requests": 1 + int(seconds), "descriptors": 20, "threads": 9, "latency_ms": 5.0}
+    return {"seconds": seconds, "pss_bytes": pss_bytes, "calm": calm, **others}
+
+
+def test_trends_are_per_hour_and_leave_out_the_beginning_and_the_faults() -> None:
+    growing = [reading(second, pss_bytes=1e8 + 1e4 * second) for second in range(360, 3600, 10)]
+    filling = [reading(second, pss_bytes=1e6 * second) for second in range(0, 360, 10)]
+    disturbed = [reading(second + 5, pss_bytes=5e8, calm=False) for second in range(360, 3590, 100)]
+    memory, descriptors, *_ = trends([*filling, *growing, *disturbed, reading(3600, pss_bytes=1e8 + 3.6e7)])
+    assert memory.per_hour == pytest.approx(36)
+    assert memory.low == pytest.approx(36)
+    assert memory.high == pytest.approx(36)
+    assert (descriptors.first, descriptors.last, descriptors.per_hour) == (20, 20, 0)
+
+
+def test_numbered_requests_are_counted_by_what_became_of_them(tmp_path: Path) -> None:
+    asked = ["--out", str(tmp_path), "--requests", "300", "--service-args", "--intra-op-threads 1"]
+    ended = CliRunner().invoke(app, ["soak", *asked])
+    assert ended.exit_code == 0, ended.output
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert {outcome: count for outcome, count in document["counts"].items() if count} == {"answered": 300}
+    assert document["counts"].keys() == set(Outcome)
+    assert document["exit_codes"] == []
+    assert "| answered | 300 |" in (tmp_path / "report.md").read_text()
+
+
+def test_a_numbered_run_ends_when_its_time_is_over(tmp_path: Path) -> None:
+    ended = CliRunner().invoke(app, ["soak", "--out", str(tmp_path), "--minutes", "0.1", "--rate", "20"])
+    assert ended.exit_code == 0, ended.output
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["counts"]["answered"] == sum(document["counts"].values()) > 0
+
+
+@pytest.mark.slow
+def test_mild_faults_leave_the_process_and_every_request_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numbered, "FAULT_EVERY_SECONDS", 6.0)
+    monkeypatch.setattr(numbered, "FAULT_SECONDS", 3.0)
+    asked = ["--minutes", "1", "--rate", "10", "--faults", "--out", str(tmp_path)]
+    ended = CliRunner().invoke(app, ["soak", *asked])
+    assert ended.exit_code == 0, ended.output
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert {note.partition(" × ")[2] for note in document["notes"]} >= {"load-unload", "repository-away"}
+    assert (document["counts"]["lost"], document["counts"]["swapped"]) == (0, 0)
+
+
+def test_a_swapped_or_a_lost_answer_and_an_ended_process_break_a_promise() -> None:
+    plan = SoakPlan(repository=Path(), arms=(Arm(label="m", model="m"),), data=None, requests=1000)
+    found = SoakExperiment(plan=plan)
+    assert broken(found) == []
+    info = {"counts": {"swapped": 1, "lost": 2, "answered": 3}, "exit_codes": [-9], "unmet": ["a fault failed"]}
+    found.blocks.append(Block(arm="m", round=0, info=info))
+    assert broken(found) == ["1 requests swapped", "2 requests lost", "the process ended with -9", "a fault failed"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--requests", "100", "--minutes", "1"], "give one of them"),
+        (["--model", "m", "--faults"], "leave --model out"),
+        (["--model", "m", "--rate", "5"], "leave --model out"),
+        (["--data", "."], "--data is for --model"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(asked: list[str], said: str, tmp_path: Path) -> None:
+    ended = CliRunner().invoke(app, ["soak", *asked, "--out", str(tmp_path)])
+    assert ended.exit_code == 1
+    assert said in ended.output
 
 
 @pytest.mark.parametrize(
