@@ -242,8 +242,8 @@ def test_only_named_proxies_are_trusted(
     class Listening:
         started = True
 
-        def __init__(self, config: Any, *_: object, **__: object) -> None:
-            seen.append(config)
+        def __init__(self, *_: object, trusted_proxies: tuple[str, ...], **__: object) -> None:
+            seen.append(trusted_proxies)
 
         def run(self) -> None:
             pass
@@ -253,8 +253,8 @@ def test_only_named_proxies_are_trusted(
             pipeline = SimpleNamespace(metrics=Metrics())
             key_file = None
 
-    monkeypatch.setattr(command_line, "_Server", Listening)
+    monkeypatch.setattr(command_line, "Server", Listening)
     monkeypatch.setattr(command_line, "create_app", lambda _: Application)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     assert run(*arguments).exit_code == 0
-    assert (seen[0].proxy_headers, seen[0].forwarded_allow_ips) == (bool(trusted), trusted)
+    assert list(seen[0]) == trusted

@@ -16,16 +16,20 @@ API = {
     "client-disconnected": 408,
     "deadline-exceeded": 504,
     "forbidden": 403,
+    "head-too-large": 431,
+    "head-too-slow": 408,
     "invalid-parameter": 422,
     "key-limited": 429,
     "model-fault": 500,
     "no-suitable-model": 422,
     "not-ready": 503,
     "overloaded": 429,
+    "too-many-connections": 503,
     "too-many-pixels": 422,
     "unauthorized": 401,
     "unknown-model": 404,
     "unsupported-image": 415,
+    "url-too-long": 414,
 }
 KINDS = [
     kind

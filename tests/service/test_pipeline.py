@@ -13,10 +13,9 @@ from structlog.testing import capture_logs
 
 from service.app import make_pipeline
 from service.errors import BadRequest, ClientDisconnected, ImageError, NotReady, RequestError
-from service.images import open_image
+from service.images import ImageRules
 from service.metrics import Metrics
 from service.pipeline import Answer, Inputs, Pipeline, RequestOptions
-from service.scheduling import decode_pool
 from service.scheduling.admission import Place
 from service.scheduling.scheduler import Batch, Output, Pixels
 from service.settings import Settings
@@ -166,6 +165,8 @@ def test_nothing_stays_behind_whatever_fails_beneath(
                 return None
         return logits, probabilities
 
+    open_image = ImageRules.open
+
     def faulty_open(*arguments: Any, **options: Any) -> Any:
         if not next(decode_well, True):
             raise RuntimeError("planted")
@@ -198,7 +199,7 @@ def test_nothing_stays_behind_whatever_fails_beneath(
 
     with pytest.MonkeyPatch.context() as patch, capture_logs():
         patch.setattr(model.queue, "run", faulty_run)
-        patch.setattr(decode_pool, "open_image", faulty_open)
+        patch.setattr(ImageRules, "open", faulty_open)
         patch.setattr(pipeline.scheduler, "_on_batch", observe)
         runner.run(asyncio.wait_for(scenario(), 60))
     admission, backlog = pipeline.admission, model.queue.backlog

@@ -102,7 +102,12 @@ class Bench:
 def serving(**limits: Any) -> Iterator[Bench]:
     """A server with `limits`, until the block ends."""
     app, metrics, left = Echo(), Metrics(), list[int]()
-    pipeline: Any = SimpleNamespace(ready=True, metrics=metrics)
+    pipeline: Any = SimpleNamespace(
+        ready=True,
+        metrics=metrics,
+        registry=SimpleNamespace(close=lambda: None),
+        scheduler=SimpleNamespace(abandoned=False),
+    )
     delay, graceful = limits.pop("delay_seconds", 0.0), limits.pop("graceful_seconds", 1000.0)
     server = Server(
         app,
