@@ -53,7 +53,8 @@ def pareto_front(members: Sequence[Model]) -> list[Model]:
 
 def require_top1(model: Model, min_top1: float) -> None:
     """Raise NoSuitableModel if a model that is not chosen by its family is below the accuracy that a request needs."""
-    if model.top1 < min_top1:
+    # Without such a wish, models of unknown accuracy answer too.
+    if min_top1 > 0 and model.top1 < min_top1:
         has = f"it has {model.top1:.4f}" if model.top1 >= 0 else "its accuracy is unknown"
         raise NoSuitableModel(
             f"model {model.name!r} does not reach a top-1 of {min_top1:g}: {has}; name a family, and its most accurate "

@@ -31,6 +31,7 @@ from service.scheduling.admission import Place
 from service.scheduling.request import RequestState
 from service.settings import Settings
 from tests.service.conftest import PNG, encoded, noise
+from tests.service.identity import publish_identity
 
 
 def test_an_image_gets_ranked_labels_and_timings(client: TestClient, repository: Path) -> None:
@@ -67,6 +68,15 @@ def test_headers_name_the_model_and_the_time_of_each_stage(client: TestClient) -
         404,
         "model 'digits-csra-r2' has no version 2 here; there are: 1",
     )
+
+
+def test_a_model_of_unknown_accuracy_answers_whoever_asks_for_none(tmp_path: Path) -> None:
+    publish_identity(tmp_path, "identity-random", top1=None)
+    with TestClient(create_app(Settings(repository=tmp_path, device="cpu"))) as client:
+        assert client.post("/v1/classify?model=identity-random", content=PNG).status_code == 200
+        asked = client.post("/v1/classify?model=identity-random&min_top1=0.1", content=PNG)
+    assert (asked.status_code, asked.json()["code"]) == (422, "no-suitable-model")
+    assert "its accuracy is unknown" in asked.json()["detail"]
 
 
 def test_without_a_model_the_default_answers(client: TestClient) -> None:
