@@ -23,7 +23,7 @@ from service.errors import StartupError
 from service.flags import with_settings
 from service.http.server.connections import ConnectionLimits
 from service.http.server.listening import connections_within_file_limit
-from service.http.server.server import Server
+from service.http.server.server import Server, leave_at_once
 from service.keys import KeyEntry, new_key
 from service.logs import Logs
 from service.models.index import Entry
@@ -57,6 +57,8 @@ def serve(settings: Settings, logs: Logs) -> None:
     if settings.keys_file:
         # By default it would end the process, until there is a file to read again.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # While models are loaded nothing was accepted. Without a handler, process 1 of a container would ignore SIGTERM.
+    signal.signal(signal.SIGTERM, lambda number, _: leave_at_once(128 + number))
     application = create_app(settings)
     application.state.pipeline.metrics.registry.register(logs)
     limits = {field.name: getattr(settings, field.name) for field in fields(ConnectionLimits)}
@@ -71,9 +73,10 @@ def serve(settings: Settings, logs: Logs) -> None:
         delay_seconds=settings.shutdown_delay_seconds,
         graceful_seconds=settings.graceful_timeout_seconds,
     )
-    # After shutdown, uvicorn raises the signal that stopped it again. All is done by then: ignore it, and exit with 0.
+    # A signal before uvicorn listens to it ends the service as soon as it has started. After shutdown uvicorn
+    # raises the signal that stopped it again: all is done by then, so the exit status is 0.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     if application.state.key_file:
         signal.signal(signal.SIGHUP, lambda *_: application.state.key_file.reload())
     server.run()

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import inspect
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import fields
 from importlib.metadata import version
+from typing import Any
 
 import structlog
 from fastapi import FastAPI, Response
@@ -15,6 +17,7 @@ from fastapi.responses import PlainTextResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from service.errors import NotReady
 from service.gauges import Gauges
 from service.host import available_cores
 from service.http import docs, openapi, page, problems, v1, v2
@@ -96,13 +99,15 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
     for router in routers:
         app.include_router(router)
 
-    @app.get("/healthz", tags=["operation"])
+    unavailable: dict[int | str, dict[str, Any]] = {503: {"description": inspect.getdoc(NotReady)}}
+
+    @app.get("/healthz", tags=["operation"], responses=unavailable)
     async def healthz() -> dict[str, str]:
         """Whether the process and its engine work; 503 if only a restart may help."""
         pipeline.require_alive()
         return {"status": "alive"}
 
-    @app.get("/readyz", tags=["operation"])
+    @app.get("/readyz", tags=["operation"], responses=unavailable)
     async def readyz() -> dict[str, str]:
         """Whether models take traffic; 503 while draining, or while the engine hangs."""
         pipeline.require_ready()
@@ -139,7 +144,7 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
             {page.PATH: page.headers(), docs.PATH: docs_page.headers}, parts=f"{docs.PARTS}/"
         ),
     )
-    app.add_middleware(Shedding, pipeline=pipeline, metrics=metrics, cors=bool(settings.cors_origins))
+    app.add_middleware(Shedding, pipeline=pipeline, metrics=metrics, cors_origins=settings.cors_origins)
     return app
 
 

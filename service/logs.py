@@ -218,6 +218,8 @@ class Logs(Collector):
         logging.captureWarnings(True)
         # Pillow warns about odd metadata in clients' files.
         warnings.filterwarnings("ignore", module="PIL")
+        # One warning for each malformed form would let clients write the log.
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)
         threading.excepthook = _on_thread_exception
         sys.unraisablehook = _on_unraisable
 

@@ -31,8 +31,6 @@ class FastPath:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["path"][-1:] == "/" != scope["path"]:
-            scope["path"] = scope["path"][:-1]
         if scope["method"] == "HEAD":
             await self._head(scope, receive, send)
             return

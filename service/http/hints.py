@@ -87,7 +87,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """A sentence about a name that is not among the known ones: the nearest one, and all of them."""
     names = sorted(known)
     listed = f"; there are: {', '.join(names)}" if names else "; there are none"
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=0.5)
+    # difflib indexes the whole text, and a member of a JSON object may be as long as the body.
+    short = name[:_PATH].lower().replace("-", "_")
+    near = difflib.get_close_matches(short, names, n=1, cutoff=0.5)
     meant = f": did you mean {near[0]!r}?" if near else ""
     return f"unknown {kind} {shown(name)!r}{meant}{listed}"
 

@@ -20,7 +20,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
 class Observe:
-    """ASGI middleware, the outermost one. It leaves `request_id` and `started` in the state of the scope."""
+    """ASGI middleware, outside of all but shedding. It leaves `request_id` and `started` in the state of the scope."""
 
     def __init__(
         self,

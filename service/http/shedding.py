@@ -11,6 +11,7 @@ import math
 import re
 import secrets
 import time
+from collections.abc import Collection
 from typing import Literal
 
 import structlog
@@ -26,6 +27,9 @@ log = structlog.get_logger()
 
 _ROUTES = {"/classify": "/v1/classify", "/infer": "/v2/models/{name}/infer"}
 """The ends of the paths of inference, and their routes in metrics."""
+
+_PAGES = ("/", "/docs/")
+"""A slash at the end belongs to the first; the second would show a page whose relative links are wrong."""
 
 _CALM_SECONDS = 0.025
 """A delay by the loop's lag that leaves every request its chance: nothing more is looked at."""
@@ -54,20 +58,26 @@ Reason = Literal["lag", "images"]
 class Shedding:
     """ASGI middleware, outside of all others."""
 
-    def __init__(self, app: ASGIApp, *, pipeline: Pipeline, metrics: Metrics, cors: bool) -> None:
-        """`cors`: whether pages of other origins may call the service, and so read a refusal."""
+    def __init__(self, app: ASGIApp, *, pipeline: Pipeline, metrics: Metrics, cors_origins: Collection[str]) -> None:
+        """`cors_origins`: those whose pages may read a refusal, or `*`."""
         self._app, self._metrics = app, metrics
         self._admission, self._lag = pipeline.admission, pipeline.lag
         limits = pipeline.limits
         self._margin, self._longest_ms = limits.deadline_margin, limits.max_deadline_ms
         self._default_ms = limits.default_deadline_ms
-        self._own = [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", b"*")] if cors else []
+        self._origins = {origin.encode() for origin in cors_origins}
         self._prefix, self._numbers = secrets.token_hex(8).encode(), itertools.count(1)
         self._shed, self._logged_at = 0, -math.inf
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST":
-            path: str = scope["path"]
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path: str = scope["path"]
+        if path[-1:] == "/" and path not in _PAGES:
+            # Here, so that all who judge a path see the same one.
+            path = scope["path"] = path[:-1]
+        if scope["method"] == "POST":
             route = _ROUTES.get(path[path.rfind("/") :])
             if route and (reason := self._reason(scope)):
                 await self._refuse(scope, send, reason, route)
@@ -110,13 +120,27 @@ class Shedding:
             (b"retry-after", b"%d" % max(1, math.ceil(retry_ms / 1000))),
             (b"x-request-id", request_id),
             *security_headers.API,
-            *self._own,
         ]
+        if self._origins:
+            headers += self._cors(scope)
         await send({"type": "http.response.start", "status": Overloaded.status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
         self._metrics.requests(route, "POST", Overloaded.status).inc()
         self._metrics.rejections(reason).inc()
         self._note()
+
+    def _cors(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """What the CORS middleware, which a refusal does not reach, would add."""
+        allowed = b"*"
+        if allowed not in self._origins:
+            allowed = next((value for name, value in scope["headers"] if name == b"origin"), b"")
+        if allowed != b"*" and allowed not in self._origins:
+            return [(b"vary", b"Origin")]
+        return [
+            (b"access-control-allow-origin", allowed),
+            (b"access-control-expose-headers", b"*"),
+            *([] if allowed == b"*" else [(b"vary", b"Origin")]),
+        ]
 
     def _note(self) -> None:
         """Log now and then: a line for each refusal would cost more than the refusal."""

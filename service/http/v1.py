@@ -79,7 +79,8 @@ def router(pipeline: Pipeline) -> APIRouter:
         response_model=Classification,
         responses=openapi.responses(
             *(errors.BadRequest, errors.BadImage, errors.UnsupportedImage, errors.TooManyPixels),
-            *(errors.Unauthorized, errors.UnknownModel, errors.NoSuitableModel, errors.InvalidParameter),
+            *(errors.Unauthorized, errors.Forbidden, errors.KeyLimited, errors.ModelFault),
+            *(errors.UnknownModel, errors.NoSuitableModel, errors.InvalidParameter),
             *(errors.BodyTooLarge, errors.BodyTooSlow, errors.NotReady, errors.Overloaded, errors.DeadlineExceeded),
             example="classification_example",
         ),
@@ -94,7 +95,9 @@ def router(pipeline: Pipeline) -> APIRouter:
         dependencies=[Depends(exchange.known_query())],
         response_model=ModelList,
         response_model_exclude_none=True,
-        responses=openapi.responses(errors.Unauthorized, errors.InvalidParameter, example="models_example"),
+        responses=openapi.responses(
+            errors.Unauthorized, errors.KeyLimited, errors.InvalidParameter, example="models_example"
+        ),
     )
     async def models() -> ModelList:
         """All models of the repository, with what they are and whether they take traffic."""

@@ -23,6 +23,8 @@ from service.errors import (
     DeadlineExceeded,
     Forbidden,
     InvalidParameter,
+    KeyLimited,
+    ModelFault,
     NotReady,
     Overloaded,
     TooManyPixels,
@@ -109,12 +111,12 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
     routes = APIRouter(prefix="/v2", tags=[_TAG], dependencies=SECURITY)
     registry = pipeline.registry
 
-    @routes.get("", responses=v2_responses(Unauthorized))
+    @routes.get("", responses=v2_responses(Unauthorized, KeyLimited))
     async def server() -> dict[str, Any]:
         """What this server is."""
         return {"name": "stridevit", "version": version, "extensions": list(EXTENSIONS)}
 
-    @routes.get("/models/stats", responses=v2_responses(Unauthorized))
+    @routes.get("/models/stats", responses=v2_responses(Unauthorized, KeyLimited))
     async def all_statistics() -> dict[str, Any]:
         """What every model has done so far."""
         return {"model_stats": [v2_metadata.statistics(model) for model in registry.ready]}
@@ -204,7 +206,7 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
 def _add_both(routes: APIRouter, suffix: str, handler: Callable[..., Any], *, is_infer: bool) -> None:
     """Add a handler for a model's newest version, and for one that the path names."""
     more: dict[str, Any] = {}
-    options: dict[str, Any] = {"responses": v2_responses(Unauthorized, UnknownModel, NotReady)}
+    options: dict[str, Any] = {"responses": v2_responses(Unauthorized, KeyLimited, UnknownModel, NotReady)}
     if is_infer:
         more = {
             "parameters": query_parameters(InferQuery, headers=INFER_HEADERS),
@@ -214,7 +216,8 @@ def _add_both(routes: APIRouter, suffix: str, handler: Callable[..., Any], *, is
             "methods": ["POST"],
             "route_class_override": FastRoute,
             "responses": v2_responses(
-                *(BadRequest, BadImage, UnsupportedImage, TooManyPixels, InvalidParameter, Unauthorized, UnknownModel),
+                *(BadRequest, BadImage, UnsupportedImage, TooManyPixels, InvalidParameter, Unauthorized, Forbidden),
+                *(UnknownModel, KeyLimited, ModelFault),
                 *(BodyTooLarge, BodyTooSlow, NotReady, Overloaded, DeadlineExceeded),
                 success=fixed_part("infer_response"),
             ),
@@ -229,11 +232,11 @@ def repository(pipeline: Pipeline) -> APIRouter:
     routes = APIRouter(prefix="/v2/repository", tags=[_TAG], dependencies=SECURITY)
     registry = pipeline.registry
 
-    changing = v2_responses(BadRequest, Forbidden, UnknownModel, NotReady, BodyTooLarge, BodyTooSlow)
+    changing = v2_responses(BadRequest, Forbidden, KeyLimited, UnknownModel, NotReady, BodyTooLarge, BodyTooSlow)
 
     @routes.post(
         "/index",
-        responses=v2_responses(BadRequest, Unauthorized, BodyTooLarge, BodyTooSlow),
+        responses=v2_responses(BadRequest, Unauthorized, KeyLimited, BodyTooLarge, BodyTooSlow),
         openapi_extra={"requestBody": fixed_part("index_request_body")},
     )
     async def index(request: Request) -> list[dict[str, str]]:

@@ -11,7 +11,6 @@ container) finds its engine where it left it.
 import asyncio
 import logging
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -57,9 +56,10 @@ class Run:
 def end_process(reason: str) -> None:
     """End this process at once, without waiting for any thread, with EXIT_STATUS and one line in the log."""
     log.critical("the process ends without its engine", reason=reason, exit_status=EXIT_STATUS)
-    logging.shutdown()
-    sys.stderr.flush()
-    os._exit(EXIT_STATUS)
+    try:
+        logging.shutdown()
+    finally:
+        os._exit(EXIT_STATUS)
 
 
 class Watchdog:

@@ -1,6 +1,8 @@
 """The command line: every setting is a flag, and what the commands print."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from service import __main__ as command_line
+from service.errors import StartupError
 from service.flags import markdown
 from service.key_file import entries_of_settings, read_keys
 from service.keys import KeyRing
@@ -258,3 +261,20 @@ def test_only_named_proxies_are_trusted(
     monkeypatch.setattr("signal.signal", lambda *_: None)
     assert run(*arguments).exit_code == 0
     assert list(seen[0]) == trusted
+
+
+def test_sigterm_while_models_are_loaded_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+
+    def create_app(_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise StartupError("it would load for minutes")
+
+    monkeypatch.setattr(command_line, "leave_at_once", left.append)
+    monkeypatch.setattr(command_line, "create_app", create_app)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        run()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert left == [128 + signal.SIGTERM]

@@ -29,8 +29,10 @@ _CLOSE_SECONDS: Final = 10.0
 
 def leave_at_once(status: int) -> None:
     """End the process whatever its threads do, once its log lines are out."""
-    logging.shutdown()
-    os._exit(status)
+    try:
+        logging.shutdown()
+    finally:
+        os._exit(status)
 
 
 class Server(uvicorn.Server):

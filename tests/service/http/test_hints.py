@@ -1,8 +1,10 @@
 """Hints: what is said about a body that is no image, a path that does not exist, and a name that is nearly right."""
 
 import base64
+import difflib
 import gzip
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -106,3 +108,17 @@ def test_an_unknown_name_is_told_the_nearest(name: str, said: str) -> None:
     sentence = hints.unknown_name("query parameter", name, ["top_k", "deadline_ms"])
     assert said in sentence
     assert len(sentence) < 150
+
+
+def test_of_a_very_long_name_only_the_beginning_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+    real = difflib.get_close_matches
+
+    def get_close_matches(word: str, *arguments: Any, **options: Any) -> list[str]:
+        compared.append(word)
+        return list(real(word, *arguments, **options))
+
+    monkeypatch.setattr(difflib, "get_close_matches", get_close_matches)
+    assert "did you mean 'top_k'?" in hints.unknown_name("JSON member", "topk", ("top_k", "model"))
+    assert len(hints.unknown_name("JSON member", "x" * 4_000_000, ("top_k", "model"))) < 1000
+    assert max(map(len, compared)) <= 1000

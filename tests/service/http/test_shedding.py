@@ -59,6 +59,18 @@ def test_a_late_loop_refuses_near_deadlines_and_answers_the_others(client: TestC
     assert client.post("/v1/classify?deadline_ms=20000", content=picture(1)).status_code == 200
 
 
+def test_pages_of_other_origins_cannot_read_a_refusal(client: TestClient, pipeline: Pipeline) -> None:
+    late(pipeline, 0.5)
+    answer = client.post("/v1/classify?deadline_ms=250", content=picture(1), headers={"Origin": "https://other.com"})
+    assert (answer.status_code, answer.headers.get("access-control-allow-origin")) == (429, None)
+    assert answer.headers["vary"] == "Origin"
+
+
+def test_a_slash_at_the_end_is_no_way_around_it(client: TestClient, pipeline: Pipeline) -> None:
+    late(pipeline, 0.5)
+    assert client.post("/v1/classify/?deadline_ms=250", content=picture(1)).status_code == 429
+
+
 def test_nothing_but_inference_is_ever_refused(client: TestClient, pipeline: Pipeline) -> None:
     late(pipeline, 1000.0)
     for path in ("/healthz", "/readyz", "/metrics", "/v1/models", "/v2/health/ready"):
@@ -81,7 +93,8 @@ def test_a_refusal_is_complete_and_counted(client: TestClient, pipeline: Pipelin
     for answer in answers:
         assert (answer.status_code, answer.headers["x-request-id"]) == (429, "mine")
         assert int(answer.headers["retry-after"]) >= 1
-        assert answer.headers["access-control-allow-origin"] == "*"
+        assert answer.headers["access-control-allow-origin"] == "https://example.com"
+        assert answer.headers["x-content-type-options"] == "nosniff"
     problem = answers[0].json()
     assert (problem["code"], problem["status"], problem["request_id"]) == ("overloaded", 429, "mine")
     assert problem["retry_after_ms"] >= 500
