@@ -1,9 +1,10 @@
 # The service as an image: ONNX Runtime, no torch, no build tools, no root.
 #
 #   DOCKER_BUILDKIT=1 docker build --target cpu --tag stridevit:cpu .
-#   docker run --rm --read-only --tmpfs /tmp --cap-drop ALL --publish 127.0.0.1:8000:8000 stridevit:cpu
+#   docker run --rm --stop-timeout 50 --read-only --tmpfs /tmp --cap-drop ALL --publish 127.0.0.1:8000:8000 stridevit:cpu
 #
-# Flags of `python -m service` may follow the image's name. Stop it with at least `--time 50`: it serves on for
+# Flags of `python -m service` may follow the image's name, but change the port with `--env STRIDEVIT_PORT=...`: the
+# health check asks that one. Docker must wait 50 s before it kills the container: the service goes on for
 # STRIDEVIT_SHUTDOWN_DELAY_SECONDS (5), so that proxies notice; accepted requests then have
 # STRIDEVIT_GRACEFUL_TIMEOUT_SECONDS (30) to finish, and its threads 10 s to end.
 #
