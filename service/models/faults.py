@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import structlog
 
-from service.errors import ModelFault, NotReady
+from service.errors import ModelFault
 from service.metrics import Metrics
 from service.models.model import Model
 from service.models.registry import Registry
@@ -55,8 +55,6 @@ class Faults:
     async def _withdraw(self, model: Model, reason: str) -> None:
         try:
             await self._registry.withdraw(model, reason)
-        except NotReady as error:  # the engine hangs, and holds the memory that would have been freed
-            log.error("a model that was taken out could not be closed", model=model.queue.title, reason=str(error))
         finally:
             del self._withdrawals[model]
 

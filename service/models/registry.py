@@ -8,7 +8,7 @@ folder that cannot be listed for a while takes nothing away that serves.
 import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -86,15 +86,7 @@ class Registry:
     @property
     def index(self) -> list[Entry]:
         """Every version that is or could be served, and its state."""
-        entries = self._index.entries
-        if hang := self._scheduler.hang:
-            # All models share the engine thread.
-            ready = (entry.state == "ready" for entry in entries)
-            entries = [
-                replace(entry, state="unavailable", reason=hang) if was else entry
-                for entry, was in zip(entries, ready, strict=True)
-            ]
-        return entries
+        return self._index.entries_during(self._scheduler.hang)
 
     @property
     def default(self) -> str | None:
@@ -327,16 +319,13 @@ class Registry:
                 self._index.note(model.name, model.version, "unloading", reason)
         self._families = None
         for model in models:
-            await model.unused()
-            self._scheduler.remove(model.queue)
-            await asyncio.to_thread(self._scheduler.on_engine, model.engine.close)
+            await model.retire(self._scheduler)
             # Unless the version was loaded again in the meantime.
             if self._index.state(model.name, model.version) == "unloading":
                 if keep:
                     self._index.note(model.name, model.version, "unavailable", reason)
                 else:
                     self._index.remove(model.name, model.version)
-            log.info("model retired", model=model.name, version=model.version)
 
     def _newest(self, name: str) -> Model:
         return self._models[name][max(self._models[name])]
