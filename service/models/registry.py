@@ -14,7 +14,7 @@ from typing import Literal
 
 import structlog
 
-from service.bundle import list_repository, signature, versions
+from service.bundle import Listing, list_repository, signature, versions
 from service.errors import BundleError, NotReady, ServiceError, StartupError, UnknownModel
 from service.models.failures import Failures
 from service.models.family import Family, families_of
@@ -202,10 +202,7 @@ class Registry:
     async def refresh(self) -> None:
         """Scan the repository once: load new versions, and retire those that have been removed."""
         try:
-            listing = await asyncio.to_thread(list_repository, self._repository)
-            if self._models and not (listing.versions or listing.unreadable):
-                # What is left of a network mount is an empty folder.
-                raise BundleError(f"the model repository {self._repository} is empty: what serves goes on serving")
+            listing = await asyncio.to_thread(self._list)
         except BundleError as error:
             if self.readable:
                 log.error("repository cannot be read", reason=str(error))
@@ -232,6 +229,14 @@ class Registry:
         if name not in list_repository(self._repository).names:
             raise UnknownModel(f"no model {name!r} in the repository")
 
+    def _list(self) -> Listing:
+        """Raises BundleError also for a repository that is empty while something serves."""
+        listing = list_repository(self._repository)
+        if self._models and not listing.names:
+            # What is left of a network mount is an empty folder.
+            raise BundleError(f"the model repository {self._repository} is empty: what serves goes on serving")
+        return listing
+
     async def _update(self, name: str, *, fresh: bool) -> _Scan:
         async with self._exchange[name]:
             before = dict(self._models.get(name, {}))
@@ -252,8 +257,11 @@ class Registry:
         serving = set(self._models.get(name, {}))
         try:
             scan = _Scan(published=versions(self._repository, name))
-        except OSError as error:
-            reason = f"its folder cannot be listed ({error.strerror})"
+            if serving and not scan.published:
+                self._list()  # a repository that has vanished since then has no versions either
+        except (OSError, BundleError) as error:
+            why = error.strerror if isinstance(error, OSError) else "nor can the repository"
+            reason = f"its folder cannot be listed ({why})"
             self._index.note_unlisted(name, reason)
             return _Scan(published=sorted(serving), wanted=serving, failures=[reason])
         expected = name in self._names

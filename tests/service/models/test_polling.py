@@ -10,10 +10,13 @@ import pytest
 from fastapi.testclient import TestClient
 
 from service.app import create_app
+from service.bundle import versions
 from service.errors import BundleError, NotNow, NotReady, UnknownModel
+from service.models import registry
 from service.models.failures import Failures
 from service.pipeline import Pipeline
 from service.settings import Settings
+from tests.processes import wait_until
 from tests.service.conftest import until
 from tests.service.identity import publish_identity
 from tests.service.models.hostile import publish_endless, trials
@@ -133,6 +136,33 @@ def test_a_repository_that_vanishes_for_a_while_takes_nothing_away_that_serves(t
     drive(repository, scenario)
 
 
+@pytest.mark.parametrize("leaves_a_mount_point", [False, True])
+def test_a_repository_that_vanishes_during_a_scan_takes_nothing_away_that_serves(
+    leaves_a_mount_point: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    repository = tmp_path / "models"
+    publish_identity(repository)
+
+    def vanish(folder: Path, name: str) -> list[int]:
+        repository.rename(tmp_path / "aside")
+        if leaves_a_mount_point:
+            repository.mkdir()
+        return versions(folder, name)
+
+    async def scenario(classifier: Pipeline) -> None:
+        monkeypatch.setattr(registry, "versions", vanish)
+        await classifier.registry.refresh()
+        assert await ask(classifier, 5) == 5
+        assert "its folder cannot be listed" in reason(classifier, "identity-a", None)
+        monkeypatch.undo()
+        shutil.rmtree(repository, ignore_errors=True)
+        (tmp_path / "aside").rename(repository)
+        await classifier.registry.refresh()
+        assert states(classifier) == {("identity-a", 1): "ready"}
+
+    drive(repository, scenario)
+
+
 def test_while_one_model_is_being_loaded_others_answer_and_can_be_unloaded(tmp_path: Path) -> None:
     publish_identity(tmp_path, "identity-a")
     publish_identity(tmp_path, "identity-b")
@@ -204,4 +234,4 @@ def test_a_fifo_in_a_bundle_does_not_keep_others_from_being_loaded(tmp_path: Pat
         await classifier.registry.load("identity-a")
 
     drive(tmp_path, scenario)
-    assert threading.active_count() <= before
+    wait_until(lambda: threading.active_count() <= before)
