@@ -187,8 +187,8 @@ class Registry:
         """Take a model out of service once it has answered what it accepted. Raises UnknownModel."""
         if name not in self._models:
             raise UnknownModel(f"model {name!r} is not loaded")
+        self._unloaded.add(name)  # at once: a poll may be waiting for the same lock
         async with self._exchange[name]:
-            self._unloaded.add(name)
             await self._retire(list(self._models.get(name, {}).values()), reason="unloaded", keep=True)
 
     async def withdraw(self, model: Model, reason: str) -> None:

@@ -185,6 +185,25 @@ def test_while_one_model_is_being_loaded_others_answer_and_can_be_unloaded(tmp_p
     drive(tmp_path, scenario)
 
 
+def test_a_poll_beside_an_unload_does_not_load_the_model_again(tmp_path: Path) -> None:
+    publish_identity(tmp_path)
+
+    async def scenario(classifier: Pipeline) -> None:
+        async with classifier.registry._exchange["identity-a"]:  # as while another version is being loaded
+            unloading = asyncio.create_task(classifier.registry.unload("identity-a"))
+            await asyncio.sleep(0)
+            polling = asyncio.create_task(classifier.registry.refresh())
+            # The poll has chosen its models once it lets others load, or waits for the one that is held.
+            await until(lambda: polling.done() or len(waiters(classifier)) > 1)
+        await asyncio.gather(unloading, polling)
+        assert states(classifier) == {("identity-a", 1): "unavailable"}
+
+    def waiters(classifier: Pipeline) -> list[object]:
+        return list(classifier.registry._exchange["identity-a"]._waiters or ())  # type: ignore[attr-defined]
+
+    drive(tmp_path, scenario)
+
+
 def test_a_version_for_which_memory_was_short_is_tried_again_once_there_is_enough(tmp_path: Path) -> None:
     left = 100
     failures = Failures(lambda: left)
