@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import IO
 
 from service.errors import BundleError, NotNow
+from service.models.machine import is_out_of_memory
 from service.models.proof import EngineOptions, Proof
-from service.models.trial import REQUESTS, RESULTS, Request, Result, is_out_of_memory
+from service.models.trial import REQUESTS, RESULTS, Request, Result
 
 _GRACE_SECONDS = 5
 """What the process gets beyond the time limit before its own timer ends it: this one should, and say why."""
