@@ -1,6 +1,7 @@
 """Which versions could not be loaded, and when it is worth trying them again.
 
-A bundle never changes once it is published, but its folder may be found half-written, or without the rights to read it.
+A bundle never changes once it is published, but its folder may be found half-written, or without the rights to read it,
+and the machine may have lacked something for a moment.
 """
 
 from collections.abc import Callable
@@ -9,17 +10,25 @@ from pathlib import Path
 
 from service.bundle import Signature, signature
 from service.errors import NotNow
+from service.models.machine import is_of_the_moment
 
 Key = tuple[str, int]
 """Name and version."""
 
+_MAX_PAUSE = 63
+"""Polls between two attempts at most: an attempt may take minutes of a core."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class _Failure:
     seen: Signature | None
     reason: str
     needed_bytes: int | None
-    """Memory without which there is no use in trying again; None if it is not a matter of memory or of the moment."""
+    """Memory without which there is no use in trying again, 0 if unknown; None if it is not a matter of the moment."""
+    attempts: int
+    """How often it failed with the folder as it is."""
+    pause: int
+    """Polls to let pass before the next attempt, where no need of memory says when to make it."""
 
 
 class Failures:
@@ -37,13 +46,21 @@ class Failures:
         if failure.needed_bytes is None:
             return False
         left = self._memory_left()
-        return left is None or failure.needed_bytes <= left
+        if failure.needed_bytes and left is not None:
+            return failure.needed_bytes <= left
+        if failure.pause:
+            failure.pause -= 1
+            return False
+        return True
 
     def record(self, key: Key, seen: Signature | None, error: Exception) -> bool:
         """Record that a version, `seen` before it was read, could not be loaded; returns whether that is news."""
         known, reason = self._known.get(key), str(error)
-        needed = error.needed_bytes if isinstance(error, NotNow) else None
-        self._known[key] = _Failure(seen, reason, needed)
+        needed = error.needed_bytes if isinstance(error, NotNow) else 0 if is_of_the_moment(error) else None
+        attempts = known.attempts + 1 if known and known.seen == seen else 1
+        # None after the first attempt, then 1, 3, 7 and so on.
+        pause = min(2 ** (attempts - 1) - 1, _MAX_PAUSE)
+        self._known[key] = _Failure(seen, reason, needed, attempts, pause)
         return known is None or known.reason != reason
 
     def forget(self, key: Key) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import structlog
 
-from service.errors import ModelFault, NotReady
+from service.errors import ModelFault
 from service.metrics import Metrics
+from service.models.machine import is_of_the_moment
 from service.models.model import Model
 from service.models.registry import Registry
 from service.scheduling.scheduler import Batch
@@ -25,7 +26,10 @@ class Faults:
     def __init__(
         self, registry: Registry, metrics: Metrics, *, max_consecutive: int, clock: Callable[[], float]
     ) -> None:
-        """`max_consecutive`: images in a row without an answer, after which a model is taken out; 0: never."""
+        """`max_consecutive`: images in a row without an answer, after which a model is taken out; 0: never.
+
+        An image for which the machine lacked memory does not count: it says nothing about the model.
+        """
         self._registry, self._metrics, self._clock = registry, metrics, clock
         self._max_consecutive = max_consecutive
         self._logged_at: dict[str, float] = {}
@@ -43,20 +47,23 @@ class Faults:
             self._log(batch, error)
         if model is None or batch.retried:
             return
-        answered = batch.images - len(batch.faults)
-        model.consecutive_faults = 0 if answered else model.consecutive_faults + batch.images
+        if not batch.failed:
+            model.consecutive_faults = 0
+            return
+        own = [fault for fault in batch.faults if not is_of_the_moment(fault)]
+        if not own:
+            return
+        model.consecutive_faults += len(own)
         if 0 < self._max_consecutive <= model.consecutive_faults and model not in self._withdrawals:
             reason = (
                 f"it failed on {model.consecutive_faults} images in a row, the last time because "
-                f"{_reason(batch.faults[-1])}: load it again to try it again"
+                f"{_reason(own[-1])}: load it again to try it again"
             )
             self._withdrawals[model] = asyncio.get_running_loop().create_task(self._withdraw(model, reason))
 
     async def _withdraw(self, model: Model, reason: str) -> None:
         try:
             await self._registry.withdraw(model, reason)
-        except NotReady as error:  # the engine hangs, and holds the memory that would have been freed
-            log.error("a model that was taken out could not be closed", model=model.queue.title, reason=str(error))
         finally:
             del self._withdrawals[model]
 

@@ -1,6 +1,6 @@
 """The index: every version that is or could be served, its state, and the reason."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import structlog
@@ -31,6 +31,15 @@ class Index:
     def entries(self) -> list[Entry]:
         """All of them, by name and version."""
         return sorted(self._entries.values(), key=lambda entry: (entry.name, entry.version or 0))
+
+    def entries_during(self, hang: str | None) -> list[Entry]:
+        """All of them; while the engine hangs, which all models share, none is ready. `hang`: why it does."""
+        if hang is None:
+            return self.entries
+        return [
+            replace(entry, state="unavailable", reason=hang) if entry.state == "ready" else entry
+            for entry in self.entries
+        ]
 
     def state(self, name: str, version: int) -> State | None:
         """The state of a version, if it is known."""

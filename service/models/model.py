@@ -5,10 +5,14 @@ import time
 from dataclasses import dataclass, field
 
 import numpy as np
+import structlog
 
 from service.bundle import Bundle
 from service.engine import Engine
-from service.scheduling.scheduler import Queue
+from service.errors import NotReady
+from service.scheduling.scheduler import Queue, Scheduler
+
+log = structlog.get_logger()
 
 
 @dataclass(slots=True)
@@ -95,3 +99,17 @@ class Model:
     async def unused(self) -> None:
         """Wait until every request that holds the model is answered."""
         await self._unused.wait()
+
+    async def retire(self, scheduler: Scheduler) -> None:
+        """Answer what was accepted, then leave the scheduler and free the engine's memory.
+
+        An engine that cannot be closed is logged: its memory stays in use, and nothing else waits for it.
+        """
+        await self.unused()
+        scheduler.remove(self.queue)
+        try:
+            await asyncio.to_thread(scheduler.on_engine, self.engine.close)
+        except (NotReady, RuntimeError, OSError) as error:
+            log.error("model not closed", model=self.name, version=self.version, reason=str(error))
+        else:
+            log.info("model retired", model=self.name, version=self.version)

@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import IO
 
 from service.errors import BundleError, NotNow
+from service.models.machine import is_out_of_memory
 from service.models.proof import EngineOptions, Proof
-from service.models.trial import REQUESTS, RESULTS, Request, Result, is_out_of_memory
+from service.models.trial import REQUESTS, RESULTS, Request, Result
 
 _GRACE_SECONDS = 5
 """What the process gets beyond the time limit before its own timer ends it: this one should, and say why."""
 
 _END_SECONDS = 5
 """What an idle process gets to end before it is killed."""
+
+_MORE_MEMORY = 1.25
+"""A version that ran out of memory is proven again once there is more by this factor: what is left varies all the time.
+"""
 
 _TAIL_BYTES = 2000
 """Of what the process wrote to standard error, enough for its last words."""
@@ -153,7 +158,7 @@ def _out_of_memory(folder: Path, memory_bytes: int | None, error: str) -> NotNow
     left = "there is" if memory_bytes is None else f"the {memory_bytes >> 20} MiB that are left"
     return NotNow(
         f"{folder}: loading it takes more memory than {left} ({_last_words(error.encode())})",
-        needed_bytes=(memory_bytes or 0) + 1,
+        needed_bytes=round((memory_bytes or 0) * _MORE_MEMORY),
     )
 
 

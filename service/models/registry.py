@@ -8,13 +8,13 @@ folder that cannot be listed for a while takes nothing away that serves.
 import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import structlog
 
-from service.bundle import list_repository, signature, versions
+from service.bundle import Listing, list_repository, signature, versions
 from service.errors import BundleError, NotReady, ServiceError, StartupError, UnknownModel
 from service.models.failures import Failures
 from service.models.family import Family, families_of
@@ -86,15 +86,7 @@ class Registry:
     @property
     def index(self) -> list[Entry]:
         """Every version that is or could be served, and its state."""
-        entries = self._index.entries
-        if hang := self._scheduler.hang:
-            # All models share the engine thread.
-            ready = (entry.state == "ready" for entry in entries)
-            entries = [
-                replace(entry, state="unavailable", reason=hang) if was else entry
-                for entry, was in zip(entries, ready, strict=True)
-            ]
-        return entries
+        return self._index.entries_during(self._scheduler.hang)
 
     @property
     def default(self) -> str | None:
@@ -195,8 +187,8 @@ class Registry:
         """Take a model out of service once it has answered what it accepted. Raises UnknownModel."""
         if name not in self._models:
             raise UnknownModel(f"model {name!r} is not loaded")
+        self._unloaded.add(name)  # at once: a poll may be waiting for the same lock
         async with self._exchange[name]:
-            self._unloaded.add(name)
             await self._retire(list(self._models.get(name, {}).values()), reason="unloaded", keep=True)
 
     async def withdraw(self, model: Model, reason: str) -> None:
@@ -210,10 +202,7 @@ class Registry:
     async def refresh(self) -> None:
         """Scan the repository once: load new versions, and retire those that have been removed."""
         try:
-            listing = await asyncio.to_thread(list_repository, self._repository)
-            if self._models and not (listing.versions or listing.unreadable):
-                # What is left of a network mount is an empty folder.
-                raise BundleError(f"the model repository {self._repository} is empty: what serves goes on serving")
+            listing = await asyncio.to_thread(self._list)
         except BundleError as error:
             if self.readable:
                 log.error("repository cannot be read", reason=str(error))
@@ -240,6 +229,14 @@ class Registry:
         if name not in list_repository(self._repository).names:
             raise UnknownModel(f"no model {name!r} in the repository")
 
+    def _list(self) -> Listing:
+        """Raises BundleError also for a repository that is empty while something serves."""
+        listing = list_repository(self._repository)
+        if self._models and not listing.names:
+            # What is left of a network mount is an empty folder.
+            raise BundleError(f"the model repository {self._repository} is empty: what serves goes on serving")
+        return listing
+
     async def _update(self, name: str, *, fresh: bool) -> _Scan:
         async with self._exchange[name]:
             before = dict(self._models.get(name, {}))
@@ -260,8 +257,11 @@ class Registry:
         serving = set(self._models.get(name, {}))
         try:
             scan = _Scan(published=versions(self._repository, name))
-        except OSError as error:
-            reason = f"its folder cannot be listed ({error.strerror})"
+            if serving and not scan.published:
+                self._list()  # a repository that has vanished since then has no versions either
+        except (OSError, BundleError) as error:
+            why = error.strerror if isinstance(error, OSError) else "nor can the repository"
+            reason = f"its folder cannot be listed ({why})"
             self._index.note_unlisted(name, reason)
             return _Scan(published=sorted(serving), wanted=serving, failures=[reason])
         expected = name in self._names
@@ -327,16 +327,13 @@ class Registry:
                 self._index.note(model.name, model.version, "unloading", reason)
         self._families = None
         for model in models:
-            await model.unused()
-            self._scheduler.remove(model.queue)
-            await asyncio.to_thread(self._scheduler.on_engine, model.engine.close)
+            await model.retire(self._scheduler)
             # Unless the version was loaded again in the meantime.
             if self._index.state(model.name, model.version) == "unloading":
                 if keep:
                     self._index.note(model.name, model.version, "unavailable", reason)
                 else:
                     self._index.remove(model.name, model.version)
-            log.info("model retired", model=model.name, version=model.version)
 
     def _newest(self, name: str) -> Model:
         return self._models[name][max(self._models[name])]

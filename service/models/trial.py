@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from service.engine import resolve_device
 from service.errors import ServiceError
 from service.host import data_bytes
+from service.models.machine import is_out_of_memory
 from service.models.proof import EngineOptions, Proof, prove
 
 _NICE = 10
@@ -89,12 +90,7 @@ def _answer(request: Request) -> Result:
         return Result(error="out of memory", out_of_memory=True)
     except Exception as error:  # noqa: BLE001 (whatever it is, it is why this bundle cannot be served)
         text = str(error) if isinstance(error, ServiceError) else f"{type(error).__name__}: {error}"
-        return Result(error=text, out_of_memory=is_out_of_memory(text))
-
-
-def is_out_of_memory(text: str) -> bool:
-    """Whether a message of ONNX Runtime, its allocator or the C++ library says that memory ran out."""
-    return any(sign in text for sign in ("bad_alloc", "bad allocation", "Failed to allocate memory", "out of memory"))
+        return Result(error=text, out_of_memory=is_out_of_memory(error))
 
 
 def _limit(request: Request) -> None:

@@ -11,9 +11,11 @@ from fastapi.testclient import TestClient
 from structlog.testing import capture_logs
 
 from service.app import create_app
+from service.errors import EngineError
 from service.host import resident_bytes
 from service.models.arena import ArenaTrimmer
 from service.pipeline import Pipeline
+from service.scheduling.scheduler import Batch
 from service.settings import Settings
 from tests.processes import wait_until
 from tests.service.faulty import MEMORY_BYTES, Fault, faulty_graph, guilty_picture, guilty_pixels
@@ -117,6 +119,23 @@ def test_a_success_in_between_keeps_a_model_in_service(client: TestClient) -> No
             assert client.post("/v1/classify?model=identity-nan", content=guilty_picture(1)).status_code == 500
         assert client.post("/v1/classify?model=identity-nan", content=picture(1)).status_code == 200
     assert index(client, "identity-nan")["state"] == "READY"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), EngineError("ONNX Runtime cannot run the model on cpu: std::bad_alloc")]
+)
+def test_a_machine_without_memory_takes_no_model_out_of_service(client: TestClient, error: Exception) -> None:
+    pipeline = pipeline_of(client)
+    model = pipeline.registry.find("identity-nan")
+
+    async def run_out() -> None:
+        for _ in range(20):
+            pipeline.faults.record(Batch(queue=model.queue, images=1, size=1, seconds=0.1, faults=[error]), model)
+
+    assert client.portal
+    client.portal.call(run_out)
+    assert model.consecutive_faults == 0
+    assert client.post("/v1/classify?model=identity-nan", content=picture(1)).status_code == 200
 
 
 def test_memory_that_one_image_made_the_engine_take_is_given_back(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A repository that changes, or cannot be read for a while, under a service that goes on."""
 
 import asyncio
+import errno
 import os
 import shutil
 import threading
@@ -10,10 +11,13 @@ import pytest
 from fastapi.testclient import TestClient
 
 from service.app import create_app
-from service.errors import BundleError, NotNow, NotReady, UnknownModel
+from service.bundle import versions
+from service.errors import BundleError, EngineError, NotNow, NotReady, UnknownModel
+from service.models import registry
 from service.models.failures import Failures
 from service.pipeline import Pipeline
 from service.settings import Settings
+from tests.processes import wait_until
 from tests.service.conftest import until
 from tests.service.identity import publish_identity
 from tests.service.models.hostile import publish_endless, trials
@@ -133,6 +137,33 @@ def test_a_repository_that_vanishes_for_a_while_takes_nothing_away_that_serves(t
     drive(repository, scenario)
 
 
+@pytest.mark.parametrize("leaves_a_mount_point", [False, True])
+def test_a_repository_that_vanishes_during_a_scan_takes_nothing_away_that_serves(
+    leaves_a_mount_point: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    repository = tmp_path / "models"
+    publish_identity(repository)
+
+    def vanish(folder: Path, name: str) -> list[int]:
+        repository.rename(tmp_path / "aside")
+        if leaves_a_mount_point:
+            repository.mkdir()
+        return versions(folder, name)
+
+    async def scenario(classifier: Pipeline) -> None:
+        monkeypatch.setattr(registry, "versions", vanish)
+        await classifier.registry.refresh()
+        assert await ask(classifier, 5) == 5
+        assert "its folder cannot be listed" in reason(classifier, "identity-a", None)
+        monkeypatch.undo()
+        shutil.rmtree(repository, ignore_errors=True)
+        (tmp_path / "aside").rename(repository)
+        await classifier.registry.refresh()
+        assert states(classifier) == {("identity-a", 1): "ready"}
+
+    drive(repository, scenario)
+
+
 def test_while_one_model_is_being_loaded_others_answer_and_can_be_unloaded(tmp_path: Path) -> None:
     publish_identity(tmp_path, "identity-a")
     publish_identity(tmp_path, "identity-b")
@@ -155,6 +186,25 @@ def test_while_one_model_is_being_loaded_others_answer_and_can_be_unloaded(tmp_p
     drive(tmp_path, scenario)
 
 
+def test_a_poll_beside_an_unload_does_not_load_the_model_again(tmp_path: Path) -> None:
+    publish_identity(tmp_path)
+
+    async def scenario(classifier: Pipeline) -> None:
+        async with classifier.registry._exchange["identity-a"]:  # as while another version is being loaded
+            unloading = asyncio.create_task(classifier.registry.unload("identity-a"))
+            await asyncio.sleep(0)
+            polling = asyncio.create_task(classifier.registry.refresh())
+            # The poll has chosen its models once it lets others load, or waits for the one that is held.
+            await until(lambda: polling.done() or len(waiters(classifier)) > 1)
+        await asyncio.gather(unloading, polling)
+        assert states(classifier) == {("identity-a", 1): "unavailable"}
+
+    def waiters(classifier: Pipeline) -> list[object]:
+        return list(classifier.registry._exchange["identity-a"]._waiters or ())
+
+    drive(tmp_path, scenario)
+
+
 def test_a_version_for_which_memory_was_short_is_tried_again_once_there_is_enough(tmp_path: Path) -> None:
     left = 100
     failures = Failures(lambda: left)
@@ -170,6 +220,54 @@ def test_a_version_for_which_memory_was_short_is_tried_again_once_there_is_enoug
     assert not failures.worth_trying(key, folder)
     failures.forget(key)
     assert failures.worth_trying(key, folder)
+
+
+def caused_by(cause: Exception) -> BundleError:
+    error = BundleError("model.onnx: cannot be read")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize("left", [None, 1 << 40])
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotReady("the engine hangs"),
+        OSError(errno.EMFILE, "Too many open files"),
+        caused_by(OSError(errno.ESTALE, "Stale file handle")),
+        caused_by(MemoryError()),
+        EngineError("ONNX Runtime cannot run the model on cpu: std::bad_alloc"),
+        NotNow("the process cannot be started"),
+    ],
+)
+def test_a_failure_of_the_moment_is_tried_again_at_polls_that_become_rare(
+    error: Exception, left: int | None, tmp_path: Path
+) -> None:
+    failures, tried = Failures(lambda: left), list[int]()
+    key, folder = ("identity-a", 2), tmp_path / "nowhere"
+    failures.record(key, None, error)
+    for poll in range(1, 200):
+        if failures.worth_trying(key, folder):
+            tried.append(poll)
+            failures.record(key, None, error)
+    assert tried == [1, 3, 7, 15, 31, 63, 127, 191]
+
+
+@pytest.mark.parametrize(
+    "error", [caused_by(PermissionError(errno.EACCES, "Permission denied")), EngineError("no such operator")]
+)
+def test_a_failure_of_the_bundle_is_final_while_its_folder_is_unchanged(error: Exception, tmp_path: Path) -> None:
+    failures = Failures(lambda: None)
+    failures.record(("identity-a", 2), None, error)
+    assert not any(failures.worth_trying(("identity-a", 2), tmp_path / "nowhere") for _ in range(200))
+
+
+def test_where_the_memory_that_is_left_is_unknown_a_lack_of_it_is_not_tried_again_at_every_poll(tmp_path: Path) -> None:
+    failures = Failures(lambda: None)
+    key, error = ("identity-a", 2), NotNow("short", needed_bytes=200)
+    failures.record(key, None, error)
+    failures.record(key, None, error)
+    assert [failures.worth_trying(key, tmp_path / "nowhere") for _ in range(2)] == [False, True]
 
 
 def test_several_versions_are_in_the_policy_and_in_the_statistics(tmp_path: Path) -> None:
@@ -204,4 +302,4 @@ def test_a_fifo_in_a_bundle_does_not_keep_others_from_being_loaded(tmp_path: Pat
         await classifier.registry.load("identity-a")
 
     drive(tmp_path, scenario)
-    assert threading.active_count() <= before
+    wait_until(lambda: threading.active_count() <= before)

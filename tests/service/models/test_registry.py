@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 
 from service.app import create_app, make_pipeline
 from service.bundle import versions
-from service.errors import BundleError, ImageError, StartupError, UnknownModel
+from service.errors import BundleError, ImageError, NotReady, StartupError, UnknownModel
 from service.host import resident_bytes
 from service.metrics import Metrics
 from service.pipeline import Answer, Inputs, Pipeline, RequestOptions
@@ -216,6 +216,26 @@ def test_an_unloaded_model_answers_what_it_accepted_and_comes_back_when_asked(tm
         assert await ask(classifier, 1) == 1
 
     drive(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    "error", [NotReady("the engine hangs"), RuntimeError("the engine thread has ended"), OSError("CUDA error 700")]
+)
+def test_an_engine_that_cannot_be_closed_keeps_no_other_from_being_retired(error: Exception, tmp_path: Path) -> None:
+    for _ in range(2):
+        publish_identity(tmp_path)
+
+    def fail() -> None:
+        raise error
+
+    async def scenario(classifier: Pipeline) -> None:
+        for model in classifier.registry.serving("identity-a"):
+            model.engine.close = fail  # type: ignore[method-assign]
+        await classifier.registry.unload("identity-a")
+        assert states(classifier) == {("identity-a", 1): "unavailable", ("identity-a", 2): "unavailable"}
+        assert classifier.scheduler.queues == []
+
+    drive(tmp_path, scenario, versions_to_serve=2)
 
 
 @pytest.mark.parametrize("name", ["nobody", "../identity-a", ".", "identity-a/1", ""])
