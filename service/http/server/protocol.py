@@ -27,7 +27,7 @@ from uvicorn.server import ServerState
 from service.errors import HeadTooSlow, RequestError, TooManyConnections
 from service.http.problems import problem
 from service.http.server.connections import Connections, Wait
-from service.http.server.cycle import CONTINUE, Cycle, status_line
+from service.http.server.cycle import CONTINUE, SECURITY_LINES, Cycle, status_line
 from service.http.server.parser import Head, Parser, Refused
 
 PROBES: Final = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
@@ -239,7 +239,7 @@ class HttpProtocol(asyncio.Protocol):
             kind, members = "json", {"error": str(error)}
         body = json.dumps(members).encode()
         head = f"content-type: application/{kind}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
-        self._transport.write(status_line(error.status) + self.default_headers + head + body)
+        self._transport.write(status_line(error.status) + self.default_headers + SECURITY_LINES + head + body)
         self.end(error.code)
 
     # The side of all connections: `Connections` says when.
