@@ -18,6 +18,7 @@ import socket
 import termios
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Any, Final
 
 from starlette.types import ASGIApp
@@ -280,7 +281,9 @@ class HttpProtocol(asyncio.Protocol):
         if nothing_follows:
             self.close(reason)
         else:
-            self._transport.write_eof()
+            # A client that has reset the connection has no side to close; the loop reports it next.
+            with suppress(OSError):
+                self._transport.write_eof()
             self.resume_reading()
             self._settle()
 
