@@ -270,6 +270,15 @@ def test_expect_100_continue_asks_for_the_body(bench: Bench) -> None:
         assert [said(answer)[2] for answer in answers(client)] == [3, 0]
 
 
+def test_http_1_0_is_not_sent_100_continue(bench: Bench) -> None:
+    with bench.connect() as client:
+        client.sendall(b"POST /a HTTP/1.0\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n")
+        pause()  # the application waits for the body
+        client.sendall(b"abc")
+        received = b"".join(iter(lambda: client.recv(1000), b""))
+    assert received.startswith(b"HTTP/1.1 200 ")
+
+
 def test_a_body_that_was_never_asked_for_ends_the_connection(bench: Bench) -> None:
     head = b"POST /unread HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n"
     [(status, headers, _)] = bench.ask(head)
