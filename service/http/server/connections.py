@@ -97,8 +97,9 @@ class Connections:
         loop = asyncio.get_running_loop()
 
         def tick() -> None:
-            self.sweep()
+            # Before the sweep: a failure in one must not be the last of them.
             loop.call_later(_SWEEP_SECONDS, tick)
+            self.sweep()
 
         tick()
 

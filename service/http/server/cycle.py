@@ -8,6 +8,8 @@ from typing import Final, Protocol
 import structlog
 from starlette.types import ASGIApp, Message, Scope
 
+from service.http import security_headers
+
 log = structlog.get_logger()
 
 _BUFFERED_BYTES: Final = 64 * 1024
@@ -16,6 +18,8 @@ _BUFFERED_BYTES: Final = 64 * 1024
 _PHRASES: Final = {status.value: status.phrase for status in http.HTTPStatus}
 _WITHOUT_BODY: Final = (204, 304)
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+SECURITY_LINES: Final = b"".join(b"%b: %b\r\n" % header for header in security_headers.API)
+"""Of the answers that are not the application's: it adds them to its own."""
 
 
 def status_line(status: int) -> bytes:
@@ -118,7 +122,7 @@ class Cycle:
         self._started, self._left, self._chunked = False, None, False
         text = b"Internal Server Error"
         headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(text)), (b"connection", b"close")]
-        self._start(500, headers)
+        self._start(500, [*headers, *security_headers.API])
         self._send_body(text, more=False)
 
     # What the connection tells.

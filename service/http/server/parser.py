@@ -151,7 +151,8 @@ class Parser:
             elif name == b"content-length":
                 length = int(value)
             elif name == b"expect":
-                expects_continue = value.lower() == b"100-continue"
+                # HTTP/1.0 knows no 100: RFC 9110 has it ignored there.
+                expects_continue = version == "1.1" and value.lower() == b"100-continue"
             else:
                 length = None
                 if value.lower() != b"chunked" or version != "1.1":

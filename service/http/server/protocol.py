@@ -18,6 +18,7 @@ import socket
 import termios
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Any, Final
 
 from starlette.types import ASGIApp
@@ -27,7 +28,7 @@ from uvicorn.server import ServerState
 from service.errors import HeadTooSlow, RequestError, TooManyConnections
 from service.http.problems import problem
 from service.http.server.connections import Connections, Wait
-from service.http.server.cycle import CONTINUE, Cycle, status_line
+from service.http.server.cycle import CONTINUE, SECURITY_LINES, Cycle, status_line
 from service.http.server.parser import Head, Parser, Refused
 
 PROBES: Final = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
@@ -239,7 +240,7 @@ class HttpProtocol(asyncio.Protocol):
             kind, members = "json", {"error": str(error)}
         body = json.dumps(members).encode()
         head = f"content-type: application/{kind}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
-        self._transport.write(status_line(error.status) + self.default_headers + head + body)
+        self._transport.write(status_line(error.status) + self.default_headers + SECURITY_LINES + head + body)
         self.end(error.code)
 
     # The side of all connections: `Connections` says when.
@@ -280,7 +281,9 @@ class HttpProtocol(asyncio.Protocol):
         if nothing_follows:
             self.close(reason)
         else:
-            self._transport.write_eof()
+            # A client that has reset the connection has no side to close; the loop reports it next.
+            with suppress(OSError):
+                self._transport.write_eof()
             self.resume_reading()
             self._settle()
 

@@ -108,6 +108,7 @@ def serving(**limits: Any) -> Iterator[Bench]:
         registry=SimpleNamespace(close=lambda: None),
         scheduler=SimpleNamespace(abandoned=False),
     )
+    loop = limits.pop("loop", "auto")
     delay, graceful = limits.pop("delay_seconds", 0.0), limits.pop("graceful_seconds", 1000.0)
     server = Server(
         app,
@@ -119,6 +120,7 @@ def serving(**limits: Any) -> Iterator[Bench]:
         graceful_seconds=graceful,
         leave=left.append,
     )
+    server.config.loop = loop
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 
 from service.http.server.connections import RESERVED_FOR_PROBES, ConnectionLimits, Connections, Wait
 from service.metrics import Metrics
-from tests.processes import wait_until
+from tests.processes import PATIENCE_SECONDS, wait_until
 from tests.service.conftest import Clock, until
 from tests.service.http.server.bench import LIMITS, Bench, answers, one_answer, serving
 
@@ -196,6 +197,45 @@ def test_a_request_that_arrives_while_its_idle_connection_expires_is_answered() 
         bench.server.servers[0].get_loop().call_soon_threadsafe(arrive_and_expire)
         assert done.wait(400)
         assert one_answer(client)[0] == 200
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_connection_that_its_client_resets_as_it_expires_does_not_stop_the_sweep(loop: str) -> None:
+    with serving(loop=loop) as bench, bench.connect() as client:
+        client.sendall(GET)
+        assert one_answer(client)[0] == 200
+        connections, swept = bench.server.connections, threading.Event()
+
+        def reset_and_expire() -> None:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+            now = time.monotonic()
+            connections.clock = lambda: now + 2000
+            try:
+                connections.sweep()
+                swept.set()
+            finally:
+                connections.clock = time.monotonic
+
+        # In one callback, so that the loop cannot see the reset in between.
+        bench.server.servers[0].get_loop().call_soon_threadsafe(reset_and_expire)
+        wait_until(lambda: not connections.open)
+        assert swept.is_set()
+
+
+def test_a_failure_in_one_sweep_is_not_the_end_of_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(keep_alive_seconds=0.1) as bench:
+        failed = threading.Event()
+
+        def fail() -> None:
+            monkeypatch.undo()
+            failed.set()
+            raise RuntimeError("a fault in one sweep")
+
+        monkeypatch.setattr(bench.server.connections, "sweep", fail)
+        assert failed.wait(PATIENCE_SECONDS)
+        with bench.connect() as silent:
+            assert closed_by_server(silent)
 
 
 def test_a_client_that_does_not_read_its_answer_is_closed_and_its_request_ends() -> None:

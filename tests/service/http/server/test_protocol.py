@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from service.http import security_headers
 from service.http.server.protocol import MAX_PIPELINED
 from tests.processes import PATIENCE_SECONDS, wait_until
 from tests.service.http.server.bench import Bench, answers, one_answer, pause, serving
@@ -269,6 +270,15 @@ def test_expect_100_continue_asks_for_the_body(bench: Bench) -> None:
         assert [said(answer)[2] for answer in answers(client)] == [3, 0]
 
 
+def test_http_1_0_is_not_sent_100_continue(bench: Bench) -> None:
+    with bench.connect() as client:
+        client.sendall(b"POST /a HTTP/1.0\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n")
+        pause()  # the application waits for the body
+        client.sendall(b"abc")
+        received = b"".join(iter(lambda: client.recv(1000), b""))
+    assert received.startswith(b"HTTP/1.1 200 ")
+
+
 def test_a_body_that_was_never_asked_for_ends_the_connection(bench: Bench) -> None:
     head = b"POST /unread HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n"
     [(status, headers, _)] = bench.ask(head)
@@ -302,6 +312,16 @@ def test_head_and_answers_of_unknown_length(bench: Bench) -> None:
 def test_a_fault_of_the_application_is_a_500_that_ends_the_connection(bench: Bench) -> None:
     [(status, headers, _)] = bench.ask(b"GET /fail HTTP/1.1\r\nHost: h\r\n\r\n")
     assert (status, headers["connection"]) == (500, "close")
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"), [(b"GET /fail HTTP/1.1\r\nHost: h\r\n\r\n", 500), (b"\x00\x01garbage", 400)]
+)
+def test_answers_of_the_connection_itself_have_the_security_headers(bench: Bench, request_: bytes, status: int) -> None:
+    [(found, headers, _)] = bench.ask(request_)
+    assert found == status
+    expected = {name.decode(): value.decode() for name, value in security_headers.API}
+    assert {name: headers.get(name) for name in expected} == expected
 
 
 def test_an_answer_reaches_a_client_that_is_still_sending(bench: Bench) -> None:
