@@ -3,6 +3,7 @@
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,6 +59,24 @@ def test_an_image_that_will_be_refused_for_its_size_is_no_work() -> None:
 def test_a_jpeg_of_segments_without_end_is_not_walked_to_its_end() -> None:
     segments = b"\xff\xd8" + b"\xff\xe1\x00\x02" * 1_000_000 + encoded(noise(8, 8), "JPEG")[2:]
     assert work(segments) == work_of_bytes(len(segments))
+
+
+class Counted(bytes):
+    """Bytes that count how often one of them is read."""
+
+    reads = 0
+
+    def __getitem__(self, key: Any) -> Any:
+        self.reads += 1
+        return super().__getitem__(key)
+
+
+def test_the_fill_bytes_of_a_jpeg_are_not_walked_to_their_end() -> None:
+    few = encoded(noise(8, 8), "JPEG")
+    assert work(few[:2] + b"\xff" * 100 + few[2:]) == 8 * 8 + work_of_bytes(len(few) + 100)
+    many = Counted(few[:2] + b"\xff" * 100_000 + few[2:])
+    assert work(many) == work_of_bytes(len(many))
+    assert many.reads < 5_000
 
 
 @given(
