@@ -11,8 +11,8 @@ _TURNS = 5
 _WINDOW_SECONDS = 15.0
 
 _MOST_SECONDS = 1.0
-"""Largest lag: no turn of a busy loop takes longer, and a pause of the whole process (SIGSTOP, a suspended machine) says
-nothing about the next turns."""
+"""Largest lag: no turn of a busy loop takes longer, and a pause of the whole process (SIGSTOP, a suspended machine)
+says nothing about the next turns."""
 
 
 class LoopLag:

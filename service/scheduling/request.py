@@ -95,6 +95,8 @@ class RequestState:
             # A caller may be cancelled at the moment that its result is an error, which nobody else would look at.
             if result.done() and not result.cancelled():
                 result.exception()
+            # Its error refers to this frame, by the traceback: the cycle would keep what the callers hold, images.
+            del result
 
     def leave(self) -> None:
         """The client has closed its connection. On the event loop."""
