@@ -20,7 +20,7 @@ ServiceError
     │   └── TooManyPixels       422 larger than the pixel limit
     ├── UnknownModel            404 no such model
     ├── NoSuitableModel         422 no model that may answer reaches the requested accuracy
-    ├── NotReady                503 loading or draining, or the engine hangs
+    ├── NotReady                503 loading or draining, the engine hangs, or memory is short
     ├── Overloaded              429 no room, or no way to finish in time
     │   └── KeyLimited          429 a limit of the request's key
     ├── DeadlineExceeded        504 the deadline passed before the work was done
