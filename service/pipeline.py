@@ -121,7 +121,12 @@ class Pipeline:
             lag=self.lag,
         )
         self.faults = Faults(registry, metrics, max_consecutive=limits.max_consecutive_faults, clock=load.clock)
-        self._trimmer = ArenaTrimmer(registry, scheduler, slack_bytes=limits.trim_memory_bytes)
+        self._trimmer = ArenaTrimmer(
+            registry,
+            scheduler,
+            slack_bytes=limits.trim_memory_bytes,
+            transient=lambda: self.decoders.held_bytes + self.admission.bytes,
+        )
         self.ready = False
 
     def start(self) -> None:

@@ -45,7 +45,7 @@ LARGE_PIXELS = 2_000_000
 At 10 ms of CPU per megapixel smaller images take about 20 ms, at worst 40; docs/service.md has times of larger ones.
 """
 
-_SMALL_BYTES = 32 * LARGE_PIXELS
+SMALL_BYTES = 32 * LARGE_PIXELS
 """Images that take less memory do not wait for it."""
 
 _DRAFT_MARGIN = 3
@@ -165,7 +165,7 @@ class OpenedImage:
         """
         needed, memory = self.decoded_bytes, self.rules.memory
         # Without waiting: the number of decoders bounds what small images take.
-        if memory is None or needed <= _SMALL_BYTES:
+        if memory is None or needed <= SMALL_BYTES:
             return self._decode()
         with memory.hold(needed):
             return self._decode()

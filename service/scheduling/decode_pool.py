@@ -18,7 +18,7 @@ import numpy.typing as npt
 import structlog
 
 from service.image_work import work_of, work_of_opened
-from service.images import ImageRules, OpenedImage
+from service.images import SMALL_BYTES, ImageRules, OpenedImage
 from service.manifest import Preprocessing
 from service.scheduling.cost import LARGE_WORK, Load
 from service.scheduling.request import Key, RequestState
@@ -50,6 +50,14 @@ class DecodePool:
         self._scheduler, self._load, self._rules = scheduler, load, rules
         self._small = Lane(load.decode_threads, "decode", load.clock, batch_share=batch_share)
         self._large = Lane(load.large_threads, "decode-large", load.clock, batch_share=batch_share)
+
+    @property
+    def held_bytes(self) -> int:
+        """Upper bound of the memory that decoding takes now."""
+        load, budget = self._load, self._rules.memory
+        undecoded = sum(queue.backlog.undecoded for queue in self._scheduler.queues)
+        small = min(undecoded, load.decode_threads + load.large_threads) * SMALL_BYTES
+        return small + (budget.taken_bytes if budget else 0)
 
     def work_of(self, images: Sequence[bytes], preprocessing: Preprocessing) -> list[int]:
         """Work of decoding each of them in pixels, by their headers, for admission and for `decode`."""
