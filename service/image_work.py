@@ -15,7 +15,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from service.images import MAX_PIXELS, ImageRules, OpenedImage, decode, draft_scale
+from service.images import LARGE_PIXELS, MAX_PIXELS, ImageRules, OpenedImage, decode, draft_scale
 from service.manifest import Preprocessing
 
 FIXED_WORK = 15_000
@@ -38,6 +38,12 @@ _PROGRESSIVE_FRAMES = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 def work_of_bytes(count: int) -> int:
     """The least work that images of so many bytes can be."""
     return count + FIXED_WORK
+
+
+def least_works(count: int) -> list[int]:
+    """The same in pieces that each count as small: the bytes may be those of many images, or of one."""
+    pieces, rest = divmod(work_of_bytes(count), LARGE_PIXELS)
+    return [LARGE_PIXELS] * pieces + [rest]
 
 
 def work_of(data: bytes, preprocessing: Preprocessing, rules: ImageRules) -> int:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from service.image_work import FIXED_WORK, seconds_per_pixel, work_of, work_of_bytes, work_of_opened
-from service.images import ImageRules, open_image
+from service.image_work import FIXED_WORK, least_works, seconds_per_pixel, work_of, work_of_bytes, work_of_opened
+from service.images import LARGE_PIXELS, ImageRules, open_image
 from service.manifest import Preprocessing
 from tests.service.conftest import encoded, noise
 
@@ -119,3 +119,10 @@ def test_this_machine_s_speed_is_measured() -> None:
     measured = seconds_per_pixel()
     assert np.isfinite(measured)
     assert measured > 0
+
+
+@pytest.mark.parametrize("count", [0, 1000, LARGE_PIXELS, 32 << 20])
+def test_the_least_work_of_a_body_is_that_of_small_images(count: int) -> None:
+    works = least_works(count)
+    assert sum(works) == work_of_bytes(count)
+    assert max(works) <= LARGE_PIXELS
