@@ -110,6 +110,8 @@ class RequestState:
 
     def _set_deadline(self, seconds: float) -> None:
         self.deadline = self.arrived_at + seconds
+        # The timer of the deadline that the head said may have been called already.
+        self._expired = False
         if self._timer is not None:
             self._timer.cancel()
             self._arm()
