@@ -125,7 +125,7 @@ class UnknownModel(RequestError, status=404, code="unknown-model"):
 
 
 class NotReady(RequestError, status=503, code="not-ready"):
-    """The service is loading or draining, or its engine hangs. It is safe to retry."""
+    """The service is loading or draining, its engine hangs, or memory is short. It is safe to retry."""
 
 
 class NoSuitableModel(RequestError, status=422, code="no-suitable-model"):
