@@ -20,7 +20,7 @@ ServiceError
     │   └── TooManyPixels       422 larger than the pixel limit
     ├── UnknownModel            404 no such model
     ├── NoSuitableModel         422 no model that may answer reaches the requested accuracy
-    ├── NotReady                503 loading or draining, or the engine hangs
+    ├── NotReady                503 loading or draining, the engine hangs, or memory is short
     ├── Overloaded              429 no room, or no way to finish in time
     │   └── KeyLimited          429 a limit of the request's key
     ├── DeadlineExceeded        504 the deadline passed before the work was done
@@ -125,7 +125,7 @@ class UnknownModel(RequestError, status=404, code="unknown-model"):
 
 
 class NotReady(RequestError, status=503, code="not-ready"):
-    """The service is loading or draining, or its engine hangs. It is safe to retry."""
+    """The service is loading or draining, its engine hangs, or memory is short. It is safe to retry."""
 
 
 class NoSuitableModel(RequestError, status=422, code="no-suitable-model"):

@@ -15,7 +15,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from service.images import MAX_PIXELS, ImageRules, OpenedImage, decode, draft_scale
+from service.images import LARGE_PIXELS, MAX_PIXELS, ImageRules, OpenedImage, decode, draft_scale
 from service.manifest import Preprocessing
 
 FIXED_WORK = 15_000
@@ -27,7 +27,7 @@ _OTHER_FORMATS = 2
 _REPETITIONS = 5
 
 _MAX_SEGMENTS = 256
-"""Segments of a JPEG to walk in search of its size: a 3 MB colour profile has 50."""
+"""Segments and fill bytes of a JPEG to walk in search of its size: a 3 MB colour profile has 50."""
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """JPEG markers of a frame, which holds the size: all of 0xC0 to 0xCF but tables."""
@@ -38,6 +38,12 @@ _PROGRESSIVE_FRAMES = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 def work_of_bytes(count: int) -> int:
     """The least work that images of so many bytes can be."""
     return count + FIXED_WORK
+
+
+def least_works(count: int) -> list[int]:
+    """The same in pieces that each count as small: the bytes may be those of many images, or of one."""
+    pieces, rest = divmod(work_of_bytes(count), LARGE_PIXELS)
+    return [LARGE_PIXELS] * pieces + [rest]
 
 
 def work_of(data: bytes, preprocessing: Preprocessing, rules: ImageRules) -> int:
@@ -87,8 +93,10 @@ def _jpeg(data: bytes) -> tuple[int, int, bool]:
     """Width, height, and whether it is progressive; zeros if there is no frame."""
     at = 2
     for _ in range(_MAX_SEGMENTS):
-        while data[at] == 0xFF and data[at + 1] == 0xFF:
+        if data[at] == data[at + 1] == 0xFF:
+            # A fill byte counts as a segment: there may be millions of them.
             at += 1
+            continue
         if data[at] != 0xFF:
             break
         marker = data[at + 1]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, Field
 
 from service.errors import ClientDisconnected, DeadlineExceeded, ModelFault, NotReady, Overloaded, RequestError
-from service.image_work import work_of_bytes
+from service.image_work import least_works
 from service.limits import Limits
 from service.metrics import Metrics
 from service.models.arena import ArenaTrimmer
@@ -121,7 +121,12 @@ class Pipeline:
             lag=self.lag,
         )
         self.faults = Faults(registry, metrics, max_consecutive=limits.max_consecutive_faults, clock=load.clock)
-        self._trimmer = ArenaTrimmer(registry, scheduler, slack_bytes=limits.trim_memory_bytes)
+        self._trimmer = ArenaTrimmer(
+            registry,
+            scheduler,
+            slack_bytes=limits.trim_memory_bytes,
+            transient=lambda: self.decoders.held_bytes + self.admission.bytes,
+        )
         self.ready = False
 
     def start(self) -> None:
@@ -174,7 +179,7 @@ class Pipeline:
         try:
             self.scheduler.require_engine()
             fastest = pareto_front(self.registry.candidates(options.model, options.version)[1])[-1]
-            least = () if encoded_bytes is None else (work_of_bytes(encoded_bytes),)
+            least = () if encoded_bytes is None else least_works(encoded_bytes)
             with state, self.admission.admit(state, fastest.queue, decoding=least) as place:
                 inputs = await read(place)
                 read_seconds = time.perf_counter() - arrived_at

@@ -11,7 +11,7 @@ load tests.
 
 from service.images.header import MAX_PIXELS, MAX_SIDE, ImageHeader
 from service.images.memory import MemoryBudget
-from service.images.render import LARGE_PIXELS, ImageRules, OpenedImage, decode, draft_scale, open_image
+from service.images.render import LARGE_PIXELS, SMALL_BYTES, ImageRules, OpenedImage, decode, draft_scale, open_image
 from service.images.scan import inspect
 from service.images.sniff import FORMATS, Format
 
@@ -20,6 +20,7 @@ __all__ = [
     "LARGE_PIXELS",
     "MAX_PIXELS",
     "MAX_SIDE",
+    "SMALL_BYTES",
     "Format",
     "ImageHeader",
     "ImageRules",

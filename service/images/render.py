@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import AvifImagePlugin, ExifTags, Image, ImageFile, UnidentifiedImageError, _imaging
 
-from service.errors import BadImage, TooManyPixels
+from service.errors import BadImage, NotReady, TooManyPixels
 from service.images.header import ImageHeader, Scan
 from service.images.memory import MemoryBudget
 from service.images.scan import scan
@@ -33,7 +33,6 @@ _DAMAGED = (
     AttributeError,
     LookupError,
     ArithmeticError,
-    MemoryError,
     RuntimeError,
     struct.error,
 )
@@ -46,7 +45,7 @@ LARGE_PIXELS = 2_000_000
 At 10 ms of CPU per megapixel smaller images take about 20 ms, at worst 40; docs/service.md has times of larger ones.
 """
 
-_SMALL_BYTES = 32 * LARGE_PIXELS
+SMALL_BYTES = 32 * LARGE_PIXELS
 """Images that take less memory do not wait for it."""
 
 _DRAFT_MARGIN = 3
@@ -151,14 +150,22 @@ class OpenedImage:
             return 1
         return draft_scale(header.width, header.height, self.preprocessing, self.rules)
 
+    @property
+    def decoded_bytes(self) -> int:
+        """Upper bound of the memory that `render` takes at its peak, without the file itself."""
+        header, scale = self.scan.header, self.draft_scale
+        drafted = -(-header.width // scale) * -(-header.height // scale)
+        # Of each pixel that is left out, the decoded bytes and those of the turned copy.
+        return header.decoded_bytes - 8 * (header.width * header.height - drafted)
+
     def render(self) -> npt.NDArray[np.uint8]:
         """Decode, rotate upright, resize and crop: uint8 (crop, crop, 3). Waits for room in the memory budget.
 
-        Raises TooManyPixels or BadImage.
+        Raises TooManyPixels, BadImage, or NotReady if the machine has not enough memory at present.
         """
-        needed, memory = self.header.decoded_bytes, self.rules.memory
+        needed, memory = self.decoded_bytes, self.rules.memory
         # Without waiting: the number of decoders bounds what small images take.
-        if memory is None or needed <= _SMALL_BYTES:
+        if memory is None or needed <= SMALL_BYTES:
             return self._decode()
         with memory.hold(needed):
             return self._decode()
@@ -173,6 +180,8 @@ class OpenedImage:
         except UnidentifiedImageError as error:
             kind = self.header.format
             raise BadImage(f"the image is damaged, or a rare kind of {kind}: save it again") from error
+        except MemoryError as error:
+            raise NotReady("too little memory for this image at present: retry") from error
         except _DAMAGED as error:
             raise BadImage(f"the image is damaged: {error}") from error
 

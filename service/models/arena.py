@@ -30,11 +30,13 @@ class ArenaTrimmer:
         scheduler: Scheduler,
         *,
         slack_bytes: int,
+        transient: Callable[[], int] = lambda: 0,
         resident: Callable[[], int] = resident_bytes,
     ) -> None:
-        """`slack_bytes`: growth since the least that the process had after the last trim; 0: never trim."""
+        """`slack_bytes`: growth since the least that the process had after the last trim; 0: never trim. `transient`:
+        upper bound of what bodies and decoders take now, which no arena holds."""
         self._registry, self._scheduler = registry, scheduler
-        self._slack_bytes, self._resident = slack_bytes, resident
+        self._slack_bytes, self._transient, self._resident = slack_bytes, transient, resident
         self._least = resident()
         self._task: asyncio.Task[None] | None = None
 
@@ -51,9 +53,10 @@ class ArenaTrimmer:
 
     async def check(self) -> bool:
         """Trim if memory has grown by more than the slack. Whether it did so."""
-        before = self._resident()
+        transient, before = self._transient(), self._resident()
+        # With what is transient in it: the bound may be too high, and would make a later growth of nothing.
         self._least = min(self._least, before)
-        if before - self._least <= self._slack_bytes:
+        if before - transient - self._least <= self._slack_bytes:
             return False
         for model in self._registry.ready:
             if model.engine.device == "cpu":
@@ -72,3 +75,6 @@ class ArenaTrimmer:
                 await self.check()
             except ServiceError as error:  # the engine hangs, or the model fails: the next check may succeed
                 log.warning("arenas could not be trimmed", reason=str(error))
+            except Exception:
+                # Without the watch memory would grow unnoticed for ever.
+                log.exception("arenas could not be trimmed")

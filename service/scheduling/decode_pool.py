@@ -5,6 +5,7 @@ lane batch work gets its share of the turns.
 """
 
 import asyncio
+import contextlib
 import heapq
 import itertools
 import threading
@@ -14,9 +15,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
 from service.image_work import work_of, work_of_opened
-from service.images import ImageRules, OpenedImage
+from service.images import SMALL_BYTES, ImageRules, OpenedImage
 from service.manifest import Preprocessing
 from service.scheduling.cost import LARGE_WORK, Load
 from service.scheduling.request import Key, RequestState
@@ -25,7 +27,11 @@ from service.scheduling.turns import BATCH_SHARE, Turns
 
 T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
-_Job = tuple[Key, int, RequestState, float, Callable[[], Any], "asyncio.Future[Any]"]
+_Box = list[tuple[Callable[[], Any], "asyncio.Future[Any]"]]
+"""What to call, with its image, and who waits for it; empty once a thread has it, or the request is over."""
+_Job = tuple[Key, int, RequestState, float, _Box]
+
+log = structlog.get_logger()
 
 _SWEEP_SECONDS = 0.05
 _STAGE = "before the image was decoded"
@@ -44,6 +50,14 @@ class DecodePool:
         self._scheduler, self._load, self._rules = scheduler, load, rules
         self._small = Lane(load.decode_threads, "decode", load.clock, batch_share=batch_share)
         self._large = Lane(load.large_threads, "decode-large", load.clock, batch_share=batch_share)
+
+    @property
+    def held_bytes(self) -> int:
+        """Upper bound of the memory that decoding takes now."""
+        load, budget = self._load, self._rules.memory
+        undecoded = sum(queue.backlog.undecoded for queue in self._scheduler.queues)
+        small = min(undecoded, load.decode_threads + load.large_threads) * SMALL_BYTES
+        return small + (budget.taken_bytes if budget else 0)
 
     def work_of(self, images: Sequence[bytes], preprocessing: Preprocessing) -> list[int]:
         """Work of decoding each of them in pixels, by their headers, for admission and for `decode`."""
@@ -132,47 +146,66 @@ class Lane:
         Raises ClientDisconnected or DeadlineExceeded if the request is over by then, or would be in `needs` seconds.
         """
         answer: asyncio.Future[tuple[T, float]] = asyncio.get_running_loop().create_future()
+        box: _Box = [(work, answer)]
         with self._change:
-            job = (state.key, next(self._numbers), state, needs, work, answer)
-            heapq.heappush(self._waiting[state.key.batch], job)
+            heapq.heappush(self._waiting[state.key.batch], (state.key, next(self._numbers), state, needs, box))
             self._change.notify()
-        return await state.wait(answer)
+        try:
+            return await state.wait(answer)
+        finally:
+            # The job of a request that is over stays in the queue until a thread is free: without its image, which the
+            # error in the answer refers to as well, by its traceback.
+            box.clear()
+            del work, answer
 
     def close(self) -> None:
         """Cancel waiting jobs; threads end with their current job. On the event loop."""
         with self._change:
             self._closing = True
             self._change.notify_all()
-        for *_, answer in itertools.chain(*self._waiting):
-            answer.cancel()
+        for *_, box in itertools.chain(*self._waiting):
+            for _, answer in box:
+                answer.cancel()
 
     def _work(self) -> None:
         """The main loop of a thread."""
-        while True:
-            with self._change:
-                while not (len(self) or self._closing):
-                    self._change.wait()
-                if self._closing:
-                    return
-                interactive, batch = self._waiting
-                batch_first = self._turns.batch_first(interactive_waits=bool(interactive), batch_waits=bool(batch))
-                _, _, state, needs, work, answer = heapq.heappop(batch if batch_first else interactive)
-                swept = self._sweep()
-            for _, _, over, _, _, waiter in swept:
-                _call_back(waiter, None, over.error(_STAGE))
-            if answer.done():
-                continue
+        going_on = True
+        while going_on:
             try:
-                started = self._clock()
-                if state.over(started + needs):
-                    raise state.error(_STAGE)
-                outcome: Any = work(), self._clock() - started
-                failure: BaseException | None = None
-            except BaseException as error:  # noqa: BLE001 (it is raised in the caller)
-                outcome, failure = None, error
-            _call_back(answer, outcome, failure)
-            # An idle thread must not keep an image alive.
-            del work, answer, outcome, failure, state, swept
+                going_on = self._turn()
+            except Exception:
+                # One job fails, by its deadline; without the thread all would.
+                log.exception("a decoder failed beside its work")
+
+    def _turn(self) -> bool:
+        """Wait for a job and do it. False if there will be no more."""
+        with self._change:
+            while not (len(self) or self._closing):
+                self._change.wait()
+            if self._closing:
+                return False
+            interactive, batch = self._waiting
+            batch_first = self._turns.batch_first(interactive_waits=bool(interactive), batch_waits=bool(batch))
+            _, _, state, needs, box = heapq.heappop(batch if batch_first else interactive)
+            swept = self._sweep()
+        _drop(swept)
+        if (taken := _take(box)) is None:
+            return True
+        work, answer = taken
+        if answer.done():
+            return True
+        try:
+            started = self._clock()
+            if state.over(started + needs):
+                raise state.error(_STAGE)
+            outcome: Any = work(), self._clock() - started
+            failure: BaseException | None = None
+        except BaseException as error:  # noqa: BLE001 (it is raised in the caller)
+            outcome, failure = None, error
+        _call_back(answer, outcome, failure)
+        # The failure refers to this frame by its traceback: neither may keep the image alive.
+        del taken, work, answer, outcome, failure
+        return True
 
     def _sweep(self) -> list[_Job]:
         """Now and then, take out the jobs of requests that are over: those at the end may never get their turn."""
@@ -190,10 +223,25 @@ class Lane:
         return over
 
 
+def _take(box: _Box) -> tuple[Callable[[], Any], "asyncio.Future[Any]"] | None:
+    """What is in the box, if it is not empty: the event loop may empty it at any time."""
+    try:
+        return box.pop()
+    except IndexError:
+        return None
+
+
+def _drop(jobs: list[_Job]) -> None:
+    """Tell those who wait that their requests are over, and keep nothing of the jobs."""
+    for _, _, state, _, box in jobs:
+        if taken := _take(box):
+            _call_back(taken[1], None, state.error(_STAGE))
+
+
 def _call_back(answer: "asyncio.Future[Any]", outcome: Any, failure: BaseException | None) -> None:
-    loop = answer.get_loop()
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(_settle, answer, outcome, failure)
+    # A closed loop has nobody left who waits.
+    with contextlib.suppress(RuntimeError):
+        answer.get_loop().call_soon_threadsafe(_settle, answer, outcome, failure)
 
 
 def _settle(answer: "asyncio.Future[Any]", outcome: Any, failure: BaseException | None) -> None:

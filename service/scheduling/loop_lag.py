@@ -10,6 +10,10 @@ _TURNS = 5
 
 _WINDOW_SECONDS = 15.0
 
+_MOST_SECONDS = 1.0
+"""Largest lag: no turn of a busy loop takes longer, and a pause of the whole process (SIGSTOP, a suspended machine)
+says nothing about the next turns."""
+
 
 class LoopLag:
     """Measured by a timer that is due every 20 ms; within a long turn of the loop, by how long it is overdue."""
@@ -33,7 +37,7 @@ class LoopLag:
     @property
     def seconds(self) -> float:
         """How late the loop is: by how much the timer was late, or is by now if that is more."""
-        late = self._clock() - self._due
+        late = min(self._clock() - self._due, _MOST_SECONDS)
         return late if late > self._last else self._last
 
     @property
@@ -48,6 +52,7 @@ class LoopLag:
 
     def observe(self, late: float, now: float) -> None:
         """Record one lag."""
+        late = min(late, _MOST_SECONDS)
         # It falls by half a turn, so that one short turn does not end the shedding.
         self._last = max(late, self._last / 2)
         if now > self._window_ends:

@@ -95,6 +95,8 @@ class RequestState:
             # A caller may be cancelled at the moment that its result is an error, which nobody else would look at.
             if result.done() and not result.cancelled():
                 result.exception()
+            # Its error refers to this frame, by the traceback: the cycle would keep what the callers hold, images.
+            del result
 
     def leave(self) -> None:
         """The client has closed its connection. On the event loop."""
@@ -108,6 +110,8 @@ class RequestState:
 
     def _set_deadline(self, seconds: float) -> None:
         self.deadline = self.arrived_at + seconds
+        # The timer of the deadline that the head said may have been called already.
+        self._expired = False
         if self._timer is not None:
             self._timer.cancel()
             self._arm()

@@ -92,7 +92,9 @@ class Watchdog:
     def hang(self) -> str | None:
         """Why the engine counts as hung; None once it has come back."""
         # The engine thread may have gone on since the last look.
-        return self._hung[1] if self._hung and self._hung[0] is self._current() else None
+        # Read once: it is asked from several threads, and the event loop sets it.
+        hung = self._hung
+        return hung[1] if hung and hung[0] is self._current() else None
 
     def start(self) -> None:
         """Look at regular intervals, until `stop`. On the event loop."""

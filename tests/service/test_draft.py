@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from service.errors import BadImage
-from service.images import decode
+from service.errors import BadImage, NotReady
+from service.images import ImageRules, MemoryBudget, OpenedImage, decode
 from service.manifest import Preprocessing
 from tests.service.conftest import encoded, noise
 
@@ -145,3 +145,27 @@ def test_a_drafted_jpeg_that_is_cut_off_is_bad() -> None:
     data = encoded(grain(1000, 1000), "JPEG")
     with pytest.raises(BadImage, match="damaged"):
         drafted(data[: len(data) * 2 // 3])
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_drafted_jpeg_asks_for_the_memory_of_what_is_decoded(*, progressive: bool) -> None:
+    data = encoded(noise(4000, 3000), "JPEG", quality=50, progressive=progressive)
+    rules = ImageRules(max_pixels=20_000_000)
+    drafted, whole = rules.open(data, preprocessing(32)), rules.open(data, preprocessing(2000))
+    assert (drafted.draft_scale, whole.draft_scale) == (8, 1)
+    assert whole.decoded_bytes == whole.header.decoded_bytes
+    assert whole.decoded_bytes - drafted.decoded_bytes == 8 * (4000 * 3000 - 500 * 375)
+    if not progressive:
+        budget = MemoryBudget(100_000_000)
+        with budget.hold(100_000_000):
+            # It does not wait behind large ones.
+            ImageRules(max_pixels=20_000_000, memory=budget).open(data, preprocessing(32)).render()
+
+
+def test_an_image_for_which_memory_is_short_is_not_called_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(OpenedImage, "_render", short)
+    with pytest.raises(NotReady, match="too little memory for this image at present: retry"):
+        drafted(encoded(noise(40, 40)))

@@ -3,6 +3,7 @@
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from service.image_work import FIXED_WORK, seconds_per_pixel, work_of, work_of_bytes, work_of_opened
-from service.images import ImageRules, open_image
+from service.image_work import FIXED_WORK, least_works, seconds_per_pixel, work_of, work_of_bytes, work_of_opened
+from service.images import LARGE_PIXELS, ImageRules, open_image
 from service.manifest import Preprocessing
 from tests.service.conftest import encoded, noise
 
@@ -60,6 +61,24 @@ def test_a_jpeg_of_segments_without_end_is_not_walked_to_its_end() -> None:
     assert work(segments) == work_of_bytes(len(segments))
 
 
+class Counted(bytes):
+    """Bytes that count how often one of them is read."""
+
+    reads = 0
+
+    def __getitem__(self, key: Any) -> Any:
+        self.reads += 1
+        return super().__getitem__(key)
+
+
+def test_the_fill_bytes_of_a_jpeg_are_not_walked_to_their_end() -> None:
+    few = encoded(noise(8, 8), "JPEG")
+    assert work(few[:2] + b"\xff" * 100 + few[2:]) == 8 * 8 + work_of_bytes(len(few) + 100)
+    many = Counted(few[:2] + b"\xff" * 100_000 + few[2:])
+    assert work(many) == work_of_bytes(len(many))
+    assert many.reads < 5_000
+
+
 @given(
     kind=st.sampled_from(("JPEG", "PNG", "GIF", "BMP", "WEBP")),
     cut=st.integers(0, 400),
@@ -100,3 +119,10 @@ def test_this_machine_s_speed_is_measured() -> None:
     measured = seconds_per_pixel()
     assert np.isfinite(measured)
     assert measured > 0
+
+
+@pytest.mark.parametrize("count", [0, 1000, LARGE_PIXELS, 32 << 20])
+def test_the_least_work_of_a_body_is_that_of_small_images(count: int) -> None:
+    works = least_works(count)
+    assert sum(works) == work_of_bytes(count)
+    assert max(works) <= LARGE_PIXELS

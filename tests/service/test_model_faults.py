@@ -13,8 +13,10 @@ from structlog.testing import capture_logs
 from service.app import create_app
 from service.errors import EngineError
 from service.host import resident_bytes
+from service.images import SMALL_BYTES
 from service.models.arena import ArenaTrimmer
 from service.pipeline import Pipeline
+from service.scheduling.request import RequestState
 from service.scheduling.scheduler import Batch
 from service.settings import Settings
 from tests.processes import wait_until
@@ -173,3 +175,60 @@ def test_growth_that_no_arena_gives_back_is_trimmed_for_once(tmp_path: Path) -> 
         # The first is read at the start, and one more after each trim.
         assert client.portal
         assert client.portal.call(scenario) == [False, True, False, False, True]
+
+
+def test_memory_of_bodies_and_decoders_is_no_reason_to_trim(tmp_path: Path) -> None:
+    publish_identity(tmp_path)
+    sizes, transient = iter([100, 450, 100, 210, 450, 100]), iter([350, 350, 0, 200, 0])
+    with TestClient(create_app(Settings(repository=tmp_path, threads=1, max_batch=1))) as client:
+        pipeline = pipeline_of(client)
+
+        async def scenario() -> list[bool]:
+            trimmer = ArenaTrimmer(
+                pipeline.registry,
+                pipeline.scheduler,
+                slack_bytes=120,
+                transient=lambda: next(transient),
+                resident=lambda: next(sizes),
+            )
+            return [await trimmer.check() for _ in range(4)]
+
+        assert client.portal
+        assert client.portal.call(scenario) == [False, False, False, True]
+        assert pipeline._trimmer._transient() == 0, "idle"
+
+        def held() -> int:
+            return pipeline._trimmer._transient()
+
+        with pipeline.admission.admit(RequestState(seconds=60), pipeline.registry.ready[0].queue) as place:
+            place.hold_bytes(1000)
+            assert held() == 1000
+            pipeline.admission.accept(place, pipeline.registry.ready[0].queue, 50, decoding=[20_000] * 50)
+            threads = pipeline.load.decode_threads + pipeline.load.large_threads
+            assert held() == 1000 + threads * SMALL_BYTES
+        assert held() == 0
+
+
+def test_the_watch_over_the_arenas_survives_whatever_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish_identity(tmp_path)
+    monkeypatch.setattr("service.models.arena._INTERVAL_SECONDS", 0.0)
+    reads: list[int] = []
+
+    def resident() -> int:
+        reads.append(1)
+        if len(reads) == 2:
+            raise OSError("planted")
+        return 100
+
+    with (
+        TestClient(create_app(Settings(repository=tmp_path, threads=1, max_batch=1))) as client,
+        capture_logs() as logs,
+    ):
+        pipeline = pipeline_of(client)
+        trimmer = ArenaTrimmer(pipeline.registry, pipeline.scheduler, slack_bytes=120, resident=resident)
+        assert client.portal
+        reads.clear()
+        client.portal.call(trimmer.start)
+        wait_until(lambda: len(reads) > 3)
+        client.portal.call(trimmer.stop)
+    assert [line["event"] for line in logs].count("arenas could not be trimmed") == 1

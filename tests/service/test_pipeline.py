@@ -13,10 +13,12 @@ from structlog.testing import capture_logs
 
 from service.app import make_pipeline
 from service.errors import BadRequest, ClientDisconnected, ImageError, NotReady, RequestError
-from service.images import ImageRules
+from service.images import LARGE_PIXELS, ImageRules
 from service.metrics import Metrics
 from service.pipeline import Answer, Inputs, Pipeline, RequestOptions
 from service.scheduling.admission import Place
+from service.scheduling.backlog import work_of
+from service.scheduling.request import RequestState
 from service.scheduling.scheduler import Batch, Output, Pixels
 from service.settings import Settings
 from tests.service.identity import number_in, picture, publish_identity
@@ -43,7 +45,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         runner.run(pipeline.close())
 
 
-async def ask(pipeline: Pipeline, numbers: list[int], *, fate: str = "answered", encoded: bool = True) -> list[int]:
+async def ask(
+    pipeline: Pipeline, numbers: list[int], *, fate: str = "answered", encoded: bool = True, encoded_bytes: int = 0
+) -> list[int]:
     """The numbers in the answers to pictures of `numbers`; one that has failed is -1."""
     client_left = asyncio.Event()
     damaged = {"one bad image": numbers[:1], "all bad images": numbers}.get(fate, [])
@@ -72,7 +76,7 @@ async def ask(pipeline: Pipeline, numbers: list[int], *, fate: str = "answered",
         read=read,
         write=write,
         disconnected=client_left.wait,
-        encoded_bytes=0 if encoded else None,
+        encoded_bytes=encoded_bytes if encoded else None,
         partial=True,
     )
     assert set(answer.timings_ms) == {"read", "decode", "queue", "inference", "total"}
@@ -225,3 +229,15 @@ def test_pixels_of_another_size_than_the_replaced_model_s_are_refused(world: Wor
             )
 
     runner.run(scenario())
+
+
+def test_a_form_of_many_small_images_is_not_predicted_as_one_large_one(world: World) -> None:
+    runner, pipeline = world
+    large = RequestState(seconds=1e6)
+    queue = pipeline.registry.ready[0].queue
+    # A large image of many seconds, which small ones do not wait for.
+    queue.backlog.accept(large, work_of(1, [10**13]))
+    try:
+        assert runner.run(ask(pipeline, [3, 4], encoded_bytes=5 * LARGE_PIXELS)) == [3, 4]
+    finally:
+        queue.backlog.release(large)

@@ -1,5 +1,6 @@
 """A request is accepted only if there is room for it and it can finish in time; else it is told when to come back."""
 
+import asyncio
 from contextlib import ExitStack
 
 import numpy as np
@@ -251,6 +252,24 @@ def test_a_deadline_that_the_body_brings_forward_is_predicted_anew() -> None:
     assert world.admission.predict(world.queue, state) == pytest.approx(0.02)
     state.amend(priority="batch")
     assert world.admission.predict(world.queue, state) == pytest.approx(0.04)
+
+
+def test_a_body_may_give_more_time_than_a_head_whose_deadline_has_passed() -> None:
+    state = RequestState(seconds=1, arrived_at=0.0, clock=lambda: 2.0)
+
+    async def scenario() -> None:
+        with state:
+            state.expire()
+            assert state.over(2.0)
+            state.replace(seconds=60, priority="interactive")
+            assert not state.over(2.0)
+            answer = asyncio.get_running_loop().create_future()
+            answer.set_result(7)
+            assert await state.wait(answer) == 7
+            state.amend(seconds=1)
+            assert state.over(2.0), "its own deadline still counts"
+
+    asyncio.run(scenario())
 
 
 def test_a_request_of_many_images_needs_room_for_all_of_them() -> None:

@@ -1,7 +1,9 @@
 """The decode pool: nothing is decoded in vain, the most urgent comes first, and large images have their own lane."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -100,6 +102,110 @@ def test_expired_and_abandoned_requests_are_dropped_before_decode() -> None:
         assert isinstance(results["cancelled"], asyncio.CancelledError)
 
     drive(scenario)
+
+
+class Watched:
+    """Work that can be watched."""
+
+    def __call__(self) -> None:
+        return
+
+
+def test_a_request_that_is_over_lets_go_of_its_image_while_all_threads_are_busy() -> None:
+    async def scenario(world: OneThread) -> None:
+        holding = await world.occupy()
+        gc.disable()
+        try:
+            for end in (RequestState.expire, RequestState.leave, None):
+                state, work = world.state(), Watched()
+                image = weakref.ref(work)
+                task = await world.submit(work, state)
+                del work
+                if end:
+                    end(state)
+                else:
+                    task.cancel()
+                await asyncio.wait([task])
+                assert task.cancelled() or isinstance(task.exception(), ClientDisconnected | DeadlineExceeded)
+                del task
+                await asyncio.sleep(0)
+                assert image() is None
+        finally:
+            gc.enable()
+        world.free()
+        await holding
+        assert await world.lane.run(world.state(), lambda: 7) == (7, 0.0)
+
+    drive(scenario)
+
+
+def test_a_thread_keeps_no_image_of_a_job_that_it_only_drops() -> None:
+    async def scenario(world: OneThread) -> None:
+        holding = await world.occupy()
+        works = [Watched() for _ in range(3)]
+        images = [weakref.ref(work) for work in works]
+        states = [world.state(seconds=5, priority="batch") for _ in works]
+        tasks = [await world.submit(work, state) for work, state in zip(works, states, strict=True)]
+        del works
+        world.clock.now += 6
+        busy, go = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            busy.set()
+            assert go.wait(60)
+
+        second = await world.submit(hold, world.state())
+        world.free()
+        try:
+            await until(busy.is_set)
+            await asyncio.wait(tasks)
+            assert all(isinstance(task.exception(), DeadlineExceeded) for task in tasks)
+            tasks.clear()
+            await asyncio.sleep(0)
+            gc.collect()
+            assert [image() for image in images] == [None] * 3
+        finally:
+            go.set()
+        await asyncio.gather(holding, second)
+
+    drive(scenario)
+
+
+def test_a_loop_that_is_closed_meanwhile_and_a_fault_of_its_own_leave_a_thread_alive() -> None:
+    lane, go, begun = Lane(1, "test"), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        assert go.wait(60)
+
+    async def abandoned() -> asyncio.AbstractEventLoop:
+        task = asyncio.create_task(lane.run(RequestState(seconds=60), hold))
+        await until(begun.is_set)
+        loop = asyncio.get_running_loop()
+        # As if it were closed between a look at it and the call.
+        loop.is_closed = lambda: False  # type: ignore[method-assign]
+        task.cancel()
+        return loop
+
+    async def faulty() -> None:
+        state = RequestState(seconds=60)
+        order = lane._turns.batch_first
+
+        def fail(**_: bool) -> bool:
+            lane._turns.batch_first = order  # type: ignore[method-assign]
+            raise ValueError("planted")
+
+        lane._turns.batch_first = fail  # type: ignore[method-assign]
+        assert (await lane.run(state, lambda: 7))[0] == 7
+
+    closed = asyncio.run(abandoned())
+    go.set()
+    try:
+        asyncio.run(asyncio.wait_for(faulty(), 60))
+    finally:
+        del closed.is_closed
+        closed.close()
+        lane.close()
 
 
 def test_requests_that_expire_behind_others_are_told_before_their_turn() -> None:

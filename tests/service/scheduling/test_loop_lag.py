@@ -37,3 +37,21 @@ def test_the_worst_lag_is_that_of_the_last_seconds() -> None:
         clock.now += 16
         lag.observe(0.0, clock.now)
     assert lag.worst_seconds < 0.1
+
+
+def test_a_pause_of_the_whole_process_counts_as_one_long_turn() -> None:
+    clock = Clock()
+    lag = LoopLag(clock)
+
+    async def scenario() -> None:
+        lag.start()
+        try:
+            clock.now += 3600
+            assert lag.seconds == pytest.approx(1.0), "before the timer is called"
+            await until(lambda: lag._due > clock.now)
+            assert lag.seconds <= 1.0
+            assert lag.worst_seconds == pytest.approx(1.0)
+        finally:
+            lag.stop()
+
+    asyncio.run(asyncio.wait_for(scenario(), 300))

@@ -73,6 +73,22 @@ def test_a_run_that_does_not_come_back_ends_the_process_after_a_further_time() -
     assert len(world.hangs) == 1
 
 
+def test_a_look_while_another_thread_asks_does_not_disturb_the_answer() -> None:
+    world = World()
+    world.begin(1.0)
+    world.live(25)
+    reason, run = world.dog.hang, world.run
+
+    def current() -> Run | None:
+        # As if the event loop looked just now, and the engine had come back.
+        world.dog._hung = None
+        return run
+
+    world.dog._current = current
+    assert world.dog.hang == reason
+    assert world.dog.hang is None
+
+
 def test_runs_that_follow_each_other_are_no_hang() -> None:
     world = World()
     for _ in range(20):
