@@ -122,7 +122,7 @@ def test_random_weights_are_profiled_by_combination(tmp_path: Path, monkeypatch:
         (["--batch", "0"], "batch sizes '0' are not whole numbers"),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--opsets", "99"], "opset 99 cannot be exported"),
-        (["nowhere/1"], "cannot be read"),
+        (["nowhere/1"], "cannot be listed"),
     ],
 )
 def test_wrong_arguments_name_the_fix(arguments: list[str], message: str) -> None:
