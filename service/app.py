@@ -99,7 +99,8 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
     for router in routers:
         app.include_router(router)
 
-    unavailable: dict[int | str, dict[str, Any]] = {503: {"description": inspect.getdoc(NotReady)}}
+    problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    unavailable: dict[int | str, dict[str, Any]] = {503: {"description": inspect.getdoc(NotReady), "content": problem}}
 
     @app.get("/healthz", tags=["operation"], responses=unavailable)
     async def healthz() -> dict[str, str]:

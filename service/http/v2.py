@@ -91,7 +91,7 @@ def probes(pipeline: Pipeline) -> APIRouter:
     """The routes under /v2 that need no key."""
     routes = APIRouter(prefix="/v2/health", tags=[_TAG])
 
-    @routes.get("/live")
+    @routes.get("/live", responses=v2_responses(NotReady))
     async def live() -> dict[str, bool]:
         """Whether the process and its engine work; 503 if only a restart may help."""
         pipeline.require_alive()
