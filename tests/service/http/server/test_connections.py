@@ -1,6 +1,7 @@
 """How many connections are open, what each may wait for, and how they end."""
 
 import asyncio
+import contextlib
 import socket
 import struct
 import threading
@@ -322,6 +323,30 @@ def test_at_the_end_a_connection_is_closed_once_it_was_quiet_for_a_second(clock:
         assert await ended
 
     asyncio.run(end())
+
+
+def test_at_the_end_of_the_time_connections_without_a_request_in_work_are_no_failure() -> None:
+    large = b"POST /unread HTTP/1.1\r\nHost: h\r\nContent-Length: 40000000\r\n\r\n"
+    with serving(graceful_seconds=0.3) as bench, contextlib.ExitStack() as stack:
+        silent, idle, half_sent, lingering = (stack.enter_context(bench.connect()) for _ in range(4))
+        idle.sendall(GET)
+        one_answer(idle)
+        half_sent.sendall(GET[:20])
+        lingering.sendall(large)
+        one_answer(lingering)
+        connections = bench.server.connections
+        wait_until(lambda: (len(connections.idle), len(connections.heads), len(connections.lingering)) == (2, 1, 1))
+        bench.server.should_exit = True
+        assert all(closed_by_server(client) for client in (silent, idle, half_sent, lingering))
+        wait_until(lambda: bench.closed("drained") == 4)
+    assert bench.left == []
+
+
+def test_at_the_end_of_the_time_a_connection_with_bytes_to_read_is_not_taken_for_unused(clock: Clock) -> None:
+    connections = made(clock)
+    with_a_request = Plain(connections, unused=False).wait(connections.idle)
+    assert not asyncio.run(connections.finish(0))
+    assert with_a_request.done == []
 
 
 def test_what_does_not_end_in_time_is_aborted_with_a_status_of_its_own() -> None:
