@@ -20,7 +20,7 @@ from service.http.server.server import Server
 from service.metrics import Metrics
 from tests.processes import PATIENCE_SECONDS, wait_until
 
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "max_connections": 1000,
     "max_head_bytes": 4096,
     "max_url_bytes": 1024,
