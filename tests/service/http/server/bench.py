@@ -51,6 +51,8 @@ class Echo:
                     break
         if path == "/fail":
             raise ValueError("a fault of the application")
+        if path == "/thread":
+            asyncio.get_running_loop().run_in_executor(None, self.released.wait, PATIENCE_SECONDS)
         if path == "/block":
             self.released.wait(PATIENCE_SECONDS)  # the event loop stands still
         if path == "/wait":
@@ -130,6 +132,7 @@ def serving(**limits: Any) -> Iterator[Bench]:
         app.released.set()
         server.should_exit = True
         thread.join(PATIENCE_SECONDS)
+        server.fuse.cancel()
         assert not thread.is_alive()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from service.http.server import server
 from service.http.server.connections import RESERVED_FOR_PROBES, ConnectionLimits, Connections, Wait
 from service.metrics import Metrics
 from tests.processes import PATIENCE_SECONDS, wait_until
@@ -347,6 +348,15 @@ def test_at_the_end_of_the_time_a_connection_with_bytes_to_read_is_not_taken_for
     with_a_request = Plain(connections, unused=False).wait(connections.idle)
     assert not asyncio.run(connections.finish(0))
     assert with_a_request.done == []
+
+
+def test_a_thread_that_hangs_does_not_keep_the_process_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio waits for the threads of its executor after all else has ended."""
+    monkeypatch.setattr(server, "_CLOSE_SECONDS", 0.1)
+    with serving() as bench:
+        assert bench.ask(b"GET /thread HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")[0][0] == 200
+        bench.server.should_exit = True
+        wait_until(lambda: bench.left == [server.EXIT_ABORTED])
 
 
 def test_what_does_not_end_in_time_is_aborted_with_a_status_of_its_own() -> None:
