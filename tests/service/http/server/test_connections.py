@@ -13,6 +13,7 @@ import pytest
 
 from service.http.server import server
 from service.http.server.connections import RESERVED_FOR_PROBES, ConnectionLimits, Connections, Wait
+from service.http.server.listening import stop_listening
 from service.metrics import Metrics
 from tests.processes import PATIENCE_SECONDS, wait_until
 from tests.service.conftest import Clock, until
@@ -274,6 +275,21 @@ def test_connections_that_wait_to_be_accepted_when_listening_ends_are_answered()
         for client in (blocking, *waiting):
             with client:
                 assert [answer[0] for answer in answers(client)] == [200]
+
+
+def test_listening_ends_although_nobody_accepts_what_waits() -> None:
+    """As without a free descriptor."""
+
+    async def end() -> None:
+        listening = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+        own = listening.sockets[0]
+        asyncio.get_running_loop().remove_reader(own.fileno())
+        with socket.create_connection(own.getsockname()):
+            async with asyncio.timeout(60):
+                await stop_listening([listening])
+        assert not listening.is_serving()
+
+    asyncio.run(end())
 
 
 def test_connections_made_until_listening_ends_are_answered_or_refused() -> None:
