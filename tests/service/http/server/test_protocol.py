@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 
 from service.http import security_headers
-from service.http.server.connections import ConnectionLimits
-from service.http.server.parser import Head, Parser, Refused
 from service.http.server.protocol import MAX_PIPELINED
 from tests.processes import PATIENCE_SECONDS, wait_until
-from tests.service.http.server.bench import LIMITS, Bench, answers, one_answer, pause, serving
+from tests.service.http.server.bench import Bench, answers, one_answer, pause, serving
 
 GET = b"GET /a HTTP/1.1\r\nHost: h\r\n\r\n"
 LAST = b"GET /last HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
@@ -95,45 +93,6 @@ def test_a_long_head_is_refused_however_it_arrives(bench: Bench, head: bytes, st
     assert (found, headers["connection"]) == (status, "close")
     assert json.loads(body)["status"] == status
     assert len(bench.app.scopes) == asked
-
-
-class Parsed:
-    """Takes what is parsed, and notes the lengths of heads and pieces of bodies."""
-
-    def __init__(self) -> None:
-        self.lengths: list[int | None] = []
-
-    def begin(self) -> None:
-        pass
-
-    def head(self, head: Head) -> None:
-        self.lengths.append(head.content_length)
-
-    def body(self, data: bytes) -> None:
-        self.lengths.append(len(data))
-
-    def complete(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize("before", [b"", POST + b"Content-Length: 9000\r\n\r\n" + b"b" * 9000])
-def test_a_head_without_end_is_refused_within_the_read_in_which_it_begins(before: bytes) -> None:
-    limits = ConnectionLimits(**LIMITS)
-    most = limits.max_head_bytes + 2 * 4096
-    with pytest.raises(Refused) as refused:
-        Parser(limits, Parsed()).feed(before + b"GET /a HTTP/1.1\r\nX: " + b"v" * most)
-    assert refused.value.error
-    assert refused.value.error.status == 431
-
-
-def test_a_body_of_known_length_is_not_cut_into_pieces() -> None:
-    parsed = Parsed()
-    head = POST + b"Content-Length: 130000\r\n\r\n"
-    parser = Parser(ConnectionLimits(**LIMITS), parsed)
-    parser.feed(head)
-    parser.feed(b"b" * 130_000 + head + b"b" * 130_000)
-    first = 4096 - len(head)
-    assert parsed.lengths == [130_000, 130_000, 130_000, first, 130_000 - first]
 
 
 def test_a_head_just_within_the_limits_is_taken(bench: Bench) -> None:
