@@ -139,7 +139,7 @@ class Connections:
                     connection.expire(wait.reason)
 
     async def finish(self, seconds: float) -> bool:
-        """Close each connection once it has its answers and is unused; whether all were within `seconds`."""
+        """Close each connection once it has its answers and is unused; whether all were answered within `seconds`."""
         deadline = self.clock() + seconds
         while self.open and self.clock() < deadline:
             quiet = self.clock() - _QUIET_SECONDS
@@ -149,6 +149,12 @@ class Connections:
                 if connection.unused():
                     connection.end("drained")
             await asyncio.sleep(0.05)
+        # Out of time, but these have no complete request: nothing that was accepted is lost with them.
+        for wait in (self.idle, self.heads, self.lingering, self.beyond):
+            for connection in list(wait):
+                if wait is self.lingering or connection.unused():
+                    connection.close("drained")
+                    self.remove(connection, "drained")
         return not self.open
 
     def abort_all(self) -> None:

@@ -21,6 +21,8 @@ _FEWEST_CONNECTIONS: Final = 16
 
 _HANDSHAKE_SECONDS: Final = 0.1
 """Seconds in which handshakes that have begun may end, before the listening sockets are closed."""
+_ACCEPT_SECONDS: Final = 1.0
+"""Seconds in which what waits may be accepted: without the filter, or without descriptors, it might never end."""
 _BACKLOG_OFFSET: Final = 24
 """Of `tcpi_unacked` in Linux' struct tcp_info: for a listening socket, the connections that wait to be accepted."""
 _SO_ATTACH_FILTER: Final = 26
@@ -66,8 +68,10 @@ async def stop_listening(servers: Sequence[asyncio.Server]) -> None:
         for listening in duplicates:
             _ignore_handshakes(listening)
         await asyncio.sleep(_HANDSHAKE_SECONDS)
-        while any(_backlog(listening) for listening in duplicates):  # noqa: ASYNC110 (the system tells nobody)
-            await asyncio.sleep(0.01)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_ACCEPT_SECONDS):
+                while any(_backlog(listening) for listening in duplicates):  # noqa: ASYNC110 (the system tells nobody)
+                    await asyncio.sleep(0.01)
     finally:
         for listening in duplicates:
             listening.close()

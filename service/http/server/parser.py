@@ -1,6 +1,7 @@
 """Bytes of a connection to heads and bodies of requests, by httptools (llhttp in its strict mode), within bounds.
 
-- A head is bounded by `max_head_bytes`, `max_url_bytes` and `max_headers`, and by one read of the socket beyond them.
+- A head is bounded by `max_head_bytes`, `max_url_bytes` and `max_headers`, and by two pieces of _PIECE_BYTES beyond
+  them: a read of the socket may be of 256 kB.
 - What frames a chunked body (sizes, extensions, trailers) is bounded by `max_head_bytes` from one piece to the next.
 - What could be read in two ways is refused, so that no proxy can have read it differently. llhttp refuses
   Content-Length with Transfer-Encoding, either of them twice, bare line feeds, folded lines; this parser other codings
@@ -17,6 +18,8 @@ import httptools
 from service.errors import BadRequest, HeadTooLarge, RequestError, UrlTooLong
 from service.http.server.connections import ConnectionLimits
 
+_PIECE_BYTES: Final = 4096
+"""What is parsed at once outside of a body of known length: bounds are checked in between."""
 _NOTED: Final = frozenset((b"host", b"expect", b"content-length", b"transfer-encoding"))
 
 
@@ -67,9 +70,11 @@ class Parser:
         self._noted: list[tuple[bytes, bytes]] = []
         self._upgrading = False
         self.in_head = self._in_body = False
-        # Bytes of the present read, and of the earlier ones with a part of the head in them.
+        # Of a body with a Content-Length, what has not arrived.
+        self._body_left = 0
+        # Bytes of the present piece, and of the earlier ones with a part of the head in them.
         self._read = self._head_read = 0
-        # Bytes since the read in which the head began or ended, or in which the last piece of the body was.
+        # Bytes since the piece in which the head began or ended, or in which something of the body was.
         self._overhead = 0
 
     @property
@@ -79,6 +84,13 @@ class Parser:
 
     def feed(self, data: bytes) -> None:
         """Parse the next bytes. Raises Refused."""
+        rest = memoryview(data)
+        while rest:
+            size = self._body_left or _PIECE_BYTES
+            self._feed(rest[:size])
+            rest = rest[size:]
+
+    def _feed(self, data: memoryview) -> None:
         self._read = len(data)
         try:
             self._parser.feed_data(data)
@@ -117,10 +129,13 @@ class Parser:
         if not self._upgrading:
             head = self._head()
             self.in_head, self._in_body, self._overhead = False, True, -self._read
+            self._body_left = head.content_length or 0
             self._sink.head(head)
 
     def on_body(self, data: bytes) -> None:
         self._overhead = -self._read
+        if self._body_left:
+            self._body_left -= len(data)
         self._sink.body(data)
 
     def on_message_complete(self) -> None:
@@ -128,7 +143,7 @@ class Parser:
             self._in_body = False
             self._sink.complete()
 
-    def _go_on_without_upgrade(self, rest: bytes) -> None:
+    def _go_on_without_upgrade(self, rest: memoryview) -> None:
         """Let a new parser read what follows, after a head with the same framing and without `Upgrade`."""
         framing = b"".join(b"%b: %b\r\n" % (name, value) for name, value in self._noted if name != b"expect")
         self._parser = httptools.HttpRequestParser(self)
@@ -136,7 +151,7 @@ class Parser:
         self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % framing)
         self._upgrading = False
         if rest:
-            self.feed(rest)
+            self._feed(rest)
 
     def _head(self) -> Head:
         limits, headers, parser = self._limits, self._headers, self._parser

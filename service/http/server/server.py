@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, Final
@@ -22,9 +23,9 @@ from service.scheduling import watchdog
 log = structlog.get_logger()
 
 EXIT_ABORTED: Final = 4
-"""Exit status when accepted requests did not finish within `graceful_timeout_seconds`."""
+"""Exit status when accepted requests did not finish within `graceful_timeout_seconds`, or a thread did not end."""
 _CLOSE_SECONDS: Final = 10.0
-"""Seconds that the threads of engine and decoders may take to end, once no request is left."""
+"""Seconds that all threads may take to end, once no request is left: one may hang in native code or a dead mount."""
 
 
 def leave_at_once(status: int) -> None:
@@ -77,6 +78,10 @@ class Server(uvicorn.Server):
         )
         self._pipeline, self._leave = pipeline, leave
         self._delay_seconds, self._graceful_seconds = delay_seconds, graceful_seconds
+        # A thread of its own: asyncio and the interpreter join all others without limit after `shutdown`.
+        self.fuse = threading.Timer(_CLOSE_SECONDS, self._leave_threads)
+        """Ends the process if its threads do not. Cancel it where the process is to outlive the server."""
+        self.fuse.daemon = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
@@ -93,27 +98,26 @@ class Server(uvicorn.Server):
         log.info("draining", seconds=self._delay_seconds, open_connections=len(self.connections.open))
         await asyncio.sleep(self._delay_seconds)
         await stop_listening(self.servers)
-        if not await self.connections.finish(self._graceful_seconds):
+        finished = await self.connections.finish(self._graceful_seconds)
+        if not finished:
             log.error(
                 "requests did not finish within graceful_timeout_seconds: aborted",
                 seconds=self._graceful_seconds,
                 open_connections=len(self.connections.open),
             )
             self.connections.abort_all()
-            await self._end_or_leave()
-            self._leave(EXIT_ABORTED)
-        await self._end_or_leave()
-
-    async def _end_or_leave(self) -> None:
-        try:
-            await asyncio.wait_for(self.lifespan.shutdown(), _CLOSE_SECONDS)
-        except TimeoutError:
-            log.error("the threads of the service did not end: aborted", seconds=_CLOSE_SECONDS)
-            self._leave(EXIT_ABORTED)
+        self.fuse.start()
+        await self.lifespan.shutdown()
         if self._pipeline.scheduler.abandoned:
             # Native code still runs: to end in the usual way would take its libraries from under it.
             log.critical("the engine did not end its work: aborted", exit_status=watchdog.EXIT_STATUS)
             self._leave(watchdog.EXIT_STATUS)
+        if not finished:
+            self._leave(EXIT_ABORTED)
+
+    def _leave_threads(self) -> None:
+        log.error("the threads of the service did not end: aborted", seconds=_CLOSE_SECONDS)
+        self._leave(EXIT_ABORTED)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal ends the service, the second one the process."""

@@ -20,7 +20,7 @@ from service.http.server.server import Server
 from service.metrics import Metrics
 from tests.processes import PATIENCE_SECONDS, wait_until
 
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "max_connections": 1000,
     "max_head_bytes": 4096,
     "max_url_bytes": 1024,
@@ -51,6 +51,8 @@ class Echo:
                     break
         if path == "/fail":
             raise ValueError("a fault of the application")
+        if path == "/thread":
+            asyncio.get_running_loop().run_in_executor(None, self.released.wait, PATIENCE_SECONDS)
         if path == "/block":
             self.released.wait(PATIENCE_SECONDS)  # the event loop stands still
         if path == "/wait":
@@ -130,6 +132,7 @@ def serving(**limits: Any) -> Iterator[Bench]:
         app.released.set()
         server.should_exit = True
         thread.join(PATIENCE_SECONDS)
+        server.fuse.cancel()
         assert not thread.is_alive()
 
 

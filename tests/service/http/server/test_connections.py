@@ -1,6 +1,7 @@
 """How many connections are open, what each may wait for, and how they end."""
 
 import asyncio
+import contextlib
 import socket
 import struct
 import threading
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from service.http.server import server
 from service.http.server.connections import RESERVED_FOR_PROBES, ConnectionLimits, Connections, Wait
+from service.http.server.listening import stop_listening
 from service.metrics import Metrics
 from tests.processes import PATIENCE_SECONDS, wait_until
 from tests.service.conftest import Clock, until
@@ -274,6 +277,21 @@ def test_connections_that_wait_to_be_accepted_when_listening_ends_are_answered()
                 assert [answer[0] for answer in answers(client)] == [200]
 
 
+def test_listening_ends_although_nobody_accepts_what_waits() -> None:
+    """As without a free descriptor."""
+
+    async def end() -> None:
+        listening = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+        own = listening.sockets[0]
+        asyncio.get_running_loop().remove_reader(own.fileno())
+        with socket.create_connection(own.getsockname()):
+            async with asyncio.timeout(60):
+                await stop_listening([listening])
+        assert not listening.is_serving()
+
+    asyncio.run(end())
+
+
 def test_connections_made_until_listening_ends_are_answered_or_refused() -> None:
     """Clients connect all the time; none that got a connection may be left without an answer."""
     with serving() as bench:
@@ -322,6 +340,39 @@ def test_at_the_end_a_connection_is_closed_once_it_was_quiet_for_a_second(clock:
         assert await ended
 
     asyncio.run(end())
+
+
+def test_at_the_end_of_the_time_connections_without_a_request_in_work_are_no_failure() -> None:
+    large = b"POST /unread HTTP/1.1\r\nHost: h\r\nContent-Length: 40000000\r\n\r\n"
+    with serving(graceful_seconds=0.3) as bench, contextlib.ExitStack() as stack:
+        silent, idle, half_sent, lingering = (stack.enter_context(bench.connect()) for _ in range(4))
+        idle.sendall(GET)
+        one_answer(idle)
+        half_sent.sendall(GET[:20])
+        lingering.sendall(large)
+        one_answer(lingering)
+        connections = bench.server.connections
+        wait_until(lambda: (len(connections.idle), len(connections.heads), len(connections.lingering)) == (2, 1, 1))
+        bench.server.should_exit = True
+        assert all(closed_by_server(client) for client in (silent, idle, half_sent, lingering))
+        wait_until(lambda: bench.closed("drained") == 4)
+    assert bench.left == []
+
+
+def test_at_the_end_of_the_time_a_connection_with_bytes_to_read_is_not_taken_for_unused(clock: Clock) -> None:
+    connections = made(clock)
+    with_a_request = Plain(connections, unused=False).wait(connections.idle)
+    assert not asyncio.run(connections.finish(0))
+    assert with_a_request.done == []
+
+
+def test_a_thread_that_hangs_does_not_keep_the_process_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio waits for the threads of its executor after all else has ended."""
+    monkeypatch.setattr(server, "_CLOSE_SECONDS", 0.1)
+    with serving() as bench:
+        assert bench.ask(b"GET /thread HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")[0][0] == 200
+        bench.server.should_exit = True
+        wait_until(lambda: bench.left == [server.EXIT_ABORTED])
 
 
 def test_what_does_not_end_in_time_is_aborted_with_a_status_of_its_own() -> None:

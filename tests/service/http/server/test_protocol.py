@@ -353,6 +353,18 @@ def test_a_half_closed_request_is_answered(bench: Bench) -> None:
     assert bench.app.disconnected == []
 
 
+@pytest.mark.parametrize("incomplete", [GET[:20], POST + b"Content-Length: 9\r\n\r\nab"], ids=["head", "body"])
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_request_before_an_incomplete_one_is_answered_after_the_half_close(loop: str, incomplete: bytes) -> None:
+    with serving(loop=loop) as bench, bench.connect() as client:
+        client.sendall(b"GET /wait HTTP/1.1\r\nHost: h\r\n\r\n" + incomplete)
+        client.shutdown(socket.SHUT_WR)
+        wait_until(lambda: bench.app.scopes != [])
+        time.sleep(0.6)  # two sweeps must not take it for closed
+        bench.app.released.set()
+        assert [said(answer)[1] for answer in answers(client)] == ["/wait"]
+
+
 def test_a_client_that_closed_its_connection_is_noticed(bench: Bench) -> None:
     with bench.connect() as client:
         client.sendall(b"GET /wait HTTP/1.1\r\nHost: h\r\n\r\n")
