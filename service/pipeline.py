@@ -62,11 +62,6 @@ class Inputs:
     """What the request asks for if its body says more about it than its head; instead of the head's options."""
 
     @property
-    def encoded(self) -> bool:
-        """Whether the images have to be decoded."""
-        return not isinstance(self.images, np.ndarray)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all images."""
         return self.images.nbytes if isinstance(self.images, np.ndarray) else sum(map(len, self.images))

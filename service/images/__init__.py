@@ -1,8 +1,7 @@
 """Preprocessing: from an encoded image to the model's pixels. All limits are checked before anything is decoded.
 
 `decode` does it in one call. `open_image` and `OpenedImage.render` are its two steps, for callers that must know the
-amount of work first; `inspect` gives this amount alone. Everything that needs the served pixels calls these, also the
-load tests.
+amount of work first. Everything that needs the served pixels calls these, also the load tests.
 
 - `scan` finds format, size and cost in a file's structure, with a module for each format, and refuses what costs too
   much.
@@ -12,7 +11,6 @@ load tests.
 from service.images.header import MAX_PIXELS, MAX_SIDE, ImageHeader
 from service.images.memory import MemoryBudget
 from service.images.render import LARGE_PIXELS, SMALL_BYTES, ImageRules, OpenedImage, decode, draft_scale, open_image
-from service.images.scan import inspect
 from service.images.sniff import FORMATS, Format
 
 __all__ = [
@@ -28,6 +26,5 @@ __all__ = [
     "OpenedImage",
     "decode",
     "draft_scale",
-    "inspect",
     "open_image",
 ]

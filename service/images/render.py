@@ -85,10 +85,6 @@ class ImageRules:
     memory: MemoryBudget | None = None
     """What all images that are decoded at once may take; none: no limit."""
 
-    def inspect(self, data: bytes) -> ImageHeader:
-        """Format, size and cost, from the file's structure. Raises as `open`."""
-        return self._scan(data).header
-
     def open(self, data: bytes, preprocessing: Preprocessing) -> "OpenedImage":
         """Scan the file and check all limits, without decoding. Raises UnsupportedImage, TooManyPixels or BadImage."""
         return OpenedImage(scan=self._scan(data), preprocessing=preprocessing, rules=self)

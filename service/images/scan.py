@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 
 from service.errors import BadImage, TooManyPixels, UnsupportedImage
 from service.images import avif, bmp, gif, jpeg, png, tiff, webp
-from service.images.header import ImageHeader, Scan
+from service.images.header import Scan
 from service.images.sniff import FORMATS, image_format, what_else
 
 _MAX_WORK = 12
@@ -30,16 +30,11 @@ _SCANS: dict[str, Callable[[bytes, int], Scan]] = {
 }
 
 
-def inspect(data: bytes, *, max_pixels: int, formats: Collection[str] = FORMATS) -> ImageHeader:
-    """Format, size and cost of an image, without decoding anything; microseconds for a photo.
+def scan(data: bytes, *, max_pixels: int, formats: Collection[str] = FORMATS, max_bytes: int | None = None) -> Scan:
+    """Scan a file without decoding anything; microseconds for a photo.
 
     Raises UnsupportedImage, TooManyPixels or BadImage, as `decode` would before it decodes.
     """
-    return scan(data, max_pixels=max_pixels, formats=formats).header
-
-
-def scan(data: bytes, *, max_pixels: int, formats: Collection[str] = FORMATS, max_bytes: int | None = None) -> Scan:
-    """Raises UnsupportedImage, TooManyPixels or BadImage."""
     if not data:
         raise BadImage("the image is empty: send its bytes as the body")
     name = image_format(data)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from service.errors import BadImage, ImageError, TooManyPixels, UnsupportedImage
-from service.images import FORMATS, ImageRules, MemoryBudget, OpenedImage, av1, inspect
+from service.images import FORMATS, ImageHeader, ImageRules, MemoryBudget, OpenedImage, av1
 from tests.processes import ROOT, wait_until
 from tests.service import hostile_images as hostile
 from tests.service.conftest import encoded, noise
@@ -26,6 +26,10 @@ from tests.service.test_draft import preprocessing
 MAX_PIXELS = 50_000_000
 RULES = ImageRules(max_pixels=MAX_PIXELS)
 SIZE = preprocessing()
+
+
+def inspect(data: bytes, *, max_pixels: int) -> ImageHeader:
+    return ImageRules(max_pixels=max_pixels).open(data, SIZE).header
 
 
 def opened(data: bytes) -> OpenedImage:
@@ -151,19 +155,19 @@ def test_the_scans_of_a_jpeg_are_work_and_a_video_behind_it_is_not() -> None:
 
 def test_work_beyond_a_multiple_of_the_pixel_limit_is_refused() -> None:
     data = hostile.jpeg_of_scans(100, 400, 300)
-    assert ImageRules(max_pixels=120_000).inspect(data).work_pixels == 11 * 120_000
+    assert inspect(data, max_pixels=120_000).work_pixels == 11 * 120_000
     runs = hostile.bmp_of_runs(300, 50_000)
     with pytest.raises(TooManyPixels, match="takes too long"):
-        ImageRules(max_pixels=100_000).inspect(runs)
+        inspect(runs, max_pixels=100_000)
 
 
 def test_the_size_of_an_avif_is_that_of_its_bitstream_not_of_its_boxes() -> None:
     honest = encoded(noise(400, 300), "AVIF")
     lying = hostile.avif_that_claims(400, 300, 16)
     assert lying != honest
-    assert ImageRules(max_pixels=120_000).inspect(lying).work_pixels >= 4 * 120_000
+    assert inspect(lying, max_pixels=120_000).work_pixels >= 4 * 120_000
     with pytest.raises(TooManyPixels, match="400 × 300"):
-        ImageRules(max_pixels=119_999).inspect(lying)
+        inspect(lying, max_pixels=119_999)
 
 
 def test_every_frame_of_an_av1_bitstream_is_work() -> None:
@@ -276,7 +280,7 @@ def test_images_that_are_decoded_at_once_share_the_memory_budget(monkeypatch: py
     budget = MemoryBudget(300_000_000)
     rules = ImageRules(max_pixels=MAX_PIXELS, memory=budget)
     tile = hostile.tiff_of_tile(5_000)
-    needed = rules.inspect(tile).decoded_bytes
+    needed = rules.open(tile, SIZE).header.decoded_bytes
     assert 100_000_000 <= needed < 150_000_000
     at_once, go = [], threading.Event()
 
