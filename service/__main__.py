@@ -23,9 +23,9 @@ from service.errors import StartupError
 from service.flags import with_settings
 from service.http.server.connections import ConnectionLimits
 from service.http.server.listening import connections_within_file_limit
-from service.http.server.server import Server, leave_at_once
+from service.http.server.server import Server
 from service.keys import KeyEntry, new_key
-from service.logs import Logs
+from service.logs import Logs, leave_at_once
 from service.models.index import Entry
 from service.models.model import Model
 from service.scheduling.cost import Load

@@ -292,6 +292,14 @@ class _QueueHandler(logging.Handler):
         self._queue.flush(self._flush_seconds)
 
 
+def leave_at_once(status: int) -> None:
+    """End the process whatever its threads do, once its log lines are out."""
+    try:
+        logging.shutdown()
+    finally:
+        os._exit(status)
+
+
 def open_standard_streams() -> None:
     """Give descriptors 0 to 2 to the null device where they are closed.
 

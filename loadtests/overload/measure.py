@@ -171,10 +171,7 @@ def step_results(experiment: OverloadExperiment) -> list[StepResult]:
     """The steps of every arm that has a whole block, pooled over the rounds."""
     plan = experiment.plan
     found: list[StepResult] = []
-    for arm in plan.arms:
-        blocks = experiment.blocks_of(arm.label)
-        if arm.kind == "refusing" or not blocks:
-            continue
+    for blocks in measured_arms(experiment):
         for load in plan.connections or (STEPS,):
             every = requests(blocks, load, plan.deadline_ms)
             parts = [_due(plan, blocks, every, place) for place in range(len(plan.rates(blocks[0])))]
@@ -185,6 +182,12 @@ def step_results(experiment: OverloadExperiment) -> list[StepResult]:
                 for place, (part, seconds) in enumerate(parts)
             ]
     return found
+
+
+def measured_arms(experiment: OverloadExperiment) -> list[list[Block]]:
+    """The blocks of each arm that has a whole one, without the server that only refuses."""
+    served = (arm for arm in experiment.plan.arms if arm.kind != "refusing")
+    return [blocks for arm in served if (blocks := experiment.blocks_of(arm.label))]
 
 
 def _due(plan: OverloadPlan, blocks: list[Block], every: Any, place: int) -> tuple[Any, float]:
@@ -260,16 +263,13 @@ def recoveries(experiment: OverloadExperiment) -> list[Recovery]:
     """How every arm recovers from its last level, by load."""
     plan = experiment.plan
     found: list[Recovery] = []
-    for arm in plan.arms:
-        blocks = experiment.blocks_of(arm.label)
-        if arm.kind == "refusing" or not blocks:
-            continue
+    for blocks in measured_arms(experiment):
         for load in plan.connections:
             seconds = [_recovery(plan, block, load) for block in blocks]
             known = [one for one in seconds if one is not None]
             found.append(
                 Recovery(
-                    arm=arm.label,
+                    arm=blocks[0].arm,
                     load=load,
                     seconds=median(known) if len(known) == len(seconds) else None,
                     idle_mb=max(block.idle_bytes for block in blocks) / 1e6,

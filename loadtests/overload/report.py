@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from loadtests.overload.measure import STEPS, OverloadExperiment, recoveries, requests, step_results
+from loadtests.overload.measure import STEPS, OverloadExperiment, measured_arms, recoveries, requests, step_results
 from loadtests.report.document import conditions, write_experiment
 from loadtests.report.rendering import print_tables, tables
 
@@ -33,8 +33,7 @@ def _plot(experiment: OverloadExperiment, path: Path) -> None:
     plan = experiment.plan
     figure = Figure(figsize=(8, 5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
-    arms = [arm for arm in plan.arms if arm.kind != "refusing"]
-    first = [blocks[0] for arm in arms if (blocks := experiment.blocks_of(arm.label))]
+    first = [blocks[0] for blocks in measured_arms(experiment)]
     for block in first:
         for load in plan.connections or (STEPS,):
             label = block.arm if load == STEPS else f"{block.arm}, {load} connections"

@@ -1,8 +1,5 @@
 """Every request gets an id and its answer security headers; it is counted, timed, traced and logged by its route."""
 
-import itertools
-import re
-import secrets
 import time
 from typing import Any
 
@@ -10,13 +7,12 @@ import structlog
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.http.request_ids import RequestIds
 from service.http.security_headers import SecurityHeaders
 from service.metrics import Metrics
 from service.tracing import Tracing
 
 log = structlog.get_logger()
-
-_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
 class Observe:
@@ -33,8 +29,7 @@ class Observe:
     ) -> None:
         """`log_requests`: `none`, `errors` (4xx and 5xx) or `all`."""
         self._app, self._metrics, self._tracing, self._security = app, metrics, tracing, security_headers
-        # Unique without asking the system for random numbers at every request.
-        self._prefix, self._numbers = secrets.token_hex(8), itertools.count(1)
+        self._ids = RequestIds()
         self._lowest_logged_status = {"none": 1000, "errors": 400, "all": 0}[log_requests]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,8 +40,7 @@ class Observe:
         # The server knows when the first byte of the head was read; other servers, and tests, do not say.
         started: float = state.get("first_byte_at") or time.perf_counter()
         headers, path = Headers(scope=scope), scope["path"]
-        offered = headers.get("x-request-id", "")
-        request_id = offered if _REQUEST_ID.fullmatch(offered) else f"{self._prefix}{next(self._numbers):016x}"
+        request_id = self._ids.choose(headers.get("x-request-id", ""))
         state.update(request_id=request_id, started=started)
         span = self._tracing.begin(scope["method"], headers.get("traceparent")) if self._tracing else None
         status = 500

@@ -6,10 +6,8 @@ inference by its head alone if the loop's lag or a full queue leaves it no chanc
 also to be refused by admission, which knows more.
 """
 
-import itertools
 import math
 import re
-import secrets
 import time
 from collections.abc import Collection
 from typing import Literal
@@ -20,8 +18,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.errors import Overloaded
 from service.http import security_headers
 from service.http.exchange import DEADLINE_HEADER, PRIORITY_HEADER
+from service.http.request_ids import RequestIds
 from service.metrics import Metrics
 from service.pipeline import Pipeline
+from service.throttle import LogThrottle
 
 log = structlog.get_logger()
 
@@ -38,9 +38,6 @@ _DEADLINE, _PRIORITY, _REQUEST_ID = DEADLINE_HEADER.lower().encode(), PRIORITY_H
 _DEADLINE_IN_QUERY = re.compile(rb"(?:^|&)deadline_ms=([^&]*)")
 _BATCH_IN_QUERY = re.compile(rb"(?:^|&)priority=batch(?:&|$)")
 _NUMBER = re.compile(rb"\d{1,9}(\.\d{1,9})?")
-_VALID_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
-
-_LOG_SECONDS = 10.0
 
 _V1 = (
     b'{"type":"urn:stridevit:overloaded","title":"Too Many Requests","status":429,"detail":"%b: nothing was done for '
@@ -66,8 +63,7 @@ class Shedding:
         self._margin, self._longest_ms = limits.deadline_margin, limits.max_deadline_ms
         self._default_ms = limits.default_deadline_ms
         self._origins = {origin.encode() for origin in cors_origins}
-        self._prefix, self._numbers = secrets.token_hex(8).encode(), itertools.count(1)
-        self._shed, self._logged_at = 0, -math.inf
+        self._ids, self._throttle = RequestIds(), LogThrottle(time.perf_counter)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -108,7 +104,7 @@ class Shedding:
 
     async def _refuse(self, scope: Scope, send: Send, reason: Reason, route: str) -> None:
         offered = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"")
-        request_id = offered if _VALID_ID.fullmatch(offered) else b"%b%016x" % (self._prefix, next(self._numbers))
+        request_id = self._ids.choose(offered.decode("latin-1")).encode()
         retry_ms = max(1, math.ceil(self._admission.drain_seconds() * 1000))
         if route == "/v1/classify":
             kind, body = b"application/problem+json", _V1 % (_DETAIL[reason], retry_ms, request_id)
@@ -144,11 +140,8 @@ class Shedding:
 
     def _note(self) -> None:
         """Log now and then: a line for each refusal would cost more than the refusal."""
-        self._shed += 1
-        now = time.perf_counter()
-        if now - self._logged_at >= _LOG_SECONDS:
-            log.warning("requests shed", requests=self._shed, lag_ms=round(self._lag.seconds * 1000, 1))
-            self._shed, self._logged_at = 0, now
+        if (passed_over := self._throttle.passed_over("shed")) is not None:
+            log.warning("requests shed", requests=passed_over + 1, lag_ms=round(self._lag.seconds * 1000, 1))
 
 
 def _milliseconds(text: bytes) -> float:

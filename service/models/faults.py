@@ -1,8 +1,6 @@
 """Models that fail: counted by kind, logged without flooding the log, and taken out of service if they keep failing."""
 
 import asyncio
-import math
-from collections import Counter
 from collections.abc import Callable
 
 import structlog
@@ -13,11 +11,9 @@ from service.models.machine import is_of_the_moment
 from service.models.model import Model
 from service.models.registry import Registry
 from service.scheduling.scheduler import Batch
+from service.throttle import LogThrottle
 
 log = structlog.get_logger()
-
-_LOG_SECONDS = 10.0
-"""Shortest time between two lines about one model: a model that fails does so at the rate of its requests."""
 
 
 class Faults:
@@ -30,10 +26,9 @@ class Faults:
 
         An image for which the machine lacked memory does not count: it says nothing about the model.
         """
-        self._registry, self._metrics, self._clock = registry, metrics, clock
+        self._registry, self._metrics = registry, metrics
         self._max_consecutive = max_consecutive
-        self._logged_at: dict[str, float] = {}
-        self._unlogged: Counter[str] = Counter()
+        self._throttle = LogThrottle(clock)
         self._withdrawals: dict[Model, asyncio.Task[None]] = {}
 
     def record(self, batch: Batch, model: Model | None) -> None:
@@ -68,11 +63,9 @@ class Faults:
             del self._withdrawals[model]
 
     def _log(self, batch: Batch, error: Exception) -> None:
-        title, now = batch.queue.title, self._clock()
-        if now - self._logged_at.get(title, -math.inf) < _LOG_SECONDS:
-            self._unlogged[title] += 1
+        title = batch.queue.title
+        if (passed_over := self._throttle.passed_over(title)) is None:
             return
-        self._logged_at[title] = now
         log.error(
             "model fault",
             model=title,
@@ -80,7 +73,7 @@ class Faults:
             images=batch.images,
             run_again=batch.retried is not None,
             reason=_reason(error),
-            more_not_logged=self._unlogged.pop(title, 0),
+            more_not_logged=passed_over,
         )
 
 

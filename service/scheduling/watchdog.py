@@ -9,12 +9,12 @@ container) finds its engine where it left it.
 """
 
 import asyncio
-import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
+
+from service.logs import leave_at_once
 
 log = structlog.get_logger()
 
@@ -56,10 +56,7 @@ class Run:
 def end_process(reason: str) -> None:
     """End this process at once, without waiting for any thread, with EXIT_STATUS and one line in the log."""
     log.critical("the process ends without its engine", reason=reason, exit_status=EXIT_STATUS)
-    try:
-        logging.shutdown()
-    finally:
-        os._exit(EXIT_STATUS)
+    leave_at_once(EXIT_STATUS)
 
 
 class Watchdog:

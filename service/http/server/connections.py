@@ -11,6 +11,7 @@ from typing import Final, Protocol
 import structlog
 
 from service.metrics import Metrics
+from service.throttle import LogThrottle
 
 log = structlog.get_logger()
 
@@ -25,7 +26,6 @@ _HINT_MARGIN_SECONDS: Final = 2
 _QUIET_SECONDS: Final = 1.0
 """Seconds without a byte after which a connection is taken as unused: a request may be on its way on younger ones."""
 _SWEEP_SECONDS: Final = 0.25
-_LOG_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,7 @@ class Connections:
         self.half_closed = Wait("half-closed", 0.0)
         self.beyond = Wait("full", _BEYOND_SECONDS)
         self._metrics = metrics
-        self._logged_at: dict[str, float] = {}
+        self._throttle = LogThrottle(clock)
         metrics.open_connections.set_function(lambda: len(self.open))
 
     def start(self) -> None:
@@ -124,10 +124,8 @@ class Connections:
             self._metrics.connections_closed(reason).inc()
 
     def say(self, event: str, reason: str) -> None:
-        """Log an event of a connection: at most one line for each reason in ten seconds, since floods are reported."""
-        now = self.clock()
-        if now - self._logged_at.get(reason, -_LOG_SECONDS) >= _LOG_SECONDS:
-            self._logged_at[reason] = now
+        """Log an event of a connection, and not each of a flood."""
+        if self._throttle.passed_over(reason) is not None:
             log.warning(event, reason=reason, open_connections=len(self.open))
 
     def sweep(self) -> None:

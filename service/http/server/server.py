@@ -2,8 +2,6 @@
 
 import asyncio
 import functools
-import logging
-import os
 import signal
 import socket
 import threading
@@ -17,6 +15,7 @@ import uvicorn
 from service.http.server.connections import ConnectionLimits, Connections
 from service.http.server.listening import stop_listening
 from service.http.server.protocol import HttpProtocol
+from service.logs import leave_at_once
 from service.pipeline import Pipeline
 from service.scheduling import watchdog
 
@@ -26,14 +25,6 @@ EXIT_ABORTED: Final = 4
 """Exit status when accepted requests did not finish within `graceful_timeout_seconds`, or a thread did not end."""
 _CLOSE_SECONDS: Final = 10.0
 """Seconds that all threads may take to end, once no request is left: one may hang in native code or a dead mount."""
-
-
-def leave_at_once(status: int) -> None:
-    """End the process whatever its threads do, once its log lines are out."""
-    try:
-        logging.shutdown()
-    finally:
-        os._exit(status)
 
 
 class Server(uvicorn.Server):
