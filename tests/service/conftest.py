@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import io
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -65,6 +66,13 @@ async def until(condition: Callable[[], bool]) -> None:
 def _no_logging(monkeypatch: pytest.MonkeyPatch) -> None:
     """Configured logging would outlive the test, and write to its closed output."""
     monkeypatch.setattr(Logs, "_install", lambda _: None)
+
+
+@pytest.fixture(autouse=True)
+def _logging_is_as_before() -> Iterator[None]:
+    """Fail the test that leaves the service's logging in this process, rather than a later one."""
+    yield
+    assert not any(type(handler).__module__ == "service.logs" for handler in logging.getLogger().handlers)
 
 
 @pytest.fixture(scope="module")

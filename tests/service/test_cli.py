@@ -22,6 +22,8 @@ from service.metrics import Metrics
 from service.settings import ENV_PREFIX, Settings
 from tests.processes import PATIENCE_SECONDS, ROOT
 
+pytestmark = pytest.mark.usefixtures("_no_logging")
+
 HASH = "0123456789abcdef" * 4
 
 
@@ -186,7 +188,6 @@ def test_an_entry_that_the_service_would_refuse_is_not_printed(arguments: list[s
     assert "sha256" not in result.stdout
 
 
-@pytest.mark.usefixtures("_no_logging")
 def test_check_of_a_good_repository_names_each_model_and_ends_with_0(repository: Path) -> None:
     result = run("check", "--repository", str(repository), "--threads", "1", "--max-batch", "2")
     assert result.exit_code == 0, result.output
@@ -195,7 +196,6 @@ def test_check_of_a_good_repository_names_each_model_and_ends_with_0(repository:
     assert top1.endswith("%")
 
 
-@pytest.mark.usefixtures("_no_logging")
 def test_check_of_a_damaged_repository_gives_the_reason_and_ends_with_1(damaged: Path) -> None:
     arguments = ["check", "--repository", str(damaged), "--threads", "1", "--max-batch", "2"]
     result = run(*arguments)
@@ -206,7 +206,6 @@ def test_check_of_a_damaged_repository_gives_the_reason_and_ends_with_1(damaged:
     assert run(*arguments, "--models", "digits-csra-r2").exit_code == 0
 
 
-@pytest.mark.usefixtures("_no_logging")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -233,7 +232,6 @@ def test_check_in_a_process_of_its_own_prints_the_table_alone(damaged: Path) -> 
     assert ended.stderr == ""
 
 
-@pytest.mark.usefixtures("_no_logging")
 @pytest.mark.parametrize(
     ("arguments", "trusted"), [([], []), (["--trusted-proxies", "10.0.0.0/8,::1"], ["10.0.0.0/8", "::1"])]
 )

@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -300,8 +299,3 @@ def test_a_fault_that_nobody_foresaw_is_one_log_line_with_its_traceback() -> Non
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
     assert "RuntimeError: a fault\nof two lines" in json.loads(line)["exception"]
-
-
-def test_logging_in_a_test_is_as_before() -> None:
-    """No test above installed its logging in this process."""
-    assert not any(type(handler).__module__ == "service.logs" for handler in logging.getLogger().handlers)
