@@ -67,6 +67,7 @@ def serve(settings: Settings, logs: Logs) -> None:
         application,
         application.state.pipeline,
         ConnectionLimits(**limits),
+        refuse=application.state.judge.refusal,
         host=settings.host,
         port=settings.port,
         trusted_proxies=settings.trusted_proxies,

@@ -25,7 +25,7 @@ from service.http.auth import KeyGate
 from service.http.fast_path import FastPath
 from service.http.observe import Observe
 from service.http.security_headers import SecurityHeaders
-from service.http.shedding import Shedding
+from service.http.shedding import Judge, Shedding
 from service.image_work import seconds_per_pixel
 from service.key_file import KeyFile, entries_of_settings
 from service.keys import KeyRing
@@ -145,7 +145,8 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
             {page.PATH: page.headers(), docs.PATH: docs_page.headers}, parts=f"{docs.PARTS}/"
         ),
     )
-    app.add_middleware(Shedding, pipeline=pipeline, metrics=metrics, cors_origins=settings.cors_origins)
+    app.state.judge = Judge(pipeline=pipeline, metrics=metrics, cors_origins=settings.cors_origins)
+    app.add_middleware(Shedding, judge=app.state.judge)
     return app
 
 

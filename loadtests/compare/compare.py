@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loadtests.experiment.capacity import MOST_SECONDS, find_capacity, probe_seconds
-from loadtests.experiment.locust_runner import BEYOND_SECONDS
+from loadtests.experiment.load_runner import BEYOND_SECONDS
 from loadtests.experiment.model import (
     HIGH,
     LOADS,

@@ -15,7 +15,7 @@ from loadtests.experiment.arms import bundles, describe, flags_of
 from loadtests.experiment.commits import checkout, own_repository, unknown_settings
 from loadtests.experiment.engine_limit import engine_limit
 from loadtests.experiment.environment import LOAD_AVERAGE
-from loadtests.experiment.locust_runner import apply_load, requests_of
+from loadtests.experiment.load_runner import apply_load, requests_of
 from loadtests.experiment.model import Arm, Block, Experiment, Load, Progress
 from loadtests.experiment.schedule import order
 from loadtests.experiment.server import Server, ServerError, ServerStartError, running, service_for

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from loadtests.experiment.capacity import PROBES
-from loadtests.experiment.locust_runner import BEYOND_SECONDS
+from loadtests.experiment.load_runner import BEYOND_SECONDS
 from loadtests.experiment.model import LOADS, Arm, ComparisonPlan, Plan
 
 SHORTEST_SECONDS = 3.0

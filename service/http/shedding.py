@@ -1,9 +1,10 @@
 """Overload: requests that have no chance are refused first of all, at the least cost.
 
-When the event loop itself is late, work queues in sockets and in the loop, in front of admission. Refusing it in the
-ordinary way would take the time that accepted requests need. This middleware stands before all others, and refuses
-inference by its head alone if the loop's lag or a full queue leaves it no chance. A request that may have one goes on,
-also to be refused by admission, which knows more.
+Refusing inference in the ordinary way would take the time that accepted requests need, and when the event loop itself
+is late, work queues in sockets and in the loop, in front of admission. So the server shows each head to a `Judge`
+before anything is made of it. It refuses what the loop's lag, a full queue or the work ahead leaves no chance. A
+request that may have one goes on, also to be refused by admission, which knows more. Under another server, the
+middleware does the same, at a higher price.
 """
 
 import math
@@ -15,12 +16,16 @@ from typing import Literal
 import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import Overloaded
+from service.errors import Overloaded, RequestError
 from service.http import security_headers
 from service.http.exchange import DEADLINE_HEADER, PRIORITY_HEADER
+from service.http.refusal import Refusal
 from service.http.request_ids import RequestIds
 from service.metrics import Metrics
+from service.models.family import pareto_front
 from service.pipeline import Pipeline
+from service.scheduling.queue import Queue
+from service.scheduling.request import RequestState
 from service.throttle import LogThrottle
 
 log = structlog.get_logger()
@@ -37,6 +42,9 @@ _CALM_SECONDS = 0.025
 _DEADLINE, _PRIORITY, _REQUEST_ID = DEADLINE_HEADER.lower().encode(), PRIORITY_HEADER.lower().encode(), b"x-request-id"
 _DEADLINE_IN_QUERY = re.compile(rb"(?:^|&)deadline_ms=([^&]*)")
 _BATCH_IN_QUERY = re.compile(rb"(?:^|&)priority=batch(?:&|$)")
+_MODEL_IN_QUERY = re.compile(rb"(?:^|&)model=([^&]*)")
+_MODEL_IN_PATH = re.compile(r"/v2/models/([^/]+)/infer")
+_ENCODED = re.compile("[%+]")
 _NUMBER = re.compile(rb"\d{1,9}(\.\d{1,9})?")
 
 _V1 = (
@@ -44,20 +52,24 @@ _V1 = (
     b'this request, send it again later","code":"overloaded","retry_after_ms":%d,"request_id":"%b"}'
 )
 _V2 = b'{"error":"%b: nothing was done for this request, send it again later"}'
+_LINES = b"content-type: %b\r\ncontent-length: %d\r\nretry-after: %d\r\nx-request-id: %b\r\n" + b"".join(
+    b"%b: %b\r\n" % header for header in security_headers.API
+)
 _DETAIL = {
     "lag": b"the service is overloaded, and the deadline too near",
+    "deadline": b"the work ahead takes longer than the deadline leaves",
     "images": b"as many images are pending as are allowed",
 }
 
-Reason = Literal["lag", "images"]
+Reason = Literal["lag", "images", "deadline"]
 
 
-class Shedding:
-    """ASGI middleware, outside of all others."""
+class Judge:
+    """Knows from a request's head alone whether it has no chance."""
 
-    def __init__(self, app: ASGIApp, *, pipeline: Pipeline, metrics: Metrics, cors_origins: Collection[str]) -> None:
+    def __init__(self, *, pipeline: Pipeline, metrics: Metrics, cors_origins: Collection[str]) -> None:
         """`cors_origins`: those whose pages may read a refusal, or `*`."""
-        self._app, self._metrics = app, metrics
+        self._metrics, self._registry = metrics, pipeline.registry
         self._admission, self._lag = pipeline.admission, pipeline.lag
         limits = pipeline.limits
         self._margin, self._longest_ms = limits.deadline_margin, limits.max_deadline_ms
@@ -65,25 +77,13 @@ class Shedding:
         self._origins = {origin.encode() for origin in cors_origins}
         self._ids, self._throttle = RequestIds(), LogThrottle(time.perf_counter)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+    def refusal(self, scope: Scope) -> Refusal | None:
+        """The answer to a request without a chance, which is counted as refused; None if it may have one."""
+        delay, room, pressed = self._lag.delay_seconds, self._admission.room, self._admission.pressed
+        if (delay < _CALM_SECONDS and not (pressed or room.crowded)) or scope["method"] != "POST":
+            return None
         path: str = scope["path"]
-        if path[-1:] == "/" and path not in _PAGES:
-            # Here, so that all who judge a path see the same one.
-            path = scope["path"] = path[:-1]
-        if scope["method"] == "POST":
-            route = _ROUTES.get(path[path.rfind("/") :])
-            if route and (reason := self._reason(scope)):
-                await self._refuse(scope, send, reason, route)
-                return
-        await self._app(scope, receive, send)
-
-    def _reason(self, scope: Scope) -> Reason | None:
-        """Why the request has no chance; None if it may have one."""
-        delay, crowded = self._lag.delay_seconds, self._admission.room.crowded
-        if delay < _CALM_SECONDS and not crowded:
+        if (route := _ROUTES.get(path[path.rfind("/") :])) is None:
             return None
         query: bytes = scope["query_string"]
         found = _DEADLINE_IN_QUERY.search(query)
@@ -94,36 +94,52 @@ class Shedding:
                 deadline_ms = min(deadline_ms, _milliseconds(value))
             elif name == _PRIORITY:
                 batch = batch or value == b"batch"
-        if crowded and self._admission.room.full(batch=batch):
-            return "images"
+        if room.crowded and room.full(batch=batch):
+            return self._refuse(scope, "images", route, self._admission.drain_seconds())
         if deadline_ms == math.inf:
             deadline_ms = self._default_ms
-        now = time.perf_counter()
-        age: float = now - scope.get("state", {}).get("first_byte_at", now)
-        return "lag" if age + delay > self._margin * min(deadline_ms, self._longest_ms) / 1000 else None
+        seconds, now = min(deadline_ms, self._longest_ms) / 1000, time.perf_counter()
+        began: float = scope.get("state", {}).get("first_byte_at", now)
+        if now - began + delay > self._margin * seconds:
+            return self._refuse(scope, "lag", route, self._admission.drain_seconds())
+        if pressed and (queue := self._queue(path, query)) is not None:
+            state = RequestState(seconds=seconds, priority="batch" if batch else "interactive", arrived_at=began)
+            late = self._admission.late_by_head(queue, state)
+            if late > 0:
+                return self._refuse(scope, "deadline", route, late)
+        return None
 
-    async def _refuse(self, scope: Scope, send: Send, reason: Reason, route: str) -> None:
+    def _queue(self, path: str, query: bytes) -> Queue | None:
+        """That of the fastest model that may answer; None where more than the head's first look is needed to know."""
+        if path == "/v1/classify":
+            named = _MODEL_IN_QUERY.search(query)
+            name = named[1].decode("latin-1") if named else None
+            plain = b"version=" not in query and not (name and _ENCODED.search(name))
+        else:
+            named_in_path = _MODEL_IN_PATH.fullmatch(path)
+            name, plain = named_in_path[1] if named_in_path else None, named_in_path is not None
+        if not plain:
+            return None
+        try:
+            return pareto_front(self._registry.candidates(name)[1])[-1].queue
+        except RequestError:
+            return None
+
+    def _refuse(self, scope: Scope, reason: Reason, route: str, retry_seconds: float) -> Refusal:
         offered = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"")
         request_id = self._ids.choose(offered.decode("latin-1")).encode()
-        retry_ms = max(1, math.ceil(self._admission.drain_seconds() * 1000))
+        retry_ms = max(1, math.ceil(retry_seconds * 1000))
         if route == "/v1/classify":
             kind, body = b"application/problem+json", _V1 % (_DETAIL[reason], retry_ms, request_id)
         else:
             kind, body = b"application/json", _V2 % _DETAIL[reason]
-        headers = [
-            (b"content-type", kind),
-            (b"content-length", b"%d" % len(body)),
-            (b"retry-after", b"%d" % max(1, math.ceil(retry_ms / 1000))),
-            (b"x-request-id", request_id),
-            *security_headers.API,
-        ]
+        lines = _LINES % (kind, len(body), max(1, math.ceil(retry_seconds)), request_id)
         if self._origins:
-            headers += self._cors(scope)
-        await send({"type": "http.response.start", "status": Overloaded.status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+            lines += b"".join(b"%b: %b\r\n" % header for header in self._cors(scope))
         self._metrics.requests(route, "POST", Overloaded.status).inc()
         self._metrics.rejections(reason).inc()
         self._note()
+        return Refusal(Overloaded.status, lines, body)
 
     def _cors(self, scope: Scope) -> list[tuple[bytes, bytes]]:
         """What the CORS middleware, which a refusal does not reach, would add."""
@@ -142,6 +158,30 @@ class Shedding:
         """Log now and then: a line for each refusal would cost more than the refusal."""
         if (passed_over := self._throttle.passed_over("shed")) is not None:
             log.warning("requests shed", requests=passed_over + 1, lag_ms=round(self._lag.seconds * 1000, 1))
+
+
+class Shedding:
+    """ASGI middleware, outside of all others: lets a `Judge` see what the server has not shown it yet."""
+
+    def __init__(self, app: ASGIApp, *, judge: Judge) -> None:
+        self._app, self._judge = app, judge
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path: str = scope["path"]
+            if path[-1:] == "/" and path not in _PAGES:
+                # Here, so that all who judge a path see the same one.
+                scope["path"] = path[:-1]
+            elif scope.get("state", {}).get("judged"):
+                await self._app(scope, receive, send)
+                return
+            if refusal := self._judge.refusal(scope):
+                status, lines, body = refusal
+                headers = [tuple(line.split(b": ", 1)) for line in lines.split(b"\r\n")[:-1]]
+                await send({"type": "http.response.start", "status": status, "headers": headers})
+                await send({"type": "http.response.body", "body": body})
+                return
+        await self._app(scope, receive, send)
 
 
 def _milliseconds(text: bytes) -> float:

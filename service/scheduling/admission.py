@@ -8,6 +8,7 @@ deadline.
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
@@ -19,6 +20,13 @@ from service.scheduling.loop_lag import LoopLag
 from service.scheduling.request import Key, RequestState
 from service.scheduling.room import Room
 from service.scheduling.scheduler import Queue, Scheduler
+
+_PRESSED_SECONDS = 1.0
+"""After a refusal, so long is every request's head compared with the work ahead before anything else is done."""
+
+
+_COMING_SECONDS = 0.1
+"""So long does a head count whose images do not follow: a slow sender takes nobody's place."""
 
 
 @dataclass(slots=True)
@@ -67,6 +75,9 @@ class Admission:
         self._accepted: dict[RequestState, tuple[Queue, Work]] = {}
         self._last: list[Key | None] = [None, None]
         """No accepted request of the class comes after this one, which may have been answered in the meantime."""
+        self._pressed_until = -math.inf
+        self._coming: deque[float] = deque()
+        """When the heads came that may have their chance, and whose images are not known yet."""
         self._version = 0
         """Changes with the accepted work."""
         self._ahead: tuple[Key, int, _Ahead] | None = None
@@ -81,6 +92,28 @@ class Admission:
     def bytes(self) -> int:
         """Bytes of bodies accepted and not yet answered."""
         return self.room.bytes
+
+    @property
+    def pressed(self) -> bool:
+        """Whether a request was too late a moment ago: others are likely to be."""
+        return self._clock() < self._pressed_until
+
+    def press(self) -> None:
+        """A request is too late."""
+        self._pressed_until = self._clock() + _PRESSED_SECONDS
+
+    def late_by_head(self, queue: Queue, state: RequestState) -> float:
+        """By how many seconds a request whose head has just arrived would be late; if it is not, it counts as coming.
+
+        Between its head and its images others arrive, which must not be promised the same place.
+        """
+        now = self._clock()
+        while self._coming and now - self._coming[0] > _COMING_SECONDS:
+            self._coming.popleft()
+        late = self.predict(queue, state, 1 + len(self._coming)) - self.allowed_seconds(state)
+        if late <= 0:
+            self._coming.append(now)
+        return late
 
     def admit(self, state: RequestState, queue: Queue, *, decoding: Sequence[int] = ()) -> "Place":
         """Room for a request whose body is not yet read: enter it as a context, and leave it when all is answered.
@@ -99,6 +132,8 @@ class Admission:
         `decoding`: the work of decoding each, empty if they are pixels.
         """
         state = place.state
+        if self._coming:
+            self._coming.popleft()
         self.room.require(images, batch=state.key.batch, drain_seconds=self.drain_seconds)
         place.predicted_seconds = self.predict(queue, state, images, decoding=decoding)
         self.require_in_time(state, place.predicted_seconds)
@@ -125,6 +160,7 @@ class Admission:
         """Raise Overloaded if `predicted` seconds from now are too late for the request."""
         allowed = self.allowed_seconds(state)
         if predicted > allowed:
+            self.press()
             raise Overloaded(
                 f"the deadline leaves {max(0.0, allowed) * 1000:.0f} ms and the work ahead takes about "
                 f"{predicted * 1000:.0f} ms: nothing was done for this request, send it again later or with a later "

@@ -73,9 +73,15 @@ class Connections:
     """All connections of a server. Each is in the one of the waits that it is in, and leaves it by itself."""
 
     def __init__(
-        self, limits: ConnectionLimits, metrics: Metrics, *, clock: Callable[[], float] = time.monotonic
+        self,
+        limits: ConnectionLimits,
+        metrics: Metrics,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        late_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        self.limits, self.clock = limits, clock
+        """`late_seconds`: how late the event loop is, and so how long what it reads may have waited."""
+        self.limits, self.clock, self.late_seconds = limits, clock, late_seconds
         self.open: set[Connection] = set()
         self.draining = False
         """From now on every answer is the last one of its connection."""
@@ -88,6 +94,8 @@ class Connections:
         self.lingering = Wait("lingering", LINGER_SECONDS)
         self.half_closed = Wait("half-closed", 0.0)
         self.beyond = Wait("full", _BEYOND_SECONDS)
+        self._headers: list[tuple[bytes, bytes]] | None = None
+        self._lines = b""
         self._metrics = metrics
         self._throttle = LogThrottle(clock)
         metrics.open_connections.set_function(lambda: len(self.open))
@@ -122,6 +130,12 @@ class Connections:
         if connection in self.open:
             self.open.remove(connection)
             self._metrics.connections_closed(reason).inc()
+
+    def lines_of(self, headers: list[tuple[bytes, bytes]]) -> bytes:
+        """The headers of every answer as lines. uvicorn makes a new list of them once in a second."""
+        if self._headers is not headers:
+            self._headers, self._lines = headers, b"".join([b"%b: %b\r\n" % header for header in headers])
+        return self._lines
 
     def say(self, event: str, reason: str) -> None:
         """Log an event of a connection, and not each of a flood."""

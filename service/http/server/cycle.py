@@ -9,6 +9,7 @@ import structlog
 from starlette.types import ASGIApp, Message, Scope
 
 from service.http import security_headers
+from service.http.refusal import Refusal
 
 log = structlog.get_logger()
 
@@ -124,6 +125,16 @@ class Cycle:
         headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(text)), (b"connection", b"close")]
         self._start(500, [*headers, *security_headers.API])
         self._send_body(text, more=False)
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answer in place of the application."""
+        wire = self._wire
+        self.keep_alive = self.keep_alive and wire.keeps_open(self)
+        ending = wire.kept_headers if self.keep_alive else b"connection: close\r\n\r\n"
+        line = _STATUS_LINES[refusal.status]
+        wire.write(b"".join((line, wire.default_headers, refusal.lines, ending, refusal.body)))
+        self._started = self.complete = True
+        wire.answered(self)
 
     # What the connection tells.
 

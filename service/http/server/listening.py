@@ -2,22 +2,31 @@
 
 import asyncio
 import ctypes
+import functools
 import resource
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import structlog
 
 from service.errors import StartupError
+
+log = structlog.get_logger()
 
 MOST_CONNECTIONS: Final = 10_000
 """Limit where the limit of descriptors allows as many: idle, they hold about 80 MB."""
 _RESERVED_FILES: Final = 80
 """Descriptors left for all but connections: bundles that are loaded, pipes, the log, and connections of probes."""
 _FEWEST_CONNECTIONS: Final = 16
+
+_ACCEPTED_AT_ONCE: Final = 256
+"""Connections accepted in one turn of the loop: its other work waits meanwhile."""
+_PAUSE_SECONDS: Final = 1.0
 
 _HANDSHAKE_SECONDS: Final = 0.1
 """Seconds in which handshakes that have begun may end, before the listening sockets are closed."""
@@ -57,26 +66,84 @@ def connections_within_file_limit(wanted: int) -> int:
     return wanted or min(room, MOST_CONNECTIONS)
 
 
-async def stop_listening(servers: Sequence[asyncio.Server]) -> None:
+class Listener:
+    """Accepts all connections that wait at a listening socket, each time that the loop sees one.
+
+    libuv, and so uvloop, accepts one in each turn of the loop: an overloaded service would leave the others in the
+    system's queue, where neither they nor their age are seen.
+    """
+
+    def __init__(self, listening: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
+        """On the event loop; takes over the socket, which listens already."""
+        self.socket, self.protocol = listening, protocol
+        self.loop = asyncio.get_running_loop()
+        listening.setblocking(False)
+        self._resume()
+
+    @property
+    def waiting(self) -> int:
+        """Connections that wait to be accepted; 0 where the system does not say."""
+        try:
+            info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BACKLOG_OFFSET + 4)
+        except OSError:
+            return 0
+        return int.from_bytes(info[_BACKLOG_OFFSET:], sys.byteorder) if len(info) > _BACKLOG_OFFSET else 0
+
+    def close(self) -> None:
+        """Listen no longer. What waits is reset by the system."""
+        if self.socket.fileno() >= 0:
+            self.loop.remove_reader(self.socket)
+            self.socket.close()
+
+    def _resume(self) -> None:
+        if self.socket.fileno() >= 0:
+            self.loop.add_reader(self.socket, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTED_AT_ONCE):
+            try:
+                connection, _ = self.socket.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                # No descriptor is left, or no memory: the next turn would find the same.
+                log.error("connections cannot be accepted", reason=str(error))
+                self.loop.remove_reader(self.socket)
+                self.loop.call_later(_PAUSE_SECONDS, self._resume)
+                return
+            connection.setblocking(False)
+            # Not a task, which would begin, and so read the first request, one turn later.
+            self._open(self.loop.connect_accepted_socket(self.protocol, connection), connection)
+
+    def _open(self, opening: Coroutine[Any, Any, Any], connection: socket.socket, _: object = None) -> None:
+        """Run `opening` on, until it waits."""
+        try:
+            waits_for = opening.send(None)
+        except StopIteration:
+            return
+        except OSError:  # the client has reset it
+            connection.close()
+        else:
+            waits_for.add_done_callback(functools.partial(self._open, opening, connection))
+
+
+async def stop_listening(listeners: Sequence[Listener]) -> None:
     """Close the listening sockets, and lose none of the connections that clients take for open.
 
     The system resets what waits to be accepted when a listening socket is closed. So new handshakes are ignored first:
     their clients try again after a second, and are refused then.
     """
-    duplicates = [socket.fromfd(own.fileno(), own.family, own.type) for server in servers for own in server.sockets]
     try:
-        for listening in duplicates:
-            _ignore_handshakes(listening)
+        for listener in listeners:
+            _ignore_handshakes(listener.socket)
         await asyncio.sleep(_HANDSHAKE_SECONDS)
         with suppress(TimeoutError):
             async with asyncio.timeout(_ACCEPT_SECONDS):
-                while any(_backlog(listening) for listening in duplicates):  # noqa: ASYNC110 (the system tells nobody)
+                while any(listener.waiting for listener in listeners):  # noqa: ASYNC110 (the system tells nobody)
                     await asyncio.sleep(0.01)
     finally:
-        for listening in duplicates:
-            listening.close()
-        for server in servers:
-            server.close()
+        for listener in listeners:
+            listener.close()
 
 
 def _ignore_handshakes(listening: socket.socket) -> None:
@@ -86,11 +153,3 @@ def _ignore_handshakes(listening: socket.socket) -> None:
         listening.setsockopt(
             socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(_DROP_SYN), ctypes.addressof(program))
         )
-
-
-def _backlog(listening: socket.socket) -> int:
-    try:
-        info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BACKLOG_OFFSET + 4)
-    except OSError:
-        return 0
-    return int.from_bytes(info[_BACKLOG_OFFSET:], sys.byteorder) if len(info) > _BACKLOG_OFFSET else 0

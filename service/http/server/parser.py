@@ -82,6 +82,10 @@ class Parser:
         """Of the last request, as far as it was read."""
         return self._url
 
+    def close(self) -> None:
+        """Parse no more: nothing is to be fed."""
+        del self._parser, self._sink
+
     def feed(self, data: bytes) -> None:
         """Parse the next bytes. Raises Refused."""
         rest = memoryview(data)

@@ -27,6 +27,7 @@ from uvicorn.server import ServerState
 
 from service.errors import HeadTooSlow, RequestError, TooManyConnections
 from service.http.problems import problem
+from service.http.refusal import Refusal, Refuse
 from service.http.server.connections import Connections, Wait
 from service.http.server.cycle import CONTINUE, SECURITY_LINES, Cycle, status_line
 from service.http.server.parser import Head, Parser, Refused
@@ -47,6 +48,7 @@ class HttpProtocol(asyncio.Protocol):
         self,
         *,
         connections: Connections,
+        refuse: Refuse,
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
@@ -54,6 +56,7 @@ class HttpProtocol(asyncio.Protocol):
     ) -> None:
         self._app: ASGIApp = config.loaded_app
         self._connections, self._server_state, self._app_state = connections, server_state, app_state
+        self._refusal_of = refuse
         self._loop = _loop or asyncio.get_running_loop()
         self._parser = Parser(connections.limits, self)
         # The request whose bytes arrive, the one that the application answers, and those that wait for that.
@@ -62,10 +65,12 @@ class HttpProtocol(asyncio.Protocol):
         self._pipelined: deque[Cycle] = deque()
         self._content_length: int | None = 0
         self._refusal: RequestError | None = None
+        self._refused: Refusal | None = None
+        """The answer to `_answering`, if it is refused by its head."""
         # No more requests are taken; no more are answered; the client has closed its side.
         self._input_ended = self._output_ended = self._at_eof = False
         self._serves_all = self._reads = True
-        self._spared = False
+        self._spared, self._is_new = False, True
         self._reason = "client"
         self._wait: Wait | None = None
         self.write_blocked = False
@@ -92,6 +97,10 @@ class HttpProtocol(asyncio.Protocol):
         except Refused as refused:
             if not self._input_ended:  # what follows `Connection: close` is not looked at
                 self._refuse(refused.error)
+        if self._refused and self._answering:
+            # Not before, as its body is mostly there by now: then nothing has to be waited for.
+            refusal, self._refused = self._refused, None
+            self._answering.refuse(refusal)
         self._settle()
 
     def eof_received(self) -> bool:
@@ -112,6 +121,9 @@ class HttpProtocol(asyncio.Protocol):
             if cycle and not cycle.complete:
                 cycle.disconnect()
         self._pipelined.clear()
+        # The parser refers to this object: without the cycle, both are freed at once.
+        self._reading = self._answering = None
+        self._parser.close()
         self.resume_writing()
 
     def pause_writing(self) -> None:
@@ -129,19 +141,25 @@ class HttpProtocol(asyncio.Protocol):
     def begin(self) -> None:
         if len(self._pipelined) >= MAX_PIPELINED:
             raise Refused(None)
-        self._first_byte_at, self._spared = self._read_at, False
+        # It waited in the socket until the loop read it; the first one also until the loop accepted the connection.
+        self._first_byte_at = self._read_at - self._connections.late_seconds() * (2 if self._is_new else 1)
+        self._is_new = self._spared = False
 
     def head(self, head: Head) -> None:
         scope = head.scope
         if not self._serves_all and scope["path"] not in PROBES:
             raise Refused(TooManyConnections("all connections are in use: retry"))
-        scope.update(self._addresses, state={**self._app_state, "first_byte_at": self._first_byte_at})
+        state: dict[str, Any] = {**self._app_state, "first_byte_at": self._first_byte_at}
+        scope.update(self._addresses, state=state)
         cycle = Cycle(self, scope, keep_alive=head.keep_alive, expects_continue=head.expects_continue)
         self._reading, self._content_length = cycle, head.content_length
         if self._answering:
             self._pipelined.append(cycle)
             self.pause_reading()
+        elif refusal := self._refusal_of(scope):
+            self._answering, self._refused = cycle, refusal
         else:
+            state["judged"] = True
             self._answer(cycle)
 
     def body(self, data: bytes) -> None:
@@ -158,7 +176,7 @@ class HttpProtocol(asyncio.Protocol):
 
     @property
     def default_headers(self) -> bytes:
-        return b"".join([b"%b: %b\r\n" % header for header in self._server_state.default_headers])
+        return self._connections.lines_of(self._server_state.default_headers)
 
     @property
     def kept_headers(self) -> bytes:

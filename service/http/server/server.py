@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import gc
 import signal
 import socket
 import threading
@@ -12,8 +13,9 @@ from typing import Any, Final
 import structlog
 import uvicorn
 
+from service.http.refusal import Refuse
 from service.http.server.connections import ConnectionLimits, Connections
-from service.http.server.listening import stop_listening
+from service.http.server.listening import Listener, stop_listening
 from service.http.server.protocol import HttpProtocol
 from service.logs import leave_at_once
 from service.pipeline import Pipeline
@@ -42,6 +44,7 @@ class Server(uvicorn.Server):
         pipeline: Pipeline,
         limits: ConnectionLimits,
         *,
+        refuse: Refuse = lambda _: None,
         host: str,
         port: int,
         trusted_proxies: tuple[str, ...] = (),
@@ -49,9 +52,11 @@ class Server(uvicorn.Server):
         graceful_seconds: float,
         leave: Callable[[int], object] = leave_at_once,
     ) -> None:
-        """`leave` ends the process with a status, whatever its threads do."""
-        self.connections = Connections(limits, pipeline.metrics)
-        protocol: Any = functools.partial(HttpProtocol, connections=self.connections)
+        """`refuse` may answer a request by its head, in place of the application. `leave` ends the process with a
+        status, whatever its threads do."""
+        self.connections = Connections(limits, pipeline.metrics, late_seconds=lambda: pipeline.lag.seconds)
+        protocol: Any = functools.partial(HttpProtocol, connections=self.connections, refuse=refuse)
+        self._protocol = protocol
         super().__init__(
             uvicorn.Config(
                 app,
@@ -67,6 +72,7 @@ class Server(uvicorn.Server):
                 forwarded_allow_ips=list(trusted_proxies),
             )
         )
+        self.listeners: list[Listener] = []
         self._pipeline, self._leave = pipeline, leave
         self._delay_seconds, self._graceful_seconds = delay_seconds, graceful_seconds
         # A thread of its own: asyncio and the interpreter join all others without limit after `shutdown`.
@@ -77,7 +83,17 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
         self.connections.start()
+        # What is loaded stays: the collector would look at all of it again and again, each time for some 0.2 s.
+        gc.collect()
+        gc.freeze()
         await super().startup(sockets)
+        protocol = functools.partial(
+            self._protocol, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        for server in self.servers:
+            for own in server.sockets:
+                self.listeners.append(Listener(socket.fromfd(own.fileno(), own.family, own.type), protocol))
+            server.close()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer what was accepted, then end. `sockets` is uvicorn's, and not used."""
@@ -88,7 +104,7 @@ class Server(uvicorn.Server):
         self.connections.draining = True
         log.info("draining", seconds=self._delay_seconds, open_connections=len(self.connections.open))
         await asyncio.sleep(self._delay_seconds)
-        await stop_listening(self.servers)
+        await stop_listening(self.listeners)
         finished = await self.connections.finish(self._graceful_seconds)
         if not finished:
             log.error(

@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 import pytest
 
-from loadtests.experiment.locust_runner import LOCUSTFILE, apply_load, run_locust
+from loadtests.experiment.load_runner import LOCUSTFILE, apply_load, run_locust
 from loadtests.experiment.model import Load
 from loadtests.experiment.server import Server, ServerError, free_port, running
 from loadtests.generator import payload_cache

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loadtests.experiment.locust_runner import requests_of, run_locust
+from loadtests.experiment.load_runner import requests_of, run_locust
 from loadtests.experiment.server import Server
 from loadtests.generator import payload_cache
 from loadtests.generator.load_result import PROTOCOLS, Protocol

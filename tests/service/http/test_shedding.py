@@ -179,3 +179,29 @@ def test_the_time_of_a_request_counts_from_its_first_byte(client: TestClient, ap
     headers = dict(answer[0]["headers"])
     total = next(part for part in headers[b"server-timing"].split(b", ") if part.startswith(b"total"))
     assert float(total.rpartition(b"=")[2]) >= 7000
+
+
+def test_under_pressure_a_head_that_the_work_ahead_leaves_no_chance_is_refused_by_itself(
+    client: TestClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies: list[object] = []
+    monkeypatch.setattr(pipeline, "answer", lambda *_, **__: bodies.append(None))
+    for path in (
+        "/v1/classify?deadline_ms=0.001",
+        "/v1/classify?model=identity-a&deadline_ms=0.001",
+        "/v1/classify?model=identity&deadline_ms=0.001",
+        "/v2/models/identity-a/infer?deadline_ms=0.001",
+    ):
+        pipeline.admission.press()
+        answer = client.post(path, content=picture(1))
+        assert (answer.status_code, "the work ahead" in answer.text) == (429, True)
+    assert bodies == []
+
+
+@pytest.mark.parametrize("query", ["model=unknown", "model=identity-a&version=9", "model=identity%2Da&version=1"])
+def test_under_pressure_what_the_head_s_first_look_does_not_know_goes_on(
+    client: TestClient, pipeline: Pipeline, query: str
+) -> None:
+    pipeline.admission.press()
+    answer = client.post(f"/v1/classify?deadline_ms=60000&{query}", content=picture(1))
+    assert answer.status_code in (200, 404)

@@ -115,6 +115,30 @@ def test_time_that_has_passed_since_arrival_counts() -> None:
         world.admit(state)
 
 
+def test_heads_that_may_have_their_chance_take_a_place_for_a_while() -> None:
+    """Many heads arrive before the images of the first: all would be promised the same place."""
+    world = World()
+
+    def late() -> bool:
+        return world.admission.late_by_head(world.queue, world.state(seconds=0.035)) > 0
+
+    assert [late() for _ in range(5)] == [False, False, False, True, True]
+    world.admission.accept(world.admit(), world.queue, 0)
+    assert [late(), late()] == [False, True], "one has come"
+    world.clock.now += 0.2
+    assert [late() for _ in range(4)] == [False, False, False, True], "the others are slow"
+
+
+def test_a_request_that_was_too_late_makes_the_heads_of_others_be_looked_at() -> None:
+    world = World()
+    assert not world.admission.pressed
+    with pytest.raises(Overloaded):
+        world.admit(world.state(seconds=0.005))
+    pressed = [world.admission.pressed]
+    world.clock.now += 10
+    assert [*pressed, world.admission.pressed] == [True, False]
+
+
 def test_a_margin_keeps_a_part_of_the_deadline_in_reserve() -> None:
     World(margin=1.0).accept(9, seconds=0.1)
     with pytest.raises(Overloaded):

@@ -82,7 +82,7 @@ class Bench:
 
     @property
     def port(self) -> int:
-        return int(self.server.servers[0].sockets[0].getsockname()[1])
+        return int(self.server.listeners[0].socket.getsockname()[1])
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_SECONDS)
@@ -107,15 +107,18 @@ def serving(**limits: Any) -> Iterator[Bench]:
     pipeline: Any = SimpleNamespace(
         ready=True,
         metrics=metrics,
+        lag=SimpleNamespace(seconds=0.0),
         registry=SimpleNamespace(close=lambda: None),
         scheduler=SimpleNamespace(abandoned=False),
     )
     loop = limits.pop("loop", "auto")
+    refuse = limits.pop("refuse", lambda _: None)
     delay, graceful = limits.pop("delay_seconds", 0.0), limits.pop("graceful_seconds", 1000.0)
     server = Server(
         app,
         pipeline,
         ConnectionLimits(**{**LIMITS, **limits}),
+        refuse=refuse,
         host="127.0.0.1",
         port=0,
         delay_seconds=delay,

@@ -13,7 +13,6 @@ import pytest
 
 from service.http.server import server
 from service.http.server.connections import RESERVED_FOR_PROBES, ConnectionLimits, Connections, Wait
-from service.http.server.listening import stop_listening
 from service.metrics import Metrics
 from tests.processes import PATIENCE_SECONDS, wait_until
 from tests.service.conftest import Clock, until
@@ -197,7 +196,7 @@ def test_a_request_that_arrives_while_its_idle_connection_expires_is_answered() 
             done.set()
 
         # In one callback, so that the loop cannot read in between.
-        bench.server.servers[0].get_loop().call_soon_threadsafe(arrive_and_expire)
+        bench.server.listeners[0].loop.call_soon_threadsafe(arrive_and_expire)
         assert done.wait(400)
         assert one_answer(client)[0] == 200
 
@@ -221,7 +220,7 @@ def test_a_connection_that_its_client_resets_as_it_expires_does_not_stop_the_swe
                 connections.clock = time.monotonic
 
         # In one callback, so that the loop cannot see the reset in between.
-        bench.server.servers[0].get_loop().call_soon_threadsafe(reset_and_expire)
+        bench.server.listeners[0].loop.call_soon_threadsafe(reset_and_expire)
         wait_until(lambda: not connections.open)
         assert swept.is_set()
 
@@ -275,21 +274,6 @@ def test_connections_that_wait_to_be_accepted_when_listening_ends_are_answered()
         for client in (blocking, *waiting):
             with client:
                 assert [answer[0] for answer in answers(client)] == [200]
-
-
-def test_listening_ends_although_nobody_accepts_what_waits() -> None:
-    """As without a free descriptor."""
-
-    async def end() -> None:
-        listening = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
-        own = listening.sockets[0]
-        asyncio.get_running_loop().remove_reader(own.fileno())
-        with socket.create_connection(own.getsockname()):
-            async with asyncio.timeout(60):
-                await stop_listening([listening])
-        assert not listening.is_serving()
-
-    asyncio.run(end())
 
 
 def test_connections_made_until_listening_ends_are_answered_or_refused() -> None:

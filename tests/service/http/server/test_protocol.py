@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from starlette.types import Scope
 
 from service.http import security_headers
+from service.http.refusal import Refusal
 from service.http.server.protocol import MAX_PIPELINED
 from tests.processes import PATIENCE_SECONDS, wait_until
 from tests.service.http.server.bench import Bench, answers, one_answer, pause, serving
@@ -344,7 +346,7 @@ def test_a_half_closed_request_is_answered(bench: Bench) -> None:
     with bench.connect() as client:
         client.sendall(b"GET /wait HTTP/1.1\r\nHost: h\r\n\r\n")
         client.shutdown(socket.SHUT_WR)
-        wait_until(lambda: bench.app.scopes[-1]["path"] == "/wait")
+        wait_until(lambda: "/wait" in [scope["path"] for scope in bench.app.scopes])
         time.sleep(0.6)  # two sweeps must not take it for closed
         bench.app.released.set()
         found = answers(client)
@@ -368,7 +370,7 @@ def test_a_request_before_an_incomplete_one_is_answered_after_the_half_close(loo
 def test_a_client_that_closed_its_connection_is_noticed(bench: Bench) -> None:
     with bench.connect() as client:
         client.sendall(b"GET /wait HTTP/1.1\r\nHost: h\r\n\r\n")
-        wait_until(lambda: bench.app.scopes[-1]["path"] == "/wait")
+        wait_until(lambda: "/wait" in [scope["path"] for scope in bench.app.scopes])
     wait_until(lambda: bench.app.disconnected == ["/wait"])
     bench.app.disconnected.clear()
 
@@ -387,3 +389,36 @@ def test_the_age_of_a_request_counts_from_the_first_byte_of_its_head(bench: Benc
         one_answer(client)
     first, second = (scope["state"]["first_byte_at"] for scope in bench.app.scopes[-2:])
     assert before < first < between < second
+
+
+@pytest.mark.parametrize("body", [b"abc", b""], ids=["with its body", "before its body"])
+def test_a_request_that_is_refused_by_its_head_never_reaches_the_application(body: bytes) -> None:
+    def refuse(scope: Scope) -> Refusal | None:
+        return Refusal(429, b"content-length: 2\r\n", b"no") if scope["path"] == "/refused" else None
+
+    refused = b"POST /refused HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\n"
+    with serving(refuse=refuse) as bench:
+        with bench.connect() as client:
+            for _ in range(2):
+                client.sendall(refused + body)
+                status, headers, said = one_answer(client)
+                assert (status, said, headers["connection"]) == (429, b"no", "keep-alive")
+                client.sendall(b"abc"[len(body) :])
+            client.sendall(LAST)
+            assert [answer[0] for answer in answers(client)] == [200]
+        closing = refused.replace(b"Host", b"Connection: close\r\nHost")
+        assert [answer[0] for answer in bench.ask(closing + body, b"abc"[len(body) :])] == [429]
+        assert [scope["path"] for scope in bench.app.scopes] == ["/last"]
+
+
+def test_the_age_of_a_request_counts_the_time_that_it_waited_for_a_late_event_loop(bench: Bench) -> None:
+    bench.server.connections.late_seconds = lambda: 100.0
+    began = time.perf_counter()
+    with bench.connect() as client:
+        client.sendall(GET)
+        one_answer(client)
+        client.sendall(LAST)
+        answers(client)
+    new, kept = (began - scope["state"]["first_byte_at"] for scope in bench.app.scopes[-2:])
+    # A new connection waited to be accepted, too.
+    assert (round(new, -2), round(kept, -2)) == (200, 100)

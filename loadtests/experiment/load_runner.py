@@ -1,4 +1,7 @@
-"""Loads applied by Locust in a process of its own, with the CPU time of both and the server's memory."""
+"""Loads applied by a generator in a process of its own, with the CPU time of both and the server's memory.
+
+Locust sends them, but those of several steps, whose rates go beyond what it can send from one core (open_loop.py).
+"""
 
 import math
 import os
@@ -30,8 +33,6 @@ _PSS_GROWTH = 1.005
 _SPARE_SECONDS = 90
 _FIRST_ARRIVAL = 5
 """In mean gaps; the window begins with the first arrival, which comes later than this in one of 150 runs."""
-_USERS_AT_LEAST = 20
-"""Locust's users at the lowest of several steps: rates are multiples of one user's."""
 
 
 class Meter:
@@ -100,13 +101,14 @@ def apply_load(
     Poisson process, and latency counts from the scheduled moments.
     """
     arguments = [*requests, "--seed", str(seed), "--in-flight", str(load.in_flight)]
+    run = run_locust
     if not load.reuse_connections:
         arguments.append("--new-connections")
     if load.steps:
         warmup_seconds, seconds = 0.0, sum(length for _, length in load.steps)
         rates = ",".join(f"{rate:g}:{length:g}" for rate, length in load.steps)
-        rate_per_user = min(rate for rate, _ in load.steps) / _USERS_AT_LEAST
-        arguments += ["--loop", "open", "--rates", rates, "--rate-per-user", f"{rate_per_user:g}"]
+        arguments += ["--rates", rates]
+        run = run_open_loop
     elif load.connections is not None:
         # A slow server answers in bursts, whose beat begins with the load. If every window began at the same moment of
         # it, what the window cuts off would look like a difference between arms.
@@ -118,7 +120,7 @@ def apply_load(
     if not load.steps:
         arguments += ["--seconds", str(math.ceil(whole))]
     before = server.stage_totals()
-    samples, meter = run_locust(server, arguments, seconds=whole, cores=cores)
+    samples, meter = run(server, arguments, seconds=whole, cores=cores)
     # The warm-up begins with the first request.
     begin = samples.due_s.min() + warmup_seconds
     server_cores, generator_cores = meter.cores(begin, seconds)
@@ -141,14 +143,25 @@ def run_locust(
     server: Server, arguments: Sequence[str], *, seconds: float, cores: Collection[int] = ()
 ) -> tuple[Samples, Meter]:
     """Run Locust on some cores until it ends. Raises ServerError if it or the server fails, or nothing was sent."""
-    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", server.url]
-    command += [*arguments, "--loglevel", "WARNING", "--only-summary"]
+    command = ["locust", "-f", str(LOCUSTFILE), "--headless", "--loglevel", "WARNING", "--only-summary"]
+    command += ["--stop-timeout", f"{ANSWER_SECONDS:g}"]
+    return _run(server, [*command, *arguments], seconds, cores)
+
+
+def run_open_loop(
+    server: Server, arguments: Sequence[str], *, seconds: float, cores: Collection[int] = ()
+) -> tuple[Samples, Meter]:
+    """Run `generator.open_loop` as `run_locust` runs Locust."""
+    return _run(server, ["loadtests.generator.open_loop", *arguments], seconds, cores)
+
+
+def _run(server: Server, module: Sequence[str], seconds: float, cores: Collection[int]) -> tuple[Samples, Meter]:
     # Without the variables that would change what the generator does.
     foreign = ("STRIDEVIT_LOAD_", "LOCUST_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     with tempfile.TemporaryDirectory(prefix="stridevit-samples-") as folder, tempfile.TemporaryFile("w+") as errors:
         path, deadline = Path(folder) / "samples.csv", time.monotonic() + seconds + _SPARE_SECONDS
-        command += ["--stop-timeout", f"{ANSWER_SECONDS:g}", "--samples", str(path)]
+        command = [sys.executable, "-m", *module, "--host", server.url, "--samples", str(path)]
         with start(command, stdout=subprocess.DEVNULL, stderr=errors, environment=environment, cores=cores) as process:
             meter = Meter(server, process.pid)
             while process.poll() is None and time.monotonic() < deadline and server.alive():
