@@ -68,6 +68,7 @@ def serve(settings: Settings, logs: Logs) -> None:
         application.state.pipeline,
         ConnectionLimits(**limits),
         refuse=application.state.judge.refusal,
+        pressed=application.state.judge.pressed,
         host=settings.host,
         port=settings.port,
         trusted_proxies=settings.trusted_proxies,

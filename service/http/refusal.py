@@ -1,9 +1,21 @@
 """An answer in place of the application's."""
 
+import functools
+import http
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from starlette.types import Scope
+
+CLOSE: Final = b"connection: close\r\n\r\n"
+"""The end of a head after whose answer the connection is closed."""
+
+
+@functools.cache
+def status_line(status: int) -> bytes:
+    """The first line of an answer."""
+    phrase = next((known.phrase for known in http.HTTPStatus if known == status), "")
+    return f"HTTP/1.1 {status} {phrase}\r\n".encode("ascii")
 
 
 class Refusal(NamedTuple):
@@ -13,6 +25,10 @@ class Refusal(NamedTuple):
     lines: bytes
     """Of its head, each with its end; without those that say how the connection goes on."""
     body: bytes
+
+    def bytes(self, default_headers: bytes, ending: bytes) -> bytes:
+        """The whole answer: `default_headers` are lines too, and `ending` is the last of them with the empty line."""
+        return b"".join((status_line(self.status), default_headers, self.lines, ending, self.body))
 
 
 Refuse = Callable[[Scope], Refusal | None]

@@ -77,6 +77,10 @@ class Judge:
         self._origins = {origin.encode() for origin in cors_origins}
         self._ids, self._throttle = RequestIds(), LogThrottle(time.perf_counter)
 
+    def pressed(self) -> bool:
+        """Whether some requests are without a chance now."""
+        return self._admission.pressed or self._admission.room.crowded or self._lag.delay_seconds >= _CALM_SECONDS
+
     def refusal(self, scope: Scope) -> Refusal | None:
         """The answer to a request without a chance, which is counted as refused; None if it may have one."""
         delay, room, pressed = self._lag.delay_seconds, self._admission.room, self._admission.pressed

@@ -1,7 +1,6 @@
 """One request and its answer, between the application (ASGI) and its connection."""
 
 import asyncio
-import http
 from collections.abc import Iterable
 from typing import Final, Protocol
 
@@ -9,26 +8,17 @@ import structlog
 from starlette.types import ASGIApp, Message, Scope
 
 from service.http import security_headers
-from service.http.refusal import Refusal
+from service.http.refusal import CLOSE, Refusal, status_line
 
 log = structlog.get_logger()
 
 _BUFFERED_BYTES: Final = 64 * 1024
 """Bytes of a body that wait for the application; beyond them the client has to wait."""
 
-_PHRASES: Final = {status.value: status.phrase for status in http.HTTPStatus}
 _WITHOUT_BODY: Final = (204, 304)
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 SECURITY_LINES: Final = b"".join(b"%b: %b\r\n" % header for header in security_headers.API)
 """Of the answers that are not the application's: it adds them to its own."""
-
-
-def status_line(status: int) -> bytes:
-    """The first line of an answer."""
-    return f"HTTP/1.1 {status} {_PHRASES.get(status, '')}\r\n".encode("ascii")
-
-
-_STATUS_LINES: Final = {status: status_line(status) for status in _PHRASES}
 
 
 class Wire(Protocol):
@@ -130,9 +120,7 @@ class Cycle:
         """Answer in place of the application."""
         wire = self._wire
         self.keep_alive = self.keep_alive and wire.keeps_open(self)
-        ending = wire.kept_headers if self.keep_alive else b"connection: close\r\n\r\n"
-        line = _STATUS_LINES[refusal.status]
-        wire.write(b"".join((line, wire.default_headers, refusal.lines, ending, refusal.body)))
+        wire.write(refusal.bytes(wire.default_headers, wire.kept_headers if self.keep_alive else CLOSE))
         self._started = self.complete = True
         wire.answered(self)
 
@@ -232,9 +220,8 @@ class Cycle:
         self._left = 0 if self._bodiless else length
         wire = self._wire
         self.keep_alive = self.keep_alive and wire.keeps_open(self)
-        ending = wire.kept_headers if self.keep_alive else b"connection: close\r\n\r\n"
-        line = _STATUS_LINES.get(status) or status_line(status)
-        self._head = b"".join((line, wire.default_headers, block, framing, ending))
+        ending = wire.kept_headers if self.keep_alive else CLOSE
+        self._head = b"".join((status_line(status), wire.default_headers, block, framing, ending))
         self._started = True
 
     def _send_body(self, body: bytes, *, more: bool) -> None:

@@ -73,8 +73,11 @@ class Listener:
     system's queue, where neither they nor their age are seen.
     """
 
-    def __init__(self, listening: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
-        """On the event loop; takes over the socket, which listens already."""
+    def __init__(self, listening: socket.socket, protocol: Callable[[socket.socket], asyncio.Protocol | None]) -> None:
+        """On the event loop; takes over the socket, which listens already.
+
+        `protocol` gives that of a connection, or None if it has closed it.
+        """
         self.socket, self.protocol = listening, protocol
         self.loop = asyncio.get_running_loop()
         listening.setblocking(False)
@@ -112,8 +115,10 @@ class Listener:
                 self.loop.call_later(_PAUSE_SECONDS, self._resume)
                 return
             connection.setblocking(False)
-            # Not a task, which would begin, and so read the first request, one turn later.
-            self._open(self.loop.connect_accepted_socket(self.protocol, connection), connection)
+            if protocol := self.protocol(connection):
+                opening = self.loop.connect_accepted_socket(functools.partial(_same, protocol), connection)
+                # Not a task, which would begin, and so read the first request, one turn later.
+                self._open(opening, connection)
 
     def _open(self, opening: Coroutine[Any, Any, Any], connection: socket.socket, _: object = None) -> None:
         """Run `opening` on, until it waits."""
@@ -125,6 +130,10 @@ class Listener:
             connection.close()
         else:
             waits_for.add_done_callback(functools.partial(self._open, opening, connection))
+
+
+def _same(protocol: asyncio.Protocol) -> asyncio.Protocol:
+    return protocol
 
 
 async def stop_listening(listeners: Sequence[Listener]) -> None:

@@ -12,13 +12,12 @@ The body and the answer of a request are bounded by the application, and by `cyc
 """
 
 import asyncio
-import fcntl
 import json
 import socket
-import termios
 import time
 from collections import deque
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Final
 
 from starlette.types import ASGIApp
@@ -27,9 +26,11 @@ from uvicorn.server import ServerState
 
 from service.errors import HeadTooSlow, RequestError, TooManyConnections
 from service.http.problems import problem
-from service.http.refusal import Refusal, Refuse
+from service.http.refusal import Refusal, Refuse, status_line
+from service.http.server import sockets
 from service.http.server.connections import Connections, Wait
-from service.http.server.cycle import CONTINUE, SECURITY_LINES, Cycle, status_line
+from service.http.server.cycle import CONTINUE, SECURITY_LINES, Cycle
+from service.http.server.door import NOTHING, Taken
 from service.http.server.parser import Head, Parser, Refused
 
 PROBES: Final = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
@@ -38,7 +39,6 @@ MAX_PIPELINED: Final = 32
 """Requests that may wait for the answer to an earlier one of their connection; what follows them is not read."""
 DISCARDED_BYTES: Final = 1024 * 1024
 """Rest of a body that is read for nothing to keep the connection; with a longer one it is closed."""
-_HALF_CLOSED: Final = b"\x08"  # TCP_CLOSE_WAIT
 
 
 class HttpProtocol(asyncio.Protocol):
@@ -49,6 +49,7 @@ class HttpProtocol(asyncio.Protocol):
         *,
         connections: Connections,
         refuse: Refuse,
+        taken: Taken = NOTHING,
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
@@ -56,7 +57,7 @@ class HttpProtocol(asyncio.Protocol):
     ) -> None:
         self._app: ASGIApp = config.loaded_app
         self._connections, self._server_state, self._app_state = connections, server_state, app_state
-        self._refusal_of = refuse
+        self._refusal_of, self._taken = refuse, taken
         self._loop = _loop or asyncio.get_running_loop()
         self._parser = Parser(connections.limits, self)
         # The request whose bytes arrive, the one that the application answers, and those that wait for that.
@@ -87,11 +88,16 @@ class HttpProtocol(asyncio.Protocol):
         self._addresses = {"client": client and tuple(client[:2]), "server": server and tuple(server[:2])}
         self._serves_all = self._connections.add(self)
         self._settle()
+        if self._taken.data:
+            # Once the transport reads, as it cannot be paused before. What it reads may be there first.
+            self._loop.call_soon(self.data_received, b"")
 
     def data_received(self, data: bytes) -> None:
         if self._input_ended:
             return
         self._read_at = time.perf_counter()
+        if self._taken.data:
+            data, self._taken = self._taken.data + data, replace(self._taken, data=b"")
         try:
             self._parser.feed(data)
         except Refused as refused:
@@ -105,6 +111,8 @@ class HttpProtocol(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """Whether to keep the connection: only if requests that arrived completely have not been answered."""
+        if self._taken.data:
+            self.data_received(b"")
         self._at_eof = self._input_ended = True
         if self._output_ended or self._reading or not self._answering or self._transport.is_closing():
             return False
@@ -112,9 +120,10 @@ class HttpProtocol(asyncio.Protocol):
         if self._answering.scope["http_version"] == "1.1" and not self._answering.sent:
             self._transport.write(CONTINUE)
         self._settle()
-        return self._client_listens()
+        return sockets.peer_listens(self._socket)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        self._input_ended = True
         self._enter(None)
         self._connections.remove(self, self._reason)
         for cycle in (self._reading, self._answering, *self._pipelined):
@@ -156,10 +165,10 @@ class HttpProtocol(asyncio.Protocol):
         if self._answering:
             self._pipelined.append(cycle)
             self.pause_reading()
-        elif refusal := self._refusal_of(scope):
+        elif not self._taken.judged and (refusal := self._refusal_of(scope)):
             self._answering, self._refused = cycle, refusal
         else:
-            state["judged"] = True
+            self._taken, state["judged"] = NOTHING, True
             self._answer(cycle)
 
     def body(self, data: bytes) -> None:
@@ -271,7 +280,7 @@ class HttpProtocol(asyncio.Protocol):
         elif reason == "full":
             self._refuse(TooManyConnections("all connections are in use: retry"))
         elif reason == "half-closed":
-            if self._client_listens():
+            if sockets.peer_listens(self._socket):
                 self._enter(None)
                 self._settle()
             else:
@@ -285,9 +294,7 @@ class HttpProtocol(asyncio.Protocol):
             self._spared = True
 
     def unused(self) -> bool:
-        waiting = bytearray(4)
-        fcntl.ioctl(self._socket.fileno(), termios.FIONREAD, waiting)
-        return not any(waiting)
+        return sockets.nothing_to_read(self._socket)
 
     def end(self, reason: str) -> None:
         """Answer no more. The client may still send: the connection is closed once it has closed its side, too."""
@@ -314,10 +321,6 @@ class HttpProtocol(asyncio.Protocol):
         self._reason, self._input_ended = reason, True
         self._enter(None)
         self._transport.abort()
-
-    def _client_listens(self) -> bool:
-        """At the end of what a client sends: whether it has closed its side only."""
-        return self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == _HALF_CLOSED
 
     def _settle(self) -> None:
         """Be in the wait that belongs to the present state."""

@@ -15,6 +15,7 @@ import uvicorn
 
 from service.http.refusal import Refuse
 from service.http.server.connections import ConnectionLimits, Connections
+from service.http.server.door import Door
 from service.http.server.listening import Listener, stop_listening
 from service.http.server.protocol import HttpProtocol
 from service.logs import leave_at_once
@@ -45,6 +46,7 @@ class Server(uvicorn.Server):
         limits: ConnectionLimits,
         *,
         refuse: Refuse = lambda _: None,
+        pressed: Callable[[], bool] = lambda: False,
         host: str,
         port: int,
         trusted_proxies: tuple[str, ...] = (),
@@ -52,11 +54,10 @@ class Server(uvicorn.Server):
         graceful_seconds: float,
         leave: Callable[[int], object] = leave_at_once,
     ) -> None:
-        """`refuse` may answer a request by its head, in place of the application. `leave` ends the process with a
-        status, whatever its threads do."""
+        """`refuse` may answer a request by its head, in place of the application; `pressed` says whether it is likely
+        to. `leave` ends the process with a status, whatever its threads do."""
         self.connections = Connections(limits, pipeline.metrics, late_seconds=lambda: pipeline.lag.seconds)
         protocol: Any = functools.partial(HttpProtocol, connections=self.connections, refuse=refuse)
-        self._protocol = protocol
         super().__init__(
             uvicorn.Config(
                 app,
@@ -72,6 +73,7 @@ class Server(uvicorn.Server):
                 forwarded_allow_ips=list(trusted_proxies),
             )
         )
+        self._refuse, self._door = refuse, Door(self.connections, self.server_state, refuse, pressed)
         self.listeners: list[Listener] = []
         self._pipeline, self._leave = pipeline, leave
         self._delay_seconds, self._graceful_seconds = delay_seconds, graceful_seconds
@@ -87,13 +89,22 @@ class Server(uvicorn.Server):
         gc.collect()
         gc.freeze()
         await super().startup(sockets)
-        protocol = functools.partial(
-            self._protocol, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
         for server in self.servers:
             for own in server.sockets:
-                self.listeners.append(Listener(socket.fromfd(own.fileno(), own.family, own.type), protocol))
+                self.listeners.append(Listener(socket.fromfd(own.fileno(), own.family, own.type), self._protocol_of))
             server.close()
+
+    def _protocol_of(self, connection: socket.socket) -> HttpProtocol | None:
+        if (taken := self._door.take(connection)) is None:
+            return None
+        return HttpProtocol(
+            connections=self.connections,
+            refuse=self._refuse,
+            taken=taken,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer what was accepted, then end. `sockets` is uvicorn's, and not used."""

@@ -112,13 +112,14 @@ def serving(**limits: Any) -> Iterator[Bench]:
         scheduler=SimpleNamespace(abandoned=False),
     )
     loop = limits.pop("loop", "auto")
-    refuse = limits.pop("refuse", lambda _: None)
+    refuse, pressed = limits.pop("refuse", lambda _: None), limits.pop("pressed", lambda: False)
     delay, graceful = limits.pop("delay_seconds", 0.0), limits.pop("graceful_seconds", 1000.0)
     server = Server(
         app,
         pipeline,
         ConnectionLimits(**{**LIMITS, **limits}),
         refuse=refuse,
+        pressed=pressed,
         host="127.0.0.1",
         port=0,
         delay_seconds=delay,

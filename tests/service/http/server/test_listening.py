@@ -44,7 +44,7 @@ class OutOfDescriptors:
 
 
 def listener() -> Listener:
-    return Listener(socket.create_server(("127.0.0.1", 0), backlog=64), asyncio.Protocol)
+    return Listener(socket.create_server(("127.0.0.1", 0), backlog=64), lambda _: asyncio.Protocol())
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
@@ -59,7 +59,7 @@ def test_all_connections_that_wait_are_accepted_in_one_turn_of_the_loop(run: Cal
             if not first.done():
                 first.set_result(len(made))
 
-        def accept() -> Peer:
+        def accept(_: socket.socket) -> Peer:
             made.append(Peer(tell))
             return made[-1]
 
@@ -81,7 +81,7 @@ def test_without_a_descriptor_it_pauses_and_goes_on(monkeypatch: pytest.MonkeyPa
 
     async def accept_after_all() -> None:
         found, read = listener(), asyncio.get_running_loop().create_future()
-        found.protocol = lambda: Peer(lambda: read.set_result(None))
+        found.protocol = lambda _: Peer(lambda: read.set_result(None))
         full = OutOfDescriptors(found.socket)
         found.socket = full  # type: ignore[assignment]
         with socket.create_connection(full.getsockname()) as client:
@@ -97,7 +97,7 @@ def test_listening_ends_although_nobody_accepts_what_waits() -> None:
     """As without a free descriptor."""
 
     async def end() -> None:
-        listener = Listener(socket.create_server(("127.0.0.1", 0)), asyncio.Protocol)
+        listener = Listener(socket.create_server(("127.0.0.1", 0)), lambda _: None)
         listener.loop.remove_reader(listener.socket)
         with socket.create_connection(listener.socket.getsockname()):
             async with asyncio.timeout(60):
