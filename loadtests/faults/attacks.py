@@ -4,6 +4,7 @@ They run apart from the steady load, so that its clock is not disturbed. What is
 """
 
 import asyncio
+import gzip
 import io
 import itertools
 import signal
@@ -131,32 +132,52 @@ async def flood(port: int) -> None:
 
 async def hostile_images_sent(port: int) -> None:
     """20 hostile images a second, whether or not the last ones were answered."""
-    images = list(hostile_images().items())
-    await _post_all(port, images, every_s=0.05)
+    await _post_all(port, [(name, _post(image)) for name, image in hostile_images().items()], every_s=0.05)
+
+
+async def mixed(port: int) -> None:
+    """20 requests a second of every kind that is dear to read or to decode, in turn."""
+    images = [(name, _post(image)) for name, image in hostile_images().items()]
+    numbers = b'{"inputs":[{"name":"image","shape":[1,1000000],"datatype":"UINT8","data":[' + b"1," * 10**6 + b"1]}]}"
+    part = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\na\r\n'
+    name = b'{"image":"' + b"A" * 100 + b'","' + b"n" * 10**6 + b'":1}'
+    bombs = gzip.compress(bytes(64 * 2**20))
+    json_type, v2 = "Content-Type: application/json", "/v2/models/numbered/infer"
+    others = [
+        ("a million numbers", _post(numbers, json_type, path=v2)),
+        ("nested lists", _post(b"[" * 10**5, json_type, path=v2)),
+        ("20,000 parts", _post(part * 20_000 + b"--x--", "Content-Type: multipart/form-data; boundary=x")),
+        ("a name of 1 MB", _post(name, json_type)),
+        ("64 MiB in a gzip of 64 kB", _post(bombs, "Content-Encoding: gzip")),
+        ("500 query names", _post(b"", path="/v1/classify?" + "&".join(f"a{number}=1" for number in range(500)))),
+    ]
+    # As many of the others as of images.
+    pairs = zip(images, itertools.cycle(others), strict=False)
+    await _post_all(port, [one for pair in pairs for one in pair], every_s=0.05)
 
 
 async def large_images(port: int) -> None:
     """Ten PNGs of 25 megapixels a second."""
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((5000, 5000, 3), np.uint8)).save(buffer, "PNG")
-    await _post_all(port, [("25 megapixels", buffer.getvalue())], every_s=0.1)
+    await _post_all(port, [("25 megapixels", _post(buffer.getvalue()))], every_s=0.1)
 
 
-async def _post_all(port: int, images: list[tuple[str, bytes]], *, every_s: float) -> None:
+async def _post_all(port: int, requests: list[tuple[str, bytes]], *, every_s: float) -> None:
     client = Client(HOST, port, answer_seconds=_PATIENCE_SECONDS)
     counts: Counter[str] = Counter()
 
-    async def post(name: str, image: bytes) -> None:
+    async def post(name: str, request: bytes) -> None:
         try:
-            status = str((await client.ask(_head(len(image)) + image, keep=False)).status)
+            status = str((await client.ask(request, keep=False)).status)
         except Unanswered as error:
             status = error.outcome
         counts[f"{name} → {status}"] += 1
 
     running: set[asyncio.Task[None]] = set()
     with _reported(counts):
-        for name, image in itertools.cycle(images):
-            running.add(task := asyncio.create_task(post(name, image)))
+        for name, request in itertools.cycle(requests):
+            running.add(task := asyncio.create_task(post(name, request)))
             task.add_done_callback(running.discard)
             await asyncio.sleep(every_s)
 
@@ -169,12 +190,17 @@ ATTACKS: dict[str, Callable[[int], Awaitable[None]]] = {
     "large_heads": large_heads,
     "flood": flood,
     "hostile_images": hostile_images_sent,
+    "mixed": mixed,
     "large_images": large_images,
 }
 
 
-def _head(length: int) -> bytes:
-    return f"POST /v1/classify HTTP/1.1\r\nHost: s\r\nContent-Length: {length}\r\n\r\n".encode()
+def _head(length: int, *lines: str, path: str = "/v1/classify") -> bytes:
+    return "\r\n".join([f"POST {path} HTTP/1.1", "Host: s", f"Content-Length: {length}", *lines, "", ""]).encode()
+
+
+def _post(body: bytes, *lines: str, path: str = "/v1/classify") -> bytes:
+    return _head(len(body), *lines, path=path) + body
 
 
 async def _many(count: int, *clients: Callable[[], Awaitable[None]]) -> None:

@@ -11,6 +11,10 @@ _ATTACKS = {
     "large-heads": ("large_heads", "4 clients send heads of 32 MiB, in many lines and in one"),
     "connection-flood": ("flood", "300 new connections a second: idle, reset, or closed in the middle of a head"),
     "hostile-images": ("hostile_images", "20 small files a second that are dear to decode"),
+    "mixed-attack": (
+        "mixed",
+        "20 requests a second that are dear to read or decode: images, JSON, forms, gzip, queries",
+    ),
 }
 
 

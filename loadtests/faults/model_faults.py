@@ -106,10 +106,8 @@ async def load_and_unload(world: World) -> None:
         number += 1
         paths = [f"numbered-other/{'unload' if number % 2 else 'load'}", f"{_NUMBERED}/load"]
         for path in paths:
-            head = [f"POST /v2/repository/models/{path} HTTP/1.1", "Host: service", f"X-API-Key: {_ADMIN_KEY}"]
-            request = "\r\n".join([*head, "Content-Length: 0", "Connection: close", "", ""]).encode("ascii")
             try:
-                statuses.append((await client.ask(request, keep=False)).status)
+                statuses.append((await client.ask(_admin(path), keep=False)).status)
             except Unanswered as error:
                 world.unmet.append(f"{path}: {error}")
         await asyncio.sleep(1)
@@ -117,6 +115,32 @@ async def load_and_unload(world: World) -> None:
     world.notes.append(f"{done} of {len(statuses)} loads and unloads were done")
     if done < len(statuses):
         world.unmet.append(f"loads and unloads were answered with {sorted(set(statuses))}")
+
+
+async def _load_large(world: World) -> None:
+    """Load a large model, and unload it, again and again."""
+    await asyncio.to_thread(publish_numbered, world.service.repository, "numbered-large")
+    client = Client("127.0.0.1", world.service.port, answer_seconds=120)
+    ends_at, took = time.monotonic() + world.seconds, list[float]()
+    while time.monotonic() < ends_at or not took:
+        for action in ("load", "unload"):
+            began = time.monotonic()
+            try:
+                reply = await client.ask(_admin(f"numbered-large/{action}"), keep=False)
+            except Unanswered as error:
+                world.unmet.append(f"{action}: {error}")
+                return
+            if reply.status != 200:
+                world.unmet.append(f"{action} was answered with {reply.status}: {reply.body[:200]!r}")
+                return
+            if action == "load":
+                took.append(time.monotonic() - began)
+    world.notes.append(f"loaded {len(took)} times, in {min(took):.1f} to {max(took):.1f} s")
+
+
+def _admin(path: str) -> bytes:
+    head = [f"POST /v2/repository/models/{path} HTTP/1.1", "Host: service", f"X-API-Key: {_ADMIN_KEY}"]
+    return "\r\n".join([*head, "Content-Length: 0", "Connection: close", "", ""]).encode("ascii")
 
 
 def _publish(world: World, change: Callable[[bytes], bytes]) -> Path:
@@ -209,6 +233,12 @@ def model_faults() -> list[Fault]:
             name="load-unload",
             what="every second a model is loaded or unloaded by request, and the one that serves is loaded again",
             act=load_and_unload,
+            launch=_ADMIN,
+        ),
+        Fault(
+            name="load-large",
+            what="a model of the size and cost of ViT-S/16 is loaded by request, and unloaded, again and again",
+            act=_load_large,
             launch=_ADMIN,
         ),
     ]

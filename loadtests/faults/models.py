@@ -18,12 +18,22 @@ from loadtests.faults.numbers import GUILTY, LABELS, SCALE, SIDE, picture
 from service.bundle import Golden, publish
 from service.manifest import Manifest, Parity, Preprocessing, Source, Tensor, Tolerance
 
-Kind = Literal["numbered", "numbered-other", "numbered-raises", "numbered-hangs", "numbered-nan", "numbered-short"]
-"""Names of the models. For a guilty image: the first two answer, then the engine fails, computes for weeks, gives NaN,
-and gives a row less."""
+Kind = Literal[
+    "numbered",
+    "numbered-other",
+    "numbered-large",
+    "numbered-raises",
+    "numbered-hangs",
+    "numbered-nan",
+    "numbered-short",
+]
+"""Names of the models. For a guilty image: the first three answer, then the engine fails, computes for weeks, gives
+NaN, and gives a row less. The large one has the size of ViT-S/16 at 224 pixels, and its cost."""
 
 _OPSET, _IR_VERSION = 18, 10
 _GOLDEN = (1, 70_000)
+_TOKENS, _WIDTH, _BLOCKS = 196, 384, 12
+"""Of ViT-S/16."""
 _WEEKS = 10**14
 """Trips of a loop that does not end while anyone waits."""
 
@@ -32,7 +42,9 @@ def make_models(repository: Path) -> None:
     """Publish version 1 of all models in a folder that holds nothing else afterwards."""
     shutil.rmtree(repository, ignore_errors=True)
     for kind in get_args(Kind):
-        publish_numbered(repository, kind)
+        # The large one is published only where it is used.
+        if kind != "numbered-large":
+            publish_numbered(repository, kind)
 
 
 def publish_numbered(repository: Path, kind: Kind) -> Path:
@@ -117,7 +129,11 @@ def make_graph(kind: Kind) -> ModelProto:
         "table": np.zeros(1, np.float32),
         "weeks": np.array(_WEEKS),
         "go_on": np.array(True),
+        "tokens": np.array([1, _TOKENS, _WIDTH]),
+        "all_but_batch": np.array([1, 2]),
     }
+    if kind == "numbered-large":
+        constants |= _large_weights()
     used = {name for each in nodes for name in each.input}
     graph = helper.make_graph(
         nodes,
@@ -144,7 +160,37 @@ def _fault_of(kind: Kind) -> list[NodeProto]:
             node("Mul", ["any_guilty", "weeks"], ["trips"]),
             node("Loop", ["trips", "go_on", "zero"], ["extra"], body=_loop_body()),
         ]
+    if kind == "numbered-large":
+        return _large_stack()
     return [node("Identity", ["zero"], ["extra"])]
+
+
+def _large_stack() -> list[NodeProto]:
+    """The matrix products of ViT-S/16, of zeros for every image."""
+    node = helper.make_node
+    nodes = [
+        node("Mul", ["blue", "zero"], ["zeros"]),  # (batch, 1)
+        node("Unsqueeze", ["zeros", "one"], ["zeros_3d"]),
+        node("Expand", ["zeros_3d", "tokens"], ["x0"]),  # (batch, _TOKENS, _WIDTH)
+    ]
+    for block in range(_BLOCKS):
+        names = [f"x{block}", *(f"{part}_{block}" for part in ("mixed", "joined", "upped")), f"x{block + 1}"]
+        weights = [f"{part}{block}" for part in ("mix", "join", "up", "down")]
+        nodes += [
+            node("MatMul", [given, weight], [found])
+            for given, weight, found in zip(names, weights, names[1:], strict=False)
+        ]
+    nodes.append(node("ReduceSum", [f"x{_BLOCKS}", "all_but_batch"], ["sums"], keepdims=0))
+    return [*nodes, node("Unsqueeze", ["sums", "one"], ["extra"])]
+
+
+def _large_weights() -> dict[str, npt.NDArray[np.float32]]:
+    shapes = {"mix": (1, 2), "join": (2, 1), "up": (1, 4), "down": (4, 1)}
+    return {
+        f"{part}{block}": np.full((rows * _WIDTH, columns * _WIDTH), 1e-3, np.float32)
+        for part, (rows, columns) in shapes.items()
+        for block in range(_BLOCKS)
+    }
 
 
 def _loop_body() -> GraphProto:

@@ -49,7 +49,20 @@ def arrivals(parts: Sequence[Part], *, seed: str) -> Iterator[float]:
 class Connection:
     """One connection, and the request on it; the parser calls its `on_` methods."""
 
-    __slots__ = ("behind", "due", "image", "keeps", "left", "model", "parser", "socket", "status", "used_at", "whole")
+    __slots__ = (
+        "behind",
+        "body",
+        "due",
+        "image",
+        "keeps",
+        "left",
+        "model",
+        "parser",
+        "socket",
+        "status",
+        "used_at",
+        "whole",
+    )
 
     def __init__(self, opened: socket.socket) -> None:
         self.socket = opened
@@ -61,11 +74,14 @@ class Connection:
         self.image, self.due, self.behind = image, due, behind
         self.left = memoryview(request)
         self.parser = httptools.HttpResponseParser(self)
-        self.status, self.model, self.whole, self.keeps = 0, "", False, False
+        self.status, self.model, self.body, self.whole, self.keeps = 0, "", b"", False, False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() == b"x-stridevit-model":
             self.model = value.decode("latin-1")
+
+    def on_body(self, data: bytes) -> None:
+        self.body += data
 
     def on_message_complete(self) -> None:
         self.status = self.parser.get_status_code()
@@ -75,7 +91,16 @@ class Connection:
 class OpenLoop:
     """Sends requests when they are due. Times are of `time.perf_counter`."""
 
-    def __init__(self, address: tuple[str, int], requests: Sequence[bytes], *, in_flight: int, keep: bool) -> None:
+    def __init__(
+        self,
+        address: tuple[str, int],
+        requests: Sequence[bytes],
+        *,
+        in_flight: int,
+        keep: bool,
+        keep_refusals: bool = False,
+    ) -> None:
+        """`keep` connections; `keep_refusals`: the bodies of answers with 429, too."""
         self._address, self._requests, self._most, self._keep = address, requests, in_flight, keep
         self._family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
         self._selector = selectors.DefaultSelector()
@@ -83,7 +108,10 @@ class OpenLoop:
         self._idle: deque[Connection] = deque()
         self._unix_offset = time.time() - time.perf_counter()
         self._stopped = False
+        self._keep_refusals = keep_refusals
         self.samples: list[Sample] = []
+        self.refusals: list[bytes] = []
+        """For each sample, the body of an answer with 429; otherwise empty, like all unless they are kept."""
 
     def stop(self) -> None:
         """Send no more, and wait no longer."""
@@ -171,10 +199,9 @@ class OpenLoop:
     def _answered(self, connection: Connection) -> None:
         now = time.perf_counter()
         self._flying.remove(connection)
-        status = connection.status if connection.whole else 0
-        self._record(
-            connection.image, connection.due, now - connection.due, connection.behind, status, connection.model
-        )
+        due, status = connection.due, connection.status if connection.whole else 0
+        times = now - due, connection.behind
+        self._record(connection.image, due, *times, status, connection.model, bytes(connection.body))
         if self._keep and connection.whole and connection.keeps and not connection.left:
             connection.used_at = now
             self._idle.append(connection)
@@ -193,9 +220,12 @@ class OpenLoop:
             connection.whole = False
             self._answered(connection)
 
-    def _record(self, image: int, due: float, latency: float, behind: float, status: int, model: str) -> None:
+    def _record(
+        self, image: int, due: float, latency: float, behind: float, status: int, model: str, body: bytes = b""
+    ) -> None:
         times = round(due + self._unix_offset, 6), round(latency * 1000, 3), status, round(behind * 1000, 3)
         self.samples.append(Sample(*times, model, image, None))
+        self.refusals.append(body if self._keep_refusals and status == 429 else b"")
 
 
 def main() -> None:
@@ -229,8 +259,8 @@ def main() -> None:
         parser.error(str(error))
     url = urlsplit(asked.host)
     address = (url.hostname or "127.0.0.1", url.port or 80)
-    encoded = [_encoded(where.path, url.netloc, request.headers, request.body) for request in where.requests]
-    loop = OpenLoop(address, encoded, in_flight=asked.in_flight, keep=not asked.new_connections)
+    requests = [encoded(where.path, url.netloc, request.headers, request.body) for request in where.requests]
+    loop = OpenLoop(address, requests, in_flight=asked.in_flight, keep=not asked.new_connections)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         loop.stop()
@@ -246,7 +276,8 @@ def main() -> None:
         rows.writerows(sorted(loop.samples))
 
 
-def _encoded(path: str, host: str, headers: dict[str, str], body: bytes) -> bytes:
+def encoded(path: str, host: str, headers: dict[str, str], body: bytes) -> bytes:
+    """A request as bytes."""
     lines = [f"POST {path} HTTP/1.1", f"Host: {host}", *(f"{name}: {value}" for name, value in headers.items())]
     return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
 

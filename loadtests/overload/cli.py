@@ -3,7 +3,7 @@
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,8 +13,10 @@ from loadtests.experiment.environment import this_command
 from loadtests.experiment.model import Arm
 from loadtests.experiment.run import Bench
 from loadtests.experiment.schedule import Costs
+from loadtests.experiment.server import Server
 from loadtests.generator.payloads import describe, read_payloads
 from loadtests.generator.rates import Part, parse_rates
+from loadtests.overload.estimates import estimates
 from loadtests.overload.measure import CONNECTIONS, OverloadExperiment, OverloadPlan, top1_of_models
 from loadtests.overload.report import write
 
@@ -45,6 +47,9 @@ def overload(
         bool,
         typer.Option(help="Give the generator a core of its own, and the service the others; not with one core."),
     ] = True,
+    bursts: Annotated[
+        int, typer.Option(min=0, help="Bursts before the levels, which show how well Retry-After is foretold.")
+    ] = 5,
     rounds: cli.Rounds = 3,
     fresh: cli.Fresh = False,
     service_args: cli.ServiceArgs = "",
@@ -79,6 +84,7 @@ def overload(
         levels=multiples,
         connections=() if parts else _parse_connections(connections),
         deadline_ms=deadline_ms,
+        bursts=0 if parts else bursts,
         service_arguments=tuple(shlex.split(service_args)),
         generator_cores=(first,) if pin and others else (),
         server_cores=tuple(others) if pin else (),
@@ -87,7 +93,15 @@ def overload(
     minutes = _minutes(plan, parts)
     cli.console.print(f"{blocks} blocks, about {minutes:.1f} minutes")
     experiment = OverloadExperiment(plan=plan, command=command or this_command(), payloads=describe(payloads, data))
-    bench = Bench(experiment, payloads, out, describe=top1_of_models, everything=True)
+
+    def describe_block(arm: Arm, server: Server, _repository: Path) -> dict[str, Any]:
+        info = top1_of_models(server)
+        if not plan.bursts:
+            return info
+        cores = plan.generator_cores
+        return info | estimates(arm, server, payloads, deadline_ms=deadline_ms, bursts=plan.bursts, cores=cores)
+
+    bench = Bench(experiment, payloads, out, describe=describe_block, everything=True)
     cli.run_rounds(bench, plan.loads, fresh=fresh, report=lambda: write(experiment, out))
 
 

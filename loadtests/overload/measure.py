@@ -12,7 +12,6 @@ in the closed loop; `r` on bare uvicorn, which decides nothing (loadtests/baseli
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ SATURATING_CONNECTIONS = 8
 """Of the closed loop: enough to keep every core busy, and so few that no answer misses its deadline."""
 
 _CHANGE_SECONDS = 1.5
-"""Dropped at the start of each step: Locust changes the number of its users once per second."""
+"""Dropped at the start of each step: what was accepted in the step before is answered meanwhile."""
 _IN_FLIGHT = 2000
 """So many arrivals wait in a server that answers neither in time nor with a refusal."""
 _REST_LEVEL, _REST_SECONDS = 0.5, 10.0
@@ -54,6 +53,8 @@ class OverloadPlan(Plan):
     connections: tuple[str, ...] = ()
     """Some of `CONNECTIONS`, for levels."""
     deadline_ms: float
+    bursts: int = 0
+    """Before the levels, to see what the service foretells; see `estimates`."""
 
     def loads(self, arm: Arm) -> list[Load]:
         """What each block applies."""
@@ -161,7 +162,7 @@ def requests(blocks: Sequence[Block], load: str, deadline_ms: float) -> Any:
     return np.rec.fromarrays(columns.values(), dtype=[(name, column.dtype) for name, column in columns.items()])
 
 
-def top1_of_models(_arm: Arm, server: Server, _repository: Path) -> dict[str, Any]:
+def top1_of_models(server: Server) -> dict[str, Any]:
     """Top-1 of every model that is served, from its manifest: on its test split, not on these requests."""
     models = server.ask("/v1/models")["models"]
     return {"top1": {model["name"]: model["accuracy"]["top1"] for model in models if model.get("accuracy")}}
@@ -257,6 +258,37 @@ def _ceilings(experiment: OverloadExperiment, blocks: list[Block], load: str) ->
     cores = capacity * answer
     rates = np.mean([[rate for rate, _ in plan.rates(block)] for block in blocks], axis=0)
     return [min(capacity, max(0.0, cores - rate * refusal) / (answer - refusal)) for rate in rates.tolist()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foretold:
+    """What the service foretold before the loads, against what happened; medians over all rounds."""
+
+    arm: str
+    refusals: int
+    retry_after_error: float | None
+    """Relative error of the time to come back; None without refusals."""
+    predicted_finish: float | None
+    """Predicted divided by actual time of accepted requests; None without any."""
+
+
+def foretold(experiment: OverloadExperiment) -> list[Foretold]:
+    """By arm, where it was measured (see `estimates`)."""
+    found: list[Foretold] = []
+    for blocks in measured_arms(experiment):
+        measured = [block.info for block in blocks if "retry_after_errors" in block.info]
+        errors = [error for info in measured for error in info["retry_after_errors"]]
+        ratios = [info["predicted_finish"] for info in measured if info["predicted_finish"] is not None]
+        if measured:
+            found.append(
+                Foretold(
+                    arm=blocks[0].arm,
+                    refusals=len(errors),
+                    retry_after_error=median(errors),
+                    predicted_finish=median(ratios),
+                )
+            )
+    return found
 
 
 def recoveries(experiment: OverloadExperiment) -> list[Recovery]:

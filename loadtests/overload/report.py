@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from loadtests.overload.measure import STEPS, OverloadExperiment, measured_arms, recoveries, requests, step_results
+from loadtests.overload.measure import (
+    STEPS,
+    OverloadExperiment,
+    foretold,
+    measured_arms,
+    recoveries,
+    requests,
+    step_results,
+)
 from loadtests.report.document import conditions, write_experiment
 from loadtests.report.rendering import print_tables, tables
 
@@ -20,8 +28,9 @@ def write(experiment: OverloadExperiment, out: Path) -> Path:
         arrivals = f"Arrivals at {multiples} of the saturated throughput for {plan.seconds:g} s each"
     pinned = f", generator on core {plan.generator_cores[0]} alone" if plan.generator_cores else ""
     what = conditions(experiment, f"{arrivals}, a deadline of {plan.deadline_ms:g} ms{pinned}")
-    found = tables("overload_tables.txt.j2", title=what, steps=steps, recoveries=recovered)
-    figures = {"steps": steps, "recoveries": recovered}
+    said = foretold(experiment)
+    found = tables("overload_tables.txt.j2", title=what, steps=steps, recoveries=recovered, foretold=said)
+    figures = {"steps": steps, "recoveries": recovered, "foretold": said}
     write_experiment(experiment, out, template="overload.md.j2", figures=figures, conditions=what, tables=found)
     _plot(experiment, out / "overload.svg")
     print_tables(*found, width=190)

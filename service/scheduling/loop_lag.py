@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable
 
 _INTERVAL_SECONDS = 0.02
-_TURNS = 5
-"""Turns of the loop that a request takes: its head, its body, decoded, answered by the engine, written."""
+_TURNS = 6
+"""Turns of the loop that a request takes: in its socket, its head, its body, decoded, from the engine, written."""
 
 _WINDOW_SECONDS = 15.0
 

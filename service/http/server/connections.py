@@ -78,10 +78,8 @@ class Connections:
         metrics: Metrics,
         *,
         clock: Callable[[], float] = time.monotonic,
-        late_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """`late_seconds`: how late the event loop is, and so how long what it reads may have waited."""
-        self.limits, self.clock, self.late_seconds = limits, clock, late_seconds
+        self.limits, self.clock = limits, clock
         self.open: set[Connection] = set()
         self.draining = False
         """From now on every answer is the last one of its connection."""

@@ -52,7 +52,7 @@ class Door:
         head = _head_of(data, self._connections.limits)
         if head is None:
             return Taken(data)
-        head.scope["state"] = {"first_byte_at": time.perf_counter() - 2 * self._connections.late_seconds()}
+        head.scope["state"] = {"first_byte_at": time.perf_counter()}
         if (refusal := self._refuse(head.scope)) is None:
             return Taken(data, judged=True)
         default_headers = self._connections.lines_of(self._server_state.default_headers)

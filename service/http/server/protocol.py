@@ -37,6 +37,8 @@ PROBES: Final = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/heal
 """Paths that are answered even while all connections are in use."""
 MAX_PIPELINED: Final = 32
 """Requests that may wait for the answer to an earlier one of their connection; what follows them is not read."""
+_UNREAD_BYTES: Final = 64 * 1024
+"""Of answers, beyond what the socket's own buffer takes: with more, the client counts as one that does not read."""
 DISCARDED_BYTES: Final = 1024 * 1024
 """Rest of a body that is read for nothing to keep the connection; with a longer one it is closed."""
 
@@ -71,7 +73,7 @@ class HttpProtocol(asyncio.Protocol):
         # No more requests are taken; no more are answered; the client has closed its side.
         self._input_ended = self._output_ended = self._at_eof = False
         self._serves_all = self._reads = True
-        self._spared, self._is_new = False, True
+        self._spared = False
         self._reason = "client"
         self._wait: Wait | None = None
         self.write_blocked = False
@@ -82,8 +84,7 @@ class HttpProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: asyncio.Transport = transport  # type: ignore[assignment]
         self._socket: socket.socket = transport.get_extra_info("socket")
-        # Whatever the socket's own buffer does not take counts as unread.
-        self._transport.set_write_buffer_limits(high=0)
+        self._transport.set_write_buffer_limits(high=_UNREAD_BYTES)
         client, server = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         self._addresses = {"client": client and tuple(client[:2]), "server": server and tuple(server[:2])}
         self._serves_all = self._connections.add(self)
@@ -150,9 +151,7 @@ class HttpProtocol(asyncio.Protocol):
     def begin(self) -> None:
         if len(self._pipelined) >= MAX_PIPELINED:
             raise Refused(None)
-        # It waited in the socket until the loop read it; the first one also until the loop accepted the connection.
-        self._first_byte_at = self._read_at - self._connections.late_seconds() * (2 if self._is_new else 1)
-        self._is_new = self._spared = False
+        self._first_byte_at, self._spared = self._read_at, False
 
     def head(self, head: Head) -> None:
         scope = head.scope
@@ -326,9 +325,10 @@ class HttpProtocol(asyncio.Protocol):
         """Be in the wait that belongs to the present state."""
         connections = self._connections
         wait: Wait | None
-        if self.write_blocked:
+        closing = self._transport.is_closing()
+        if self.write_blocked or (closing and self._transport.get_write_buffer_size()):
             wait = connections.unread
-        elif self._transport.is_closing():
+        elif closing:
             wait = None
         elif self._output_ended:
             wait = connections.lingering

@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
     ) -> None:
         """`refuse` may answer a request by its head, in place of the application; `pressed` says whether it is likely
         to. `leave` ends the process with a status, whatever its threads do."""
-        self.connections = Connections(limits, pipeline.metrics, late_seconds=lambda: pipeline.lag.seconds)
+        self.connections = Connections(limits, pipeline.metrics)
         protocol: Any = functools.partial(HttpProtocol, connections=self.connections, refuse=refuse)
         super().__init__(
             uvicorn.Config(

@@ -1,8 +1,10 @@
 """A step overload: what is counted as in time, refused, too late, and how accurate the answers were."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +12,12 @@ from typer.testing import CliRunner
 
 from loadtests.__main__ import app
 from loadtests.experiment.model import Arm, Block
+from loadtests.experiment.server import service_for
 from loadtests.generator.load_result import LoadResult, RequestTrace
-from loadtests.generator.samples import UNSENT
-from loadtests.overload.measure import STEPS, OverloadExperiment, OverloadPlan, recoveries, step_results
+from loadtests.generator.payloads import read_payloads
+from loadtests.generator.samples import UNSENT, Sample
+from loadtests.overload.estimates import errors_of, estimates, median_of
+from loadtests.overload.measure import STEPS, OverloadExperiment, OverloadPlan, foretold, recoveries, step_results
 from loadtests.report.rendering import tables
 
 Request = tuple[float, float, int, str]
@@ -113,7 +118,7 @@ def test_no_answer_in_time_has_no_accuracy() -> None:
     calm, _ = step_results(found)
     assert (calm.goodput, calm.refused) == (0, 1)
     assert calm.mean_top1 is None
-    (table,) = tables("overload_tables.txt.j2", title="Overload", steps=[calm], recoveries=[])
+    (table,) = tables("overload_tables.txt.j2", title="Overload", steps=[calm], recoveries=[], foretold=[])
     shown = dict(zip(table.headings, table.rows[0], strict=True))
     assert (shown["refused"], shown["refusal p50 ms"], shown["p99 ms"], shown["mean top-1"]) == (
         "100.0%",
@@ -187,7 +192,20 @@ def test_overload_measures_and_reports(repository: Path, tmp_path: Path) -> None
 
 
 def test_levels_follow_the_throughput_that_the_block_has_reached(repository: Path, tmp_path: Path) -> None:
-    asked = ["--models", "digits", "--levels", "0.2,0.4", "--seconds", "2", "--rounds", "1", "--out", str(tmp_path)]
+    asked = [
+        "--models",
+        "digits",
+        "--levels",
+        "0.2,0.4",
+        "--bursts",
+        "0",
+        "--seconds",
+        "2",
+        "--rounds",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     ended = CliRunner().invoke(app, ["overload", "--repository", str(repository), *asked, "--deadline-ms", "20000"])
     assert ended.exit_code == 0, ended.output
     document = json.loads((tmp_path / "results.json").read_text())
@@ -211,3 +229,30 @@ def test_malformed_levels_are_refused(flags: list[str], reason: str) -> None:
     ended = CliRunner().invoke(app, ["overload", "--models", "a", *flags])
     assert ended.exit_code == 1
     assert reason in ended.output
+
+
+def test_the_time_to_come_back_is_judged_by_the_next_request_that_was_accepted() -> None:
+    def sample(at: float, status: int, said_ms: int = 0) -> tuple[Sample, bytes]:
+        return Sample(at, 0.0, status, 0.0, "", 0, None), json.dumps({"retry_after_ms": said_ms}).encode()
+
+    burst = [sample(0.0, 200), sample(0.0, 429, 300)]
+    probes = [sample(0.1, 429, 100), sample(0.19, 429, 5), sample(0.2, 200), sample(0.3, 429, 100)]
+    loop = SimpleNamespace(samples=[one for one, _ in burst + probes], refusals=[body for _, body in burst + probes])
+    # 0.3 s said and 0.2 s true; 0.1 s twice; too short to be judged; nothing accepted later.
+    assert errors_of(loop, 2) == pytest.approx([0.5, 0.0])  # type: ignore[arg-type]
+
+
+def test_the_median_of_a_histogram_lies_within_its_bucket() -> None:
+    assert median_of({0.5: 0, 1.0: 10, 2.0: 30, math.inf: 40}) == pytest.approx(1.5)
+    assert median_of({0.5: 0, math.inf: 0}) is None
+
+
+def test_bursts_show_what_a_real_service_foretells(repository: Path, tmp_path: Path) -> None:
+    payloads = read_payloads(None)
+    with service_for("digits-csra-r2", repository=repository, log=tmp_path / "log") as server:
+        arm = Arm(label="digits", model="digits-csra-r2")
+        found = estimates(arm, server, payloads, deadline_ms=100, bursts=1)
+    assert found["predicted_finish"] > 0
+    one = experiment(replace(block(0, request(0)), info={"top1": {}, **found}))
+    (said,) = foretold(one)
+    assert said.refusals == len(found["retry_after_errors"])

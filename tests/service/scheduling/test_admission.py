@@ -205,7 +205,7 @@ def test_the_lag_of_the_event_loop_is_part_of_the_prediction() -> None:
     world = World()
     before = world.predict()
     world.lag.observe(0.1, world.clock.now)
-    assert world.predict() == pytest.approx(before + 5 * 0.1)
+    assert world.predict() == pytest.approx(before + 6 * 0.1)
     with pytest.raises(Overloaded):
         world.admit(world.state(seconds=0.3))
 

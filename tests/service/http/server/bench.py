@@ -107,7 +107,6 @@ def serving(**limits: Any) -> Iterator[Bench]:
     pipeline: Any = SimpleNamespace(
         ready=True,
         metrics=metrics,
-        lag=SimpleNamespace(seconds=0.0),
         registry=SimpleNamespace(close=lambda: None),
         scheduler=SimpleNamespace(abandoned=False),
     )

@@ -409,16 +409,3 @@ def test_a_request_that_is_refused_by_its_head_never_reaches_the_application(bod
         closing = refused.replace(b"Host", b"Connection: close\r\nHost")
         assert [answer[0] for answer in bench.ask(closing + body, b"abc"[len(body) :])] == [429]
         assert [scope["path"] for scope in bench.app.scopes] == ["/last"]
-
-
-def test_the_age_of_a_request_counts_the_time_that_it_waited_for_a_late_event_loop(bench: Bench) -> None:
-    bench.server.connections.late_seconds = lambda: 100.0
-    began = time.perf_counter()
-    with bench.connect() as client:
-        client.sendall(GET)
-        one_answer(client)
-        client.sendall(LAST)
-        answers(client)
-    new, kept = (began - scope["state"]["first_byte_at"] for scope in bench.app.scopes[-2:])
-    # A new connection waited to be accepted, too.
-    assert (round(new, -2), round(kept, -2)) == (200, 100)
