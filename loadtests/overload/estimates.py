@@ -1,9 +1,9 @@
 """What the service foretells, against what happens: when an accepted request is answered, and when to come back.
 
-An idle service gets a burst of twice the requests that it can answer within the deadline, and then one such request
-every few milliseconds. A refusal says after how long such a request would be accepted (`retry_after_ms`); the first one
-that is accepted later says what was true. When accepted requests are answered, against their prediction, is the
-service's own metric.
+An idle service gets twice the requests that it can answer within the deadline, in half of that time, and then one such
+request every few milliseconds. A refusal says after how long such a request would be accepted (`retry_after_ms`); the
+first one that is accepted later says what was true. When accepted requests are answered, against their prediction, is
+the service's own metric.
 """
 
 import json
@@ -49,14 +49,16 @@ def estimates(
     requests = [encoded(where.path, url.netloc, request.headers, request.body) for request in where.requests]
     address = (url.hostname or "127.0.0.1", url.port or 80)
     burst = min(_MOST_REQUESTS, max(4, round(2 * deadline_ms / _image_ms(server, arm.model))))
-    probes = [_PROBE_SECONDS * (1 + number) for number in range(round(2 * deadline_ms / 1000 / _PROBE_SECONDS))]
+    wave = deadline_ms / 1000 / 2
+    probes = [wave + _PROBE_SECONDS * number for number in range(1, round(4 * wave / _PROBE_SECONDS))]
+    dues = [*(wave * number / burst for number in range(burst)), *probes]
     before, errors = _ratios(server), list[float]()
     own = os.sched_getaffinity(0)
     os.sched_setaffinity(0, set(cores) or own)
     try:
         for _ in range(bursts):
             loop = OpenLoop(address, requests, in_flight=2 * _MOST_REQUESTS, keep=True, keep_refusals=True)
-            loop.run(iter([0.0] * burst + probes))
+            loop.run(iter(dues))
             errors += errors_of(loop, burst)
             time.sleep(_PAUSE_SECONDS)
     finally:

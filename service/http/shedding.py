@@ -45,7 +45,7 @@ _BATCH_IN_QUERY = re.compile(rb"(?:^|&)priority=batch(?:&|$)")
 _MODEL_IN_QUERY = re.compile(rb"(?:^|&)model=([^&]*)")
 _MODEL_IN_PATH = re.compile(r"/v2/models/([^/]+)/infer")
 _ENCODED = re.compile("[%+]")
-_NUMBER = re.compile(rb"\d{1,9}(\.\d{1,9})?")
+_LONGEST_NUMBER = 32
 
 _V1 = (
     b'{"type":"urn:stridevit:overloaded","title":"Too Many Requests","status":429,"detail":"%b: nothing was done for '
@@ -91,26 +91,26 @@ class Judge:
             return None
         query: bytes = scope["query_string"]
         found = _DEADLINE_IN_QUERY.search(query)
-        deadline_ms = _milliseconds(found[1]) if found else math.inf
+        deadline_ms = _milliseconds(found[1]) if found else None
         batch = _BATCH_IN_QUERY.search(query) is not None
         for name, value in scope["headers"]:
             if name == _DEADLINE:
-                deadline_ms = min(deadline_ms, _milliseconds(value))
+                deadline_ms = min(deadline_ms or math.inf, _milliseconds(value))
             elif name == _PRIORITY:
                 batch = batch or value == b"batch"
         if room.crowded and room.full(batch=batch):
             return self._refuse(scope, "images", route, self._admission.drain_seconds())
-        if deadline_ms == math.inf:
-            deadline_ms = self._default_ms
-        seconds, now = min(deadline_ms, self._longest_ms) / 1000, time.perf_counter()
+        seconds = min(deadline_ms or self._default_ms, self._longest_ms) / 1000
+        now = time.perf_counter()
         began: float = scope.get("state", {}).get("first_byte_at", now)
         if now - began + delay > self._margin * seconds:
-            return self._refuse(scope, "lag", route, self._admission.drain_seconds())
+            ahead = self._admission.drain_seconds() - delay - self._margin * seconds
+            return self._refuse(scope, "lag", route, max(self._lag.seconds, ahead))
         if pressed and (queue := self._queue(path, query)) is not None:
             state = RequestState(seconds=seconds, priority="batch" if batch else "interactive", arrived_at=began)
             late = self._admission.late_by_head(queue, state)
             if late > 0:
-                return self._refuse(scope, "deadline", route, late)
+                return self._refuse(scope, "deadline", route, self._admission.retry_seconds(state, late))
         return None
 
     def _queue(self, path: str, query: bytes) -> Queue | None:
@@ -190,4 +190,8 @@ class Shedding:
 
 def _milliseconds(text: bytes) -> float:
     """A deadline, or infinity for anything odd, which is judged elsewhere."""
-    return float(text) if _NUMBER.fullmatch(text) else math.inf
+    try:
+        found = float(text[:_LONGEST_NUMBER])
+    except ValueError:
+        return math.inf
+    return found if found > 0 else math.inf

@@ -166,8 +166,15 @@ class Admission:
                 f"{predicted * 1000:.0f} ms: nothing was done for this request, send it again later or with a later "
                 "deadline",
                 reason="deadline",
-                retry_after_s=predicted - allowed,
+                retry_after_s=self.retry_seconds(state, predicted - allowed),
             )
+
+    def retry_seconds(self, state: RequestState, late: float) -> float:
+        """After how many seconds a request such as one that would be `late` now could finish in time.
+
+        It will have no age then, and the event loop will not be late for long.
+        """
+        return max(self._lag.seconds, late - (self._clock() - state.arrived_at) - self._lag.delay_seconds)
 
     def allowed_seconds(self, state: RequestState) -> float:
         """Seconds from now within which the request must be predicted to finish."""

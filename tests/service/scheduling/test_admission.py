@@ -129,6 +129,23 @@ def test_heads_that_may_have_their_chance_take_a_place_for_a_while() -> None:
     assert [late() for _ in range(4)] == [False, False, False, True], "the others are slow"
 
 
+def test_the_time_to_come_back_is_that_until_such_a_request_would_be_in_time() -> None:
+    world = World()
+    world.accept(10, seconds=0.101)
+    world.clock.now += 0.06
+    state = world.state(seconds=0.05)
+    world.clock.now += 0.01
+    world.lag.observe(0.002, world.clock.now)
+    with pytest.raises(Overloaded) as refused:
+        world.admit(state)
+    # Eleven images of 10 ms, of which five may be ahead: neither its age nor the loop's lag will count again.
+    assert refused.value.retry_after_s == pytest.approx(0.06)
+    world.lag.observe(0.3, world.clock.now)
+    with pytest.raises(Overloaded) as refused:
+        world.admit(state)
+    assert refused.value.retry_after_s == pytest.approx(0.3), "not before the loop is back"
+
+
 def test_a_request_that_was_too_late_makes_the_heads_of_others_be_looked_at() -> None:
     world = World()
     assert not world.admission.pressed
