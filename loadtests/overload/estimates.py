@@ -22,6 +22,7 @@ from loadtests.experiment.server import Server
 from loadtests.generator.open_loop import OpenLoop, encoded
 from loadtests.generator.readers import Payload
 from loadtests.generator.request_encoder import target
+from loadtests.report.rendering import median
 
 _PAUSE_SECONDS = 1.0
 _PROBE_SECONDS = 0.01
@@ -42,7 +43,8 @@ def estimates(
 ) -> dict[str, Any]:
     """Send the bursts, from some cores.
 
-    Returns the relative errors of `Retry-After`, one for each refusal, and the median of predicted ÷ actual finish.
+    Returns the number of refusals that can be judged, the median relative error of their `Retry-After`, and the median
+    of predicted ÷ actual finish.
     """
     where = target(payloads, protocol="v1", model=arm.model, host=server.url, deadline_ms=deadline_ms)
     url = urlsplit(server.url)
@@ -65,7 +67,7 @@ def estimates(
         os.sched_setaffinity(0, own)
     after = _ratios(server)
     counts = {edge: count - before.get(edge, 0.0) for edge, count in after.items()}
-    return {"retry_after_errors": errors, "predicted_finish": median_of(counts)}
+    return {"refusals": len(errors), "retry_after_error": median(errors), "predicted_finish": median_of(counts)}
 
 
 def _image_ms(server: Server, model: str) -> float:

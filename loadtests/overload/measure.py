@@ -262,7 +262,7 @@ def _ceilings(experiment: OverloadExperiment, blocks: list[Block], load: str) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Foretold:
-    """What the service foretold before the loads, against what happened; medians over all rounds."""
+    """What the service foretold before the loads, against what happened; medians over the rounds."""
 
     arm: str
     refusals: int
@@ -276,16 +276,13 @@ def foretold(experiment: OverloadExperiment) -> list[Foretold]:
     """By arm, where it was measured (see `estimates`)."""
     found: list[Foretold] = []
     for blocks in measured_arms(experiment):
-        measured = [block.info for block in blocks if "retry_after_errors" in block.info]
-        errors = [error for info in measured for error in info["retry_after_errors"]]
-        ratios = [info["predicted_finish"] for info in measured if info["predicted_finish"] is not None]
-        if measured:
+        if measured := [block.info for block in blocks if "predicted_finish" in block.info]:
             found.append(
                 Foretold(
                     arm=blocks[0].arm,
-                    refusals=len(errors),
-                    retry_after_error=median(errors),
-                    predicted_finish=median(ratios),
+                    refusals=sum(info["refusals"] for info in measured),
+                    retry_after_error=median(info["retry_after_error"] for info in measured),
+                    predicted_finish=median(info["predicted_finish"] for info in measured),
                 )
             )
     return found

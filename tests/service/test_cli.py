@@ -253,6 +253,7 @@ def test_only_named_proxies_are_trusted(
         class state:  # noqa: N801
             pipeline = SimpleNamespace(metrics=Metrics())
             key_file = None
+            judge = SimpleNamespace(refusal=lambda _: None, pressed=lambda: False)
 
     monkeypatch.setattr(command_line, "Server", Listening)
     monkeypatch.setattr(command_line, "create_app", lambda _: Application)
