@@ -109,6 +109,10 @@ class Connections:
 
         tick()
 
+    def room(self) -> int:
+        """How many more may be opened before one has to be closed for another."""
+        return self.limits.max_connections - len(self.open)
+
     def add(self, connection: Connection) -> bool:
         """Take a new connection, in the place of an unused one if there are too many.
 

@@ -73,12 +73,19 @@ class Listener:
     system's queue, where neither they nor their age are seen.
     """
 
-    def __init__(self, listening: socket.socket, protocol: Callable[[socket.socket], asyncio.Protocol | None]) -> None:
+    def __init__(
+        self,
+        listening: socket.socket,
+        protocol: Callable[[socket.socket], asyncio.Protocol | None],
+        *,
+        room: Callable[[], int] = lambda: _ACCEPTED_AT_ONCE,
+    ) -> None:
         """On the event loop; takes over the socket, which listens already.
 
-        `protocol` gives that of a connection, or None if it has closed it.
+        `protocol` gives that of a connection, or None if it has closed it. `room`: for how many there are descriptors.
+        Without room one is accepted at a time, which makes room, or is refused, before the next.
         """
-        self.socket, self.protocol = listening, protocol
+        self.socket, self.protocol, self._room = listening, protocol, room
         self.loop = asyncio.get_running_loop()
         listening.setblocking(False)
         self._resume()
@@ -103,7 +110,7 @@ class Listener:
             self.loop.add_reader(self.socket, self._accept)
 
     def _accept(self) -> None:
-        for _ in range(_ACCEPTED_AT_ONCE):
+        for _ in range(max(1, min(self._room(), _ACCEPTED_AT_ONCE))):
             try:
                 connection, _ = self.socket.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):

@@ -91,7 +91,8 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for server in self.servers:
             for own in server.sockets:
-                self.listeners.append(Listener(socket.fromfd(own.fileno(), own.family, own.type), self._protocol_of))
+                listening = socket.fromfd(own.fileno(), own.family, own.type)
+                self.listeners.append(Listener(listening, self._protocol_of, room=self.connections.room))
             server.close()
 
     def _protocol_of(self, connection: socket.socket) -> HttpProtocol | None:
