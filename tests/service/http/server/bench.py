@@ -1,6 +1,7 @@
 """A server of our connections on a socket of its own, in a thread, around a small application."""
 
 import asyncio
+import gc
 import http.client
 import io
 import json
@@ -136,6 +137,7 @@ def serving(**limits: Any) -> Iterator[Bench]:
         server.should_exit = True
         thread.join(PATIENCE_SECONDS)
         server.fuse.cancel()
+        gc.unfreeze()
         assert not thread.is_alive()
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import socket
 import struct
 import threading
@@ -366,3 +367,10 @@ def test_what_does_not_end_in_time_is_aborted_with_a_status_of_its_own() -> None
         bench.server.should_exit = True
         assert closed_by_server(client)
         wait_until(lambda: bench.left == [4])
+
+
+def test_what_was_loaded_before_the_start_is_out_of_the_garbage_collector_s_sight() -> None:
+    """It would take a part of a second to look at it, again and again."""
+    with serving():
+        assert gc.get_freeze_count() > 10_000
+    assert gc.get_freeze_count() == 0
