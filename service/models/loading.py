@@ -2,17 +2,14 @@
 
     read, digests → memory that it needs → proof in a process of its own → engine here → one golden image → warm-up
 
-Nothing is loaded into this process before another one has loaded it, and whatever fails leaves nothing behind. On a
-CPU the runs here share the cores with live traffic; on a GPU each is a job of its own on the engine thread, and live
-traffic waits for one at most.
+Nothing is loaded into this process before another one has loaded it, and whatever fails leaves nothing behind. Each run
+here is a job of its own on the engine thread: live traffic waits for one at most.
 """
 
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import structlog
 
@@ -28,7 +25,6 @@ from service.models.verify import verify_golden
 from service.scheduling.cost import Cost, Load
 from service.scheduling.scheduler import Queue, Scheduler
 
-T = TypeVar("T")
 log = structlog.get_logger()
 
 _MEMORY_PER_GRAPH_BYTE = 2.0
@@ -40,7 +36,7 @@ _SHORT_SECONDS = 0.02
 
 
 class Loader:
-    """Loads bundles onto one device, one at a time. `load` blocks."""
+    """Loads bundles onto one device, one at a time. `load` blocks; engines run on the engine thread only."""
 
     def __init__(
         self,
@@ -156,15 +152,12 @@ class Loader:
         """An engine that is warmed up for the batch sizes that pay, and the seconds of each."""
         engine = self._options.engine(bundle, threads=proof.threads)
         on_engine = self._scheduler.on_engine
-        # On a CPU not on the engine's thread, where a large model would keep all others waiting for each of these runs:
-        # beside them it shares the cores.
-        on_thread: Callable[[Callable[[], Any]], Any] = _here if self._options.device == "cpu" else on_engine
         try:
             # The rest of them were run by the process that proved it.
-            verify_golden(bundle, engine, first=1, run=lambda pixels: on_thread(partial(engine.run, pixels)))
+            verify_golden(bundle, engine, first=1, run=lambda pixels: on_engine(partial(engine.run, pixels)))
             sizes = sorted(proof.seconds, reverse=True)
-            on_thread(partial(engine.shrink, blank(bundle, sizes[0])))
-            seconds = {size: _time(bundle, engine, size, on_thread) for size in sizes}
+            on_engine(partial(engine.shrink, blank(bundle, sizes[0])))
+            seconds = {size: self._time(bundle, engine, size) for size in sizes}
         except BaseException:
             self._proofs.pop((bundle.manifest.name, bundle.version), None)
             try:
@@ -175,14 +168,10 @@ class Loader:
         # The faster one: interference only makes a run longer, and the cost model follows it by live timings.
         return engine, {size: min(proof.seconds[size], seconds[size]) for size in reversed(sizes)}
 
-
-def _here(work: Callable[[], T]) -> T:
-    return work()
-
-
-def _time(bundle: Bundle, engine: Engine, size: int, on_thread: Callable[[Callable[[], float]], float]) -> float:
-    run = partial(engine.run, blank(bundle, size))
-    return min(time_runs(run, seconds=_SHORT_SECONDS, max_runs=2, warm_up_runs=0, on_thread=on_thread))
+    def _time(self, bundle: Bundle, engine: Engine, size: int) -> float:
+        run = partial(engine.run, blank(bundle, size))
+        on_engine = self._scheduler.on_engine
+        return min(time_runs(run, seconds=_SHORT_SECONDS, max_runs=2, warm_up_runs=0, on_thread=on_engine))
 
 
 def _expected_bytes(bundle: Bundle) -> tuple[int, str]:
