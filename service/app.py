@@ -21,7 +21,7 @@ from service.errors import NotReady
 from service.gauges import Gauges
 from service.host import available_cores
 from service.http import docs, openapi, page, problems, v1, v2
-from service.http.auth import KeyGate
+from service.http.auth import KeyGate, offered
 from service.http.fast_path import FastPath
 from service.http.observe import Observe
 from service.http.security_headers import SecurityHeaders
@@ -145,7 +145,13 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
             {page.PATH: page.headers(), docs.PATH: docs_page.headers}, parts=f"{docs.PARTS}/"
         ),
     )
-    app.state.judge = Judge(pipeline=pipeline, metrics=metrics, cors_origins=settings.cors_origins)
+    keys_needed = bool(settings.api_key_hashes or settings.keys_file)
+    app.state.judge = Judge(
+        pipeline=pipeline,
+        metrics=metrics,
+        cors_origins=settings.cors_origins,
+        has_key=lambda scope: not keys_needed or any(ring.find(key) for key in offered(scope)),
+    )
     app.add_middleware(Shedding, judge=app.state.judge)
     return app
 

@@ -11,6 +11,7 @@ import argparse
 import csv
 import gc
 import itertools
+import resource
 import selectors
 import signal
 import socket
@@ -267,6 +268,8 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard) if hard != resource.RLIM_INFINITY else (soft, hard))
     # What is prepared stays: no collection has to look at it in the middle of the load.
     gc.freeze()
     loop.run(arrivals(parts, seed=str(asked.seed)))

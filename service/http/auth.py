@@ -71,7 +71,7 @@ class KeyGate:
         path = scope["path"]
         if path.startswith(_ADMIN):
             return self._admin(scope)
-        known = [key for offered in _offered(scope) if (key := self._ring.find(offered))]
+        known = [key for value in offered(scope) if (key := self._ring.find(value))]
         valid = [key for key in known if not key.expired(self._clock())]
         if not valid:
             if known:
@@ -93,14 +93,14 @@ class KeyGate:
                 "loading and unloading are switched off: start the service with an admin key "
                 "(stridevit key, then STRIDEVIT_ADMIN_KEY_HASH, or the scope `admin` in the file of keys)"
             )
-        for offered in _offered(scope):
-            key = self._ring.find(offered)
+        for value in offered(scope):
+            key = self._ring.find(value)
             if key and "admin" in key.scopes and not key.expired(now):
                 return key
         raise Forbidden(f"loading and unloading need an admin key: {_HINT}")
 
 
-def _offered(scope: Scope) -> Iterator[str]:
+def offered(scope: Scope) -> Iterator[str]:
     """The keys that a request offers: clients and proxies add headers of their own, and one right key is enough."""
     bearers = keys = 0
     for name, value in scope["headers"]:

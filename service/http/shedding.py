@@ -10,7 +10,7 @@ middleware does the same, at a higher price.
 import math
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Literal
 
 import structlog
@@ -41,10 +41,11 @@ _CALM_SECONDS = 0.025
 
 _DEADLINE, _PRIORITY, _REQUEST_ID = DEADLINE_HEADER.lower().encode(), PRIORITY_HEADER.lower().encode(), b"x-request-id"
 _DEADLINE_IN_QUERY = re.compile(rb"(?:^|&)deadline_ms=([^&]*)")
-_BATCH_IN_QUERY = re.compile(rb"(?:^|&)priority=batch(?:&|$)")
+_PRIORITY_IN_QUERY = re.compile(rb"(?:^|&)priority=([^&]*)")
 _MODEL_IN_QUERY = re.compile(rb"(?:^|&)model=([^&]*)")
 _MODEL_IN_PATH = re.compile(r"/v2/models/([^/]+)/infer")
-_ENCODED = re.compile("[%+]")
+_ENCODED = re.compile(rb"[%+]")
+_WISHES = (_DEADLINE, _PRIORITY)
 _LONGEST_NUMBER = 32
 
 _V1 = (
@@ -67,8 +68,17 @@ Reason = Literal["lag", "images", "deadline"]
 class Judge:
     """Knows from a request's head alone whether it has no chance."""
 
-    def __init__(self, *, pipeline: Pipeline, metrics: Metrics, cors_origins: Collection[str]) -> None:
-        """`cors_origins`: those whose pages may read a refusal, or `*`."""
+    def __init__(
+        self,
+        *,
+        pipeline: Pipeline,
+        metrics: Metrics,
+        cors_origins: Collection[str],
+        has_key: Callable[[Scope], bool] = lambda _: True,
+    ) -> None:
+        """`cors_origins`: those whose pages may read a refusal, or `*`. `has_key`: whether a request has a key, if it
+        needs one: only then does it learn what lies ahead of it, and count as coming."""
+        self._has_key = has_key
         self._metrics, self._registry = metrics, pipeline.registry
         self._admission, self._lag = pipeline.admission, pipeline.lag
         limits = pipeline.limits
@@ -92,13 +102,21 @@ class Judge:
         query: bytes = scope["query_string"]
         found = _DEADLINE_IN_QUERY.search(query)
         deadline_ms = _milliseconds(found[1]) if found else None
-        batch = _BATCH_IN_QUERY.search(query) is not None
+        priority = _PRIORITY_IN_QUERY.search(query)
+        batch = priority is not None and priority[1] == b"batch"
+        if encoded := _ENCODED.search(query) is not None:
+            # What it says is not seen here.
+            deadline_ms = deadline_ms or math.inf
+        seen: set[bytes] = set()
         for name, value in scope["headers"]:
-            if name == _DEADLINE:
-                deadline_ms = min(deadline_ms or math.inf, _milliseconds(value))
-            elif name == _PRIORITY:
-                batch = batch or value == b"batch"
-        if room.crowded and room.full(batch=batch):
+            # Of several the first one counts, as for the application.
+            if name in _WISHES and name not in seen:
+                seen.add(name)
+                if name == _DEADLINE:
+                    deadline_ms = min(deadline_ms or math.inf, _milliseconds(value))
+                elif priority is None and not encoded:
+                    batch = value == b"batch"
+        if room.crowded and not encoded and room.full(batch=batch):
             return self._refuse(scope, "images", route, self._admission.drain_seconds())
         seconds = min(deadline_ms or self._default_ms, self._longest_ms) / 1000
         now = time.perf_counter()
@@ -106,7 +124,7 @@ class Judge:
         if now - began + delay > self._margin * seconds:
             ahead = self._admission.drain_seconds() - delay - self._margin * seconds
             return self._refuse(scope, "lag", route, max(self._lag.seconds, ahead))
-        if pressed and (queue := self._queue(path, query)) is not None:
+        if pressed and not encoded and (queue := self._queue(path, query)) is not None and self._has_key(scope):
             state = RequestState(seconds=seconds, priority="batch" if batch else "interactive", arrived_at=began)
             late = self._admission.late_by_head(queue, state)
             if late > 0:
@@ -117,8 +135,7 @@ class Judge:
         """That of the fastest model that may answer; None where more than the head's first look is needed to know."""
         if path == "/v1/classify":
             named = _MODEL_IN_QUERY.search(query)
-            name = named[1].decode("latin-1") if named else None
-            plain = b"version=" not in query and not (name and _ENCODED.search(name))
+            name, plain = named[1].decode("latin-1") if named else None, b"version=" not in query
         else:
             named_in_path = _MODEL_IN_PATH.fullmatch(path)
             name, plain = named_in_path[1] if named_in_path else None, named_in_path is not None
@@ -191,7 +208,7 @@ class Shedding:
 def _milliseconds(text: bytes) -> float:
     """A deadline, or infinity for anything odd, which is judged elsewhere."""
     try:
-        found = float(text[:_LONGEST_NUMBER])
+        found = float(text) if len(text) <= _LONGEST_NUMBER else math.inf
     except ValueError:
         return math.inf
     return found if found > 0 else math.inf

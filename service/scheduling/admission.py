@@ -8,7 +8,6 @@ deadline.
 """
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
@@ -76,8 +75,6 @@ class Admission:
         self._last: list[Key | None] = [None, None]
         """No accepted request of the class comes after this one, which may have been answered in the meantime."""
         self._pressed_until = -math.inf
-        self._coming: deque[float] = deque()
-        """When the heads came that may have their chance, and whose images are not known yet."""
         self._version = 0
         """Changes with the accepted work."""
         self._ahead: tuple[Key, int, _Ahead] | None = None
@@ -105,14 +102,15 @@ class Admission:
     def late_by_head(self, queue: Queue, state: RequestState) -> float:
         """By how many seconds a request whose head has just arrived would be late; if it is not, it counts as coming.
 
-        Between its head and its images others arrive, which must not be promised the same place.
+        Between its head and its images others arrive, which must not be promised the same place. Only those of its own
+        model and priority count.
         """
-        now = self._clock()
-        while self._coming and now - self._coming[0] > _COMING_SECONDS:
-            self._coming.popleft()
-        late = self.predict(queue, state, 1 + len(self._coming)) - self.allowed_seconds(state)
+        now, coming = self._clock(), queue.backlog.coming[state.key.batch]
+        while coming and now - coming[0] > _COMING_SECONDS:
+            coming.popleft()
+        late = self.predict(queue, state, 1 + len(coming)) - self.allowed_seconds(state)
         if late <= 0:
-            self._coming.append(now)
+            coming.append(now)
         return late
 
     def admit(self, state: RequestState, queue: Queue, *, decoding: Sequence[int] = ()) -> "Place":
@@ -132,8 +130,8 @@ class Admission:
         `decoding`: the work of decoding each, empty if they are pixels.
         """
         state = place.state
-        if self._coming:
-            self._coming.popleft()
+        if coming := queue.backlog.coming[state.key.batch]:
+            coming.popleft()
         self.room.require(images, batch=state.key.batch, drain_seconds=self.drain_seconds)
         place.predicted_seconds = self.predict(queue, state, images, decoding=decoding)
         self.require_in_time(state, place.predicted_seconds)

@@ -1,5 +1,6 @@
 """The work accepted for one model and not yet done: how many images, of which requests, in which stage."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Backlog:
         """All interactive work, and all batch work."""
         self.decoding = {False: 0, True: 0}
         """Images in the decode pool, without those in its lane for large ones, by whether they are batch work."""
+        self.coming: tuple[deque[float], deque[float]] = deque(), deque()
+        """When the heads came that may have their chance, and whose images are not known yet: interactive and batch."""
         self._works: dict[RequestState, Work] = {}
 
     @property

@@ -139,6 +139,10 @@ class Connections:
             self._headers, self._lines = headers, b"".join([b"%b: %b\r\n" % header for header in headers])
         return self._lines
 
+    def count_refused(self) -> None:
+        """One was closed at the door, before it was a connection here."""
+        self._metrics.connections_closed("refused").inc()
+
     def say(self, event: str, reason: str) -> None:
         """Log an event of a connection, and not each of a flood."""
         if self._throttle.passed_over(reason) is not None:

@@ -59,6 +59,7 @@ class Door:
         with suppress(OSError):  # the client has left
             connection.send(refusal.bytes(default_headers, CLOSE))
         connection.close()
+        self._connections.count_refused()
         return None
 
 

@@ -122,7 +122,12 @@ class Listener:
                 self.loop.call_later(_PAUSE_SECONDS, self._resume)
                 return
             connection.setblocking(False)
-            if protocol := self.protocol(connection):
+            try:
+                protocol = self.protocol(connection)
+            except BaseException:
+                connection.close()
+                raise
+            if protocol:
                 opening = self.loop.connect_accepted_socket(functools.partial(_same, protocol), connection)
                 # Not a task, which would begin, and so read the first request, one turn later.
                 self._open(opening, connection)

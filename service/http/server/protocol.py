@@ -37,8 +37,6 @@ PROBES: Final = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/heal
 """Paths that are answered even while all connections are in use."""
 MAX_PIPELINED: Final = 32
 """Requests that may wait for the answer to an earlier one of their connection; what follows them is not read."""
-_UNREAD_BYTES: Final = 64 * 1024
-"""Of answers, beyond what the socket's own buffer takes: with more, the client counts as one that does not read."""
 DISCARDED_BYTES: Final = 1024 * 1024
 """Rest of a body that is read for nothing to keep the connection; with a longer one it is closed."""
 
@@ -84,7 +82,8 @@ class HttpProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: asyncio.Transport = transport  # type: ignore[assignment]
         self._socket: socket.socket = transport.get_extra_info("socket")
-        self._transport.set_write_buffer_limits(high=_UNREAD_BYTES)
+        # Whatever the socket's own buffer does not take counts as unread.
+        self._transport.set_write_buffer_limits(high=0)
         client, server = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         self._addresses = {"client": client and tuple(client[:2]), "server": server and tuple(server[:2])}
         self._serves_all = self._connections.add(self)
@@ -293,7 +292,7 @@ class HttpProtocol(asyncio.Protocol):
             self._spared = True
 
     def unused(self) -> bool:
-        return sockets.nothing_to_read(self._socket)
+        return not self._taken.data and sockets.nothing_to_read(self._socket)
 
     def end(self, reason: str) -> None:
         """Answer no more. The client may still send: the connection is closed once it has closed its side, too."""
@@ -325,10 +324,9 @@ class HttpProtocol(asyncio.Protocol):
         """Be in the wait that belongs to the present state."""
         connections = self._connections
         wait: Wait | None
-        closing = self._transport.is_closing()
-        if self.write_blocked or (closing and self._transport.get_write_buffer_size()):
+        if self.write_blocked:
             wait = connections.unread
-        elif closing:
+        elif self._transport.is_closing():
             wait = None
         elif self._output_ended:
             wait = connections.lingering

@@ -205,3 +205,40 @@ def test_under_pressure_what_the_head_s_first_look_does_not_know_goes_on(
     pipeline.admission.press()
     answer = client.post(f"/v1/classify?deadline_ms=60000&{query}", content=picture(1))
     assert answer.status_code in (200, 404)
+
+
+@pytest.mark.parametrize(
+    ("query", "headers"),
+    [
+        ("?priority=interactive", {"X-Priority": "batch"}),
+        ("?deadline_ms=0000000000000000000000000000000000020000", {}),
+        ("?deadline%5Fms=20000", {}),
+    ],
+)
+def test_a_head_is_read_as_the_application_reads_it(
+    client: TestClient, pipeline: Pipeline, query: str, headers: dict[str, str]
+) -> None:
+    pipeline.admission.press()
+    late(pipeline, 0.05)
+    room = pipeline.admission.room
+    room.hold_images(3, batch=True)
+    try:
+        answer = client.post(f"/v1/classify{query}", content=picture(1), headers=headers)
+        assert (answer.status_code, answer.text) == (200, answer.text)
+    finally:
+        room.free_images(3, batch=True)
+
+
+def test_without_a_key_that_is_needed_nobody_learns_what_lies_ahead(
+    session: TestClient, pipeline: Pipeline, app: FastAPI
+) -> None:
+    judge = app.state.judge
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/classify", "headers": [], "state": {}}
+    scope["query_string"] = b"deadline_ms=0.001"
+    pipeline.admission.press()
+    assert judge.refusal(dict(scope)) is not None
+    judge._has_key = lambda _: False
+    try:
+        assert judge.refusal(dict(scope)) is None
+    finally:
+        judge._has_key = lambda _: True

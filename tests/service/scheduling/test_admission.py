@@ -146,6 +146,13 @@ def test_the_time_to_come_back_is_that_until_such_a_request_would_be_in_time() -
     assert refused.value.retry_after_s == pytest.approx(0.3), "not before the loop is back"
 
 
+def test_heads_of_another_priority_take_no_place() -> None:
+    world = World()
+    for _ in range(100):
+        assert world.admission.late_by_head(world.queue, world.state(seconds=30, priority="batch")) <= 0
+    assert world.admission.late_by_head(world.queue, world.state(seconds=0.05)) <= 0
+
+
 def test_a_request_that_was_too_late_makes_the_heads_of_others_be_looked_at() -> None:
     world = World()
     assert not world.admission.pressed

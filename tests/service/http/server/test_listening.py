@@ -79,6 +79,24 @@ def test_all_connections_that_wait_are_accepted_in_one_turn_of_the_loop(run: Cal
     assert count == 40 if room == 1000 else count < 20
 
 
+def test_a_fault_before_the_connection_is_made_closes_it() -> None:
+    async def fail() -> bytes:
+        found = listener()
+
+        def fault(_: socket.socket) -> asyncio.Protocol:
+            raise ValueError("planted")
+
+        found.protocol = fault
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        reader, writer = await asyncio.open_connection(*found.socket.getsockname())
+        said = await asyncio.wait_for(reader.read(), 60)
+        writer.close()
+        found.close()
+        return said
+
+    assert asyncio.run(fail()) == b""
+
+
 def test_without_a_descriptor_it_pauses_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listening, "_PAUSE_SECONDS", 0.01)
 
