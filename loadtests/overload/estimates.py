@@ -2,7 +2,8 @@
 
 An idle service gets twice the requests that it can answer within the deadline, in half of that time, and then one such
 request every few milliseconds. A refusal says after how long such a request would be accepted (`retry_after_ms`); the
-first one that is accepted later says what was true. When accepted requests are answered, against their prediction, is
+first one that is accepted later says what was true. Refusals before the end of the wave are left out: what comes after
+them takes the places that they are told of. When accepted requests are answered, against their prediction, is
 the service's own metric.
 """
 
@@ -79,12 +80,12 @@ def _image_ms(server: Server, model: str) -> float:
 
 
 def errors_of(loop: OpenLoop, burst: int) -> list[float]:
-    """Of each refusal, how far its time to come back is from the true one, as a fraction of the latter."""
+    """Of each later refusal, how far its time to come back is from the true one, as a fraction of the latter."""
     # In the order in which they were sent: the burst first.
     sent = sorted(zip(loop.samples, loop.refusals, strict=True), key=lambda pair: pair[0].due_s)
     accepted = np.array([sample.due_s for sample, _ in sent[burst:] if sample.status == 200])
     found: list[float] = []
-    for sample, body in sent:
+    for sample, body in sent[burst:]:
         if sample.status != 429:
             continue
         refused_at = sample.due_s + sample.latency_ms / 1000

@@ -236,9 +236,9 @@ def test_the_time_to_come_back_is_judged_by_the_next_request_that_was_accepted()
         return Sample(at, 0.0, status, 0.0, "", 0, None), json.dumps({"retry_after_ms": said_ms}).encode()
 
     burst = [sample(0.0, 200), sample(0.0, 429, 300)]
-    probes = [sample(0.1, 429, 100), sample(0.19, 429, 5), sample(0.2, 200), sample(0.3, 429, 100)]
+    probes = [sample(0.1, 429, 150), sample(0.15, 429, 50), sample(0.19, 429, 5), sample(0.2, 200), sample(0.3, 429, 9)]
     loop = SimpleNamespace(samples=[one for one, _ in burst + probes], refusals=[body for _, body in burst + probes])
-    # 0.3 s said and 0.2 s true; 0.1 s twice; too short to be judged; nothing accepted later.
+    # 0.15 s said and 0.1 s true; 0.05 s twice; too short to be judged; nothing accepted later. The burst is left out.
     assert errors_of(loop, 2) == pytest.approx([0.5, 0.0])  # type: ignore[arg-type]
 
 
