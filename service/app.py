@@ -92,7 +92,8 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
     )
     app.state.pipeline, app.state.key_file = pipeline, key_file
     problems.install(app)
-    openapi.install(app, keys_needed=bool(settings.api_key_hashes or settings.keys_file))
+    keys_needed = bool(settings.api_key_hashes or settings.keys_file)
+    openapi.install(app, keys_needed=keys_needed)
     v2_routers = [v2.probes(pipeline), v2.router(pipeline, version=release), v2.repository(pipeline)]
     docs_page = docs.DocsPage(app.title)
     routers = [page.router(), docs_page.router(), v1.router(pipeline), *v2_routers]
@@ -124,7 +125,7 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
     app.add_middleware(
         KeyGate,
         ring=ring,
-        required=bool(settings.api_key_hashes or settings.keys_file),
+        required=keys_needed,
         guarded_pages=settings.guarded_pages,
         metrics=metrics,
     )
@@ -145,7 +146,6 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
             {page.PATH: page.headers(), docs.PATH: docs_page.headers}, parts=f"{docs.PARTS}/"
         ),
     )
-    keys_needed = bool(settings.api_key_hashes or settings.keys_file)
     app.state.judge = Judge(
         pipeline=pipeline,
         metrics=metrics,

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from loadtests.errors import LoadTestError
 from loadtests.experiment.commits import environment_for
@@ -51,14 +52,19 @@ class Server:
         """What the service says of a model: manifest, version, labels, latency by batch size. Raises like `ask`."""
         return dict(self.ask(f"/v1/models/{quote(name)}"))
 
+    def metric(self, name: str) -> list[Sample]:
+        """The samples of a metric; none if there is no such metric. Raises OSError or ValueError."""
+        families = text_string_to_metric_families(get(self.url + "/metrics", timeout=10).decode("utf-8"))
+        return [sample for family in families if family.name == name for sample in family.samples]
+
     def stage_totals(self) -> StageTotals:
         """Where its time went, as its histogram of stages says now; empty without one."""
         try:
-            families = list(text_string_to_metric_families(get(self.url + "/metrics", timeout=10).decode("utf-8")))
+            samples = self.metric(_STAGES)
         except (OSError, ValueError):
             return {}
         totals: StageTotals = defaultdict(float)
-        for sample in (sample for family in families if family.name == _STAGES for sample in family.samples):
+        for sample in samples:
             totals[sample.labels["stage"], sample.name.removeprefix(f"{_STAGES}_")] += sample.value
         return totals
 

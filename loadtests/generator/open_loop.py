@@ -42,8 +42,10 @@ def arrivals(parts: Sequence[Part], *, seed: str) -> Iterator[float]:
     """Seconds after the start at which requests are due; the rate of a part is its `first`."""
     begin = 0.0
     for number, part in enumerate(parts):
-        gaps = poisson_arrivals(part.first, seed=f"{seed}/{number}")
-        yield from (begin + due for due in itertools.takewhile(lambda due, end=part.seconds: due < end, gaps))  # type: ignore[misc]
+        for due in poisson_arrivals(part.first, seed=f"{seed}/{number}"):
+            if due >= part.seconds:
+                break
+            yield begin + due
         begin += part.seconds
 
 

@@ -15,9 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
 
-from loadtests.experiment.http_get import get, get_json
 from loadtests.experiment.model import Arm
 from loadtests.experiment.server import Server
 from loadtests.generator.open_loop import OpenLoop, encoded
@@ -73,9 +71,9 @@ def estimates(
 
 def _image_ms(server: Server, model: str) -> float:
     """What an image costs at best; of a family, with its fastest member."""
-    models = get_json(f"{server.url}/v1/models", timeout=30)
+    models = server.ask("/v1/models")
     names = models["families"].get(model, [model])
-    costs = [get_json(f"{server.url}/v1/models/{name}", timeout=30)["batch_ms"] for name in names]
+    costs = [server.model(name)["batch_ms"] for name in names]
     return min(float(ms) / int(size) for batches in costs for size, ms in batches.items())
 
 
@@ -98,13 +96,8 @@ def errors_of(loop: OpenLoop, burst: int) -> list[float]:
 
 def _ratios(server: Server) -> dict[float, float]:
     """Cumulative counts of the metric by the upper edges of its buckets."""
-    text = get(server.url + "/metrics", timeout=30).decode()
-    return {
-        float(sample.labels["le"]): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == f"{_RATIO}_bucket"
-    }
+    samples = server.metric(_RATIO)
+    return {float(sample.labels["le"]): sample.value for sample in samples if sample.name == f"{_RATIO}_bucket"}
 
 
 def median_of(cumulative: dict[float, float]) -> float | None:

@@ -2,13 +2,18 @@
 
 import functools
 import http
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
 from starlette.types import Scope
 
 CLOSE: Final = b"connection: close\r\n\r\n"
 """The end of a head after whose answer the connection is closed."""
+
+
+def header_lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Headers as lines of a head."""
+    return b"".join([b"%b: %b\r\n" % header for header in headers])
 
 
 @functools.cache

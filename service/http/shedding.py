@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.errors import Overloaded, RequestError
 from service.http import security_headers
 from service.http.exchange import DEADLINE_HEADER, PRIORITY_HEADER
-from service.http.refusal import Refusal
+from service.http.refusal import Refusal, header_lines
 from service.http.request_ids import RequestIds
 from service.metrics import Metrics
 from service.models.family import pareto_front
@@ -53,8 +53,8 @@ _V1 = (
     b'this request, send it again later","code":"overloaded","retry_after_ms":%d,"request_id":"%b"}'
 )
 _V2 = b'{"error":"%b: nothing was done for this request, send it again later"}'
-_LINES = b"content-type: %b\r\ncontent-length: %d\r\nretry-after: %d\r\nx-request-id: %b\r\n" + b"".join(
-    b"%b: %b\r\n" % header for header in security_headers.API
+_LINES = b"content-type: %b\r\ncontent-length: %d\r\nretry-after: %d\r\nx-request-id: %b\r\n" + header_lines(
+    security_headers.API
 )
 _DETAIL = {
     "lag": b"the service is overloaded, and the deadline too near",
@@ -156,7 +156,7 @@ class Judge:
             kind, body = b"application/json", _V2 % _DETAIL[reason]
         lines = _LINES % (kind, len(body), max(1, math.ceil(retry_seconds)), request_id)
         if self._origins:
-            lines += b"".join(b"%b: %b\r\n" % header for header in self._cors(scope))
+            lines += header_lines(self._cors(scope))
         self._metrics.requests(route, "POST", Overloaded.status).inc()
         self._metrics.rejections(reason).inc()
         self._note()

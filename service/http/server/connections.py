@@ -10,6 +10,7 @@ from typing import Final, Protocol
 
 import structlog
 
+from service.http.refusal import header_lines
 from service.metrics import Metrics
 from service.throttle import LogThrottle
 
@@ -73,11 +74,7 @@ class Connections:
     """All connections of a server. Each is in the one of the waits that it is in, and leaves it by itself."""
 
     def __init__(
-        self,
-        limits: ConnectionLimits,
-        metrics: Metrics,
-        *,
-        clock: Callable[[], float] = time.monotonic,
+        self, limits: ConnectionLimits, metrics: Metrics, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.limits, self.clock = limits, clock
         self.open: set[Connection] = set()
@@ -136,7 +133,7 @@ class Connections:
     def lines_of(self, headers: list[tuple[bytes, bytes]]) -> bytes:
         """The headers of every answer as lines. uvicorn makes a new list of them once in a second."""
         if self._headers is not headers:
-            self._headers, self._lines = headers, b"".join([b"%b: %b\r\n" % header for header in headers])
+            self._headers, self._lines = headers, header_lines(headers)
         return self._lines
 
     def count_refused(self) -> None:

@@ -8,7 +8,7 @@ import structlog
 from starlette.types import ASGIApp, Message, Scope
 
 from service.http import security_headers
-from service.http.refusal import CLOSE, Refusal, status_line
+from service.http.refusal import CLOSE, Refusal, header_lines, status_line
 
 log = structlog.get_logger()
 
@@ -17,7 +17,7 @@ _BUFFERED_BYTES: Final = 64 * 1024
 
 _WITHOUT_BODY: Final = (204, 304)
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-SECURITY_LINES: Final = b"".join(b"%b: %b\r\n" % header for header in security_headers.API)
+SECURITY_LINES: Final = header_lines(security_headers.API)
 """Of the answers that are not the application's: it adds them to its own."""
 
 

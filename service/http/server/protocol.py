@@ -26,7 +26,7 @@ from uvicorn.server import ServerState
 
 from service.errors import HeadTooSlow, RequestError, TooManyConnections
 from service.http.problems import problem
-from service.http.refusal import Refusal, Refuse, status_line
+from service.http.refusal import CLOSE, Refusal, Refuse
 from service.http.server import sockets
 from service.http.server.connections import Connections, Wait
 from service.http.server.cycle import CONTINUE, SECURITY_LINES, Cycle
@@ -264,8 +264,9 @@ class HttpProtocol(asyncio.Protocol):
         if self._parser.path.startswith(b"/v2"):
             kind, members = "json", {"error": str(error)}
         body = json.dumps(members).encode()
-        head = f"content-type: application/{kind}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
-        self._transport.write(status_line(error.status) + self.default_headers + SECURITY_LINES + head + body)
+        head = f"content-type: application/{kind}\r\ncontent-length: {len(body)}\r\n".encode()
+        refusal = Refusal(error.status, SECURITY_LINES + head, body)
+        self._transport.write(refusal.bytes(self.default_headers, CLOSE))
         self.end(error.code)
 
     # The side of all connections: `Connections` says when.

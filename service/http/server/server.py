@@ -73,7 +73,8 @@ class Server(uvicorn.Server):
                 forwarded_allow_ips=list(trusted_proxies),
             )
         )
-        self._refuse, self._door = refuse, Door(self.connections, self.server_state, refuse, pressed)
+        self._protocol = protocol
+        self._door = Door(self.connections, self.server_state, refuse, pressed)
         self.listeners: list[Listener] = []
         self._pipeline, self._leave = pipeline, leave
         self._delay_seconds, self._graceful_seconds = delay_seconds, graceful_seconds
@@ -98,14 +99,10 @@ class Server(uvicorn.Server):
     def _protocol_of(self, connection: socket.socket) -> HttpProtocol | None:
         if (taken := self._door.take(connection)) is None:
             return None
-        return HttpProtocol(
-            connections=self.connections,
-            refuse=self._refuse,
-            taken=taken,
-            config=self.config,
-            server_state=self.server_state,
-            app_state=self.lifespan.state,
+        made: HttpProtocol = self._protocol(
+            taken=taken, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
+        return made
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer what was accepted, then end. `sockets` is uvicorn's, and not used."""
