@@ -214,6 +214,9 @@ def test_the_service_serves_them_and_a_batch_of_one_stays_one(models: Path, digi
     loader = Loader(
         scheduler, load, device="cpu", threads=1, intra_op_threads=0, max_batch=Settings().max_batch, tuning=Tuning()
     )
-    limits = {folder.name: loader.load(folder / "1").queue.cost.limit for folder in models.iterdir()}
+    try:
+        limits = {folder.name: loader.load(folder / "1").queue.cost.limit for folder in models.iterdir()}
+    finally:
+        loader.rest()
     assert limits["digits-csra-r2-int8-dynamic"] == 1
     assert limits["digits-csra-r2-int8"] > 1
