@@ -122,8 +122,9 @@ def _load_each(settings: Settings) -> Iterator[tuple[Entry, Model | None]]:
 
     Raises BundleError or EngineError.
     """
-    scheduler = Scheduler(load := Load())
-    loader = make_loader(settings, scheduler, load)
+    options = settings.engine_options()
+    scheduler = Scheduler(load := Load(), cores=options.cores)
+    loader = make_loader(settings, options, scheduler, load)
     try:
         for name in settings.models or list_repository(settings.repository).names:
             alone = settings.model_copy(update={"models": (name,), "default_model": None})
@@ -135,7 +136,7 @@ def _load_each(settings: Settings) -> Iterator[tuple[Entry, Model | None]]:
             for entry in registry.index:
                 yield entry, ready.get(entry.version) if entry.version else None
             for model in ready.values():
-                scheduler.on_engine(model.engine.close)
+                scheduler.on_engine(model.engines.close)
     finally:
         loader.rest()
 

@@ -32,6 +32,7 @@ from service.keys import KeyRing
 from service.limits import Limits
 from service.metrics import Metrics
 from service.models.loading import Loader
+from service.models.proof import EngineOptions
 from service.models.registry import Registry
 from service.pipeline import Pipeline
 from service.scheduling.cost import Load
@@ -169,8 +170,9 @@ def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], floa
         max_seconds=settings.hang_max_seconds,
         exit_seconds=settings.hang_exit_seconds,
     )
-    scheduler = Scheduler(load, patience=patience, batch_share=settings.batch_share)
-    loader = make_loader(settings, scheduler, load)
+    options = settings.engine_options()
+    scheduler = Scheduler(load, cores=options.cores, patience=patience, batch_share=settings.batch_share)
+    loader = make_loader(settings, options, scheduler, load)
     registry = make_registry(settings, loader, scheduler)
     try:
         registry.load_all()
@@ -182,18 +184,10 @@ def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], floa
     return pipeline
 
 
-def make_loader(settings: Settings, scheduler: Scheduler, load: Load) -> Loader:
-    """What loads models as the settings say. Raises EngineError if the device is unavailable."""
+def make_loader(settings: Settings, options: EngineOptions, scheduler: Scheduler, load: Load) -> Loader:
+    """What loads models as the settings say."""
     return Loader(
-        scheduler,
-        load,
-        device=settings.device,
-        threads=settings.threads or available_cores(),
-        intra_op_threads=settings.intra_op_threads,
-        max_batch=settings.max_batch,
-        tuning=settings.tuning(),
-        memory_bytes=settings.memory_bytes,
-        timeout_seconds=settings.load_timeout_seconds,
+        scheduler, load, options, memory_bytes=settings.memory_bytes, timeout_seconds=settings.load_timeout_seconds
     )
 
 

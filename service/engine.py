@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import importlib.metadata
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,8 @@ Device = Literal["cpu", "cuda", "tensorrt"]
 INPUT = "image"
 OUTPUTS = ("logits", "probabilities")
 """Names of the input and the outputs of every graph that export writes."""
+
+_PACKED = "packed.onnx"
 
 _INSTALL = "install exactly one engine: pip install 'stridevit[cpu]' or pip install 'stridevit[gpu]'"
 
@@ -73,7 +76,7 @@ class Tuning:
     """Options of an engine beside its device and threads. The defaults are ONNX Runtime's, not those of the service."""
 
     allow_spinning: bool = True
-    """Idle threads spin for a while before they sleep: faster alone, slower beside decoders."""
+    """Threads that shared a batch spin for some milliseconds after it, and not only between its operators."""
     gpu_memory_bytes: int = 0
     """Limit of the GPU's memory arena; 0: no limit."""
     tf32: bool = False
@@ -85,7 +88,7 @@ class Tuning:
 
 
 class Engine:
-    """Runs one ONNX file. `run` is for one thread at a time."""
+    """Runs one ONNX file. On the CPU `run` may be called from several threads at once, which share the weights."""
 
     def __init__(
         self,
@@ -95,21 +98,23 @@ class Engine:
         number: int = 0,
         threads: int = 1,
         tuning: Tuning | None = None,
+        packed: bool = False,
         trace: Path | None = None,
     ) -> None:
         """Load a model from a file or its bytes. Raises EngineError if the device cannot run every node of it.
 
-        `trace` is the prefix of a file with the time of every node, complete after `end_trace`.
+        `packed`: the file is one that `pack` wrote. `trace` is the prefix of a file with the time of every node,
+        complete after `end_trace`.
         """
         ort = _onnxruntime()
         tuning = tuning or Tuning()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if tuning.allow_spinning else "0")
+        options = _session_options(threads)
+        if not tuning.allow_spinning:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         # With patterns, the second run of a batch size reserves another block as large as all of the first run's.
         options.enable_mem_pattern = device != "cpu"
+        if packed:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if trace is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(trace)
@@ -131,7 +136,7 @@ class Engine:
         self._session.disable_fallback()
         self.device, self._number = device, number
         self._cuda_graphs = tuning.cuda_graphs and device != "cpu"
-        self._bound: dict[int, _Bound] = {}
+        self._bound: dict[tuple[int, int], _Bound] = {}
 
     def run(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """uint8 images (n,H,W,3) -> logits and probabilities, float32 (n, classes). Raises EngineError."""
@@ -159,10 +164,11 @@ class Engine:
         _return_freed_memory()
 
     def _run_bound(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], ...]:
-        """Run on a GPU through persistent buffers, one set per batch size. Not run on a GPU yet."""
-        bound = self._bound.get(len(images))
+        """Run on a GPU through persistent buffers, one set per thread and batch size. Not run on a GPU yet."""
+        key = threading.get_ident(), len(images)
+        bound = self._bound.get(key)
         if bound is None:
-            bound = self._bound[len(images)] = _Bound(self._session, images.shape, self._number)
+            bound = self._bound[key] = _Bound(self._session, images.shape, self._number)
         ort = _onnxruntime()
         options = ort.RunOptions()
         if self._cuda_graphs:
@@ -220,6 +226,42 @@ class _Bound:
 
     def close(self) -> None:
         _cuda("cudaHostUnregister", ctypes.c_void_p(self._input_host.ctypes.data))
+
+
+def pack(model: Path, folder: Path) -> Path:
+    """Write a model into a folder as its CPU kernels want it: the optimised graph, and its weights in their order.
+
+    Sessions that load the file returned map the same weights, so that several cost the memory of one; the files may be
+    removed once the sessions are open. They are for this machine and this version of ONNX Runtime only. Raises
+    EngineError.
+    """
+    ort = _onnxruntime()
+    packed = folder / _PACKED
+    options = _session_options(1)
+    options.optimized_model_filepath = str(packed)
+    for name, value in (
+        ("optimized_model_external_initializers_file_name", "packed.bin"),
+        ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
+        ("save_external_prepacked_constant_initializers", "1"),
+    ):
+        options.add_session_config_entry(f"session.{name}", value)
+    with _engine_errors("pack the model's weights"):
+        ort.InferenceSession(str(model), sess_options=options, providers=[(_PROVIDERS["cpu"], {})])
+    _return_freed_memory()
+    return packed
+
+
+def packed_in(folder: Path) -> Path | None:
+    """What `pack` wrote into a folder; None if it did not."""
+    return packed if (packed := folder / _PACKED).is_file() else None
+
+
+def _session_options(threads: int) -> Any:
+    options = _onnxruntime().SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
 
 
 def _return_freed_memory() -> None:

@@ -1,7 +1,8 @@
 """The engine limit: what decoding and the engine reach together without HTTP.
 
-Decode threads keep a bounded queue full, and one thread takes full batches from it: the path of an image through the
-service, without requests. Served throughput is quoted as a fraction of this.
+Decode threads keep a bounded queue full, and the lanes of the engine take full batches from it: the path of an image
+through the service, without requests. All layouts of lanes and threads are tried that the service would try. Served
+throughput is quoted as a fraction of this.
 """
 
 import io
@@ -20,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from service.bundle import read_bundle, versions
-from service.engine import Engine, require_one_engine, resolve_device
+from service.engine import Engine, require_one_engine
 from service.engine_memory import measure_memory
 from service.engine_timer import time_runs
 from service.errors import ImageError, StartupError
@@ -44,7 +45,8 @@ class EngineLimit:
     version: int
     device: str
     intra_op_threads: int
-    """One or all, whichever was faster, unless the settings give a number."""
+    engine_lanes: int
+    """Batches at once, each computed by so many threads: the fastest layout that the settings allow."""
     decode_threads: int
     allow_spinning: bool
     images: int
@@ -101,22 +103,17 @@ def measure_engine_limit(settings: Settings, name: str, images: list[bytes], *, 
 
     Raises StartupError, BundleError or EngineError if the model cannot be loaded, or an image not be decoded.
     """
-    device, number = resolve_device(settings.device)
+    options = settings.engine_options()
+    device = options.device
     published = versions(settings.repository, name)
     if not published:
         raise StartupError(f"model {name!r}: no version of it in {settings.repository}")
     bundle = read_bundle(settings.repository / name / str(published[-1]))
-    cores = settings.threads or available_cores()
-    decode_threads = settings.decode_threads or cores
-    # The service chooses between one thread and all too, by single images; here both are tried at each batch size.
-    thread_counts = (
-        {settings.intra_op_threads} if settings.intra_op_threads else {cores, 1 if device == "cpu" else cores}
-    )
+    decode_threads = settings.decode_threads or settings.threads or available_cores()
+    layouts = options.candidates()
     sizes = candidate_sizes(min(settings.max_batch, bundle.manifest.max_batch or settings.max_batch))
     # Before this process loads ONNX Runtime: see measure_memory.
-    one, largest = (
-        measure_memory(bundle, threads=max(thread_counts), batch=sizes[-1]) if device == "cpu" else (None, None)
-    )
+    one, largest = measure_memory(bundle, threads=max(layouts)[0], batch=sizes[-1]) if device == "cpu" else (None, None)
     rules = ImageRules(max_pixels=settings.max_pixels, formats=settings.image_formats, draft_jpegs=settings.draft_jpegs)
 
     def decode_one(image: bytes) -> Pixels:
@@ -129,21 +126,22 @@ def measure_engine_limit(settings: Settings, name: str, images: list[bytes], *, 
     trial_seconds = min(_MAX_TRIAL_SECONDS, max(_MIN_TRIAL_SECONDS, seconds / 10))
     decode_only = _decode_rate(decode_one, images, threads=decode_threads, seconds=trial_seconds)
     trials = []
-    for threads in sorted(thread_counts):
-        engine = Engine(bundle.model_path, device=device, number=number, threads=threads, tuning=settings.tuning())
-        pipeline = partial(_pipeline_rate, engine, decode_one, images, decode_threads=decode_threads)
-        alone = {size: _engine_rate(engine, decoded, batch=size, seconds=trial_seconds) for size in sizes}
+    for threads, lanes in layouts:
+        engine = options.open(bundle.model_path, threads, packed=False)
+        pipeline = partial(_pipeline_rate, engine, decode_one, images, decode_threads=decode_threads, lanes=lanes)
+        alone = {size: _engine_rate(engine, decoded, batch=size, lanes=lanes, seconds=trial_seconds) for size in sizes}
         # Forwards and backwards, so that interference of a moment does not hit one size alone.
         rates = [(size, pipeline(batch=size, seconds=trial_seconds)) for size in (*sizes, *reversed(sizes))]
         together = {size: sum(rate for other, rate in rates if other == size) / 2 for size in sizes}
-        trials.append((max(together.values()), threads, pipeline, alone, together))
-    _, threads, pipeline, alone, together = max(trials, key=lambda trial: trial[0])
+        trials.append((max(together.values()), threads, lanes, pipeline, alone, together))
+    _, threads, lanes, pipeline, alone, together = max(trials, key=lambda trial: trial[0])
     batch_size = max(together, key=lambda size: together[size])
     return EngineLimit(
         model=name,
         version=bundle.version,
         device=device,
         intra_op_threads=threads,
+        engine_lanes=lanes,
         decode_threads=decode_threads,
         allow_spinning=settings.allow_spinning,
         images=len(images),
@@ -177,11 +175,12 @@ def _pipeline_rate(
     images: list[bytes],
     *,
     decode_threads: int,
+    lanes: int,
     batch: int,
     seconds: float,
 ) -> float:
     """Images per second through decode threads, a bounded queue and the engine."""
-    ready: Queue[Pixels] = Queue(maxsize=2 * max(batch, decode_threads))
+    ready: Queue[Pixels] = Queue(maxsize=2 * max(lanes * batch, decode_threads))
     supply, lock, stop = itertools.cycle(images), threading.Lock(), threading.Event()
 
     def feed() -> None:
@@ -196,7 +195,7 @@ def _pipeline_rate(
     with ThreadPoolExecutor(decode_threads, thread_name_prefix="decode") as pool:
         feeders = [pool.submit(feed) for _ in range(decode_threads)]
         try:
-            return _rate(run_batch, images=batch, seconds=seconds, warm_up_runs=_WARM_UP_BATCHES)
+            return _rate(run_batch, images=batch, seconds=seconds, warm_up_runs=_WARM_UP_BATCHES, lanes=lanes)
         finally:
             stop.set()
             while not all(feeder.done() for feeder in feeders):
@@ -208,20 +207,27 @@ def _pipeline_rate(
 
 
 def _decode_rate(decode_one: Callable[[bytes], Pixels], images: list[bytes], *, threads: int, seconds: float) -> float:
-    def work(offset: int) -> float:
-        supply = itertools.cycle(images[offset:] + images[:offset])
-        return _rate(lambda: decode_one(next(supply)), images=1, seconds=seconds, warm_up_runs=0)
+    supply, lock = itertools.cycle(images), threading.Lock()
 
-    with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(work, [number * len(images) // threads for number in range(threads)]))
+    def run() -> None:
+        with lock:
+            image = next(supply)
+        decode_one(image)
+
+    return _rate(run, images=1, seconds=seconds, warm_up_runs=0, lanes=threads)
 
 
-def _engine_rate(engine: Engine, decoded: list[Pixels], *, batch: int, seconds: float) -> float:
+def _engine_rate(engine: Engine, decoded: list[Pixels], *, batch: int, lanes: int, seconds: float) -> float:
     pixels = np.stack(list(itertools.islice(itertools.cycle(decoded), batch)))
-    return _rate(lambda: engine.run(pixels), images=batch, seconds=seconds, warm_up_runs=1)
+    return _rate(lambda: engine.run(pixels), images=batch, seconds=seconds, warm_up_runs=1, lanes=lanes)
 
 
-def _rate(run: Callable[[], object], *, images: int, seconds: float, warm_up_runs: int) -> float:
-    """Images per second of runs that process `images` each."""
-    runs = time_runs(run, seconds=seconds, warm_up_runs=warm_up_runs)
-    return images * len(runs) / sum(runs)
+def _rate(run: Callable[[], object], *, images: int, seconds: float, warm_up_runs: int, lanes: int) -> float:
+    """Images per second of runs that process `images` each, in so many threads at once."""
+
+    def work(_: int) -> float:
+        runs = time_runs(run, seconds=seconds, warm_up_runs=warm_up_runs)
+        return images * len(runs) / sum(runs)
+
+    with ThreadPoolExecutor(lanes) as pool:
+        return sum(pool.map(work, range(lanes)))

@@ -129,7 +129,7 @@ def apply_load(
         begin=begin,
         seconds=seconds,
         connections=load.connections,
-        traced=bool(load.steps),
+        traced=load.traced or bool(load.steps),
         offered_rate=load.rate,
         peak_bytes=meter.peak_bytes,
         server_cores=server_cores,

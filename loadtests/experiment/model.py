@@ -58,6 +58,8 @@ class Load:
     """Without it, every request opens a connection of its own."""
     in_flight: int = IN_FLIGHT
     """Largest number of requests in flight in an open loop."""
+    traced: bool = False
+    """Keep `LoadResult.trace`."""
 
     def at(self, saturated: float) -> "Load":
         """With absolute rates in place of those relative to the saturated throughput."""

@@ -6,14 +6,16 @@ percentile, the answers of all rounds are pooled instead, and the figure is mark
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from loadtests.experiment.model import Arm
 from loadtests.generator.load_result import IN_FLIGHT, LoadResult
 from loadtests.generator.samples import LATE_MS
+from loadtests.limit.ideal_queue import IdealQueue
 from loadtests.limit.measure import LimitExperiment, closed_name
 from loadtests.report import verdicts
 from loadtests.report.document import conditions, write_experiment
@@ -122,10 +124,67 @@ def _ratios(experiment: LimitExperiment, model: str) -> Iterator[Ratio]:
         yield Ratio(name=f"{arm.label} idle, memory above ONNX Runtime and model alone", values=above, unit="MB")
 
 
+@dataclass(frozen=True, kw_only=True)
+class AgainstIdeal:
+    """A service in the open loop, and an ideal queue of its own throughput that got the same arrivals."""
+
+    arm: str
+    answers: int
+    queue: IdealQueue
+    """Of the last round."""
+    p99_ms: float
+    ideal_p99_ms: float
+    scatter_ms: tuple[float, float] | None
+    """5th and 95th percentile of the ideal p99 over other arrivals, as many in all."""
+
+
+def against_ideal(experiment: LimitExperiment) -> list[AgainstIdeal]:
+    """Every service with enough answers in the open loop, all rounds together."""
+    return [
+        found for arm in experiment.plan.arms if arm.kind == "service" and (found := _against_ideal(experiment, arm))
+    ]
+
+
+def _against_ideal(experiment: LimitExperiment, arm: Arm) -> AgainstIdeal | None:
+    plan = experiment.plan
+    engine = next(other for other in plan.arms if other.kind == "engine" and other.model == arm.model)
+    lanes = {block.round: block.info.get("engine_lanes", 1) for block in experiment.blocks_of(engine.label)}
+    measured, ideal = list[npt.NDArray[np.float64]](), list[npt.NDArray[np.float64]]()
+    queue = None
+    for block in experiment.blocks_of(arm.label):
+        opened, saturated = block.loads.get(plan.open_name), block.loads.get(closed_name(plan.connections[-1]))
+        if not (opened and saturated and opened.trace and saturated.throughput and block.round in lanes):
+            continue
+        queue = IdealQueue(lanes=lanes[block.round], seconds=lanes[block.round] / saturated.throughput)
+        measured.append(opened.latencies_ms)
+        ideal.append(queue.latencies_ms(np.sort(opened.trace.due_s)))
+    if queue is None:
+        return None
+    latencies, ideals = np.concatenate(measured), np.concatenate(ideal)
+    p99_ms, ideal_p99_ms = percentile(latencies, 99), percentile(ideals, 99)
+    if p99_ms is None or ideal_p99_ms is None:
+        return None
+    return AgainstIdeal(
+        arm=arm.label,
+        answers=len(latencies),
+        queue=queue,
+        p99_ms=p99_ms,
+        ideal_p99_ms=ideal_p99_ms,
+        scatter_ms=queue.p99_scatter_ms(plan.load_fraction * queue.lanes / queue.seconds, len(latencies)),
+    )
+
+
 def tables_of(experiment: LimitExperiment) -> list[Table]:
     """Every arm under every load, then the ratios with their intervals; as `limit_tables.txt.j2` lays them out."""
     rows, title = list(_rows(experiment)), _conditions(experiment)
-    return tables("limit_tables.txt.j2", title=title, rows=rows, ratios=ratios(experiment), pooled=POOLED)
+    return tables(
+        "limit_tables.txt.j2",
+        title=title,
+        rows=rows,
+        ratios=ratios(experiment),
+        ideals=against_ideal(experiment),
+        pooled=POOLED,
+    )
 
 
 def _rows(experiment: LimitExperiment) -> Iterator[tuple[str, str, dict[str, ByRound], list[LoadResult]]]:
@@ -153,7 +212,10 @@ def write(experiment: LimitExperiment, out: Path) -> Path:
         experiment,
         out,
         template="limit.md.j2",
-        figures={"ratios": [{key: getattr(one, key) for key in keys} for one in ratios(experiment)]},
+        figures={
+            "ratios": [{key: getattr(one, key) for key in keys} for one in ratios(experiment)],
+            "against_ideal": [asdict(one) for one in against_ideal(experiment)],
+        },
         conditions=_conditions(experiment),
         tables=found,
         in_flight=IN_FLIGHT,

@@ -59,7 +59,7 @@ class ArenaTrimmer:
         if before - transient - self._least <= self._slack_bytes:
             return False
         for model in self._registry.ready:
-            if model.engine.device == "cpu":
+            if model.engines.device == "cpu":
                 # It stays open until it is trimmed.
                 with model:
                     await asyncio.to_thread(self._scheduler.on_engine, model.trim)

@@ -3,26 +3,33 @@
     read, digests → memory that it needs → proof in a process of its own → engine here → one golden image → warm-up
 
 Nothing is loaded into this process before another one has loaded it, and whatever fails leaves nothing behind. Each run
-here is a job of its own on the engine thread: live traffic waits for one at most.
+here is a job of its own on a lane of the engine: live traffic waits for one at most.
+
+Where several layouts of a model pay, their sessions share its weights: they map a file that only this process knows and
+that is removed once they are open, see `service.engine.pack`.
 """
 
 import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import structlog
 
 from service.bundle import Bundle, content_digest, read_bundle
-from service.engine import Engine, Tuning, resolve_device
+from service.engine import Engine, pack, packed_in
 from service.engine_timer import time_runs
 from service.errors import BundleError, NotNow
 from service.host import memory_left_bytes, resident_bytes
+from service.models.engines import Engines, blank
 from service.models.model import Model
-from service.models.proof import EngineOptions, Proof, blank
+from service.models.proof import EngineOptions, Proof
 from service.models.prover import Prover
 from service.models.verify import verify_golden
 from service.scheduling.cost import Cost, Load
+from service.scheduling.layouts import Layout
+from service.scheduling.outputs import Outputs, Pixels
 from service.scheduling.scheduler import Queue, Scheduler
 
 log = structlog.get_logger()
@@ -36,39 +43,19 @@ _SHORT_SECONDS = 0.02
 
 
 class Loader:
-    """Loads bundles onto one device, one at a time. `load` blocks; engines run on the engine thread only."""
+    """Loads bundles onto one device, one at a time. `load` blocks; engines run on the engine's lanes only."""
 
     def __init__(
         self,
         scheduler: Scheduler,
         load: Load,
+        options: EngineOptions,
         *,
-        device: str,
-        threads: int,
-        intra_op_threads: int,
-        max_batch: int,
-        tuning: Tuning,
         memory_bytes: int = 0,
         timeout_seconds: float = 300.0,
     ) -> None:
-        """`threads`: cores to use; `intra_op_threads`: 0 to choose between one and all of them for each model;
-        `memory_bytes`: what this process may take in all, 0 for all that there is; `timeout_seconds`: for one proof.
-
-        Raises EngineError if the device is unavailable.
-        """
-        self._scheduler, self._load = scheduler, load
-        kind, number = resolve_device(device)
-        if tuning.tensorrt_cache is not None:
-            # The process that proves a bundle has another current folder.
-            tuning = replace(tuning, tensorrt_cache=tuning.tensorrt_cache.absolute())
-        self._options = EngineOptions(
-            device=kind,
-            number=number,
-            threads=threads,
-            intra_op_threads=intra_op_threads,
-            max_batch=max_batch,
-            tuning=tuning,
-        )
+        """`memory_bytes`: what this process may take in all, 0 for all that there is; `timeout_seconds`: of a proof."""
+        self._scheduler, self._load, self._options = scheduler, load, options
         self._memory_bytes = memory_bytes
         self._prover = Prover(self._options, seconds=timeout_seconds)
         self._proofs: dict[tuple[str, int], Proof] = {}
@@ -83,25 +70,26 @@ class Loader:
             if device not in manifest.devices:
                 raise BundleError(f"{folder}: made for {', '.join(manifest.devices)}, not for {device}")
             self._require(folder, *_expected_bytes(bundle))
-            proof = self._proof(bundle)
-            self._require(folder, proof.peak_bytes, "measured")
-            engine, seconds = self._open(bundle, proof)
+            with TemporaryDirectory(prefix="stridevit-") as scratch:
+                proof = self._proof(bundle, Path(scratch))
+                self._require(folder, proof.peak_bytes, "measured")
+                engines, layouts = self._open(bundle, proof, Path(scratch))
         log.info(
             "model ready",
             model=manifest.name,
             version=bundle.version,
             device=device,
-            threads=proof.threads,
-            batch_ms={size: round(taken * 1000, 2) for size, taken in seconds.items()},
-            memory_mib=proof.peak_bytes >> 20,
+            layouts=[f"{layout.lanes}x{layout.threads}" for layout in layouts],
+            batch_ms={size: round(taken * 1000, 2) for size, taken in layouts[0].seconds.items()},
+            memory_mib=(proof.weights_bytes + proof.arena_bytes) >> 20,
         )
         return Model(
             bundle,
-            engine,
+            engines,
             Queue(
                 manifest.name,
-                engine.run,
-                Cost(seconds, self._load),
+                engines.run,
+                Cost(layouts, self._load),
                 version=bundle.version,
                 classes=manifest.num_classes,
             ),
@@ -134,7 +122,7 @@ class Loader:
                 needed_bytes=needed,
             )
 
-    def _proof(self, bundle: Bundle) -> Proof:
+    def _proof(self, bundle: Bundle, scratch: Path) -> Proof:
         key, digest = (bundle.manifest.name, bundle.version), content_digest(bundle.folder)
         known = self._proofs.pop(key, None)
         if known is not None and known.digest == digest:
@@ -142,36 +130,55 @@ class Loader:
         else:
             # A GPU's driver maps more memory than there is.
             limit = self.memory_left() if self._options.device == "cpu" else None
-            proof = self._prover.prove(bundle.folder, memory_bytes=limit)
+            proof = self._prover.prove(bundle.folder, scratch, memory_bytes=limit)
             if proof.digest != digest:
                 raise NotNow(f"{bundle.folder}: was changed while it was loaded")
         self._proofs[key] = proof
         return proof
 
-    def _open(self, bundle: Bundle, proof: Proof) -> tuple[Engine, dict[int, float]]:
-        """An engine that is warmed up for the batch sizes that pay, and the seconds of each."""
-        engine = self._options.engine(bundle, threads=proof.threads)
-        on_engine = self._scheduler.on_engine
+    def _open(self, bundle: Bundle, proof: Proof, scratch: Path) -> tuple[Engines, tuple[Layout, ...]]:
+        """Engines that are warmed up, and their layouts as timed here."""
+        model, packed = bundle.model_path, len(proof.layouts) > 1
+        on_engine, opened = self._scheduler.on_engine, dict[int, Engine]()
+        engines = Engines(bundle, opened)
         try:
-            # The rest of them were run by the process that proved it.
-            verify_golden(bundle, engine, first=1, run=lambda pixels: on_engine(partial(engine.run, pixels)))
-            sizes = sorted(proof.seconds, reverse=True)
-            on_engine(partial(engine.shrink, blank(bundle, sizes[0])))
-            seconds = {size: self._time(bundle, engine, size) for size in sizes}
+            if packed:
+                # They are not there if it was proven earlier.
+                model = packed_in(scratch) or pack(model, scratch)
+            for layout in proof.layouts:
+                opened[layout.threads] = self._options.open(model, layout.threads, packed=packed)
+                self._warm_up(bundle, engines, layout)
+            return engines, tuple(self._timed(bundle, engines, layout) for layout in proof.layouts)
         except BaseException:
             self._proofs.pop((bundle.manifest.name, bundle.version), None)
             try:
-                on_engine(engine.close)
-            except RuntimeError:  # the engine thread has ended
-                engine.close()
+                on_engine(engines.close)
+            except RuntimeError:  # the engine has ended
+                engines.close()
             raise
-        # The faster one: interference only makes a run longer, and the cost model follows it by live timings.
-        return engine, {size: min(proof.seconds[size], seconds[size]) for size in reversed(sizes)}
 
-    def _time(self, bundle: Bundle, engine: Engine, size: int) -> float:
-        run = partial(engine.run, blank(bundle, size))
+    def _warm_up(self, bundle: Bundle, engines: Engines, layout: Layout) -> None:
         on_engine = self._scheduler.on_engine
-        return min(time_runs(run, seconds=_SHORT_SECONDS, max_runs=2, warm_up_runs=0, on_thread=on_engine))
+
+        def run(pixels: Pixels) -> Outputs:
+            return on_engine(partial(engines.run, pixels, layout.threads), cores=layout.threads)
+
+        # The rest of them were run by the process that proved it.
+        verify_golden(bundle, engines.engine(layout.threads), first=1, run=run)
+        on_engine(partial(engines.shrink, layout), cores=layout.threads)
+
+    def _timed(self, bundle: Bundle, engines: Engines, layout: Layout) -> Layout:
+        """Warm up all batch sizes of a layout. The faster timing counts: interference only makes a run longer, and the
+        cost model follows it."""
+        seconds = dict(layout.seconds)
+        for size in layout.sizes:
+            run = partial(engines.run, blank(bundle, size), layout.threads)
+            on_engine = partial(self._scheduler.on_engine, cores=layout.threads)
+            runs = time_runs(run, seconds=_SHORT_SECONDS, max_runs=2, warm_up_runs=0, on_thread=on_engine)
+            if layout.lanes == 1:
+                # Else the lanes have to be timed together.
+                seconds[size] = min(seconds[size], *runs)
+        return replace(layout, seconds=seconds)
 
 
 def _expected_bytes(bundle: Bundle) -> tuple[int, str]:

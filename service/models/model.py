@@ -1,15 +1,14 @@
-"""A model that takes traffic: a verified bundle, its engine, its queue, and its statistics."""
+"""A model that takes traffic: a verified bundle, its engines, its queue, and its statistics."""
 
 import asyncio
 import time
 from dataclasses import dataclass, field
 
-import numpy as np
 import structlog
 
 from service.bundle import Bundle
-from service.engine import Engine
 from service.errors import NotReady
+from service.models.engines import Engines
 from service.scheduling.scheduler import Queue, Scheduler
 
 log = structlog.get_logger()
@@ -64,12 +63,12 @@ class Statistics:
 
 
 class Model:
-    """An engine that stays open as long as requests use it: each request enters the model as a context."""
+    """Engines that stay open as long as requests use it: each request enters the model as a context."""
 
     def __init__(
-        self, bundle: Bundle, engine: Engine, queue: Queue, *, model_bytes: int = 0, arena_bytes: int = 0
+        self, bundle: Bundle, engines: Engines, queue: Queue, *, model_bytes: int = 0, arena_bytes: int = 0
     ) -> None:
-        self.bundle, self.engine, self.queue = bundle, engine, queue
+        self.bundle, self.engines, self.queue = bundle, engines, queue
         self.manifest, self.name, self.version = bundle.manifest, bundle.manifest.name, bundle.version
         self.top1 = bundle.manifest.accuracy.top1 if bundle.manifest.accuracy else -1.0
         """Top-1 on the test split; below zero if unknown."""
@@ -93,8 +92,9 @@ class Model:
             self._unused.set()
 
     def trim(self) -> None:
-        """Free what the engine's arena holds beyond a run of the largest batch. On the engine thread."""
-        self.engine.shrink(np.zeros((self.queue.cost.limit, *self.manifest.input.shape[1:]), dtype=np.uint8))
+        """Free what the engines' arenas hold beyond a run of the largest batch. On a lane of the engine."""
+        for layout in self.queue.cost.layouts:
+            self.engines.shrink(layout)
 
     async def unused(self) -> None:
         """Wait until every request that holds the model is answered."""
@@ -108,7 +108,7 @@ class Model:
         await self.unused()
         scheduler.remove(self.queue)
         try:
-            await asyncio.to_thread(scheduler.on_engine, self.engine.close)
+            await asyncio.to_thread(scheduler.on_engine, self.engines.close)
         except (NotReady, RuntimeError, OSError) as error:
             log.error("model not closed", model=self.name, version=self.version, reason=str(error))
         else:

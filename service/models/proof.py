@@ -1,29 +1,39 @@
-"""The proof of a bundle: it gives its golden outputs here, at which speed, and with how much memory.
+"""The proof of a bundle: it gives its golden outputs here, in which layouts, at which speed, and with how much memory.
 
 It runs in a process of its own (`service.models.trial`), and its result is what the serving process goes by.
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
+from threading import Barrier
 
 from service.bundle import Bundle, content_digest, read_bundle
-from service.engine import Device, Engine, Tuning
+from service.engine import Device, Engine, Tuning, pack, resolve_device
 from service.engine_timer import time_runs
-from service.host import peak_bytes, reset_peak, resident_bytes
+from service.host import peak_bytes, pss_bytes, reset_peak, resident_bytes
+from service.models.engines import Engines, blank
 from service.models.verify import verify_golden
 from service.scheduling.cost import candidate_sizes, worthwhile_sizes
+from service.scheduling.layouts import Layout, candidate_layouts, worthwhile_layouts
+from service.scheduling.outputs import Pixels
 
-_MAX_RUNS, _MAX_SECONDS = 3, 0.5
-"""Timed runs of each batch size: three, or fewer once they have taken this long together."""
+_MAX_RUNS, _MAX_SECONDS = 8, 0.5
+"""Timed runs of each batch size: so many, or fewer once they have taken this long together."""
 
-_MIN_SPEEDUP, _LONG_SECONDS = 1.25, 0.02
-"""All threads must make a single image faster than one thread by this factor: else they only wait for each other, and
-take cores from the decoders. A model that takes longer than this for an image always gains from them."""
+_ROUND_SECONDS = 0.05
+"""Least time for which lanes are timed together, so that their start does not count."""
+
+_LONG_SECONDS, _WAITING = 0.01, 1.1
+"""Threads that share a batch of over this time wait for each other for some of it: on idle cores it takes up to this
+factor of their CPU time, divided among them. If it took longer, it was disturbed."""
+
+_MAX_TRIAL_SECONDS = 30.0
+"""After this time no further layouts are tried. They come in the order of their threads, all cores first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,13 +46,55 @@ class EngineOptions:
     threads: int
     """Cores to use."""
     intra_op_threads: int
-    """0 to choose between one and all of them for each model."""
+    """0 to choose for each model."""
+    max_lanes: int
+    """Batches at once; 0 to choose for each model."""
     max_batch: int
     tuning: Tuning
 
-    def engine(self, bundle: Bundle, *, threads: int) -> Engine:
-        """An engine for a bundle. Raises EngineError."""
-        return Engine(bundle.model_path, device=self.device, number=self.number, threads=threads, tuning=self.tuning)
+    def candidates(self) -> tuple[tuple[int, int], ...]:
+        """(threads, lanes) of the layouts to try."""
+        if self.device != "cpu":
+            # Its lanes are streams, and the threads of a session have little to do.
+            return ((1, max(1, self.max_lanes)),)
+        if fixed := self.intra_op_threads:
+            return ((fixed, min(max(1, self.threads // fixed), self.max_lanes or self.threads)),)
+        return candidate_layouts(self.threads, max_lanes=self.max_lanes or None)
+
+    @classmethod
+    def of(
+        cls, device: str, *, threads: int, intra_op_threads: int = 0, max_lanes: int = 0, max_batch: int, tuning: Tuning
+    ) -> "EngineOptions":
+        """Options for a device as the settings name it. Raises EngineError if it is unavailable."""
+        kind, number = resolve_device(device)
+        if tuning.tensorrt_cache is not None:
+            # The process that proves a bundle has another current folder.
+            tuning = replace(tuning, tensorrt_cache=tuning.tensorrt_cache.absolute())
+        return cls(
+            device=kind,
+            number=number,
+            threads=threads,
+            intra_op_threads=intra_op_threads,
+            max_lanes=max_lanes,
+            max_batch=max_batch,
+            tuning=tuning,
+        )
+
+    @property
+    def cores(self) -> int:
+        """What all lanes have together: cores, or the streams of a GPU."""
+        return max(self.threads, self.intra_op_threads) if self.device == "cpu" else max(1, self.max_lanes)
+
+    def open(self, model: Path, threads: int, *, packed: bool) -> Engine:
+        """An engine for a layout. Raises EngineError."""
+        return Engine(
+            model,
+            device=self.device,
+            number=self.number,
+            threads=threads if self.device == "cpu" else self.threads,
+            tuning=self.tuning,
+            packed=packed,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,49 +103,81 @@ class Proof:
 
     digest: str
     """`service.bundle.content_digest` of what was proven."""
-    threads: int
-    """The number of threads that pays."""
-    seconds: dict[int, float]
-    """Fastest run of each batch size that pays."""
+    layouts: tuple[Layout, ...]
+    """Those that pay, the one for full load first, with the fastest run of each batch size that pays."""
     weights_bytes: int
-    """Growth of resident memory by the loaded model."""
+    """Growth of memory by the loaded model."""
     arena_bytes: int
-    """Growth beyond that by the largest batch and the golden outputs."""
+    """Growth beyond that by the largest batches of all lanes."""
     peak_bytes: int
     """Largest growth at any moment, while it was loaded included."""
 
 
-def prove(folder: Path, options: EngineOptions) -> Proof:
-    """Read, load, verify and time the bundle in `folder`. Raises BundleError or EngineError."""
+def prove(folder: Path, options: EngineOptions, scratch: Path) -> Proof:
+    """Read, load, verify and time the bundle in `folder`. Raises BundleError or EngineError.
+
+    If more than one layout pays, their common weights are in `scratch` afterwards, packed.
+    """
     bundle = read_bundle(folder)
     digest = content_digest(folder)
-    before = resident_bytes()
-    has_peak = _reset_peak()
-    engine, threads = _open(bundle, options)
-    try:
-        loaded = resident_bytes()
-        verify_golden(bundle, engine)
-        seconds = _time_sizes(bundle, engine, threads=threads, max_batch=options.max_batch)
-        largest = blank(bundle, max(seconds))
-        engine.shrink(largest)
-        engine.run(largest)
-        weights, arena = max(0, loaded - before), max(0, resident_bytes() - loaded)
-        peak = peak_bytes() - before if has_peak else 0
-    finally:
-        engine.close()
+    before, has_peak = _memory_bytes(), _reset_peak()
+    packed = len(options.candidates()) > 1
+    model = pack(bundle.model_path, scratch) if packed else bundle.model_path
+    layouts, weights = _layouts(bundle, model, options, packed=packed)
+    peak = peak_bytes() - before if has_peak else 0
+    arena = _arena_bytes(bundle, model, layouts, options, packed=packed)
     return Proof(
         digest=digest,
-        threads=threads,
-        seconds=seconds,
+        layouts=layouts,
         weights_bytes=weights,
         arena_bytes=arena,
-        peak_bytes=max(peak, weights + arena),
+        # Packed weights were packed, and other layouts tried, by this process only.
+        peak_bytes=weights + arena if packed else max(peak, weights + arena),
     )
 
 
-def blank(bundle: Bundle, size: int) -> npt.NDArray[np.uint8]:
-    """A batch of black images, uint8 (size,H,W,3)."""
-    return np.zeros((size, *bundle.manifest.input.shape[1:]), dtype=np.uint8)
+def _layouts(bundle: Bundle, model: Path, options: EngineOptions, *, packed: bool) -> tuple[tuple[Layout, ...], int]:
+    """The layouts that pay, each tried with a session of its own, one after the other; and the growth of memory by the
+    first of these sessions: the others find memory that it has freed, or the same packed weights."""
+    measured: list[Layout] = []
+    before, weights = _memory_bytes(), 0
+    limit = min(options.max_batch, bundle.manifest.max_batch or options.max_batch)
+    end = time.monotonic() + _MAX_TRIAL_SECONDS
+    for threads, lanes in options.candidates():
+        engine = options.open(model, threads, packed=packed)
+        weights = weights or max(0, _memory_bytes() - before)
+        try:
+            verify_golden(bundle, engine)
+            seconds = _time_sizes(bundle, engine, threads=threads, lanes=lanes, max_batch=limit)
+        finally:
+            engine.close()
+        measured.append(Layout(threads=threads, lanes=lanes, seconds=seconds))
+        if time.monotonic() > end:
+            break
+    return worthwhile_layouts(measured), weights
+
+
+def _arena_bytes(
+    bundle: Bundle, model: Path, layouts: Sequence[Layout], options: EngineOptions, *, packed: bool
+) -> int:
+    """Growth of memory by the largest batches of all lanes, in sessions that are open."""
+    opened = dict[int, Engine]()
+    engines = Engines(bundle, opened)
+    try:
+        for layout in layouts:
+            opened[layout.threads] = options.open(model, layout.threads, packed=packed)
+        loaded = _memory_bytes()
+        for layout in layouts:
+            engines.shrink(layout)
+            _together(opened[layout.threads], blank(bundle, layout.sizes[-1]), lanes=layout.lanes)()
+        return max(0, _memory_bytes() - loaded)
+    finally:
+        engines.close()
+
+
+def _memory_bytes() -> int:
+    """Memory of this process, in which what several sessions map counts once, where the system tells that."""
+    return pss_bytes() or resident_bytes()
 
 
 def _reset_peak() -> bool:
@@ -102,23 +186,6 @@ def _reset_peak() -> bool:
     except OSError:  # the system does not report a peak
         return False
     return True
-
-
-def _open(bundle: Bundle, options: EngineOptions) -> tuple[Engine, int]:
-    """An engine, and its number of threads: as set, else one or all, whichever pays for this model."""
-    threads = options.intra_op_threads or options.threads
-    engine = options.engine(bundle, threads=threads)
-    if options.intra_op_threads or threads == 1 or options.device != "cpu":
-        return engine, threads
-    seconds = _time(bundle, engine, 1).fastest
-    if seconds > _LONG_SECONDS:
-        return engine, threads
-    single = options.engine(bundle, threads=1)
-    if _time(bundle, single, 1).fastest > _MIN_SPEEDUP * seconds:
-        single.close()
-        return engine, threads
-    engine.close()
-    return single, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,21 +200,28 @@ class _Timing:
     total: float
     """Seconds of all."""
 
+    def undisturbed(self, threads: int) -> float:
+        """Seconds that one takes on idle cores."""
+        # Of a single thread, CPU time is the duration on an idle core.
+        if threads == 1:
+            return self.cpu
+        shared = self.cpu / threads
+        return min(self.fastest, shared * _WAITING) if shared > _LONG_SECONDS else self.fastest
 
-def _time_sizes(bundle: Bundle, engine: Engine, *, threads: int, max_batch: int) -> dict[int, float]:
-    """Time the batch sizes that a model may run: seconds by size, of those that pay.
+
+def _time_sizes(bundle: Bundle, engine: Engine, *, threads: int, lanes: int, max_batch: int) -> dict[int, float]:
+    """Time the batch sizes that a model may run, in all lanes at once: seconds by size, of those that pay.
 
     On the CPU that is judged by CPU time: beside traffic, at low priority, a long run is interrupted more often than a
     short one, and every larger batch would seem not to pay.
     """
-    limit = min(max_batch, bundle.manifest.max_batch or max_batch)
+    on_cpu = engine.device == "cpu"
     seconds: dict[int, float] = {}
     costs: dict[int, float] = {}
-    for size in candidate_sizes(limit):
-        timing = _time(bundle, engine, size)
-        costs[size] = timing.cpu if engine.device == "cpu" else timing.fastest
-        # Of a single thread, CPU time is the duration on an idle core.
-        seconds[size] = costs[size] if threads == 1 else timing.fastest
+    for size in candidate_sizes(max_batch):
+        timing = _time(engine, blank(bundle, size), lanes=lanes)
+        costs[size] = timing.cpu if on_cpu else timing.fastest
+        seconds[size] = timing.undisturbed(threads) if on_cpu else timing.fastest
         # Two sizes in a row do not pay and a run takes long: the next size would only cost time and memory.
         if timing.total > _MAX_SECONDS and len(costs) >= len(worthwhile_sizes(costs)) + 2:
             break
@@ -158,13 +232,34 @@ def _time_sizes(bundle: Bundle, engine: Engine, *, threads: int, max_batch: int)
     return {size: seconds[size] for size in worthwhile_sizes(costs)}
 
 
-def _time(bundle: Bundle, engine: Engine, size: int) -> _Timing:
-    images, cpu = blank(bundle, size), list[float]()
+def _time(engine: Engine, images: Pixels, *, lanes: int) -> _Timing:
+    repeats, cpu = 1, list[float]()
+    if lanes > 1:
+        repeats += int(_ROUND_SECONDS / min(time_runs(partial(engine.run, images), seconds=0.0)))
+    run = _together(engine, images, lanes=lanes, repeats=repeats)
 
-    def run() -> None:
+    def timed() -> None:
         started = time.process_time()
-        engine.run(images)
+        run()
         cpu.append(time.process_time() - started)
 
-    runs = time_runs(run, seconds=_MAX_SECONDS, max_runs=_MAX_RUNS)
-    return _Timing(fastest=min(runs), cpu=min(cpu), total=sum(runs))
+    runs = time_runs(timed, seconds=_MAX_SECONDS, max_runs=_MAX_RUNS)
+    return _Timing(fastest=min(runs) / repeats, cpu=min(cpu) / repeats / lanes, total=sum(runs))
+
+
+def _together(engine: Engine, images: Pixels, *, lanes: int, repeats: int = 1) -> Callable[[], None]:
+    """A function that runs the images in all lanes at once, so many times each."""
+
+    barrier = Barrier(lanes)
+
+    def run() -> None:
+        barrier.wait()
+        for _ in range(repeats):
+            engine.run(images)
+
+    def run_all() -> None:
+        with ThreadPoolExecutor(lanes) as pool:
+            for lane in [pool.submit(run) for _ in range(lanes)]:
+                lane.result()
+
+    return run if lanes == 1 else run_all

@@ -28,12 +28,17 @@ could load nothing within the time limit."""
 _SLACK_BYTES, _STACK_BYTES = 64 * 1024 * 1024, 8 * 1024 * 1024
 """What counts as private memory and is not taken: reserved by the C library, and the stack of each thread."""
 
+_THREADS_PER_CORE = 3
+"""Those of all layouts that pay, each with half the threads of the one before it, and a lane for each core."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """A bundle to prove."""
 
     folder: Path
+    scratch: Path
+    """Folder to leave the packed weights in."""
     options: EngineOptions
     memory_bytes: int | None
     """What it may take; None for no limit."""
@@ -85,7 +90,7 @@ def _read(requests: "queue.SimpleQueue[bytes]") -> None:
 def _answer(request: Request) -> Result:
     _limit(request)
     try:
-        return Result(proof=prove(request.folder, request.options))
+        return Result(proof=prove(request.folder, request.options, request.scratch))
     except MemoryError:
         return Result(error="out of memory", out_of_memory=True)
     except Exception as error:  # noqa: BLE001 (whatever it is, it is why this bundle cannot be served)
@@ -104,7 +109,12 @@ def _limit(request: Request) -> None:
     limit = resource.RLIM_INFINITY
     if request.memory_bytes is not None:
         # Not RLIMIT_AS: the C library and CUDA reserve address space that they never use.
-        limit = data_bytes() + request.memory_bytes + _SLACK_BYTES + request.options.threads * _STACK_BYTES
+        limit = (
+            data_bytes()
+            + request.memory_bytes
+            + _SLACK_BYTES
+            + _THREADS_PER_CORE * request.options.threads * _STACK_BYTES
+        )
     if hard != resource.RLIM_INFINITY and (limit == resource.RLIM_INFINITY or limit > hard):
         limit = hard
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))

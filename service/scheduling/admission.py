@@ -15,6 +15,7 @@ from typing import Self
 from service.errors import Overloaded
 from service.scheduling.backlog import Work, work_of
 from service.scheduling.cost import LARGE_WORK, Load
+from service.scheduling.lanes import Running
 from service.scheduling.loop_lag import LoopLag
 from service.scheduling.request import Key, RequestState
 from service.scheduling.room import Room
@@ -143,6 +144,7 @@ class Admission:
                 retry_after_s=late,
             )
         self._version += 1
+        self._load.arrivals.add(images)
         place.hold_images(images)
         self._accepted[state] = queue, queue.backlog.accept(state, work_of(images, decoding))
         last = self._last[state.key.batch]
@@ -183,22 +185,25 @@ class Admission:
         own, other = self._work_ahead(state), self._all_work(batch=not state.key.batch)
         # What the other class gets done in the meantime: of its work, for each second of one's own.
         ratio = 1 / self._overtaking if state.key.batch else self._overtaking
-        done, left = self._running()
+        runs = self._scheduler.lanes.runs
         large = any(work > LARGE_WORK for work in decoding)
         work = own.seconds(queue, images, large=large)
         if other.engine:
             work += min(other.seconds(large=large), ratio * work)
-        # The running batch is finished first, also if the request overtakes everything else.
-        engine = max(left + queue.cost.total(images), work - done)
+        cost, idle = queue.cost, not (runs or own.engine or other.engine)
+        # What runs is finished first, also if the request overtakes everything else.
+        engine = self._wait_seconds(runs, queue) + cost.finish(images, idle=idle)
+        if not idle:
+            engine = max(engine, work - self._done_seconds(runs) + cost.tail(images))
         if decoding:
             # Decoding and inference overlap, except for the last image's own decoding and batch.
             decoded = self._decode_seconds(own, other, decoding, ratio)
-            engine = max(engine, decoded + queue.cost.total(min(images, queue.cost.limit)))
+            engine = max(engine, decoded + cost.finish(min(images, cost.limit), idle=idle))
         return engine + self._lag.delay_seconds
 
     def idle_seconds(self, queue: Queue, images: int, *, decoding: Sequence[int] = ()) -> float:
         """What `predict` would say if there were no other requests."""
-        return self._decode_seconds(_NOTHING, _NOTHING, decoding, 0.0) + queue.cost.total(images)
+        return self._decode_seconds(_NOTHING, _NOTHING, decoding, 0.0) + queue.cost.finish(images, idle=True)
 
     def drain_seconds(self) -> float:
         """Predicted seconds until all accepted work is done."""
@@ -209,7 +214,9 @@ class Admission:
         decode = self._load.seconds_per_pixel * max(
             work.small / self._load.decode_threads, work.large / self._load.large_threads
         )
-        return max(0.0, work.seconds() - self._running()[0], decode) + self._lag.delay_seconds
+        return (
+            max(0.0, work.seconds() - self._done_seconds(self._scheduler.lanes.runs), decode) + self._lag.delay_seconds
+        )
 
     def _is_last(self, state: RequestState) -> bool:
         """Whether all accepted work of its class comes before the request's, as when all have the same deadline."""
@@ -246,7 +253,7 @@ class Admission:
         batch = state.key.batch
         later = [other for other in self._accepted if other.key.batch == batch and other.key > state.key]
         later.sort(key=lambda other: other.key)
-        started = self._clock() - self._running()[0]
+        started = self._clock() - self._done_seconds(self._scheduler.lanes.runs)
         everything = self._all_work(batch=batch).seconds(queue, images)
         if started + everything <= min((other.deadline for other in later), default=math.inf):
             return 0.0
@@ -260,15 +267,22 @@ class Admission:
                 worst = max(worst, finish - other.deadline)
         return worst
 
-    def _running(self) -> tuple[float, float]:
-        """Seconds done and seconds left of the running batch; 0 if there is none."""
-        for queue in self._scheduler.queues:
-            # Read once: the engine thread sets it.
-            if running := queue.running:
-                started, seconds = running
-                done = min(seconds, self._clock() - started)
-                return done, seconds - done
-        return 0.0, 0.0
+    def _wait_seconds(self, runs: Sequence[Running], queue: Queue) -> float:
+        """Seconds until there are cores for another batch of the queue, if nothing else takes them."""
+        lanes = self._scheduler.lanes
+        needed = queue.cost.layouts[0].threads - (lanes.cores - sum(run.cores for run in runs))
+        if needed <= 0:
+            return 0.0
+        for run in sorted(runs, key=_end):
+            needed -= run.cores
+            if needed <= 0:
+                return max(0.0, _end(run) - self._clock())
+        return 0.0
+
+    def _done_seconds(self, runs: Sequence[Running]) -> float:
+        """Seconds of the device for what has been done of the batches that run."""
+        now = self._clock()
+        return sum(run.device_seconds * min(1.0, (now - run.started) / run.predicted) for run in runs if run.predicted)
 
     def _decode_seconds(self, own: _Ahead, other: _Ahead, decoding: Sequence[int], ratio: float) -> float:
         """Seconds until the images are decoded, each in its lane; `ratio` as in `predict`."""
@@ -321,3 +335,8 @@ class Place:
 
 
 _NOTHING = _Ahead()
+
+
+def _end(run: Running) -> float:
+    """Predicted end of what a lane is doing."""
+    return run.started + (run.predicted or 0.0)

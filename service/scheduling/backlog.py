@@ -67,6 +67,11 @@ class Backlog:
         """Those of them that are not pixels yet."""
         return self.of_class[0].undecoded + self.of_class[1].undecoded
 
+    @property
+    def in_decoding(self) -> int:
+        """Images in the decode pool, without those in its lane for large ones."""
+        return self.decoding[False] + self.decoding[True]
+
     def accept(self, state: RequestState, work: Work) -> Work:
         """Add a request's work, which is the backlog's from now on."""
         self._works[state] = work

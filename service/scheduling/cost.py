@@ -1,19 +1,22 @@
 """The cost model: how long a batch of a model will take, measured at warm-up and kept current by live timings.
 
-    predicted seconds = baseline of (model, batch size)  ×  slowdown of the device
+    predicted seconds = baseline of (model, layout, batch size)  ×  slowdown of the device
 
-Warm-up measures the baselines on an idle device. Under traffic, decoding and other processes take their share of the
-cores. That slows all models alike, so one fast-moving factor of the device follows it, and models that have not run for
-a while are predicted well too. A slower factor for each batch size follows what the first does not explain. Both decay.
+Warm-up measures the baselines on an idle device, for each layout of lanes and threads (`service.scheduling.layouts`).
+Under traffic, decoding and other processes take their share of the cores. That slows all models alike, so one
+fast-moving factor of the device follows it, and models that have not run for a while are predicted well too. A slower
+factor for each layout and batch size follows what the first does not explain. Both decay.
 
 Decoding is predicted in the same way, from the work of each image in pixels: see `service.image_work`.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from service.images import LARGE_PIXELS
+from service.scheduling.layouts import Layout, single
 
 _FAST_WEIGHT, _SLOW_WEIGHT = 0.2, 0.02
 """Weights of a new timing: in the device's slowdown, and in the drift of its own batch size."""
@@ -34,6 +37,12 @@ LARGE_WORK = LARGE_PIXELS
 
 At 10 ms of CPU per megapixel smaller images take at most 20 ms; docs/service.md has times of larger ones.
 """
+
+_BUSY = 0.9
+"""A layout that would be busy for more than this part of the time is left to lower rates of arrivals."""
+
+_ARRIVAL_SECONDS = 1.0
+"""Time in which an arrival's part in the recent rate of arrivals falls to 1/e."""
 
 _HANDOVER_SECONDS = 0.0003
 """Cost of a batch beside the engine: two changes of thread. Measured; it matters to the smallest models only."""
@@ -60,6 +69,7 @@ class Load:
         self.clock = clock
         self.slowdown = Decaying(1.0, clock)
         """Recent duration of batches divided by their baselines; its value is 1 on an idle device."""
+        self.arrivals = ArrivalRate(clock)
         self._seconds_per_pixel = seconds_per_pixel
         self._decode_slowdown = Decaying(1.0, clock)
         self._decode_drift = Decaying(1.0, clock, _DRIFT_HALF_LIFE_SECONDS)
@@ -84,6 +94,22 @@ class Load:
         if work <= LARGE_WORK:
             # Large images say nothing about how long the next small one will take.
             self._work.mix(work, _FAST_WEIGHT)
+
+
+class ArrivalRate:
+    """Images that arrived recently, per second."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._images, self._since = clock, 0.0, clock()
+
+    @property
+    def value(self) -> float:
+        """The rate by now."""
+        return self._images * math.exp((self._since - self._clock()) / _ARRIVAL_SECONDS) / _ARRIVAL_SECONDS
+
+    def add(self, images: int) -> None:
+        """Count images that arrive now. For one thread."""
+        self._images, self._since = self.value * _ARRIVAL_SECONDS + images, self._clock()
 
 
 class Decaying:
@@ -112,76 +138,155 @@ class Decaying:
         return float(0.5 ** ((self._clock() - self._set_at) / self._half_life))
 
 
-class Cost:
-    """What batches of one model cost. `sizes` are the warmed-up batch sizes: no other is ever run."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run next: a batch of so many images, computed by so many threads."""
 
-    def __init__(self, baseline: Mapping[int, float], load: Load) -> None:
-        """`baseline`: seconds of a batch on an idle device, by its size."""
-        if not baseline or min(baseline) < 1:
+    images: int
+    threads: int
+
+
+class Cost:
+    """What batches of one model cost. Only the warmed-up sizes of its layouts are ever run."""
+
+    def __init__(self, layouts: Sequence[Layout] | Mapping[int, float], load: Load) -> None:
+        """`layouts`: those in use, the one for full load first; or the seconds of a batch on an idle device, by its
+        size, of a model that runs one batch at a time on one core."""
+        self.layouts = single(layouts) if isinstance(layouts, Mapping) else tuple(layouts)
+        if not self.layouts or any(not layout.seconds or min(layout.seconds) < 1 for layout in self.layouts):
             raise ValueError("a cost model needs the time of at least one batch size")
-        self._baseline = dict(sorted(baseline.items()))
-        self._drift = {size: Decaying(1.0, load.clock, _DRIFT_HALF_LIFE_SECONDS) for size in self._baseline}
-        """What the load does not explain, by size."""
+        self._loaded = self.layouts[0]
+        self._drift = {
+            (layout.threads, size): Decaying(1.0, load.clock, _DRIFT_HALF_LIFE_SECONDS)
+            for layout in self.layouts
+            for size in layout.seconds
+        }
+        """What the load does not explain."""
+        self._by_threads = {layout.threads: layout for layout in self.layouts}
         self._load = load
-        self.sizes = tuple(self._baseline)
+        self.sizes = self._loaded.sizes
+        self.lanes = max(layout.lanes for layout in self.layouts)
 
     @property
     def limit(self) -> int:
-        """Largest number of images in a batch."""
+        """Largest number of images in a batch under full load."""
         return self.sizes[-1]
 
     @property
     def least(self) -> float:
-        """Predicted seconds of the smallest batch."""
-        return self.seconds(self.sizes[0])
+        """Predicted seconds of the fastest batch."""
+        return min(self.seconds(layout.sizes[0], layout.threads) for layout in self.layouts)
 
-    def padded(self, images: int) -> int:
+    def plan(self, waiting: int, *, free: int, elsewhere: int = 0) -> Plan | None:
+        """The next batch for one of the waiting images or more, on `free` cores; None if they are too few for any.
+
+        The layout is the one with which all waiting images are answered first, those of other models (`elsewhere`)
+        and those that come in the meantime included, as if they were of this one. Layouts that could not keep up with
+        the recent arrivals are left out.
+        """
+        lanes = {layout: min(layout.lanes, free // layout.threads) for layout in self.layouts}
+        fitting = [layout for layout in self.layouts if lanes[layout]]
+        if not fitting:
+            return None
+        layout = fitting[0]
+        if len(fitting) > 1:
+            images, rate = waiting + elsewhere, self._load.arrivals.value
+            able = [layout for layout in fitting if rate * self._per_image(layout) <= layout.lanes * _BUSY]
+            # The first one is for full load.
+            able = able or fitting[:1]
+            layout = min(able, key=lambda layout: self._cleared(layout, lanes[layout], images, rate))
+        return Plan(self._take(layout, -(-waiting // lanes[layout])), layout.threads)
+
+    def padded(self, images: int, threads: int | None = None) -> int:
         """The warmed-up size that holds `images`. Raises ValueError above the limit."""
-        for size in self.sizes:
-            if size >= images:
-                return size
-        raise ValueError(f"{images} images exceed the largest batch, {self.limit}")
+        return _padded(self._layout(threads).sizes, images)
 
-    def take(self, waiting: int) -> int:
-        """How many of the waiting images the next batch should hold: the number with the best throughput.
+    def _take(self, layout: Layout, waiting: int) -> int:
+        """How many of the images waiting for a lane its next batch should hold: those with the best throughput.
 
         Five images padded to eight may take longer than four of them now and the fifth afterwards.
         """
-        if waiting >= self.limit:
-            return self.limit
-        up = self.padded(waiting)
-        down = max((size for size in self.sizes if size <= waiting), default=0)
+        sizes = layout.sizes
+        if waiting >= sizes[-1]:
+            return sizes[-1]
+        up = _padded(sizes, waiting)
+        down = max((size for size in sizes if size <= waiting), default=0)
         if not down or up == waiting:
             return waiting
-        return waiting if waiting / self.seconds(up) >= down / self.seconds(down) else down
+        threads = layout.threads
+        return waiting if waiting / self.seconds(up, threads) >= down / self.seconds(down, threads) else down
 
-    def seconds(self, size: int) -> float:
-        """Predicted duration of one batch of a warmed-up size."""
-        return self._baseline[size] * self._drift[size].value * self._load.slowdown.value
+    def seconds(self, size: int, threads: int | None = None) -> float:
+        """Predicted duration of one batch of a warmed-up size; by default as under full load."""
+        layout = self._layout(threads)
+        return layout.seconds[size] * self._drift[layout.threads, size].value * self._load.slowdown.value
 
     def per_image(self) -> float:
-        """Predicted seconds per image in full batches."""
-        return self.seconds(self.limit) / self.limit
+        """Predicted seconds of the device per image under full load."""
+        return self._per_image(self._loaded) / self._loaded.lanes
 
     def total(self, images: int) -> float:
-        """Predicted seconds of the device for `images`, in batches as they would be formed."""
-        full, rest = divmod(images, self.limit)
-        seconds = full * self.seconds(self.limit)
+        """Predicted seconds of the device for `images` under full load, in batches as they would be formed.
+
+        While several lanes work, a batch costs the device its part of them.
+        """
+        return self._in_turn(self._loaded, images) / self._loaded.lanes
+
+    def finish(self, images: int, *, idle: bool) -> float:
+        """Predicted seconds until so many images are answered, with nothing else ahead of them.
+
+        `idle`: whether all cores are free, so that a few images get more than one lane's.
+        """
+        layouts = self.layouts if idle else self.layouts[:1]
+        return min(self._in_turn(layout, -(-images // layout.lanes)) for layout in layouts)
+
+    def tail(self, images: int) -> float:
+        """By how much the last batch of many takes longer than its part in `total`: the other lanes do not help it."""
+        if self._loaded.lanes == 1:
+            return 0.0
+        last = self.seconds(_padded(self.sizes, self._take(self._loaded, images)))
+        return last * (1 - 1 / self._loaded.lanes)
+
+    def _cleared(self, layout: Layout, lanes: int, images: int, rate: float) -> float:
+        """Seconds until so many images, and those that arrive during the first batch, are answered in so many lanes."""
+        first = self.seconds(layout.sizes[0], layout.threads)
+        return max(first, (images + rate * first) * self._per_image(layout) / lanes)
+
+    def _per_image(self, layout: Layout) -> float:
+        """Predicted seconds of a lane per image in full batches."""
+        return self.seconds(layout.sizes[-1], layout.threads) / layout.sizes[-1]
+
+    def _layout(self, threads: int | None) -> Layout:
+        return self._loaded if threads is None else self._by_threads[threads]
+
+    def _in_turn(self, layout: Layout, images: int) -> float:
+        """Predicted seconds of one lane for so many images."""
+        full, rest = divmod(images, layout.sizes[-1])
+        seconds = full * self.seconds(layout.sizes[-1], layout.threads)
         while rest:
-            taken = self.take(rest)
-            seconds += self.seconds(self.padded(taken))
+            taken = self._take(layout, rest)
+            seconds += self.seconds(_padded(layout.sizes, taken), layout.threads)
             rest -= taken
         return seconds
 
-    def observe(self, size: int, seconds: float) -> None:
+    def observe(self, size: int, seconds: float, threads: int | None = None) -> None:
         """Record how long a batch of a warmed-up size took."""
-        ratio = seconds / self.seconds(size)
+        threads = self._loaded.threads if threads is None else threads
+        ratio = seconds / self.seconds(size, threads)
         self._load.slowdown.value *= ratio**_FAST_WEIGHT
-        self._drift[size].value *= ratio**_SLOW_WEIGHT
+        self._drift[threads, size].value *= ratio**_SLOW_WEIGHT
 
     def as_dict(self) -> dict[int, float]:
-        """Predicted seconds of a batch at present, by its size."""
+        """Predicted seconds of a batch at present under full load, by its size."""
         return {size: self.seconds(size) for size in self.sizes}
+
+
+def _padded(sizes: Sequence[int], images: int) -> int:
+    """The smallest of the ascending sizes that holds `images`. Raises ValueError above the limit."""
+    for size in sizes:
+        if size >= images:
+            return size
+    raise ValueError(f"{images} images exceed the largest batch, {sizes[-1]}")
 
 
 def worthwhile_sizes(seconds: Mapping[int, float]) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ from service.errors import ModelFault
 
 Pixels = npt.NDArray[np.uint8]
 Outputs = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
-RunBatch = Callable[[Pixels], Outputs]
+RunBatch = Callable[[Pixels, int], Outputs]
+"""Computes a batch with so many threads."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -50,19 +50,19 @@ class Queue:
     def __init__(
         self, name: str, run: RunBatch, cost: Cost, *, version: int | None = None, classes: int | None = None
     ) -> None:
-        """`run` is called on the engine thread only, and must give outputs of `classes` (None: of any number)."""
+        """`run` is called on the engine's lanes only, with a batch and the number of threads that are to compute it. It
+        must give outputs of `classes` (None: of any number)."""
         self.name, self.classes = name, classes
         self.title = f"model {name!r}" + (f" version {version}" if version else "")
         """For people."""
         self.run = run
         self.cost = cost
-        self.running: tuple[float, float] | None = None
-        """Start of the running batch on the scheduler's clock, and its predicted seconds."""
         self.backlog = Backlog()
         self._heaps: tuple[list[_Waiting], list[_Waiting]] = [], []
         """Interactive and batch images."""
         self._numbers = itertools.count()
-        self._buffers: dict[int, Pixels] = {}
+        self._buffers: dict[tuple[int, int], Pixels] = {}
+        """By lane and size."""
 
     def __len__(self) -> int:
         return len(self._heaps[0]) + len(self._heaps[1])
@@ -114,31 +114,27 @@ class Queue:
         self._take_out(entries)
         return entries
 
-    def pop(self, now: float, *, batch_first: bool = False) -> tuple[list[Entry], list[Entry]]:
-        """Take out the images of the next batch, the most urgent first, and the expired ones found on the way."""
+    def pop(self, images: int, now: float, *, batch_first: bool = False) -> tuple[list[Entry], list[Entry]]:
+        """Take out the next batch of at most so many images, the most urgent first, and the expired ones found on the
+        way."""
         batch: list[Entry] = []
         over: list[Entry] = []
         for heap in reversed(self._heaps) if batch_first else self._heaps:
-            while heap and len(batch) < self.cost.limit:
+            while heap and len(batch) < images:
                 if batch and (batch[0].alone or heap[0][2].alone):
                     return batch, over
                 entry = heapq.heappop(heap)[2]
                 entry.queued = False
                 (over if entry.over(now) else batch).append(entry)
-        if batch and not len(self):
-            taken = self.cost.take(len(batch))
-            for entry in batch[taken:]:
-                self.push(entry)
-            batch = batch[:taken]
         return batch, over
 
-    def fill(self, batch: list[Entry]) -> Pixels:
-        """The batch as one array, padded with black to a warmed-up size. Valid until the next call."""
-        size = self.cost.padded(len(batch))
-        shape = batch[0].pixels.shape
-        if size not in self._buffers:
-            self._buffers[size] = np.zeros((size, *shape), dtype=np.uint8)
-        pixels = self._buffers[size]
+    def fill(self, batch: Sequence[Entry], size: int, lane: int) -> Pixels:
+        """The batch as one array, padded with black to the size. Valid until the next call for the same lane."""
+        if size == 1:
+            return batch[0].pixels[np.newaxis]
+        pixels = self._buffers.get((lane, size))
+        if pixels is None:
+            pixels = self._buffers[lane, size] = np.zeros((size, *batch[0].pixels.shape), dtype=np.uint8)
         for row, entry in enumerate(batch):
             pixels[row] = entry.pixels
         pixels[len(batch) :] = 0
@@ -164,6 +160,8 @@ class Batch:
     size: int
     """Rows computed by the engine: `images` and padding."""
     seconds: float
+    threads: int = 1
+    """Threads that computed it."""
     faults: Sequence[Exception] = ()
     """Why images were not answered, one for each of them."""
     retried: Exception | None = None

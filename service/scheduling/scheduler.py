@@ -1,10 +1,13 @@
-"""Dynamic batching: the images waiting when the engine becomes free are the next batch.
+"""Dynamic batching: the images waiting when the engine has free cores are the next batches.
 
-There is one queue per model, and one thread for all engines, so that two models never compete for the same cores. The
-thread takes its batches itself: a free engine does not wait for the event loop's next turn. There is no timer and no
-polling: a single image starts at once, and batches form while the engine is busy. The order is priority, then deadline,
-then arrival; batch work keeps a share of the turns. Requests whose client has left or whose deadline has passed are
-dropped before a batch is formed.
+There is one queue per model, and the engine has lanes, which are threads that take batches from all queues. Each batch
+takes as many cores as threads compute it, and no more are taken than there are, so that two models never compete for
+the same cores. How many threads that is, the model's layouts say (`service.scheduling.layouts`): all of them for a
+single image, few for each of many. The lanes take their batches themselves: a free one does not wait for the event
+loop's next turn. There is no timer and no polling: a single image starts at once, and batches form while the engine is
+busy. The order is priority, then deadline, then arrival; batch work keeps a share of the turns. If the most urgent
+images need more cores than are free, they are waited for: nothing overtakes. Requests whose client has left or whose
+deadline has passed are dropped before a batch is formed.
 
 A free engine waits for one thing only: images that wait for a decoder. Then every core is busy, a batch of one would
 take a decoder's core at the highest cost per image, and the next image is about to be decoded. See `Queue.holds`.
@@ -15,17 +18,16 @@ Whatever the engine does, each caller of `submit` gets one outcome: of its own i
 
 import asyncio
 import contextlib
-import threading
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import structlog
 
 from service.errors import NotReady
 from service.scheduling.cost import Load
+from service.scheduling.former import BatchFormer
+from service.scheduling.lanes import Lanes, Running
 from service.scheduling.outputs import (
     Output,
     Outputs,
@@ -38,8 +40,8 @@ from service.scheduling.outputs import (
 )
 from service.scheduling.queue import Batch, Entry, Queue
 from service.scheduling.request import RequestState
-from service.scheduling.turns import BATCH_SHARE, Turns
-from service.scheduling.watchdog import Patience, Run, Watchdog, end_process
+from service.scheduling.turns import BATCH_SHARE
+from service.scheduling.watchdog import Patience, Watchdog, end_process
 
 __all__ = ["Batch", "Output", "Outputs", "Pixels", "Queue", "RunBatch", "Scheduler"]
 
@@ -50,20 +52,6 @@ _JOIN_SECONDS = 5.0
 """How long `close` waits for the engine. By then all requests are answered: what still runs is for nobody."""
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Run(Run):
-    """What the engine thread is doing, and who waits for it."""
-
-    entries: Sequence[Entry] = ()
-    job: "Future[Any] | None" = None
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    work: Callable[[], Any]
-    done: "Future[Any]" = field(default_factory=Future)
-
-
 class Scheduler:
     """Start with `start`, stop with `close`; both on the event loop that calls `submit`."""
 
@@ -71,32 +59,28 @@ class Scheduler:
         self,
         load: Load,
         *,
+        cores: int = 1,
         batch_share: float = BATCH_SHARE,
         patience: Patience | None = None,
         leave: Callable[[str], None] = end_process,
     ) -> None:
-        """`load`: that of the machine which decoders and engines share.
+        """`load`: that of the machine which decoders and engines share; `cores`: those for the engines.
 
         `patience` says when the engine counts as hung. If it does not come back, `leave` is called with the reason.
         """
-        self._turns = Turns(batch_share)
+        self._former = BatchFormer(load, batch_share=batch_share, drop=self._drop)
         self.queues: list[Queue] = []
         self.abandoned = False
         """Whether `close` gave up waiting for the engine, whose thread still runs."""
-        self._load, self._clock = load, load.clock
+        self._clock = load.clock
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_batch: Callable[[Batch], None] = lambda _: None
-        # Guards the queues' heaps and the jobs; the engine thread sleeps on it.
-        self._change = threading.Condition()
-        self._jobs: deque[_Job] = deque()
-        self._closing = False
-        self._run: _Run | None = None
-        """What the engine thread is doing; set by that thread alone."""
+        self.lanes = Lanes(cores, self._clock, find=self._next_batch, run_batch=self._run_batch)
+        self._change = self.lanes.change
+        """Guards the queues' heaps too."""
         self._watchdog = Watchdog(
-            patience or Patience(), self._clock, current=lambda: self._run, on_hang=self._give_up, leave=leave
+            patience or Patience(), self._clock, current=lambda: self.lanes.runs, on_hang=self._give_up, leave=leave
         )
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        self._thread.start()
 
     @property
     def hang(self) -> str | None:
@@ -111,8 +95,9 @@ class Scheduler:
     @property
     def overdue_seconds(self) -> float:
         """By how long what the engine is running has exceeded its predicted duration."""
-        run = self._run
-        return max(0.0, self._clock() - run.started - run.predicted) if run and run.predicted is not None else 0.0
+        now = self._clock()
+        predicted = [run.started + run.predicted for run in self.lanes.runs if run.predicted is not None]
+        return max(0.0, now - min(predicted, default=now))
 
     def start(self, on_batch: Callable[[Batch], None] | None = None) -> None:
         """Begin to run batches; `on_batch` is called with each."""
@@ -121,13 +106,10 @@ class Scheduler:
         self._watchdog.start()
 
     async def close(self, *, timeout_seconds: float = _JOIN_SECONDS) -> None:
-        """Stop after the running batch, or without it if it takes too long. Images still waiting are cancelled."""
-        with self._change:
-            self._closing = True
-            self._change.notify_all()
+        """Stop after the running batches, or without them if they take too long. Images still waiting are cancelled."""
+        self.lanes.close()
         self._watchdog.stop()
-        await asyncio.to_thread(self._thread.join, timeout_seconds)
-        self.abandoned = self._thread.is_alive()
+        self.abandoned = not await asyncio.to_thread(self.lanes.join, timeout_seconds)
         if self.abandoned:
             self._give_up("the service has ended, and the engine has not")
         for queue in self.queues:
@@ -135,6 +117,7 @@ class Scheduler:
 
     def add(self, queue: Queue) -> Queue:
         """Serve one more queue."""
+        self.lanes.add(queue.cost.lanes)
         self.queues = [*self.queues, queue]
         return queue
 
@@ -151,19 +134,13 @@ class Scheduler:
         with self._change:
             self._change.notify()
 
-    def on_engine(self, work: Callable[[], T]) -> T:
-        """Call `work` on the engine thread, between batches, and wait for its result. Not from the event loop.
+    def on_engine(self, work: Callable[[], T], *, cores: int | None = None) -> T:
+        """Call `work` on one of the engine's lanes, on so many cores (None: all), and wait for its result.
 
-        Raises NotReady if the engine hangs, or if `work` does.
+        It goes before all batches. Not from the event loop. Raises NotReady if the engine hangs, or if `work` does.
         """
         self.require_engine()
-        job = _Job(work)
-        with self._change:
-            if self._closing:
-                raise RuntimeError("the engine thread has ended")
-            self._jobs.append(job)
-            self._change.notify()
-        result: T = job.done.result()
+        result: T = self.lanes.submit(work, cores or self.lanes.cores).result()
         return result
 
     async def submit(self, queue: Queue, pixels: Pixels, state: RequestState) -> Output:
@@ -189,58 +166,19 @@ class Scheduler:
                 with self._change:
                     queue.discard(entry)
 
-    def _work(self) -> None:
-        """The main loop of the engine thread."""
-        try:
-            while True:
-                with self._change:
-                    while not (self._jobs or self._closing or (found := self._next_batch())):
-                        self._change.wait()
-                    job = self._jobs.popleft() if self._jobs else None
-                    if job is None and self._closing:
-                        return
-                if job is not None:
-                    self._run_job(job)
-                elif found:
-                    self._run_batch(*found)
-        except BaseException:
-            # For the watchdog this is an engine that does not come back.
-            self._run = _Run(what="nothing, because its thread has failed", started=self._clock(), predicted=0.0)
-            log.exception("the engine thread has failed")
-
-    def _run_job(self, job: _Job) -> None:
-        self._run = _Run(
-            what="a job: loading a model, or its proof", started=self._clock(), predicted=None, job=job.done
-        )
-        # The watchdog may have given the waiting thread its answer by then.
-        with contextlib.suppress(InvalidStateError):
-            try:
-                job.done.set_result(job.work())
-            except InvalidStateError:
-                raise
-            except BaseException as error:  # noqa: BLE001 (it is raised in the caller)
-                job.done.set_exception(error)
-        self._run = None
-
-    def _run_batch(self, queue: Queue, batch: list[Entry]) -> None:
-        size = queue.cost.padded(len(batch))
-        started, predicted = self._clock(), queue.cost.seconds(size)
-        queue.running = started, predicted
-        self._run = _Run(
-            what=f"a batch of {len(batch)} of {queue.title}, predicted to take {predicted:.3g} s",
-            started=started,
-            predicted=predicted,
-            entries=batch,
-        )
+    def _run_batch(self, run: Running, queue: Queue, lane: int) -> None:
+        batch, threads = run.entries, run.cores
+        size = queue.cost.padded(len(batch), threads)
         failure: Exception | None = None
         try:
-            outputs = require_shape(queue.run(queue.fill(batch)), model=queue.title, rows=size, classes=queue.classes)
+            pixels = queue.fill(batch, size, lane)
+            outputs = require_shape(queue.run(pixels, threads), model=queue.title, rows=size, classes=queue.classes)
             finite = finite_rows(outputs)
-        except BaseException as error:  # noqa: BLE001 (it is raised in the callers, and the thread goes on)
+        except BaseException as error:  # noqa: BLE001 (it is raised in the callers, and the lane goes on)
             failure = raisable(error)
-        seconds = self._clock() - started
-        report = Batch(queue=queue, images=len(batch), size=size, seconds=seconds, hung=self.hang is not None)
-        queue.running = self._run = None
+        seconds = self._clock() - run.started
+        hung = self.hang is not None
+        report = Batch(queue=queue, images=len(batch), size=size, seconds=seconds, threads=threads, hung=hung)
 
         if failure and len(batch) > 1:
             self._run_again(queue, batch)
@@ -257,13 +195,13 @@ class Scheduler:
                     Output(
                         logits=outputs[0][row],
                         probabilities=outputs[1][row],
-                        queue_ms=(started - entry.since) * 1000,
+                        queue_ms=(run.started - entry.since) * 1000,
                         inference_ms=seconds * 1000,
                     )
                 )
         self._on_loop(self._deliver, batch, results, report)
 
-    def _run_again(self, queue: Queue, batch: list[Entry]) -> None:
+    def _run_again(self, queue: Queue, batch: Sequence[Entry]) -> None:
         """Put the images of a batch that failed back into their queue, to be run each alone."""
         with self._change:
             for entry in batch:
@@ -271,7 +209,7 @@ class Scheduler:
                 if not entry.answer.done():
                     queue.push(entry)
 
-    def _deliver(self, batch: list[Entry], results: list[Output | Exception], report: Batch) -> None:
+    def _deliver(self, batch: Sequence[Entry], results: list[Output | Exception], report: Batch) -> None:
         # The callers first: whatever happens in accounting concerns none of them.
         for entry, result in zip(batch, results, strict=True):
             entry.settle(result)
@@ -282,36 +220,16 @@ class Scheduler:
     def _report(self, report: Batch) -> None:
         try:
             if not report.failed and not report.hung:
-                report.queue.cost.observe(report.size, report.seconds)
+                report.queue.cost.observe(report.size, report.seconds, report.threads)
             self._on_batch(report)
         except Exception:
             log.exception("a batch could not be accounted for", model=report.queue.name)
 
-    def _next_batch(self) -> tuple[Queue, list[Entry]] | None:
-        """The most urgent images, all of one model; None if there is nothing to do now."""
-        if self._loop is None:
-            return None
-        now = self._clock()
-        for queue in self.queues:
-            self._drop(queue.drop_expired(now))
-        ready = [queue for queue in self.queues if len(queue) and not queue.holds(now, self._load)]
-        if not ready:
-            return None
-        batch_first = self._turns.batch_first(
-            interactive_waits=any(queue.waits(batch=False) for queue in ready),
-            batch_waits=any(queue.waits(batch=True) for queue in ready),
-        )
-        for queue in sorted(ready, key=lambda queue: queue.rank(batch_first=batch_first)):
-            batch, expired = queue.pop(now, batch_first=batch_first)
-            self._drop(expired)
-            if batch:
-                return queue, batch
-            # All its images were dropped in the meantime: the next queue takes its turn.
-        return None
+    def _next_batch(self, free: int) -> Running | None:
+        return None if self._loop is None else self._former.next(self.queues, free)
 
     def _drop(self, expired: list[Entry]) -> None:
-        if expired:
-            self._on_loop(_reject, expired)
+        self._on_loop(_reject, expired)
 
     def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call what touches futures on the event loop."""
@@ -322,19 +240,16 @@ class Scheduler:
 
     def _give_up(self, reason: str) -> None:
         """Give all who wait for the engine NotReady: images waiting and running, and jobs. On the event loop."""
-        run = self._run
         with self._change:
             entries = [entry for queue in self.queues for entry in queue.clear()]
-            jobs = [job.done for job in self._jobs]
-            self._jobs.clear()
-        if run is not None:
+            jobs = self.lanes.take_jobs()
+        for run in self.lanes.runs:
             entries += run.entries
             jobs += [run.job] if run.job else []
         for entry in entries:
             entry.settle(NotReady(f"{reason}: nothing was computed for this request, retry"))
         for job in jobs:
-            with contextlib.suppress(InvalidStateError):
-                job.set_exception(NotReady(reason))
+            job.fail(NotReady(reason))
 
 
 def _reject(expired: list[Entry]) -> None:

@@ -1,15 +1,16 @@
-"""The watchdog over the engine thread: what runs there longer than it can need counts as hung.
+"""The watchdog over the engine's lanes: what runs there longer than it can need counts as hung.
 
 While a run hangs, whoever waits for the engine gets NotReady, and so does every new request. If it comes back, the
 service goes on. If it does not, the process ends with an exit status of its own, so that a supervisor starts it again:
-native code cannot be interrupted, and its thread would hold the engine for ever.
+native code cannot be interrupted, and its thread would hold its cores for ever. One lane that hangs is enough: it may
+hold what the others wait for.
 
 Only time counts in which this process ran. A process that was stopped (SIGSTOP, a suspended machine, a paused
 container) finds its engine where it left it.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -43,7 +44,7 @@ class Patience:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Run:
-    """What the engine thread is doing."""
+    """What a lane of the engine is doing."""
 
     what: str
     """For people."""
@@ -60,14 +61,14 @@ def end_process(reason: str) -> None:
 
 
 class Watchdog:
-    """Looks at what the engine thread is doing, from the event loop."""
+    """Looks at what the engine's lanes are doing, from the event loop."""
 
     def __init__(
         self,
         patience: Patience,
         clock: Callable[[], float],
         *,
-        current: Callable[[], Run | None],
+        current: Callable[[], Sequence[Run]],
         on_hang: Callable[[str], None],
         leave: Callable[[str], None] = end_process,
     ) -> None:
@@ -77,10 +78,9 @@ class Watchdog:
         """
         self._patience, self._clock = patience, clock
         self._current, self._on_hang, self._leave = current, on_hang, leave
-        self._run: Run | None = None
-        self._seconds = 0.0
-        """Time that this process had since the run began."""
-        self._hung: tuple[Run, str] | None = None
+        self._seconds: dict[Run, float] = {}
+        """Time that this process had since each run began."""
+        self._hung: dict[Run, str] = {}
         self._looked_at = clock()
         self._interval = min(_TICK_SECONDS, patience.min_seconds / 4)
         self._timer: asyncio.TimerHandle | None = None
@@ -88,10 +88,9 @@ class Watchdog:
     @property
     def hang(self) -> str | None:
         """Why the engine counts as hung; None once it has come back."""
-        # The engine thread may have gone on since the last look.
-        # Read once: it is asked from several threads, and the event loop sets it.
+        # Read once: it is asked from several threads, and the event loop sets it. The lane may have gone on since then.
         hung = self._hung
-        return hung[1] if hung and hung[0] is self._current() else None
+        return next((hung[run] for run in self._current() if run in hung), None) if hung else None
 
     def start(self) -> None:
         """Look at regular intervals, until `stop`. On the event loop."""
@@ -106,28 +105,29 @@ class Watchdog:
 
     def look(self) -> None:
         """Look once."""
-        now, run = self._clock(), self._current()
+        now, runs = self._clock(), self._current()
         # After a pause of the whole process the engine's part of it is unknown: count one interval, twice as long as
         # it should be.
         lived = min(now - self._looked_at, 2 * self._interval)
         self._looked_at = now
-        if run is not self._run:
-            if self._hung is not None:
-                log.warning("the engine has come back", after_seconds=round(self._seconds, 1))
-            self._run, self._hung = run, None
-            self._seconds = 0.0 if run is None else min(now - run.started, lived)
-            return
-        if run is None:
-            return
-        self._seconds += lived
-        limit = self._patience.limit(run.predicted)
-        if self._hung is None and self._seconds > limit:
-            reason = f"the engine has been at {run.what} for over {limit:.3g} s"
-            self._hung = run, reason
+        before = self._seconds
+        self._seconds = {run: before[run] + lived if run in before else min(now - run.started, lived) for run in runs}
+        for run in self._hung:
+            if run not in self._seconds:
+                log.warning("the engine has come back", after_seconds=round(before[run], 1))
+        hung = {run: reason for run, reason in self._hung.items() if run in self._seconds}
+        for run, seconds in self._seconds.items():
+            limit = self._patience.limit(run.predicted)
+            if run in hung:
+                if seconds > limit + self._patience.exit_seconds:
+                    self._leave(f"the engine has been at {run.what} for {seconds:.0f} s")
+            elif seconds > limit:
+                hung[run] = f"the engine has been at {run.what} for over {limit:.3g} s"
+        new = [reason for run, reason in hung.items() if run not in self._hung]
+        self._hung = hung
+        for reason in new:
             log.error("the engine hangs", reason=reason)
             self._on_hang(reason)
-        elif self._hung is not None and self._seconds > limit + self._patience.exit_seconds:
-            self._leave(f"the engine has been at {run.what} for {self._seconds:.0f} s")
 
     def _again(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(self._interval, self._tick)

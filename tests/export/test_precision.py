@@ -23,6 +23,7 @@ from service.engine import Engine, Tuning
 from service.errors import BundleError
 from service.manifest import Precision, labels_sha256
 from service.models.loading import Loader
+from service.models.proof import EngineOptions
 from service.models.verify import check_golden
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
@@ -210,10 +211,8 @@ def test_the_service_serves_them_and_a_batch_of_one_stays_one(models: Path, digi
             for name in listed
         ]
         assert len(set(answers)) == 1
-    scheduler = Scheduler(load := Load())
-    loader = Loader(
-        scheduler, load, device="cpu", threads=1, intra_op_threads=0, max_batch=Settings().max_batch, tuning=Tuning()
-    )
+    options = EngineOptions.of("cpu", threads=1, max_batch=Settings().max_batch, tuning=Tuning())
+    loader = Loader(Scheduler(load := Load()), load, options)
     try:
         limits = {folder.name: loader.load(folder / "1").queue.cost.limit for folder in models.iterdir()}
     finally:

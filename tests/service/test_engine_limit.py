@@ -36,7 +36,7 @@ def test_rates_are_positive_and_the_batch_size_is_the_fastest_tried(limit: Engin
     assert limit.decode_images_per_second > 0
     assert all(rate > 0 for rate in (*by_size.values(), *alone.values()))
     assert (limit.model, limit.version, limit.device) == (MODEL, 1, "cpu")
-    assert limit.intra_op_threads in (1, 2), "whichever was faster"
+    assert (limit.intra_op_threads, limit.engine_lanes) in ((1, 2), (2, 1)), "whichever was faster"
     assert (limit.decode_threads, limit.images) == (1, 3)
 
 

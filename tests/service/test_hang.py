@@ -38,10 +38,10 @@ class Held:
         self._queue.run = self._wait
         self.at_work, self.free = threading.Event(), threading.Event()
 
-    def _wait(self, images: Pixels) -> Outputs:
+    def _wait(self, images: Pixels, threads: int) -> Outputs:
         self.at_work.set()
         assert self.free.wait(PATIENCE_SECONDS)
-        return self._run(images)
+        return self._run(images, threads)
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_while_the_engine_hangs_probes_the_index_and_requests_say_so(client: Tes
 
         def look() -> bool:
             # As if the batch had been running for longer than any may.
-            watchdog._seconds = 6000
+            watchdog._seconds = dict.fromkeys(watchdog._seconds, 6000)
             watchdog.look()
             return watchdog.hang is not None
 

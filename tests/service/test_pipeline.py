@@ -156,8 +156,8 @@ def test_nothing_stays_behind_whatever_fails_beneath(
     decode_well, engine_does = iter(decoders), iter(engine)
     run = model.queue.run
 
-    def faulty_run(images: Pixels) -> Any:
-        logits, probabilities = run(images)
+    def faulty_run(images: Pixels, threads: int) -> Any:
+        logits, probabilities = run(images, threads)
         match next(engine_does, "right"):
             case "raises":
                 raise RuntimeError("planted")

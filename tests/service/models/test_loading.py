@@ -32,16 +32,13 @@ def make_loader() -> Iterator[MakeLoader]:
     """Makes loaders, and ends what they started."""
     made: list[Loader] = []
 
-    def make(*, memory_bytes: int = 0, timeout_seconds: float = 300) -> Loader:
-        scheduler = Scheduler(load := Load())
+    def make(*, threads: int = 1, memory_bytes: int = 0, timeout_seconds: float = 300) -> Loader:
+        options = EngineOptions.of("cpu", threads=threads, max_batch=2, tuning=Tuning())
+        scheduler = Scheduler(load := Load(), cores=options.cores)
         loader = Loader(
             scheduler,
             load,
-            device="cpu",
-            threads=1,
-            intra_op_threads=0,
-            max_batch=2,
-            tuning=Tuning(),
+            options,
             memory_bytes=memory_bytes,
             timeout_seconds=timeout_seconds,
         )
@@ -65,18 +62,19 @@ def test_a_version_that_was_proven_is_loaded_and_its_memory_is_known(make_loader
 
 @pytest.mark.parametrize(("threads", "intra_op_threads"), [(1, 0), (2, 0), (2, 2)])
 def test_a_proof_chooses_threads_and_batch_sizes(threads: int, intra_op_threads: int, tmp_path: Path) -> None:
-    options = EngineOptions(
-        device="cpu",
-        number=0,
+    options = EngineOptions.of(
+        "cpu",
         threads=threads,
         intra_op_threads=intra_op_threads,
         max_batch=4,
         tuning=Tuning(allow_spinning=False),
     )
-    proof = prove(publish_identity(tmp_path, work=4), options)
-    assert proof.threads in ({intra_op_threads} if intra_op_threads else {1, threads})
-    assert set(proof.seconds) <= {1, 2, 4}
-    assert min(proof.seconds) == 1
+    proof = prove(publish_identity(tmp_path, work=4), options, tmp_path)
+    for layout in proof.layouts:
+        assert layout.threads in ({intra_op_threads} if intra_op_threads else {1, threads})
+        assert layout.lanes * layout.threads <= options.cores
+        assert set(layout.sizes) <= {1, 2, 4}
+        assert min(layout.sizes) == 1
     assert proof.peak_bytes >= proof.weights_bytes + proof.arena_bytes
 
 
@@ -204,7 +202,7 @@ def test_what_fails_in_the_serving_process_leaves_no_engine_open(
     monkeypatch.setattr(loading, "verify_golden", differ)
     with pytest.raises(BundleError, match="outputs differ here"):
         make_loader().load(publish_identity(tmp_path))
-    assert closed == ["engine"]
+    assert closed == ["engine-0"]
 
 
 @pytest.mark.slow

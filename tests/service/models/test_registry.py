@@ -230,7 +230,7 @@ def test_an_engine_that_cannot_be_closed_keeps_no_other_from_being_retired(error
 
     async def scenario(classifier: Pipeline) -> None:
         for model in classifier.registry.serving("identity-a"):
-            model.engine.close = fail  # type: ignore[method-assign]
+            model.engines.close = fail  # type: ignore[method-assign]
         await classifier.registry.unload("identity-a")
         assert states(classifier) == {("identity-a", 1): "unavailable", ("identity-a", 2): "unavailable"}
         assert classifier.scheduler.queues == []

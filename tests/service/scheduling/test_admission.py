@@ -9,6 +9,7 @@ import pytest
 from service.errors import Overloaded
 from service.scheduling.admission import Admission, Place
 from service.scheduling.cost import Cost, Load
+from service.scheduling.lanes import Running
 from service.scheduling.loop_lag import LoopLag
 from service.scheduling.request import Priority, RequestState
 from service.scheduling.room import Room
@@ -19,7 +20,7 @@ HALF_A_SECOND = 1_000_000
 """Work of decoding, in pixels, on a machine that takes 500 ns for each."""
 
 
-def no_engine(_: object) -> tuple[np.ndarray, np.ndarray]:
+def no_engine(_: object, threads: int) -> tuple[np.ndarray, np.ndarray]:
     raise AssertionError("nothing is run here")
 
 
@@ -38,7 +39,7 @@ class World:
         self.clock = Clock()
         self.load = Load(seconds_per_pixel=5e-7, clock=self.clock)
         self.queue = Queue("ten-ms", no_engine, Cost({1: 0.010}, self.load))
-        scheduler = Scheduler(self.load)
+        self.scheduler = scheduler = Scheduler(self.load)
         scheduler.add(self.queue)
         self.places = ExitStack()
         self.lag = LoopLag(self.clock)
@@ -199,7 +200,8 @@ def test_a_request_that_is_still_being_sent_takes_nobody_s_room() -> None:
 def test_the_running_batch_is_ahead_of_everybody_but_not_what_it_has_done() -> None:
     world = World()
     world.accept(1, priority="batch")
-    world.queue.running = (world.clock.now - 4.0, 10.0)
+    run = Running(what="", started=world.clock.now - 4.0, predicted=10.0, device_seconds=10.0)
+    world.scheduler.lanes.runs = (run,)
     assert world.predict() == pytest.approx(6.010), "6 s are left of it, and 10 ms are its own"
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.scheduling.cost import Cost, Load, candidate_sizes, worthwhile_sizes
+from service.scheduling.cost import Cost, Load, Plan, candidate_sizes, worthwhile_sizes
 from tests.service.conftest import Clock
 
 
@@ -29,10 +29,10 @@ def test_a_batch_is_padded_to_the_next_warmed_up_size_and_never_beyond_the_limit
 
 def test_a_batch_is_split_where_padding_costs_more_than_a_second_batch() -> None:
     dear = Cost({1: 0.010, 2: 0.020, 4: 0.040, 8: 0.080}, Load())
-    assert dear.take(5) == 4
+    assert dear.plan(5, free=1) == Plan(4, threads=1)
     cheap = Cost({1: 0.010, 2: 0.011, 4: 0.012, 8: 0.013}, Load())
-    assert cheap.take(5) == 5
-    assert cheap.take(100) == 8
+    assert cheap.plan(5, free=1) == Plan(5, threads=1)
+    assert cheap.plan(100, free=1) == Plan(8, threads=1)
 
 
 def test_the_total_time_is_that_of_the_batches_as_they_would_be_formed() -> None:
@@ -47,9 +47,10 @@ def test_the_total_time_is_that_of_the_batches_as_they_would_be_formed() -> None
 )
 def test_whatever_the_timings_a_batch_is_never_empty_nor_too_large(baseline: dict[int, float], waiting: int) -> None:
     cost = Cost(baseline, Load())
-    taken = cost.take(waiting)
-    assert 1 <= taken <= min(waiting, cost.limit)
-    assert cost.padded(taken) in baseline
+    plan = cost.plan(waiting, free=1)
+    assert plan
+    assert 1 <= plan.images <= min(waiting, cost.limit)
+    assert cost.padded(plan.images) in baseline
     assert cost.total(waiting) > 0
 
 

@@ -279,7 +279,7 @@ def test_an_image_that_cannot_be_in_time_is_not_decoded_any_more() -> None:
 def test_an_image_whose_header_hides_its_size_leaves_the_lane_for_small_ones() -> None:
     preprocessing = Preprocessing(resize=8, crop=8, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1))
     load = Load()
-    queue = Queue("any", lambda _: (_, _), Cost({1: 0.01}, load))  # type: ignore[arg-type,return-value]
+    queue = Queue("any", lambda _, threads: (_, _), Cost({1: 0.01}, load))  # type: ignore[arg-type,return-value]
     names: list[str] = []
 
     async def scenario() -> None:
@@ -323,7 +323,7 @@ def test_decoding_is_counted_in_the_backlog_in_the_lane_of_each_image() -> None:
     ticks = iter(range(1000))
     load = Load(clock=lambda: float(next(ticks)))
     scheduler = Scheduler(load)
-    queue = Queue("any", lambda _: (_, _), Cost({1: 0.01}, Load()))  # type: ignore[arg-type,return-value]
+    queue = Queue("any", lambda _, threads: (_, _), Cost({1: 0.01}, Load()))  # type: ignore[arg-type,return-value]
 
     async def scenario() -> None:
         pool = DecodePool(scheduler, load, rules=ImageRules(max_pixels=10_000_000))

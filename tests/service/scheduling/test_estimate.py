@@ -10,6 +10,7 @@ import pytest
 from service.errors import Overloaded
 from service.scheduling.admission import Admission, Place
 from service.scheduling.cost import LARGE_WORK, Cost, Load
+from service.scheduling.lanes import Running
 from service.scheduling.loop_lag import LoopLag
 from service.scheduling.request import Key, RequestState
 from service.scheduling.room import Room
@@ -40,7 +41,7 @@ class Machine:
         self.load = Load(decode_threads=2, seconds_per_pixel=SECONDS_PER_PIXEL, clock=self.clock)
         self.true_seconds_per_pixel = true_seconds_per_pixel
         self.queue = Queue("simulated", no_engine, Cost(BATCHES, self.load))
-        scheduler = Scheduler(self.load)
+        self.scheduler = scheduler = Scheduler(self.load)
         scheduler.add(self.queue)
         room = Room(max_images=10_000, max_bytes=10**9)
         self.admission = Admission(scheduler, self.load, room, margin=0.8, batch_share=0.1, lag=LoopLag(self.clock))
@@ -76,10 +77,14 @@ class Machine:
                 image = heapq.heappop(waiting)
                 self.at(image.work * self.true_seconds_per_pixel, ("decoded", image))
         if self.engine_is_free and self.decoded:
-            taken = self.queue.cost.take(min(len(self.decoded), self.queue.cost.limit))
+            plan = self.queue.cost.plan(len(self.decoded), free=1)
+            assert plan
+            taken = plan.images
             images = [heapq.heappop(self.decoded) for _ in range(taken)]
             seconds = self.queue.cost.seconds(self.queue.cost.padded(taken))
-            self.engine_is_free, self.queue.running = False, (self.clock.now, seconds)
+            self.engine_is_free = False
+            run = Running(what="", started=self.clock.now, predicted=seconds, device_seconds=seconds)
+            self.scheduler.lanes.runs = (run,)
             self.at(seconds, ("answered", images))
 
     def happen(self, event: object) -> None:
@@ -90,7 +95,7 @@ class Machine:
                 self.queue.backlog.decoded(image.state, image.work)
                 heapq.heappush(self.decoded, image)
             case ("answered", list() as images):
-                self.engine_is_free, self.queue.running = True, None
+                self.engine_is_free, self.scheduler.lanes.runs = True, ()
                 for image in images:
                     self.queue.backlog.answered(image.state)
                     place, since, left = self.open[image.state]

@@ -89,7 +89,7 @@ def test_outputs_of_a_wrong_shape_are_a_fault_of_the_model_and_free_their_caller
         async with running() as (scheduler, queue, echo):
             queue.classes = 2
             right = queue.run
-            queue.run = lambda images: WRONG[kind](right(images)[0])
+            queue.run = lambda images, threads: WRONG[kind](right(images, threads)[0])
             first = await while_busy(scheduler, queue, echo)
             tasks = [asyncio.create_task(answer(scheduler, queue, number)) for number in (1, 2)]
             await until(lambda: images_waiting(scheduler) == 2)
@@ -113,8 +113,8 @@ def test_a_row_that_is_not_finite_fails_its_own_image_and_no_other(value: float,
         async with running() as (scheduler, queue, echo):
             right = queue.run
 
-            def run(images: Pixels) -> Any:
-                outputs = [array.copy() for array in right(images)]
+            def run(images: Pixels, threads: int) -> Any:
+                outputs = [array.copy() for array in right(images, threads)]
                 outputs[output][outputs[0][:, 0] == GUILTY, 1] = value
                 return outputs
 
@@ -134,7 +134,7 @@ def test_an_exception_that_would_end_a_loop_is_an_error_of_the_callers(error: Ba
     async def scenario() -> None:
         async with running() as (scheduler, queue, _):
 
-            def run(_: Pixels) -> Any:
+            def run(_: Pixels, threads: int) -> Any:
                 raise error
 
             right, queue.run = queue.run, run
@@ -229,8 +229,8 @@ class Chaos:
     def __init__(self, plan: list[str]) -> None:
         self.echo, self._plan = Echo(), iter(plan)
 
-    def run(self, images: Pixels) -> Any:
-        logits = self.echo.run(images)[0]
+    def run(self, images: Pixels, threads: int) -> Any:
+        logits = self.echo.run(images, threads)[0]
         what = next(self._plan, "right")
         if what == "raises":
             raise RuntimeError("planted")

@@ -28,7 +28,7 @@ class Echo:
         self.started = threading.Event()
         self.fail_on: int | None = None
 
-    def run(self, images: Pixels) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    def run(self, images: Pixels, threads: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Logits [id, -id]. Black rows are padding: ids begin at 1."""
         self.started.set()
         assert self.free.wait(60)

@@ -26,7 +26,11 @@ class World:
         self.hangs: list[str] = []
         self.left: list[str] = []
         self.dog = Watchdog(
-            PATIENCE, self.clock, current=lambda: self.run, on_hang=self.hangs.append, leave=self.left.append
+            PATIENCE,
+            self.clock,
+            current=lambda: (self.run,) if self.run else (),
+            on_hang=self.hangs.append,
+            leave=self.left.append,
         )
 
     def begin(self, predicted: float | None) -> None:
@@ -79,10 +83,10 @@ def test_a_look_while_another_thread_asks_does_not_disturb_the_answer() -> None:
     world.live(25)
     reason, run = world.dog.hang, world.run
 
-    def current() -> Run | None:
+    def current() -> tuple[Run, ...]:
         # As if the event loop looked just now, and the engine had come back.
-        world.dog._hung = None
-        return run
+        world.dog._hung = {}
+        return (run,) if run else ()
 
     world.dog._current = current
     assert world.dog.hang == reason
@@ -143,7 +147,7 @@ def test_while_the_engine_hangs_all_who_wait_for_it_get_not_ready_and_later_ones
         waiting = [asyncio.create_task(answer(scheduler, queue, number)) for number in (1, 2)]
         await until(lambda: images_waiting(scheduler) == 2)
         job = asyncio.create_task(asyncio.to_thread(scheduler.on_engine, lambda: None))
-        await until(lambda: bool(scheduler._jobs))
+        await until(lambda: bool(scheduler.lanes._jobs))
         stuck.live(10)
         assert scheduler.hang is None
         stuck.live(2)
@@ -176,7 +180,7 @@ def test_a_job_that_hangs_is_noticed_as_a_batch_is() -> None:
         stuck.start()
         end = threading.Event()
         job = asyncio.create_task(asyncio.to_thread(stuck.scheduler.on_engine, end.wait))
-        await until(lambda: stuck.scheduler._run is not None)
+        await until(lambda: bool(stuck.scheduler.lanes.runs))
         waiting = asyncio.create_task(answer(stuck.scheduler, stuck.queue, 1))
         await until(lambda: images_waiting(stuck.scheduler) == 1)
         stuck.live(122)
@@ -201,14 +205,14 @@ def test_closing_does_not_wait_for_an_engine_that_hangs() -> None:
         running = await while_busy(stuck.scheduler, stuck.queue, stuck.echo)
         waiting = asyncio.create_task(answer(stuck.scheduler, stuck.queue, 1))
         job = asyncio.create_task(asyncio.to_thread(stuck.scheduler.on_engine, lambda: None))
-        await until(lambda: bool(images_waiting(stuck.scheduler) and stuck.scheduler._jobs))
+        await until(lambda: bool(images_waiting(stuck.scheduler) and stuck.scheduler.lanes._jobs))
         await stuck.scheduler.close(timeout_seconds=0.01)
         assert stuck.scheduler.abandoned
         for task in (running, waiting, job):
             with pytest.raises(NotReady, match="the service has ended"):
                 await task
         stuck.echo.free.set()
-        await asyncio.to_thread(stuck.scheduler._thread.join)
+        await asyncio.to_thread(stuck.scheduler.lanes.join, 60)
 
     with capture_logs():
         drive(scenario)
@@ -220,12 +224,12 @@ def test_an_engine_thread_that_has_failed_counts_as_hung() -> None:
         stuck.start()
         stuck.queue.holds = lambda *_: 1 / 0  # type: ignore[method-assign,assignment]
         waiting = asyncio.create_task(stuck.scheduler.submit(stuck.queue, image(1), state()))
-        await asyncio.to_thread(stuck.scheduler._thread.join)
+        await asyncio.to_thread(stuck.scheduler.lanes.join, 60)
         stuck.live(12)
-        with pytest.raises(NotReady, match="its thread has failed"):
+        with pytest.raises(NotReady, match="a lane has failed"):
             await waiting
         stuck.live(30)
-        assert "its thread has failed" in stuck.left[0]
+        assert "a lane has failed" in stuck.left[0]
         await stuck.scheduler.close()
 
     with capture_logs():

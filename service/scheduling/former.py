@@ -1,0 +1,58 @@
+"""Forms batches: which images are computed next, with how many threads."""
+
+from collections.abc import Callable, Sequence
+
+from service.scheduling.cost import Load
+from service.scheduling.lanes import Running
+from service.scheduling.queue import Entry, Queue
+from service.scheduling.turns import Turns
+
+
+class BatchFormer:
+    """Takes batches out of queues. Not safe for threads: the lock that guards the queues guards it."""
+
+    def __init__(self, load: Load, *, batch_share: float, drop: Callable[[list[Entry]], None]) -> None:
+        """`drop` gets images that nobody waits for any more, or that are too late."""
+        self._load, self._turns, self._drop = load, Turns(batch_share), drop
+
+    def next(self, queues: Sequence[Queue], free: int) -> Running | None:
+        """The most urgent images, all of one model; None if there is nothing to do now, or too few cores are free."""
+        now = self._load.clock()
+        for queue in queues:
+            self._drop_if_any(queue.drop_expired(now))
+        ready = [queue for queue in queues if len(queue) and not queue.holds(now, self._load)]
+        if not ready:
+            return None
+        batch_first = self._turns.batch_first(
+            interactive_waits=any(queue.waits(batch=False) for queue in ready),
+            batch_waits=any(queue.waits(batch=True) for queue in ready),
+        )
+        # Those that will be decoded soon want cores too, as if they waited already.
+        waiting = sum(len(queue) for queue in ready) + sum(queue.backlog.in_decoding for queue in queues)
+        for queue in sorted(ready, key=lambda queue: queue.rank(batch_first=batch_first)):
+            plan = queue.cost.plan(len(queue), free=free, elsewhere=waiting - len(queue))
+            if plan is None:
+                return None
+            batch, expired = queue.pop(plan.images, now, batch_first=batch_first)
+            self._drop_if_any(expired)
+            if batch:
+                return self._run(queue, batch, plan.threads, now)
+            # All its images were dropped in the meantime: the next queue takes its turn.
+        return None
+
+    def _run(self, queue: Queue, batch: list[Entry], threads: int, now: float) -> Running:
+        cost = queue.cost
+        seconds = cost.seconds(cost.padded(len(batch), threads), threads)
+        return Running(
+            what=f"a batch of {len(batch)} of {queue.title}, predicted to take {seconds:.3g} s",
+            started=now,
+            predicted=seconds,
+            cores=threads,
+            device_seconds=min(seconds, cost.total(len(batch))),
+            queue=queue,
+            entries=batch,
+        )
+
+    def _drop_if_any(self, expired: list[Entry]) -> None:
+        if expired:
+            self._drop(expired)

@@ -1,0 +1,166 @@
+"""The engine's lanes: threads that run batches and jobs, and the cores that they take meanwhile."""
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from service.scheduling.queue import Entry, Queue
+from service.scheduling.watchdog import Run
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Running(Run):
+    """What a lane is doing, and who waits for it."""
+
+    cores: int = 1
+    """Taken until it ends."""
+    device_seconds: float = 0.0
+    """What it was predicted to cost the device, of which it is a part while other lanes work."""
+    queue: Queue | None = None
+    entries: Sequence[Entry] = ()
+    job: "Job | None" = None
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """Work for the engine that is no batch."""
+
+    work: Callable[[], Any]
+    cores: int
+    done: "Future[Any]" = field(default_factory=Future)
+
+    def run(self) -> None:
+        """Do it, and give its result or its error to the caller."""
+        # The watchdog may have given the caller an answer by then.
+        with contextlib.suppress(InvalidStateError):
+            try:
+                self.done.set_result(self.work())
+            except InvalidStateError:
+                raise
+            except BaseException as error:  # noqa: BLE001 (it is raised in the caller)
+                self.done.set_exception(error)
+
+    def fail(self, error: Exception) -> None:
+        """Give the caller an error, unless it has an answer."""
+        with contextlib.suppress(InvalidStateError):
+            self.done.set_exception(error)
+
+
+class Lanes:
+    """Threads that take what is to run next as soon as enough cores are free. Jobs go before batches."""
+
+    def __init__(
+        self,
+        cores: int,
+        clock: Callable[[], float],
+        *,
+        find: Callable[[int], Running | None],
+        run_batch: Callable[[Running, Queue, int], None],
+    ) -> None:
+        """`find` gives the next batch for so many free cores, if there is one, and is called while `change` is held.
+
+        `run_batch` runs one on the lane of the number, and must not raise.
+        """
+        self.cores, self._clock = cores, clock
+        self._find, self._run_batch = find, run_batch
+        self.change = threading.Condition()
+        """Guards whatever `find` reads, the jobs and `runs`; lanes without work sleep on it."""
+        self.runs: tuple[Running, ...] = ()
+        """What the lanes are doing; replaced by them, and read anywhere."""
+        self._jobs: deque[Job] = deque()
+        self._threads: list[threading.Thread] = []
+        self._closing = False
+        self.add(1)
+
+    @property
+    def free_cores(self) -> int:
+        """Cores that no batch and no job takes."""
+        return self.cores - sum(run.cores for run in self.runs)
+
+    def add(self, number: int) -> None:
+        """Start as many lanes as are missing to the number, or to the number of cores."""
+        with self.change:
+            for lane in range(len(self._threads), min(number, self.cores)):
+                thread = threading.Thread(target=self._work, args=(lane,), name=f"engine-{lane}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def submit(self, work: Callable[[], Any], cores: int) -> "Future[Any]":
+        """The result of `work`, which is called on a lane. Raises RuntimeError once the lanes have ended."""
+        job = Job(work, min(cores, self.cores))
+        with self.change:
+            if self._closing:
+                raise RuntimeError("the engine has ended")
+            self._jobs.append(job)
+            self.change.notify()
+        return job.done
+
+    def take_jobs(self) -> list[Job]:
+        """Take out the jobs that have not begun. `change` must be held."""
+        jobs = list(self._jobs)
+        self._jobs.clear()
+        return jobs
+
+    def close(self) -> None:
+        """Let the lanes end after what they are running."""
+        with self.change:
+            self._closing = True
+            self.change.notify_all()
+
+    def join(self, timeout_seconds: float) -> bool:
+        """Wait for their end: whether all have ended in time. Blocks."""
+        end = time.monotonic() + timeout_seconds
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _work(self, lane: int) -> None:
+        """The main loop of a lane."""
+        run: Running | None = None
+        try:
+            while run := self._next(run):
+                if run.job:
+                    run.job.run()
+                elif run.queue is not None:
+                    self._run_batch(run, run.queue, lane)
+        except BaseException:
+            # For the watchdog this is a lane that does not come back.
+            with self.change:
+                self.runs += (Running(what="nothing, because a lane has failed", started=self._clock(), predicted=0.0),)
+            log.exception("a lane of the engine has failed")
+
+    def _next(self, done: Running | None) -> Running | None:
+        """End a run, wait for the next one and begin it; None if there will be none."""
+        with self.change:
+            if done:
+                self.runs = tuple(run for run in self.runs if run is not done)
+            while not (run := self._next_job() if self._jobs else self._next_batch()):
+                if self._closing:
+                    return None
+                self.change.wait()
+            self.runs += (run,)
+            if self.free_cores:
+                # There may be work for another lane.
+                self.change.notify()
+            return run
+
+    def _next_job(self) -> Running | None:
+        # Until there are cores for it, no batch begins: it would never have its turn.
+        if self._jobs[0].cores > self.free_cores:
+            return None
+        job = self._jobs.popleft()
+        what = "a job: loading a model, or its proof"
+        return Running(what=what, started=self._clock(), predicted=None, cores=job.cores, job=job)
+
+    def _next_batch(self) -> Running | None:
+        free = self.free_cores
+        return self._find(free) if free and not self._closing else None
