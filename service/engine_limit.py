@@ -133,8 +133,11 @@ def measure_engine_limit(settings: Settings, name: str, images: list[bytes], *, 
         # Forwards and backwards, so that interference of a moment does not hit one size alone.
         rates = [(size, pipeline(batch=size, seconds=trial_seconds)) for size in (*sizes, *reversed(sizes))]
         together = {size: sum(rate for other, rate in rates if other == size) / 2 for size in sizes}
-        trials.append((max(together.values()), threads, lanes, pipeline, alone, together))
-    _, threads, lanes, pipeline, alone, together = max(trials, key=lambda trial: trial[0])
+        trials.append((max(together.values()), threads, lanes, alone, together))
+        engine.close()
+    _, threads, lanes, alone, together = max(trials, key=lambda trial: trial[0])
+    engine = options.open(bundle.model_path, threads, packed=False)
+    pipeline = partial(_pipeline_rate, engine, decode_one, images, decode_threads=decode_threads, lanes=lanes)
     batch_size = max(together, key=lambda size: together[size])
     return EngineLimit(
         model=name,

@@ -1,4 +1,6 @@
-"""The queue that no server can beat: first come, first served, by lanes that each take the same time for an image.
+"""An ideal queue: first come, first served, by lanes that each take the same time for an image, without other costs.
+
+A server of the same throughput can only be better if it computes a lone image with more threads than one of many.
 
 Of the M/D/c family: with Poisson arrivals and one lane it is M/D/1. Latencies follow from the arrivals by the recursion
 of Kiefer and Wolfowitz (1955), so that a server can be compared with the ideal of the very arrivals that it got.

@@ -10,6 +10,8 @@ that is removed once they are open, see `service.engine.pack`.
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from tempfile import TemporaryDirectory
 import structlog
 
 from service.bundle import Bundle, content_digest, read_bundle
-from service.engine import Engine, pack, packed_in
+from service.engine import Engine, packed_in
 from service.engine_timer import time_runs
 from service.errors import BundleError, NotNow
 from service.host import memory_left_bytes, resident_bytes
@@ -70,10 +72,12 @@ class Loader:
             if device not in manifest.devices:
                 raise BundleError(f"{folder}: made for {', '.join(manifest.devices)}, not for {device}")
             self._require(folder, *_expected_bytes(bundle))
-            with TemporaryDirectory(prefix="stridevit-") as scratch:
-                proof = self._proof(bundle, Path(scratch))
+            with _scratch() as scratch:
+                proof = self._proof(bundle, scratch)
                 self._require(folder, proof.peak_bytes, "measured")
-                engines, layouts = self._open(bundle, proof, Path(scratch))
+                engines, layouts = self._open(bundle, proof, scratch)
+        if proof.note:
+            log.warning("one layout only", model=manifest.name, version=bundle.version, reason=proof.note)
         log.info(
             "model ready",
             model=manifest.name,
@@ -122,33 +126,36 @@ class Loader:
                 needed_bytes=needed,
             )
 
-    def _proof(self, bundle: Bundle, scratch: Path) -> Proof:
+    def _proof(self, bundle: Bundle, scratch: Path | None) -> Proof:
         key, digest = (bundle.manifest.name, bundle.version), content_digest(bundle.folder)
         known = self._proofs.pop(key, None)
-        if known is not None and known.digest == digest:
-            proof = known
-        else:
+        if known is not None and known.digest != digest:
+            known = None
+        proof = known
+        if proof is None or len(proof.layouts) > 1:
             # A GPU's driver maps more memory than there is.
             limit = self.memory_left() if self._options.device == "cpu" else None
-            proof = self._prover.prove(bundle.folder, scratch, memory_bytes=limit)
+            proof = self._prover.prove(bundle.folder, scratch, memory_bytes=limit, known=known)
             if proof.digest != digest:
                 raise NotNow(f"{bundle.folder}: was changed while it was loaded")
-        self._proofs[key] = proof
+        if not proof.note:
+            # Else there may be more room the next time.
+            self._proofs[key] = proof
         return proof
 
-    def _open(self, bundle: Bundle, proof: Proof, scratch: Path) -> tuple[Engines, tuple[Layout, ...]]:
+    def _open(self, bundle: Bundle, proof: Proof, scratch: Path | None) -> tuple[Engines, tuple[Layout, ...]]:
         """Engines that are warmed up, and their layouts as timed here."""
-        model, packed = bundle.model_path, len(proof.layouts) > 1
+        packed = packed_in(scratch) if scratch and len(proof.layouts) > 1 else None
+        layouts = proof.layouts if packed else proof.layouts[:1]
         on_engine, opened = self._scheduler.on_engine, dict[int, Engine]()
         engines = Engines(bundle, opened)
         try:
-            if packed:
-                # They are not there if it was proven earlier.
-                model = packed_in(scratch) or pack(model, scratch)
-            for layout in proof.layouts:
-                opened[layout.threads] = self._options.open(model, layout.threads, packed=packed)
+            for layout in layouts:
+                opened[layout.threads] = self._options.open(
+                    packed or bundle.model_path, layout.threads, packed=packed is not None
+                )
                 self._warm_up(bundle, engines, layout)
-            return engines, tuple(self._timed(bundle, engines, layout) for layout in proof.layouts)
+            return engines, tuple(self._timed(bundle, engines, layout) for layout in layouts)
         except BaseException:
             self._proofs.pop((bundle.manifest.name, bundle.version), None)
             try:
@@ -179,6 +186,18 @@ class Loader:
                 # Else the lanes have to be timed together.
                 seconds[size] = min(seconds[size], *runs)
         return replace(layout, seconds=seconds)
+
+
+@contextmanager
+def _scratch() -> Iterator[Path | None]:
+    """A folder for the time of a load; None where there can be none."""
+    try:
+        folder = TemporaryDirectory(prefix="stridevit-", ignore_cleanup_errors=True)
+    except OSError:  # nowhere to write to
+        yield None
+        return
+    with folder as name:
+        yield Path(name)
 
 
 def _expected_bytes(bundle: Bundle) -> tuple[int, str]:

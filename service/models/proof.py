@@ -15,6 +15,7 @@ from threading import Barrier
 from service.bundle import Bundle, content_digest, read_bundle
 from service.engine import Device, Engine, Tuning, pack, resolve_device
 from service.engine_timer import time_runs
+from service.errors import EngineError
 from service.host import peak_bytes, pss_bytes, reset_peak, resident_bytes
 from service.models.engines import Engines, blank
 from service.models.verify import verify_golden
@@ -70,6 +71,9 @@ class EngineOptions:
         if tuning.tensorrt_cache is not None:
             # The process that proves a bundle has another current folder.
             tuning = replace(tuning, tensorrt_cache=tuning.tensorrt_cache.absolute())
+        if tuning.cuda_graphs:
+            # A graph that is replayed twice at once would write into the same buffers.
+            max_lanes = 1
         return cls(
             device=kind,
             number=number,
@@ -111,29 +115,52 @@ class Proof:
     """Growth beyond that by the largest batches of all lanes."""
     peak_bytes: int
     """Largest growth at any moment, while it was loaded included."""
+    note: str = ""
+    """Why only one layout was tried, if others could have been."""
 
 
-def prove(folder: Path, options: EngineOptions, scratch: Path) -> Proof:
+def prove(folder: Path, options: EngineOptions, scratch: Path | None, *, known: Proof | None = None) -> Proof:
     """Read, load, verify and time the bundle in `folder`. Raises BundleError or EngineError.
 
-    If more than one layout pays, their common weights are in `scratch` afterwards, packed.
+    If more than one layout pays, their common weights are in `scratch` afterwards, packed. Without such a folder, or
+    without room in it, only one layout is tried. `known`: an earlier proof of the same content, of which only the
+    packed weights are missing.
     """
     bundle = read_bundle(folder)
     digest = content_digest(folder)
     before, has_peak = _memory_bytes(), _reset_peak()
-    packed = len(options.candidates()) > 1
-    model = pack(bundle.model_path, scratch) if packed else bundle.model_path
+    model, note = bundle.model_path, ""
+    if len(options.candidates()) > 1:
+        try:
+            model = _packed(bundle, options, scratch)
+            if known:
+                return known
+        except (EngineError, OSError) as error:
+            note = str(error)
+            options = replace(options, intra_op_threads=options.threads)
+    packed = model != bundle.model_path
     layouts, weights = _layouts(bundle, model, options, packed=packed)
     peak = peak_bytes() - before if has_peak else 0
     arena = _arena_bytes(bundle, model, layouts, options, packed=packed)
     return Proof(
         digest=digest,
+        note=note,
         layouts=layouts,
         weights_bytes=weights,
         arena_bytes=arena,
-        # Packed weights were packed, and other layouts tried, by this process only.
-        peak_bytes=weights + arena if packed else max(peak, weights + arena),
+        # Packed weights are mapped as they are; a graph has to be read, optimised and packed.
+        peak_bytes=weights + arena if len(layouts) > 1 else max(peak, weights + arena),
     )
+
+
+def _packed(bundle: Bundle, options: EngineOptions, scratch: Path | None) -> Path:
+    """The model with packed weights in a file that can be loaded. Raises EngineError or OSError."""
+    if scratch is None:
+        raise FileNotFoundError("there is no folder for temporary files: set TMPDIR to one that can be written to")
+    model = pack(bundle.model_path, scratch)
+    # A disk that is full may leave an incomplete file.
+    options.open(model, 1, packed=True).close()
+    return model
 
 
 def _layouts(bundle: Bundle, model: Path, options: EngineOptions, *, packed: bool) -> tuple[tuple[Layout, ...], int]:
@@ -259,7 +286,12 @@ def _together(engine: Engine, images: Pixels, *, lanes: int, repeats: int = 1) -
 
     def run_all() -> None:
         with ThreadPoolExecutor(lanes) as pool:
-            for lane in [pool.submit(run) for _ in range(lanes)]:
-                lane.result()
+            try:
+                for lane in [pool.submit(run) for _ in range(lanes)]:
+                    lane.result()
+            except BaseException:
+                # Those that have come wait for the others, which may never have been started.
+                barrier.abort()
+                raise
 
     return run if lanes == 1 else run_all

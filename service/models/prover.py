@@ -40,15 +40,19 @@ class Prover:
         self._closed = False
         self._change = threading.Lock()
 
-    def prove(self, folder: Path, scratch: Path, *, memory_bytes: int | None) -> Proof:
+    def prove(
+        self, folder: Path, scratch: Path | None, *, memory_bytes: int | None, known: Proof | None = None
+    ) -> Proof:
         """The proof of a bundle within `memory_bytes`, or any memory for None. Blocks; for one thread at a time.
 
-        Packed weights are left in `scratch`, see `service.models.proof.prove`.
+        Packed weights are left in `scratch`; with a `known` proof there is nothing else to do: see
+        `service.models.proof.prove`.
         Raises BundleError with the reason why there is none, or NotNow if it is not the bundle's fault.
         """
         request = Request(
             folder=folder.absolute(),
             scratch=scratch,
+            known=known,
             options=self._options,
             memory_bytes=memory_bytes,
             seconds=self._seconds + _GRACE_SECONDS,

@@ -37,9 +37,11 @@ class Request:
     """A bundle to prove."""
 
     folder: Path
-    scratch: Path
+    scratch: Path | None
     """Folder to leave the packed weights in."""
     options: EngineOptions
+    known: Proof | None
+    """An earlier proof of the same content: only packed weights are needed."""
     memory_bytes: int | None
     """What it may take; None for no limit."""
     seconds: float
@@ -90,7 +92,7 @@ def _read(requests: "queue.SimpleQueue[bytes]") -> None:
 def _answer(request: Request) -> Result:
     _limit(request)
     try:
-        return Result(proof=prove(request.folder, request.options, request.scratch))
+        return Result(proof=prove(request.folder, request.options, request.scratch, known=request.known))
     except MemoryError:
         return Result(error="out of memory", out_of_memory=True)
     except Exception as error:  # noqa: BLE001 (whatever it is, it is why this bundle cannot be served)
@@ -113,7 +115,7 @@ def _limit(request: Request) -> None:
             data_bytes()
             + request.memory_bytes
             + _SLACK_BYTES
-            + _THREADS_PER_CORE * request.options.threads * _STACK_BYTES
+            + _THREADS_PER_CORE * request.options.cores * _STACK_BYTES
         )
     if hard != resource.RLIM_INFINITY and (limit == resource.RLIM_INFINITY or limit > hard):
         limit = hard

@@ -58,6 +58,10 @@ class _Ahead:
                 seconds += other.cost.total(waiting)
         return seconds if queue is None else seconds + queue.cost.total(images)
 
+    def tail(self) -> float:
+        """By how much the last of their batches takes longer than its part in `seconds`."""
+        return max((queue.cost.tail(count) for queue, count in self.engine.items() if count > 0), default=0.0)
+
 
 class Admission:
     """All requests being answered, and what they will cost."""
@@ -144,7 +148,7 @@ class Admission:
                 retry_after_s=late,
             )
         self._version += 1
-        self._load.arrivals.add(images)
+        self._load.arrivals.add(images * queue.cost.per_image())
         place.hold_images(images)
         self._accepted[state] = queue, queue.backlog.accept(state, work_of(images, decoding))
         last = self._last[state.key.batch]
@@ -194,7 +198,8 @@ class Admission:
         # What runs is finished first, also if the request overtakes everything else.
         engine = self._wait_seconds(runs, queue) + cost.finish(images, idle=idle)
         if not idle:
-            engine = max(engine, work - self._done_seconds(runs) + cost.tail(images))
+            tail = max(cost.tail(images), own.tail(), other.tail())
+            engine = max(engine, work - self._done_seconds(runs) + tail)
         if decoding:
             # Decoding and inference overlap, except for the last image's own decoding and batch.
             decoded = self._decode_seconds(own, other, decoding, ratio)
@@ -214,9 +219,9 @@ class Admission:
         decode = self._load.seconds_per_pixel * max(
             work.small / self._load.decode_threads, work.large / self._load.large_threads
         )
-        return (
-            max(0.0, work.seconds() - self._done_seconds(self._scheduler.lanes.runs), decode) + self._lag.delay_seconds
-        )
+        runs, now = self._scheduler.lanes.runs, self._clock()
+        engine = work.seconds() + work.tail() - self._done_seconds(runs)
+        return max(0.0, engine, decode, *(_end(run) - now for run in runs)) + self._lag.delay_seconds
 
     def _is_last(self, state: RequestState) -> bool:
         """Whether all accepted work of its class comes before the request's, as when all have the same deadline."""
@@ -254,16 +259,18 @@ class Admission:
         later = [other for other in self._accepted if other.key.batch == batch and other.key > state.key]
         later.sort(key=lambda other: other.key)
         started = self._clock() - self._done_seconds(self._scheduler.lanes.runs)
-        everything = self._all_work(batch=batch).seconds(queue, images)
-        if started + everything <= min((other.deadline for other in later), default=math.inf):
+        all_work = self._all_work(batch=batch)
+        tail = max(queue.cost.tail(images), all_work.tail())
+        everything = started + all_work.seconds(queue, images) + tail
+        if everything <= min((other.deadline for other in later), default=math.inf):
             return 0.0
         ahead = self._work_ahead(state)
         ahead = _Ahead(dict(ahead.engine), dict(ahead.undecoded))
         worst = 0.0
         for other in later:
             ahead.add(*self._accepted[other])
-            finish = started + ahead.seconds(queue, images)
-            if finish > other.deadline >= started + ahead.seconds():
+            finish = started + ahead.seconds(queue, images) + tail
+            if finish > other.deadline >= started + ahead.seconds() + ahead.tail():
                 worst = max(worst, finish - other.deadline)
         return worst
 

@@ -46,7 +46,7 @@ def work_of(images: int, decoding: Sequence[int]) -> Work:
 
 
 class Backlog:
-    """The counters of one queue. Changed on the event loop only; the engine thread reads `decoding`."""
+    """The counters of one queue. Changed on the event loop only; the engine's lanes read `decoding`."""
 
     def __init__(self) -> None:
         self.of_class = Work(), Work()

@@ -69,7 +69,7 @@ class Load:
         self.clock = clock
         self.slowdown = Decaying(1.0, clock)
         """Recent duration of batches divided by their baselines; its value is 1 on an idle device."""
-        self.arrivals = ArrivalRate(clock)
+        self.arrivals = Arrivals(clock)
         self._seconds_per_pixel = seconds_per_pixel
         self._decode_slowdown = Decaying(1.0, clock)
         self._decode_drift = Decaying(1.0, clock, _DRIFT_HALF_LIFE_SECONDS)
@@ -96,20 +96,23 @@ class Load:
             self._work.mix(work, _FAST_WEIGHT)
 
 
-class ArrivalRate:
-    """Images that arrived recently, per second."""
+class Arrivals:
+    """The work that arrived recently: seconds of the device under full load, per second."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock, self._images, self._since = clock, 0.0, clock()
+        self._clock = clock
+        self._work = 0.0, clock()
 
     @property
     def value(self) -> float:
         """The rate by now."""
-        return self._images * math.exp((self._since - self._clock()) / _ARRIVAL_SECONDS) / _ARRIVAL_SECONDS
+        # Read once: another thread may set it.
+        work, since = self._work
+        return work * math.exp((since - self._clock()) / _ARRIVAL_SECONDS) / _ARRIVAL_SECONDS
 
-    def add(self, images: int) -> None:
-        """Count images that arrive now. For one thread."""
-        self._images, self._since = self.value * _ARRIVAL_SECONDS + images, self._clock()
+    def add(self, seconds: float) -> None:
+        """Count work that arrives now. For one thread."""
+        self._work = self.value * _ARRIVAL_SECONDS + seconds, self._clock()
 
 
 class Decaying:
@@ -190,11 +193,8 @@ class Cost:
             return None
         layout = fitting[0]
         if len(fitting) > 1:
-            images, rate = waiting + elsewhere, self._load.arrivals.value
-            able = [layout for layout in fitting if rate * self._per_image(layout) <= layout.lanes * _BUSY]
-            # The first one is for full load.
-            able = able or fitting[:1]
-            layout = min(able, key=lambda layout: self._cleared(layout, lanes[layout], images, rate))
+            images, rate = waiting + elsewhere, self._rate()
+            layout = min(self._able(fitting), key=lambda layout: self._cleared(layout, lanes[layout], images, rate))
         return Plan(self._take(layout, -(-waiting // lanes[layout])), layout.threads)
 
     def padded(self, images: int, threads: int | None = None) -> int:
@@ -237,15 +237,27 @@ class Cost:
 
         `idle`: whether all cores are free, so that a few images get more than one lane's.
         """
-        layouts = self.layouts if idle else self.layouts[:1]
+        layouts = self._able(self.layouts) if idle else self.layouts[:1]
         return min(self._in_turn(layout, -(-images // layout.lanes)) for layout in layouts)
 
     def tail(self, images: int) -> float:
         """By how much the last batch of many takes longer than its part in `total`: the other lanes do not help it."""
         if self._loaded.lanes == 1:
             return 0.0
-        last = self.seconds(_padded(self.sizes, self._take(self._loaded, images)))
+        share = -(-images // self._loaded.lanes)
+        last = self.seconds(_padded(self.sizes, self._take(self._loaded, share)))
         return last * (1 - 1 / self._loaded.lanes)
+
+    def _rate(self) -> float:
+        """Recent arrivals of all models, as images of this one per second."""
+        return self._load.arrivals.value / self.per_image()
+
+    def _able(self, layouts: Sequence[Layout]) -> Sequence[Layout]:
+        """Those that keep up with the recent arrivals, at least the first one, which is for full load."""
+        if len(layouts) == 1:
+            return layouts
+        rate = self._rate()
+        return [layout for layout in layouts if rate * self._per_image(layout) <= layout.lanes * _BUSY] or layouts[:1]
 
     def _cleared(self, layout: Layout, lanes: int, images: int, rate: float) -> float:
         """Seconds until so many images, and those that arrive during the first batch, are answered in so many lanes."""

@@ -23,10 +23,9 @@ class BatchFormer:
         ready = [queue for queue in queues if len(queue) and not queue.holds(now, self._load)]
         if not ready:
             return None
-        batch_first = self._turns.batch_first(
-            interactive_waits=any(queue.waits(batch=False) for queue in ready),
-            batch_waits=any(queue.waits(batch=True) for queue in ready),
-        )
+        interactive, batch_work = (any(queue.waits(batch=kind) for queue in ready) for kind in (False, True))
+        # A turn that is due stays so until a batch is formed: images that need more cores than are free wait for them.
+        batch_first = self._turns.due(interactive_waits=interactive, batch_waits=batch_work)
         # Those that will be decoded soon want cores too, as if they waited already.
         waiting = sum(len(queue) for queue in ready) + sum(queue.backlog.in_decoding for queue in queues)
         for queue in sorted(ready, key=lambda queue: queue.rank(batch_first=batch_first)):
@@ -36,6 +35,7 @@ class BatchFormer:
             batch, expired = queue.pop(plan.images, now, batch_first=batch_first)
             self._drop_if_any(expired)
             if batch:
+                self._turns.take(batch_first=batch_first, both_wait=interactive and batch_work)
                 return self._run(queue, batch, plan.threads, now)
             # All its images were dropped in the meantime: the next queue takes its turn.
         return None

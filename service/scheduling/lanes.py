@@ -125,24 +125,30 @@ class Lanes:
 
     def _work(self, lane: int) -> None:
         """The main loop of a lane."""
-        run: Running | None = None
         try:
-            while run := self._next(run):
-                if run.job:
-                    run.job.run()
-                elif run.queue is not None:
-                    self._run_batch(run, run.queue, lane)
+            while run := self._next():
+                try:
+                    if run.job:
+                        run.job.run()
+                    elif run.queue is not None:
+                        self._run_batch(run, run.queue, lane)
+                finally:
+                    self._end(run)
+                    # Waiting for the next one, it would keep the images of this one alive.
+                    del run
         except BaseException:
             # For the watchdog this is a lane that does not come back.
             with self.change:
                 self.runs += (Running(what="nothing, because a lane has failed", started=self._clock(), predicted=0.0),)
             log.exception("a lane of the engine has failed")
 
-    def _next(self, done: Running | None) -> Running | None:
-        """End a run, wait for the next one and begin it; None if there will be none."""
+    def _end(self, run: Running) -> None:
         with self.change:
-            if done:
-                self.runs = tuple(run for run in self.runs if run is not done)
+            self.runs = tuple(other for other in self.runs if other is not run)
+
+    def _next(self) -> Running | None:
+        """Wait for the next run and begin it; None if there will be none."""
+        with self.change:
             while not (run := self._next_job() if self._jobs else self._next_batch()):
                 if self._closing:
                     return None

@@ -71,7 +71,7 @@ class Scheduler:
         self._former = BatchFormer(load, batch_share=batch_share, drop=self._drop)
         self.queues: list[Queue] = []
         self.abandoned = False
-        """Whether `close` gave up waiting for the engine, whose thread still runs."""
+        """Whether `close` gave up waiting for the engine, of which a lane still runs."""
         self._clock = load.clock
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_batch: Callable[[Batch], None] = lambda _: None
@@ -126,6 +126,7 @@ class Scheduler:
         self.queues = [other for other in self.queues if other is not queue]
         with self._change:
             abandoned = queue.clear()
+            self._change.notify()
         for entry in abandoned:
             entry.answer.cancel()
 
@@ -165,6 +166,8 @@ class Scheduler:
             if entry.queued:
                 with self._change:
                     queue.discard(entry)
+                    # It may have kept others waiting for more cores than they need.
+                    self._change.notify()
 
     def _run_batch(self, run: Running, queue: Queue, lane: int) -> None:
         batch, threads = run.entries, run.cores

@@ -14,11 +14,14 @@ class Turns:
 
     def batch_first(self, *, interactive_waits: bool, batch_waits: bool) -> bool:
         """Take the next turn: whether it belongs to batch work."""
-        if not (interactive_waits and batch_waits):
-            self._passed = 0
-            return batch_waits
-        self._passed += 1
-        if self._passed < self._every:
-            return False
-        self._passed = 0
-        return True
+        due = self.due(interactive_waits=interactive_waits, batch_waits=batch_waits)
+        self.take(batch_first=due, both_wait=interactive_waits and batch_waits)
+        return due
+
+    def due(self, *, interactive_waits: bool, batch_waits: bool) -> bool:
+        """Whether the next turn belongs to batch work, without taking it."""
+        return batch_waits and (not interactive_waits or self._passed + 1 >= self._every)
+
+    def take(self, *, batch_first: bool, both_wait: bool) -> None:
+        """A turn is taken, as `due` said."""
+        self._passed = self._passed + 1 if both_wait and not batch_first else 0

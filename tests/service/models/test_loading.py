@@ -2,21 +2,27 @@
 
 import json
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from structlog.testing import capture_logs
 
-from service.engine import Engine, Tuning
+from service.bundle import content_digest, read_bundle
+from service.engine import Engine, Tuning, pack
 from service.errors import BundleError, NotNow
-from service.host import resident_bytes
+from service.host import pss_bytes, resident_bytes
 from service.models import loading
+from service.models.engines import blank
 from service.models.loading import Loader
-from service.models.proof import EngineOptions, prove
+from service.models.proof import EngineOptions, Proof, prove
 from service.scheduling.cost import Load
+from service.scheduling.layouts import Layout
 from service.scheduling.scheduler import Scheduler
 from tests.processes import still_running, wait_until
 from tests.service.conftest import resum
@@ -76,6 +82,67 @@ def test_a_proof_chooses_threads_and_batch_sizes(threads: int, intra_op_threads:
         assert set(layout.sizes) <= {1, 2, 4}
         assert min(layout.sizes) == 1
     assert proof.peak_bytes >= proof.weights_bytes + proof.arena_bytes
+
+
+def test_sessions_of_one_model_share_its_packed_weights_also_after_the_files_are_gone(tmp_path: Path) -> None:
+    bundle, scratch = read_bundle(publish_identity(tmp_path, work=64)), tmp_path / "scratch"
+    scratch.mkdir()
+    model, images = pack(bundle.model_path, scratch), blank(bundle, 1)
+    expected = Engine(bundle.model_path).run(images)
+    first = Engine(model, threads=1, packed=True)
+    first.run(images)
+    before = pss_bytes()
+    second = Engine(model, threads=2, packed=True)
+    for file in scratch.iterdir():
+        file.unlink()
+    for engine in (first, second):
+        for output, wanted in zip(engine.run(images), expected, strict=True):
+            np.testing.assert_allclose(output, wanted, atol=1e-5)
+    if before:
+        assert (pss_bytes() or 0) - before < 16 * MIB, "not another 64 MiB"
+
+
+def test_without_room_for_packed_weights_one_layout_is_served_and_the_log_says_why(
+    make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = publish_identity(tmp_path, work=4)
+    options = EngineOptions.of("cpu", threads=2, max_batch=2, tuning=Tuning())
+    proof = prove(folder, options, tmp_path / "missing")
+    assert [(layout.threads, layout.lanes) for layout in proof.layouts] == [(2, 1)]
+    assert "pack the model's weights" in proof.note
+
+    def no_folder(**_: object) -> None:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr(loading, "TemporaryDirectory", no_folder)
+    with capture_logs() as logs:
+        model = make_loader(threads=2).load(folder)
+    assert [layout.threads for layout in model.queue.cost.layouts] == [2]
+    assert any(line["event"] == "one layout only" and "set TMPDIR" in line["reason"] for line in logs)
+
+
+def test_a_model_of_several_layouts_answers_the_same_in_each_and_leaves_no_file(
+    make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    # Whatever this machine measures.
+    monkeypatch.setattr("service.models.prover.Prover.prove", _both_layouts)
+    folder = publish_identity(tmp_path / "models", work=4)
+    for _ in range(2):
+        model = make_loader(threads=2).load(folder)
+        one, other = (model.engines.run(blank(model.bundle, 1), threads) for threads in (1, 2))
+        np.testing.assert_allclose(one[0], other[0], atol=1e-5)
+        assert list(tmp_path.iterdir()) == [tmp_path / "models"]
+
+
+def _both_layouts(
+    _: object, folder: Path, scratch: Path | None, *, memory_bytes: int | None, known: Proof | None
+) -> Proof:
+    assert scratch
+    pack(folder / "model.onnx", scratch)
+    layouts = tuple(Layout(threads=threads, lanes=2 // threads, seconds={1: 0.001}) for threads in (1, 2))
+    digest = content_digest(folder)
+    return Proof(digest=digest, layouts=layouts, weights_bytes=0, arena_bytes=0, peak_bytes=0)
 
 
 def test_what_was_proven_once_is_loaded_again_without_another_process(make_loader: MakeLoader, tmp_path: Path) -> None:

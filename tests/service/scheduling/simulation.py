@@ -49,7 +49,7 @@ class Engine:
         self._loop.close()
 
     def _arrive(self, queue: Queue) -> None:
-        self._load.arrivals.add(1)
+        self._load.arrivals.add(queue.cost.per_image())
         state = RequestState(seconds=1e9, arrived_at=self.clock.now, clock=self.clock)
         queue.push(Entry(state=state, pixels=_PIXELS, answer=self._loop.create_future(), since=self.clock.now))
 

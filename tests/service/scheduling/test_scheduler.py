@@ -295,7 +295,7 @@ def test_closing_finishes_the_running_batch_and_cancels_waiting_images() -> None
         tasks += [asyncio.create_task(answer(scheduler, queue, number)) for number in (1, 2)]
         await until(lambda: images_waiting(scheduler) == 2)
         closing = asyncio.create_task(scheduler.close())
-        # The engine thread is told at once, before the running batch may end.
+        # A lane of the engine is told at once, before the running batch may end.
         await asyncio.sleep(0)
         echo.free.set()
         await closing
