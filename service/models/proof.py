@@ -23,10 +23,10 @@ from service.scheduling.cost import candidate_sizes, worthwhile_sizes
 from service.scheduling.layouts import Layout, candidate_layouts, worthwhile_layouts
 from service.scheduling.outputs import Pixels
 
-_MAX_RUNS, _MAX_SECONDS = 8, 0.5
+_MAX_RUNS, _MAX_SECONDS = 5, 0.5
 """Timed runs of each batch size: so many, or fewer once they have taken this long together."""
 
-_ROUND_SECONDS = 0.05
+_ROUND_SECONDS = 0.02
 """Least time for which lanes are timed together, so that their start does not count."""
 
 _LONG_SECONDS, _WAITING = 0.01, 1.1
