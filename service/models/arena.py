@@ -56,8 +56,8 @@ class ArenaTrimmer:
         transient, before = self._transient(), self._resident()
         # With what is transient in it: the bound may be too high, and would make a later growth of nothing.
         self._least = min(self._least, before)
-        # A trim leaves what one lane needs; with all of them at work it comes back, which is no growth.
-        known = sum(model.arena_bytes for model in self._registry.ready)
+        # A trim leaves what one lane needs; what the others need comes back with them, which is no growth.
+        known = sum(model.arena_bytes * (1 - 1 / model.queue.cost.lanes) for model in self._registry.ready)
         if before - transient - self._least <= self._slack_bytes + known:
             return False
         for model in self._registry.ready:
