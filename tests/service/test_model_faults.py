@@ -177,6 +177,23 @@ def test_growth_that_no_arena_gives_back_is_trimmed_for_once(tmp_path: Path) -> 
         assert client.portal.call(scenario) == [False, True, False, False, True]
 
 
+def test_what_the_arenas_of_other_lanes_need_is_no_reason_to_trim(tmp_path: Path) -> None:
+    publish_identity(tmp_path)
+    sizes = iter([100, 250, 350, 100])
+    with TestClient(create_app(Settings(repository=tmp_path, threads=1, max_batch=1))) as client:
+        pipeline = pipeline_of(client)
+        model = pipeline.registry.find("identity-a")
+        # As if it had been proven with two lanes that need 200 bytes together.
+        model.arena_bytes, model.queue.cost.lanes = 200, 2
+
+        async def scenario() -> list[bool]:
+            trimmer = ArenaTrimmer(pipeline.registry, pipeline.scheduler, slack_bytes=100, resident=lambda: next(sizes))
+            return [await trimmer.check() for _ in range(2)]
+
+        assert client.portal
+        assert client.portal.call(scenario) == [False, True]
+
+
 def test_memory_of_bodies_and_decoders_is_no_reason_to_trim(tmp_path: Path) -> None:
     publish_identity(tmp_path)
     sizes, transient = iter([100, 450, 100, 210, 450, 100]), iter([350, 350, 0, 200, 0])
