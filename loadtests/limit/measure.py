@@ -27,11 +27,9 @@ class LimitPlan(Plan):
         if arm.kind == "engine":
             return []
         closed = [Load(name=closed_name(number), connections=number) for number in self.connections]
-        return (
-            closed
-            if arm.kind == "plain"
-            else [*closed, Load(name=self.open_name, fraction=self.load_fraction, traced=True)]
-        )
+        if arm.kind == "plain":
+            return closed
+        return [*closed, Load(name=self.open_name, fraction=self.load_fraction, traced=True)]
 
     @property
     def open_name(self) -> str:
