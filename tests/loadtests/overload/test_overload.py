@@ -251,7 +251,7 @@ def test_bursts_show_what_a_real_service_foretells(repository: Path, tmp_path: P
     payloads = read_payloads(None)
     with service_for("digits-csra-r2", repository=repository, log=tmp_path / "log") as server:
         arm = Arm(label="digits", model="digits-csra-r2")
-        found = estimates(arm, server, payloads, deadline_ms=100, bursts=1)
+        found = estimates(arm, server, payloads, deadline_ms=2000, bursts=1)
     assert found["predicted_finish"] > 0
     one = experiment(replace(block(0, request(0)), info={"top1": {}, **found}))
     (said,) = foretold(one)
