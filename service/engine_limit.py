@@ -114,7 +114,9 @@ def measure_engine_limit(settings: Settings, name: str, images: list[bytes], *, 
     sizes = candidate_sizes(min(settings.max_batch, bundle.manifest.max_batch or settings.max_batch))
     # Before this process loads ONNX Runtime: see measure_memory.
     one, largest = measure_memory(bundle, threads=max(layouts)[0], batch=sizes[-1]) if device == "cpu" else (None, None)
-    rules = ImageRules(max_pixels=settings.max_pixels, formats=settings.image_formats, draft_jpegs=settings.draft_jpegs)
+    rules = ImageRules(
+        max_pixels=settings.max_pixels, formats=settings.image_formats, exact=settings.exact_preprocessing
+    )
 
     def decode_one(image: bytes) -> Pixels:
         return rules.open(image, bundle.manifest.preprocessing).render()

@@ -20,7 +20,7 @@ class Limits:
     max_pixels: int
     max_decode_bytes: int
     image_formats: tuple[str, ...]
-    draft_jpegs: bool
+    exact_preprocessing: bool
     body_timeout_seconds: float
     min_upload_rate: int
     upload_window_seconds: float
@@ -35,6 +35,6 @@ class Limits:
         return ImageRules(
             max_pixels=self.max_pixels,
             formats=self.image_formats,
-            draft_jpegs=self.draft_jpegs,
+            exact=self.exact_preprocessing,
             memory=MemoryBudget(self.max_decode_bytes),
         )

@@ -80,8 +80,9 @@ class ImageRules:
     """Limit of width times height, at most MAX_PIXELS."""
     formats: Collection[str] = FORMATS
     """Formats that are accepted."""
-    draft_jpegs: bool = True
-    """Decode a JPEG that is much too large at a fraction of its size."""
+    exact: bool = False
+    """Give torchvision's pixels to the last bit. By default a JPEG that is much too large is decoded at a fraction of
+    its size, and of all images only the region that the crop keeps is resized."""
     memory: MemoryBudget | None = None
     """What all images that are decoded at once may take; none: no limit."""
 
@@ -114,7 +115,7 @@ def open_image(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) ->
 
 def draft_scale(width: int, height: int, preprocessing: Preprocessing, rules: ImageRules) -> int:
     """By how much the sides of a JPEG are divided while it is decoded: 1, 2, 4 or 8."""
-    if not rules.draft_jpegs:
+    if rules.exact:
         return 1
     enough = _DRAFT_MARGIN * preprocessing.resize
     return next(scale for scale in (8, 4, 2, 1) if min(width, height) >= scale * enough or scale == 1)
@@ -190,8 +191,67 @@ class OpenedImage:
             upright = image.transpose(_TRANSPOSE[orientation])
             # Not both at once.
             image.close()
-            return _to_rgb_crop(upright, box, self.preprocessing)
-        return _to_rgb_crop(image, box, self.preprocessing)
+            return self._to_rgb_crop(upright, box)
+        return self._to_rgb_crop(image, box)
+
+    def _to_rgb_crop(self, image: Image.Image, box: _Box | None) -> npt.NDArray[np.uint8]:
+        """Resize before converting, so that a large image is not held in memory several times.
+
+        `box`: the picture in a drafted JPEG, which is neither transparent nor grey of more than 8 bits.
+        """
+        if image.mode.startswith("I;16"):
+            # Pillow would clip 16-bit grey to white, and has no alpha for it.
+            deep = np.asarray(image)
+            grey = Image.fromarray((deep >> 8).astype(np.uint8))
+            transparent = image.info.get("transparency")
+            if transparent is None:
+                return self._resize_and_crop(grey.convert("RGB"))
+            alpha = Image.fromarray(np.where(deep == transparent, 0, 255).astype(np.uint8))
+            return self._over_background(Image.merge("LA", (grey, alpha)))
+        if image.mode in ("I", "F"):
+            _, top = cast(tuple[float, float], image.getextrema())
+            # 32-bit grey has no agreed range: 0..1 as floats, 0..255 where it fits, else 0..65535.
+            scale = 1.0 if top <= 255 else 255 / 65535
+            if image.mode == "F" and top <= 1.0:
+                scale = 255.0
+            small = np.nan_to_num(self._resize_and_crop(image.convert("F")), posinf=0.0, neginf=0.0)
+            grey = Image.fromarray((small * scale).clip(0, 255).round().astype(np.uint8))
+            return np.asarray(grey.convert("RGB"))
+        if image.has_transparency_data:
+            return self._over_background(image)
+        return self._resize_and_crop(image if image.mode == "RGB" else image.convert("RGB"), box)
+
+    def _over_background(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        # Pillow weighs colours by alpha when it resizes RGBA, so invisible colours do not bleed into visible ones.
+        layer = Image.fromarray(self._resize_and_crop(image.convert("RGBA")))
+        background = Image.new("RGBA", layer.size, (*_BACKGROUND, 255))
+        return np.asarray(Image.alpha_composite(background, layer).convert("RGB"))
+
+    def _resize_and_crop(self, image: Image.Image, box: _Box | None = None) -> npt.NDArray[Any]:
+        """Shorter side to `resize`, then the centre `crop` × `crop`, as torchvision's Resize and CenterCrop."""
+        x0, y0, x1, y1 = box or (0, 0, *image.size)
+        sides = x1 - x0, y1 - y0
+        crop, resize, shorter = self.preprocessing.crop, self.preprocessing.resize, min(sides)
+        # The sides of a drafted picture are exact in binary, so they give the same numbers as those of the whole one.
+        width, height = (int(resize * side / shorter) for side in sides)
+        left, top = round((width - crop) / 2), round((height - crop) / 2)
+        filter_ = Image.Resampling[self.preprocessing.interpolation.upper()]
+        # What the crop keeps. Pillow takes it as 32-bit floats, whose rounding is all that makes a region differ.
+        x, y = sides[0] / width, sides[1] / height
+        columns = x0 + left * x, x0 + (left + crop) * x
+        rows = y0 + top * y, y0 + (top + crop) * y
+        if max(width, height) > _MAX_STRETCH * resize:
+            # A strip of one pixel by a million would be huge when resized as a whole, or first in one direction.
+            return np.asarray(image.resize((crop, crop), filter_, (columns[0], rows[0], columns[1], rows[1])))
+        # With alpha, each resizing rounds the colours anew: one is enough.
+        if self.rules.exact or (width, height) == (crop, crop) or image.mode == "RGBA":
+            if image.size != (width, height):
+                image = image.resize((width, height), filter_, box)
+            return np.asarray(image.crop((left, top, left + crop, top + crop)))
+        # One direction after the other, as for a whole image. For a region Pillow may begin with the rows instead, and
+        # the rounding in between shows: bicubic pixels at edges would differ by up to 22 of 255.
+        image = image.resize((crop, image.height), filter_, (columns[0], 0, columns[1], image.height))
+        return np.asarray(image.resize((crop, crop), filter_, (0, rows[0], crop, rows[1])))
 
 
 def _open(scanned: Scan) -> ImageFile.ImageFile:
@@ -237,60 +297,3 @@ def _draft(image: ImageFile.ImageFile, scale: int, orientation: int | None) -> _
     left = right if orientation in (2, 3, 6, 7) else 0.0
     top = bottom if orientation in (3, 4, 7, 8) else 0.0
     return left, top, left + width, top + height
-
-
-def _to_rgb_crop(image: Image.Image, box: _Box | None, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """Resize before converting, so that a large image is not held in memory several times.
-
-    `box`: the picture in a drafted JPEG, which is neither transparent nor grey of more than 8 bits.
-    """
-    if image.mode.startswith("I;16"):
-        # Pillow would clip 16-bit grey to white, and has no alpha for it.
-        deep = np.asarray(image)
-        grey = Image.fromarray((deep >> 8).astype(np.uint8))
-        transparent = image.info.get("transparency")
-        if transparent is None:
-            return _resize_and_crop(grey.convert("RGB"), preprocessing)
-        alpha = Image.fromarray(np.where(deep == transparent, 0, 255).astype(np.uint8))
-        return _over_background(Image.merge("LA", (grey, alpha)), preprocessing)
-    if image.mode in ("I", "F"):
-        _, top = cast(tuple[float, float], image.getextrema())
-        # 32-bit grey has no agreed range: 0..1 as floats, 0..255 where it fits, else 0..65535.
-        scale = 1.0 if top <= 255 else 255 / 65535
-        if image.mode == "F" and top <= 1.0:
-            scale = 255.0
-        small = np.nan_to_num(_resize_and_crop(image.convert("F"), preprocessing), posinf=0.0, neginf=0.0)
-        grey = Image.fromarray((small * scale).clip(0, 255).round().astype(np.uint8))
-        return np.asarray(grey.convert("RGB"))
-    if image.has_transparency_data:
-        return _over_background(image, preprocessing)
-    return _resize_and_crop(image if image.mode == "RGB" else image.convert("RGB"), preprocessing, box)
-
-
-def _over_background(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    # Pillow weighs colours by alpha when it resizes RGBA, so invisible colours do not bleed into visible ones.
-    layer = Image.fromarray(_resize_and_crop(image.convert("RGBA"), preprocessing))
-    background = Image.new("RGBA", layer.size, (*_BACKGROUND, 255))
-    return np.asarray(Image.alpha_composite(background, layer).convert("RGB"))
-
-
-def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, box: _Box | None = None) -> npt.NDArray[Any]:
-    """Shorter side to `resize`, then the centre `crop` × `crop`: exactly torchvision's Resize and CenterCrop."""
-    x0, y0, x1, y1 = box or (0, 0, *image.size)
-    sides = x1 - x0, y1 - y0
-    crop, shorter = preprocessing.crop, min(sides)
-    # The sides of a drafted picture are exact in binary, so they give the same numbers as those of the whole one.
-    width, height = (int(preprocessing.resize * side / shorter) for side in sides)
-    left, top = round((width - crop) / 2), round((height - crop) / 2)
-    filter_ = Image.Resampling[preprocessing.interpolation.upper()]
-    if max(width, height) <= _MAX_STRETCH * preprocessing.resize:
-        if image.size != (width, height):
-            image = image.resize((width, height), filter_, box)
-        image = image.crop((left, top, left + crop, top + crop))
-    else:
-        # A strip of one pixel by a million would be huge when resized as a whole. The same region alone differs only by
-        # rounding.
-        x, y = sides[0] / width, sides[1] / height
-        region = (x0 + left * x, y0 + top * y, x0 + (left + crop) * x, y0 + (top + crop) * y)
-        image = image.resize((crop, crop), filter_, region)
-    return np.asarray(image)

@@ -11,6 +11,7 @@ Decoding is predicted in the same way, from the work of each image in pixels: se
 """
 
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,8 +42,9 @@ At 10 ms of CPU per megapixel smaller images take at most 20 ms; docs/service.md
 _BUSY = 0.9
 """A layout that would be busy for more than this part of the time is left to lower rates of arrivals."""
 
-_ARRIVAL_SECONDS = 1.0
-"""Time in which an arrival's part in the recent rate of arrivals falls to 1/e."""
+_RECENT_SECONDS, _LEAST_BUSY_SECONDS = 2.0, 0.02
+"""Of the rate of arrivals: the time in which an arrival's weight falls to 1/e, and how long the engine must at least
+have been busy for one arrival to count in full."""
 
 _HANDOVER_SECONDS = 0.0003
 """Cost of a batch beside the engine: two changes of thread. Measured; it matters to the smallest models only."""
@@ -97,22 +99,49 @@ class Load:
 
 
 class Arrivals:
-    """The work that arrived recently: seconds of the device under full load, per second."""
+    """The work that arrives while batches run: seconds of the device under full load, per second.
+
+    What arrives in the pauses does not count. A client that asks again once it is answered never has two images to be
+    computed at once, however often it asks; of arrivals that do not wait for answers as many come in either time.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._work = 0.0, clock()
+        self._lock = threading.Lock()
+        """The event loop adds, and the engine's lanes begin and end."""
+        self._busy = False
+        self._work = self._busy_seconds = 0.0
+        """Recent ones, by `_RECENT_SECONDS`."""
+        self._since = clock()
 
     @property
     def value(self) -> float:
-        """The rate by now."""
-        # Read once: another thread may set it.
-        work, since = self._work
-        return work * math.exp((since - self._clock()) / _ARRIVAL_SECONDS) / _ARRIVAL_SECONDS
+        """The recent rate."""
+        with self._lock:
+            self._forget()
+            return self._work / (self._busy_seconds + _LEAST_BUSY_SECONDS)
 
     def add(self, seconds: float) -> None:
-        """Count work that arrives now. For one thread."""
-        self._work = self.value * _ARRIVAL_SECONDS + seconds, self._clock()
+        """Count work that arrives now."""
+        with self._lock:
+            self._forget()
+            if self._busy:
+                self._work += seconds
+
+    def busy(self, busy: bool) -> None:
+        """Record whether batches run from now on."""
+        with self._lock:
+            self._forget()
+            self._busy = busy
+
+    def _forget(self) -> None:
+        now = self._clock()
+        kept = math.exp((self._since - now) / _RECENT_SECONDS)
+        self._since = now
+        self._work *= kept
+        self._busy_seconds *= kept
+        if self._busy:
+            self._busy_seconds += _RECENT_SECONDS * (1 - kept)
 
 
 class Decaying:
@@ -249,7 +278,7 @@ class Cost:
         return last * (1 - 1 / self._loaded.lanes)
 
     def _rate(self) -> float:
-        """Recent arrivals of all models, as images of this one per second."""
+        """Recent arrivals of all models while batches run, as images of this one per second."""
         return self._load.arrivals.value / self.per_image()
 
     def _able(self, layouts: Sequence[Layout]) -> Sequence[Layout]:

@@ -65,13 +65,14 @@ class Lanes:
         *,
         find: Callable[[int], Running | None],
         run_batch: Callable[[Running, Queue, int], None],
+        busy: Callable[[bool], None] = lambda _: None,
     ) -> None:
         """`find` gives the next batch for so many free cores, if there is one, and is called while `change` is held.
 
-        `run_batch` runs one on the lane of the number, and must not raise.
+        `run_batch` runs one on the lane of the number, and must not raise. `busy` is called with whether batches run.
         """
         self.cores, self._clock = cores, clock
-        self._find, self._run_batch = find, run_batch
+        self._find, self._run_batch, self._busy = find, run_batch, busy
         self.change = threading.Condition()
         """Guards whatever `find` reads, the jobs and `runs`; lanes without work sleep on it."""
         self.runs: tuple[Running, ...] = ()
@@ -144,7 +145,11 @@ class Lanes:
 
     def _end(self, run: Running) -> None:
         with self.change:
-            self.runs = tuple(other for other in self.runs if other is not run)
+            self._set_runs(tuple(other for other in self.runs if other is not run))
+
+    def _set_runs(self, runs: tuple[Running, ...]) -> None:
+        self.runs = runs
+        self._busy(any(run.queue is not None for run in runs))
 
     def _next(self) -> Running | None:
         """Wait for the next run and begin it; None if there will be none."""
@@ -153,7 +158,7 @@ class Lanes:
                 if self._closing:
                     return None
                 self.change.wait()
-            self.runs += (run,)
+            self._set_runs((*self.runs, run))
             if self.free_cores:
                 # There may be work for another lane.
                 self.change.notify()

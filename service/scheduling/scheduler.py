@@ -75,7 +75,9 @@ class Scheduler:
         self._clock = load.clock
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_batch: Callable[[Batch], None] = lambda _: None
-        self.lanes = Lanes(cores, self._clock, find=self._next_batch, run_batch=self._run_batch)
+        self.lanes = Lanes(
+            cores, self._clock, find=self._next_batch, run_batch=self._run_batch, busy=load.arrivals.busy
+        )
         self._change = self.lanes.change
         """Guards the queues' heaps too."""
         self._watchdog = Watchdog(

@@ -262,7 +262,7 @@ kinds = [
 for kind, mode, options in kinds:
     buffer = io.BytesIO()
     Image.new(mode, (2000, 1500)).save(buffer, kind, **options)
-    image = ImageRules(max_pixels=10**7, draft_jpegs=False).open(buffer.getvalue(), size)
+    image = ImageRules(max_pixels=10**7, exact=True).open(buffer.getvalue(), size)
     open("/proc/self/clear_refs", "w").write("5")
     before = status("VmRSS")
     image.render()
@@ -365,7 +365,7 @@ def test_sixteen_bit_grey_honours_its_transparent_value() -> None:
 
 def test_drafting_can_be_switched_off() -> None:
     data = encoded(noise(400, 400), "JPEG")
-    exact = ImageRules(max_pixels=MAX_PIXELS, draft_jpegs=False).open(data, SIZE)
+    exact = ImageRules(max_pixels=MAX_PIXELS, exact=True).open(data, SIZE)
     assert (opened(data).draft_scale, exact.draft_scale) == (4, 1)
     with Image.open(io.BytesIO(data)) as image:
         expected = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC))

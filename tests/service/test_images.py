@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from service.app import create_app
 from service.bundle import read_bundle
 from service.errors import BadImage, ImageError, TooManyPixels, UnsupportedImage
-from service.images import LARGE_PIXELS, MAX_PIXELS, decode, open_image
+from service.images import LARGE_PIXELS, MAX_PIXELS, ImageRules, decode, open_image
 from service.settings import Settings
 from tests.processes import ROOT
 from tests.service.conftest import encoded, noise
@@ -196,13 +196,11 @@ def test_real_photos_become_the_pixels_that_torchvision_makes(data_dir: Path, cr
                 continue
             much_larger = min(image.size) >= MUCH_LARGER * resize
             expected = np.asarray(reference(image))
-        ours = decode(data, preprocessing(crop, resize), max_pixels=50_000_000)
-        if much_larger:
-            mean, largest = difference(ours, expected)
-            assert mean <= 1, file.name
-            assert largest <= 16, file.name
-        else:
-            assert np.array_equal(ours, expected), file.name
+        exact = ImageRules(max_pixels=50_000_000, exact=True).open(data, preprocessing(crop, resize)).render()
+        assert np.array_equal(exact, expected), file.name
+        mean, largest = difference(decode(data, preprocessing(crop, resize), max_pixels=50_000_000), expected)
+        assert mean <= (1 if much_larger else 0.005), file.name
+        assert largest <= (16 if much_larger else 2), file.name
         compared += 1
     assert compared > len(files) / 2
 
@@ -212,10 +210,13 @@ def test_real_photos_become_the_pixels_that_torchvision_makes(data_dir: Path, cr
 def test_any_size_becomes_what_torchvision_makes(width: int, height: int, crop: int, margin: int) -> None:
     image, resize = noise(width, height), crop + margin
     expected = v2.CenterCrop(crop)(v2.Resize(resize, v2.InterpolationMode.BICUBIC)(image))
-    ours = decode(encoded(image), preprocessing(crop, resize), max_pixels=1_000_000)
-    difference = np.abs(ours.astype(int) - np.asarray(expected)).max()
-    # Strips are resized by region: their coefficients are rounded otherwise.
-    assert difference <= (0 if max(width, height) <= 7 * min(width, height) else 2)
+    size = preprocessing(crop, resize)
+    strip = max(width, height) > 7 * min(width, height)
+    for exact in (True, False):
+        ours = ImageRules(max_pixels=1_000_000, exact=exact).open(encoded(image), size).render()
+        _, largest = difference(ours, np.asarray(expected))
+        # Only the region that the crop keeps is resized, of strips in any case: its coefficients are rounded otherwise.
+        assert largest <= (0 if exact and not strip else 2)
 
 
 def test_a_strip_of_one_pixel_by_the_longest_side_is_not_resized_as_a_whole() -> None:

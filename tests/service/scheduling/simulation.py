@@ -48,6 +48,17 @@ class Engine:
         self._until(float("inf"))
         self._loop.close()
 
+    def ask_again(self, images: int, *, pause: float) -> float:
+        """Ask for one image after another, each so long after the last one's answer. Returns images per second."""
+        begin = self.clock.now
+        for _ in range(images):
+            self._arrive(self.queues[0])
+            self._start()
+            self._until(float("inf"))
+            self.clock.now += pause
+        self._loop.close()
+        return images / (self.clock.now - begin)
+
     def _arrive(self, queue: Queue) -> None:
         self._load.arrivals.add(queue.cost.per_image())
         state = RequestState(seconds=1e9, arrived_at=self.clock.now, clock=self.clock)
@@ -70,6 +81,7 @@ class Engine:
             self.batches.append(run)
             heapq.heappush(self._runs, (run.started + run.predicted, next(self._numbers), run))
             self.most_cores = max(self.most_cores, sum(other.cores for _, _, other in self._runs))
+        self._load.arrivals.busy(bool(self._runs))
 
 
 def poisson(rate: float, count: int, *, models: int = 1, seed: int = 0) -> list[tuple[float, int]]:

@@ -77,6 +77,21 @@ def test_a_lone_image_gets_the_fastest_layout_and_full_load_the_one_with_the_bes
     assert 50 * cores / seconds >= 0.97 * max(layout.images_per_second for layout in kept)
 
 
+def test_a_client_that_asks_again_once_it_is_answered_has_every_image_computed_by_all_cores() -> None:
+    # At 50 images a second, arrivals that do not wait for answers would be computed in two lanes.
+    layouts = Layout(threads=1, lanes=2, seconds={1: 0.0215}), Layout(threads=2, lanes=1, seconds={1: 0.0150})
+    assert Engine(2, layouts).ask_again(500, pause=0.005) == pytest.approx(50, rel=0.01)
+    narrow = Engine(2, layouts)
+    narrow.run(poisson(50, 500))
+    assert sum(run.cores == 1 for run in narrow.batches) > 400
+
+
+def test_a_pause_lets_the_arrivals_before_it_be_forgotten() -> None:
+    engine = Engine(2, VIT_S)
+    engine.run([*poisson(30, 200), (60.0, 0)])
+    assert engine.batches[-1].cores == 2
+
+
 def test_the_recorded_model_has_the_latency_of_one_layout_and_the_throughput_of_the_other() -> None:
     narrow, wide = VIT_S
     slow = latencies(2, VIT_S, poisson(2, 3000))
