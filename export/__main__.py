@@ -18,7 +18,17 @@ from rich.progress import Progress
 from export import profile_report
 from export.descriptions import card, difference, kernel_table, listing, summary
 from export.graph import OPSET, OPSETS, ExportError
-from export.profile import Form, Setup, bundle_arm, estimated_seconds, measure, operators, random_arms
+from export.probe import Runtime
+from export.profile import (
+    Form,
+    Setup,
+    bundle_arm,
+    by_runtimes,
+    estimated_seconds,
+    measure,
+    operators,
+    random_arms,
+)
 from export.publish import export
 from export.sources import finished_run, random_weights
 from export.verify import read_graph
@@ -157,6 +167,9 @@ def profile(
     precisions: Annotated[str, typer.Option(help="Random weights: fp32, fp16, int8, int8-dynamic.")] = "fp32",
     opsets: Annotated[str, typer.Option(help=f"Random weights: {OPSETS[0]} to {OPSETS[-1]}.")] = str(OPSET),
     forms: Annotated[str, typer.Option(help="Random weights: shaped (served) or unshaped (torch's own).")] = "shaped",
+    runtimes: Annotated[
+        str, typer.Option(help="onnxruntime (served), openvino, openvino-bf16: to compare them on a CPU.")
+    ] = "onnxruntime",
     batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8",
     rounds: Annotated[int, typer.Option(min=1, help="Measurements per model; fewer than 5 give no interval.")] = 10,
     seconds: Annotated[float, typer.Option(min=0.05, help="Duration of each measurement.")] = 2.0,
@@ -175,12 +188,17 @@ def profile(
     Example: `stridevit export profile --preset vit-s16 --img-size 384 --batch 1,8 --out profile`
 
     Example: `stridevit export profile models/cifar100-mha/4 models/cifar100-mha-int8/2`
+
+    Example: `stridevit export profile --precisions fp32,int8 --runtimes onnxruntime,openvino --batch 1 --threads 1`
     """
     _quieten_exporter()
     with _errors(), tempfile.TemporaryDirectory() as folder:
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", batch):
             raise ValueError(f"batch sizes {batch!r} are not whole numbers separated by commas, such as 1,8")
+        engines: list[Runtime] = _listed(Runtime, runtimes)
         kind, number = resolve_device(device)
+        if engines != ["onnxruntime"] and (by_operator or kind != "cpu"):
+            raise ValueError("OpenVINO is measured on a CPU and without operators: use --device cpu, no --by-operator")
         setup = Setup(
             batches=tuple(map(int, batch.split(","))),
             rounds=rounds,
@@ -198,6 +216,7 @@ def profile(
                     _listed(Form, forms),
                 )
             )
+            arms = by_runtimes(arms, engines)
         console.print(f"about {estimated_seconds(arms, setup) / 60:.0f} minutes for {len(arms)} models")
         with Progress(console=console, transient=True) as progress:
             bar = progress.add_task("", total=len(arms) * len(setup.batches) * rounds)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from export.graph import ExportError, serialise, to_onnx
 from export.intervals import Interval, paired_ratio
-from export.probe import Probe
+from export.probe import Probe, Runtime
 from export.publish import attention, make_graph
 from export.sources import random_weights
 from service.bundle import read_bundle
@@ -45,6 +45,15 @@ class Arm:
     model: Path
     img_size: int
     attention: Attention | None
+    runtime: Runtime = "onnxruntime"
+
+
+def by_runtimes(arms: Sequence[Arm], runtimes: Sequence[Runtime]) -> list[Arm]:
+    """Every arm by every runtime; labels name the runtime if there are several."""
+    return [
+        replace(arm, runtime=runtime, label=arm.label + (f" {runtime}" if len(runtimes) > 1 else ""))
+        for arm, runtime in product(arms, runtimes)
+    ]
 
 
 def bundle_arm(folder: Path) -> Arm:
@@ -105,6 +114,8 @@ class Cell:
     added_bytes: int
     """Peak above the session before its first run."""
     peak_bytes: int
+    cpu_ms: float
+    """CPU time of the process for an image, which other processes disturb less than its rate."""
 
 
 @dataclass(kw_only=True)
@@ -131,6 +142,7 @@ class Measured:
                 ratio=paired_ratio(rates, self._rates(self.arms[0], batch)),
                 added_bytes=int(np.median([probe.peak_bytes - probe.idle_bytes for probe in probes])),
                 peak_bytes=int(np.median([probe.peak_bytes for probe in probes])),
+                cpu_ms=1000 * float(np.median([probe.cpu_seconds for probe in probes])) / batch,
             )
 
     def _rates(self, arm: Arm, batch: int) -> npt.NDArray[np.float64]:
@@ -176,18 +188,22 @@ def estimated_seconds(arms: Sequence[Arm], setup: Setup) -> float:
 def operators(arms: Sequence[Arm], setup: Setup, folder: Path) -> dict[str, dict[str, float]]:
     """Seconds per run by operator, for each model at the largest batch size; `folder` receives the traces.
 
-    One process per model, not interleaved and slowed by tracing: for shares of time, not for comparing rates.
+    Of each operator the fastest of all rounds, which are interleaved as in `measure`. Tracing makes runs slower: for
+    shares of time, not for comparing rates.
     """
-    largest = max(setup.batches)
-    return {
-        arm.label: _probe(arm, largest, setup, trace=folder / f"trace-{number}").operators
-        for number, arm in enumerate(arms)
-    }
+    largest, fastest = max(setup.batches), dict[str, dict[str, float]]()
+    for number in range(setup.rounds):
+        for arm in arms if number % 2 == 0 else arms[::-1]:
+            found = _probe(arm, largest, setup, trace=folder / "trace").operators
+            known = fastest.setdefault(arm.label, found)
+            fastest[arm.label] = {name: min(seconds, known[name]) for name, seconds in found.items()}
+    return {arm.label: fastest[arm.label] for arm in arms}
 
 
 def _probe(arm: Arm, batch: int, setup: Setup, *, trace: Path | None = None) -> Probe:
     request = {"model": str(arm.model), "batch": batch, "img_size": arm.img_size, "seconds": setup.seconds}
-    request |= {"threads": setup.threads, "device": setup.device, "trace": str(trace) if trace else None}
+    request |= {"threads": setup.threads, "device": setup.device, "runtime": arm.runtime}
+    request |= {"trace": str(trace) if trace else None}
     command = [sys.executable, "-m", "export.probe", json.dumps(request)]
     # In a session of its own, which the terminal's Ctrl-C does not reach.
     done = subprocess.run(  # noqa: S603

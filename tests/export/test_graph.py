@@ -2,6 +2,7 @@
 
 import hypothesis.strategies as st
 import numpy as np
+import numpy.typing as npt
 import onnx
 import openvino
 import pytest
@@ -11,7 +12,10 @@ from onnx.reference import ReferenceEvaluator
 
 from export.graph import AVOIDED, OPSETS, ExportError, check_standard, op_types, serialise, to_onnx
 from export.kernels import gaps, kernels
+from export.precision import TOLERANCES
+from export.quantize import quantize, quantize_by_batch
 from service.engine import Engine
+from service.manifest import Precision
 from training.models import ImageSize, NormalizedModel, StrideViT, architecture
 
 slow = pytest.mark.slow
@@ -49,9 +53,11 @@ def expected_histogram(variant: str, opset: int) -> dict[str, int]:
     return counts
 
 
-def classifier(variant: str, *, img_size: ImageSize | None = None, depth: int = 2) -> NormalizedModel:
+def classifier(
+    variant: str, *, preset: str = "vit-xs", img_size: ImageSize | None = None, depth: int = 2
+) -> NormalizedModel:
     """Every parameter is random, also those that training starts at zero: the gate, the biases, the head."""
-    spec = architecture("vit-xs", variant, num_classes=10, img_size=img_size).model_copy(update={"depth": depth})
+    spec = architecture(preset, variant, num_classes=10, img_size=img_size).model_copy(update={"depth": depth})
     model = StrideViT(spec, seed=0)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -76,6 +82,15 @@ def assert_equal_to_torch(graph: onnx.ModelProto, model: NormalizedModel, images
         expected = model(images)
     np.testing.assert_allclose(logits, expected.numpy(), atol=2e-4)
     np.testing.assert_allclose(probabilities, expected.softmax(dim=-1).numpy(), atol=2e-4)
+
+
+def by_openvino(graph: onnx.ModelProto, images: torch.Tensor) -> npt.NDArray[np.float32]:
+    """Logits."""
+    core = openvino.Core()
+    # Its CPU plugin may choose bf16 by itself.
+    core.set_property("CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core.compile_model(core.read_model(serialise(graph)), "CPU")
+    return np.asarray(compiled({"image": images.numpy()})["logits"])
 
 
 Exported = tuple[str, NormalizedModel, onnx.ModelProto]
@@ -152,11 +167,22 @@ def test_graph_runs_in_the_reference_runtime_and_in_openvino(exported: Exported)
     outputs = ReferenceEvaluator(graph).run(["logits"], {"image": images.numpy()})
     assert isinstance(outputs, list)
     np.testing.assert_allclose(outputs[0], expected, atol=2e-4)
-    core = openvino.Core()
-    # Its CPU plugin may choose bf16 by itself.
-    core.set_property("CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    compiled = core.compile_model(core.read_model(serialise(graph)), "CPU")
-    np.testing.assert_allclose(compiled({"image": images.numpy()})["logits"], expected, atol=1e-3)
+    np.testing.assert_allclose(by_openvino(graph, images), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8-dynamic"])
+@pytest.mark.parametrize("variant", ["csra-r2", *(pytest.param(v, marks=slow) for v in ("mha", "lsra-r2", "csra-r4"))])
+def test_openvino_runs_every_precision_at_the_size_of_a_product(variant: str, precision: Precision) -> None:
+    # At 32 px it compiles what it cannot compile here: 196 tokens, 384 wide.
+    model = classifier(variant, preset="vit-s16", depth=1)
+    graph = to_onnx(model, half=precision == "fp16")
+    if precision == "int8":
+        graph = quantize(graph, noise(8, 224, 224).numpy())
+    elif precision == "int8-dynamic":
+        graph = quantize_by_batch(graph)
+    images = noise(1, 224, 224)
+    logits, _ = Engine(serialise(graph)).run(images.numpy())
+    np.testing.assert_allclose(by_openvino(graph, images), logits, atol=TOLERANCES[precision].golden.max_abs_logit)
 
 
 @pytest.mark.parametrize("variant", ["lsra-r2", *(pytest.param(variant, marks=slow) for variant in ("mha", "csra-r2"))])

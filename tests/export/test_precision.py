@@ -139,7 +139,11 @@ def test_int8_is_standard_onnx_with_matrices_of_bytes(int8: Bundle) -> None:
     graph = onnx.load(int8.model_path)
     assert {entry.domain for entry in graph.opset_import} == {""}
     matrices = [tensor for tensor in graph.graph.initializer if len(tensor.dims) == 2]
-    assert {tensor.name for tensor in matrices if tensor.data_type != onnx.TensorProto.INT8} == {"positions_ND"}
+    latents = {f"trunk.{block}.attention.latent.weight" for block in range(6)}
+    assert {tensor.name for tensor in matrices if tensor.data_type != onnx.TensorProto.INT8} == {
+        "positions_ND",
+        *latents,
+    }
     counts = op_types(graph)
     assert (counts["Gemm"], counts["MatMul"], counts["Attention"]) == (37, 1, 6)
     # Only inputs are quantised, and an input of several products only once.

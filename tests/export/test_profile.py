@@ -47,8 +47,12 @@ def test_ratio_and_memory_follow_from_the_measurements(tmp_path: Path) -> None:
     """The second model takes half the time of the first in every round, however much rounds differ."""
     slow = [1.0, 3.0, 0.5, 2.0, 1.5, 4.0]
     probes = {
-        ("mha", 1): [Probe(seconds=[s, s, 9 * s], idle_bytes=100_000_000, peak_bytes=300_000_000) for s in slow],
-        ("csra-r2", 1): [Probe(seconds=[s / 2], idle_bytes=90_000_000, peak_bytes=190_000_000) for s in slow],
+        ("mha", 1): [
+            Probe(seconds=[s, s, 9 * s], idle_bytes=100_000_000, peak_bytes=300_000_000, cpu_seconds=s) for s in slow
+        ],
+        ("csra-r2", 1): [
+            Probe(seconds=[s / 2], idle_bytes=90_000_000, peak_bytes=190_000_000, cpu_seconds=s / 2) for s in slow
+        ],
     }
     setup = Setup(batches=(1,), rounds=6, seconds=1, threads=2, device="cpu")
     measured = Measured(arms=[arm("mha"), arm("csra-r2")], setup=setup, probes=probes, rounds=6)
@@ -99,6 +103,17 @@ def test_a_bundle_is_profiled_by_operator_and_reported(
     assert (tmp_path / "profile.svg").read_text().startswith("<?xml")
 
 
+def test_runtimes_are_compared_side_by_side(repository: Path, tmp_path: Path) -> None:
+    quick = ["--batch", "1", "--rounds", "1", "--seconds", "0.05", "--threads", "1", "--device", "cpu"]
+    bundle = str(repository / "digits-csra-r2" / "1")
+    runtimes = "onnxruntime,openvino,openvino-bf16"
+    result = CliRunner().invoke(app, ["profile", bundle, *quick, "--runtimes", runtimes, "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.stderr
+    cells = json.loads((tmp_path / "profile.json").read_text())["cells"]
+    assert [cell["arm"] for cell in cells] == [f"digits-csra-r2/1 {runtime}" for runtime in runtimes.split(",")]
+    assert all(0 < cell["cpu_ms"] < 1000 and cell["added_bytes"] >= 0 for cell in cells)
+
+
 @pytest.mark.slow
 def test_random_weights_are_profiled_by_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
@@ -123,6 +138,8 @@ def test_random_weights_are_profiled_by_combination(tmp_path: Path, monkeypatch:
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--opsets", "99"], "opset 99 cannot be exported"),
         (["nowhere/1"], "cannot be listed"),
+        (["--runtimes", "tvm"], "choose from onnxruntime, openvino"),
+        (["--runtimes", "openvino", "--by-operator"], "no --by-operator"),
     ],
 )
 def test_wrong_arguments_name_the_fix(arguments: list[str], message: str) -> None:
@@ -133,7 +150,7 @@ def test_wrong_arguments_name_the_fix(arguments: list[str], message: str) -> Non
 
 
 def test_ctrl_c_keeps_the_complete_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Probe(seconds=[0.1], idle_bytes=1, peak_bytes=2)
+    found = Probe(seconds=[0.1], idle_bytes=1, peak_bytes=2, cpu_seconds=0.1)
     monkeypatch.setattr(profile_module, "_probe", lambda *_: found)
     setup = Setup(batches=(1,), rounds=500, seconds=1, threads=1, device="cpu")
 
