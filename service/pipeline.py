@@ -24,12 +24,17 @@ from service.scheduling.admission import Admission, Place
 from service.scheduling.cost import Load
 from service.scheduling.decode_pool import DecodePool
 from service.scheduling.loop_lag import LoopLag
+from service.scheduling.queue import Entry
 from service.scheduling.request import Priority, RequestState
 from service.scheduling.room import Room
 from service.scheduling.scheduler import Batch, Output, Scheduler
 
 T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
+
+_FEW_CLASSES = 200
+"""So few are sorted as fast without NumPy, which gives the interpreter's lock away to sort: under load, to get it back
+takes longer than to sort."""
 
 
 class RequestOptions(BaseModel, frozen=True, use_attribute_docstrings=True):
@@ -87,6 +92,9 @@ class Answer:
 
 def ranked(values: npt.NDArray[np.float32], count: int) -> list[tuple[int, float]]:
     """The `count` highest of the values of all classes, (num_classes,), as (class index, value), best first."""
+    if len(values) <= _FEW_CLASSES:
+        few: list[float] = values.tolist()
+        return [(index, few[index]) for index in sorted(range(len(few)), key=few.__getitem__, reverse=True)[:count]]
     best = np.argsort(-values, kind="stable")[:count]
     return [(int(index), float(values[index])) for index in best]
 
@@ -257,28 +265,35 @@ class Pipeline:
     async def _infer_one(
         self, model: Model, state: RequestState, image: bytes | Pixels, work: int
     ) -> Output | RequestError:
-        metrics, name, decode_seconds = self.metrics, model.name, 0.0
+        metrics, name, entry = self.metrics, model.name, self.scheduler.entry(state)
         try:
             if isinstance(image, bytes):
-                preprocessing = model.manifest.preprocessing
-                image, decode_seconds = await self.decoders.decode(image, preprocessing, state, model.queue, work)
-                metrics.stage_seconds(name, "decode").observe(decode_seconds)
-            output = await self._run(model, image, state)
+                with self.decoders.decoding(image, model.manifest.preprocessing, model.queue, entry, work):
+                    output = await self._outcome(model, entry)
+            else:
+                self.scheduler.offer(model.queue, entry, image)
+                output = await self._outcome(model, entry)
         except RequestError as error:
             metrics.images(name, error.code).inc()
             return error
-        output.decode_ms = decode_seconds * 1000
+        finally:
+            if isinstance(image, bytes) and entry.pixels is not None:
+                metrics.stage_seconds(name, "decode").observe(entry.decode_seconds)
+        output.decode_ms = entry.decode_seconds * 1000
         metrics.stage_seconds(name, "queue").observe(output.queue_ms / 1000)
         metrics.stage_seconds(name, "inference").observe(output.inference_ms / 1000)
         metrics.images(name, "ok").inc()
         return output
 
-    async def _run(self, model: Model, image: Pixels, state: RequestState) -> Output:
+    async def _outcome(self, model: Model, entry: Entry) -> Output:
         try:
-            return await self.scheduler.submit(model.queue, image, state)
+            return await self.scheduler.outcome(model.queue, entry)
         except RequestError:
             raise
         except Exception as error:
+            if entry.pixels is None:
+                # It is not the model's.
+                raise
             # Without the engine's own words, which are for those who made the model: the log has them.
             reason = f"{model.queue.title} failed on this image, and the service's log says why: use another model"
             raise ModelFault(reason, kind="exception") from error

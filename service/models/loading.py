@@ -96,6 +96,8 @@ class Loader:
                 Cost(layouts, self._load),
                 version=bundle.version,
                 classes=manifest.num_classes,
+                # A GPU's buffers, and graphs captured with them, belong to the thread of a lane.
+                any_thread=device == "cpu",
             ),
             model_bytes=proof.weights_bytes,
             arena_bytes=proof.arena_bytes,

@@ -1,8 +1,7 @@
 """The work accepted for one model and not yet done: how many images, of which requests, in which stage."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.scheduling.cost import LARGE_WORK
@@ -46,13 +45,14 @@ def work_of(images: int, decoding: Sequence[int]) -> Work:
 
 
 class Backlog:
-    """The counters of one queue. Changed on the event loop only; the engine's lanes read `decoding`."""
+    """The counters of one queue. Changed on the event loop only, but for `decoding`."""
 
     def __init__(self) -> None:
         self.of_class = Work(), Work()
         """All interactive work, and all batch work."""
         self.decoding = {False: 0, True: 0}
-        """Images in the decode pool, without those in its lane for large ones, by whether they are batch work."""
+        """Images in the decode pool, without those in its lane for large ones, by whether they are batch work. The
+        scheduler's lock guards it."""
         self.coming: tuple[deque[float], deque[float]] = deque(), deque()
         """When the heads came that may have their chance, and whose images are not known yet: interactive and batch."""
         self._works: dict[RequestState, Work] = {}
@@ -99,13 +99,3 @@ class Backlog:
         """The request is answered: what is left of its work counts no longer."""
         if left := self._works.pop(state, None):
             self.of_class[state.key.batch].add(left, -1)
-
-    @contextmanager
-    def in_decode_pool(self, state: RequestState) -> Iterator[None]:
-        """One image of the request is in the decode pool, until the block ends."""
-        batch = state.key.batch
-        self.decoding[batch] += 1
-        try:
-            yield
-        finally:
-            self.decoding[batch] -= 1

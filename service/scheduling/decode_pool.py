@@ -10,25 +10,28 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import structlog
 
 from service.image_work import work_of, work_of_opened
 from service.images import SMALL_BYTES, ImageRules, OpenedImage
 from service.manifest import Preprocessing
 from service.scheduling.cost import LARGE_WORK, Load
+from service.scheduling.outputs import Pixels
+from service.scheduling.queue import Entry, Queue
 from service.scheduling.request import Key, RequestState
-from service.scheduling.scheduler import Queue, Scheduler
+from service.scheduling.scheduler import Scheduler
 from service.scheduling.turns import BATCH_SHARE, Turns
 
 T = TypeVar("T")
-Pixels = npt.NDArray[np.uint8]
-_Box = list[tuple[Callable[[], Any], "asyncio.Future[Any]"]]
-"""What to call, with its image, and who waits for it; empty once a thread has it, or the request is over."""
+_Done = Callable[[Any, float, BaseException | None], None]
+"""Gets what a job returned, how long it took and how it failed, on the job's thread."""
+_Box = list[tuple[Callable[[], Any], _Done]]
+"""What to call, with its image, and then; empty once a thread has it, or the request is over."""
 _Job = tuple[Key, int, RequestState, float, _Box]
 
 log = structlog.get_logger()
@@ -63,46 +66,21 @@ class DecodePool:
         """Work of decoding each of them in pixels, by their headers, for admission and for `decode`."""
         return [work_of(image, preprocessing, self._rules) for image in images]
 
-    async def decode(
-        self, image: bytes, preprocessing: Preprocessing, state: RequestState, queue: Queue, work: int
-    ) -> tuple[Pixels, float]:
-        """An encoded image of a request accepted by `queue` as uint8 (crop, crop, 3), and the seconds it took.
+    @contextmanager
+    def decoding(
+        self, image: bytes, preprocessing: Preprocessing, queue: Queue, entry: Entry, work: int
+    ) -> Iterator[None]:
+        """Decode an encoded image of a request accepted by `queue`, and give its pixels to the engine.
 
-        `work`: as `work_of` says. Raises ImageError, or what `run` raises.
+        `work`: as `work_of` says. The outcome of `entry` is the image's error if it has one (ImageError, or the
+        request's). On exit nothing more is done for the image. On the event loop.
         """
-        load = self._load
-
-        def opened() -> OpenedImage:
-            return self._rules.open(image, preprocessing)
-
-        def small() -> Pixels | OpenedImage:
-            found = opened()
-            return found if work_of_opened(found, len(image)) > LARGE_WORK else found.render()
-
+        decoding = _Decoding(self._scheduler, self._load, image, preprocessing, self._rules, queue, entry, work)
         try:
-            needs = _LEAST * (work * load.seconds_per_pixel + queue.cost.least)
-            seconds = 0.0
-            if work <= LARGE_WORK:
-                try:
-                    with queue.backlog.in_decode_pool(state):
-                        result, seconds = await self._small.run(state, small, needs=needs)
-                finally:
-                    self._scheduler.wake()
-                if isinstance(result, np.ndarray):
-                    load.decoded(seconds, work)
-                    return result, seconds
-                # Its header hid how large it is.
-                pixels, more = await self._large.run(state, result.render)
-                return pixels, seconds + more
-            pixels, seconds = await self._large.run(state, lambda: opened().render(), needs=needs)
-            load.decoded(seconds, work)
-            return pixels, seconds
-        except BaseException:
-            # It will never reach the engine.
-            queue.backlog.answered(state)
-            raise
+            decoding.begin(self._small, self._large)
+            yield
         finally:
-            queue.backlog.decoded(state, work)
+            decoding.end()
 
     async def run(self, state: RequestState, work: Callable[[], T]) -> T:
         """Call `work` in the pool. Raises ClientDisconnected or DeadlineExceeded instead of calling it in vain."""
@@ -140,16 +118,22 @@ class Lane:
     def __len__(self) -> int:
         return len(self._waiting[0]) + len(self._waiting[1])
 
-    async def run(self, state: RequestState, work: Callable[[], T], *, needs: float = 0.0) -> tuple[T, float]:
-        """Call `work` in a thread: its result and its seconds.
+    def put(self, state: RequestState, work: Callable[[], Any], done: _Done, *, needs: float = 0.0) -> _Box:
+        """Have `work` called in a thread, and then `done`, there too, with its result, its seconds and its error.
 
-        Raises ClientDisconnected or DeadlineExceeded if the request is over by then, or would be in `needs` seconds.
+        The error is ClientDisconnected or DeadlineExceeded, and `work` is not called, if the request is over by then,
+        or would be in `needs` seconds. Who empties the box that is returned takes the job back, unless it has begun.
         """
-        answer: asyncio.Future[tuple[T, float]] = asyncio.get_running_loop().create_future()
-        box: _Box = [(work, answer)]
+        box: _Box = [(work, done)]
         with self._change:
             heapq.heappush(self._waiting[state.key.batch], (state.key, next(self._numbers), state, needs, box))
             self._change.notify()
+        return box
+
+    async def run(self, state: RequestState, work: Callable[[], T], *, needs: float = 0.0) -> tuple[T, float]:
+        """Call `work` in a thread: its result and its seconds. Raises what `put` says."""
+        answer: asyncio.Future[tuple[T, float]] = asyncio.get_running_loop().create_future()
+        box = self.put(state, work, partial(_call_back, answer), needs=needs)
         try:
             return await state.wait(answer)
         finally:
@@ -164,8 +148,8 @@ class Lane:
             self._closing = True
             self._change.notify_all()
         for *_, box in itertools.chain(*self._waiting):
-            for _, answer in box:
-                answer.cancel()
+            for _, done in box:
+                done(None, 0.0, asyncio.CancelledError())
 
     def _work(self) -> None:
         """The main loop of a thread."""
@@ -191,20 +175,19 @@ class Lane:
         _drop(swept)
         if (taken := _take(box)) is None:
             return True
-        work, answer = taken
-        if answer.done():
-            return True
+        work, done = taken
+        outcome: Any = None
+        failure: BaseException | None = None
+        started = self._clock()
         try:
-            started = self._clock()
             if state.over(started + needs):
                 raise state.error(_STAGE)
-            outcome: Any = work(), self._clock() - started
-            failure: BaseException | None = None
+            outcome = work()
         except BaseException as error:  # noqa: BLE001 (it is raised in the caller)
-            outcome, failure = None, error
-        _call_back(answer, outcome, failure)
+            failure = error
+        done(outcome, self._clock() - started, failure)
         # The failure refers to this frame by its traceback: neither may keep the image alive.
-        del taken, work, answer, outcome, failure
+        del taken, work, done, outcome, failure
         return True
 
     def _sweep(self) -> list[_Job]:
@@ -223,7 +206,85 @@ class Lane:
         return over
 
 
-def _take(box: _Box) -> tuple[Callable[[], Any], "asyncio.Future[Any]"] | None:
+class _Decoding:
+    """An image in the pool. Begun and ended on the event loop, where its work is counted."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        load: Load,
+        image: bytes,
+        preprocessing: Preprocessing,
+        rules: ImageRules,
+        queue: Queue,
+        entry: Entry,
+        work: int,
+    ) -> None:
+        self._scheduler, self._load, self._queue, self._entry, self._work = scheduler, load, queue, entry, work
+        self._open = partial(rules.open, image, preprocessing)
+        self._bytes = len(image)
+        self._loop = asyncio.get_running_loop()
+        self._box: _Box = []
+        self._ended, self._in_its_lane = False, True
+
+    def begin(self, small: Lane, large: Lane) -> None:
+        """Into the lane for its work; from there it may go on to the one for large images."""
+        self._large = large
+        state, queue = self._entry.state, self._queue
+        needs = _LEAST * (self._work * self._load.seconds_per_pixel + queue.cost.least)
+        small_one = self._work <= LARGE_WORK
+        self._scheduler.expect(queue, self._entry, soon=small_one)
+        if small_one:
+            self._box = small.put(state, self._render_if_small, self._done, needs=needs)
+        else:
+            self._box = large.put(state, lambda: self._open().render(), self._done, needs=needs)
+
+    def end(self) -> None:
+        """Count its work as done."""
+        if not self._ended:
+            self._ended = True
+            # The job of a request that is over stays in its lane until a thread is free: without its image.
+            self._box.clear()
+            self._queue.backlog.decoded(self._entry.state, self._work)
+
+    # In a decoder's thread.
+
+    def _render_if_small(self) -> Pixels | OpenedImage:
+        opened = self._open()
+        return opened if work_of_opened(opened, self._bytes) > LARGE_WORK else opened.render()
+
+    def _done(self, outcome: Any, seconds: float, failure: BaseException | None) -> None:
+        self._entry.decode_seconds += seconds
+        if failure is not None:
+            self._on_loop(self._entry.settle, failure)
+        elif isinstance(outcome, OpenedImage):
+            self._on_loop(self._go_on, outcome)
+        else:
+            self._on_loop(self._decoded, seconds)
+            self._scheduler.offer(self._queue, self._entry, outcome, here=True)
+
+    def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
+        # A closed loop has nobody left who waits.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    # On the event loop.
+
+    def _decoded(self, seconds: float) -> None:
+        if not self._ended:
+            if self._in_its_lane:
+                self._load.decoded(seconds, self._work)
+            self.end()
+
+    def _go_on(self, opened: OpenedImage) -> None:
+        """Its header hid how large it is."""
+        if not self._ended:
+            self._in_its_lane = False
+            self._scheduler.postpone(self._queue, self._entry)
+            self._box = self._large.put(self._entry.state, opened.render, self._done)
+
+
+def _take(box: _Box) -> tuple[Callable[[], Any], _Done] | None:
     """What is in the box, if it is not empty: the event loop may empty it at any time."""
     try:
         return box.pop()
@@ -235,19 +296,21 @@ def _drop(jobs: list[_Job]) -> None:
     """Tell those who wait that their requests are over, and keep nothing of the jobs."""
     for _, _, state, _, box in jobs:
         if taken := _take(box):
-            _call_back(taken[1], None, state.error(_STAGE))
+            taken[1](None, 0.0, state.error(_STAGE))
 
 
-def _call_back(answer: "asyncio.Future[Any]", outcome: Any, failure: BaseException | None) -> None:
+def _call_back(answer: "asyncio.Future[Any]", outcome: Any, seconds: float, failure: BaseException | None) -> None:
     # A closed loop has nobody left who waits.
     with contextlib.suppress(RuntimeError):
-        answer.get_loop().call_soon_threadsafe(_settle, answer, outcome, failure)
+        answer.get_loop().call_soon_threadsafe(_settle, answer, (outcome, seconds), failure)
 
 
 def _settle(answer: "asyncio.Future[Any]", outcome: Any, failure: BaseException | None) -> None:
     if answer.done():
         return
-    if failure is not None:
+    if isinstance(failure, asyncio.CancelledError):
+        answer.cancel()
+    elif failure is not None:
         answer.set_exception(failure)
     else:
         answer.set_result(outcome)

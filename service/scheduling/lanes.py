@@ -16,6 +16,9 @@ from service.scheduling.watchdog import Run
 
 log = structlog.get_logger()
 
+_ELSEWHERE = -1
+"""Number of the lane that is another thread's, which computes a lone batch."""
+
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Running(Run):
@@ -105,6 +108,25 @@ class Lanes:
             self.change.notify()
         return job.done
 
+    def begin_here(self) -> Running | None:
+        """Begin the next batch on the calling thread, unless something else runs or a job waits. `change` must be held.
+
+        What is begun is for `run_here`.
+        """
+        run = None if self.runs or self._jobs else self._next_batch()
+        if run is not None:
+            self._set_runs((run,))
+        return run
+
+    def run_here(self, run: Running) -> None:
+        """Do what `begin_here` has begun, without `change`."""
+        try:
+            self._do(run, _ELSEWHERE)
+        finally:
+            with self.change:
+                # Others may have come in the meantime.
+                self.change.notify()
+
     def take_jobs(self) -> list[Job]:
         """Take out the jobs that have not begun. `change` must be held."""
         jobs = list(self._jobs)
@@ -118,34 +140,38 @@ class Lanes:
             self.change.notify_all()
 
     def join(self, timeout_seconds: float) -> bool:
-        """Wait for their end: whether all have ended in time. Blocks."""
+        """Wait for their end: whether all have ended in time, and what runs elsewhere. Blocks."""
         end = time.monotonic() + timeout_seconds
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        with self.change:
+            ended = self.change.wait_for(
+                lambda: not any(run.queue is not None for run in self.runs), max(0.0, end - time.monotonic())
+            )
+        return ended and not any(thread.is_alive() for thread in self._threads)
 
     def _work(self, lane: int) -> None:
         """The main loop of a lane."""
         try:
             while run := self._next():
-                try:
-                    if run.job:
-                        run.job.run()
-                    elif run.queue is not None:
-                        self._run_batch(run, run.queue, lane)
-                finally:
-                    self._end(run)
-                    # Waiting for the next one, it would keep the images of this one alive.
-                    del run
+                self._do(run, lane)
+                # Waiting for the next one, it would keep the images of this one alive.
+                del run
         except BaseException:
             # For the watchdog this is a lane that does not come back.
             with self.change:
                 self.runs += (Running(what="nothing, because a lane has failed", started=self._clock(), predicted=0.0),)
             log.exception("a lane of the engine has failed")
 
-    def _end(self, run: Running) -> None:
-        with self.change:
-            self._set_runs(tuple(other for other in self.runs if other is not run))
+    def _do(self, run: Running, lane: int) -> None:
+        try:
+            if run.job:
+                run.job.run()
+            elif run.queue is not None:
+                self._run_batch(run, run.queue, lane)
+        finally:
+            with self.change:
+                self._set_runs(tuple(other for other in self.runs if other is not run))
 
     def _set_runs(self, runs: tuple[Running, ...]) -> None:
         self.runs = runs

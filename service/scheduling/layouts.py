@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 _SAME_THROUGHPUT = 1.02
 """Of layouts whose throughput is within this factor of the best one, the one with the most threads is used."""
 
-_MIN_SPEEDUP = 1.2
-"""More threads must make a single image faster by this factor: else they only wait for each other, and take cores from
-the decoders and from the next image."""
+_MIN_SPEEDUP, _MIN_SAVED_SECONDS = 1.2, 0.001
+"""More threads must make a single image faster by this factor and by so much: else they only wait for each other, and
+take cores from the decoders and from the next image. They also go on to look for work for some milliseconds after it.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,7 +64,8 @@ def worthwhile_layouts(measured: Sequence[Layout]) -> tuple[Layout, ...]:
     loaded = [layout for layout in ascending if layout.images_per_second * _SAME_THROUGHPUT >= best][-1]
     kept = [loaded]
     for layout in ascending:
-        if layout.threads > loaded.threads and layout.least * _MIN_SPEEDUP < kept[-1].least:
+        enough = min(kept[-1].least / _MIN_SPEEDUP, kept[-1].least - _MIN_SAVED_SECONDS)
+        if layout.threads > loaded.threads and layout.least < enough:
             kept.append(_faster_than(loaded, layout))
     return tuple(kept)
 

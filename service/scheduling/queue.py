@@ -19,9 +19,14 @@ class Entry:
     """An image that waits for the engine, or that the engine is working on."""
 
     state: RequestState
-    pixels: Pixels
     answer: asyncio.Future[Output]
-    since: float
+    pixels: Pixels | None = None
+    """None until it is decoded."""
+    since: float = 0.0
+    """When it was decoded, and could be computed."""
+    decode_seconds: float = 0.0
+    soon: bool = False
+    """Whether it counts as one that is about to come, while it is not decoded. For the scheduler, under its lock."""
     queued: bool = False
     """Whether it is in its queue. Changed by the queue, under the scheduler's lock."""
     alone: bool = False
@@ -31,12 +36,14 @@ class Entry:
         """Whether nobody waits for it any more."""
         return self.answer.done() or self.state.over(now)
 
-    def settle(self, result: Output | Exception) -> None:
+    def settle(self, result: Output | BaseException) -> None:
         """Give it its result, unless its caller has left or has got an error. On the event loop."""
         if self.answer.done():
             return
         if isinstance(result, Output):
             self.answer.set_result(result)
+        elif isinstance(result, asyncio.CancelledError):
+            self.answer.cancel()
         else:
             self.answer.set_exception(result)
 
@@ -48,11 +55,18 @@ class Queue:
     """The images of one model that wait for the engine."""
 
     def __init__(
-        self, name: str, run: RunBatch, cost: Cost, *, version: int | None = None, classes: int | None = None
+        self,
+        name: str,
+        run: RunBatch,
+        cost: Cost,
+        *,
+        version: int | None = None,
+        classes: int | None = None,
+        any_thread: bool = True,
     ) -> None:
-        """`run` is called on the engine's lanes only, with a batch and the number of threads that are to compute it. It
-        must give outputs of `classes` (None: of any number)."""
-        self.name, self.classes = name, classes
+        """`run` is called with a batch and the number of threads that are to compute it, on the engine's lanes, or
+        with `any_thread` also on a decoder's thread. It must give outputs of `classes` (None: of any number)."""
+        self.name, self.classes, self.any_thread = name, classes, any_thread
         self.title = f"model {name!r}" + (f" version {version}" if version else "")
         """For people."""
         self.run = run
@@ -130,13 +144,14 @@ class Queue:
 
     def fill(self, batch: Sequence[Entry], size: int, lane: int) -> Pixels:
         """The batch as one array, padded with black to the size. Valid until the next call for the same lane."""
+        images = [entry.pixels for entry in batch if entry.pixels is not None]
         if size == 1:
-            return batch[0].pixels[np.newaxis]
+            return images[0][np.newaxis]
         pixels = self._buffers.get((lane, size))
         if pixels is None:
-            pixels = self._buffers[lane, size] = np.zeros((size, *batch[0].pixels.shape), dtype=np.uint8)
-        for row, entry in enumerate(batch):
-            pixels[row] = entry.pixels
+            pixels = self._buffers[lane, size] = np.zeros((size, *images[0].shape), dtype=np.uint8)
+        for row, image in enumerate(images):
+            pixels[row] = image
         pixels[len(batch) :] = 0
         return pixels
 

@@ -5,9 +5,10 @@ takes as many cores as threads compute it, and no more are taken than there are,
 the same cores. How many threads that is, the model's layouts say (`service.scheduling.layouts`): all of them for a
 single image, few for each of many. The lanes take their batches themselves: a free one does not wait for the event
 loop's next turn. There is no timer and no polling: a single image starts at once, and batches form while the engine is
-busy. The order is priority, then deadline, then arrival; batch work keeps a share of the turns. If the most urgent
-images need more cores than are free, they are waited for: nothing overtakes. Requests whose client has left or whose
-deadline has passed are dropped before a batch is formed.
+busy. Decoders give their images to the queues directly, and a lone image is computed by the thread that decoded it:
+on an idle machine each change of thread costs a wake-up. The order is priority, then deadline, then arrival; batch work
+keeps a share of the turns. If the most urgent images need more cores than are free, they are waited for: nothing
+overtakes. Requests whose client has left or whose deadline has passed are dropped before a batch is formed.
 
 A free engine waits for one thing only: images that wait for a decoder. Then every core is busy, a batch of one would
 take a decoder's core at the highest cost per image, and the next image is about to be decoded. See `Queue.holds`.
@@ -70,6 +71,8 @@ class Scheduler:
         """
         self._former = BatchFormer(load, batch_share=batch_share, drop=self._drop)
         self.queues: list[Queue] = []
+        self._expected: set[Entry] = set()
+        """Images that are not decoded yet."""
         self.abandoned = False
         """Whether `close` gave up waiting for the engine, of which a lane still runs."""
         self._clock = load.clock
@@ -91,8 +94,12 @@ class Scheduler:
 
     def require_engine(self) -> None:
         """Raise NotReady while the engine hangs."""
-        if reason := self._watchdog.hang:
-            raise NotReady(f"{reason}: nothing is computed until it comes back or is started again: retry")
+        if reason := self._not_ready():
+            raise NotReady(reason)
+
+    def _not_ready(self) -> str | None:
+        reason = self._watchdog.hang
+        return reason and f"{reason}: nothing is computed until it comes back or is started again: retry"
 
     @property
     def overdue_seconds(self) -> float:
@@ -132,11 +139,6 @@ class Scheduler:
         for entry in abandoned:
             entry.answer.cancel()
 
-    def wake(self) -> None:
-        """Check again whether a batch can start: an image has left the decode pool."""
-        with self._change:
-            self._change.notify()
-
     def on_engine(self, work: Callable[[], T], *, cores: int | None = None) -> T:
         """Call `work` on one of the engine's lanes, on so many cores (None: all), and wait for its result.
 
@@ -146,30 +148,84 @@ class Scheduler:
         result: T = self.lanes.submit(work, cores or self.lanes.cores).result()
         return result
 
-    async def submit(self, queue: Queue, pixels: Pixels, state: RequestState) -> Output:
-        """The outputs for one image.
+    def entry(self, state: RequestState) -> Entry:
+        """The place of an image of the request, whose outcome `outcome` awaits. On the event loop."""
+        return Entry(state=state, answer=asyncio.get_running_loop().create_future())
+
+    def expect(self, queue: Queue, entry: Entry, *, soon: bool = True) -> None:
+        """Know of an image that is about to be decoded, until it is offered or has its outcome.
+
+        `soon`: batches take into account that it comes.
+        """
+        with self._change:
+            self._expected.add(entry)
+            entry.soon = soon
+            queue.backlog.decoding[entry.state.key.batch] += soon
+
+    def postpone(self, queue: Queue, entry: Entry) -> None:
+        """An image that was to come soon takes longer: batches need not wait for it."""
+        with self._change:
+            if entry in self._expected and entry.soon:
+                entry.soon = False
+                queue.backlog.decoding[entry.state.key.batch] -= 1
+                self._change.notify()
+
+    def offer(self, queue: Queue, entry: Entry, pixels: Pixels, *, here: bool = False) -> None:
+        """Have an image computed; from any thread.
+
+        `here`: a lone image may be computed by the calling thread, before this returns. It is answered sooner by two
+        changes of thread.
+        """
+        if reason := self._not_ready():
+            self._on_loop(entry.settle, NotReady(reason))
+            return
+        run: Running | None = None
+        with self._change:
+            self._no_longer_expect(queue, entry)
+            if entry.answer.done():
+                return
+            entry.pixels, entry.since = pixels, self._clock()
+            queue.push(entry)
+            if here and queue.any_thread and self._is_alone():
+                run = self.lanes.begin_here()
+            if run is None:
+                self._change.notify()
+        if run is not None:
+            self.lanes.run_here(run)
+
+    async def outcome(self, queue: Queue, entry: Entry) -> Output:
+        """The outputs for an image that was offered, or will be.
 
         Raises DeadlineExceeded or ClientDisconnected as soon as the request is over, NotReady if the engine hangs,
-        ModelFault for outputs that are none, or the engine's error for this image.
+        ModelFault for outputs that are none, or the decoder's or the engine's error for this image.
         A cancelled caller takes its own image out of the queue and no other.
         """
-        entry = Entry(
-            state=state, pixels=pixels, answer=asyncio.get_running_loop().create_future(), since=self._clock()
-        )
         try:
-            self.require_engine()
-            with self._change:
-                queue.push(entry)
-                self._change.notify()
-            return await state.wait(entry.answer)
+            return await entry.state.wait(entry.answer)
         finally:
             # However it ends, the engine has nothing more to do for this image.
-            queue.backlog.answered(state)
-            if entry.queued:
+            queue.backlog.answered(entry.state)
+            if entry.queued or entry in self._expected:
                 with self._change:
+                    self._no_longer_expect(queue, entry)
                     queue.discard(entry)
                     # It may have kept others waiting for more cores than they need.
                     self._change.notify()
+
+    async def submit(self, queue: Queue, pixels: Pixels, state: RequestState) -> Output:
+        """The outputs for one image. Raises as `outcome`."""
+        entry = self.entry(state)
+        self.offer(queue, entry, pixels)
+        return await self.outcome(queue, entry)
+
+    def _no_longer_expect(self, queue: Queue, entry: Entry) -> None:
+        if entry in self._expected:
+            self._expected.remove(entry)
+            queue.backlog.decoding[entry.state.key.batch] -= entry.soon
+
+    def _is_alone(self) -> bool:
+        """Whether a single image waits, and none is about to be decoded."""
+        return sum(len(queue) + queue.backlog.in_decoding for queue in self.queues) == 1
 
     def _run_batch(self, run: Running, queue: Queue, lane: int) -> None:
         batch, threads = run.entries, run.cores
@@ -244,9 +300,12 @@ class Scheduler:
                 self._loop.call_soon_threadsafe(function, *arguments)
 
     def _give_up(self, reason: str) -> None:
-        """Give all who wait for the engine NotReady: images waiting and running, and jobs. On the event loop."""
+        """Give all who wait for the engine NotReady: images in decoding, waiting and running, and jobs.
+
+        On the event loop. What hangs may be on a decoder's thread, for which images in decoding would wait.
+        """
         with self._change:
-            entries = [entry for queue in self.queues for entry in queue.clear()]
+            entries = [*self._expected, *(entry for queue in self.queues for entry in queue.clear())]
             jobs = self.lanes.take_jobs()
         for run in self.lanes.runs:
             entries += run.entries

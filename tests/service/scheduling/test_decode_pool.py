@@ -5,7 +5,9 @@ import gc
 import threading
 import weakref
 from collections.abc import Awaitable, Callable
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -15,9 +17,34 @@ from service.manifest import Preprocessing
 from service.scheduling.backlog import work_of
 from service.scheduling.cost import LARGE_WORK, Cost, Load
 from service.scheduling.decode_pool import DecodePool, Lane
+from service.scheduling.outputs import Outputs, Pixels
 from service.scheduling.request import Priority, RequestState
 from service.scheduling.scheduler import Queue, Scheduler
 from tests.service.conftest import PNG, Clock, encoded, noise, until
+
+PREPROCESSING = Preprocessing(resize=8, crop=8, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1))
+
+
+def echo(pixels: Pixels, threads: int) -> Outputs:
+    """Logits that are the image's pixels."""
+    flat = pixels.reshape(len(pixels), -1).astype(np.float32)
+    return flat, flat
+
+
+async def decoded(
+    pool: DecodePool,
+    scheduler: Scheduler,
+    queue: Queue,
+    image: bytes,
+    preprocessing: Preprocessing,
+    state: RequestState,
+    work: int,
+) -> Pixels:
+    """What the engine gets of an image."""
+    entry = scheduler.entry(state)
+    with pool.decoding(image, preprocessing, queue, entry, work):
+        output = await scheduler.outcome(queue, entry)
+    return output.logits.astype(np.uint8).reshape(8, 8, 3)
 
 
 class OneThread:
@@ -277,29 +304,33 @@ def test_an_image_that_cannot_be_in_time_is_not_decoded_any_more() -> None:
 
 
 def test_an_image_whose_header_hides_its_size_leaves_the_lane_for_small_ones() -> None:
-    preprocessing = Preprocessing(resize=8, crop=8, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1))
+    preprocessing = PREPROCESSING
     load = Load()
-    queue = Queue("any", lambda _, threads: (_, _), Cost({1: 0.01}, load))  # type: ignore[arg-type,return-value]
+    queue = Queue("any", echo, Cost({1: 0.01}, load))
     names: list[str] = []
 
     async def scenario() -> None:
-        pool = DecodePool(Scheduler(load), load, rules=ImageRules(max_pixels=10_000_000))
-        running = pool._large.run
+        scheduler = Scheduler(load)
+        scheduler.start()
+        scheduler.add(queue)
+        pool = DecodePool(scheduler, load, rules=ImageRules(max_pixels=10_000_000))
+        put = pool._large.put
 
-        async def noted(state: RequestState, work: Callable[[], object], **options: float) -> object:
+        def noted(*job: Any, needs: float = 0.0) -> Any:
             names.append("large")
-            return await running(state, work, **options)
+            return put(*job, needs=needs)
 
-        pool._large.run = noted  # type: ignore[assignment,method-assign]
+        pool._large.put = noted  # type: ignore[assignment,method-assign]
         state = RequestState(seconds=60_000)
         tiff = encoded(Image.new("RGB", (1500, 1000)), "TIFF", compression="tiff_lzw")
         (work,) = pool.work_of([tiff], preprocessing)
         assert work < LARGE_WORK, "a TIFF's directory is not looked for"
         queue.backlog.accept(state, work_of(1, [work]))
         try:
-            pixels, _ = await pool.decode(tiff, preprocessing, state, queue, work)
+            pixels = await decoded(pool, scheduler, queue, tiff, preprocessing, state, work)
         finally:
             pool.close()
+            await scheduler.close()
         assert (pixels.shape, names) == ((8, 8, 3), ["large"])
 
     asyncio.run(scenario())
@@ -319,13 +350,15 @@ def test_closing_cancels_waiting_jobs() -> None:
 
 
 def test_decoding_is_counted_in_the_backlog_in_the_lane_of_each_image() -> None:
-    preprocessing = Preprocessing(resize=8, crop=8, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1))
+    preprocessing = PREPROCESSING
     ticks = iter(range(1000))
     load = Load(clock=lambda: float(next(ticks)))
     scheduler = Scheduler(load)
-    queue = Queue("any", lambda _, threads: (_, _), Cost({1: 0.01}, Load()))  # type: ignore[arg-type,return-value]
+    queue = Queue("any", echo, Cost({1: 0.01}, Load()))
 
     async def scenario() -> None:
+        scheduler.start()
+        scheduler.add(queue)
         pool = DecodePool(scheduler, load, rules=ImageRules(max_pixels=10_000_000))
         state = RequestState(seconds=60_000, arrived_at=0.0)
         images = [encoded(noise(1500, 1000)), PNG, PNG[:60]]
@@ -334,18 +367,94 @@ def test_decoding_is_counted_in_the_backlog_in_the_lane_of_each_image() -> None:
         queue.backlog.accept(state, work_of(3, works))
         assert (queue.backlog.of_class[0].large, queue.backlog.of_class[0].small) == (large, small + damaged)
         try:
-            pixels, _ = await pool.decode(images[0], preprocessing, state, queue, large)
+            pixels = await decoded(pool, scheduler, queue, images[0], preprocessing, state, large)
             assert (pixels.shape, load.decode_seconds) == ((8, 8, 3), 0)
             assert queue.backlog.of_class[0].large == 0
-            await pool.decode(images[1], preprocessing, state, queue, small)
+            await decoded(pool, scheduler, queue, images[1], preprocessing, state, small)
             assert load.decode_seconds > 0
             with pytest.raises(BadImage):
-                await pool.decode(images[2], preprocessing, state, queue, damaged)
+                await decoded(pool, scheduler, queue, images[2], preprocessing, state, damaged)
         finally:
             pool.close()
+            await scheduler.close()
 
     asyncio.run(scenario())
     backlog = queue.backlog
     assert (backlog.undecoded, backlog.decoding) == (0, {False: 0, True: 0})
     assert (backlog.of_class[0].small, backlog.of_class[0].large) == (0, 0)
-    assert backlog.waiting == 2, "the damaged one will never reach the engine"
+    assert backlog.waiting == 0
+
+
+class Threads:
+    """An engine that notes the threads that compute, and can be held."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.free = threading.Event()
+        self.free.set()
+
+    def run(self, pixels: Pixels, threads: int) -> Outputs:
+        self.names.append(threading.current_thread().name)
+        assert self.free.wait(60)
+        return echo(pixels, threads)
+
+
+async def answers(images: int, *, cores: int, any_thread: bool = True, hold: bool = False) -> list[str]:
+    """The threads that compute so many images, of which each but the first comes while the first is held."""
+    load, engine = Load(decode_threads=2), Threads()
+    scheduler = Scheduler(load, cores=cores)
+    queue = scheduler.add(Queue("any", engine.run, Cost({1: 0.01}, load), any_thread=any_thread))
+    scheduler.start()
+    pool = DecodePool(scheduler, load, rules=ImageRules(max_pixels=10_000_000))
+    if hold:
+        engine.free.clear()
+
+    async def ask() -> None:
+        state = RequestState(seconds=60)
+        (work,) = pool.work_of([PNG], PREPROCESSING)
+        queue.backlog.accept(state, work_of(1, [work]))
+        await decoded(pool, scheduler, queue, PNG, PREPROCESSING, state, work)
+
+    tasks = [asyncio.create_task(ask())]
+    await until(lambda: bool(engine.names))
+    tasks += [asyncio.create_task(ask()) for _ in range(images - 1)]
+    await until(lambda: len(queue) == images - 1)
+    engine.free.set()
+    await asyncio.gather(*tasks)
+    assert queue.backlog.decoding == {False: 0, True: 0}
+    pool.close()
+    await scheduler.close()
+    return [name.rstrip("-0123456789") for name in engine.names]
+
+
+def test_a_lone_image_is_computed_by_the_thread_that_decoded_it_and_others_by_lanes() -> None:
+    assert asyncio.run(answers(1, cores=2)) == ["decode"]
+    # They wait for the first one's core, and are taken once it is done.
+    assert asyncio.run(answers(3, cores=1, hold=True)) == ["decode", "engine", "engine"]
+
+
+def test_an_engine_that_is_bound_to_its_lanes_computes_lone_images_there_too() -> None:
+    assert asyncio.run(answers(1, cores=2, any_thread=False)) == ["engine"]
+
+
+def test_closing_waits_for_an_image_that_a_decoder_computes() -> None:
+    async def scenario() -> None:
+        load, engine = Load(decode_threads=1), Threads()
+        scheduler = Scheduler(load)
+        queue = scheduler.add(Queue("any", engine.run, Cost({1: 0.01}, load)))
+        scheduler.start()
+        engine.free.clear()
+        computing = threading.Thread(
+            target=scheduler.offer,
+            args=(queue, scheduler.entry(RequestState(seconds=60)), np.zeros((8, 8, 3), np.uint8)),
+            kwargs={"here": True},
+        )
+        computing.start()
+        await until(lambda: bool(engine.names))
+        await scheduler.close(timeout_seconds=0.01)
+        assert scheduler.abandoned
+        engine.free.set()
+        assert await asyncio.to_thread(scheduler.lanes.join, 60)
+        computing.join()
+
+    asyncio.run(scenario())

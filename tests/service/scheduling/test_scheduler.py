@@ -339,14 +339,22 @@ def test_a_free_engine_waits_only_while_more_images_are_decoded_than_there_are_d
         scheduler = Scheduler(load)
         waiting = asyncio.create_task(scheduler.submit(scheduler.add(queue), image(1), states[0]))
         await asyncio.sleep(0)
-        with queue.backlog.in_decode_pool(states[1]), queue.backlog.in_decode_pool(states[2]):
-            assert not queue.holds(clock.now, load), "two decoders are at work on them"
-            with queue.backlog.in_decode_pool(batch):
-                assert not queue.holds(clock.now, load), "batch work is not waited for"
-            with queue.backlog.in_decode_pool(states[0]):
-                assert queue.holds(clock.now, load)
-                assert not queue.holds(clock.now + 59.97, load), "its deadline is near"
-        assert not queue.holds(clock.now, load)
+        entries = [scheduler.entry(of) for of in (*states, batch)]
+        for entry in entries[1:3]:
+            scheduler.expect(queue, entry)
+        assert not queue.holds(clock.now, load), "two decoders are at work on them"
+        scheduler.expect(queue, entries[3])
+        assert not queue.holds(clock.now, load), "batch work is not waited for"
+        scheduler.expect(queue, entries[0])
+        assert queue.holds(clock.now, load)
+        assert not queue.holds(clock.now + 59.97, load), "its deadline is near"
+        scheduler.offer(queue, entries[0], image(2))
+        assert not queue.holds(clock.now, load), "it is decoded"
+        for entry in entries[1:]:
+            entry.settle(RuntimeError("damaged"))
+            with pytest.raises(RuntimeError):
+                await scheduler.outcome(queue, entry)
+        assert queue.backlog.decoding == {False: 0, True: 0}
         waiting.cancel()
         await scheduler.close()
 

@@ -150,6 +150,8 @@ def test_one_layout_is_kept_where_another_brings_nothing() -> None:
     assert worthwhile_layouts([wide, slow]) == (wide,)
     both = Layout(threads=1, lanes=2, seconds={1: 0.015})
     assert [layout.threads for layout in worthwhile_layouts([wide, both])] == [1, 2]
+    small = [Layout(threads=2, lanes=1, seconds={1: 0.0010}), Layout(threads=1, lanes=2, seconds={1: 0.0015})]
+    assert [layout.threads for layout in worthwhile_layouts(small)] == [1], "half a millisecond is not worth a core"
 
 
 def test_a_faster_layout_keeps_only_the_batch_sizes_that_it_answers_sooner() -> None:
