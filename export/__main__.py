@@ -217,15 +217,25 @@ def profile(
                 )
             )
             arms = by_runtimes(arms, engines)
-        console.print(f"about {estimated_seconds(arms, setup) / 60:.0f} minutes for {len(arms)} models")
+        traced = len(arms) * rounds if by_operator else 0
+        minutes = estimated_seconds(arms, setup) * (1 + by_operator / len(setup.batches)) / 60
+        console.print(f"about {minutes:.0f} minutes for {len(arms)} models")
+        by_arm: dict[str, dict[str, float]] = {}
         with Progress(console=console, transient=True) as progress:
-            bar = progress.add_task("", total=len(arms) * len(setup.batches) * rounds)
-            measured = measure(arms, setup, lambda what: progress.update(bar, description=what, advance=1))
+            bar = progress.add_task("", total=len(arms) * len(setup.batches) * rounds + traced)
+
+            def advance(what: str) -> None:
+                progress.update(bar, description=what, advance=1)
+
+            measured = measure(arms, setup, advance)
+            written = profile_report.write(measured, out) if out else []
+            if by_operator and measured.rounds == rounds:
+                by_arm = operators(arms, setup, Path(folder), advance)
         Console().print(profile_report.table(measured))
-        if by_operator and measured.rounds == rounds:
-            Console().print(profile_report.operator_table(operators(arms, setup, Path(folder))))
-        if out:
-            console.print("wrote " + ", ".join(map(str, profile_report.write(measured, out))), soft_wrap=True)
+        if by_arm:
+            Console().print(profile_report.operator_table(by_arm))
+        if written:
+            console.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
     if measured.rounds < rounds:
         console.print(f"interrupted: {measured.rounds} of {rounds} rounds")
         raise typer.Exit(128 + signal.SIGINT)

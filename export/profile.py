@@ -185,7 +185,9 @@ def estimated_seconds(arms: Sequence[Arm], setup: Setup) -> float:
     return len(arms) * len(setup.batches) * setup.rounds * (setup.seconds + SECONDS_TO_START)
 
 
-def operators(arms: Sequence[Arm], setup: Setup, folder: Path) -> dict[str, dict[str, float]]:
+def operators(
+    arms: Sequence[Arm], setup: Setup, folder: Path, on_probe: Callable[[str], None]
+) -> dict[str, dict[str, float]]:
     """Seconds per run by operator, for each model at the largest batch size; `folder` receives the traces.
 
     Of each operator the fastest of all rounds, which are interleaved as in `measure`. Tracing makes runs slower: for
@@ -194,9 +196,10 @@ def operators(arms: Sequence[Arm], setup: Setup, folder: Path) -> dict[str, dict
     largest, fastest = max(setup.batches), dict[str, dict[str, float]]()
     for number in range(setup.rounds):
         for arm in arms if number % 2 == 0 else arms[::-1]:
+            on_probe(f"{arm.label}, batch {largest}, by operator, round {number + 1} of {setup.rounds}")
             found = _probe(arm, largest, setup, trace=folder / "trace").operators
             known = fastest.setdefault(arm.label, found)
-            fastest[arm.label] = {name: min(seconds, known[name]) for name, seconds in found.items()}
+            fastest[arm.label] = {name: min(seconds, known.get(name, seconds)) for name, seconds in found.items()}
     return {arm.label: fastest[arm.label] for arm in arms}
 
 

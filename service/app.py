@@ -161,7 +161,7 @@ def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], floa
     """A pipeline with all models loaded. Raises StartupError."""
     load = Load(
         decode_threads=settings.decode_threads or settings.threads or available_cores(),
-        seconds_per_pixel=seconds_per_pixel(),
+        seconds_per_pixel=seconds_per_pixel(exact=settings.exact_preprocessing),
         clock=clock,
     )
     patience = Patience(

@@ -33,8 +33,8 @@ T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
 
 _FEW_CLASSES = 200
-"""So few are sorted as fast without NumPy, which gives the interpreter's lock away to sort: under load, to get it back
-takes longer than to sort."""
+"""So few are sorted as fast without NumPy, which releases the GIL while it sorts: under load, taking it back costs more
+than the sort."""
 
 
 class RequestOptions(BaseModel, frozen=True, use_attribute_docstrings=True):
@@ -275,7 +275,8 @@ class Pipeline:
                 output = await self._outcome(model, entry)
         except RequestError as error:
             metrics.images(name, error.code).inc()
-            return error
+            # The traceback would keep the image alive until the garbage collector comes.
+            return error.with_traceback(None)
         finally:
             if isinstance(image, bytes) and entry.pixels is not None:
                 metrics.stage_seconds(name, "decode").observe(entry.decode_seconds)

@@ -243,7 +243,7 @@ class Settings(BaseSettings):
     image_formats: Annotated[_List[_Format], Field(min_length=1)] = FORMATS
     """Formats of images that are accepted: fewer mean fewer decoders that a hostile file can reach."""
     exact_preprocessing: bool = False
-    """Give the model torchvision's pixels to the last bit. Off, preprocessing takes about half the time: a JPEG that is
+    """Give the model exactly torchvision's pixels. Off, preprocessing takes about half the time: a JPEG that is
     much larger than the model's input is decoded at 1/2, 1/4 or 1/8 of its size, which changes pixels slightly; and
     only what the crop keeps is resized, which changes one value in thousands by one or two of 255 levels."""
     body_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0

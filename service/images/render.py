@@ -81,8 +81,8 @@ class ImageRules:
     formats: Collection[str] = FORMATS
     """Formats that are accepted."""
     exact: bool = False
-    """Give torchvision's pixels to the last bit. By default a JPEG that is much too large is decoded at a fraction of
-    its size, and of all images only the region that the crop keeps is resized."""
+    """Give torchvision's pixels. By default a JPEG that is much too large is decoded at a fraction of its size, and of
+    images without alpha only the region that the crop keeps is resized."""
     memory: MemoryBudget | None = None
     """What all images that are decoded at once may take; none: no limit."""
 

@@ -10,12 +10,9 @@ that is removed once they are open, see `service.engine.pack`.
 """
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import structlog
 
@@ -28,6 +25,7 @@ from service.models.engines import Engines, blank
 from service.models.model import Model
 from service.models.proof import EngineOptions, Proof
 from service.models.prover import Prover
+from service.models.scratch import scratch_folder
 from service.models.verify import verify_golden
 from service.scheduling.cost import Cost, Load
 from service.scheduling.layouts import Layout
@@ -72,7 +70,7 @@ class Loader:
             if device not in manifest.devices:
                 raise BundleError(f"{folder}: made for {', '.join(manifest.devices)}, not for {device}")
             self._require(folder, *_expected_bytes(bundle))
-            with _scratch() as scratch:
+            with scratch_folder() as scratch:
                 proof = self._proof(bundle, scratch)
                 self._require(folder, proof.peak_bytes, "measured")
                 engines, layouts = self._open(bundle, proof, scratch)
@@ -188,18 +186,6 @@ class Loader:
                 # Else the lanes have to be timed together.
                 seconds[size] = min(seconds[size], *runs)
         return replace(layout, seconds=seconds)
-
-
-@contextmanager
-def _scratch() -> Iterator[Path | None]:
-    """A folder for the time of a load; None where there can be none."""
-    try:
-        folder = TemporaryDirectory(prefix="stridevit-", ignore_cleanup_errors=True)
-    except OSError:  # nowhere to write to
-        yield None
-        return
-    with folder as name:
-        yield Path(name)
 
 
 def _expected_bytes(bundle: Bundle) -> tuple[int, str]:

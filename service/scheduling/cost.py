@@ -43,8 +43,8 @@ _BUSY = 0.9
 """A layout that would be busy for more than this part of the time is left to lower rates of arrivals."""
 
 _RECENT_SECONDS, _LEAST_BUSY_SECONDS = 2.0, 0.02
-"""Of the rate of arrivals: the time in which an arrival's weight falls to 1/e, and how long the engine must at least
-have been busy for one arrival to count in full."""
+"""Of the rate of arrivals: the time in which an arrival's weight falls to 1/e, and what is added to the time that the
+engine was busy, so that a single arrival weighs little."""
 
 _HANDOVER_SECONDS = 0.0003
 """Cost of a batch beside the engine: two changes of thread. Measured; it matters to the smallest models only."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import structlog
 
@@ -30,8 +30,19 @@ from service.scheduling.turns import BATCH_SHARE, Turns
 T = TypeVar("T")
 _Done = Callable[[Any, float, BaseException | None], None]
 """Gets what a job returned, how long it took and how it failed, on the job's thread."""
-_Box = list[tuple[Callable[[], Any], _Done]]
-"""What to call, with its image, and then; empty once a thread has it, or the request is over."""
+
+
+class _Call(NamedTuple):
+    """Work of a thread, which holds an image."""
+
+    work: Callable[[], Any]
+    done: _Done
+    answer: "asyncio.Future[Any]"
+    """Once it is done, nobody wants the work."""
+
+
+_Box = list[_Call]
+"""Empty once a thread has the call, or the request is over."""
 _Job = tuple[Key, int, RequestState, float, _Box]
 
 log = structlog.get_logger()
@@ -63,7 +74,7 @@ class DecodePool:
         return small + (budget.taken_bytes if budget else 0)
 
     def work_of(self, images: Sequence[bytes], preprocessing: Preprocessing) -> list[int]:
-        """Work of decoding each of them in pixels, by their headers, for admission and for `decode`."""
+        """Work of decoding each of them in pixels, by their headers, for admission and for `decoding`."""
         return [work_of(image, preprocessing, self._rules) for image in images]
 
     @contextmanager
@@ -81,6 +92,7 @@ class DecodePool:
             yield
         finally:
             decoding.end()
+            self._scheduler.forget(queue, entry)
 
     async def run(self, state: RequestState, work: Callable[[], T]) -> T:
         """Call `work` in the pool. Raises ClientDisconnected or DeadlineExceeded instead of calling it in vain."""
@@ -107,6 +119,8 @@ class Lane:
         self._clock = clock
         self._waiting: tuple[list[_Job], list[_Job]] = [], []
         """Interactive and batch jobs."""
+        self._idle = 0
+        """Threads that wait for a job."""
         self._turns = Turns(batch_share)
         self._numbers = itertools.count()
         self._closing = False
@@ -118,13 +132,18 @@ class Lane:
     def __len__(self) -> int:
         return len(self._waiting[0]) + len(self._waiting[1])
 
-    def put(self, state: RequestState, work: Callable[[], Any], done: _Done, *, needs: float = 0.0) -> _Box:
-        """Have `work` called in a thread, and then `done`, there too, with its result, its seconds and its error.
+    def spares_a_thread(self) -> bool:
+        """Whether one of its threads may do other work: no job waits, and another thread is there for the next one."""
+        with self._change:
+            return self._idle > 0 and not len(self)
 
-        The error is ClientDisconnected or DeadlineExceeded, and `work` is not called, if the request is over by then,
+    def put(self, state: RequestState, call: _Call, *, needs: float = 0.0) -> _Box:
+        """Have `call.work` called in a thread, and then `call.done`, there too.
+
+        The error is ClientDisconnected or DeadlineExceeded, and the work is not done, if the request is over by then,
         or would be in `needs` seconds. Who empties the box that is returned takes the job back, unless it has begun.
         """
-        box: _Box = [(work, done)]
+        box = [call]
         with self._change:
             heapq.heappush(self._waiting[state.key.batch], (state.key, next(self._numbers), state, needs, box))
             self._change.notify()
@@ -133,7 +152,7 @@ class Lane:
     async def run(self, state: RequestState, work: Callable[[], T], *, needs: float = 0.0) -> tuple[T, float]:
         """Call `work` in a thread: its result and its seconds. Raises what `put` says."""
         answer: asyncio.Future[tuple[T, float]] = asyncio.get_running_loop().create_future()
-        box = self.put(state, work, partial(_call_back, answer), needs=needs)
+        box = self.put(state, _Call(work, partial(_call_back, answer), answer), needs=needs)
         try:
             return await state.wait(answer)
         finally:
@@ -148,8 +167,8 @@ class Lane:
             self._closing = True
             self._change.notify_all()
         for *_, box in itertools.chain(*self._waiting):
-            for _, done in box:
-                done(None, 0.0, asyncio.CancelledError())
+            for call in box:
+                call.done(None, 0.0, asyncio.CancelledError())
 
     def _work(self) -> None:
         """The main loop of a thread."""
@@ -165,7 +184,9 @@ class Lane:
         """Wait for a job and do it. False if there will be no more."""
         with self._change:
             while not (len(self) or self._closing):
+                self._idle += 1
                 self._change.wait()
+                self._idle -= 1
             if self._closing:
                 return False
             interactive, batch = self._waiting
@@ -175,7 +196,9 @@ class Lane:
         _drop(swept)
         if (taken := _take(box)) is None:
             return True
-        work, done = taken
+        work, done, answer = taken
+        if answer.done():
+            return True
         outcome: Any = None
         failure: BaseException | None = None
         started = self._clock()
@@ -187,7 +210,7 @@ class Lane:
             failure = error
         done(outcome, self._clock() - started, failure)
         # The failure refers to this frame by its traceback: neither may keep the image alive.
-        del taken, work, done, outcome, failure
+        del taken, work, done, answer, outcome, failure
         return True
 
     def _sweep(self) -> list[_Job]:
@@ -225,19 +248,19 @@ class _Decoding:
         self._bytes = len(image)
         self._loop = asyncio.get_running_loop()
         self._box: _Box = []
-        self._ended, self._in_its_lane = False, True
+        self._ended, self._as_predicted = False, True
+        self._is_small = work <= LARGE_WORK
 
     def begin(self, small: Lane, large: Lane) -> None:
         """Into the lane for its work; from there it may go on to the one for large images."""
-        self._large = large
+        self._small, self._large = small, large
         state, queue = self._entry.state, self._queue
         needs = _LEAST * (self._work * self._load.seconds_per_pixel + queue.cost.least)
-        small_one = self._work <= LARGE_WORK
-        self._scheduler.expect(queue, self._entry, soon=small_one)
-        if small_one:
-            self._box = small.put(state, self._render_if_small, self._done, needs=needs)
+        self._scheduler.expect(queue, self._entry, soon=self._is_small)
+        if self._is_small:
+            self._box = small.put(state, self._call(self._render_if_small), needs=needs)
         else:
-            self._box = large.put(state, lambda: self._open().render(), self._done, needs=needs)
+            self._box = large.put(state, self._call(lambda: self._open().render()), needs=needs)
 
     def end(self) -> None:
         """Count its work as done."""
@@ -246,6 +269,9 @@ class _Decoding:
             # The job of a request that is over stays in its lane until a thread is free: without its image.
             self._box.clear()
             self._queue.backlog.decoded(self._entry.state, self._work)
+
+    def _call(self, work: Callable[[], Any]) -> _Call:
+        return _Call(work, self._done, self._entry.answer)
 
     # In a decoder's thread.
 
@@ -261,7 +287,9 @@ class _Decoding:
             self._on_loop(self._go_on, outcome)
         else:
             self._on_loop(self._decoded, seconds)
-            self._scheduler.offer(self._queue, self._entry, outcome, here=True)
+            # Beside a large image's decoding, two changes of thread are nothing, and the next one may wait for it.
+            here = self._is_small and self._small.spares_a_thread()
+            self._scheduler.offer(self._queue, self._entry, outcome, here=here)
 
     def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
         # A closed loop has nobody left who waits.
@@ -272,19 +300,19 @@ class _Decoding:
 
     def _decoded(self, seconds: float) -> None:
         if not self._ended:
-            if self._in_its_lane:
+            if self._as_predicted:
                 self._load.decoded(seconds, self._work)
             self.end()
 
     def _go_on(self, opened: OpenedImage) -> None:
         """Its header hid how large it is."""
         if not self._ended:
-            self._in_its_lane = False
+            self._is_small = self._as_predicted = False
             self._scheduler.postpone(self._queue, self._entry)
-            self._box = self._large.put(self._entry.state, opened.render, self._done)
+            self._box = self._large.put(self._entry.state, self._call(opened.render))
 
 
-def _take(box: _Box) -> tuple[Callable[[], Any], _Done] | None:
+def _take(box: _Box) -> _Call | None:
     """What is in the box, if it is not empty: the event loop may empty it at any time."""
     try:
         return box.pop()
@@ -296,7 +324,7 @@ def _drop(jobs: list[_Job]) -> None:
     """Tell those who wait that their requests are over, and keep nothing of the jobs."""
     for _, _, state, _, box in jobs:
         if taken := _take(box):
-            taken[1](None, 0.0, state.error(_STAGE))
+            taken.done(None, 0.0, state.error(_STAGE))
 
 
 def _call_back(answer: "asyncio.Future[Any]", outcome: Any, seconds: float, failure: BaseException | None) -> None:

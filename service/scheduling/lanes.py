@@ -17,7 +17,7 @@ from service.scheduling.watchdog import Run
 log = structlog.get_logger()
 
 _ELSEWHERE = -1
-"""Number of the lane that is another thread's, which computes a lone batch."""
+"""Stands for a thread that is no lane, on which a lone batch is computed."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -69,13 +69,15 @@ class Lanes:
         find: Callable[[int], Running | None],
         run_batch: Callable[[Running, Queue, int], None],
         busy: Callable[[bool], None] = lambda _: None,
+        failed: Callable[[Running, Exception], None] = lambda *_: None,
     ) -> None:
         """`find` gives the next batch for so many free cores, if there is one, and is called while `change` is held.
 
-        `run_batch` runs one on the lane of the number, and must not raise. `busy` is called with whether batches run.
+        `run_batch` runs one on the lane of the number, and must not raise. `busy` is called with whether batches run,
+        `failed` with a batch on another thread if `run_batch` raises nevertheless.
         """
         self.cores, self._clock = cores, clock
-        self._find, self._run_batch, self._busy = find, run_batch, busy
+        self._find, self._run_batch, self._busy, self._failed = find, run_batch, busy, failed
         self.change = threading.Condition()
         """Guards whatever `find` reads, the jobs and `runs`; lanes without work sleep on it."""
         self.runs: tuple[Running, ...] = ()
@@ -83,6 +85,8 @@ class Lanes:
         self._jobs: deque[Job] = deque()
         self._threads: list[threading.Thread] = []
         self._closing = False
+        self._missed = False
+        """Whether a lane has found nothing to do while something ran: it may have lacked the cores of that."""
         self.add(1)
 
     @property
@@ -122,10 +126,15 @@ class Lanes:
         """Do what `begin_here` has begun, without `change`."""
         try:
             self._do(run, _ELSEWHERE)
+        except Exception as error:
+            # A lane that fails so is noticed by the watchdog; here nobody would know.
+            log.exception("a lone batch has failed beside its computing")
+            self._failed(run, error)
         finally:
             with self.change:
-                # Others may have come in the meantime.
-                self.change.notify()
+                if self._missed or self._closing:
+                    self._missed = False
+                    self.change.notify_all()
 
     def take_jobs(self) -> list[Job]:
         """Take out the jobs that have not begun. `change` must be held."""
@@ -140,7 +149,7 @@ class Lanes:
             self.change.notify_all()
 
     def join(self, timeout_seconds: float) -> bool:
-        """Wait for their end: whether all have ended in time, and what runs elsewhere. Blocks."""
+        """Wait until all lanes have ended, and a batch on another thread; whether they did in time. Blocks."""
         end = time.monotonic() + timeout_seconds
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
@@ -183,6 +192,7 @@ class Lanes:
             while not (run := self._next_job() if self._jobs else self._next_batch()):
                 if self._closing:
                     return None
+                self._missed = self._missed or bool(self.runs)
                 self.change.wait()
             self._set_runs((*self.runs, run))
             if self.free_cores:

@@ -16,7 +16,7 @@ from service.scheduling.request import Key, RequestState
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Entry:
-    """An image that waits for the engine, or that the engine is working on."""
+    """An image that is decoded, waits for the engine, or is computed."""
 
     state: RequestState
     answer: asyncio.Future[Output]

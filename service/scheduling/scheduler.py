@@ -14,7 +14,7 @@ A free engine waits for one thing only: images that wait for a decoder. Then eve
 take a decoder's core at the highest cost per image, and the next image is about to be decoded. See `Queue.holds`.
 
 A batch that fails is taken apart: its images are run again, each alone, and only those that fail again are at fault.
-Whatever the engine does, each caller of `submit` gets one outcome: of its own image, its deadline, or the watchdog.
+Whatever the engine does, each caller of `outcome` gets one: of its own image, its deadline, or the watchdog.
 """
 
 import asyncio
@@ -79,7 +79,12 @@ class Scheduler:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_batch: Callable[[Batch], None] = lambda _: None
         self.lanes = Lanes(
-            cores, self._clock, find=self._next_batch, run_batch=self._run_batch, busy=load.arrivals.busy
+            cores,
+            self._clock,
+            find=self._next_batch,
+            run_batch=self._run_batch,
+            busy=load.arrivals.busy,
+            failed=lambda run, error: self._on_loop(_fail, run.entries, error),
         )
         self._change = self.lanes.change
         """Guards the queues' heaps too."""
@@ -121,6 +126,10 @@ class Scheduler:
         self.abandoned = not await asyncio.to_thread(self.lanes.join, timeout_seconds)
         if self.abandoned:
             self._give_up("the service has ended, and the engine has not")
+        with self._change:
+            jobs = self.lanes.take_jobs()
+        for job in jobs:
+            job.fail(NotReady("the service has ended"))
         for queue in self.queues:
             self.remove(queue)
 
@@ -173,8 +182,8 @@ class Scheduler:
     def offer(self, queue: Queue, entry: Entry, pixels: Pixels, *, here: bool = False) -> None:
         """Have an image computed; from any thread.
 
-        `here`: a lone image may be computed by the calling thread, before this returns. It is answered sooner by two
-        changes of thread.
+        `here`: a lone image may be computed by the calling thread, before this returns: that saves two changes of
+        thread.
         """
         if reason := self._not_ready():
             self._on_loop(entry.settle, NotReady(reason))
@@ -183,6 +192,8 @@ class Scheduler:
         with self._change:
             self._no_longer_expect(queue, entry)
             if entry.answer.done():
+                # Others may have been held for it.
+                self._change.notify()
                 return
             entry.pixels, entry.since = pixels, self._clock()
             queue.push(entry)
@@ -201,16 +212,24 @@ class Scheduler:
         A cancelled caller takes its own image out of the queue and no other.
         """
         try:
+            # Who hung the engine was told before this image was expected.
+            self.require_engine()
             return await entry.state.wait(entry.answer)
         finally:
             # However it ends, the engine has nothing more to do for this image.
             queue.backlog.answered(entry.state)
-            if entry.queued or entry in self._expected:
-                with self._change:
-                    self._no_longer_expect(queue, entry)
-                    queue.discard(entry)
-                    # It may have kept others waiting for more cores than they need.
-                    self._change.notify()
+            self.forget(queue, entry)
+            # Its error refers to this frame, by the traceback: the cycle would keep the image alive.
+            del entry
+
+    def forget(self, queue: Queue, entry: Entry) -> None:
+        """Have nothing more done for an image, whether it is expected, waits, or neither."""
+        if entry.queued or entry in self._expected:
+            with self._change:
+                self._no_longer_expect(queue, entry)
+                queue.discard(entry)
+                # It may have kept others waiting, for its decoding or for more cores than they need.
+                self._change.notify()
 
     async def submit(self, queue: Queue, pixels: Pixels, state: RequestState) -> Output:
         """The outputs for one image. Raises as `outcome`."""
@@ -314,6 +333,11 @@ class Scheduler:
             entry.settle(NotReady(f"{reason}: nothing was computed for this request, retry"))
         for job in jobs:
             job.fail(NotReady(reason))
+
+
+def _fail(entries: Sequence[Entry], error: Exception) -> None:
+    for entry in entries:
+        entry.settle(error)
 
 
 def _reject(expired: list[Entry]) -> None:

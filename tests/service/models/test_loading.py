@@ -111,10 +111,7 @@ def test_without_room_for_packed_weights_one_layout_is_served_and_the_log_says_w
     assert [(layout.threads, layout.lanes) for layout in proof.layouts] == [(2, 1)]
     assert "pack the model's weights" in proof.note
 
-    def no_folder(**_: object) -> None:
-        raise FileNotFoundError("no usable temporary directory")
-
-    monkeypatch.setattr(loading, "TemporaryDirectory", no_folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     with capture_logs() as logs:
         model = make_loader(threads=2).load(folder)
     assert [layout.threads for layout in model.queue.cost.layouts] == [2]

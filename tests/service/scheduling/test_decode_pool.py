@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.errors import BadImage, ClientDisconnected, DeadlineExceeded
+from service.errors import BadImage, ClientDisconnected, DeadlineExceeded, NotReady
 from service.images import ImageRules
 from service.manifest import Preprocessing
 from service.scheduling.backlog import work_of
@@ -399,62 +399,171 @@ class Threads:
         return echo(pixels, threads)
 
 
-async def answers(images: int, *, cores: int, any_thread: bool = True, hold: bool = False) -> list[str]:
-    """The threads that compute so many images, of which each but the first comes while the first is held."""
-    load, engine = Load(decode_threads=2), Threads()
-    scheduler = Scheduler(load, cores=cores)
-    queue = scheduler.add(Queue("any", engine.run, Cost({1: 0.01}, load), any_thread=any_thread))
-    scheduler.start()
-    pool = DecodePool(scheduler, load, rules=ImageRules(max_pixels=10_000_000))
-    if hold:
-        engine.free.clear()
+class World:
+    """Two decoders, and an engine of one core or more, with one model."""
 
-    async def ask() -> None:
-        state = RequestState(seconds=60)
-        (work,) = pool.work_of([PNG], PREPROCESSING)
-        queue.backlog.accept(state, work_of(1, [work]))
-        await decoded(pool, scheduler, queue, PNG, PREPROCESSING, state, work)
+    def __init__(self, *, cores: int = 1, any_thread: bool = True) -> None:
+        load, self.engine = Load(decode_threads=2), Threads()
+        self.scheduler = Scheduler(load, cores=cores)
+        cost = Cost({1: 0.01}, load)
+        self.queue = self.scheduler.add(Queue("any", self.engine.run, cost, any_thread=any_thread))
+        self.pool = DecodePool(self.scheduler, load, rules=ImageRules(max_pixels=10_000_000))
+        self.scheduler.start()
+        self._hold = threading.Event()
+        self._held: list[asyncio.Task[object]] = []
 
-    tasks = [asyncio.create_task(ask())]
-    await until(lambda: bool(engine.names))
-    tasks += [asyncio.create_task(ask()) for _ in range(images - 1)]
-    await until(lambda: len(queue) == images - 1)
-    engine.free.set()
-    await asyncio.gather(*tasks)
-    assert queue.backlog.decoding == {False: 0, True: 0}
-    pool.close()
-    await scheduler.close()
-    return [name.rstrip("-0123456789") for name in engine.names]
+    def ask(self, image: bytes = PNG, state: RequestState | None = None) -> asyncio.Task[Pixels]:
+        """What the engine gets of an image."""
+        state = state or RequestState(seconds=60)
+        (work,) = self.pool.work_of([image], PREPROCESSING)
+        self.queue.backlog.accept(state, work_of(1, [work]))
+        return asyncio.create_task(decoded(self.pool, self.scheduler, self.queue, image, PREPROCESSING, state, work))
+
+    async def hold_decoders(self, count: int) -> None:
+        """Keep so many of them busy until `free` is called."""
+        begun: list[int] = []
+
+        def hold() -> None:
+            begun.append(1)
+            assert self._hold.wait(60)
+
+        self._held = [
+            asyncio.create_task(self.pool.run(RequestState(seconds=60), hold))  # type: ignore[misc]
+            for _ in range(count)
+        ]
+        await until(lambda: len(begun) == count)
+
+    def free(self) -> None:
+        self._hold.set()
+        self.engine.free.set()
+
+    async def close(self) -> None:
+        """End, with nothing left of any image."""
+        self.free()
+        await asyncio.gather(*self._held)
+        await until(lambda: not self.scheduler.lanes.runs and not len(self.queue))
+        backlog = self.queue.backlog
+        assert backlog.decoding == {False: 0, True: 0}
+        assert (backlog.waiting, backlog.undecoded, self.scheduler._expected) == (0, 0, set())
+        self.pool.close()
+        await self.scheduler.close()
+        assert not self.scheduler.abandoned
+
+    @property
+    def threads(self) -> list[str]:
+        """Kinds of the threads that have computed."""
+        return [name.rstrip("-0123456789") for name in self.engine.names]
 
 
 def test_a_lone_image_is_computed_by_the_thread_that_decoded_it_and_others_by_lanes() -> None:
-    assert asyncio.run(answers(1, cores=2)) == ["decode"]
-    # They wait for the first one's core, and are taken once it is done.
-    assert asyncio.run(answers(3, cores=1, hold=True)) == ["decode", "engine", "engine"]
+    async def scenario() -> None:
+        world = World()
+        world.engine.free.clear()
+        tasks = [world.ask()]
+        await until(lambda: bool(world.engine.names))
+        # They wait for the first one's core, and are taken once it is done.
+        tasks += [world.ask(), world.ask()]
+        await until(lambda: len(world.queue) == 2)
+        world.free()
+        await asyncio.gather(*tasks)
+        await world.close()
+        assert world.threads == ["decode", "engine", "engine"]
+
+    asyncio.run(scenario())
 
 
 def test_an_engine_that_is_bound_to_its_lanes_computes_lone_images_there_too() -> None:
-    assert asyncio.run(answers(1, cores=2, any_thread=False)) == ["engine"]
-
-
-def test_closing_waits_for_an_image_that_a_decoder_computes() -> None:
     async def scenario() -> None:
-        load, engine = Load(decode_threads=1), Threads()
-        scheduler = Scheduler(load)
-        queue = scheduler.add(Queue("any", engine.run, Cost({1: 0.01}, load)))
-        scheduler.start()
-        engine.free.clear()
-        computing = threading.Thread(
-            target=scheduler.offer,
-            args=(queue, scheduler.entry(RequestState(seconds=60)), np.zeros((8, 8, 3), np.uint8)),
-            kwargs={"here": True},
-        )
-        computing.start()
-        await until(lambda: bool(engine.names))
-        await scheduler.close(timeout_seconds=0.01)
-        assert scheduler.abandoned
-        engine.free.set()
-        assert await asyncio.to_thread(scheduler.lanes.join, 60)
-        computing.join()
+        world = World(any_thread=False)
+        await world.ask()
+        await world.close()
+        assert world.threads == ["engine"]
+
+    asyncio.run(scenario())
+
+
+def test_no_decoder_computes_while_others_may_need_it() -> None:
+    async def scenario() -> None:
+        world = World()
+        large = encoded(noise(1500, 1000))
+        await world.ask(large)
+        await world.hold_decoders(1)
+        await world.ask()
+        await world.close()
+        assert world.threads == ["engine", "engine"], "the decoder of large images, and the last one of small ones"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("stage", ["waiting", "queued", "computed"])
+@pytest.mark.parametrize("end", ["expire", "leave", "cancel"])
+def test_nothing_is_left_of_an_image_whose_request_ends_at_any_stage(stage: str, end: str) -> None:
+    async def scenario() -> None:
+        world, state = World(), RequestState(seconds=60)
+        others: list[asyncio.Task[Pixels]] = []
+        if stage == "waiting":
+            await world.hold_decoders(2)
+        else:
+            world.engine.free.clear()
+        if stage == "queued":
+            others = [world.ask()]
+            await until(lambda: bool(world.engine.names))
+        task = world.ask(state=state)
+        reached = {
+            "waiting": lambda: len(world.pool._small) == 1,
+            "queued": lambda: len(world.queue) == 1,
+            "computed": lambda: bool(world.engine.names),
+        }
+        await until(reached[stage])
+        if end == "cancel":
+            task.cancel()
+        else:
+            getattr(state, end)()
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        expected = {"expire": DeadlineExceeded, "leave": ClientDisconnected, "cancel": asyncio.CancelledError}
+        assert isinstance(outcome, expected[end])
+        world.queue.backlog.release(state)
+        world.free()
+        await asyncio.gather(*others)
+        await world.close()
+
+    asyncio.run(scenario())
+
+
+def test_if_the_engine_hangs_on_a_decoder_images_that_wait_for_one_get_not_ready_too() -> None:
+    async def scenario() -> None:
+        world = World()
+        world.engine.free.clear()
+        tasks = [world.ask()]
+        await until(lambda: bool(world.engine.names))
+        await world.hold_decoders(1)
+        tasks.append(world.ask())
+        await until(lambda: len(world.pool._small) == 1)
+        world.scheduler._give_up("the engine hangs")
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [NotReady, NotReady]
+        await world.close()
+
+    asyncio.run(scenario())
+
+
+def test_closing_waits_for_an_image_that_a_decoder_computes_and_fails_a_job_that_waits_for_it() -> None:
+    async def scenario() -> None:
+        world = World()
+        world.engine.free.clear()
+        task = world.ask()
+        await until(lambda: bool(world.engine.names))
+        job = asyncio.create_task(asyncio.to_thread(world.scheduler.on_engine, lambda: None))
+        await until(lambda: bool(world.scheduler.lanes._jobs))
+        closing = asyncio.create_task(world.scheduler.close())
+        await until(lambda: not any(thread.is_alive() for thread in world.scheduler.lanes._threads))
+        assert not closing.done()
+        world.free()
+        await closing
+        assert (await task).shape == (8, 8, 3)
+        with pytest.raises(NotReady, match="the service has ended"):
+            await job
+        assert not world.scheduler.abandoned
+        world.pool.close()
 
     asyncio.run(scenario())
