@@ -209,12 +209,13 @@ class Cost:
         """Predicted seconds of the fastest batch."""
         return min(self.seconds(layout.sizes[0], layout.threads) for layout in self.layouts)
 
-    def plan(self, waiting: int, *, free: int, elsewhere: int = 0) -> Plan | None:
+    def plan(self, waiting: int, *, free: int, elsewhere: int = 0, decoding: int = 0) -> Plan | None:
         """The next batch for one of the waiting images or more, on `free` cores; None if they are too few for any.
 
         The layout is the one with which all waiting images are answered first, those of other models (`elsewhere`)
         and those that come in the meantime included, as if they were of this one. Layouts that could not keep up with
-        the recent arrivals are left out.
+        the recent arrivals are left out. The waiting images are shared among the lanes whose cores are not busy
+        `decoding`: where every core is, one batch of all costs least.
         """
         lanes = {layout: min(layout.lanes, free // layout.threads) for layout in self.layouts}
         fitting = [layout for layout in self.layouts if lanes[layout]]
@@ -224,7 +225,8 @@ class Cost:
         if len(fitting) > 1:
             images, rate = waiting + elsewhere, self._rate()
             layout = min(self._able(fitting), key=lambda layout: self._cleared(layout, lanes[layout], images, rate))
-        return Plan(self._take(layout, -(-waiting // lanes[layout])), layout.threads)
+        share = min(lanes[layout], max(1, (free - decoding) // layout.threads))
+        return Plan(self._take(layout, -(-waiting // share)), layout.threads)
 
     def padded(self, images: int, threads: int | None = None) -> int:
         """The warmed-up size that holds `images`. Raises ValueError above the limit."""

@@ -27,9 +27,10 @@ class BatchFormer:
         # A turn that is due stays so until a batch is formed: images that need more cores than are free wait for them.
         batch_first = self._turns.due(interactive_waits=interactive, batch_waits=batch_work)
         # Those that will be decoded soon want cores too, as if they waited already.
-        waiting = sum(len(queue) for queue in ready) + sum(queue.backlog.in_decoding for queue in queues)
+        coming = sum(queue.backlog.in_decoding for queue in queues)
+        waiting, decoding = sum(len(queue) for queue in ready) + coming, min(coming, self._load.decode_threads)
         for queue in sorted(ready, key=lambda queue: queue.rank(batch_first=batch_first)):
-            plan = queue.cost.plan(len(queue), free=free, elsewhere=waiting - len(queue))
+            plan = queue.cost.plan(len(queue), free=free, elsewhere=waiting - len(queue), decoding=decoding)
             if plan is None:
                 return None
             batch, expired = queue.pop(plan.images, now, batch_first=batch_first)

@@ -427,10 +427,7 @@ class World:
             begun.append(1)
             assert self._hold.wait(60)
 
-        self._held = [
-            asyncio.create_task(self.pool.run(RequestState(seconds=60), hold))  # type: ignore[misc]
-            for _ in range(count)
-        ]
+        self._held = [asyncio.create_task(self.pool.run(RequestState(seconds=60), hold)) for _ in range(count)]
         await until(lambda: len(begun) == count)
 
     def free(self) -> None:

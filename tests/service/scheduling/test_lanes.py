@@ -134,3 +134,10 @@ def test_no_more_lanes_are_started_than_there_are_cores() -> None:
             assert await asyncio.gather(*tasks) == list(range(1, 8))
 
     drive(scenario)
+
+
+def test_waiting_images_are_shared_among_the_lanes_whose_cores_no_decoder_takes() -> None:
+    layout = Layout(threads=1, lanes=4, seconds={1: 0.001, 2: 0.0015, 4: 0.002, 8: 0.003})
+    cost = Cost((layout,), Load())
+    sizes = {decoding: cost.plan(8, free=4, decoding=decoding) for decoding in (0, 2, 3, 4)}
+    assert {decoding: plan and plan.images for decoding, plan in sizes.items()} == {0: 2, 2: 4, 3: 8, 4: 8}
