@@ -165,14 +165,15 @@ class Loader:
             raise
 
     def _warm_up(self, bundle: Bundle, engines: Engines, layout: Layout) -> None:
-        on_engine = self._scheduler.on_engine
+        # One core is taken from the batches, whatever the layout: nobody waits for the result, but for them.
+        on_engine = partial(self._scheduler.on_engine, cores=1)
 
         def run(pixels: Pixels) -> Outputs:
-            return on_engine(partial(engines.run, pixels, layout.threads), cores=layout.threads)
+            return on_engine(partial(engines.run, pixels, layout.threads))
 
         # The rest of them were run by the process that proved it.
         verify_golden(bundle, engines.engine(layout.threads), first=1, run=run)
-        on_engine(partial(engines.shrink, layout), cores=layout.threads)
+        on_engine(partial(engines.shrink, layout))
 
     def _timed(self, bundle: Bundle, engines: Engines, layout: Layout) -> Layout:
         """Warm up all batch sizes of a layout. The faster timing counts: interference only makes a run longer, and the
@@ -180,7 +181,7 @@ class Loader:
         seconds = dict(layout.seconds)
         for size in layout.sizes:
             run = partial(engines.run, blank(bundle, size), layout.threads)
-            on_engine = partial(self._scheduler.on_engine, cores=layout.threads)
+            on_engine = partial(self._scheduler.on_engine, cores=1)
             runs = time_runs(run, seconds=_SHORT_SECONDS, max_runs=2, warm_up_runs=0, on_thread=on_engine)
             if layout.lanes == 1:
                 # Else the lanes have to be timed together.
