@@ -101,6 +101,12 @@ class Loader:
             arena_bytes=proof.arena_bytes,
         )
 
+    @property
+    def _job_cores(self) -> int:
+        """Cores that a run for a model that is being loaded takes from the batches of others: on a CPU none, whatever
+        its threads, because nobody waits for it. A GPU's buffers belong to the thread of a lane."""
+        return 0 if self._options.device == "cpu" else 1
+
     def memory_left(self) -> int | None:
         """Memory that is left for another model; None where that is unknown and not limited."""
         left = memory_left_bytes()
@@ -165,8 +171,7 @@ class Loader:
             raise
 
     def _warm_up(self, bundle: Bundle, engines: Engines, layout: Layout) -> None:
-        # One core is taken from the batches, whatever the layout: nobody waits for the result, but for them.
-        on_engine = partial(self._scheduler.on_engine, cores=1)
+        on_engine = partial(self._scheduler.on_engine, cores=self._job_cores)
 
         def run(pixels: Pixels) -> Outputs:
             return on_engine(partial(engines.run, pixels, layout.threads))
@@ -181,7 +186,7 @@ class Loader:
         seconds = dict(layout.seconds)
         for size in layout.sizes:
             run = partial(engines.run, blank(bundle, size), layout.threads)
-            on_engine = partial(self._scheduler.on_engine, cores=1)
+            on_engine = partial(self._scheduler.on_engine, cores=self._job_cores)
             runs = time_runs(run, seconds=_SHORT_SECONDS, max_runs=2, warm_up_runs=0, on_thread=on_engine)
             if layout.lanes == 1:
                 # Else the lanes have to be timed together.

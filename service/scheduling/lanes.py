@@ -1,6 +1,7 @@
 """The engine's lanes: threads that run batches and jobs, and the cores that they take meanwhile."""
 
 import contextlib
+import os
 import threading
 import time
 from collections import deque
@@ -18,6 +19,9 @@ log = structlog.get_logger()
 
 _ELSEWHERE = -1
 """Stands for a thread that is no lane, on which a lone batch is computed."""
+
+_BESIDE_NICE = 10
+"""By how much the thread for jobs beside the lanes is nicer: it gets a tenth of a core that both want."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -78,11 +82,16 @@ class Lanes:
         """
         self.cores, self._clock = cores, clock
         self._find, self._run_batch, self._busy, self._failed = find, run_batch, busy, failed
-        self.change = threading.Condition()
+        lock = threading.RLock()
+        self.change = threading.Condition(lock)
         """Guards whatever `find` reads, the jobs and `runs`; lanes without work sleep on it."""
+        self._change_beside = threading.Condition(lock)
+        """On this one the thread beside the lanes sleeps."""
         self.runs: tuple[Running, ...] = ()
         """What the lanes are doing; replaced by them, and read anywhere."""
         self._jobs: deque[Job] = deque()
+        self._jobs_beside: deque[Job] = deque()
+        self._lanes, self._has_beside = 0, False
         self._threads: list[threading.Thread] = []
         self._closing = False
         self._missed = False
@@ -97,19 +106,30 @@ class Lanes:
     def add(self, number: int) -> None:
         """Start as many lanes as are missing to the number, or to the number of cores."""
         with self.change:
-            for lane in range(len(self._threads), min(number, self.cores)):
-                thread = threading.Thread(target=self._work, args=(lane,), name=f"engine-{lane}", daemon=True)
+            while self._lanes < min(number, self.cores):
+                arguments = self._lanes, self._next
+                thread = threading.Thread(target=self._work, args=arguments, name=f"engine-{self._lanes}", daemon=True)
+                self._lanes += 1
                 self._threads.append(thread)
                 thread.start()
 
     def submit(self, work: Callable[[], Any], cores: int) -> "Future[Any]":
-        """The result of `work`, which is called on a lane. Raises RuntimeError once the lanes have ended."""
+        """The result of `work`, which is called on a lane once so many cores are free.
+
+        With 0 cores it is called beside the lanes, one job at a time and at low priority: no batch waits for it. Raises
+        RuntimeError once the lanes have ended.
+        """
         job = Job(work, min(cores, self.cores))
         with self.change:
             if self._closing:
                 raise RuntimeError("the engine has ended")
-            self._jobs.append(job)
-            self.change.notify()
+            if cores:
+                self._jobs.append(job)
+                self.change.notify()
+            else:
+                self._jobs_beside.append(job)
+                self._start_beside()
+                self._change_beside.notify()
         return job.done
 
     def begin_here(self) -> Running | None:
@@ -117,9 +137,9 @@ class Lanes:
 
         What is begun is for `run_here`.
         """
-        run = None if self.runs or self._jobs else self._next_batch()
+        run = None if self._jobs or any(run.cores for run in self.runs) else self._next_batch()
         if run is not None:
-            self._set_runs((run,))
+            self._set_runs((*self.runs, run))
         return run
 
     def run_here(self, run: Running) -> None:
@@ -138,8 +158,9 @@ class Lanes:
 
     def take_jobs(self) -> list[Job]:
         """Take out the jobs that have not begun. `change` must be held."""
-        jobs = list(self._jobs)
+        jobs = [*self._jobs, *self._jobs_beside]
         self._jobs.clear()
+        self._jobs_beside.clear()
         return jobs
 
     def close(self) -> None:
@@ -147,6 +168,7 @@ class Lanes:
         with self.change:
             self._closing = True
             self.change.notify_all()
+            self._change_beside.notify_all()
 
     def join(self, timeout_seconds: float) -> bool:
         """Wait until all lanes have ended, and a batch on another thread; whether they did in time. Blocks."""
@@ -159,10 +181,24 @@ class Lanes:
             )
         return ended and not any(thread.is_alive() for thread in self._threads)
 
-    def _work(self, lane: int) -> None:
-        """The main loop of a lane."""
+    def _start_beside(self) -> None:
+        if not self._has_beside:
+            self._has_beside = True
+            thread = threading.Thread(target=self._work_beside, name="engine-beside", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _work_beside(self) -> None:
+        # Linux has a priority for each thread; where there is none, the job has that of the lanes.
+        with contextlib.suppress(OSError, AttributeError):
+            own = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + _BESIDE_NICE)
+        self._work(_ELSEWHERE, self._next_beside)
+
+    def _work(self, lane: int, find: Callable[[], Running | None]) -> None:
+        """The main loop of a lane, or of the thread beside them."""
         try:
-            while run := self._next():
+            while run := find():
                 self._do(run, lane)
                 # Waiting for the next one, it would keep the images of this one alive.
                 del run
@@ -200,11 +236,24 @@ class Lanes:
                 self.change.notify()
             return run
 
+    def _next_beside(self) -> Running | None:
+        """Wait for the next job beside the lanes and begin it; None if there will be none."""
+        with self.change:
+            while not self._jobs_beside:
+                if self._closing:
+                    return None
+                self._change_beside.wait()
+            run = self._running(self._jobs_beside.popleft())
+            self._set_runs((*self.runs, run))
+            return run
+
     def _next_job(self) -> Running | None:
         # Until there are cores for it, no batch begins: it would never have its turn.
         if self._jobs[0].cores > self.free_cores:
             return None
-        job = self._jobs.popleft()
+        return self._running(self._jobs.popleft())
+
+    def _running(self, job: Job) -> Running:
         what = "a job: loading a model, or its proof"
         return Running(what=what, started=self._clock(), predicted=None, cores=job.cores, job=job)
 

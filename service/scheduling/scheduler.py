@@ -151,10 +151,11 @@ class Scheduler:
     def on_engine(self, work: Callable[[], T], *, cores: int | None = None) -> T:
         """Call `work` on one of the engine's lanes, on so many cores (None: all), and wait for its result.
 
-        It goes before all batches. Not from the event loop. Raises NotReady if the engine hangs, or if `work` does.
+        It goes before all batches; with 0 cores it goes beside them, at low priority. Not from the event loop. Raises
+        NotReady if the engine hangs, or if `work` does.
         """
         self.require_engine()
-        result: T = self.lanes.submit(work, cores or self.lanes.cores).result()
+        result: T = self.lanes.submit(work, self.lanes.cores if cores is None else cores).result()
         return result
 
     def entry(self, state: RequestState) -> Entry:

@@ -1,6 +1,7 @@
 """Lanes run batches at the same time, on no more cores than there are; jobs get their turn."""
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -141,3 +142,28 @@ def test_waiting_images_are_shared_among_the_lanes_whose_cores_no_decoder_takes(
     cost = Cost((layout,), Load())
     sizes = {decoding: cost.plan(8, free=4, decoding=decoding) for decoding in (0, 2, 3, 4)}
     assert {decoding: plan and plan.images for decoding, plan in sizes.items()} == {0: 2, 2: 4, 3: 8, 4: 8}
+
+
+def test_a_job_beside_the_lanes_takes_no_core_from_batches_and_has_a_low_priority() -> None:
+    async def scenario() -> None:
+        async with running(WIDE, cores=2) as (scheduler, queue, engine):
+            begun, end, seen = threading.Event(), threading.Event(), dict[str, object]()
+
+            def job() -> str:
+                seen["thread"] = threading.current_thread().name
+                seen["priority"] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+                begun.set()
+                assert end.wait(PATIENCE_SECONDS)
+                return "done"
+
+            doing = asyncio.create_task(asyncio.to_thread(scheduler.on_engine, job, cores=0))
+            await until(begun.is_set)
+            engine.free.set()
+            assert await answer(scheduler, queue, 7) == 7
+            assert engine.threads == [2], "all cores are its own"
+            end.set()
+            assert await doing == "done"
+            assert seen["thread"] == "engine-beside"
+            assert seen["priority"] == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)
+
+    drive(scenario)
