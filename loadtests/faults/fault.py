@@ -14,6 +14,10 @@ from loadtests.faults.models import Kind
 from loadtests.faults.service import Launch, Service
 
 
+ELSEWHERE = "elsewhere"
+"""Folder beside the repository."""
+
+
 @dataclass(kw_only=True)
 class World:
     """A service under a steady load, and what was found out about it."""
@@ -70,6 +74,8 @@ class Fault:
     """What is done, in words."""
     act: Callable[[World], Awaitable[None]]
     """Begin it, wait, and take it back. May raise `NotRun`."""
+    elsewhere: Kind | None = None
+    """A model that is published before the load begins, beside the repository: making it here would delay the load."""
     model: Kind = "numbered"
     """What the load asks for."""
     launch: Launch = field(default_factory=Launch)

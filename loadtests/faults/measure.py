@@ -13,9 +13,10 @@ from loadtests.experiment.model import Arm, Progress
 from loadtests.experiment.sending import run_interruptibly
 from loadtests.experiment.server import Server, ServerError
 from loadtests.faults.client import Client
-from loadtests.faults.fault import Fault, World
+from loadtests.faults.fault import ELSEWHERE, Fault, World
 from loadtests.faults.figures import summarise
 from loadtests.faults.load import Load, Sample
+from loadtests.faults.models import publish_numbered
 from loadtests.faults.plan import ANSWER_SECONDS, DEADLINE_MS, FaultPlan, FaultResult
 from loadtests.faults.service import NotRun, Service
 
@@ -40,6 +41,8 @@ class FaultRunner:
         repository = folder / "models"
         for model in {fault.model, "numbered-other"}:
             shutil.copytree(self._plan.repository / model, repository / model)
+        if fault.elsewhere:
+            publish_numbered(folder / ELSEWHERE, fault.elsewhere)
         flags = (*self._plan.service_arguments, *fault.launch.flags)
         try:
             yield Service(repository, folder, log, replace(fault.launch, flags=flags))

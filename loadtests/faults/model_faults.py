@@ -10,7 +10,7 @@ from pathlib import Path
 
 from loadtests.experiment.http_get import get_json
 from loadtests.faults.client import Client, Unanswered
-from loadtests.faults.fault import Fault, World
+from loadtests.faults.fault import ELSEWHERE, Fault, World
 from loadtests.faults.models import Kind, publish_numbered
 from loadtests.faults.service import Launch
 from service.bundle import MODEL_FILE
@@ -22,6 +22,7 @@ _TAKEN_SECONDS = 20.0
 _HALF_WRITTEN_SECONDS = 3.0
 _ADMIN_KEY = "the-key-of-this-harness"
 _NUMBERED: Kind = "numbered"
+_LARGE: Kind = "numbered-large"
 POLLING_FLAGS = (f"--poll-seconds={POLL_SECONDS:g}",)
 ADMIN_FLAGS = (f"--admin-key-hash={hashlib.sha256(_ADMIN_KEY.encode()).hexdigest()}",)
 _POLLING, _ADMIN = Launch(flags=POLLING_FLAGS), Launch(flags=ADMIN_FLAGS)
@@ -119,14 +120,15 @@ async def load_and_unload(world: World) -> None:
 
 async def _load_large(world: World) -> None:
     """Load a large model, and unload it, again and again."""
-    await asyncio.to_thread(publish_numbered, world.service.repository, "numbered-large")
+    repository = world.service.repository
+    (repository.parent / ELSEWHERE / _LARGE).rename(repository / _LARGE)
     client = Client("127.0.0.1", world.service.port, answer_seconds=120)
     ends_at, took = time.monotonic() + world.seconds, list[float]()
     while time.monotonic() < ends_at or not took:
         for action in ("load", "unload"):
             began = time.monotonic()
             try:
-                reply = await client.ask(_admin(f"numbered-large/{action}"), keep=False)
+                reply = await client.ask(_admin(f"{_LARGE}/{action}"), keep=False)
             except Unanswered as error:
                 world.unmet.append(f"{action}: {error}")
                 return
@@ -239,6 +241,7 @@ def model_faults() -> list[Fault]:
             name="load-large",
             what="a model of the size and cost of ViT-S/16 is loaded by request, and unloaded, again and again",
             act=_load_large,
+            elsewhere=_LARGE,
             launch=_ADMIN,
         ),
     ]
