@@ -13,7 +13,6 @@ from loadtests.faults.load import Load
 from loadtests.faults.models import Kind
 from loadtests.faults.service import Launch, Service
 
-
 ELSEWHERE = "elsewhere"
 """Folder beside the repository."""
 
