@@ -243,9 +243,9 @@ class Settings(BaseSettings):
     image_formats: Annotated[_List[_Format], Field(min_length=1)] = FORMATS
     """Formats of images that are accepted: fewer mean fewer decoders that a hostile file can reach."""
     exact_preprocessing: bool = False
-    """Give the model exactly torchvision's pixels. Off, preprocessing takes about half the time: a JPEG that is
-    much larger than the model's input is decoded at 1/2, 1/4 or 1/8 of its size, which changes pixels slightly; and
-    only what the crop keeps is resized, which changes one value in thousands by one or two of 255 levels."""
+    """Give the model torchvision's pixels (of very long images within 2 levels). Off, preprocessing takes less time: a
+    JPEG that is much larger than the model's input is decoded at 1/2, 1/4 or 1/8 of its size, which changes pixels
+    slightly; and only what the crop keeps is resized, which changes one value in thousands by one or two levels."""
     body_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Seconds that a client may take to send its body, before it gets 408."""
     min_upload_rate: NonNegativeInt = 4096

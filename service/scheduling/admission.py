@@ -194,7 +194,7 @@ class Admission:
         work = own.seconds(queue, images, large=large)
         if other.engine:
             work += min(other.seconds(large=large), ratio * work)
-        cost, idle = queue.cost, not (runs or own.engine or other.engine)
+        cost, idle = queue.cost, not (any(run.cores for run in runs) or own.engine or other.engine)
         # What runs is finished first, also if the request overtakes everything else.
         engine = self._wait_seconds(runs, queue) + cost.finish(images, idle=idle)
         if not idle:

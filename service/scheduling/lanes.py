@@ -22,6 +22,8 @@ _ELSEWHERE = -1
 
 _BESIDE_NICE = 10
 """By how much the thread for jobs beside the lanes is nicer: it gets a tenth of a core that both want."""
+_BESIDE_SLOWED = 12.0
+"""So many times as long may a job take beside the lanes, before it counts as hung."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -116,8 +118,8 @@ class Lanes:
     def submit(self, work: Callable[[], Any], cores: int) -> "Future[Any]":
         """The result of `work`, which is called on a lane once so many cores are free.
 
-        With 0 cores it is called beside the lanes, one job at a time and at low priority: no batch waits for it. Raises
-        RuntimeError once the lanes have ended.
+        With 0 cores it is called beside the lanes, one job at a time, on a thread of low priority: no batch waits for
+        it. Threads that the work itself uses have their own. Raises RuntimeError once the lanes have ended.
         """
         job = Job(work, min(cores, self.cores))
         with self.change:
@@ -205,7 +207,8 @@ class Lanes:
         except BaseException:
             # For the watchdog this is a lane that does not come back.
             with self.change:
-                self.runs += (Running(what="nothing, because a lane has failed", started=self._clock(), predicted=0.0),)
+                what, cores = "nothing, because a lane has failed", int(lane != _ELSEWHERE)
+                self.runs += (Running(what=what, started=self._clock(), predicted=0.0, cores=cores),)
             log.exception("a lane of the engine has failed")
 
     def _do(self, run: Running, lane: int) -> None:
@@ -228,7 +231,7 @@ class Lanes:
             while not (run := self._next_job() if self._jobs else self._next_batch()):
                 if self._closing:
                     return None
-                self._missed = self._missed or bool(self.runs)
+                self._missed = self._missed or any(run.cores for run in self.runs)
                 self.change.wait()
             self._set_runs((*self.runs, run))
             if self.free_cores:
@@ -239,10 +242,10 @@ class Lanes:
     def _next_beside(self) -> Running | None:
         """Wait for the next job beside the lanes and begin it; None if there will be none."""
         with self.change:
-            while not self._jobs_beside:
-                if self._closing:
-                    return None
+            while not self._jobs_beside and not self._closing:
                 self._change_beside.wait()
+            if self._closing:
+                return None
             run = self._running(self._jobs_beside.popleft())
             self._set_runs((*self.runs, run))
             return run
@@ -255,7 +258,8 @@ class Lanes:
 
     def _running(self, job: Job) -> Running:
         what = "a job: loading a model, or its proof"
-        return Running(what=what, started=self._clock(), predicted=None, cores=job.cores, job=job)
+        slowed = 1.0 if job.cores else _BESIDE_SLOWED
+        return Running(what=what, started=self._clock(), predicted=None, slowed=slowed, cores=job.cores, job=job)
 
     def _next_batch(self) -> Running | None:
         free = self.free_cores

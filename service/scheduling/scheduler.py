@@ -224,7 +224,9 @@ class Scheduler:
             del entry
 
     def forget(self, queue: Queue, entry: Entry) -> None:
-        """Have nothing more done for an image, whether it is expected, waits, or neither."""
+        """Have nothing more done for an image, whether it is expected, waits, or neither. On the event loop."""
+        # Whoever decodes it now must not offer it any more.
+        entry.answer.cancel()
         if entry.queued or entry in self._expected:
             with self._change:
                 self._no_longer_expect(queue, entry)

@@ -52,6 +52,8 @@ class Run:
     """On the scheduler's clock."""
     predicted: float | None
     """Seconds, by the cost model; None where nothing is known."""
+    slowed: float = 1.0
+    """By how much others may slow it down, because it lets them go first."""
 
 
 def end_process(reason: str) -> None:
@@ -117,7 +119,7 @@ class Watchdog:
                 log.warning("the engine has come back", after_seconds=round(before[run], 1))
         hung = {run: reason for run, reason in self._hung.items() if run in self._seconds}
         for run, seconds in self._seconds.items():
-            limit = self._patience.limit(run.predicted)
+            limit = self._patience.limit(run.predicted) * run.slowed
             if run in hung:
                 if seconds > limit + self._patience.exit_seconds:
                     self._leave(f"the engine has been at {run.what} for {seconds:.0f} s")

@@ -55,6 +55,15 @@ def test_the_limit_is_a_multiple_of_the_prediction_between_a_floor_and_a_ceiling
     assert world.hangs == [world.dog.hang]
 
 
+def test_a_run_that_lets_others_go_first_may_take_as_many_times_longer() -> None:
+    world = World()
+    world.run = Run(what="a job", started=world.clock.now, predicted=None, slowed=12)
+    world.live(12 * 120)
+    assert world.dog.hang is None
+    world.live(1)
+    assert world.dog.hang is not None
+
+
 def test_a_run_that_comes_back_ends_the_hang_at_once() -> None:
     world = World()
     world.begin(1.0)
@@ -229,6 +238,29 @@ def test_an_engine_thread_that_has_failed_counts_as_hung() -> None:
             await waiting
         stuck.live(30)
         assert "a lane has failed" in stuck.left[0]
+        await stuck.scheduler.close()
+
+    with capture_logs():
+        drive(scenario)
+
+
+def test_an_image_that_is_refused_while_the_engine_hangs_leaves_nothing_behind() -> None:
+    async def scenario() -> None:
+        stuck = Stuck()
+        stuck.start()
+        running = await while_busy(stuck.scheduler, stuck.queue, stuck.echo)
+        stuck.live(12)
+        with pytest.raises(NotReady):
+            await running
+        entry = stuck.scheduler.entry(state())
+        stuck.scheduler.expect(stuck.queue, entry)
+        with pytest.raises(NotReady):
+            await stuck.scheduler.outcome(stuck.queue, entry)
+        stuck.echo.free.set()
+        await until(lambda: stuck.scheduler.hang is None)
+        # It was being decoded, and is ready now: nobody wants it any more.
+        stuck.scheduler.offer(stuck.queue, entry, image(1), here=True)
+        assert (images_waiting(stuck.scheduler), stuck.echo.batches) == (0, [[99]])
         await stuck.scheduler.close()
 
     with capture_logs():
