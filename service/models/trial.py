@@ -67,6 +67,8 @@ def main() -> None:
     os.dup2(2, 1)
     if sys.platform != "win32":
         os.nice(_NICE)
+        # Linux may share the cores among sessions first, and this one has its own.
+        _write("/proc/self/autogroup", str(_NICE))
         # The first to go if memory runs out: rather this process than the one that serves.
         _write("/proc/self/oom_score_adj", "1000")
     # Loads ONNX Runtime, whose own memory is not that of a model.

@@ -1,6 +1,7 @@
 """A version that cannot be served is found out elsewhere: its failure costs the serving process nothing."""
 
 import json
+import os
 import signal
 import tempfile
 import threading
@@ -180,6 +181,9 @@ def test_the_process_that_proves_a_version_is_the_first_to_go_and_the_last_to_ru
         wait_until(lambda: bool(trials()) and trials()[0].nice() == min(19, own + 10))
         (trial,) = trials()
         wait_until(lambda: Path(f"/proc/{trial.pid}/oom_score_adj").read_text().strip() == "1000")
+        autogroup = Path(f"/proc/{trial.pid}/autogroup")
+        if os.access("/proc/self/autogroup", os.W_OK):
+            wait_until(lambda: autogroup.read_text().strip().endswith("nice 10"))
         trial.send_signal(signal.SIGSEGV)
         with pytest.raises(BundleError, match="the process that loaded it ended with SIGSEGV"):
             loaded.result()
