@@ -151,12 +151,13 @@ def _layouts(bundle: Bundle, model: Path, options: EngineOptions, *, packed: boo
     """The layouts that pay, each tried with a session of its own, one after the other; and the growth of memory by the
     first of these sessions: the others find memory that it has freed, or the same packed weights."""
     measured: list[Layout] = []
-    before, weights = _memory_bytes(), 0
+    # Of the first session nothing is mapped twice, and resident memory does not change with processes that come and go.
+    before, weights = resident_bytes(), 0
     limit = min(options.max_batch, bundle.manifest.max_batch or options.max_batch)
     end = time.monotonic() + _MAX_TRIAL_SECONDS
     for threads, lanes in options.candidates():
         engine = options.open(model, threads, packed=packed)
-        weights = weights or max(0, _memory_bytes() - before)
+        weights = weights or max(0, resident_bytes() - before)
         try:
             verify_golden(bundle, engine)
             seconds = time_sizes(bundle, engine, threads=threads, lanes=lanes, max_batch=limit)
