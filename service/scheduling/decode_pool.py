@@ -5,7 +5,6 @@ lane batch work gets its share of the turns.
 """
 
 import asyncio
-import contextlib
 import heapq
 import itertools
 import threading
@@ -21,6 +20,7 @@ from service.image_work import work_of, work_of_opened
 from service.images import SMALL_BYTES, ImageRules, OpenedImage
 from service.manifest import Preprocessing
 from service.scheduling.cost import LARGE_WORK, Load
+from service.scheduling.loop_calls import call_on_loop
 from service.scheduling.outputs import Pixels
 from service.scheduling.queue import Entry, Queue
 from service.scheduling.request import Key, RequestState
@@ -282,19 +282,14 @@ class _Decoding:
     def _done(self, outcome: Any, seconds: float, failure: BaseException | None) -> None:
         self._entry.decode_seconds += seconds
         if failure is not None:
-            self._on_loop(self._entry.settle, failure)
+            call_on_loop(self._loop, self._entry.settle, failure)
         elif isinstance(outcome, OpenedImage):
-            self._on_loop(self._go_on, outcome)
+            call_on_loop(self._loop, self._go_on, outcome)
         else:
-            self._on_loop(self._decoded, seconds)
+            call_on_loop(self._loop, self._decoded, seconds)
             # Beside a large image's decoding, two changes of thread are nothing, and the next one may wait for it.
             here = self._is_small and self._small.spares_a_thread()
             self._scheduler.offer(self._queue, self._entry, outcome, here=here)
-
-    def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
-        # A closed loop has nobody left who waits.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(function, *arguments)
 
     # On the event loop.
 
@@ -328,9 +323,7 @@ def _drop(jobs: list[_Job]) -> None:
 
 
 def _call_back(answer: "asyncio.Future[Any]", outcome: Any, seconds: float, failure: BaseException | None) -> None:
-    # A closed loop has nobody left who waits.
-    with contextlib.suppress(RuntimeError):
-        answer.get_loop().call_soon_threadsafe(_settle, answer, (outcome, seconds), failure)
+    call_on_loop(answer.get_loop(), _settle, answer, (outcome, seconds), failure)
 
 
 def _settle(answer: "asyncio.Future[Any]", outcome: Any, failure: BaseException | None) -> None:

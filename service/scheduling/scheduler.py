@@ -18,7 +18,6 @@ Whatever the engine does, each caller of `outcome` gets one: of its own image, i
 """
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -29,6 +28,7 @@ from service.errors import NotReady
 from service.scheduling.cost import Load
 from service.scheduling.former import BatchFormer
 from service.scheduling.lanes import Lanes, Running
+from service.scheduling.loop_calls import call_on_loop
 from service.scheduling.outputs import (
     Output,
     Outputs,
@@ -213,7 +213,7 @@ class Scheduler:
         A cancelled caller takes its own image out of the queue and no other.
         """
         try:
-            # Who hung the engine was told before this image was expected.
+            # A hang that was noticed before this image was expected has told its caller nothing.
             self.require_engine()
             return await entry.state.wait(entry.answer)
         finally:
@@ -316,10 +316,8 @@ class Scheduler:
 
     def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call what touches futures on the event loop."""
-        # A closed loop has nobody left who waits.
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(function, *arguments)
+            call_on_loop(self._loop, function, *arguments)
 
     def _give_up(self, reason: str) -> None:
         """Give all who wait for the engine NotReady: images in decoding, waiting and running, and jobs.

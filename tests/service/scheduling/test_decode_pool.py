@@ -419,6 +419,13 @@ class World:
         self.queue.backlog.accept(state, work_of(1, [work]))
         return asyncio.create_task(decoded(self.pool, self.scheduler, self.queue, image, PREPROCESSING, state, work))
 
+    async def ask_and_hold(self) -> asyncio.Task[Pixels]:
+        """The same, and keep the engine at that image until `free` is called."""
+        self.engine.free.clear()
+        task = self.ask()
+        await until(lambda: bool(self.engine.names))
+        return task
+
     async def hold_decoders(self, count: int) -> None:
         """Keep so many of them busy until `free` is called."""
         begun: list[int] = []
@@ -455,9 +462,7 @@ class World:
 def test_a_lone_image_is_computed_by_the_thread_that_decoded_it_and_others_by_lanes() -> None:
     async def scenario() -> None:
         world = World()
-        world.engine.free.clear()
-        tasks = [world.ask()]
-        await until(lambda: bool(world.engine.names))
+        tasks = [await world.ask_and_hold()]
         # They wait for the first one's core, and are taken once it is done.
         tasks += [world.ask(), world.ask()]
         await until(lambda: len(world.queue) == 2)
@@ -530,9 +535,7 @@ def test_nothing_is_left_of_an_image_whose_request_ends_at_any_stage(stage: str,
 def test_if_the_engine_hangs_on_a_decoder_images_that_wait_for_one_get_not_ready_too() -> None:
     async def scenario() -> None:
         world = World()
-        world.engine.free.clear()
-        tasks = [world.ask()]
-        await until(lambda: bool(world.engine.names))
+        tasks = [await world.ask_and_hold()]
         await world.hold_decoders(1)
         tasks.append(world.ask())
         await until(lambda: len(world.pool._small) == 1)
@@ -547,9 +550,7 @@ def test_if_the_engine_hangs_on_a_decoder_images_that_wait_for_one_get_not_ready
 def test_closing_waits_for_an_image_that_a_decoder_computes_and_fails_a_job_that_waits_for_it() -> None:
     async def scenario() -> None:
         world = World()
-        world.engine.free.clear()
-        task = world.ask()
-        await until(lambda: bool(world.engine.names))
+        task = await world.ask_and_hold()
         job = asyncio.create_task(asyncio.to_thread(world.scheduler.on_engine, lambda: None))
         await until(lambda: bool(world.scheduler.lanes._jobs))
         closing = asyncio.create_task(world.scheduler.close())
