@@ -130,7 +130,8 @@ def serving(**limits: Any) -> Iterator[Bench]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        wait_until(lambda: server.started)
+        # Not `started`: uvicorn sets it before our listeners take over.
+        wait_until(lambda: bool(server.listeners))
         yield Bench(app, server, metrics, left)
     finally:
         app.released.set()
