@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
@@ -164,16 +164,16 @@ class Pipeline:
         arrived_at: float,
         read: Callable[[Place], Awaitable[Inputs]],
         write: Callable[[Answer], T],
-        disconnected: Callable[[], Awaitable[object]],
+        watching: Callable[[Callable[[], None]], AbstractContextManager[None]],
         encoded_bytes: int | None = 0,
         partial: bool = False,
     ) -> tuple[T, Answer]:
         """Answer a request whose head has arrived at `arrived_at`, on `time.perf_counter`'s clock.
 
         `read` reads the body once the head is admitted, and holds its bytes with the place that it gets; `write` writes
-        the answer; `disconnected` returns once the client has left, and is called only after `read`. `encoded_bytes`:
-        the least number of bytes of images to decode, as far as the head tells; None if there may be none to decode.
-        `partial`: images with an error fail the request only if all of them have one.
+        the answer; `watching` gives a context, entered after `read`, in which its argument is called once the client
+        has left. `encoded_bytes`: the least number of bytes of images to decode, as far as the head tells; None if
+        there may be none to decode. `partial`: images with an error fail the request only if all of them have one.
 
         Returns what `write` returned, and the answer. Raises a RequestError, of the first image if images failed. The
         deadline is kept by the event loop's clock: DeadlineExceeded is raised when it passes, whatever hangs.
@@ -195,7 +195,7 @@ class Pipeline:
                 model, choice, decoding = self._select(options, state, inputs)
                 self.admission.accept(place, model.queue, len(inputs.images), decoding=decoding)
                 accepted_at = time.perf_counter()
-                with model, _watched(disconnected, state):
+                with model, watching(state.leave):
                     images = await self._infer(model, state, inputs.images, decoding)
                 inferred_at = time.perf_counter()
                 answer = Answer(model=model, choice=choice, images=images)
@@ -334,18 +334,3 @@ class Pipeline:
         metrics.rows(name, "padding").inc(batch.size - batch.images)
         if model:
             model.statistics.batch(batch.images, batch.seconds)
-
-
-@contextmanager
-def _watched(disconnected: Callable[[], Awaitable[object]], state: RequestState) -> Iterator[None]:
-    """Until the block ends, mark the request as soon as its client leaves."""
-
-    async def watch() -> None:
-        await disconnected()
-        state.leave()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        watcher.cancel()

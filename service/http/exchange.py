@@ -1,6 +1,8 @@
 """What /v1 and /v2 share: the options of a request, its client, and the headers of its answer."""
 
-from collections.abc import Callable, Coroutine, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -9,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from service.errors import InvalidParameter
 from service.http import hints
+from service.http.client import Client
 from service.pipeline import Answer, RequestOptions
 
 M = TypeVar("M", bound=BaseModel)
@@ -52,10 +55,26 @@ def known_query(*known: str) -> Callable[[Request], Coroutine[Any, Any, None]]:
     return check
 
 
-async def disconnected(request: Request) -> None:
-    """Return once the client has left. Only after the body is read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+def watching(request: Request, on_leaving: Callable[[], None]) -> AbstractContextManager[None]:
+    """A context in which `on_leaving` is called once the client has left. Only after the body is read."""
+    client: Client | None = request.scope["state"].get("client")
+    return client.watched(on_leaving) if client else _watching_by_task(request, on_leaving)
+
+
+@contextmanager
+def _watching_by_task(request: Request, on_leaving: Callable[[], None]) -> Iterator[None]:
+    """The same under another server than ours."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        on_leaving()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
 
 
 def report(request: Request, answer: Answer) -> dict[str, str]:

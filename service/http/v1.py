@@ -5,7 +5,8 @@ from functools import lru_cache, partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
+from pydantic_core import to_json
 
 from service import errors
 from service.http import exchange, hints, openapi
@@ -25,7 +26,7 @@ def router(pipeline: Pipeline) -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["v1"], dependencies=openapi.SECURITY)
     registry = pipeline.registry
 
-    async def classify(request: Request) -> JSONResponse:
+    async def classify(request: Request) -> Response:
         """Classify one or many images.
 
         A request fails only if every image of it fails. It is rejected at once if it cannot finish before its deadline.
@@ -49,7 +50,7 @@ def router(pipeline: Pipeline) -> APIRouter:
                 arrived_at=request.scope["state"]["started"],
                 read=read,
                 write=lambda answer: _results(answer, images, top_k=options.top_k),
-                disconnected=partial(exchange.disconnected, request),
+                watching=partial(exchange.watching, request),
                 encoded_bytes=_least_bytes(request),
                 partial=True,
             )
@@ -58,18 +59,16 @@ def router(pipeline: Pipeline) -> APIRouter:
             if hint := images and hints.for_body(images[0]):
                 raise errors.UnsupportedImage(hint) from error
             raise
-        return JSONResponse(
-            {
-                "model": answer.model.name,
-                "version": answer.model.version,
-                "requested": options.model,
-                "results": results,
-                "choice": answer.choice,
-                "timings_ms": answer.timings_ms,
-                "request_id": request.scope["state"]["request_id"],
-            },
-            headers=exchange.report(request, answer),
-        )
+        members = {
+            "model": answer.model.name,
+            "version": answer.model.version,
+            "requested": options.model,
+            "results": results,
+            "choice": answer.choice,
+            "timings_ms": answer.timings_ms,
+            "request_id": request.scope["state"]["request_id"],
+        }
+        return Response(to_json(members), media_type="application/json", headers=exchange.report(request, answer))
 
     routes.add_api_route(
         "/classify",

@@ -179,7 +179,7 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
                 arrived_at=request.scope["state"]["started"],
                 read=read,
                 write=lambda answer: _response(request, parsed, answer),
-                disconnected=partial(exchange.disconnected, request),
+                watching=partial(exchange.watching, request),
                 encoded_bytes=None,  # as far as the head tells
             )
         except UnsupportedImage as error:

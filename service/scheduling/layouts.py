@@ -6,6 +6,7 @@ that many narrow lanes get more images done. Both ways are measured for each mod
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 _SAME_THROUGHPUT = 1.02
 """Of layouts whose throughput is within this factor of the best one, the one with the most threads is used."""
@@ -16,7 +17,7 @@ take cores from the decoders and from the next image. They also go on to look fo
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
     """One way to use the cores."""
 
@@ -27,12 +28,12 @@ class Layout:
     seconds: dict[int, float]
     """Of a batch by its size, while all lanes work."""
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """The batch sizes in use, in ascending order."""
         return tuple(sorted(self.seconds))
 
-    @property
+    @cached_property
     def least(self) -> float:
         """Seconds of the smallest batch."""
         return self.seconds[min(self.seconds)]

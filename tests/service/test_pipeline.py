@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 
 from service.app import make_pipeline
 from service.errors import BadRequest, ClientDisconnected, ImageError, NotReady, RequestError
+from service.http.client import Client
 from service.images import LARGE_PIXELS, ImageRules
 from service.metrics import Metrics
 from service.pipeline import Answer, Inputs, Pipeline, RequestOptions
@@ -49,7 +50,7 @@ async def ask(
     pipeline: Pipeline, numbers: list[int], *, fate: str = "answered", encoded: bool = True, encoded_bytes: int = 0
 ) -> list[int]:
     """The numbers in the answers to pictures of `numbers`; one that has failed is -1."""
-    client_left = asyncio.Event()
+    client = Client()
     damaged = {"one bad image": numbers[:1], "all bad images": numbers}.get(fate, [])
 
     async def read(place: Place) -> Inputs:
@@ -58,7 +59,7 @@ async def ask(
         if fate == "body fails":
             raise BadRequest("planted")
         if fate == "disconnects":
-            client_left.set()
+            client.leave()
         if encoded:
             return Inputs(images=[b"\x89PNG" if number in damaged else picture(number) for number in numbers])
         pixels = np.zeros((len(numbers), 2, 2, 3), dtype=np.uint8)
@@ -75,7 +76,7 @@ async def ask(
         arrived_at=time.perf_counter(),
         read=read,
         write=write,
-        disconnected=client_left.wait,
+        watching=client.watched,
         encoded_bytes=encoded_bytes if encoded else None,
         partial=True,
     )
@@ -225,7 +226,7 @@ def test_pixels_of_another_size_than_the_replaced_model_s_are_refused(world: Wor
                 arrived_at=time.perf_counter(),
                 read=read,
                 write=lambda _: None,
-                disconnected=asyncio.Event().wait,
+                watching=Client().watched,
             )
 
     runner.run(scenario())

@@ -8,6 +8,7 @@ import structlog
 from starlette.types import ASGIApp, Message, Scope
 
 from service.http import security_headers
+from service.http.client import Client
 from service.http.refusal import CLOSE, Refusal, header_lines, status_line
 
 log = structlog.get_logger()
@@ -72,8 +73,8 @@ class Cycle:
         "_started",
         "_wire",
         "body_complete",
+        "client",
         "complete",
-        "disconnected",
         "expects_continue",
         "keep_alive",
         "received",
@@ -84,7 +85,8 @@ class Cycle:
         self._wire, self.scope = wire, scope
         self.keep_alive, self.expects_continue = keep_alive, expects_continue
         self.received = 0
-        self.body_complete = self.complete = self.disconnected = False
+        self.body_complete = self.complete = False
+        self.client = Client()
         self._chunks: list[bytes] = []
         self._buffered = 0
         self._end_reported = self._started = self._chunked = self._bodiless = False
@@ -103,9 +105,9 @@ class Cycle:
             await app(self.scope, self.receive, self.send)
         except Exception:
             # The application has answered and logged its own errors, even if it raises them again.
-            if not self.complete and not self.disconnected:
+            if not self.complete and not self.client.left:
                 log.exception("the application failed before its answer was complete")
-        if self.complete or self.disconnected:
+        if self.complete or self.client.left:
             return
         if self.sent:
             self._wire.abort("incomplete-answer")
@@ -144,7 +146,7 @@ class Cycle:
 
     def disconnect(self) -> None:
         """The client has left: nobody reads the answer."""
-        self.disconnected = True
+        self.client.leave()
         self._wake()
 
     def _wake(self) -> None:
@@ -157,9 +159,9 @@ class Cycle:
         """The next piece of the body; after its end `http.disconnect`, once the client left or has its answer."""
         if self.expects_continue:
             self.expects_continue = False
-            if not (self._chunks or self._started or self.disconnected):
+            if not (self._chunks or self._started or self.client.left):
                 self._wire.write(CONTINUE)
-        while not (self.disconnected or self.complete):
+        while not (self.client.left or self.complete):
             if self._chunks or (self.body_complete and not self._end_reported):
                 return self._next_piece()
             if self._event is None:
@@ -183,7 +185,7 @@ class Cycle:
         """Send the head, or a piece of the body. The head is sent with the first piece."""
         if self._wire.write_blocked:
             await self._wire.writable()
-        if self.disconnected:
+        if self.client.left:
             return
         kind = message["type"]
         if not self._started and kind == "http.response.start":

@@ -159,6 +159,7 @@ class HttpProtocol(asyncio.Protocol):
         state: dict[str, Any] = {**self._app_state, "first_byte_at": self._first_byte_at}
         scope.update(self._addresses, state=state)
         cycle = Cycle(self, scope, keep_alive=head.keep_alive, expects_continue=head.expects_continue)
+        state["client"] = cycle.client
         self._reading, self._content_length = cycle, head.content_length
         if self._answering:
             self._pipelined.append(cycle)

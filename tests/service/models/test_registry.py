@@ -15,6 +15,7 @@ from service.app import create_app, make_pipeline
 from service.bundle import versions
 from service.errors import BundleError, ImageError, NotReady, StartupError, UnknownModel
 from service.host import resident_bytes
+from service.http.client import Client
 from service.metrics import Metrics
 from service.pipeline import Answer, Inputs, Pipeline, RequestOptions
 from service.scheduling.admission import Place
@@ -57,7 +58,7 @@ async def ask(classifier: Pipeline, number: int, *, model: str = "identity-a", i
         arrived_at=time.perf_counter(),
         read=read,
         write=write,
-        disconnected=asyncio.Event().wait,
+        watching=Client().watched,
     )
     return answered
 

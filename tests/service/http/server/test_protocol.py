@@ -372,6 +372,7 @@ def test_a_client_that_closed_its_connection_is_noticed(bench: Bench) -> None:
         client.sendall(b"GET /wait HTTP/1.1\r\nHost: h\r\n\r\n")
         wait_until(lambda: "/wait" in [scope["path"] for scope in bench.app.scopes])
     wait_until(lambda: bench.app.disconnected == ["/wait"])
+    assert bench.app.scopes[-1]["state"]["client"].left
     bench.app.disconnected.clear()
 
 
