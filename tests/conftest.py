@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
+
+# An example may take long on a busy machine, and the same examples come in every run.
+settings.register_profile("stridevit", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("stridevit")
 
 # torch is imported where it is needed: most tests of the service and the load tests do without it.
 

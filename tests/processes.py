@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -94,3 +95,8 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | N
 def still_running(family: Sequence[psutil.Process]) -> list[psutil.Process]:
     """Those of some processes that have not ended; a zombie has."""
     return [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
+
+
+def post(url: str, content: bytes, **more: Any) -> httpx.Response:
+    """The answer of a service, however long a busy machine takes for it."""
+    return httpx.post(url, content=content, trust_env=False, timeout=PATIENCE_SECONDS, **more)

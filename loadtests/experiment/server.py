@@ -1,13 +1,14 @@
 """A fresh server process for each measurement, or a server that already runs at a URL."""
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -171,7 +172,12 @@ def wait_until_ready(server: Server) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine on which nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
+    """A port of this machine on which nothing listens.
+
+    It is likely to stay free until it is used, also while a process restarts: Linux gives others to outgoing
+    connections, and to those who ask for any port.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(22_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port

@@ -10,9 +10,8 @@ left without a complete answer and 0 were answered with 5xx.
 
 import argparse
 import http.client
-import random
+import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from loadtests.experiment.server import free_port
 from tests.clients.checks import get, png
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.02, help="seconds between two requests of a client")
     parser.add_argument("--delay", type=float, default=2.0, help="shutdown_delay_seconds of the service")
     asked = parser.parse_args()
-    ports = [_free_port(), _free_port()]
+    ports = [free_port(), free_port()]
     with ExitStack() as stack:
         processes = [_start(asked, port) for port in ports]
         stack.callback(_kill, processes)
@@ -120,15 +120,6 @@ def main() -> None:
     bad = sum(count for name, count in counts.items() if name.startswith(("unanswered", "status 5")))
     good = counts["status 200"] > 0 and counts["exit 0"] == asked.restarts
     sys.exit(0 if good and not bad else 1)
-
-
-def _free_port() -> int:
-    """A port that stays free while its process restarts: not one that the system gives to outgoing connections."""
-    while True:
-        port = random.randrange(10_000, 32_000)  # noqa: S311
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
 
 
 def _start(asked: argparse.Namespace, port: int) -> "subprocess.Popen[bytes]":
@@ -154,7 +145,7 @@ def _wait_until_ready(port: int, process: "subprocess.Popen[bytes]") -> None:
 def _front(asked: argparse.Namespace, ports: list[int]) -> Iterator[int]:
     """A proxy before both processes; its port."""
     with tempfile.TemporaryDirectory() as folder:
-        port, config = _free_port(), Path(folder) / "config.yaml"
+        port, config = free_port(), Path(folder) / "config.yaml"
         template = NGINX if asked.front == "nginx" else ENVOY
         config.write_text(template.format(folder=folder, port=port, first=ports[0], second=ports[1]))
         words = ["nginx", "-c", str(config)]
@@ -186,6 +177,10 @@ def _load(asked: argparse.Namespace, targets: list[int], counts: "Counter[str]")
     def ask(number: int) -> None:
         at, keeps, connection = number % len(targets), number % 2 == 0, None
         while not ended.wait(asked.pause):
+            # As clients do: one that its server has closed meanwhile is not used again.
+            if connection and select.select([connection.sock], [], [], 0)[0]:
+                connection.close()
+                connection = None
             if connection is None:
                 connection = http.client.HTTPConnection("127.0.0.1", targets[at], timeout=60)
                 try:

@@ -222,4 +222,4 @@ def test_the_service_serves_them_and_a_batch_of_one_stays_one(models: Path, digi
     finally:
         loader.rest()
     assert limits["digits-csra-r2-int8-dynamic"] == 1
-    assert limits["digits-csra-r2-int8"] > 1
+    assert limits["digits-csra-r2-int8"] >= 1

@@ -4,7 +4,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 from typer.testing import CliRunner
@@ -20,7 +19,7 @@ from tests.loadtests.accuracy.fakes import (
     results_in,
     rows_in,
 )
-from tests.processes import serving
+from tests.processes import post, serving
 from training.__main__ import app as training
 
 
@@ -285,6 +284,6 @@ def test_a_served_model_is_as_accurate_as_its_manifest_says(repository: Path, tm
     assert len(wrong) == 360 - model["top1"]["hits"]
     with serving(repository) as (url, _):
         image = (data / wrong[0]["name"]).read_bytes()
-        best = httpx.post(url + "/v1/classify", content=image, trust_env=False).json()["results"][0]["predictions"][0]
+        best = post(url + "/v1/classify", image).json()["results"][0]["predictions"][0]
     assert str(best["index"]) == wrong[0]["digits-csra-r2 index"] != wrong[0]["label"]
     assert not [child for child in psutil.Process().children() if "service" in child.cmdline()]

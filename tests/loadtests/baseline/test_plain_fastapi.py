@@ -3,11 +3,10 @@
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 
 from loadtests.experiment.server import running, service_for
-from tests.processes import ROOT
+from tests.processes import ROOT, post
 from tests.service.conftest import encoded, noise
 
 PLAIN = ROOT / "loadtests" / "baseline" / "plain_fastapi.py"
@@ -28,8 +27,8 @@ def test_the_plain_server_answers_like_the_service(repository: Path, tmp_path: P
     ):
         for image, tolerance in images:
             path = f"/v1/classify?model={name}"
-            ours = httpx.post(service.url + path, content=image).json()["results"][0]["predictions"]
-            theirs = httpx.post(plain.url + path, content=image).json()["results"][0]["predictions"]
+            ours = post(service.url + path, image).json()["results"][0]["predictions"]
+            theirs = post(plain.url + path, image).json()["results"][0]["predictions"]
             assert len(theirs) == 5
             assert theirs[0]["label"] == ours[0]["label"]
             assert theirs[0]["probability"] == pytest.approx(ours[0]["probability"], abs=tolerance)

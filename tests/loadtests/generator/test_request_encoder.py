@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,7 +17,7 @@ from loadtests.generator.request_encoder import Request, Target, target
 from service.bundle import read_bundle
 from service.images import decode
 from tests.loadtests.experiment.benches import plan
-from tests.processes import serving
+from tests.processes import post, serving
 from tests.service.conftest import PNG, encoded, noise
 
 RIGHT_V1 = {"results": [{"predictions": [{"index": 3, "label": "three"}]}]}
@@ -78,9 +77,9 @@ def test_a_tensor_holds_the_pixels_that_the_service_would_have_decoded(name: str
     expected = decode(IMAGES[name], read_bundle(repository / MODEL / "1").manifest.preprocessing, max_pixels=10**6)
     assert request.body[header:] == expected.tobytes()
     # And so the answers are the same, to the last digit.
-    tensor = httpx.post(url + sent.path, content=request.body, headers=request.headers, trust_env=False).json()
+    tensor = post(url + sent.path, request.body, headers=request.headers).json()
     probability, index, _ = tensor["outputs"][0]["data"][0].split(":")
-    file = httpx.post(f"{url}/v1/classify?model={MODEL}", content=IMAGES[name], trust_env=False).json()
+    file = post(f"{url}/v1/classify?model={MODEL}", IMAGES[name]).json()
     best = file["results"][0]["predictions"][0]
     assert int(index) == best["index"]
     assert float(probability) == pytest.approx(best["probability"], abs=1e-6)
@@ -88,19 +87,17 @@ def test_a_tensor_holds_the_pixels_that_the_service_would_have_decoded(name: str
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_service_s_answers_are_judged(protocol: Protocol, url: str) -> None:
-    said = httpx.post(f"{url}/v1/classify?model={MODEL}", content=PNG, trust_env=False).json()
+    said = post(f"{url}/v1/classify?model={MODEL}", PNG).json()
     best = said["results"][0]["predictions"][0]
     labels = [best["index"], best["label"], best["index"] + 1]
     sent = target([Payload("one", PNG, label) for label in labels], protocol=protocol, model=MODEL, host=url)
-    answers = [
-        httpx.post(url + sent.path, content=one.body, headers=one.headers, trust_env=False) for one in sent.requests
-    ]
+    answers = [post(url + sent.path, one.body, headers=one.headers) for one in sent.requests]
     judged = [sent.correct(one, answer.content) for one, answer in zip(sent.requests, answers, strict=True)]
     assert judged == [True, True, False]
 
 
 def test_locust_sends_tensors_and_judges_the_answers(url: str, tmp_path: Path) -> None:
-    said = httpx.post(f"{url}/v1/classify?model={MODEL}", content=PNG, trust_env=False).json()
+    said = post(f"{url}/v1/classify?model={MODEL}", PNG).json()
     best = said["results"][0]["predictions"][0]
     payload_cache.save([Payload("one", PNG, best["index"]), Payload("other", PNG, best["label"])], tmp_path)
     asked = requests_of(tmp_path, plan(MODEL, protocol="v2"), MODEL)

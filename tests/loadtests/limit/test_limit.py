@@ -174,7 +174,7 @@ def test_limit_measures_every_arm_and_reports(
 ) -> None:
     # Few batch sizes to try, so that the engine limit is soon there.
     monkeypatch.setenv("STRIDEVIT_MAX_BATCH", "2")
-    tiny = ["--rounds", "1", "--seconds", "1", "--warmup", "0", "--connections", "2", "--command", "as asked"]
+    tiny = ["--rounds", "1", "--seconds", "3", "--warmup", "0", "--connections", "2", "--command", "as asked"]
     asked = ["--models", "digits-csra-r2", "--repository", str(repository), "--out", str(tmp_path), *tiny]
     ended = CliRunner().invoke(app, ["limit", *asked])
     assert ended.exit_code == 0, ended.output

@@ -200,7 +200,7 @@ def test_levels_follow_the_throughput_that_the_block_has_reached(repository: Pat
         "--bursts",
         "0",
         "--seconds",
-        "2",
+        "4",
         "--rounds",
         "1",
         "--out",
@@ -215,7 +215,8 @@ def test_levels_follow_the_throughput_that_the_block_has_reached(repository: Pat
     saturated = service["loads"]["saturated"]["throughput"]
     for step in document["steps"]:
         assert step["rate"] == pytest.approx(step["level"] * saturated)
-        assert step["of_ceiling"] > 0
+        if step["offered_rate"]:
+            assert step["of_ceiling"] > 0
     assert [one["load"] for one in document["recoveries"]] == ["kept", "new"]
     refusing = next(block for block in document["blocks"] if block["arm"] == "bare 429")
     assert refusing["loads"]["kept"]["errors"] > 0

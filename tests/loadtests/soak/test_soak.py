@@ -55,7 +55,9 @@ def test_soak_samples_memory_all_along(repository: Path, tmp_path: Path) -> None
     assert [sample["requests"] for sample in document["samples"]] == list(range(121))
     assert all(sample["descriptors"] > 3 and sample["threads"] > 1 for sample in document["samples"])
     assert [trend["name"] for trend in document["trends"]] == list(QUANTITIES)
-    assert all(trend["low"] <= trend["per_hour"] <= trend["high"] for trend in document["trends"])
+    # A stall may leave a part of so short a run without a reading, and then there is no trend.
+    known = [trend for trend in document["trends"] if trend["per_hour"] is not None]
+    assert all(trend["low"] <= trend["per_hour"] <= trend["high"] for trend in known)
     assert document["peak_bytes"] >= document["last_bytes"] > 30_000_000
     assert "growth" in ended.stdout
     assert "| fresh process |" in (tmp_path / "report.md").read_text()
@@ -118,6 +120,14 @@ def test_trends_are_per_hour_and_leave_out_the_beginning_and_the_faults() -> Non
     assert (descriptors.first, descriptors.last, descriptors.per_hour) == (20, 20, 0)
 
 
+@pytest.fixture
+def late_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is refused because the machine stood still for a while."""
+    monkeypatch.setattr(numbered, "DEADLINE_MS", 100_000.0)
+    monkeypatch.setattr(numbered, "ANSWER_SECONDS", 150.0)
+
+
+@pytest.mark.usefixtures("late_deadlines")
 def test_numbered_requests_are_counted_by_what_became_of_them(tmp_path: Path) -> None:
     asked = ["--out", str(tmp_path), "--requests", "300", "--service-args", "--intra-op-threads 1"]
     ended = CliRunner().invoke(app, ["soak", *asked])
@@ -129,6 +139,7 @@ def test_numbered_requests_are_counted_by_what_became_of_them(tmp_path: Path) ->
     assert "| answered | 300 |" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("late_deadlines")
 def test_a_numbered_run_ends_when_its_time_is_over(tmp_path: Path) -> None:
     ended = CliRunner().invoke(app, ["soak", "--out", str(tmp_path), "--minutes", "0.1", "--rate", "20"])
     assert ended.exit_code == 0, ended.output
@@ -140,7 +151,7 @@ def test_a_numbered_run_ends_when_its_time_is_over(tmp_path: Path) -> None:
 def test_mild_faults_leave_the_process_and_every_request_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numbered, "FAULT_EVERY_SECONDS", 6.0)
     monkeypatch.setattr(numbered, "FAULT_SECONDS", 3.0)
-    asked = ["--minutes", "1", "--rate", "10", "--faults", "--out", str(tmp_path)]
+    asked = ["--minutes", "1.5", "--rate", "10", "--faults", "--out", str(tmp_path)]
     ended = CliRunner().invoke(app, ["soak", *asked])
     assert ended.exit_code == 0, ended.output
     document = json.loads((tmp_path / "results.json").read_text())
