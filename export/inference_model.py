@@ -4,8 +4,10 @@ Shape suffixes are those of training/attention.py; P is the patch size and T = B
 attention all tokens of a batch are the rows of one matrix, so that a matrix product and its bias are one `Gemm`.
 
 - Pixel normalisation is folded into the patch embedding, and the embedding's bias into the position embedding.
-- Keys and values are one product. L-SRA's gate is one more column of the latent projection, and its pooling one batched
-  product; an incomplete last block is pooled by itself, as ONNX Runtime has no CUDA kernel for `Pad` at opset 23.
+- In the compressed variants all heads attend to the latents themselves where that is less work: the projections to keys
+  and values are folded into the products before and after attention. Else keys and values are one product.
+- L-SRA's gate is one more column of the latent projection, and its pooling one batched product; an incomplete last block
+  is pooled by itself, as ONNX Runtime has no CUDA kernel for `Pad` at opset 23.
 - The MLP can be split along its hidden layer and the parts summed: the same arithmetic with a smaller intermediate.
 - Attention is the standard operator on 4-D tensors where the opset has it, else its decomposition with the scale
   folded into the queries. TensorRT supports neither the operator on 3-D tensors nor uint8 in Reshape and Transpose.
@@ -101,28 +103,85 @@ class _SRA(nn.Module):
     def __init__(self, trained: CompressedAttention, tokens: int, *, operator: bool) -> None:
         super().__init__()
         scale = 1.0 if operator else (trained.q.out_features // trained.num_heads) ** -0.5
-        self.tokens = tokens
         self.q = _Product(trained.q.weight.t() * scale, trained.q.bias * scale)
-        if isinstance(trained, LocalSRA):
-            self.latent = _latent_with_gate(trained)
-            self.pool: nn.Module = _LocalPool(trained)
-        elif isinstance(trained, ConvolutionalSRA):
-            self.latent = _Product.of(trained.latent)
-            self.pool = _ConvolutionalPool(trained)
-        else:
-            raise TypeError(f"no inference form of {type(trained).__name__}")
-        self.norm = trained.norm
+        self.latents = _Latents(trained, tokens)
         self.kv = _Product.of(trained.kv)
         self.attend = _Attend(trained.num_heads, tokens, trained.proj, operator=operator)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        D = x_TD.shape[-1]
-        c_Tr = self.latent(x_TD)
-        c_BMr = self.norm(self.pool(c_Tr.view(-1, self.tokens, c_Tr.shape[-1])))
+        c_BMr = self.latents(x_TD)
         M, r = c_BMr.shape[1:]
-        k, v = torch.split(self.kv(c_BMr.reshape(-1, r)), D, dim=-1)
-        y_TD: Tensor = self.attend(self.q(x_TD), k.view(-1, M, D), v.view(-1, M, D))
+        k, v = torch.split(self.kv(c_BMr.reshape(-1, r)), x_TD.shape[-1], dim=-1)
+        y_TD: Tensor = self.attend(self.q(x_TD), k.view(-1, M, k.shape[-1]), v.view(-1, M, v.shape[-1]))
         return y_TD
+
+
+class _LatentSRA(nn.Module):
+    """The same function with the latents themselves as the keys and values of all heads: (T,D) -> (T,D).
+
+    The score of a head is (x·Wq + bq)·(c·Wk + bk)ᵀ. bk adds the same to the scores of a query with all keys, which does
+    not change their softmax. The rest is x'·cᵀ with x' = x·(Wq·Wkᵀ) + bq·Wkᵀ, which has r columns instead of d.
+    Likewise a weighted mean of c·Wv + bv, times Wo, is the weighted mean of c, times Wv·Wo, plus bv·Wo. DeepSeek-V2
+    (arXiv:2405.04434) absorbs the projections of its latents in the same way. As all heads have the same keys and
+    values, their queries are just more rows.
+    """
+
+    def __init__(self, trained: CompressedAttention, tokens: int, *, operator: bool) -> None:
+        super().__init__()
+        heads, operator_scale = trained.num_heads, trained.rank**-0.5 if operator else 1.0
+        width, d = trained.q.in_features, trained.q.out_features // heads
+        scale = d**-0.5 / operator_scale  # the operator scales by the columns that it sees
+        q_HdD = trained.q.weight.double().view(heads, d, width)
+        k_Hdr, v_Hdr = trained.kv.weight.double().view(2, heads, d, trained.rank)
+        o_HdD = trained.proj.weight.double().t().reshape(heads, d, width)
+        weight_DHr = torch.einsum("hdD,hdr->Dhr", q_HdD, k_Hdr) * scale
+        bias_Hr = torch.einsum("hd,hdr->hr", trained.q.bias.double().view(heads, d), k_Hdr) * scale
+        weight_HrD = torch.einsum("hdr,hdD->hrD", v_Hdr, o_HdD)
+        value_bias = trained.kv.bias.double().view(2, heads, d)[1]
+        bias_D = trained.proj.bias.double() + torch.einsum("hd,hdD->D", value_bias, o_HdD)
+        self.heads, self.tokens, self.rank, self.operator = heads, tokens, trained.rank, operator
+        self.q = _Product(weight_DHr.flatten(1), bias_Hr.flatten())
+        self.latents = _Latents(trained, tokens)
+        self.projection = _Product(weight_HrD.flatten(0, 1), bias_D)
+
+    @staticmethod
+    def pays(trained: CompressedAttention) -> bool:
+        """Whether it is less work: queries and sums have r·H columns instead of D."""
+        return trained.num_heads * trained.rank < trained.q.out_features
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        c_B1Mr = self.latents(x_TD).unsqueeze(1)
+        # As many parts as heads, of consecutive rows: a runtime computes the parts of a single image at once.
+        q_BHNr = self.q(x_TD).view(-1, self.heads, self.tokens, self.rank)
+        if self.operator:
+            c_BHMr = c_B1Mr.expand(-1, self.heads, -1, -1)
+            y_BHNr = torch.onnx.ops.attention(q_BHNr, c_BHMr, c_BHMr)[0]
+        else:
+            y_BHNr = (q_BHNr @ c_B1Mr.transpose(-2, -1)).softmax(dim=-1) @ c_B1Mr
+        y_TD: Tensor = self.projection(y_BHNr.reshape(-1, self.heads * self.rank))
+        return y_TD
+
+
+class _Latents(nn.Module):
+    """The pooled, normalised latents: (T,D) -> (B,M,r)."""
+
+    def __init__(self, trained: CompressedAttention, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        if isinstance(trained, LocalSRA):
+            self.product = _latent_with_gate(trained)
+            self.pool: nn.Module = _LocalPool(trained)
+        elif isinstance(trained, ConvolutionalSRA):
+            self.product = _Product.of(trained.latent)
+            self.pool = _ConvolutionalPool(trained)
+        else:
+            raise TypeError(f"no inference form of {type(trained).__name__}")
+        self.norm = trained.norm
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        c_Tr = self.product(x_TD)
+        c_BMr: Tensor = self.norm(self.pool(c_Tr.view(-1, self.tokens, c_Tr.shape[-1])))
+        return c_BMr
 
 
 class _ConvolutionalPool(nn.Module):
@@ -203,7 +262,8 @@ class _Block(nn.Module):
         self.norm1, self.norm2 = trained.norm1, trained.norm2
         match trained.attn:
             case CompressedAttention():
-                self.attention: nn.Module = _SRA(trained.attn, tokens, operator=operator)
+                form = _LatentSRA if _LatentSRA.pays(trained.attn) else _SRA
+                self.attention: nn.Module = form(trained.attn, tokens, operator=operator)
             case Attention():
                 self.attention = _MHA(trained.attn, tokens, operator=operator)
             case other:

@@ -25,7 +25,7 @@ from service.engine import INPUT
 
 CALIBRATION_BATCH = 32
 _PRODUCTS = ["MatMul", "Gemm"]
-_LATENT_WEIGHT = "attention.latent.weight"
+_LATENT_WEIGHT = "attention.latents.product.weight"
 _ONLY_WITH_WEIGHTS: dict[str, object] = {"MatMulConstBOnly": True}
 
 
