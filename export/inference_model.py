@@ -6,8 +6,8 @@ attention all tokens of a batch are the rows of one matrix, so that a matrix pro
 - Pixel normalisation is folded into the patch embedding, and the embedding's bias into the position embedding.
 - In the compressed variants all heads attend to the latents themselves where that is less work: the projections to keys
   and values are folded into the products before and after attention. Else keys and values are one product.
-- L-SRA's gate is one more column of the latent projection, and its pooling one batched product; an incomplete last block
-  is pooled by itself, as ONNX Runtime has no CUDA kernel for `Pad` at opset 23.
+- L-SRA's gate is one more column of the latent projection, and its pooling one batched product; an incomplete last
+  block is pooled by itself, as ONNX Runtime has no CUDA kernel for `Pad` at opset 23.
 - The MLP can be split along its hidden layer and the parts summed: the same arithmetic with a smaller intermediate.
 - Attention is the standard operator on 4-D tensors where the opset has it, else its decomposition with the scale
   folded into the queries. TensorRT supports neither the operator on 3-D tensors nor uint8 in Reshape and Transpose.

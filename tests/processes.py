@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,11 @@ def serving(
             if process.poll() is not None:
                 assert process.stderr
                 raise AssertionError(f"the service ended with {process.returncode}:\n{process.stderr.read()}")
-            try:
-                if httpx.get(url + "/readyz", trust_env=False).status_code == 200:
+            with suppress(httpx.TransportError):
+                if get(url + "/readyz").status_code == 200:
                     break
-            except httpx.TransportError:
-                assert time.monotonic() < deadline, f"the service was not ready within {PATIENCE_SECONDS} s"
-                time.sleep(0.1)
+            assert time.monotonic() < deadline, f"the service was not ready within {PATIENCE_SECONDS} s"
+            time.sleep(0.1)
         yield url, process
     finally:
         if process.poll() is None:
@@ -97,6 +96,11 @@ def still_running(family: Sequence[psutil.Process]) -> list[psutil.Process]:
     return [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
 
 
-def post(url: str, content: bytes, **more: Any) -> httpx.Response:
+def get(url: str, **more: Any) -> httpx.Response:
     """The answer of a service, however long a busy machine takes for it."""
+    return httpx.get(url, trust_env=False, timeout=PATIENCE_SECONDS, **more)
+
+
+def post(url: str, content: bytes | Iterator[bytes], **more: Any) -> httpx.Response:
+    """The same to a POST."""
     return httpx.post(url, content=content, trust_env=False, timeout=PATIENCE_SECONDS, **more)

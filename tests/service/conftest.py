@@ -17,6 +17,7 @@ from service.bundle import CONTENT_FILES, SUMS_FILE
 from service.logs import Logs
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
+from tests.processes import PATIENCE_SECONDS
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -58,8 +59,9 @@ def images_waiting(scheduler: Scheduler) -> int:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 (another thread makes it true)
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not condition():  # noqa: ASYNC110 (another thread makes it true)
+            await asyncio.sleep(0.001)
 
 
 @pytest.fixture

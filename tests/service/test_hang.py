@@ -22,7 +22,7 @@ from service.scheduling.request import RequestState
 from service.scheduling.scheduler import Outputs, Pixels
 from service.scheduling.watchdog import EXIT_STATUS
 from service.settings import Settings
-from tests.processes import PATIENCE_SECONDS, serving, wait_until
+from tests.processes import PATIENCE_SECONDS, post, serving, wait_until
 from tests.service.faulty import faulty_graph, guilty_picture
 from tests.service.identity import picture, publish_identity
 
@@ -49,7 +49,14 @@ def app(tmp_path: Path) -> FastAPI:
     publish_identity(tmp_path)
     publish_identity(tmp_path, "identity-b")
     # Looked at by the tests: the watchdog's own timer never finds a hang in these times.
-    settings = Settings(repository=tmp_path, threads=1, max_batch=4, hang_min_seconds=5000, hang_max_seconds=5000)
+    settings = Settings(
+        repository=tmp_path,
+        threads=1,
+        max_batch=4,
+        hang_min_seconds=5000,
+        hang_max_seconds=5000,
+        hang_exit_seconds=1e6,
+    )
     return create_app(settings)
 
 
@@ -69,16 +76,23 @@ def client(app: FastAPI) -> Iterator[TestClient]:
         yield session
 
 
+@pytest.fixture
+def all_admitted(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also requests whose deadline a busy machine may not meet."""
+    monkeypatch.setattr(pipeline.admission, "require_in_time", lambda *_: None)
+
+
 def metric(client: TestClient, name: str) -> float:
     (row,) = [row for row in client.get("/metrics").text.splitlines() if row.startswith(name + " ")]
     return float(row.rpartition(" ")[2])
 
 
+@pytest.mark.usefixtures("all_admitted")
 def test_a_deadline_is_answered_at_its_time_while_the_batch_hangs(client: TestClient, pipeline: Pipeline) -> None:
     held = Held(pipeline)
     files = [("image", (f"{number}.png", picture(number))) for number in range(3)]
     answers = [
-        client.post("/v1/classify?model=identity-a&deadline_ms=300", content=picture(1)),  # runs
+        client.post("/v1/classify?model=identity-a&deadline_ms=3000", content=picture(1)),  # runs
         client.post("/v1/classify?model=identity-a&deadline_ms=300", files=files),
         client.post("/v1/classify?model=identity-b&deadline_ms=300", content=picture(1)),  # another queue
         client.post(
@@ -89,15 +103,14 @@ def test_a_deadline_is_answered_at_its_time_while_the_batch_hangs(client: TestCl
     ]
     assert held.at_work.is_set()
     assert not held.free.is_set()
-    # Admission refuses some of them, if this machine is too slow for the deadline.
-    assert {answer.status_code for answer in answers} <= {504, 429}
-    assert answers[0].status_code == 504
+    assert [answer.status_code for answer in answers] == [504] * 4
     assert metric(client, "stridevit_pending_images") == metric(client, "stridevit_pending_bytes") == 0
     held.free.set()
     answer = client.post("/v1/classify?model=identity-a&top_k=1", content=picture(9))
     assert answer.json()["results"][0]["predictions"][0]["index"] == 0
 
 
+@pytest.mark.usefixtures("all_admitted")
 def test_a_deadline_is_answered_while_the_decoders_hang(client: TestClient, pipeline: Pipeline) -> None:
     free, at_work = threading.Event(), threading.Event()
 
@@ -174,10 +187,12 @@ def hanging(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_process_whose_engine_does_not_come_back_ends_with_its_own_status(hanging: Path) -> None:
-    environment = {"STRIDEVIT_HANG_MIN_SECONDS": "2", "STRIDEVIT_HANG_EXIT_SECONDS": "4", "STRIDEVIT_THREADS": "1"}
+    environment = {"STRIDEVIT_HANG_MIN_SECONDS": "2", "STRIDEVIT_HANG_EXIT_SECONDS": "20", "STRIDEVIT_THREADS": "1"}
     with serving(hanging, environment=environment) as (url, process), ThreadPoolExecutor(1) as pool:
         assert httpx.post(url + "/v1/classify", content=picture(1), timeout=300).status_code == 200
-        late = httpx.post(url + "/v1/classify?deadline_ms=1000", content=guilty_picture(1), timeout=300)
+        # Refused if the machine stood still a moment ago.
+        while (late := post(url + "/v1/classify?deadline_ms=1000", guilty_picture(1))).status_code == 429:
+            continue
         assert late.status_code in (503, 504)
         after = pool.submit(httpx.post, url + "/v1/classify", content=picture(1), timeout=300)
         assert after.result().status_code == 503

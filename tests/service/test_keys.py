@@ -6,7 +6,6 @@ import signal
 from datetime import UTC, datetime
 from pathlib import Path
 
-import httpx
 import pytest
 import structlog
 from hypothesis import given, settings
@@ -16,7 +15,7 @@ from service.errors import KeyLimited, StartupError
 from service.key_file import MAX_BYTES, KeyFile, entries_of_settings, read_keys
 from service.keys import KeyEntry, KeyRing, Usage, new_key
 from service.settings import Settings
-from tests.processes import serving, wait_until
+from tests.processes import get, serving, wait_until
 from tests.service.conftest import Clock
 from tests.service.identity import publish_identity
 
@@ -270,7 +269,7 @@ def test_keys_are_rotated_while_the_service_runs(by: str, tmp_path: Path) -> Non
     }
 
     def status(key: str) -> int:
-        return httpx.get(url + "/v1/models", headers={"X-API-Key": key}).status_code
+        return get(url + "/v1/models", headers={"X-API-Key": key}).status_code
 
     with serving(tmp_path / "models", environment=environment) as (url, process):
         assert (status("a"), status("b")) == (200, 401)

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from service.logs import LineQueue
-from tests.processes import PATIENCE_SECONDS, ROOT, serving, wait_until
+from tests.processes import PATIENCE_SECONDS, ROOT, get, post, serving, wait_until
 from tests.service.identity import picture, publish_identity
 
 NO_STDERR = {
@@ -52,7 +51,7 @@ def queue_to(fd: int, max_bytes: int = 1 << 20) -> LineQueue:
 
 def dropped_lines(url: str) -> int:
     """The metric."""
-    text = httpx.get(url + "/metrics").text
+    text = get(url + "/metrics").text
     return int(float(text.split("\nstridevit_log_lines_dropped_total ")[1].split("\n")[0]))
 
 
@@ -172,7 +171,7 @@ def test_a_reader_that_stops_keeps_neither_requests_nor_the_end_waiting(small: P
     """`serving` reads nothing of standard error while the service runs."""
     with serving(small, environment={"STRIDEVIT_LOG_REQUESTS": "all"}) as (url, process):
         send(url, 6000)
-        assert httpx.post(url + "/v1/classify", content=picture(1)).status_code == 200
+        assert post(url + "/v1/classify", picture(1)).status_code == 200
         assert dropped_lines(url) > 0
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_SECONDS) == 0
@@ -202,10 +201,10 @@ def test_without_a_place_for_its_log_the_service_starts_answers_and_ends(state: 
     environment = {"STRIDEVIT_LOG_REQUESTS": "all", "STRIDEVIT_MAX_BACTH": "misspelt, which is a warning"}
     with serving(small, command=command, environment=environment) as (url, process):
         send(url, 20)
-        assert httpx.post(url + "/v1/classify", content=b"no image").status_code == 415
-        assert httpx.post(url + "/v1/classify", content=picture(1)).status_code == 200
+        assert post(url + "/v1/classify", b"no image").status_code == 415
+        assert post(url + "/v1/classify", picture(1)).status_code == 200
         if state != "closed":
-            assert dropped_lines(url) >= 20
+            wait_until(lambda: dropped_lines(url) >= 20, process)
         assert not str(Path(f"/proc/{process.pid}/fd/2").readlink()).startswith("socket"), (
             "no connection takes its number"
         )
@@ -217,7 +216,7 @@ LOGGING = """
 import ctypes, logging, os, sys, threading, warnings
 import structlog
 from service.logs import Logs
-with Logs():
+with Logs(flush_seconds=400):
     {body}
 """
 

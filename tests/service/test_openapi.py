@@ -7,11 +7,10 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from service.keys import new_key
-from tests.processes import ROOT, serving
+from tests.processes import ROOT, get, post, serving
 from tests.service.conftest import PNG
 
 # Two thousand requests by a tool that also computes: minutes on a busy machine.
@@ -60,7 +59,7 @@ def schemathesis(tools: Path, url: str, folder: Path, *options: str) -> None:
 
 def test_the_document_is_valid(tools: Path, url: str, tmp_path: Path) -> None:
     document = tmp_path / "openapi.json"
-    document.write_bytes(httpx.get(f"{url}/openapi.json", trust_env=False).content)
+    document.write_bytes(get(f"{url}/openapi.json").content)
     run(tools / "openapi-spec-validator", document, cwd=tmp_path)
 
 
@@ -113,7 +112,7 @@ print(json.dumps(answers[0].to_dict()))
 
 def test_a_client_generated_from_it_classifies_a_picture(tools: Path, url: str, tmp_path: Path) -> None:
     document, picture = tmp_path / "openapi.json", tmp_path / "picture.png"
-    document.write_bytes(httpx.get(f"{url}/openapi.json", trust_env=False).content)
+    document.write_bytes(get(f"{url}/openapi.json").content)
     picture.write_bytes(PNG)
     client = tmp_path / "client"
     generated = run(
@@ -129,5 +128,5 @@ def test_a_client_generated_from_it_classifies_a_picture(tools: Path, url: str, 
     script.write_text(CLASSIFY)
     encoded = base64.b64encode(PNG).decode()
     answer = json.loads(run(tools / "python", script, url, picture, encoded, cwd=tmp_path))
-    expected = httpx.post(f"{url}/v1/classify", content=PNG, trust_env=False).json()
+    expected = post(f"{url}/v1/classify", PNG).json()
     assert answer["results"] == expected["results"]

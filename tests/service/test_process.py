@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.processes import PATIENCE_SECONDS, ROOT, serving, wait_until
+from tests.processes import PATIENCE_SECONDS, ROOT, get, post, serving, wait_until
 from tests.service.conftest import PNG
 
 
@@ -27,6 +27,14 @@ def listens(url: str) -> bool:
     return True
 
 
+PATIENT = {
+    "STRIDEVIT_MIN_UPLOAD_RATE": "0",
+    "STRIDEVIT_BODY_TIMEOUT_SECONDS": "400",
+    "STRIDEVIT_DEFAULT_DEADLINE_MS": "400000",
+    "STRIDEVIT_MAX_DEADLINE_MS": "400000",
+    "STRIDEVIT_GRACEFUL_TIMEOUT_SECONDS": "300",
+}
+"""A service that waits for slow clients."""
 FEW_FILES = ["sh", "-c", 'ulimit -n 192; exec "$0" "$@"', sys.executable, "-m", "service"]
 
 
@@ -37,7 +45,7 @@ def connected(url: str) -> socket.socket:
 def gauge(url: str, name: str) -> float:
     """A gauge of the service; -1 if it does not answer."""
     with contextlib.suppress(httpx.TransportError):
-        for line in httpx.get(url + "/metrics", trust_env=False).text.splitlines():
+        for line in get(url + "/metrics").text.splitlines():
             if line.startswith(f"stridevit_{name} "):
                 return float(line.split()[1])
     return -1.0
@@ -54,7 +62,7 @@ def address(repository: Path) -> Iterator[str]:
 def test_every_odd_file_gets_an_answer_or_a_4xx_and_the_service_lives(address: str, data_dir: Path) -> None:
     files = sorted(file for file in (data_dir / "odd").iterdir() if file.suffix != ".csv")
     assert files
-    with httpx.Client(base_url=address, timeout=30) as client:
+    with httpx.Client(base_url=address, timeout=PATIENCE_SECONDS) as client:
         statuses: dict[str, int] = {}
         for file in files:
             answer = client.post("/v1/classify", content=file.read_bytes())
@@ -69,7 +77,7 @@ def test_every_odd_file_gets_an_answer_or_a_4xx_and_the_service_lives(address: s
 def test_every_photo_gets_five_classes(address: str, data_dir: Path) -> None:
     photos = sorted((data_dir / "photos").glob("*.jpg"))
     assert photos
-    with httpx.Client(base_url=address, timeout=30) as client:
+    with httpx.Client(base_url=address, timeout=PATIENCE_SECONDS) as client:
         for photo in photos:
             answer = client.post("/v1/classify?model=digits-csra-r2", content=photo.read_bytes())
             assert answer.status_code == 200, photo.name
@@ -81,24 +89,24 @@ def test_sigterm_finishes_what_was_accepted_and_exits_with_0(repository: Path) -
 
     def body() -> Iterator[bytes]:
         yield PNG[:-1]
-        assert released.wait(60)
+        assert released.wait(PATIENCE_SECONDS)
         yield PNG[-1:]
 
-    with serving(repository) as (url, process), ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(httpx.post, url + "/v1/classify", content=body(), timeout=60) for _ in range(6)]
-        wait_until(lambda: f"stridevit_pending_bytes {6 * (len(PNG) - 1)}.0" in httpx.get(url + "/metrics").text)
+    with serving(repository, environment=PATIENT) as (url, process), ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(post, url + "/v1/classify", body()) for _ in range(6)]
+        wait_until(lambda: f"stridevit_pending_bytes {6 * (len(PNG) - 1)}.0" in get(url + "/metrics").text)
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: not listens(url))
         released.set()
         assert [answer.result().status_code for answer in answers] == [200] * 6
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE_SECONDS) == 0
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_an_idle_service_ends_with_0(repository: Path, end: signal.Signals) -> None:
     with serving(repository) as (_, process):
         process.send_signal(end)
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE_SECONDS) == 0
         assert process.stderr
         assert "Traceback" not in process.stderr.read()
 
@@ -106,15 +114,15 @@ def test_an_idle_service_ends_with_0(repository: Path, end: signal.Signals) -> N
 def test_in_the_shutdown_delay_it_is_not_ready_and_serves_on(repository: Path) -> None:
     with serving(repository, environment={"STRIDEVIT_SHUTDOWN_DELAY_SECONDS": "600"}) as (url, process):
         process.send_signal(signal.SIGTERM)
-        wait_until(lambda: httpx.get(url + "/readyz").status_code == 503)
-        assert httpx.post(url + "/v1/classify", content=PNG).status_code == 200
+        wait_until(lambda: get(url + "/readyz").status_code == 503)
+        assert post(url + "/v1/classify", PNG).status_code == 200
         process.kill()
 
 
 def test_a_second_signal_ends_it_at_once(repository: Path) -> None:
     with serving(repository, environment={"STRIDEVIT_SHUTDOWN_DELAY_SECONDS": "600"}) as (url, process):
         process.send_signal(signal.SIGTERM)
-        wait_until(lambda: httpx.get(url + "/readyz").status_code == 503)
+        wait_until(lambda: get(url + "/readyz").status_code == 503)
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
 
@@ -137,7 +145,7 @@ def test_clients_that_never_send_or_read_do_not_keep_it_from_ending(repository: 
 
 
 def test_what_does_not_end_in_time_is_aborted_and_the_exit_status_says_so(repository: Path) -> None:
-    environment = {"STRIDEVIT_GRACEFUL_TIMEOUT_SECONDS": "1"}
+    environment = PATIENT | {"STRIDEVIT_GRACEFUL_TIMEOUT_SECONDS": "1"}
     with serving(repository, environment=environment) as (url, process), connected(url) as client:
         client.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\n")
         wait_until(lambda: gauge(url, "open_connections") >= 1)
@@ -153,8 +161,8 @@ def test_idle_connections_leave_descriptors_for_others(repository: Path) -> None
         for _ in range(300):
             with contextlib.suppress(OSError):
                 stack.enter_context(connected(url))
-        wait_until(lambda: httpx.get(url + "/readyz", trust_env=False).status_code == 200)
-        wait_until(lambda: httpx.post(url + "/v1/classify", content=PNG, trust_env=False).status_code == 200)
+        wait_until(lambda: get(url + "/readyz").status_code == 200)
+        wait_until(lambda: post(url + "/v1/classify", PNG).status_code == 200)
         assert process.poll() is None
 
 
@@ -192,7 +200,7 @@ def test_a_port_in_use_is_an_error(address: str, repository: Path) -> None:
 
 
 def test_answers_do_not_name_the_server_software(address: str) -> None:
-    assert "server" not in httpx.get(address + "/healthz").headers
+    assert "server" not in get(address + "/healthz").headers
 
 
 def test_the_service_imports_neither_torch_nor_our_other_packages() -> None:
@@ -208,4 +216,4 @@ def test_the_service_runs_in_an_environment_without_torch(repository: Path) -> N
     missing = subprocess.run([python, "-c", "import torch"], cwd=ROOT, check=False, capture_output=True, text=True)
     assert "No module named 'torch'" in missing.stderr
     with serving(repository, python=python) as (url, _):
-        assert httpx.post(url + "/v1/classify", content=PNG).status_code == 200
+        assert post(url + "/v1/classify", PNG).status_code == 200

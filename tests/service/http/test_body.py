@@ -95,7 +95,14 @@ def test_uploads_that_stop_get_408_and_give_back_what_they_held(tmp_path: Path) 
 def test_large_uploads_that_stall_leave_room_for_others(tmp_path: Path) -> None:
     """Eight bodies of 32 MiB that stop before their end, with the default limits of bytes."""
     publish_identity(tmp_path)
-    settings = Settings(repository=tmp_path, threads=1, upload_window_seconds=600.0, body_timeout_seconds=600.0)
+    settings = Settings(
+        repository=tmp_path,
+        threads=1,
+        upload_window_seconds=600.0,
+        body_timeout_seconds=600.0,
+        default_deadline_ms=600_000,
+        max_deadline_ms=600_000,
+    )
 
     async def scenario() -> None:
         app = create_app(settings)

@@ -18,6 +18,7 @@ from service.http import tensors
 from service.keys import new_key
 from service.scheduling.request import RequestState
 from service.settings import Settings
+from tests.processes import PATIENCE_SECONDS
 from tests.service.conftest import PNG, noise
 from tests.service.identity import publish_identity
 
@@ -340,5 +341,5 @@ def test_polling_loads_a_new_version(tmp_path: Path) -> None:
                 await asyncio.sleep(0.01)
 
         assert client.portal
-        client.portal.call(lambda: asyncio.wait_for(taken_in(), 30))
+        client.portal.call(lambda: asyncio.wait_for(taken_in(), PATIENCE_SECONDS))
         assert client.get("/v2/models/identity-a").json()["versions"] == ["2"]

@@ -43,14 +43,14 @@ def publish_greedy(repository: Path, name: str = "identity-a", *, mebibytes: int
 
 def publish_wrong(repository: Path, name: str = "identity-a", *, work: int = 0) -> Path:
     """Publish a version that does not give its golden outputs."""
-    folder = publish_identity(repository, name, work=work)
+    folder = publish_identity(repository.with_name("wrong"), name, work=work)
     golden = read_bundle(folder).golden()
     arrays = {f"image_{number}": np.frombuffer(image, np.uint8) for number, image in enumerate(golden.images)}
     np.savez(
         folder / GOLDEN_FILE, allow_pickle=False, logits=golden.logits + 1, probabilities=golden.probabilities, **arrays
     )
     resum(folder)
-    return folder
+    return _moved(folder, repository / name)
 
 
 def trials() -> list[psutil.Process]:
@@ -88,7 +88,14 @@ def _publish(
         [numpy_helper.from_array(np.asarray(value), constant) for constant, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    folder = publish_identity(repository, name)
+    folder = publish_identity(repository.with_name("hostile"), name)
     (folder / MODEL_FILE).write_bytes(model.SerializeToString())
     resum(folder)
-    return folder
+    return _moved(folder, repository / name)
+
+
+def _moved(folder: Path, model: Path) -> Path:
+    """The bundle as the next version of `model`. It appears whole: a service may look at any time."""
+    model.mkdir(parents=True, exist_ok=True)
+    newest = max((int(version.name) for version in model.iterdir() if version.name.isdecimal()), default=0)
+    return folder.rename(model / str(newest + 1))

@@ -22,7 +22,8 @@ from service.scheduling.admission import Place
 from service.scheduling.room import Room
 from service.scheduling.scheduler import Output
 from service.settings import Settings
-from tests.service.conftest import PNG, images_waiting, resum
+from tests.processes import PATIENCE_SECONDS
+from tests.service.conftest import PNG, images_waiting, resum, until
 from tests.service.identity import number_in, picture, publish_identity
 
 
@@ -298,6 +299,7 @@ def test_no_answer_is_lost_or_swapped_under_cancellation_errors_and_reloads(tmp_
             if fate == "cancelled":
                 asyncio.get_running_loop().call_later(chance.random() * 0.01, task.cancel)
         results = await asyncio.gather(*(task for _, _, task in tasks), return_exceptions=True)
+        await until(lambda: len(reloads) > 2 and len(versions(tmp_path, "identity-a")) > 1)
         for (number, fate, _), result in zip(tasks, results, strict=True):
             if fate == "stays":
                 assert result == number
@@ -306,26 +308,31 @@ def test_no_answer_is_lost_or_swapped_under_cancellation_errors_and_reloads(tmp_
             else:
                 assert result == number or isinstance(result, asyncio.CancelledError)
         reloading.cancel()
-        assert await reloading > 2
+        await asyncio.gather(reloading, return_exceptions=True)
         assert classifier.admission.images == 0
         assert images_waiting(classifier.scheduler) == 0
         assert len(classifier.scheduler.queues) == 1
 
-    async def reload(classifier: Pipeline) -> int:
-        done = 0
-        try:
-            while True:
-                if chance.random() < 0.3:
-                    publish_identity(tmp_path, work=chance.randrange(3))
-                    await classifier.registry.refresh()
-                else:
-                    await classifier.registry.load("identity-a")
-                done += 1
-        except asyncio.CancelledError:
-            return done
+    reloads: list[str] = []
 
-    drive(tmp_path, scenario, max_batch=8)
-    assert len(versions(tmp_path, "identity-a")) > 1
+    async def reload(classifier: Pipeline) -> None:
+        while True:
+            if chance.random() < 0.3:
+                publish_identity(tmp_path, work=chance.randrange(3))
+                await classifier.registry.refresh()
+                reloads.append("refreshed")
+            else:
+                await classifier.registry.load("identity-a")
+                reloads.append("loaded")
+
+    drive(
+        tmp_path,
+        scenario,
+        limit=PATIENCE_SECONDS,
+        max_batch=8,
+        default_deadline_ms=600_000,
+        max_deadline_ms=600_000,
+    )
 
 
 @pytest.mark.parametrize("reloads", [60, pytest.param(300, marks=pytest.mark.slow)])

@@ -4,11 +4,10 @@ import signal
 import subprocess
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
-from tests.processes import serving, still_running, wait_until
+from tests.processes import post, serving, still_running, wait_until
 from tests.service.identity import picture, publish_identity
 from tests.service.models.hostile import publish_endless, trials_of
 
@@ -24,13 +23,13 @@ def hang(repository: Path, url: str, process: "subprocess.Popen[str]") -> psutil
     publish_endless(repository)
 
     def loading() -> bool:
-        entries = httpx.post(url + "/v2/repository/index").json()
+        entries = post(url + "/v2/repository/index", b"").json()
         return any((entry["version"], entry["state"]) == ("2", "LOADING") for entry in entries)
 
     service = psutil.Process(process.pid)
     wait_until(lambda: loading() and bool(trials_of(service)), process)
     (trial,) = trials_of(service)
-    assert httpx.post(url + "/v1/classify", content=picture(7)).status_code == 200
+    assert post(url + "/v1/classify", picture(7)).status_code == 200
     return trial
 
 

@@ -55,7 +55,7 @@ def test_whatever_the_timings_a_batch_is_never_empty_nor_too_large(baseline: dic
 
 
 def test_a_busy_machine_makes_every_model_slower_in_the_prediction() -> None:
-    load = Load()
+    load = Load(clock=Clock())
     one, other = Cost({1: 0.01}, load), Cost({1: 0.02}, load)
     for _ in range(50):
         one.observe(1, 0.03)
@@ -64,7 +64,7 @@ def test_a_busy_machine_makes_every_model_slower_in_the_prediction() -> None:
 
 
 def test_each_batch_size_learns_what_the_load_does_not_explain() -> None:
-    load = Load()
+    load = Load(clock=Clock())
     wrong, right = Cost({1: 0.01}, load), Cost({1: 0.01}, load)
     for _ in range(500):
         wrong.observe(1, 0.02)
@@ -119,7 +119,7 @@ def test_after_a_pause_the_first_decoding_counts_in_full() -> None:
 
 
 def test_one_decoding_that_is_far_slower_than_its_header_says_shuts_nobody_out() -> None:
-    load = Load()
+    load = Load(clock=Clock())
     before = load.seconds_per_pixel
     load.decoded(30.0, 20_000)
     assert load.seconds_per_pixel < 1.4 * before

@@ -20,6 +20,7 @@ from service.scheduling.decode_pool import DecodePool, Lane
 from service.scheduling.outputs import Outputs, Pixels
 from service.scheduling.request import Priority, RequestState
 from service.scheduling.scheduler import Queue, Scheduler
+from tests.processes import PATIENCE_SECONDS
 from tests.service.conftest import PNG, Clock, encoded, noise, until
 
 PREPROCESSING = Preprocessing(resize=8, crop=8, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1))
@@ -422,6 +423,8 @@ class World:
     async def ask_and_hold(self) -> asyncio.Task[Pixels]:
         """The same, and keep the engine at that image until `free` is called."""
         self.engine.free.clear()
+        # A decoder that is still starting is none that another could rely on.
+        await until(lambda: self.pool._small._idle == 2)
         task = self.ask()
         await until(lambda: bool(self.engine.names))
         return task
@@ -450,7 +453,7 @@ class World:
         assert backlog.decoding == {False: 0, True: 0}
         assert (backlog.waiting, backlog.undecoded, self.scheduler._expected) == (0, 0, set())
         self.pool.close()
-        await self.scheduler.close()
+        await self.scheduler.close(timeout_seconds=PATIENCE_SECONDS)
         assert not self.scheduler.abandoned
 
     @property
@@ -553,7 +556,7 @@ def test_closing_waits_for_an_image_that_a_decoder_computes_and_fails_a_job_that
         task = await world.ask_and_hold()
         job = asyncio.create_task(asyncio.to_thread(world.scheduler.on_engine, lambda: None))
         await until(lambda: bool(world.scheduler.lanes._jobs))
-        closing = asyncio.create_task(world.scheduler.close())
+        closing = asyncio.create_task(world.scheduler.close(timeout_seconds=PATIENCE_SECONDS))
         await until(lambda: not any(thread.is_alive() for thread in world.scheduler.lanes._threads))
         assert not closing.done()
         world.free()

@@ -165,13 +165,16 @@ def test_an_observer_that_fails_costs_no_caller_its_answer() -> None:
 def test_a_deadline_is_kept_and_its_image_let_go_while_the_engine_hangs() -> None:
     async def scenario() -> None:
         async with running() as (scheduler, queue, echo):
-            states = [RequestState(seconds=seconds) for seconds in (0.05, 0.05, 60)]
+            states = [RequestState(seconds=1e6) for _ in range(3)]
             echo.free.clear()
             with states[0], states[1]:
                 runs = asyncio.create_task(answer(scheduler, queue, 1, states[0]))
                 await until(echo.started.is_set)
                 waits = asyncio.create_task(answer(scheduler, queue, 2, states[1]))
                 stays = asyncio.create_task(answer(scheduler, queue, 3, states[2]))
+                await until(lambda: images_waiting(scheduler) == 2)
+                for soon in states[:2]:
+                    soon.amend(seconds=0.05)
                 for late in (runs, waits):
                     with pytest.raises(DeadlineExceeded):
                         await late

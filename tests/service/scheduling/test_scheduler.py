@@ -15,6 +15,7 @@ from service.errors import ClientDisconnected, DeadlineExceeded
 from service.scheduling.cost import Cost, Load
 from service.scheduling.request import Priority, RequestState
 from service.scheduling.scheduler import Batch, Pixels, Queue, Scheduler
+from tests.processes import PATIENCE_SECONDS
 from tests.service.conftest import Clock, images_waiting, until
 
 
@@ -62,7 +63,7 @@ async def running(sizes: Sequence[int] = (1, 2, 3, 4)) -> AsyncIterator[tuple[Sc
         await scheduler.close()
 
 
-def state(seconds: float = 60.0, priority: Priority = "interactive") -> RequestState:
+def state(seconds: float = 1e6, priority: Priority = "interactive") -> RequestState:
     return RequestState(seconds=seconds, priority=priority)
 
 
@@ -134,11 +135,11 @@ def test_the_earliest_deadline_goes_first_and_batch_work_last() -> None:
         async with running(sizes=(1,)) as (scheduler, queue, echo):
             tasks = [await while_busy(scheduler, queue, echo)]
             for number, by in (
-                (1, state(1, "batch")),
-                (2, state(30)),
-                (3, state(10)),
-                (4, state(20)),
-                (5, state(20, "batch")),
+                (1, state(100, "batch")),
+                (2, state(3000)),
+                (3, state(1000)),
+                (4, state(2000)),
+                (5, state(2000, "batch")),
             ):
                 tasks.append(asyncio.create_task(answer(scheduler, queue, number, by)))
             await until(lambda: images_waiting(scheduler) == 5)
@@ -294,7 +295,7 @@ def test_closing_finishes_the_running_batch_and_cancels_waiting_images() -> None
         tasks = [await while_busy(scheduler, queue, echo)]
         tasks += [asyncio.create_task(answer(scheduler, queue, number)) for number in (1, 2)]
         await until(lambda: images_waiting(scheduler) == 2)
-        closing = asyncio.create_task(scheduler.close())
+        closing = asyncio.create_task(scheduler.close(timeout_seconds=PATIENCE_SECONDS))
         # A lane of the engine is told at once, before the running batch may end.
         await asyncio.sleep(0)
         echo.free.set()

@@ -129,7 +129,11 @@ def test_idle_connections_make_room_and_busy_ones_do_not(small: Bench) -> None:
     for client in idle:
         client.sendall(GET)
         one_answer(client)
-    time.sleep(1.1)  # younger ones might have a request on the way
+    connections = small.server.connections
+    wait_until(lambda: len(connections.idle) == 4)
+    # Younger ones might have a request on the way.
+    connections.clock = lambda: time.monotonic() + 2
+    connections.beyond.seconds = 1000.0
     new = [small.connect() for _ in range(4)]
     for client in new:
         client.sendall(WAIT)
@@ -173,9 +177,10 @@ def test_a_slow_head_is_answered_408() -> None:
 
 
 def test_an_idle_connection_ends_after_its_time() -> None:
-    with serving(keep_alive_seconds=0.1) as bench, bench.connect() as client, bench.connect() as silent:
+    with serving() as bench, bench.connect() as client, bench.connect() as silent:
         client.sendall(GET)
         assert one_answer(client)[0] == 200
+        bench.server.connections.idle.seconds = 0.1
         assert closed_by_server(client)
         assert closed_by_server(silent)
     wait_until(lambda: bench.closed("idle") == 2)
@@ -262,15 +267,14 @@ def test_while_draining_every_answer_is_the_last_of_its_connection() -> None:
 
 def test_connections_that_wait_to_be_accepted_when_listening_ends_are_answered() -> None:
     """The system resets them when a listening socket is closed: the server has to accept them before."""
-    with serving(delay_seconds=3.0) as bench, bench.connect() as blocking:
-        bench.server.should_exit = True
-        wait_until(lambda: bench.server.connections.draining)
+    with serving() as bench, bench.connect() as blocking:
         blocking.sendall(b"GET /block HTTP/1.1\r\nHost: h\r\n\r\n")
         wait_until(lambda: bench.app.scopes != [])
+        # While the event loop stands still.
         waiting = [bench.connect() for _ in range(40)]
         for client in waiting:
             client.sendall(GET)
-        time.sleep(3.0)  # the delay ends while the event loop stands still
+        bench.server.should_exit = True
         bench.app.released.set()
         for client in (blocking, *waiting):
             with client:

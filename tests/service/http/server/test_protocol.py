@@ -378,14 +378,15 @@ def test_a_client_that_closed_its_connection_is_noticed(bench: Bench) -> None:
 
 def test_the_age_of_a_request_counts_from_the_first_byte_of_its_head(bench: Bench) -> None:
     with bench.connect() as client:
+        heads = bench.server.connections.heads
         before = time.perf_counter()
         client.sendall(GET[:5])
-        time.sleep(0.2)
+        wait_until(lambda: len(heads) == 1)
         between = time.perf_counter()
         client.sendall(GET[5:])
         one_answer(client)
         client.sendall(GET[:5])
-        time.sleep(0.2)
+        wait_until(lambda: len(heads) == 1)
         client.sendall(GET[5:])
         one_answer(client)
     first, second = (scope["state"]["first_byte_at"] for scope in bench.app.scopes[-2:])
