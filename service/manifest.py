@@ -172,7 +172,8 @@ class Manifest(_Part):
     params: PositiveInt
     """Number of parameters."""
     macs: PositiveInt | None = None
-    """Multiply-accumulates per image, matrix products and convolutions only; null if unknown."""
+    """Multiply-accumulates per image of the model as it was trained, matrix products and convolutions only; null if
+    unknown. The graph of a compressed variant may need fewer."""
     precision: Precision
     max_batch: PositiveInt | None = None
     """Largest batch in which images do not change each other's outputs; null for no limit."""
