@@ -216,7 +216,7 @@ LOGGING = """
 import ctypes, logging, os, sys, threading, warnings
 import structlog
 from service.logs import Logs
-with Logs(flush_seconds=400):
+with Logs(flush_seconds={flush}):
     {body}
 """
 
@@ -236,7 +236,7 @@ with Logs(flush_seconds=400):
     ],
 )
 def test_whatever_is_said_is_one_json_line(body: str, expected: dict[str, object]) -> None:
-    command = [sys.executable, "-c", LOGGING.format(body=body)]
+    command = [sys.executable, "-c", LOGGING.format(body=body, flush=PATIENCE_SECONDS)]
     ended = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     (line,) = ended.stderr.splitlines()
     values = json.loads(line)
@@ -248,7 +248,7 @@ def test_native_code_is_not_stopped_by_a_reader_that_stops() -> None:
     """A child of the shell: it says on standard output that it has written everything."""
     body = "[ctypes.CDLL(None).dprintf(2, b'x' * 999 + b'\\n') for _ in range(5000)]; print('done')"
     with subprocess.Popen(
-        [sys.executable, "-c", LOGGING.format(body=body)],
+        [sys.executable, "-c", LOGGING.format(body=body, flush=0.1)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -261,7 +261,7 @@ def test_native_code_is_not_stopped_by_a_reader_that_stops() -> None:
 
 def test_logging_shutdown_waits_for_the_lines_so_that_a_hard_exit_keeps_them() -> None:
     body = "[structlog.get_logger().info('x') for _ in range(5000)]; logging.shutdown(); os._exit(70)"
-    command = [sys.executable, "-c", LOGGING.format(body=body)]
+    command = [sys.executable, "-c", LOGGING.format(body=body, flush=PATIENCE_SECONDS)]
     ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert ended.returncode == 70
     assert len(ended.stderr.splitlines()) == 5000
