@@ -110,7 +110,7 @@ BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder o
 def verify(bundle: BundleArgument) -> None:
     """Check a bundle from its files alone: digests, manifest, operators, shapes, kernels, golden outputs.
 
-    Example: `stridevit export verify models/cifar100-csra-r2/4`
+    Example: `stridevit export verify models/cifar100-csra-r2/5`
     """
     with _errors():
         findings = verify_bundle(bundle)
@@ -147,7 +147,7 @@ def diff(one: BundleArgument, other: Annotated[Path, typer.Argument(metavar="OTH
 def kernels(bundle: BundleArgument) -> None:
     """Check whether CUDA and TensorRT document a kernel for each node of a bundle. Exit code 1 if not.
 
-    Example: `stridevit export kernels models/cifar100-csra-r2/4`
+    Example: `stridevit export kernels models/cifar100-csra-r2/5`
     """
     with _errors():
         table, missing = kernel_table(read_graph(read_bundle(bundle)))
