@@ -5,7 +5,8 @@ attention all tokens of a batch are the rows of one matrix, so that a matrix pro
 
 - Pixel normalisation is folded into the patch embedding, and the embedding's bias into the position embedding.
 - In the compressed variants all heads attend to the latents themselves where that is less work: the projections to keys
-  and values are folded into the products before and after attention. Else keys and values are one product.
+  and values are folded into the products before and after attention. Otherwise one product
+  computes keys and values.
 - L-SRA's gate is one more column of the latent projection, and its pooling one batched product; an incomplete last
   block is pooled by itself, as ONNX Runtime has no CUDA kernel for `Pad` at opset 23.
 - The MLP can be split along its hidden layer and the parts summed: the same arithmetic with a smaller intermediate.
@@ -119,8 +120,8 @@ class _SRA(nn.Module):
 class _LatentSRA(nn.Module):
     """The same function with the latents themselves as the keys and values of all heads: (T,D) -> (T,D).
 
-    The score of a head is (x·Wq + bq)·(c·Wk + bk)ᵀ. bk adds the same to the scores of a query with all keys, which does
-    not change their softmax. The rest is x'·cᵀ with x' = x·(Wq·Wkᵀ) + bq·Wkᵀ, which has r columns instead of d.
+    The score of a head is (x·Wq + bq)·(c·Wk + bk)ᵀ. bk adds the same constant to all scores of a query, which does not
+    change their softmax. The rest is x'·cᵀ with x' = x·(Wq·Wkᵀ) + bq·Wkᵀ, which has r columns instead of d.
     Likewise a weighted mean of c·Wv + bv, times Wo, is the weighted mean of c, times Wv·Wo, plus bv·Wo. DeepSeek-V2
     (arXiv:2405.04434) absorbs the projections of its latents in the same way. As all heads have the same keys and
     values, their queries are just more rows.
@@ -130,7 +131,7 @@ class _LatentSRA(nn.Module):
         super().__init__()
         heads, operator_scale = trained.num_heads, trained.rank**-0.5 if operator else 1.0
         width, d = trained.q.in_features, trained.q.out_features // heads
-        scale = d**-0.5 / operator_scale  # the operator scales by the columns that it sees
+        scale = d**-0.5 / operator_scale  # the operator scales by the head width that it sees
         q_HdD = trained.q.weight.double().view(heads, d, width)
         k_Hdr, v_Hdr = trained.kv.weight.double().view(2, heads, d, trained.rank)
         o_HdD = trained.proj.weight.double().t().reshape(heads, d, width)
@@ -146,12 +147,12 @@ class _LatentSRA(nn.Module):
 
     @staticmethod
     def pays(trained: CompressedAttention) -> bool:
-        """Whether it is less work: queries and sums have r·H columns instead of D."""
+        """Whether it is surely less work: queries and weighted means have r·H columns instead of D."""
         return trained.num_heads * trained.rank < trained.q.out_features
 
     def forward(self, x_TD: Tensor) -> Tensor:
         c_B1Mr = self.latents(x_TD).unsqueeze(1)
-        # As many parts as heads, of consecutive rows: a runtime computes the parts of a single image at once.
+        # Split into as many runs of consecutive rows as there are heads, which a runtime can compute in parallel.
         q_BHNr = self.q(x_TD).view(-1, self.heads, self.tokens, self.rank)
         if self.operator:
             c_BHMr = c_B1Mr.expand(-1, self.heads, -1, -1)

@@ -172,7 +172,7 @@ class Manifest(_Part):
     params: PositiveInt
     """Number of parameters."""
     macs: PositiveInt | None = None
-    """Multiply-accumulates per image of the model as it was trained, matrix products and convolutions only; null if
+    """Multiply-accumulates per image of the model as trained, matrix products and convolutions only; null if
     unknown. The graph of a compressed variant may need fewer."""
     precision: Precision
     max_batch: PositiveInt | None = None

@@ -171,9 +171,10 @@ class Pipeline:
         """Answer a request whose head has arrived at `arrived_at`, on `time.perf_counter`'s clock.
 
         `read` reads the body once the head is admitted, and holds its bytes with the place that it gets; `write` writes
-        the answer; `watching` gives a context, entered after `read`, in which its argument is called once the client
-        has left. `encoded_bytes`: the least number of bytes of images to decode, as far as the head tells; None if
-        there may be none to decode. `partial`: images with an error fail the request only if all of them have one.
+        the answer; `watching` returns a context manager, entered after `read`: while it is active, its argument is
+        called when the client leaves. `encoded_bytes`: the least number of bytes of images to decode, as far as the
+        head tells; None if there may be none to decode. `partial`: images with an error fail the request only if all of
+        them have one.
 
         Returns what `write` returned, and the answer. Raises a RequestError, of the first image if images failed. The
         deadline is kept by the event loop's clock: DeadlineExceeded is raised when it passes, whatever hangs.

@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
-# An example may take long on a busy machine, and the same examples come in every run.
+# An example may take a long time on a busy machine; every run uses the same examples.
 settings.register_profile("stridevit", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("stridevit")
 

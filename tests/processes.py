@@ -102,5 +102,5 @@ def get(url: str, **more: Any) -> httpx.Response:
 
 
 def post(url: str, content: bytes | Iterator[bytes], **more: Any) -> httpx.Response:
-    """The same to a POST."""
+    """The same for a POST."""
     return httpx.post(url, content=content, trust_env=False, timeout=PATIENCE_SECONDS, **more)

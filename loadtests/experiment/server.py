@@ -1,5 +1,6 @@
 """A fresh server process for each measurement, or a server that already runs at a URL."""
 
+import errno
 import os
 import secrets
 import socket
@@ -8,7 +9,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -174,10 +175,14 @@ def wait_until_ready(server: Server) -> None:
 def free_port() -> int:
     """A port of this machine on which nothing listens.
 
-    It is likely to stay free until it is used, also while a process restarts: Linux gives others to outgoing
-    connections, and to those who ask for any port.
+    It is likely to stay free until it is used, also while a process restarts: Linux takes the ports of outgoing
+    connections, and of sockets that ask for any port, from 32768 upwards.
     """
     while True:
         port = 10_000 + secrets.randbelow(22_000)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return port
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise

@@ -72,24 +72,25 @@ class Sut:
         return response.data
 
     def warm_up(self, seconds: float) -> float:
-        """Keep all connections busy; images a second in the second half, or in all of it if there are none in that."""
+        """Keep all connections busy; images per second in the second half, or over all of it if that has none."""
         begin = time.perf_counter()
         self.post(self._images[0])
         middle = time.perf_counter() + seconds / 2
         end = middle + seconds / 2
 
-        def work(position: int) -> int:
-            counted = 0
+        def work(position: int) -> tuple[int, int]:
+            answered = late = 0
             while time.perf_counter() < end:
                 self.post(self._images[position % len(self._images)])
-                counted += middle <= time.perf_counter() < end
+                answered += 1
+                late += middle <= time.perf_counter() < end
                 position += self._connections
-            return counted
+            return answered, late
 
         with ThreadPoolExecutor(self._connections) as threads:
-            counted = sum(threads.map(work, range(self._connections)))
+            answered, late = map(sum, zip(*threads.map(work, range(self._connections)), strict=True))
         self._answered_at = time.monotonic()
-        return counted / (seconds / 2) if counted else 1 / (time.perf_counter() - begin)
+        return late / (seconds / 2) if late else (1 + answered) / (time.perf_counter() - begin)
 
     def issue(self, samples: Sequence[Any]) -> None:
         """Take LoadGen's queries."""

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 
 class Client:
-    """Who asked, and may leave before the answer. To watch it costs less than a task that awaits `http.disconnect`."""
+    """The client that sent a request. Watching it costs less than a task that awaits `http.disconnect`."""
 
     __slots__ = ("_on_leaving", "left")
 
@@ -14,7 +14,9 @@ class Client:
         self._on_leaving: Callable[[], None] | None = None
 
     def leave(self) -> None:
-        """It has left: nobody reads the answer."""
+        """It has left: nobody will read the answer."""
+        if self.left:
+            return
         self.left = True
         if self._on_leaving:
             self._on_leaving()

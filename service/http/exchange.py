@@ -57,13 +57,13 @@ def known_query(*known: str) -> Callable[[Request], Coroutine[Any, Any, None]]:
 
 def watching(request: Request, on_leaving: Callable[[], None]) -> AbstractContextManager[None]:
     """A context in which `on_leaving` is called once the client has left. Only after the body is read."""
-    client: Client | None = request.scope["state"].get("client")
-    return client.watched(on_leaving) if client else _watching_by_task(request, on_leaving)
+    client = request.scope["state"].get("client")
+    return client.watched(on_leaving) if isinstance(client, Client) else _watching_by_task(request, on_leaving)
 
 
 @contextmanager
 def _watching_by_task(request: Request, on_leaving: Callable[[], None]) -> Iterator[None]:
-    """The same under another server than ours."""
+    """The same under a server other than ours."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":

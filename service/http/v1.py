@@ -68,6 +68,7 @@ def router(pipeline: Pipeline) -> APIRouter:
             "timings_ms": answer.timings_ms,
             "request_id": request.scope["state"]["request_id"],
         }
+        # Outputs are finite: `to_json` would write NaN as it is.
         return Response(to_json(members), media_type="application/json", headers=exchange.report(request, answer))
 
     routes.add_api_route(

@@ -27,6 +27,8 @@ from tests.clients.checks import get, png
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 400
+QUIET_SECONDS = 0.5
+"""The service waits for longer than this for another request before it closes a kept connection."""
 SETTLE_SECONDS = 2
 """Until a proxy that checks health has noticed that a process is back: both may not be missing at once."""
 
@@ -175,10 +177,13 @@ def _load(asked: argparse.Namespace, targets: list[int], counts: "Counter[str]")
     image, lock, ended = png(bytes(32 * 32 * 3), width=32, height=32), threading.Lock(), threading.Event()
 
     def ask(number: int) -> None:
-        at, keeps, connection = number % len(targets), number % 2 == 0, None
+        at, keeps, connection, answered_at = number % len(targets), number % 2 == 0, None, 0.0
         while not ended.wait(asked.pause):
-            # As clients do: one that its server has closed meanwhile is not used again.
+            # Like real clients, do not reuse a connection that the server has closed in the meantime.
             if connection and select.select([connection.sock], [], [], 0)[0]:
+                quiet = time.monotonic() - answered_at
+                with lock:
+                    counts["closed while idle" if quiet > QUIET_SECONDS else "unanswered closed too early"] += 1
                 connection.close()
                 connection = None
             if connection is None:
@@ -194,6 +199,7 @@ def _load(asked: argparse.Namespace, targets: list[int], counts: "Counter[str]")
                 connection.request("POST", "/v1/classify", image, {} if keeps else {"Connection": "close"})
                 answer = connection.getresponse()
                 body = answer.read()
+                answered_at = time.monotonic()
                 outcome = f"status {answer.status}" + (f" {body[:60]!r}" if answer.status >= 500 else "")
             except (OSError, http.client.HTTPException) as error:
                 outcome = f"unanswered {type(error).__name__}"

@@ -39,7 +39,7 @@ def bundle(repository: Path, tmp_path: Path) -> Path:
     return copy
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(file=st.sampled_from(CONTENT_FILES), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_one_flipped_bit_in_any_file_is_found_and_named(bundle: Path, file: str, place: float, bit: int) -> None:
     path = bundle / file

@@ -43,7 +43,7 @@ def test_rates_are_positive_and_the_batch_size_is_the_fastest_tried(limit: Engin
 def test_the_baseline_is_the_memory_of_the_engine_and_the_model_alone(limit: EngineLimit) -> None:
     assert limit.baseline_pss_bytes is not None
     assert limit.baseline_pss_one_image_bytes is not None
-    # Other processes that share its libraries come and go, so that the two readings do not compare.
+    # Other processes that share its libraries come and go, so the two readings are not comparable.
     assert min(limit.baseline_pss_one_image_bytes, limit.baseline_pss_bytes) > 20_000_000
 
 

@@ -15,7 +15,7 @@ from service.errors import KeyLimited, StartupError
 from service.key_file import MAX_BYTES, KeyFile, entries_of_settings, read_keys
 from service.keys import KeyEntry, KeyRing, Usage, new_key
 from service.settings import Settings
-from tests.processes import get, serving, wait_until
+from tests.processes import PATIENCE_SECONDS, get, serving, wait_until
 from tests.service.conftest import Clock
 from tests.service.identity import publish_identity
 
@@ -282,4 +282,4 @@ def test_keys_are_rotated_while_the_service_runs(by: str, tmp_path: Path) -> Non
         wait_until(lambda: status("b") == 200, process)
         assert status("a") == 401
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE_SECONDS) == 0

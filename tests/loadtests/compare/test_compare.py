@@ -109,7 +109,7 @@ def test_a_service_that_dies_loses_its_block_and_the_others_are_measured(reposit
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-            # Those that have just ended have no command line any more, and those of the calibration end before the log.
+            # Those that have just ended have no command line any more; the calibration's end before the log exists.
             with suppress(psutil.Error, IndexError):
                 if not log.is_file():
                     continue

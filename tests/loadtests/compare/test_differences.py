@@ -19,16 +19,20 @@ def test_a_slower_server_is_found(tmp_path: Path) -> None:
     document = read(tmp_path)
     rows = {(row["load"], row["metric"]): row for row in document["rows"] if row["arm"].endswith(slow.url)}
 
-    def ratio(load: str, figure: str) -> float:
-        """Slow to fast, the median of the rounds: a busy machine may disturb two of five, and so the verdicts."""
+    def ratios(load: str, figure: str) -> list[float]:
+        """Slow to fast, by round."""
         found = {(block["arm"], block["round"]): block["loads"][load][figure] for block in document["blocks"]}
-        middle: float = median(found[f"m@{slow.url}", number] / found[f"m@{fast.url}", number] for number in range(5))
-        return middle
+        return [found[f"m@{slow.url}", number] / found[f"m@{fast.url}", number] for number in range(5)]
 
-    assert ratio("saturated", "throughput") < 0.75
-    assert ratio("moderate", "p50_ms") > 1.3
-    assert rows["saturated", "images_per_second"]["change"]["verdict"] != "better"
-    assert rows["moderate", "p50_ms"]["change"]["verdict"] != "better"
+    throughput, p50 = ratios("saturated", "throughput"), ratios("moderate", "p50_ms")
+    assert median(throughput) < 0.75
+    assert median(p50) > 1.3
+    changes = [rows[key]["change"] for key in (("saturated", "images_per_second"), ("moderate", "p50_ms"))]
+    # A busy machine may upset one or two of the five rounds, and so the verdicts.
+    if max(throughput) < 0.75 and min(p50) > 1.3:
+        assert [change["verdict"] for change in changes] == ["worse", "worse"]
+        assert changes[0]["low"] < changes[0]["estimate"] < changes[0]["high"] < 1
+    assert "better" not in [change["verdict"] for change in changes]
     # Memory of a server at a URL is unknown, and none is made up.
     assert rows[None, "peak_mb"]["value"] is None
 

@@ -248,7 +248,7 @@ def test_ctrl_c_keeps_the_samples_so_far(ask: list[str], tmp_path: Path) -> None
         fake_server(lambda _: 0.0) as fake,
         interruptible(*LOCUST, str(LOCUSTFILE), "--headless", "--host", fake.url, *options) as process,
     ):
-        # The signal may arrive within requests, which are lost.
+        # The signal may arrive while requests are in flight; these are lost.
         wait_for_requests(fake, process, 40)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=PATIENCE_SECONDS)

@@ -32,6 +32,7 @@ from loadtests.mlperf.plan import Plan, Task
 from loadtests.mlperf.report import notes, write
 from loadtests.mlperf.run import MlperfRun
 from loadtests.mlperf.sut import RequestFailed, Sut
+from tests.loadtests.servers import fake_server
 from tests.processes import PATIENCE_SECONDS, ROOT, interruptible, post, serving, still_running
 
 app = typer.Typer()
@@ -266,7 +267,7 @@ def failing_after(log: Path, *, every: int) -> Callable[[int], int]:
 
 def test_failed_requests_are_counted_by_the_server_s_message_though_loadgen_is_content(tmp_path: Path) -> None:
     with answering(failing_after(tmp_path / "mlperf_log_detail.txt", every=4)) as url:
-        # Over with the least number of queries: LoadGen makes them beforehand, by the rate of a warm-up that may stall.
+        # Ends after the minimum number of queries: LoadGen prepares them from the rate of the warm-up, which may stall.
         ended = drive(url, tmp_path, seconds=0.01)
     assert ended.returncode == 0, ended.stderr
     said = json.loads((tmp_path / "sut.json").read_text())
@@ -388,12 +389,20 @@ def test_a_connection_that_was_closed_while_idle_is_opened_anew_but_one_that_bre
         service = Sut(f"http://127.0.0.1:{listener.getsockname()[1]}/v1/classify?model=m", [], connections=1)
         for _ in range(2):
             assert service.post(b"") == b"ok"
-            closed.acquire()
+            assert closed.acquire(timeout=PATIENCE_SECONDS)
         with pytest.raises(RequestFailed, match=r"RemoteDisconnected|ConnectionResetError"):
             service.post(b"")
         with pytest.raises(RequestFailed, match=r"RemoteDisconnected|ConnectionResetError"):
             service.post(b"")
         thread.join()
+
+
+def test_a_warm_up_whose_second_half_stalls_is_rated_as_a_whole() -> None:
+    with fake_server(lambda number: 4.5 if number == 3 else 0.0) as fake:
+        service = Sut(f"{fake.url}/v1/classify?model=m", [b"image"], connections=1)
+        begin = time.perf_counter()
+        rate = service.warm_up(4.0)
+        assert rate >= 4 / (time.perf_counter() - begin)
 
 
 def test_loadgens_process_loads_neither_locust_nor_gevent() -> None:

@@ -213,6 +213,7 @@ def test_levels_follow_the_throughput_that_the_block_has_reached(repository: Pat
     assert [(step["load"], step["level"]) for step in document["steps"]] == expected
     service = next(block for block in document["blocks"] if block["arm"] == "digits")
     saturated = service["loads"]["saturated"]["throughput"]
+    assert any(step["offered_rate"] for step in document["steps"])
     for step in document["steps"]:
         assert step["rate"] == pytest.approx(step["level"] * saturated)
         if step["offered_rate"]:

@@ -1,5 +1,6 @@
 """Bundles with right digests that cannot be served, and the process that finds that out."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def publish_greedy(repository: Path, name: str = "identity-a", *, mebibytes: int
 
 def publish_wrong(repository: Path, name: str = "identity-a", *, work: int = 0) -> Path:
     """Publish a version that does not give its golden outputs."""
-    folder = publish_identity(repository.with_name("wrong"), name, work=work)
+    folder = publish_identity(_beside(repository), name, work=work)
     golden = read_bundle(folder).golden()
     arrays = {f"image_{number}": np.frombuffer(image, np.uint8) for number, image in enumerate(golden.images)}
     np.savez(
@@ -88,14 +89,19 @@ def _publish(
         [numpy_helper.from_array(np.asarray(value), constant) for constant, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    folder = publish_identity(repository.with_name("hostile"), name)
+    folder = publish_identity(_beside(repository), name)
     (folder / MODEL_FILE).write_bytes(model.SerializeToString())
     resum(folder)
     return _moved(folder, repository / name)
 
 
+def _beside(repository: Path) -> Path:
+    """A folder of its own on the same file system."""
+    return Path(tempfile.mkdtemp(dir=repository.parent))
+
+
 def _moved(folder: Path, model: Path) -> Path:
-    """The bundle as the next version of `model`. It appears whole: a service may look at any time."""
+    """The bundle as the next version of `model`. It appears atomically: a service may scan at any time."""
     model.mkdir(parents=True, exist_ok=True)
     newest = max((int(version.name) for version in model.iterdir() if version.name.isdecimal()), default=0)
     return folder.rename(model / str(newest + 1))

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.processes import post, serving, still_running, wait_until
+from tests.processes import PATIENCE_SECONDS, post, serving, still_running, wait_until
 from tests.service.identity import picture, publish_identity
 from tests.service.models.hostile import publish_endless, trials_of
 
@@ -39,7 +39,7 @@ def test_a_load_that_never_ends_does_not_keep_the_service_from_ending(end: signa
     with serving(tmp_path, environment=POLLING) as (url, process):
         trial = hang(tmp_path, url, process)
         process.send_signal(end)
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE_SECONDS) == 0
         assert still_running([trial]) == []
 
 

@@ -19,12 +19,13 @@ from starlette.types import Message
 
 from service.app import create_app
 from service.errors import EngineError
+from service.http.client import Client
 from service.pipeline import Pipeline
 from service.scheduling.cost import Cost
 from service.scheduling.request import RequestState
 from service.scheduling.scheduler import Outputs
 from service.settings import Settings
-from tests.processes import wait_until
+from tests.processes import PATIENCE_SECONDS, wait_until
 from tests.service.conftest import encoded, images_waiting, noise, until
 from tests.service.identity import picture, publish_identity
 
@@ -176,10 +177,11 @@ def test_v2_answers_with_a_family_too(client: TestClient) -> None:
 
 
 class Caller:
-    """A request straight to the application, whose client can leave."""
+    """A request straight to the application, from our own server or from another one, whose client can leave."""
 
-    def __init__(self, app: FastAPI, query: str = "") -> None:
+    def __init__(self, app: FastAPI, query: str = "", *, own_server: bool = False) -> None:
         self._app, self._query = app, query
+        self._client = Client() if own_server else None
         self._leave = asyncio.Event()
         self._sent = False
         self.answer: list[Message] = []
@@ -202,12 +204,16 @@ class Caller:
         self.answer.append(message)
 
     async def disconnect(self) -> None:
+        if self._client:
+            self._client.leave()
+            return
         self._leave.set()
         await until(lambda: self.noticed)
 
     async def call(self) -> None:
         scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/classify", "headers": []}
-        await self._app({**scope, "query_string": self._query.encode()}, self.receive, self.send)
+        state = {"client": self._client} if self._client else {}
+        await self._app({**scope, "query_string": self._query.encode(), "state": state}, self.receive, self.send)
 
 
 @asynccontextmanager
@@ -236,14 +242,14 @@ def busy_engine(pipeline: Pipeline) -> AbstractAsyncContextManager[None]:
 
 def drive(client: TestClient, scenario: Callable[[], Any]) -> None:
     assert client.portal
-    client.portal.call(lambda: asyncio.wait_for(scenario(), 60))
+    client.portal.call(lambda: asyncio.wait_for(scenario(), PATIENCE_SECONDS))
 
 
 def test_a_client_that_leaves_before_decode_costs_no_decoding(
     client: TestClient, app: FastAPI, pipeline: Pipeline
 ) -> None:
     async def scenario() -> None:
-        callers = [Caller(app) for _ in range(5)]
+        callers = [Caller(app, own_server=number % 2 == 0) for number in range(5)]
         async with busy_decoder(pipeline):
             tasks = [asyncio.create_task(caller.call()) for caller in callers]
             await until(lambda: pipeline.admission.images == 5)
@@ -263,7 +269,7 @@ def test_a_client_that_leaves_before_the_batch_costs_no_engine_row(
     client: TestClient, app: FastAPI, pipeline: Pipeline
 ) -> None:
     async def scenario() -> None:
-        callers = [Caller(app) for _ in range(5)]
+        callers = [Caller(app, own_server=number % 2 == 0) for number in range(5)]
         async with busy_engine(pipeline):
             tasks = [asyncio.create_task(caller.call()) for caller in callers]
             await until(lambda: images_waiting(pipeline.scheduler) == 5)

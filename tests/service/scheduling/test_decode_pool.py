@@ -423,7 +423,7 @@ class World:
     async def ask_and_hold(self) -> asyncio.Task[Pixels]:
         """The same, and keep the engine at that image until `free` is called."""
         self.engine.free.clear()
-        # A decoder that is still starting is none that another could rely on.
+        # A decoder that is still starting does not count as spare.
         await until(lambda: self.pool._small._idle == 2)
         task = self.ask()
         await until(lambda: bool(self.engine.names))

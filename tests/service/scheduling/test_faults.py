@@ -173,6 +173,7 @@ def test_a_deadline_is_kept_and_its_image_let_go_while_the_engine_hangs() -> Non
                 waits = asyncio.create_task(answer(scheduler, queue, 2, states[1]))
                 stays = asyncio.create_task(answer(scheduler, queue, 3, states[2]))
                 await until(lambda: images_waiting(scheduler) == 2)
+                # The heap keeps the order that it has: it has a copy of their keys.
                 for soon in states[:2]:
                     soon.amend(seconds=0.05)
                 for late in (runs, waits):

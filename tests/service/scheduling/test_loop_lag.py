@@ -18,7 +18,7 @@ def test_a_loop_that_is_busy_is_late_already_and_afterwards_and_then_recovers() 
             assert lag.seconds <= 0
             clock.now += 0.52
             assert lag.seconds == pytest.approx(0.5), "the timer is due, and has not been called"
-            # Called here, so that no second time follows before it is looked at.
+            # Called by hand, so that it cannot fire again before the check.
             assert lag._timer
             lag._timer.cancel()
             lag._tick()

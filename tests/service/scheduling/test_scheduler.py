@@ -80,7 +80,7 @@ async def while_busy(scheduler: Scheduler, queue: Queue, echo: Echo) -> asyncio.
 
 
 def drive(scenario: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scenario(), 60))
+    asyncio.run(asyncio.wait_for(scenario(), PATIENCE_SECONDS))
 
 
 def test_a_single_image_starts_at_once_and_those_that_wait_meanwhile_are_one_batch() -> None:

@@ -127,7 +127,7 @@ def serving(**limits: Any) -> Iterator[Bench]:
         leave=left.append,
     )
     server.config.loop = loop
-    # Their own times are for clients that misbehave, not for tests on a busy machine.
+    # The real limit is meant for misbehaving clients, not for tests on a busy machine.
     server.connections.lingering.seconds = 1000.0
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -126,3 +126,25 @@ def test_listening_ends_although_nobody_accepts_what_waits() -> None:
         assert listener.socket.fileno() == -1
 
     asyncio.run(end())
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_connections_that_wait_when_listening_ends_are_accepted(run: Callable[..., None]) -> None:
+    """The system would reset them."""
+
+    async def scenario() -> None:
+        made: list[asyncio.Protocol] = []
+
+        def protocol(_: socket.socket) -> asyncio.Protocol:
+            made.append(asyncio.Protocol())
+            return made[-1]
+
+        found = Listener(socket.create_server(("127.0.0.1", 0), backlog=64), protocol)
+        # Without a turn of the loop in between.
+        clients = [socket.create_connection(found.socket.getsockname()) for _ in range(40)]
+        await stop_listening([found])
+        for client in clients:
+            client.close()
+        assert len(made) == 40
+
+    run(scenario())

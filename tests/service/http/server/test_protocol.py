@@ -379,6 +379,7 @@ def test_a_client_that_closed_its_connection_is_noticed(bench: Bench) -> None:
 def test_the_age_of_a_request_counts_from_the_first_byte_of_its_head(bench: Bench) -> None:
     with bench.connect() as client:
         heads = bench.server.connections.heads
+        wait_until(lambda: not heads)
         before = time.perf_counter()
         client.sendall(GET[:5])
         wait_until(lambda: len(heads) == 1)
