@@ -5,8 +5,7 @@ attention all tokens of a batch are the rows of one matrix, so that a matrix pro
 
 - Pixel normalisation is folded into the patch embedding, and the embedding's bias into the position embedding.
 - In the compressed variants all heads attend to the latents themselves where that is less work: the projections to keys
-  and values are folded into the products before and after attention. Otherwise one product
-  computes keys and values.
+  and values are folded into the products before and after attention. Otherwise one product computes keys and values.
 - L-SRA's gate is one more column of the latent projection, and its pooling one batched product; an incomplete last
   block is pooled by itself, as ONNX Runtime has no CUDA kernel for `Pad` at opset 23.
 - The MLP can be split along its hidden layer and the parts summed: the same arithmetic with a smaller intermediate.
@@ -67,15 +66,20 @@ class _Attend(nn.Module):
         D = q_TD.shape[-1]
         q_BHNd = self._by_head(q_TD.view(-1, self.tokens, D))
         k_BHMd, v_BHMd = self._by_head(k_BMD), self._by_head(v_BMD)
-        if self.operator:
-            y_BHNd = torch.onnx.ops.attention(q_BHNd, k_BHMd, v_BHMd)[0]
-        else:
-            y_BHNd = (q_BHNd @ k_BHMd.transpose(-2, -1)).softmax(dim=-1) @ v_BHMd
+        y_BHNd = _attention(q_BHNd, k_BHMd, v_BHMd, operator=self.operator)
         y_TD: Tensor = self.projection(y_BHNd.transpose(1, 2).reshape(-1, D))
         return y_TD
 
     def _by_head(self, x_BMD: Tensor) -> Tensor:
         return x_BMD.view(-1, x_BMD.shape[1], self.heads, x_BMD.shape[2] // self.heads).transpose(1, 2)
+
+
+def _attention(q_BHNd: Tensor, k_BHMd: Tensor, v_BHMd: Tensor, *, operator: bool) -> Tensor:
+    """(B,H,N,d), by the standard operator, which scales the scores, or by its parts, which do not."""
+    if operator:
+        y_BHNd: Tensor = torch.onnx.ops.attention(q_BHNd, k_BHMd, v_BHMd)[0]
+        return y_BHNd
+    return (q_BHNd @ k_BHMd.transpose(-2, -1)).softmax(dim=-1) @ v_BHMd
 
 
 class _MHA(nn.Module):
@@ -154,11 +158,9 @@ class _LatentSRA(nn.Module):
         c_B1Mr = self.latents(x_TD).unsqueeze(1)
         # Split into as many runs of consecutive rows as there are heads, which a runtime can compute in parallel.
         q_BHNr = self.q(x_TD).view(-1, self.heads, self.tokens, self.rank)
-        if self.operator:
-            c_BHMr = c_B1Mr.expand(-1, self.heads, -1, -1)
-            y_BHNr = torch.onnx.ops.attention(q_BHNr, c_BHMr, c_BHMr)[0]
-        else:
-            y_BHNr = (q_BHNr @ c_B1Mr.transpose(-2, -1)).softmax(dim=-1) @ c_B1Mr
+        # Matrix products broadcast over heads by themselves.
+        c_BHMr = c_B1Mr.expand(-1, self.heads, -1, -1) if self.operator else c_B1Mr
+        y_BHNr = _attention(q_BHNr, c_BHMr, c_BHMr, operator=self.operator)
         y_TD: Tensor = self.projection(y_BHNr.reshape(-1, self.heads * self.rank))
         return y_TD
 
