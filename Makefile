@@ -8,7 +8,6 @@ UV := .venv-lock/bin/uv
 ENGINE := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)
 WORKERS := $(shell nproc 2>/dev/null || echo 2)
 DEMO := demo
-DEMO_VARIANTS := mha lsra-r2 csra-r2
 STRIDEVIT := $(DEV)/bin/stridevit
 PYTEST = STRIDEVIT_SERVICE_PYTHON=$(CURDIR)/$(SERVE)/bin/python STRIDEVIT_OPENAPI_TOOLS=$(CURDIR)/$(CLIENTS)/openapi/bin $(DEV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 ALL := -m "slow or not slow"
@@ -27,15 +26,7 @@ serve: $(SERVE)/.$(ENGINE) ## Serve models/ on http://127.0.0.1:8000 (no torch; 
 
 demo: $(DEV)/.installed ## Train three variants on digits, export, serve and compare them (about 5 minutes on 2 cores)
 	@rm -rf $(DEMO)
-	@for variant in $(DEMO_VARIANTS); do \
-	  echo "== train and export $$variant on scikit-learn's digits" && \
-	  $(STRIDEVIT) train --recipe digits --variant $$variant --out $(DEMO)/runs/digits-$$variant && \
-	  $(STRIDEVIT) export run $(DEMO)/runs/digits-$$variant --repository $(DEMO)/models || exit 1; \
-	done
-	@echo "== serve and compare them under load"
-	@$(STRIDEVIT) images --dataset digits --out $(DEMO)/images
-	@$(STRIDEVIT) compare --repository $(DEMO)/models --data $(DEMO)/images --out $(DEMO) \
-	  --models digits-mha,digits-lsra-r2,digits-csra-r2 --quick --no-aa-run --fresh
+	@$(STRIDEVIT) demo --out $(DEMO)
 
 test: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run the tests, all but the slow ones (those on real data need STRIDEVIT_DATA)
 	@echo "running the tests but the slow ones on $(WORKERS) workers; real data: $${STRIDEVIT_DATA:-none}"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import onnxruntime
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -17,7 +18,10 @@ from rich.progress import Progress
 
 from export import profile_report
 from export.descriptions import card, difference, kernel_table, listing, summary
+from export.foreign import Meaning, onnx_source
 from export.graph import OPSET, OPSETS, ExportError
+from export.names import read_labels
+from export.preprocessing import Interpolation, chosen_preprocessing
 from export.probe import Runtime
 from export.profile import (
     Form,
@@ -31,6 +35,7 @@ from export.profile import (
 )
 from export.publish import export
 from export.sources import finished_run, random_weights
+from export.timm_models import timm_source
 from export.verify import read_graph
 from export.verify import verify as verify_bundle
 from service.bundle import read_bundle
@@ -38,6 +43,7 @@ from service.engine import resolve_device
 from service.errors import BundleError, EngineError
 from service.host import available_cores
 from service.manifest import Precision
+from training.initial import SourceError
 from training.models import PRESETS, architecture
 from training.readers import DataError
 from training.runs import RunError
@@ -47,14 +53,41 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="""Export trained models to bundles: plain ONNX with uint8 input, built-in normalisation and a dynamic batch,
-    compared with torch on real images before anything is published.""",
+    compared with the original on real images before anything is published.
+
+    `run` takes what `train` and `retrofit` made, `timm` a model of timm's, `onnx` any other image classifier.""",
 )
 console = Console(stderr=True)
 
 
+RepositoryOption = Annotated[Path, typer.Option(help="Folder of bundles to publish into.")]
+NameOption = Annotated[
+    str | None, typer.Option(help="Name of the model within its family. [default: see above]", show_default=False)
+]
+PrecisionOption = Annotated[Precision, typer.Option(help="fp16 for GPUs; int8 and int8-dynamic for CPUs.")]
+OpsetOption = Annotated[
+    int, typer.Option(min=OPSETS[0], max=OPSETS[-1], help=f"Below {OPSET} attention is decomposed.")
+]
+AcceptOption = Annotated[
+    bool, typer.Option("--accept-accuracy-loss", help="Publish even if more than half a point of top-1 is lost.")
+]
+LabelsOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Names of the classes, one per line, in the order of the outputs.")
+]
+PicturesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="DIR|hub:OWNER/NAME",
+        help="Pictures in class folders named as the labels, or another data set: to prove the export, to measure "
+        "accuracy, to calibrate int8.",
+    ),
+]
+
+
 @app.command()
 def run(
-    repository: Annotated[Path, typer.Option(help="Folder of bundles to publish into.")],
+    repository: RepositoryOption,
     folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Folder of a finished run.")] = None,
     data: Annotated[
         str | None,
@@ -65,13 +98,10 @@ def run(
         ),
     ] = None,
     family: Annotated[str | None, typer.Option(help="Family of the model; the data set's name by default.")] = None,
-    precision: Annotated[Precision, typer.Option(help="fp16 for GPUs; int8 and int8-dynamic for CPUs.")] = "fp32",
-    opset: Annotated[
-        int, typer.Option(min=OPSETS[0], max=OPSETS[-1], help=f"Below {OPSET} attention is decomposed.")
-    ] = OPSET,
-    accept_accuracy_loss: Annotated[
-        bool, typer.Option("--accept-accuracy-loss", help="Publish even if more than half a point of top-1 is lost.")
-    ] = False,
+    name: NameOption = None,
+    precision: PrecisionOption = "fp32",
+    opset: OpsetOption = OPSET,
+    accept_accuracy_loss: AcceptOption = False,
     random: Annotated[bool, typer.Option("--random-weights", help="An untrained model, to measure speed.")] = False,
     preset: Annotated[str, typer.Option(help=f"With --random-weights: {', '.join(PRESETS)}.")] = "vit-s16",
     img_size: Annotated[int | None, typer.Option(help="With --random-weights; the preset's by default.")] = None,
@@ -79,8 +109,9 @@ def run(
 ) -> None:
     """Publish a run as the next version of `<family>-<variant>`; random weights as `<preset>-<size>-random-<variant>`.
 
-    Precisions other than fp32 add `-<precision>` to the name; their accuracy is measured on the full test split.
-    int8-dynamic is for single images: it limits batches to one.
+    `--name` replaces the variant in the name, for models of several sizes in one family: a name never changes its
+    architecture. Precisions other than fp32 add `-<precision>` to the name; their accuracy is measured on the full test
+    split. int8-dynamic is for single images: it limits batches to one.
 
     Example: `stridevit export run runs/digits-csra-r2 --repository models`
 
@@ -96,9 +127,118 @@ def run(
             finished_run(folder, data) if folder else random_weights(architecture(preset, variant, img_size=img_size)),
             repository,
             family=family,
+            name=name,
             precision=precision,
             opset=opset,
             accept_accuracy_loss=accept_accuracy_loss,
+        )
+    typer.echo(summary(read_bundle(published)))
+
+
+@app.command(name="timm")
+def timm_(
+    model: Annotated[str, typer.Argument(metavar="NAME", help="As timm calls it, such as vit_small_patch16_224.")],
+    repository: RepositoryOption,
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.safetensors", help="Its weights, instead of fetching them from the hub."),
+    ] = None,
+    labels: LabelsOption = None,
+    data: PicturesOption = None,
+    family: Annotated[str | None, typer.Option(help="`imagenet` by default, with --labels the model's name.")] = None,
+    name: NameOption = None,
+    precision: PrecisionOption = "fp32",
+    opset: OpsetOption = OPSET,
+    accept_accuracy_loss: AcceptOption = False,
+    random: Annotated[bool, typer.Option("--random-weights", help="Untrained, to measure speed.")] = False,
+) -> None:
+    """Publish a classifier of timm's as the next version of `<family>-<NAME>`: your present model as a baseline.
+
+    Preprocessing and, for ImageNet models, labels are timm's. A plain Vision Transformer is rewritten for inference as
+    our `mha` is, so that `compare` measures attention and not exporters; another model is exported as timm has it.
+    Weights are read from safetensors files only.
+
+    Example: `stridevit export timm vit_small_patch16_224.augreg_in1k --repository models`
+
+    Example: `stridevit export timm resnet18 --weights mine.safetensors --labels labels.txt --data photos/ --family
+    photos --repository models`
+    """
+    _quieten_exporter()
+    with _errors(), console.status(f"exporting timm:{model} as {precision}"):
+        if random and weights:
+            raise ValueError("--weights and --random-weights exclude each other")
+        source = timm_source(
+            model,
+            weights=weights,
+            labels=read_labels(labels) if labels else (),
+            data=data,
+            family=family,
+            random=random,
+        )
+        published = export(
+            source,
+            repository,
+            name=name,
+            precision=precision,
+            opset=opset,
+            accept_accuracy_loss=accept_accuracy_loss,
+        )
+    typer.echo(summary(read_bundle(published)))
+
+
+@app.command(name="onnx")
+def onnx_(
+    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="One input of images, one output of classes.")],
+    repository: RepositoryOption,
+    labels: Annotated[
+        Path, typer.Option(metavar="FILE", help="Names of the classes, one per line, in the order of the outputs.")
+    ],
+    family: Annotated[str, typer.Option(help="Family of the model; models of a family have the same labels.")],
+    preprocessing: Annotated[
+        str | None, typer.Option(metavar="timm:NAME", help="What timm does for this model; or use the options below.")
+    ] = None,
+    resize: Annotated[int | None, typer.Option(min=1, help="Shorter side before the crop. [default: --crop]")] = None,
+    crop: Annotated[int | None, typer.Option(min=1, help="Side of the input. [default: the graph's]")] = None,
+    interpolation: Annotated[Interpolation, typer.Option(help="bicubic or bilinear.")] = "bicubic",
+    mean: Annotated[str | None, typer.Option(metavar="R,G,B", help="Subtracted, in units of the 0..1 range.")] = None,
+    std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Divided by, in units of the 0..1 range.")] = None,
+    outputs: Annotated[
+        Meaning, typer.Option(help="logits, probabilities, or auto, which looks at their values.")
+    ] = "auto",
+    output: Annotated[str | None, typer.Option(help="Name of the output, where the graph has several.")] = None,
+    data: PicturesOption = None,
+    name: NameOption = None,
+    precision: PrecisionOption = "fp32",
+    accept_accuracy_loss: AcceptOption = False,
+) -> None:
+    """Publish any image classifier in ONNX as the next version of `<family>-<FILE>`.
+
+    The graph stays as it is inside one of ours, which takes uint8 images, normalises them and gives logits and
+    probabilities. Older opsets are converted, external data is taken in. Images are taken one at a time where batches
+    give other outputs than images alone. The result is compared with the file itself in ONNX Runtime.
+
+    Example: `stridevit export onnx mobilenet.onnx --labels imagenet.txt --family imagenet --preprocessing
+    timm:mobilenetv3_small_100 --repository models`
+
+    Example: `stridevit export onnx mine.onnx --labels labels.txt --family photos --resize 256 --mean 0.485,0.456,0.406
+    --std 0.229,0.224,0.225 --data photos/ --repository models`
+    """
+    _quieten_exporter()
+    with _errors(), console.status(f"exporting {file} as {precision}"):
+        source = onnx_source(
+            file,
+            chosen_preprocessing(
+                preprocessing, resize=resize, crop=crop, interpolation=interpolation, mean=mean, std=std
+            ),
+            crop=crop,
+            labels=read_labels(labels),
+            family=family,
+            meaning=outputs,
+            output=output,
+            data=data,
+        )
+        published = export(
+            source, repository, name=name, precision=precision, accept_accuracy_loss=accept_accuracy_loss
         )
     typer.echo(summary(read_bundle(published)))
 
@@ -255,6 +395,8 @@ def _quieten_exporter() -> None:
     for name in ("torch.onnx", "onnxscript", None):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch")
+    # Fatal errors only: a graph may fail in batches, which is then said in other words.
+    onnxruntime.set_default_logger_severity(4)
 
 
 @contextlib.contextmanager
@@ -262,7 +404,7 @@ def _errors() -> Iterator[None]:
     """Print an expected error in one line and exit with 1."""
     try:
         yield
-    except (ExportError, RunError, DataError, BundleError, EngineError, ValueError) as error:
+    except (ExportError, SourceError, RunError, DataError, BundleError, EngineError, ValueError) as error:
         console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 

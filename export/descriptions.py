@@ -87,7 +87,8 @@ def summary(bundle: Bundle) -> str:
     return (
         f"{bundle.folder}: {variant}, {manifest.params:,} parameters, {manifest.precision}, "
         f"{bundle.model_path.stat().st_size / 1e6:.1f} MB, {accuracy}"
-        f"largest difference from torch {manifest.parity.max_abs_logit:g} in a logit on {manifest.parity.images} images"
+        f"largest difference from the original {manifest.parity.max_abs_logit:g} in a logit on "
+        f"{manifest.parity.images} images"
     )
 
 
@@ -113,7 +114,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("operators", _operators(manifest)),
         (
             "parity",
-            f"on {parity.images} images at most {parity.max_abs_logit:g} in a logit from torch, "
+            f"on {parity.images} images at most {parity.max_abs_logit:g} in a logit from the original, "
             f"{parity.top1_flips} with another top-1; {parity.max_abs_by_batch:g} between batch sizes",
         ),
         ("devices", ", ".join(manifest.devices)),

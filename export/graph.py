@@ -37,22 +37,29 @@ class _Unshaped(nn.Module):
 
 
 def to_onnx(
-    model: NormalizedModel, *, opset: int = OPSET, half: bool = False, mlp_parts: int = MLP_PARTS, shaped: bool = True
+    model: NormalizedModel,
+    *,
+    opset: int = OPSET,
+    half: bool = False,
+    mlp_parts: int = MLP_PARTS,
+    shaped: bool = True,
+    side: int | None = None,
 ) -> onnx.ModelProto:
     """The graph of `model`, checked and stripped: uint8 images in, float32 logits and probabilities out.
 
     With `half` it computes in float16; `mlp_parts` splits the MLP. `shaped=False` skips our rewriting, for comparison
-    only: below opset 23 such graphs compute on shapes. Raises ExportError.
+    and for models other than a StrideViT, whose images have `side` pixels. Raises ExportError.
     """
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} cannot be exported: choose one from {OPSETS[0]} to {OPSETS[-1]}")
     trained = model.model
-    if not isinstance(trained, StrideViT):
-        raise ExportError(f"this is a {type(trained).__name__}, not a StrideViT")
     module: nn.Module = _Unshaped(model)
     if shaped:
+        if not isinstance(trained, StrideViT):
+            raise ExportError(f"this is a {type(trained).__name__}, not a StrideViT")
         module = InferenceModel(model, operator=opset >= OPSET, half=half, mlp_parts=mlp_parts)
-    example = torch.zeros(2, *trained.spec.image_shape, 3, dtype=torch.uint8)
+    shape = trained.spec.image_shape if isinstance(trained, StrideViT) else (side or 0, side or 0)
+    example = torch.zeros(2, *shape, 3, dtype=torch.uint8)
     program = torch.onnx.export(
         module.eval(),
         (example,),

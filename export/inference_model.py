@@ -8,6 +8,7 @@ attention all tokens of a batch are the rows of one matrix, so that a matrix pro
   and values are folded into the products before and after attention. Otherwise one product computes keys and values.
 - L-SRA's gate is one more column of the latent projection, and its pooling one batched product; an incomplete last
   block is pooled by itself, as ONNX Runtime has no CUDA kernel for `Pad` at opset 23.
+- A class token is kept out of the pooling, and alone goes through the last norm and the head.
 - The MLP can be split along its hidden layer and the parts summed: the same arithmetic with a smaller intermediate.
 - Attention is the standard operator on 4-D tensors where the opset has it, else its decomposition with the scale
   folded into the queries. TensorRT supports neither the operator on 3-D tensors nor uint8 in Reshape and Transpose.
@@ -170,7 +171,7 @@ class _Latents(nn.Module):
 
     def __init__(self, trained: CompressedAttention, tokens: int) -> None:
         super().__init__()
-        self.tokens = tokens
+        self.tokens, self.prefix, self.rank = tokens, trained.prefix, trained.rank
         if isinstance(trained, LocalSRA):
             self.product = _latent_with_gate(trained)
             self.pool: nn.Module = _LocalPool(trained)
@@ -183,8 +184,14 @@ class _Latents(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         c_Tr = self.product(x_TD)
-        c_BMr: Tensor = self.norm(self.pool(c_Tr.view(-1, self.tokens, c_Tr.shape[-1])))
-        return c_BMr
+        c_BNr = c_Tr.view(-1, self.tokens, c_Tr.shape[-1])
+        if self.prefix:
+            class_BPr, patch_BNr = torch.split(c_BNr, [self.prefix, self.tokens - self.prefix], dim=1)
+            c_BMr = torch.cat([class_BPr[..., : self.rank], self.pool(patch_BNr)], dim=1)
+        else:
+            c_BMr = self.pool(c_BNr)
+        normed_BMr: Tensor = self.norm(c_BMr)
+        return normed_BMr
 
 
 class _ConvolutionalPool(nn.Module):
@@ -300,20 +307,31 @@ class InferenceModel(nn.Module):
         mean, std = classifier.mean.double(), classifier.std.double()
         bias_D = model.get_parameter("patch_embed.proj.bias").double() - (weight_D3PP * (mean / std)).sum(dim=(1, 2, 3))
         self.register_buffer("embedding", (weight_D3PP / std).permute(2, 3, 1, 0).flatten(0, 2).float().detach())
-        self.register_buffer("positions_ND", (model.get_buffer("pos_embed")[0].double() + bias_D).float().detach())
+        positions_ND = getattr(model, "pos_embed")[0].detach().double()  # noqa: B009 (a weight or a buffer)
+        self.class_tokens = model.spec.class_tokens
+        positions_ND[self.class_tokens :] += bias_D
+        if self.class_tokens:
+            positions_ND[0] += model.get_parameter("cls_token")[0, 0]
+        self.register_buffer("positions_ND", positions_ND.float().detach())
         self.patch, self.grid = model.spec.patch_size, model.spec.grid
         self.dtype = torch.float16 if half else torch.float32
         tokens = len(self.positions_ND)
         blocks = (_Block(block, tokens, operator=operator, mlp_parts=mlp_parts) for block in model.blocks)
-        self.trunk = nn.Sequential(*blocks, model.norm).to(self.dtype)
-        self.fc_norm, self.head = model.fc_norm.to(self.dtype), model.head.to(self.dtype)
+        self.trunk = nn.Sequential(*blocks).to(self.dtype)
+        norm = model.norm if self.class_tokens else model.fc_norm
+        self.fc_norm, self.head = norm.to(self.dtype), model.head.to(self.dtype)
 
     def forward(self, image_BHW3: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and probabilities."""
         h, w = self.grid
         P, (N, D) = self.patch, self.positions_ND.shape
-        patches = image_BHW3.float().view(-1, h, P, w, P * 3).transpose(2, 3).reshape(-1, N, P * P * 3)
-        x_BND = patches @ self.embedding + self.positions_ND
-        x_TD = self.trunk(x_BND.to(self.dtype).reshape(-1, D))
-        logits: Tensor = self.head(self.fc_norm(x_TD.view(-1, N, D).mean(dim=1))).float()
+        patches = image_BHW3.float().view(-1, h, P, w, P * 3).transpose(2, 3).reshape(-1, h * w, P * P * 3)
+        x_BND = patches @ self.embedding
+        if self.class_tokens:
+            # A row of zeros for each image, without an operator on shapes.
+            x_BND = torch.cat([x_BND[:, :1] * 0, x_BND], dim=1)
+        x_BND = x_BND + self.positions_ND
+        x_BND = self.trunk(x_BND.to(self.dtype).reshape(-1, D)).view(-1, N, D)
+        pooled_BD = torch.split(x_BND, [1, N - 1], dim=1)[0].squeeze(1) if self.class_tokens else x_BND.mean(dim=1)
+        logits: Tensor = self.head(self.fc_norm(pooled_BD)).float()
         return logits, logits.softmax(dim=-1)

@@ -1,14 +1,14 @@
-"""Whether ONNX Runtime gives torch's outputs, for images alone and in batches."""
+"""Whether the graph gives the outputs of the original, for images alone and in batches."""
+
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from export.graph import ExportError
 from export.precision import Tolerances
 from service.engine import Engine
 from service.manifest import Parity
-from training.models import NormalizedModel
 
 BATCH_SIZES = (1, 3, 8)
 MAX_ABS_PROBABILITY = 1e-3
@@ -17,14 +17,17 @@ Outputs = npt.NDArray[np.float32]
 
 
 def check_parity(
-    classifier: NormalizedModel, engine: Engine, images: npt.NDArray[np.uint8], tolerances: Tolerances
+    original: Callable[[npt.NDArray[np.uint8]], tuple[Outputs, Outputs]],
+    engine: Engine,
+    images: npt.NDArray[np.uint8],
+    tolerances: Tolerances,
 ) -> Parity:
-    """Compare outputs on uint8 images (n,H,W,3), each alone and in batches at several positions.
+    """Compare with the `original` on uint8 images (n,H,W,3), each alone and in batches at several positions.
 
-    Raises ExportError for an output that is not finite, or that differs from torch's, or between batch sizes, by more
-    than `tolerances`.
+    Raises ExportError for an output that is not finite, or that differs by more than `tolerances` from the original's
+    or between batch sizes.
     """
-    expected = predict_by_torch(classifier, images)
+    expected = original(images)
     # Rotated by another multiple of a prime for each batch size: positions and neighbours change.
     outputs = {
         size: _run_rotated(engine, images, batch=size, by=7 * number)
@@ -41,7 +44,7 @@ def check_parity(
     limit = tolerances.from_torch
     if limit is not None and (flips or logit > limit or probability > MAX_ABS_PROBABILITY):
         raise ExportError(
-            f"torch and ONNX Runtime disagree: {logit:.3g} in a logit (allowed {limit:g}), {probability:.3g} in a "
+            f"the original and the graph disagree: {logit:.3g} in a logit (allowed {limit:g}), {probability:.3g} in a "
             f"probability (allowed {MAX_ABS_PROBABILITY:g}), {flips} top-1 flips in {len(images)} images"
         )
     if tolerances.by_batch is not None and by_batch > tolerances.by_batch:
@@ -57,13 +60,6 @@ def check_parity(
         max_abs_by_batch=_rounded_up(by_batch),
         top1_flips=flips,
     )
-
-
-def predict_by_torch(classifier: NormalizedModel, images: npt.NDArray[np.uint8]) -> tuple[Outputs, Outputs]:
-    """Logits and probabilities of the checkpoint, (n,classes)."""
-    with torch.inference_mode():
-        logits = classifier(torch.tensor(images))
-    return logits.numpy(), logits.softmax(dim=-1).numpy()
 
 
 def predict_in_batches(engine: Engine, images: npt.NDArray[np.uint8], *, batch: int) -> tuple[Outputs, Outputs]:

@@ -22,8 +22,8 @@ import numpy.typing as npt
 from export.graph import ExportError, serialise, to_onnx
 from export.intervals import Interval, paired_ratio
 from export.probe import Probe, Runtime
-from export.publish import attention, make_graph
-from export.sources import random_weights
+from export.publish import make_graph
+from export.sources import attention, random_weights
 from service.bundle import read_bundle
 from service.manifest import Attention, Precision
 from training.models import Architecture

@@ -1,31 +1,25 @@
-"""From a finished run, or random weights, to a published bundle."""
+"""From a source to a published bundle."""
 
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import onnx
-import torch
 
-from export.graph import OPSET, ExportError, manifest_fields, serialise, to_onnx
-from export.inference_model import MLP_PARTS
+from export.graph import OPSET, ExportError, manifest_fields, serialise
 from export.kernels import gaps
-from export.parity import check_parity, predict_by_torch, predict_in_batches
+from export.parity import check_parity, predict_in_batches
 from export.precision import MAX_ACCURACY_LOSS, TOLERANCES
 from export.proof_images import draw_golden, parity_images
 from export.quantize import quantize, quantize_by_batch
-from export.sources import ExportSource
-from service.bundle import GOLDEN_FILE, publish
+from export.sources import EVALUATION_BATCH, ExportSource, measure_accuracy
+from service.bundle import GOLDEN_FILE, publish, read_bundle, versions
 from service.engine import Engine
+from service.errors import BundleError
 from service.host import available_cores
 from service.manifest import Accuracy, Attention, Manifest, Precision, Source
 from service.models.verify import check_golden
-from training.data import Dataset
-from training.describe import count_macs
-from training.models import Architecture, count_parameters
-from training.variants import parse_variant
-
-ACCURACY_BATCH = 32
 
 
 def export(
@@ -33,42 +27,45 @@ def export(
     repository: Path,
     *,
     family: str | None = None,
+    name: str | None = None,
     precision: Precision = "fp32",
     opset: int = OPSET,
     accept_accuracy_loss: bool = False,
 ) -> Path:
-    """Publish `source` as the next version of `<family>-<variant>[-<precision>]` and return the bundle's folder.
+    """Publish `source` as the next version of `<family>-<name>[-<precision>]` and return the bundle's folder.
 
     Precisions other than fp32 are evaluated on the full test split. Raises ExportError if the outputs differ from
-    torch's, if more than half a point of top-1 is lost and that is not accepted, or if the graph is not plain ONNX.
+    those of the original, if more than half a point of top-1 is lost and that is not accepted, if the graph is not
+    plain ONNX, or if the name is that of a model of another architecture.
     """
-    spec, classifier = source.spec, source.classifier
-    height, width = spec.image_shape
-    if height != width:
-        raise ExportError(f"the model takes images of {width} × {height}, but the service prepares square ones only")
+    family = family or source.family
+    full_name = f"{family}-{name or source.model}" + ("" if precision == "fp32" else f"-{precision}")
+    check_name(repository, full_name, source)
     tolerances = TOLERANCES[precision]
     graph = make_graph(source, precision, opset=opset)
+    limits = [limit for limit in (source.max_batch, tolerances.max_batch) if limit]
+    tolerances = replace(tolerances, max_batch=min(limits, default=None))
     serialised = serialise(graph)
     engine = Engine(serialised, threads=available_cores())
-    parity = check_parity(classifier, engine, parity_images(source), tolerances)
+    parity = check_parity(source.predict, engine, parity_images(source), tolerances)
     accuracy = source.accuracy
     if precision != "fp32" and source.dataset:
-        accuracy = _evaluate(source, source.dataset, engine, batch=tolerances.max_batch or ACCURACY_BATCH)
+        batch = tolerances.max_batch or EVALUATION_BATCH
+        accuracy = measure_accuracy(source, source.dataset, partial(predict_in_batches, engine, batch=batch))
         if not accept_accuracy_loss:
             check_accuracy(source.accuracy, accuracy, precision)
-    family = family or source.family
     manifest = Manifest(
-        name=f"{family}-{spec.variant}" + ("" if precision == "fp32" else f"-{precision}"),
+        name=full_name,
         family=family,
-        architecture=spec.preset,
-        attention=attention(spec),
-        params=count_parameters(classifier.model),
-        macs=sum(count_macs(spec).values()),
+        architecture=source.architecture,
+        attention=source.attention,
+        params=source.params,
+        macs=source.macs,
         precision=precision,
         max_batch=tolerances.max_batch,
         **manifest_fields(graph),
         preprocessing=source.preprocessing,
-        random_weights=source.dataset is None,
+        random_weights=source.random,
         accuracy=accuracy,
         parity=parity,
         tolerance=tolerances.golden,
@@ -79,56 +76,49 @@ def export(
             exporter={name: version(name) for name in ("torch", "timm", "onnx", "onnxscript", "onnxruntime")},
         ),
     )
-    predict = partial(predict_by_torch, classifier) if precision == "fp32" else engine.run
+    predict = source.predict if precision == "fp32" else engine.run
     golden = draw_golden(predict, source.preprocessing, tolerances.golden)
     check_golden(golden, manifest, engine, path=Path(GOLDEN_FILE))
     return publish(repository, manifest, model=serialised, labels=source.labels, golden=golden)
 
 
+def check_name(repository: Path, name: str, source: ExportSource) -> None:
+    """Raise ExportError if the newest readable version of `name` is a model of another architecture."""
+    for number in reversed(versions(repository, name)):
+        try:
+            there = read_bundle(repository / name / str(number)).manifest
+        except BundleError:
+            continue
+        side = there.preprocessing.crop
+        found = (there.architecture, there.attention, side)
+        if found == (source.architecture, source.attention, source.preprocessing.crop):
+            return
+        raise ExportError(
+            f"{name} in {repository} is {_described(*found)}, not "
+            f"{_described(source.architecture, source.attention, source.preprocessing.crop)}: choose another name for "
+            "this one with --name"
+        )
+
+
+def _described(architecture: str, attention: Attention | None, side: int) -> str:
+    kind = f" with {attention.variant}" + (f" of rank {attention.rank}" if attention.rank else "") if attention else ""
+    return f"{architecture}{kind} at {side} px"
+
+
 def make_graph(source: ExportSource, precision: Precision, *, opset: int = OPSET) -> onnx.ModelProto:
     """The graph of `source` in one precision.
 
-    Raises ExportError if it is not plain ONNX, or if it is for GPUs and one lacks a kernel for it.
+    Raises ExportError if it is not plain ONNX, or if it is a Vision Transformer of ours for which a GPU lacks a kernel.
     """
-    parts = MLP_PARTS if precision == "fp32" else 1
-    graph = to_onnx(source.classifier, opset=opset, half=precision == "fp16", mlp_parts=parts)
-    if precision == "int8":
-        return quantize(graph, source.calibration_images())
-    if precision == "int8-dynamic":
-        return quantize_by_batch(graph)
-    if missing := gaps(graph):
+    graph = source.graph(precision, opset=opset)
+    if precision in ("int8", "int8-dynamic"):
+        if precision == "int8" and not (source.dataset or source.random):
+            raise ExportError("int8 needs images to calibrate with: name a data set with --data")
+        return quantize(graph, source.calibration_images()) if precision == "int8" else quantize_by_batch(graph)
+    # A graph of another exporter is checked by ONNX Runtime itself, when it is loaded on a GPU.
+    if source.attention and (missing := gaps(graph)):
         raise ExportError("no GPU kernel for " + "; ".join(missing))
     return graph
-
-
-def attention(spec: Architecture) -> Attention:
-    """The attention of `spec` as a manifest records it."""
-    variant = parse_variant(spec.variant)
-    return Attention(
-        variant=spec.variant,
-        tokens=spec.grid[0] * spec.grid[1],
-        kv_tokens=spec.kv_tokens,
-        stride=variant.stride,
-        block_size=variant.block_size,
-        rank=None if variant.kind == "mha" else spec.rank,
-    )
-
-
-def _evaluate(source: ExportSource, dataset: Dataset, engine: Engine, *, batch: int) -> Accuracy:
-    """Accuracy of the graph on the full test split."""
-    hits, labels = [], []
-    for images, label_B in source.batches(dataset.test, ACCURACY_BATCH):
-        logits, _ = predict_in_batches(engine, images.numpy(), batch=batch)
-        hits.append(torch.from_numpy(logits).topk(min(5, logits.shape[1])).indices == label_B.unsqueeze(1))
-        labels.append(label_B)
-    hit_N5 = torch.cat(hits).numpy()
-    return Accuracy.from_correct(
-        hit_N5[:, 0],
-        torch.cat(labels).numpy(),
-        top5=int(hit_N5.sum()) / len(hit_N5),
-        dataset=dataset.name,
-        split=dataset.test_split,
-    )
 
 
 def check_accuracy(checkpoint: Accuracy | None, measured: Accuracy, precision: Precision) -> None:

@@ -52,6 +52,13 @@ class PackageCommand(TyperCommand):
 
 
 _TABLE: Final = {
+    "Try": (
+        (
+            "demo",
+            "stridevit.demo demo",
+            "Train variants on digits or on your pictures, export them, serve them and compare them under load.",
+        ),
+    ),
     "Train": (
         (
             "train",
@@ -63,6 +70,12 @@ _TABLE: Final = {
             "training study",
             "Train several variants with several seeds; write a table of means ± standard deviations and learning "
             "curves.",
+        ),
+        (
+            "retrofit",
+            "training retrofit",
+            "Turn a trained MHA model into a compressed variant: fit its keys and values, then distil for a few "
+            "epochs.",
         ),
         ("evaluate", "training evaluate", "Top-1 and top-5 of a finished run on the full test split of its data set."),
         (
@@ -87,7 +100,7 @@ _TABLE: Final = {
             "export",
             "export",
             "Export trained models to bundles: plain ONNX with uint8 input, built-in normalisation and a dynamic "
-            "batch, compared with torch on real images before anything is published.",
+            "batch, compared with the original on real images before anything is published.",
         ),
     ),
     "Serve": (

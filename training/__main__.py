@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,19 +17,20 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from training import runs
+from training import folder_recipe, runs
 from training.augment import default_workers
 from training.checkpoints import can_resume
-from training.data import load_dataset
+from training.data import Dataset, into_memory, load_dataset
 from training.describe import cost_table
 from training.describe import describe as describe_model
 from training.distributed import World, choose_device, join
 from training.evaluate import evaluate as evaluate_model
-from training.loop import Execution, TrainingError
+from training.initial import TIMM, Source, SourceError, adapted, open_source
+from training.loop import FROM_SCRATCH, Execution, Origin, TrainingError
 from training.loop import train as train_run
 from training.models import PRESETS, architecture
 from training.readers import DataError
-from training.recipes import RECIPES, load_recipe
+from training.recipes import RECIPES, Recipe, load_recipe, overridden, retrofitted
 from training.stopping import Stopped
 from training.study import markdown_table, write_report
 from training.study import study as run_study
@@ -43,7 +45,10 @@ app = typer.Typer(
     A **recipe** sets the preset, the data and the schedule; a **variant** is the kind of attention: `mha`, `lsra-rR` or
     `csra-rR`. All variants of a recipe start from equal weights outside attention and see equal data in equal order.
 
-    **Data**, for `--data`: a folder with `train-*.parquet` and `test-*.parquet`, or with WebDataset shards
+    **Your pictures**: `stridevit train --data photos/ --variant csra-r2`, with a folder per class in `photos/`. A tenth
+    of each class is held out to test.
+
+    **Data**, for `--data`: such a folder; or one with `train-*.parquet` and `test-*.parquet`, or with WebDataset shards
     `train-*.tar` and `validation-*.tar`, or with one folder per class in `train/` and `val/`; or `hub:OWNER/NAME` from
     the Hugging Face hub.
 
@@ -53,14 +58,18 @@ app = typer.Typer(
 )
 console = Console(stderr=True)
 
+DATA_VARIABLE = "STRIDEVIT_DATA"
 RecipeOption = Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")]
+AnyRecipeOption = Annotated[
+    str, typer.Option(help=f"`folder`, with settings from the data, or one of: {', '.join(RECIPES)}.")
+]
 VariantOption = Annotated[str, typer.Option(help="`mha`, `lsra-rR` or `csra-rR`, such as csra-r2.")]
 VariantsOption = Annotated[str, typer.Option(help="Variants, separated by commas.")]
 DataOption = Annotated[
     str | None,
     typer.Option(
         "--data",
-        envvar="STRIDEVIT_DATA",
+        envvar=DATA_VARIABLE,
         metavar="DIR|hub:OWNER/NAME",
         help="The folder of the data set, or its parent, or its name on the hub. Not needed for `digits`.",
     ),
@@ -72,17 +81,43 @@ OverridesOption = Annotated[
 CheckpointOption = Annotated[int, typer.Option("--checkpoint-steps", min=1, help="Steps between checkpoints.")]
 WorkersOption = Annotated[int | None, typer.Option(min=0, help="Processes that decode images. [default: one per core]")]
 DeviceOption = Annotated[str, typer.Option(help="auto (a GPU if torch finds one), cpu, cuda, or a GPU such as cuda:1.")]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.safetensors", help="With timm:NAME: its weights, instead of fetching them from the hub."
+    ),
+]
+EpochsOption = Annotated[
+    float | None, typer.Option(min=0, help="Instead of the recipe's; 0.5 is half an epoch.", show_default=False)
+]
 _ALL = ",".join(REGISTERED)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
 def train(
-    recipe: RecipeOption,
     variant: VariantOption,
-    out: Annotated[Path, typer.Option(help="Folder of the run; its name becomes the model's.")],
+    recipe: AnyRecipeOption = folder_recipe.NAME,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; its name becomes the model's. [default: runs/DATA-VARIANT]")
+    ] = None,
     data: DataOption = None,
     preset: Annotated[str | None, typer.Option(help=f"Another model size: {', '.join(PRESETS)}.")] = None,
+    epochs: EpochsOption = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|FILE|timm:NAME",
+            help="Begin with the weights of a run, of a safetensors file with timm's names, or of a model of timm's.",
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|timm:NAME", help="Also learn from this model: half of the loss, or as --set distill.* says."
+        ),
+    ] = None,
+    weights: WeightsOption = None,
     overrides: OverridesOption = None,
     resume: Annotated[bool, typer.Option(help="Continue a stopped run from its last checkpoint.")] = False,
     test: Annotated[
@@ -96,13 +131,74 @@ def train(
 
     Ctrl-C and SIGTERM save a checkpoint first; `--resume` continues with the next step.
 
+    With `--init` the sizes of the model and the normalisation of its images are those of the source, unless `--preset`
+    or `--set` changes them; every weight of equal name and shape is taken. For a compressed variant of a trained MHA
+    model use `retrofit`, which also fits its keys and values.
+
     Example: `stridevit train --recipe digits --variant csra-r2 --out runs/digits-csra-r2`
+
+    Example: `stridevit train --recipe cifar100-full --variant mha --data DIR --init runs/stage1 --out runs/stage2`
+    """
+    name = folder_recipe.dataset_name(data) if recipe == folder_recipe.NAME and data else recipe
+    folder = out or Path("runs") / f"{name}-{variant}"
+    with _errors(folder), join(choose_device(device)) as world:
+        changes = [*([f"preset={preset}"] if preset else []), *_epochs(epochs), *(overrides or [])]
+        origin = Origin(
+            init=open_source(init, weights if init.startswith(TIMM) else None) if init else None,
+            teacher=open_source(teacher, weights if teacher.startswith(TIMM) else None) if teacher else None,
+        )
+        resolved, dataset = _prepared(recipe, data, changes, origin.init)
+        if teacher and not (resolved.distill.logits or resolved.distill.blocks):
+            resolved = overridden(resolved, ["distill.logits=0.5"])
+        on = _execution(world, workers, checkpoint_steps)
+        for note in dataset.notes:
+            on.say(f"[yellow]warning:[/] {escape(note)}")
+        train_run(resolved, variant, dataset, folder, on, origin=origin, resume=resume, test=test)
+
+
+@app.command()
+def retrofit(
+    teacher: Annotated[
+        str,
+        typer.Option(metavar="RUN|timm:NAME", help="The trained `mha` model."),
+    ],
+    variant: VariantOption,
+    out: Annotated[Path, typer.Option(help="Folder of the run; its name becomes the model's.")],
+    data: DataOption = None,
+    epochs: Annotated[float, typer.Option(min=0, help="0 only fits and evaluates; 0.5 is half an epoch.")] = 2.0,
+    recipe: Annotated[
+        str | None, typer.Option(help=f"One of: {', '.join(RECIPES)}. [default: the one the run was trained with]")
+    ] = None,
+    weights: WeightsOption = None,
+    overrides: OverridesOption = None,
+    resume: Annotated[bool, typer.Option(help="Continue a stopped run from its last checkpoint.")] = False,
+    test: Annotated[
+        bool, typer.Option(help="Evaluate on the test split at the end; `--no-test` for runs that decide something.")
+    ] = True,
+    checkpoint_steps: CheckpointOption = 500,
+    workers: WorkersOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Turn a trained MHA model into a compressed variant: fit its keys and values, then distil for a few epochs.
+
+    The low-rank keys and values come from singular values and least squares on train images; then the student learns
+    from the labels, the teacher's probabilities and the outputs of its blocks. docs/retrofit.md has the mathematics
+    and what it costs in accuracy.
+
+    Example: `stridevit retrofit --teacher runs/my-mha --variant csra-r2 --data DIR --out runs/my-csra-r2`
+
+    Example: `stridevit retrofit --teacher timm:vit_small_patch16_224 --recipe imagenet-s16 --variant csra-r2 --data DIR
+    --out runs/vit-s-csra-r2`
     """
     with _errors(out), join(choose_device(device)) as world:
-        resolved = load_recipe(recipe, ([f"preset={preset}"] if preset else []) + (overrides or []))
-        dataset = load_dataset(resolved.dataset, data, in_memory=resolved.augment.in_memory)
+        source = open_source(teacher, weights)
+        resolved = _retrofit_recipe(source, recipe, epochs, overrides)
+        dataset = _dataset(resolved, data, source)
         on = _execution(world, workers, checkpoint_steps)
-        train_run(resolved, variant, dataset, out, on, resume=resume, test=test)
+        for note in dataset.notes:
+            on.say(f"[yellow]warning:[/] {escape(note)}")
+        origin = _retrofit_origin(resolved, source)
+        train_run(resolved, variant, dataset, out, on, origin=origin, resume=resume, test=test)
 
 
 @app.command()
@@ -113,6 +209,11 @@ def study(
     seeds: Annotated[str, typer.Option(help="Separated by commas; all variants of a seed before the next seed.")] = "0",
     report: Annotated[Path | None, typer.Option(help="Folder for table and curves; `--out` by default.")] = None,
     data: DataOption = None,
+    epochs: EpochsOption = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Retrofit this `mha` run instead; `{seed}` in its name stands for the seed."),
+    ] = None,
     overrides: OverridesOption = None,
     checkpoint_steps: CheckpointOption = 500,
     workers: WorkersOption = None,
@@ -120,18 +221,35 @@ def study(
 ) -> None:
     """Train several variants with several seeds; write a table of means ± standard deviations and learning curves.
 
-    Finished runs are kept and stopped ones continued: repeat the same command to go on.
+    Finished runs are kept and stopped ones continued: repeat the same command to go on. With `--teacher` each run is a
+    retrofit, and its folder RECIPE-retrofit-eEPOCHS-VARIANT-sSEED.
 
     Example: `stridevit study --recipe digits --variants mha,csra-r2 --seeds 0,1,2 --out runs/digits`
+
+    Example: `stridevit study --recipe cifar100-xs --teacher runs/released/cifar100-xs-mha-s{seed} --epochs 2
+    --variants lsra-r2,csra-r2 --seeds 0,1,2 --data DIR --out runs/retrofit`
     """
     with _errors(), join(choose_device(device)) as world:
-        resolved = load_recipe(recipe, overrides)
         if not re.fullmatch(r"\d+(,\d+)*", seeds):
             raise ValueError(f"seeds {seeds!r} are not whole numbers separated by commas, such as 0,1,2")
         numbers = list(dict.fromkeys(map(int, seeds.split(","))))
         names = list(dict.fromkeys(str(parse_variant(name)) for name in variants.split(",")))
-        dataset = load_dataset(resolved.dataset, data, in_memory=resolved.augment.in_memory)
-        finished = run_study(resolved, names, numbers, dataset, out, _execution(world, workers, checkpoint_steps))
+        sources: dict[int, Source] = {}
+        if teacher:
+            sources = {seed: open_source(teacher.replace("{seed}", str(seed))) for seed in numbers}
+            resolved = _retrofit_recipe(sources[numbers[0]], recipe, 2.0 if epochs is None else epochs, overrides)
+        else:
+            resolved = load_recipe(recipe, [*_epochs(epochs), *(overrides or [])])
+        dataset = _dataset(resolved, data, sources.get(numbers[0]))
+        finished = run_study(
+            resolved,
+            names,
+            numbers,
+            dataset,
+            out,
+            _execution(world, workers, checkpoint_steps),
+            lambda seed: _retrofit_origin(resolved, sources[seed]) if sources else FROM_SCRATCH,
+        )
         if finished and world.main:
             files = write_report(finished, report or out)
             typer.echo(markdown_table(finished))
@@ -260,6 +378,68 @@ def images(
     typer.echo(f"{out}: {min(count, len(loaded.test))} images")
 
 
+def _prepared(recipe: str, data: str | None, changes: list[str], source: Source | None) -> tuple[Recipe, Dataset]:
+    """The recipe with the user's `changes`, and its data."""
+    if recipe != folder_recipe.NAME:
+        resolved = load_recipe(recipe, changes)
+        if source:
+            resolved = adapted(resolved, source, _keys(changes))
+        return resolved, _dataset(resolved, data, source)
+    if data is None:
+        raise ValueError("the recipe `folder` needs --data DIR with a folder per class; --recipe digits needs no data")
+    on_disk = load_dataset(folder_recipe.dataset_name(data), data, in_memory=False)
+    like = source.architecture if source else None
+    resolved = folder_recipe.folder_recipe(on_disk, like, trained=source is not None)
+    if source:
+        resolved = adapted(resolved, source, ())
+    resolved = overridden(resolved, changes)
+    dataset = into_memory(on_disk) if resolved.augment.in_memory else on_disk
+    return resolved, _normalised_like(dataset, source)
+
+
+def _retrofit_recipe(source: Source, recipe: str | None, epochs: float, overrides: list[str] | None) -> Recipe:
+    """The recipe of a teacher, or the one called `recipe`, with the changes for a retrofit and those of the user."""
+    if recipe is None:
+        if source.name.startswith(TIMM):
+            raise ValueError(f"{source.name} has no recipe of ours: name one with --recipe, such as imagenet-s16")
+        trained = Recipe.model_validate(runs.read_record(Path(source.name))["recipe"])
+    else:
+        trained = load_recipe(recipe)
+    fitting = adapted(retrofitted(trained, epochs), source, _keys(overrides))
+    return overridden(fitting, overrides)
+
+
+def _retrofit_origin(recipe: Recipe, source: Source) -> Origin:
+    """The source is also the teacher, unless the recipe compares nothing with it."""
+    compares = recipe.distill.logits or recipe.distill.blocks
+    return Origin(init=source, teacher=source if compares else None)
+
+
+def _dataset(recipe: Recipe, data: str | None, source: Source | None) -> Dataset:
+    """The data of a recipe, normalised as the model that a run begins with was trained."""
+    if recipe.dataset == "digits" and data != os.environ.get(DATA_VARIABLE):
+        raise ValueError(
+            f"the recipe {recipe.name} comes with its own data and would not use --data {data}: leave out one of the "
+            "two; --recipe folder trains on a folder of pictures"
+        )
+    dataset = load_dataset(recipe.dataset, data, in_memory=recipe.augment.in_memory)
+    return _normalised_like(dataset, source)
+
+
+def _normalised_like(dataset: Dataset, source: Source | None) -> Dataset:
+    if source is None or source.preprocessing is None:
+        return dataset
+    return replace(dataset, mean=source.preprocessing.mean, std=source.preprocessing.std)
+
+
+def _epochs(epochs: float | None) -> list[str]:
+    return [] if epochs is None else [f"schedule.epochs={epochs:g}"]
+
+
+def _keys(overrides: list[str] | None) -> set[str]:
+    return {override.partition("=")[0] for override in overrides or []}
+
+
 def _execution(world: World, workers: int | None, checkpoint_steps: int) -> Execution:
     workers = default_workers() if workers is None else workers
     return Execution(world=world, workers=workers, checkpoint_steps=checkpoint_steps, console=console)
@@ -281,7 +461,7 @@ def _errors(run: Path | None = None) -> Iterator[None]:
         if process in (None, "0"):
             console.print(f"\n{str(stop) or 'interrupted'}; {hint}", highlight=False, soft_wrap=True)
         raise typer.Exit(128 + (stop.signum if isinstance(stop, Stopped) else signal.SIGINT)) from None
-    except (ValueError, DataError, TrainingError, runs.RunError, OSError) as error:
+    except (ValueError, DataError, SourceError, TrainingError, runs.RunError, OSError) as error:
         origin = f" of process {process}" if process else ""
         console.print(f"[red]error{origin}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         if process:

@@ -1,12 +1,14 @@
 """The attention variants: standard MHA, L-SRA and C-SRA.
 
-Shape suffixes: B batch · N patch tokens (h×w) · M key/value tokens · D width · r rank · H heads · d = D/H ·
-R tokens in a block.
+Shape suffixes: B batch · N tokens (h×w patches, after a class token if there is one) · M key/value tokens · D width ·
+r rank · H heads · d = D/H · R tokens in a block.
 
 Both compressed variants share one frame and differ only in `reduce`, so that a comparison isolates it:
 
     Q = X·Wq (B,N,D)   C = X·Wc (B,N,r)   C' = LayerNorm(reduce(C)) (B,M,r)
     K = C'·Wk, V = C'·Wv (B,M,D)          Y = softmax(QKᵀ/√d)·V·Wo
+
+`reduce` pools patches; a class token's latent stays as it is, so that the class token remains a key and a value.
 
 The constructors take what timm's `Block` passes to its `attn_layer`; `attention_layer` binds the rest.
 """
@@ -30,6 +32,8 @@ class CompressedAttention(nn.Module):
     grid: tuple[int, int]
     rank: int
     reduction: int
+    prefix: int = 0
+    """Class tokens, which lead the sequence."""
 
     def __init__(
         self,
@@ -63,8 +67,17 @@ class CompressedAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def reduce(self, c_BNr: Tensor) -> Tensor:
-        """Pool the latent (B,N,r) over neighbouring patches to (B,M,r)."""
+        """Pool the latent of patches (B,h·w,r) over neighbours."""
         raise NotImplementedError
+
+    def latents(self, x_BND: Tensor) -> Tensor:
+        """What keys and values are made from: (B,N,D) -> (B,M,r)."""
+        c_BNr = self.latent(x_BND)
+        if not self.prefix:
+            return self.norm(self.reduce(c_BNr))  # type: ignore[no-any-return]
+        pooled = self.reduce(c_BNr[:, self.prefix :])
+        c_BMr: Tensor = self.norm(torch.cat([c_BNr[:, : self.prefix], pooled], dim=1))
+        return c_BMr
 
     def forward(self, x_BND: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attend from all N tokens to M pooled ones: (B,N,D) -> (B,N,D)."""
@@ -72,7 +85,7 @@ class CompressedAttention(nn.Module):
             raise ValueError("compressed attention takes no mask: pooled tokens have no position to mask")
         B, N, D = x_BND.shape
         q_BHNd = self.q(x_BND).view(B, N, self.num_heads, -1).transpose(1, 2)
-        c_BMr = self.norm(self.reduce(self.latent(x_BND)))
+        c_BMr = self.latents(x_BND)
         kv_2BHMd = self.kv(c_BMr).view(B, c_BMr.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         k_BHMd, v_BHMd = kv_2BHMd.unbind(0)
         dropout = self.attn_drop if self.training else 0.0
@@ -138,10 +151,12 @@ class LocalSRA(CompressedAttention):
 
 
 @functools.cache
-def attention_layer(variant: Variant, *, grid: tuple[int, int], rank: int) -> type[nn.Module]:
+def attention_layer(variant: Variant, *, grid: tuple[int, int], rank: int, prefix: int = 0) -> type[nn.Module]:
     """The class that timm's `attn_layer` wants for `variant` on a `grid` (h, w) of patches with `rank` r."""
     if variant.kind == "mha":
         layer: type[nn.Module] = Attention
         return layer
     frame = ConvolutionalSRA if variant.kind == "csra" else LocalSRA
-    return type(frame.__name__, (frame,), {"grid": grid, "rank": rank, "reduction": variant.reduction})
+    return type(
+        frame.__name__, (frame,), {"grid": grid, "rank": rank, "reduction": variant.reduction, "prefix": prefix}
+    )

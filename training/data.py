@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 
+from training.folders import held_out, is_class_folder, read_folder
 from training.images import Fit, decode, unchanged
 from training.readers import EVALUATION, HUB, TRAIN, DataError, Reader, open_split
 
@@ -88,6 +89,8 @@ class Dataset:
     """The data set's own name for the split that is evaluated once, at the end."""
     mean: tuple[float, float, float] = IMAGENET_INCEPTION_MEAN
     std: tuple[float, float, float] = IMAGENET_INCEPTION_STD
+    notes: tuple[str, ...] = ()
+    """What was left out of it, for the user."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -103,25 +106,45 @@ class Dataset:
 def load_dataset(name: str, source: str | Path | None = None, *, in_memory: bool = True) -> Dataset:
     """Load a data set from `source`: its folder, the parent of a folder called `name`, or hub:OWNER/NAME.
 
+    A folder without splits, DIR/CLASS/picture.jpg, is split by `training.folders`.
+
     `digits` needs no source. In memory, mean and std are those of the train split; else 0.5 each. Raises DataError.
     """
     if name == "digits":
-        train, test = _load_digits()
-        return _with_statistics(Dataset(name=name, classes=tuple("0123456789"), train=train, test=test))
+        digits = _load_digits()
+        return _with_statistics(Dataset(name=name, classes=tuple("0123456789"), train=digits[0], test=digits[1]))
     hint = _WHERE_TO_GET.get(name, _ANY_LAYOUT)
     if source is None:
         raise DataError(f"data set {name!r} needs --data DIR (or STRIDEVIT_DATA): {hint}")
     place = str(source)
     if not place.startswith(HUB) and (Path(place) / name).is_dir():
         place = str(Path(place) / name)
-    readers = [open_split(place, names, hint=hint) for names in (TRAIN, EVALUATION)]
-    classes = _common_classes(*readers)
-    fit, evaluation = (
-        _load(reader) if in_memory else Files(reader=reader, rows=np.arange(len(reader.labels))) for reader in readers
+    notes: list[str] = []
+    train: Reader
+    test: Reader
+    if not place.startswith(HUB) and is_class_folder(Path(place)):
+        train, test, report = read_folder(Path(place), decode)
+        notes = report.warnings()
+    else:
+        train, test = (open_split(place, names, hint=hint) for names in (TRAIN, EVALUATION))
+    fit, evaluation = (Files(reader=reader, rows=np.arange(len(reader.labels))) for reader in (train, test))
+    dataset = Dataset(
+        name=name,
+        classes=_common_classes(train, test),
+        train=fit,
+        test=evaluation,
+        test_split=test.split,
+        notes=tuple(notes),
     )
-    return _with_statistics(
-        Dataset(name=name, classes=classes, train=fit, test=evaluation, test_split=readers[1].split)
+    return into_memory(dataset) if in_memory else dataset
+
+
+def into_memory(dataset: Dataset) -> Dataset:
+    """`dataset` with all its images decoded, which must have one size. Raises DataError."""
+    train, test = (
+        _load(images.reader) if isinstance(images, Files) else images for images in (dataset.train, dataset.test)
     )
+    return _with_statistics(replace(dataset, train=train, test=test))
 
 
 def split_val(train: Images, size: int) -> tuple[Images, Images]:
@@ -138,7 +161,16 @@ def split_val(train: Images, size: int) -> tuple[Images, Images]:
             f"or a number from {classes} to {most}"
         )
     fit, held = train_test_split(np.arange(len(train)), test_size=size, random_state=_SPLIT_SEED, stratify=train.labels)
+    if len(np.unique(train.labels[held])) < classes:
+        # Shares of rare classes round to nothing.
+        held = held_out(train.labels)
+        fit = np.setdiff1d(np.arange(len(train)), held)
     return train.take(np.sort(fit)), train.take(np.sort(held))
+
+
+def held_out_size(train: Images) -> int:
+    """Images of a tenth of every class, at least one."""
+    return len(held_out(train.labels))
 
 
 def labels_as_bytes(labels: npt.NDArray[np.int64]) -> bytes:

@@ -24,7 +24,7 @@ class Description(Record):
     architecture: Architecture
     params: int
     tokens: int
-    """N, patches."""
+    """N, patches and the class token if there is one."""
     kv_tokens: int
     """M, keys and values of each attention layer."""
     macs: int
@@ -56,16 +56,17 @@ def describe(spec: Architecture) -> Description:
 def count_macs(spec: Architecture) -> dict[str, int]:
     """Multiply-accumulates of one image by part, matrix products and convolutions only."""
     N, M, D, r = spec.tokens, spec.kv_tokens, spec.embed_dim, spec.rank
+    pooled = M - spec.class_tokens
     variant = parse_variant(spec.variant)
     match variant.kind:
         case "mha":
             keys_values, reduce = 2 * N * D * D, 0
         case "csra":
-            keys_values, reduce = N * D * r + 2 * M * r * D, M * r * 3 * 3
+            keys_values, reduce = N * D * r + 2 * M * r * D, pooled * r * 3 * 3
         case "lsra":
-            keys_values, reduce = N * D * r + 2 * M * r * D, M * variant.reduction * r
+            keys_values, reduce = N * D * r + 2 * M * r * D, pooled * variant.reduction * r
     return {
-        "patches": N * CHANNELS * spec.patch_size**2 * D,
+        "patches": (N - spec.class_tokens) * CHANNELS * spec.patch_size**2 * D,
         "queries": spec.depth * N * D * D,
         "keys and values": spec.depth * keys_values,
         "reduce": spec.depth * reduce,
@@ -79,7 +80,7 @@ def count_macs(spec: Architecture) -> dict[str, int]:
 def _elementwise(spec: Architecture) -> dict[str, int]:
     N, M, D, r = spec.tokens, spec.kv_tokens, spec.embed_dim, spec.rank
     variant = parse_variant(spec.variant)
-    gate = M * variant.reduction if variant.kind == "lsra" else 0
+    gate = (M - spec.class_tokens) * variant.reduction if variant.kind == "lsra" else 0
     return {
         "layer norm": spec.depth * (2 * N * D + (M * r if variant.kind != "mha" else 0)) + D,
         "softmax": spec.depth * (spec.num_heads * N * M + gate),
@@ -96,7 +97,7 @@ def cost_table(described: Sequence[Description]) -> Table:
     table = Table(
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        title=f"{spec.preset}, {width} × {height} px, {described[0].tokens} patches, rank {spec.rank}, for one image",
+        title=f"{spec.preset}, {width} × {height} px, {described[0].tokens} tokens, rank {spec.rank}, for one image",
         caption="MACs: matrix products and convolutions, equal to torch's FlopCounterMode; elementwise: values of "
         "norms, softmax, GELU, gates and sums; scores: float32, one layer, if stored in full",
     )

@@ -1,5 +1,6 @@
 """One training run, from its recipe to `final/`."""
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -18,12 +19,15 @@ from training import runs
 from training.augment import Batch, epoch_order, training_batches
 from training.checkpoints import LAST_FILE, can_resume, load_checkpoint, save_checkpoint
 from training.data import Dataset, Images, Split, split_val
+from training.distill import Teacher
 from training.distributed import World
 from training.evaluate import Evaluation, evaluate
-from training.models import NormalizedModel, StrideViT, architecture, count_parameters
+from training.initial import Source, Taken, take
+from training.models import Architecture, NormalizedModel, StrideViT, architecture, count_parameters
 from training.progress import MetricsRow, TensorBoard, progress_bar
 from training.recipes import Recipe
-from training.step import Diverged, Stepper
+from training.retrofit import retrofit
+from training.step import Diverged, Stepper, total_steps
 from training.stopping import Stopped, StopRequest, stop_requests
 
 
@@ -48,8 +52,34 @@ class Execution:
             self.console.print(message, soft_wrap=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Trained models that a run begins with or learns from."""
+
+    init: Source | None = None
+    """Its weights are the first ones. With `recipe.fit` its attention is compressed, and it is the teacher."""
+    teacher: Source | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As in run.json: empty for a run from random weights and without a teacher."""
+        known = {"init": self.init, "teacher": self.teacher}
+        return {name: source.identity for name, source in known.items() if source}
+
+
+FROM_SCRATCH = Origin()
+
+
 def train(
-    recipe: Recipe, variant: str, dataset: Dataset, out: Path, on: Execution, *, resume: bool = False, test: bool = True
+    recipe: Recipe,
+    variant: str,
+    dataset: Dataset,
+    out: Path,
+    on: Execution,
+    *,
+    origin: Origin = FROM_SCRATCH,
+    resume: bool = False,
+    test: bool = True,
 ) -> runs.ModelCard:
     """Train one variant by `recipe` into the folder `out` and return the card of the finished model.
 
@@ -59,12 +89,12 @@ def train(
     Raises RunError if `out` already holds a run (unless `resume`), or a run of another recipe, and TrainingError if the
     loss is not finite.
     """
-    run = _Run(recipe, variant, dataset, out, on)
+    if not resume and on.world.decide(lambda: can_resume(out) or (out / runs.WEIGHTS_FILE).exists()):
+        raise runs.RunError(f"{out} holds a run already: continue it with --resume or choose another --out")
+    run = _Run(recipe, variant, dataset, out, on, origin, begin=not resume)
     if resume:
         run.restore()
         on.say(f"resuming {out} at step {run.step} of {run.total_steps}")
-    elif on.world.decide(lambda: can_resume(out) or (out / runs.WEIGHTS_FILE).exists()):
-        raise runs.RunError(f"{out} holds a run already: continue it with --resume or choose another --out")
     run.record()
     with stop_requests() as stop:
         run.train(stop)
@@ -74,43 +104,99 @@ def train(
     return card
 
 
-def run_identity(recipe: Recipe, variant: str, dataset: Dataset) -> dict[str, Any]:
+def run_identity(recipe: Recipe, variant: str, dataset: Dataset, origin: Origin = FROM_SCRATCH) -> dict[str, Any]:
     """What a resumed or repeated run must share with the first one, as in run.json."""
-    spec = architecture(recipe.preset, variant, num_classes=len(dataset.classes), img_size=recipe.img_size)
+    spec = architecture_of(recipe, variant, dataset, origin)
     return {
         "schema_version": runs.SCHEMA_VERSION,
         "recipe": recipe.model_dump(mode="json"),
         "variant": spec.variant,
         "architecture": spec.model_dump(mode="json"),
         "data_fingerprint": dataset.fingerprint,
+        **origin.identity,
     }
+
+
+def architecture_of(recipe: Recipe, variant: str, dataset: Dataset, origin: Origin) -> Architecture:
+    """The preset's with what `recipe` changes; where the recipe says that its preset is the source's, the source's."""
+    known = origin.init.architecture if origin.init else None
+    if known is None or recipe.preset != known.preset:
+        return architecture(
+            recipe.preset,
+            variant,
+            num_classes=len(dataset.classes),
+            img_size=recipe.img_size,
+            rank=recipe.rank,
+            positions=recipe.positions,
+            pool=recipe.pool,
+        )
+    changed = {
+        "variant": variant,
+        "num_classes": len(dataset.classes),
+        "img_size": recipe.img_size or known.img_size,
+        "rank": recipe.rank or known.rank,
+        "positions": recipe.positions,
+        "pool": recipe.pool,
+    }
+    return Architecture.model_validate(known.model_dump() | changed)
+
+
+def same_run(identity: dict[str, Any]) -> dict[str, Any]:
+    """`identity` as it is compared: with the defaults of today for what its record does not know yet."""
+    recipe = Recipe.model_validate(identity["recipe"])
+    spec = Architecture.model_validate(identity["architecture"])
+    return {**identity, "recipe": recipe.model_dump(), "architecture": spec.model_dump()}
 
 
 def _decisive(identity: dict[str, Any]) -> dict[str, Any]:
     """`identity` without what only determines how steps are computed: a run may resume with smaller micro-batches."""
-    recipe = Recipe.model_validate(identity["recipe"])
-    decisive = recipe.model_dump(exclude={"compile": True, "deterministic": True, "schedule": {"accumulate"}})
-    return {**identity, "recipe": decisive}
+    compared = same_run(identity)
+    for name in ("compile", "deterministic"):
+        del compared["recipe"][name]
+    del compared["recipe"]["schedule"]["accumulate"]
+    return compared
 
 
 class _Run:
     """The state of one run: a Stepper, its position, and one row of metrics per finished epoch."""
 
-    def __init__(self, recipe: Recipe, variant: str, dataset: Dataset, out: Path, on: Execution) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        variant: str,
+        dataset: Dataset,
+        out: Path,
+        on: Execution,
+        origin: Origin,
+        *,
+        begin: bool,
+    ) -> None:
         self.recipe, self.dataset, self.out, self.on, self.world = recipe, dataset, out, on, on.world
-        self.spec = architecture(recipe.preset, variant, num_classes=len(dataset.classes), img_size=recipe.img_size)
+        self.origin = origin
+        self.spec = architecture_of(recipe, variant, dataset, origin)
         self.fit, self.val = split_val(dataset.train, recipe.val_images)
         self._check_sizes()
+        if not (recipe.schedule.epochs or origin.init):
+            raise TrainingError("no epochs and no --init: there is nothing to train or evaluate")
         self.steps_per_epoch = len(self.fit) // recipe.schedule.batch_size
-        self.total_steps = recipe.schedule.epochs * self.steps_per_epoch
+        self.total_steps = total_steps(recipe.schedule.epochs, self.steps_per_epoch)
         crop = self.spec.image_shape[0]
         self.preprocessing = runs.Preprocessing(
             resize=round(crop / recipe.crop_pct), crop=crop, mean=dataset.mean, std=dataset.std
         )
         self.model = StrideViT(self.spec, seed=recipe.seed, drop_path_rate=recipe.drop_path)
         classifier = NormalizedModel(self.model, mean=dataset.mean, std=dataset.std).to(self.world.device)
+        if begin and origin.init:
+            for line in self._begin(origin.init).lines():
+                on.say(line)
+        teacher = Teacher(origin.teacher.classifier(), recipe.distill, self.model) if origin.teacher else None
         self.stepper = Stepper(
-            classifier, recipe, self.world, num_classes=self.spec.num_classes, steps_per_epoch=self.steps_per_epoch
+            classifier,
+            recipe,
+            self.world,
+            num_classes=self.spec.num_classes,
+            steps_per_epoch=self.steps_per_epoch,
+            teacher=teacher,
         )
         self.rows: list[MetricsRow] = []
         self.step = 0
@@ -120,7 +206,14 @@ class _Run:
         """Time in training steps so far, including those before a resumption, without evaluation."""
         self.started = datetime.now(UTC)
         self.commit = runs.git_commit()
-        self.identity = run_identity(recipe, variant, dataset)
+        self.identity = run_identity(recipe, variant, dataset, origin)
+
+    def _begin(self, source: Source) -> Taken:
+        """The first weights, from `source`: as they are, or fitted to compressed attention."""
+        if self.recipe.fit is None:
+            return take(self.model, source)
+        classifier = source.classifier().to(self.world.device)
+        return retrofit(self.model, source, classifier, self.recipe.fit, self.fit, self.preprocessing)
 
     def _check_sizes(self) -> None:
         recipe, spec, batch = self.recipe, self.spec, self.recipe.schedule.batch_size
@@ -200,6 +293,9 @@ class _Run:
             progress_bar(self.on.console, disable=not self.world.main) as progress,
             closing(TensorBoard(log, self.on.say, next_epoch=len(self.rows) + 1)) as board,
         ):
+            if not self.total_steps:
+                self.rows = [self._metrics(train_loss=math.nan)]
+                self.save()
             bar = progress.add_task(
                 self.spec.variant, total=self.total_steps, completed=self.step, loss=float("nan"), rate=0.0
             )
@@ -224,7 +320,8 @@ class _Run:
         epoch, first = divmod(self.step, self.steps_per_epoch)
         self.stepper.classifier.train()
         batches = self._batches(epoch, first)
-        for done in range(first + 1, self.steps_per_epoch + 1):
+        steps = self._steps_of(epoch)
+        for done in range(first + 1, steps + 1):
             started = time.perf_counter()
             try:
                 share = islice(batches, self.recipe.schedule.accumulate)
@@ -239,10 +336,14 @@ class _Run:
             self.seconds += time.perf_counter() - started
             yield self.epoch_loss / done
             # After the last step of an epoch, `train` evaluates first and then saves and stops.
-            if done < self.steps_per_epoch and (wants_stop or self.step % self.on.checkpoint_steps == 0):
+            if done < steps and (wants_stop or self.step % self.on.checkpoint_steps == 0):
                 self.save()
                 if wants_stop:
                     raise self._stopped(stop)
+
+    def _steps_of(self, epoch: int) -> int:
+        """All steps of an epoch; the last epoch may be shorter."""
+        return min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
 
     def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """This process's micro-batches of the epoch, from step `first` on."""
@@ -257,17 +358,21 @@ class _Run:
         )
 
     def _end_epoch(self) -> MetricsRow:
+        row = self._metrics(train_loss=round(self.epoch_loss / self._steps_of(len(self.rows)), 5))
+        self.rows.append(row)
+        self.epoch_loss = 0.0
+        return row
+
+    def _metrics(self, *, train_loss: float) -> MetricsRow:
         row: MetricsRow = {
-            "epoch": len(self.rows) + 1,
+            "epoch": len(self.rows) + (self.total_steps > 0),
             "step": self.step,
             "lr": round(self.stepper.lr, 8),
-            "train_loss": round(self.epoch_loss / self.steps_per_epoch, 5),
+            "train_loss": train_loss,
         }
         if len(self.val):
             val = self._evaluate(self.val)
             row |= {"val_loss": round(val.loss, 5), "val_top1": round(val.top1, 5), "val_top5": round(val.top5, 5)}
-        self.rows.append(row)
-        self.epoch_loss = 0.0
         return row
 
     def _evaluate(self, images: Images) -> Evaluation:

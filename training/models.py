@@ -6,9 +6,10 @@ Importing this module registers every preset with timm, as MHA and with each com
 
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, field_validator, model_validator
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import build_sincos2d_pos_embed, to_2tuple
@@ -24,6 +25,11 @@ from training.variants import REGISTERED, parse_variant
 
 ImageSize = PositiveInt | tuple[PositiveInt, PositiveInt]
 """Pixels: one number for a square, else (height, width)."""
+
+Positions = Literal["sincos", "learned"]
+"""Position embedding: fixed 2-D sines and cosines, or a weight."""
+Pool = Literal["avg", "token"]
+"""What the head sees: the mean over the patches, or a class token that leads the sequence."""
 
 
 class Record(BaseModel):
@@ -47,6 +53,8 @@ class Architecture(Record):
     """Width r of the latent that keys and values are made from; unused by MHA."""
     num_classes: NonNegativeInt
     """0 leaves the head out, as in timm."""
+    positions: Positions = "sincos"
+    pool: Pool = "avg"
 
     @field_validator("variant")
     @classmethod
@@ -72,14 +80,19 @@ class Architecture(Record):
         return height // self.patch_size, width // self.patch_size
 
     @property
+    def class_tokens(self) -> int:
+        """1 with a class token, else 0."""
+        return int(self.pool == "token")
+
+    @property
     def tokens(self) -> int:
-        """Patch tokens N."""
-        return self.grid[0] * self.grid[1]
+        """Tokens N: patches, and the class token if there is one."""
+        return self.grid[0] * self.grid[1] + self.class_tokens
 
     @property
     def kv_tokens(self) -> int:
-        """Key/value tokens M of each attention layer."""
-        return parse_variant(self.variant).kv_tokens(self.grid)
+        """Key/value tokens M of each attention layer: pooled patches, and the class token if there is one."""
+        return parse_variant(self.variant).kv_tokens(self.grid) + self.class_tokens
 
 
 class Preset(NamedTuple):
@@ -97,6 +110,7 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "vit-s16": Preset(224, 16, embed_dim=384, depth=12, num_heads=6, mlp_ratio=4.0, rank=16, num_classes=1000),
+    "vit-ti16": Preset(224, 16, embed_dim=192, depth=12, num_heads=3, mlp_ratio=4.0, rank=16, num_classes=1000),
     "vit-cifar": Preset(32, 4, embed_dim=192, depth=9, num_heads=3, mlp_ratio=2.0, rank=48, num_classes=100),
     "vit-xs": Preset(32, 4, embed_dim=128, depth=6, num_heads=2, mlp_ratio=2.0, rank=32, num_classes=100),
 }
@@ -109,6 +123,8 @@ def architecture(
     num_classes: int | None = None,
     img_size: ImageSize | None = None,
     rank: int | None = None,
+    positions: Positions = "sincos",
+    pool: Pool = "avg",
 ) -> Architecture:
     """The architecture of a preset with one variant; what is left out is the preset's.
 
@@ -118,11 +134,11 @@ def architecture(
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
     chosen = {"num_classes": num_classes, "img_size": img_size, "rank": rank}
     sizes = PRESETS[preset]._asdict() | {name: value for name, value in chosen.items() if value is not None}
-    return Architecture(preset=preset, variant=variant, **sizes)
+    return Architecture(preset=preset, variant=variant, positions=positions, pool=pool, **sizes)
 
 
 class StrideViT(VisionTransformer):
-    """timm's Vision Transformer with fixed 2-D sin-cos positions, no class token and average pooling.
+    """timm's Vision Transformer with one of our kinds of attention; names of weights are timm's.
 
     The initial weights of each module are a function of (`seed`, module name), in the scheme of the original ViT
     (Xavier-uniform matrices, zero head). So for one seed all variants start equal outside attention.
@@ -140,18 +156,33 @@ class StrideViT(VisionTransformer):
                 depth=spec.depth,
                 num_heads=spec.num_heads,
                 mlp_ratio=spec.mlp_ratio,
-                class_token=False,
-                global_pool="avg",
-                pos_embed="none",
+                class_token=spec.pool == "token",
+                global_pool=spec.pool,
+                pos_embed="learn" if spec.positions == "learned" else "none",
                 weight_init="skip",
                 drop_path_rate=drop_path_rate,
-                attn_layer=attention_layer(parse_variant(spec.variant), grid=spec.grid, rank=spec.rank),
+                attn_layer=attention_layer(
+                    parse_variant(spec.variant), grid=spec.grid, rank=spec.rank, prefix=spec.class_tokens
+                ),
                 **timm,
             )
-        positions_1ND = build_sincos2d_pos_embed(list(spec.grid), dim=spec.embed_dim).unsqueeze(0)
-        del self.pos_embed
-        self.register_buffer("pos_embed", positions_1ND, persistent=False)
+        if spec.positions == "sincos":
+            positions_ND = build_sincos2d_pos_embed(list(spec.grid), dim=spec.embed_dim)
+            del self.pos_embed
+            # A class token has no place in the grid.
+            positions_1ND = F.pad(positions_ND, (0, 0, spec.class_tokens, 0)).unsqueeze(0)
+            self.register_buffer("pos_embed", positions_1ND, persistent=False)
         self.init_from(seed)
+
+    def forward_with_blocks(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits (B,num_classes), and the output (B,N,D) of each block."""
+        x_BND = self._pos_embed(self.patch_embed(pixels))
+        outputs = []
+        for block in self.blocks:
+            x_BND = block(x_BND)
+            outputs.append(x_BND)
+        logits: Tensor = self.forward_head(self.norm(x_BND))
+        return logits, outputs
 
     def set_input_size(self, *_: Any, **__: Any) -> None:
         """Not supported: raises NotImplementedError. The grid of patches is part of the attention layers."""
@@ -164,6 +195,10 @@ class StrideViT(VisionTransformer):
                 if module is not self:
                     torch.manual_seed(seeding.name_seed(f"{seed}/{name}"))
                     init_weights_vit_jax(module, name, needs_reset=False)
+            for name in ("pos_embed", "cls_token"):
+                if isinstance(weight := getattr(self, name), nn.Parameter):
+                    torch.manual_seed(seeding.name_seed(f"{seed}/{name}"))
+                    nn.init.trunc_normal_(weight, std=0.02 if name == "pos_embed" else 1e-6)
 
 
 class NormalizedModel(nn.Module):
@@ -182,11 +217,10 @@ class NormalizedModel(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1) * 255, persistent=False)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """uint8 images (B,H,W,3) -> logits (B,num_classes)."""
+    def forward(self, image: Tensor, *, blocks: bool = False) -> Any:
+        """uint8 images (B,H,W,3) -> logits (B,num_classes); with `blocks` also the output of each block."""
         pixels = (image.permute(0, 3, 1, 2).float() - self.mean) / self.std
-        logits: Tensor = self.model(pixels)
-        return logits
+        return self.model.forward_with_blocks(pixels) if blocks else self.model(pixels)  # type: ignore[operator]
 
 
 def count_parameters(model: nn.Module) -> int:

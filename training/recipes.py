@@ -16,7 +16,7 @@ from pydantic import (
 )
 from timm.data.auto_augment import rand_augment_transform
 
-from training.models import Record
+from training.models import Pool, Positions, Record
 
 
 class Optim(Record):
@@ -33,7 +33,8 @@ class Optim(Record):
 class Schedule(Record):
     """Linear warm-up, then a half cosine to `min_lr`, both by optimiser step."""
 
-    epochs: PositiveInt
+    epochs: NonNegativeInt | NonNegativeFloat
+    """May end within an epoch: 0.5 is half of one. 0 evaluates the first weights."""
     batch_size: PositiveInt = 128
     """Images per optimiser step, over all processes and micro-batches."""
     accumulate: PositiveInt = 1
@@ -82,6 +83,32 @@ class Augment(Record):
         return self.scale is None and self.rand_augment is None
 
 
+class Distill(Record):
+    """What a student learns from its teacher; all zero without a teacher."""
+
+    logits: float = Field(default=0.0, ge=0, le=1)
+    """Share of the classification loss that compares with the teacher's probabilities instead of the labels."""
+    temperature: PositiveFloat = 1.0
+    """Logits are divided by it before they are compared; more than 1 stresses the less likely classes."""
+    blocks: NonNegativeFloat = 0.0
+    """Weight of the squared difference from the outputs of the teacher's blocks, as a share of their variance."""
+
+
+class Fit(Record):
+    """How a retrofit makes compressed attention from trained multi-head attention (docs/retrofit.md)."""
+
+    start: Literal["activations", "weights", "seed"] = "activations"
+    """Latents from the singular values of keys and values on train images, or of their weights; or at random."""
+    kernel: Literal["mean", "block", "centre"] = "block"
+    """C-SRA's convolution: mean of the 3×3 window, mean of its last 2×2 (blocks without overlap), or its centre."""
+    constant: NonNegativeFloat = 1.0
+    """Size of a constant part of the latent, as a multiple of the rest; it keeps LayerNorm from equalising lengths."""
+    output: bool = True
+    """Also fit the output projection, to what the teacher's attention adds to the tokens."""
+    images: PositiveInt = 1024
+    """Train images to compute keys and values of."""
+
+
 class Recipe(Record):
     """All settings of a run except the variant."""
 
@@ -93,11 +120,18 @@ class Recipe(Record):
     """Train images held out for every decision, stratified by class; the test split is used once, at the end."""
     img_size: PositiveInt | None = None
     """Another image size than the preset's."""
+    rank: PositiveInt | None = None
+    """Another rank of the latent than the preset's."""
+    positions: Positions = "sincos"
+    pool: Pool = "avg"
     crop_pct: float = Field(default=1.0, gt=0, le=1)
     """For evaluation: side of the central crop ÷ shorter side of the resized image (0.875 = 224 ÷ 256)."""
     optim: Optim = Optim()
     schedule: Schedule
     augment: Augment = Augment()
+    distill: Distill = Distill()
+    fit: Fit | None = None
+    """Only for a retrofit."""
     label_smoothing: NonNegativeFloat = Field(default=0.1, lt=1)
     drop_path: NonNegativeFloat = Field(default=0.0, lt=1)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -182,6 +216,22 @@ Not augmented: flips change digits.
 RECIPES = {recipe.name: recipe for recipe in (CIFAR100_XS, CIFAR100_FULL, IMAGENET_S16, DIGITS)}
 
 
+def retrofitted(recipe: Recipe, epochs: float) -> Recipe:
+    """`recipe`, with which a teacher was trained, as the recipe of a retrofit of `epochs` epochs."""
+    return recipe.model_copy(
+        update={
+            "name": f"{recipe.name}-retrofit",
+            "schedule": recipe.schedule.model_copy(
+                update={"epochs": epochs, "warmup_epochs": min(0.1, epochs / 10), "warmup_steps": None}
+            ),
+            "optim": recipe.optim.model_copy(update={"ema_decay": 0.0}),
+            "drop_path": 0.0,
+            "distill": Distill(logits=0.5, blocks=1.0),
+            "fit": Fit(),
+        }
+    )
+
+
 def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     """The recipe `name` with `key=value` overrides such as `optim.lr=5e-4`.
 
@@ -189,7 +239,12 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     """
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}{_nearest(name, RECIPES)}: one of {', '.join(RECIPES)}")
-    values = RECIPES[name].model_dump()
+    return overridden(RECIPES[name], overrides)
+
+
+def overridden(recipe: Recipe, overrides: list[str] | None) -> Recipe:
+    """`recipe` with `key=value` overrides. Raises ValueError as `load_recipe` does."""
+    name, values = recipe.name, recipe.model_dump()
     known = [
         f"{key}.{leaf}" if leaf else key
         for key, value in values.items()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -86,7 +86,7 @@ class ModelCard(Record):
     dataset: str
     recipe: str
     seed: NonNegativeInt
-    epochs: PositiveInt
+    epochs: NonNegativeInt | NonNegativeFloat
     git_commit: str | None
     weights_sha256: str
 

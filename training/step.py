@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import MixUp
 from training import seeding
 from training.attention import CompressedAttention
 from training.augment import Batch
+from training.distill import Teacher, outputs
 from training.distributed import World
 from training.models import NormalizedModel
 from training.recipes import Recipe
@@ -34,7 +35,14 @@ class Stepper:
     """The optimiser, and everything else besides the weights that a step changes."""
 
     def __init__(
-        self, classifier: NormalizedModel, recipe: Recipe, world: World, *, num_classes: int, steps_per_epoch: int
+        self,
+        classifier: NormalizedModel,
+        recipe: Recipe,
+        world: World,
+        *,
+        num_classes: int,
+        steps_per_epoch: int,
+        teacher: Teacher | None = None,
     ) -> None:
         if recipe.precision == "fp16" and world.device.type == "cpu":
             raise ValueError("precision fp16 needs a GPU: use --set precision=bf16 on a CPU")
@@ -43,12 +51,14 @@ class Stepper:
             torch.use_deterministic_algorithms(True)
         if world.device.type == "cpu":
             use_plain_attention(classifier)
-        self.recipe, self.world, self.classifier = recipe, world, classifier
+        if teacher:
+            teacher.classifier.to(world.device)
+        self.recipe, self.world, self.classifier, self.teacher = recipe, world, classifier, teacher
         self.optimizer = create_optimizer_v2(
             classifier.model, opt="adamw", lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay, fused=True
         )
         schedule = recipe.schedule
-        total = schedule.epochs * steps_per_epoch
+        total = total_steps(schedule.epochs, steps_per_epoch)
         warmup = schedule.warmup_steps
         if warmup is None:
             warmup = round(schedule.warmup_epochs * steps_per_epoch)
@@ -58,7 +68,7 @@ class Stepper:
             )
         self.scheduler = CosineLRScheduler(
             self.optimizer,
-            t_initial=max(1, total - warmup) if schedule.cosine_after_warmup else total,
+            t_initial=max(2, total - warmup if schedule.cosine_after_warmup else total),
             warmup_t=warmup,
             warmup_prefix=schedule.cosine_after_warmup,
             warmup_lr_init=schedule.min_lr,
@@ -140,8 +150,10 @@ class Stepper:
         torch.manual_seed(seeding.step_seed(*key, part, self.world.rank))
         precision = self.recipe.precision
         with torch.autocast(self.world.device.type, dtype=_AUTOCAST[precision], enabled=precision != "fp32"):
-            logits = self.forward(images)
-        return F.cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
+            made = outputs(self.forward, images, blocks=self.recipe.distill.blocks > 0)
+            taught = self.teacher(images) if self.teacher else None
+        loss = F.cross_entropy(made[0].float(), targets, label_smoothing=self.recipe.label_smoothing)
+        return self.teacher.loss(made, taught, loss) if self.teacher and taught else loss
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs to take the same next step."""
@@ -155,6 +167,11 @@ class Stepper:
     def _stateful(self) -> dict[str, Any]:
         average = {"average": self.evaluated.model} if self.average else {}
         return {"model": self.classifier.model, "optimizer": self.optimizer, "scaler": self.scaler, **average}
+
+
+def total_steps(epochs: float, steps_per_epoch: int) -> int:
+    """Steps of a run: at least one, unless it has no epochs."""
+    return max(1, round(epochs * steps_per_epoch)) if epochs else 0
 
 
 def use_plain_attention(model: nn.Module) -> None:

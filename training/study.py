@@ -1,7 +1,7 @@
 """Many runs of one recipe: several variants, several seeds, one table."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -15,7 +15,7 @@ from training import runs
 from training.checkpoints import can_resume
 from training.data import Dataset
 from training.describe import count_macs
-from training.loop import Execution, TrainingError, run_identity, train
+from training.loop import FROM_SCRATCH, Execution, Origin, TrainingError, run_identity, same_run, train
 from training.models import Architecture, Record
 from training.recipes import Recipe
 from training.runs import Accuracy, RunError
@@ -40,21 +40,30 @@ class FinishedRun(Record):
 
 
 def study(
-    recipe: Recipe, variants: Sequence[str], seeds: Sequence[int], dataset: Dataset, out: Path, on: Execution
+    recipe: Recipe,
+    variants: Sequence[str],
+    seeds: Sequence[int],
+    dataset: Dataset,
+    out: Path,
+    on: Execution,
+    origin_of: Callable[[int], Origin] = lambda _: FROM_SCRATCH,
 ) -> list[FinishedRun]:
     """Train each variant with each seed, all variants of a seed before the next seed, and return all finished runs.
 
-    Finished runs are kept, stopped ones continued; one that fails is reported and left out. Raises RunError if a folder
-    holds a run of another recipe.
+    Finished runs are kept, stopped ones continued; one that fails is reported and left out. `origin_of` gives what the
+    runs of a seed begin with. Raises RunError if a folder holds a run of another recipe.
     """
     finished = []
     for seed, variant in product(seeds, variants):
+        origin = origin_of(seed)
         seeded = recipe.model_copy(update={"seed": seed})
-        folder = out / f"{recipe.name}-{variant}-s{seed}"
-        if not on.world.decide(partial(is_finished, folder, seeded, variant, dataset)):
+        part = f"-e{recipe.schedule.epochs:g}" if recipe.fit else ""
+        folder = out / f"{recipe.name}{part}-{variant}-s{seed}"
+        if not on.world.decide(partial(is_finished, folder, seeded, variant, dataset, origin)):
             on.say(f"[bold]{folder.name}[/]")
             try:
-                train(seeded, variant, dataset, folder, on, resume=on.world.decide(partial(can_resume, folder)))
+                resume = on.world.decide(partial(can_resume, folder))
+                train(seeded, variant, dataset, folder, on, origin=origin, resume=resume)
             except TrainingError as error:
                 on.say(f"[red]{folder.name} failed:[/] {error}")
                 continue
@@ -62,14 +71,14 @@ def study(
     return finished
 
 
-def is_finished(folder: Path, recipe: Recipe, variant: str, dataset: Dataset) -> bool:
+def is_finished(folder: Path, recipe: Recipe, variant: str, dataset: Dataset, origin: Origin = FROM_SCRATCH) -> bool:
     """Whether `folder` holds this run, finished. Raises RunError if it holds another one."""
     if not (folder / runs.CARD_FILE).is_file():
         return False
     record = runs.read_record(folder)
-    wanted = run_identity(recipe, variant, dataset)
-    found = {**{key: record.get(key) for key in wanted}, "recipe": Recipe.model_validate(record["recipe"])}
-    if found != {**wanted, "recipe": recipe}:
+    wanted = run_identity(recipe, variant, dataset, origin)
+    found = {key: record.get(key) for key in wanted}
+    if same_run(found) != same_run(wanted):
         raise RunError(f"{folder} was trained with other settings or data: choose another --out, or move it away")
     return True
 

@@ -12,13 +12,13 @@ import torch
 from hypothesis import example, given, settings
 from onnx.reference import ReferenceEvaluator
 
-from export.graph import AVOIDED, OPSETS, ExportError, check_standard, op_types, serialise, to_onnx
+from export.graph import AVOIDED, OPSET, OPSETS, ExportError, check_standard, op_types, serialise, to_onnx
 from export.kernels import gaps, kernels
 from export.precision import TOLERANCES
 from export.quantize import quantize, quantize_by_batch
 from service.engine import Engine
 from service.manifest import Precision
-from training.models import ImageSize, NormalizedModel, StrideViT, architecture
+from training.models import ImageSize, NormalizedModel, Pool, Positions, StrideViT, architecture
 
 slow = pytest.mark.slow
 VARIANTS = ["mha", "lsra-r3", "csra-r2", pytest.param("lsra-r2", marks=slow), pytest.param("csra-r4", marks=slow)]
@@ -61,10 +61,17 @@ def expected_histogram(variant: str, opset: int) -> dict[str, int]:
 
 
 def classifier(
-    variant: str, *, preset: str = "vit-xs", img_size: ImageSize | None = None, depth: int = 2, rank: int | None = None
+    variant: str,
+    *,
+    preset: str = "vit-xs",
+    img_size: ImageSize | None = None,
+    depth: int = 2,
+    rank: int | None = None,
+    positions: Positions = "sincos",
+    pool: Pool = "avg",
 ) -> NormalizedModel:
     """Every parameter is random, also those that training starts at zero: the gate, the biases, the head."""
-    spec = architecture(preset, variant, num_classes=10, img_size=img_size, rank=rank)
+    spec = architecture(preset, variant, num_classes=10, img_size=img_size, rank=rank, positions=positions, pool=pool)
     spec = spec.model_copy(update={"depth": depth})
     model = StrideViT(spec, seed=0)
     generator = torch.Generator().manual_seed(0)
@@ -103,6 +110,19 @@ def by_openvino(graph: onnx.ModelProto, images: torch.Tensor) -> npt.NDArray[np.
 
 
 Exported = tuple[str, NormalizedModel, onnx.ModelProto]
+
+
+@pytest.mark.parametrize("opset", [18, OPSET])
+@pytest.mark.parametrize("variant", ["mha", "csra-r2", "lsra-r3"])
+@pytest.mark.parametrize("rank", [None, 64])
+def test_a_class_token_and_learned_positions_are_exported(variant: str, opset: int, rank: int | None) -> None:
+    model = classifier(variant, rank=rank, positions="learned", pool="token")
+    with torch.no_grad():
+        torch.nn.init.normal_(model.model.get_parameter("cls_token"), generator=torch.Generator().manual_seed(3))
+    graph = to_onnx(model, opset=opset)
+    assert not gaps(graph)
+    for batch in (1, 3):
+        assert_equal_to_torch(graph, model, noise(batch))
 
 
 def test_graph_is_plain_and_without_traces_of_its_origin(exported: Exported) -> None:

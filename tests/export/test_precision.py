@@ -164,7 +164,7 @@ def test_a_graph_whose_outputs_depend_on_the_batch_is_refused(digits: ExportSour
     engine = Engine(serialise(quantize_by_batch(fp32)))
     strict = dataclasses.replace(TOLERANCES["int8"], by_batch=1e-4)
     with pytest.raises(ExportError, match="an output depends on the batch"):
-        check_parity(digits.classifier, engine, digits.test_images(64), strict)
+        check_parity(digits.predict, engine, digits.test_images(64), strict)
 
 
 def test_more_than_half_a_point_lost_is_refused(digits: ExportSource) -> None:

@@ -12,18 +12,18 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from export.__main__ import app
 from export.graph import ExportError, serialise
 from export.parity import check_parity
 from export.precision import TOLERANCES
-from export.sources import random_weights
+from export.sources import Predict, random_weights
 from service.bundle import CONTENT_FILES, SUMS_FILE, read_bundle
 from service.engine import Engine
 from service.manifest import Attention
 from training.data import Split, load_dataset
-from training.models import architecture
+from training.models import NormalizedModel, architecture
 from training.runs import load_final
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +74,15 @@ def first_images(count: int) -> npt.NDArray[np.uint8]:
     return test.images[:count]
 
 
+def by_torch(classifier: NormalizedModel) -> Predict:
+    def predict(images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        with torch.inference_mode():
+            logits = classifier(torch.tensor(images))
+        return logits.numpy(), logits.softmax(dim=-1).numpy()
+
+    return predict
+
+
 def changed(repository: Path, **changes: npt.NDArray[np.float32]) -> Engine:
     """The engine of digits-csra-r2 with `head_bias` or `head_weight` replaced."""
     graph = onnx.load(repository / "digits-csra-r2" / "1" / "model.onnx")
@@ -100,7 +109,7 @@ def test_a_graph_that_disagrees_with_torch_is_refused(
         change + [0.0] * (10 - len(change)), dtype=np.float32
     )
     with pytest.raises(ExportError, match=message):
-        check_parity(classifier, changed(repository, head_bias=bias), first_images(16), TOLERANCES["fp32"])
+        check_parity(by_torch(classifier), changed(repository, head_bias=bias), first_images(16), TOLERANCES["fp32"])
 
 
 def test_a_top1_flip_is_refused_however_small(digits_run: Path, repository: Path) -> None:
@@ -116,7 +125,7 @@ def test_a_top1_flip_is_refused_however_small(digits_run: Path, repository: Path
     bias[0] += 2e-4
     engine = changed(repository, head_bias=bias, head_weight=head.weight.detach().numpy())
     with pytest.raises(ExportError, match="top-1 flips"):
-        check_parity(classifier, engine, first_images(8), TOLERANCES["fp32"])
+        check_parity(by_torch(classifier), engine, first_images(8), TOLERANCES["fp32"])
 
 
 def test_random_weights_are_exported_as_such_under_the_next_version_of_a_family(tmp_path: Path) -> None:
@@ -156,3 +165,24 @@ def test_an_unfinished_run_is_refused_with_the_fix(tmp_path: Path) -> None:
 
 def test_onnx_file_is_valid_on_its_own(repository: Path) -> None:
     onnx.checker.check_model(repository / "digits-csra-r2" / "1" / "model.onnx", full_check=True)
+
+
+def test_a_name_keeps_its_architecture(tmp_path: Path) -> None:
+    def export_random(preset: str, *more: str) -> Result:
+        options = ["--random-weights", "--preset", preset, "--variant", "mha", "--img-size", "16", "--family", "mine"]
+        return CliRunner().invoke(app, ["run", *options, "--repository", str(tmp_path), *more])
+
+    assert export_random("vit-xs").exit_code == 0
+    refused = export_random("vit-cifar")
+    assert refused.exit_code == 1
+    assert "mine-mha in" in refused.stderr
+    assert "is vit-xs with mha at 16 px, not vit-cifar with mha at 16 px" in refused.stderr
+    assert "choose another name for this one with --name" in refused.stderr
+    assert sorted(path.name for path in (tmp_path / "mine-mha").iterdir()) == ["1"]
+    named = export_random("vit-cifar", "--name", "large")
+    assert named.exit_code == 0, named.stderr
+    assert read_bundle(tmp_path / "mine-large" / "1").manifest.family == "mine"
+    assert export_random("vit-xs").exit_code == 0, "the next version of the same"
+    # A version that cannot be read says nothing about the name.
+    (tmp_path / "mine-mha" / "2" / "manifest.json").write_text("{}")
+    assert export_random("vit-cifar").exit_code == 1

@@ -44,7 +44,7 @@ def test_imagenet_recipe_follows_better_plain_vit_baselines() -> None:
         ("epochs=1", "did you mean 'schedule.epochs'"),
         ("optim.lr", "has no '='"),
         ("optim.lr=fast", "valid number"),
-        ("schedule.epochs=0", "greater than 0"),
+        ("schedule.epochs=-1", "greater than or equal to 0"),
         ("precision=fp8", "fp32"),
     ],
 )
