@@ -62,14 +62,14 @@ class Stepper:
         warmup = schedule.warmup_steps
         if warmup is None:
             warmup = round(schedule.warmup_epochs * steps_per_epoch)
-        if warmup > total:
+        if total and warmup > total:
             raise ValueError(
                 f"a warm-up of {warmup} steps never ends in {total}: --set schedule.warmup_steps={total // 10}"
             )
         self.scheduler = CosineLRScheduler(
             self.optimizer,
             t_initial=max(2, total - warmup if schedule.cosine_after_warmup else total),
-            warmup_t=warmup,
+            warmup_t=min(warmup, total),
             warmup_prefix=schedule.cosine_after_warmup,
             warmup_lr_init=schedule.min_lr,
             lr_min=schedule.min_lr,
