@@ -84,9 +84,10 @@ def summary(bundle: Bundle) -> str:
     manifest, attention = bundle.manifest, bundle.manifest.attention
     variant = f"{attention.variant}, {kv_tokens(manifest.attention)} K/V tokens" if attention else manifest.architecture
     accuracy = f"top-1 {manifest.accuracy.top1:.2%}, " if manifest.accuracy else ""
+    limit = f"batches of at most {manifest.max_batch}, " if manifest.max_batch else ""
     return (
         f"{bundle.folder}: {variant}, {manifest.params:,} parameters, {manifest.precision}, "
-        f"{bundle.model_path.stat().st_size / 1e6:.1f} MB, {accuracy}"
+        f"{bundle.model_path.stat().st_size / 1e6:.1f} MB, {accuracy}{limit}"
         f"largest difference from the original {manifest.parity.max_abs_logit:g} in a logit on "
         f"{manifest.parity.images} images"
     )

@@ -205,7 +205,11 @@ def with_batches(foreign: Foreign, mean: Sequence[float], std: Sequence[float], 
         for size in BATCHES:
             if np.abs(engine.run(images[:size])[0] - alone[:size]).max() > _SAME * scale:
                 return replace(foreign, max_batch=1)
-    except (EngineError, ExportError, ValueError):
+    except (EngineError, ExportError, ValueError) as error:
+        if (foreign.original_batch or 1) > 1:
+            raise ExportError(
+                f"the graph takes {foreign.original_batch} images at a time only: export it for one"
+            ) from error
         return replace(foreign, max_batch=1)
     return foreign
 
@@ -457,7 +461,8 @@ def onnx_source(
         original=original,
     )
     seen = with_data(source, data)
-    images = seen.test_images(max(BATCHES))
+    noise = replace(source, dataset=None).test_images(max(BATCHES))
+    images = np.concatenate([seen.test_images(max(BATCHES)), noise])[: max(BATCHES)]
     foreign = understood(foreign, meaning, original(images))
     foreign = with_batches(foreign, prepared.mean, prepared.std, images)
     return replace(seen, foreign=foreign, max_batch=foreign.max_batch)

@@ -14,7 +14,7 @@ def slug(text: str) -> str:
 def read_labels(path: Path) -> tuple[str, ...]:
     """Class names, one per line. Raises ExportError for a file that is unreadable, empty or has an empty line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"{path} cannot be read as labels, one per line in UTF-8 ({error})") from error
     labels = tuple(line.strip() for line in lines)

@@ -1,5 +1,6 @@
 """From a source to a published bundle."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -12,13 +13,13 @@ from export.kernels import gaps
 from export.parity import check_parity, predict_in_batches
 from export.precision import MAX_ACCURACY_LOSS, TOLERANCES
 from export.proof_images import draw_golden, parity_images
-from export.quantize import quantize, quantize_by_batch
+from export.quantize import CALIBRATION_BATCH, quantize, quantize_by_batch
 from export.sources import EVALUATION_BATCH, ExportSource, measure_accuracy
 from service.bundle import GOLDEN_FILE, publish, read_bundle, versions
 from service.engine import Engine
 from service.errors import BundleError
 from service.host import available_cores
-from service.manifest import Accuracy, Attention, Manifest, Precision, Source
+from service.manifest import NAME_PATTERN, Accuracy, Attention, Manifest, Precision, Source
 from service.models.verify import check_golden
 
 
@@ -40,6 +41,11 @@ def export(
     """
     family = family or source.family
     full_name = f"{family}-{name or source.model}" + ("" if precision == "fp32" else f"-{precision}")
+    for text in (family, full_name):
+        if not re.fullmatch(NAME_PATTERN, text):
+            raise ExportError(
+                f"{text!r} cannot be a name: use lower-case letters, digits and single - _ . between them"
+            )
     check_name(repository, full_name, source)
     tolerances = TOLERANCES[precision]
     graph = make_graph(source, precision, opset=opset)
@@ -91,7 +97,10 @@ def check_name(repository: Path, name: str, source: ExportSource) -> None:
             continue
         side = there.preprocessing.crop
         found = (there.architecture, there.attention, side)
-        if found == (source.architecture, source.attention, source.preprocessing.crop):
+        same = found[1:] == (source.attention, source.preprocessing.crop)
+        # A graph of another exporter is known by its file's name only: its size says more.
+        known = source.architecture == there.architecture if source.attention else source.params == there.params
+        if same and known:
             return
         raise ExportError(
             f"{name} in {repository} is {_described(*found)}, not "
@@ -114,7 +123,10 @@ def make_graph(source: ExportSource, precision: Precision, *, opset: int = OPSET
     if precision in ("int8", "int8-dynamic"):
         if precision == "int8" and not (source.dataset or source.random):
             raise ExportError("int8 needs images to calibrate with: name a data set with --data")
-        return quantize(graph, source.calibration_images()) if precision == "int8" else quantize_by_batch(graph)
+        if precision == "int8-dynamic":
+            return quantize_by_batch(graph)
+        batch, conv = source.max_batch or CALIBRATION_BATCH, source.attention is None
+        return quantize(graph, source.calibration_images(), batch=batch, conv=conv)
     # A graph of another exporter is checked by ONNX Runtime itself, when it is loaded on a GPU.
     if source.attention and (missing := gaps(graph)):
         raise ExportError("no GPU kernel for " + "; ".join(missing))

@@ -29,23 +29,31 @@ _LATENT_WEIGHT = "attention.latents.product.weight"
 _ONLY_WITH_WEIGHTS: dict[str, object] = {"MatMulConstBOnly": True}
 
 
-def quantize(graph: onnx.ModelProto, calibration: npt.NDArray[np.uint8]) -> onnx.ModelProto:
-    """`graph` with fixed ranges from `calibration` images (n,H,W,3): an output depends on its own image alone."""
+def quantize(
+    graph: onnx.ModelProto, calibration: npt.NDArray[np.uint8], *, batch: int = CALIBRATION_BATCH, conv: bool = False
+) -> onnx.ModelProto:
+    """`graph` with fixed ranges from `calibration` images (n,H,W,3): an output depends on its own image alone.
+
+    `batch` images are run at a time. With `conv` convolutions are quantised too.
+    """
     convert = partial(
         quantize_static,
-        calibration_data_reader=_Batches(calibration),
+        calibration_data_reader=_Batches(calibration, batch),
         quant_format=QuantFormat.QDQ,
         activation_type=QuantType.QUInt8,
     )
-    return _converted(graph, convert, {**_ONLY_WITH_WEIGHTS, "OpTypesToExcludeOutputQuantization": _PRODUCTS})
+    types = [*_PRODUCTS, *(["Conv"] if conv else [])]
+    return _converted(graph, convert, {**_ONLY_WITH_WEIGHTS, "OpTypesToExcludeOutputQuantization": types}, types)
 
 
 def quantize_by_batch(graph: onnx.ModelProto) -> onnx.ModelProto:
     """`graph` with ranges computed per batch: no calibration, but an output depends on the whole batch."""
-    return _converted(graph, quantize_dynamic, _ONLY_WITH_WEIGHTS)
+    return _converted(graph, quantize_dynamic, _ONLY_WITH_WEIGHTS, _PRODUCTS)
 
 
-def _converted(graph: onnx.ModelProto, convert: Callable[..., None], extra: dict[str, object]) -> onnx.ModelProto:
+def _converted(
+    graph: onnx.ModelProto, convert: Callable[..., None], extra: dict[str, object], types: list[str]
+) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         # Through a file, because given a graph in memory, static quantisation moves its weights to external data.
         source, written = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
@@ -53,7 +61,7 @@ def _converted(graph: onnx.ModelProto, convert: Callable[..., None], extra: dict
         convert(
             source,
             written,
-            op_types_to_quantize=_PRODUCTS,
+            op_types_to_quantize=types,
             nodes_to_exclude=_latents(graph),
             per_channel=True,
             weight_type=QuantType.QInt8,
@@ -72,8 +80,8 @@ def _latents(graph: onnx.ModelProto) -> list[str]:
 
 
 class _Batches(CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self, images: npt.NDArray[np.uint8]) -> None:
-        self._batches = iter(np.array_split(images, -(-len(images) // CALIBRATION_BATCH)))
+    def __init__(self, images: npt.NDArray[np.uint8], size: int) -> None:
+        self._batches = iter(np.array_split(images, -(-len(images) // size)))
 
     def get_next(self) -> dict[str, npt.NDArray[np.uint8]] | None:
         batch = next(self._batches, None)

@@ -24,6 +24,7 @@ from service.manifest import Accuracy, Attention, Precision, Preprocessing
 from training.augment import evaluation_batches
 from training.data import Dataset, Images, load_dataset, split_val
 from training.describe import count_macs
+from training.folder_recipe import dataset_name
 from training.models import Architecture, NormalizedModel, StrideViT, count_parameters
 from training.runs import git_commit, load_final
 from training.variants import parse_variant
@@ -86,7 +87,13 @@ class ExportSource(ABC):
     def batches(self, images: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of `images` as model input, uint8 (B,H,W,3), with their labels (B,)."""
         prepared = self.preprocessing
-        return evaluation_batches(images, resize=prepared.resize, crop=prepared.crop, batch_size=size)
+        return evaluation_batches(
+            images,
+            resize=prepared.resize,
+            crop=prepared.crop,
+            interpolation=prepared.interpolation,
+            batch_size=size,
+        )
 
     def _prepared(self, images: Images, rows: npt.NDArray[np.int64]) -> Pixels:
         batch, _ = next(iter(self.batches(images.take(rows), len(rows))))
@@ -124,8 +131,17 @@ class TorchSource(ExportSource):
 
 
 def finished_run(run: Path, data: str | Path | None) -> TorchSource:
-    """The model of a finished run and its data set. Raises RunError or DataError if either cannot be read."""
+    """The model of a finished run and its data set.
+
+    Raises RunError or DataError if either cannot be read, ExportError if their classes differ.
+    """
     classifier, card = load_final(run)
+    dataset = load_dataset(card.dataset, data, in_memory=False)
+    if dataset.classes != card.labels:
+        raise ExportError(
+            f"{run} was trained on other classes ({len(card.labels)}, from {card.labels[0]!r}) than this data has "
+            f"({len(dataset.classes)}, from {dataset.classes[0]!r}): name the data of {card.dataset} with --data"
+        )
     return TorchSource(
         family=card.dataset,
         **known_facts(card.architecture, classifier),
@@ -134,7 +150,7 @@ def finished_run(run: Path, data: str | Path | None) -> TorchSource:
         weights_sha256=card.weights_sha256,
         accuracy=Accuracy.model_validate(card.accuracy.model_dump()) if card.accuracy else None,
         git_commit=card.git_commit,
-        dataset=load_dataset(card.dataset, data, in_memory=False),
+        dataset=dataset,
         classifier=classifier,
     )
 
@@ -191,7 +207,7 @@ def with_data(source: Source, data: str | None, class_names: tuple[str, ...] = (
     """
     if data is None:
         return source
-    dataset = load_dataset(source.family, data, in_memory=False)
+    dataset = load_dataset(dataset_name(data), data, in_memory=False)
     if dataset.classes not in (source.labels, class_names):
         wrong = next(
             (pair for pair in zip(dataset.classes, source.labels, strict=False) if pair[0] != pair[1]),

@@ -51,7 +51,7 @@ def timm_source(
         facts |= known_facts(model.spec, NormalizedModel(model, mean=prepared.mean, std=prepared.std))
     source = TorchSource(
         family=family or (slug(name) if labels else IMAGENET),
-        **facts | {"model": slug(name), "architecture": name},
+        **facts | {"model": slug(name), "architecture": name.partition(".")[0]},
         preprocessing=Preprocessing.model_validate(prepared.model_dump()),
         labels=names,
         weights_sha256=hashlib.sha256(save(state)).hexdigest(),

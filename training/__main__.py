@@ -59,6 +59,7 @@ app = typer.Typer(
 console = Console(stderr=True)
 
 DATA_VARIABLE = "STRIDEVIT_DATA"
+MAX_EPOCHS = 100_000
 RecipeOption = Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")]
 AnyRecipeOption = Annotated[
     str, typer.Option(help=f"`folder`, with settings from the data, or one of: {', '.join(RECIPES)}.")
@@ -88,7 +89,13 @@ WeightsOption = Annotated[
     ),
 ]
 EpochsOption = Annotated[
-    float | None, typer.Option(min=0, help="Instead of the recipe's; 0.5 is half an epoch.", show_default=False)
+    float | None,
+    typer.Option(
+        min=0,
+        max=MAX_EPOCHS,
+        help="Instead of the recipe's; 0.5 is half an epoch. The warm-up takes at most a tenth.",
+        show_default=False,
+    ),
 ]
 _ALL = ",".join(REGISTERED)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -147,7 +154,10 @@ def train(
             init=open_source(init, weights if init.startswith(TIMM) else None) if init else None,
             teacher=open_source(teacher, weights if teacher.startswith(TIMM) else None) if teacher else None,
         )
+        if weights and not any(name and name.startswith(TIMM) for name in (init, teacher)):
+            raise ValueError("--weights are those of timm:NAME, which neither --init nor --teacher names")
         resolved, dataset = _prepared(recipe, data, changes, origin.init)
+        resolved = _with_short_warmup(resolved, epochs, changes)
         if teacher and not (resolved.distill.logits or resolved.distill.blocks):
             resolved = overridden(resolved, ["distill.logits=0.5"])
         on = _execution(world, workers, checkpoint_steps)
@@ -165,9 +175,12 @@ def retrofit(
     variant: VariantOption,
     out: Annotated[Path, typer.Option(help="Folder of the run; its name becomes the model's.")],
     data: DataOption = None,
-    epochs: Annotated[float, typer.Option(min=0, help="0 only fits and evaluates; 0.5 is half an epoch.")] = 2.0,
+    epochs: Annotated[
+        float, typer.Option(min=0, max=MAX_EPOCHS, help="0 only fits and evaluates; 0.5 is half an epoch.")
+    ] = 2.0,
     recipe: Annotated[
-        str | None, typer.Option(help=f"One of: {', '.join(RECIPES)}. [default: the one the run was trained with]")
+        str | None,
+        typer.Option(help=f"`folder` or one of: {', '.join(RECIPES)}. [default: the run's; `folder` for timm:NAME]"),
     ] = None,
     weights: WeightsOption = None,
     overrides: OverridesOption = None,
@@ -192,7 +205,7 @@ def retrofit(
     """
     with _errors(out), join(choose_device(device)) as world:
         source = open_source(teacher, weights)
-        resolved = _retrofit_recipe(source, recipe, epochs, overrides)
+        resolved = _retrofit_recipe(source, recipe, epochs, overrides, data)
         dataset = _dataset(resolved, data, source)
         on = _execution(world, workers, checkpoint_steps)
         for note in dataset.notes:
@@ -237,9 +250,11 @@ def study(
         sources: dict[int, Source] = {}
         if teacher:
             sources = {seed: open_source(teacher.replace("{seed}", str(seed))) for seed in numbers}
-            resolved = _retrofit_recipe(sources[numbers[0]], recipe, 2.0 if epochs is None else epochs, overrides)
+            length = 2.0 if epochs is None else epochs
+            resolved = _retrofit_recipe(sources[numbers[0]], recipe, length, overrides, data)
         else:
-            resolved = load_recipe(recipe, [*_epochs(epochs), *(overrides or [])])
+            changes = [*_epochs(epochs), *(overrides or [])]
+            resolved = _with_short_warmup(load_recipe(recipe, changes), epochs, changes)
         dataset = _dataset(resolved, data, sources.get(numbers[0]))
         finished = run_study(
             resolved,
@@ -389,19 +404,33 @@ def _prepared(recipe: str, data: str | None, changes: list[str], source: Source 
         raise ValueError("the recipe `folder` needs --data DIR with a folder per class; --recipe digits needs no data")
     on_disk = load_dataset(folder_recipe.dataset_name(data), data, in_memory=False)
     like = source.architecture if source else None
-    resolved = folder_recipe.folder_recipe(on_disk, like, trained=source is not None)
+    preset = next((change.partition("=")[2] for change in changes if change.startswith("preset=")), None)
+    resolved = folder_recipe.folder_recipe(on_disk, like, preset=preset, trained=source is not None)
     if source:
-        resolved = adapted(resolved, source, ())
+        resolved = adapted(resolved, source, {"preset", "img_size"} if preset else ())
     resolved = overridden(resolved, changes)
     dataset = into_memory(on_disk) if resolved.augment.in_memory else on_disk
     return resolved, _normalised_like(dataset, source)
 
 
-def _retrofit_recipe(source: Source, recipe: str | None, epochs: float, overrides: list[str] | None) -> Recipe:
+def _with_short_warmup(recipe: Recipe, epochs: float | None, changes: list[str]) -> Recipe:
+    """`recipe` with a warm-up that `--epochs` leaves room for, unless the user has set one."""
+    schedule = recipe.schedule
+    if not epochs or schedule.warmup_steps is not None or "schedule.warmup_epochs" in _keys(changes):
+        return recipe
+    warmup = min(schedule.warmup_epochs, epochs / 10)
+    return recipe.model_copy(update={"schedule": schedule.model_copy(update={"warmup_epochs": warmup})})
+
+
+def _retrofit_recipe(
+    source: Source, recipe: str | None, epochs: float, overrides: list[str] | None, data: str | None
+) -> Recipe:
     """The recipe of a teacher, or the one called `recipe`, with the changes for a retrofit and those of the user."""
-    if recipe is None:
-        if source.name.startswith(TIMM):
-            raise ValueError(f"{source.name} has no recipe of ours: name one with --recipe, such as imagenet-s16")
+    if source.architecture is None:
+        raise ValueError(f"{source.name} holds weights only: a teacher is a run or timm:NAME, with --weights FILE")
+    if recipe == folder_recipe.NAME or (recipe is None and source.name.startswith(TIMM)):
+        trained, _ = _prepared(folder_recipe.NAME, data, [], source)
+    elif recipe is None:
         trained = Recipe.model_validate(runs.read_record(Path(source.name))["recipe"])
     else:
         trained = load_recipe(recipe)

@@ -56,14 +56,21 @@ def training_batches(
 
 
 def evaluation_batches(
-    images: Images, *, resize: int, crop: int, batch_size: int, world: World | None = None, workers: int = 0
+    images: Images,
+    *,
+    resize: int,
+    crop: int,
+    batch_size: int,
+    interpolation: str = "bicubic",
+    world: World | None = None,
+    workers: int = 0,
 ) -> Iterator[Batch]:
     """All samples, or this process's share of them, in order, resized and cropped at the centre."""
     rows = np.arange(world.rank, len(images), world.size) if world else np.arange(len(images))
     index = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     if isinstance(images, Split) and images.images.shape[1:3] == (crop, crop):
         return ((torch.from_numpy(images.images[i]), torch.from_numpy(images.labels[i])) for i in index)
-    fit = resize_and_crop(resize, crop)
+    fit = resize_and_crop(resize, crop, interpolation)
     return _load(_Samples(images, partial(_fitted, images, fit)), index, workers)
 
 

@@ -19,6 +19,8 @@ from training.folders import held_out, is_class_folder, read_folder
 from training.images import Fit, decode, unchanged
 from training.readers import EVALUATION, HUB, TRAIN, DataError, Reader, open_split
 
+DIGITS = "digits"
+"""scikit-learn's, which need no folder."""
 _SPLIT_SEED = 0
 """Splits do not follow the seed of a run, so that runs of any seed hold out the same images."""
 
@@ -110,19 +112,19 @@ def load_dataset(name: str, source: str | Path | None = None, *, in_memory: bool
 
     `digits` needs no source. In memory, mean and std are those of the train split; else 0.5 each. Raises DataError.
     """
-    if name == "digits":
+    if name == DIGITS:
         digits = _load_digits()
         return _with_statistics(Dataset(name=name, classes=tuple("0123456789"), train=digits[0], test=digits[1]))
     hint = _WHERE_TO_GET.get(name, _ANY_LAYOUT)
     if source is None:
         raise DataError(f"data set {name!r} needs --data DIR (or STRIDEVIT_DATA): {hint}")
     place = str(source)
-    if not place.startswith(HUB) and (Path(place) / name).is_dir():
+    if not place.startswith(HUB) and (Path(place) / name).is_dir() and not _is_class_folder(Path(place)):
         place = str(Path(place) / name)
     notes: list[str] = []
     train: Reader
     test: Reader
-    if not place.startswith(HUB) and is_class_folder(Path(place)):
+    if not place.startswith(HUB) and _is_class_folder(Path(place)):
         train, test, report = read_folder(Path(place), decode)
         notes = report.warnings()
     else:
@@ -137,6 +139,14 @@ def load_dataset(name: str, source: str | Path | None = None, *, in_memory: bool
         notes=tuple(notes),
     )
     return into_memory(dataset) if in_memory else dataset
+
+
+def _is_class_folder(folder: Path) -> bool:
+    """Whether `folder` holds classes and no splits. A class may be called `train`."""
+    has_splits = is_class_folder(folder / "train") or any(
+        next(folder.glob(f"{name}-*.{ending}"), None) for name in TRAIN for ending in ("parquet", "tar")
+    )
+    return not has_splits and is_class_folder(folder)
 
 
 def into_memory(dataset: Dataset) -> Dataset:

@@ -1,8 +1,8 @@
 """Learning from a teacher: its probabilities instead of labels, and the outputs of its blocks.
 
 The classification loss is (1-a)·CE(labels) + a·T²·KL(teacher/T ‖ student/T), with a = `distill.logits` and
-T = `distill.temperature` (Hinton, Vinyals, Dean: arXiv:1503.02531); to it comes b·(mean over blocks of
-|student − teacher|² ÷ variance of the teacher's output), with b = `distill.blocks` (FitNets, arXiv:1412.6550).
+T = `distill.temperature` (Hinton, Vinyals, Dean: arXiv:1503.02531). Added to it is b times the mean over blocks of
+|student − teacher|² ÷ the variance of the teacher's output, with b = `distill.blocks` (FitNets, arXiv:1412.6550).
 """
 
 from collections.abc import Callable

@@ -134,9 +134,14 @@ def evaluate(
     loss = torch.zeros((), dtype=torch.float64)
     predicted = torch.zeros(len(images), min(5, num_classes), dtype=torch.int64)
     own, done = predicted[world.rank :: world.size], 0
-    resize, crop = preprocessing.resize, preprocessing.crop
     for batch, labels in evaluation_batches(
-        images, resize=resize, crop=crop, batch_size=batch_size, world=world, workers=workers
+        images,
+        resize=preprocessing.resize,
+        crop=preprocessing.crop,
+        interpolation=preprocessing.interpolation,
+        batch_size=batch_size,
+        world=world,
+        workers=workers,
     ):
         logits = model(batch.to(world.device, non_blocking=True)).float().cpu()
         loss += F.cross_entropy(logits, labels, reduction="sum")

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from training.data import Dataset, Files, held_out_size
+from training.data import DIGITS, Dataset, Files, held_out_size
 from training.models import PRESETS, Architecture
 from training.readers import HUB, DataError
 from training.recipes import Augment, Optim, Recipe, Schedule
@@ -36,25 +36,33 @@ def dataset_name(source: str) -> str:
         if source.startswith(HUB)
         else Path(source).resolve().name
     )
-    return re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-") or "pictures"
+    name = re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-") or "pictures"
+    return f"my-{name}" if name == DIGITS else name
 
 
-def folder_recipe(dataset: Dataset, like: Architecture | None = None, *, trained: bool = False) -> Recipe:
-    """Settings for `dataset`, whose images are on disk, and for the architecture `like` if there is one.
+def folder_recipe(
+    dataset: Dataset, like: Architecture | None = None, *, preset: str | None = None, trained: bool = False
+) -> Recipe:
+    """Settings for `dataset`, whose images are on disk.
 
-    `trained` if the run begins with trained weights.
+    The size is that of the architecture `like`, else that of `preset`, else chosen by the pictures. `trained` if the
+    run begins with trained weights. Raises ValueError for an unknown preset.
     """
-    if not isinstance(dataset.train, Files):
+    if not isinstance(dataset.train, Files) or not isinstance(dataset.test, Files):
         raise TypeError("the images must be on disk")
-    sides_N2 = _sizes(dataset.train)
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    sides_N2 = np.concatenate([_sizes(dataset.train), _sizes(dataset.test)])
     side = int(np.median(sides_N2.min(axis=1)))
     held = held_out_size(dataset.train)
     fit = len(dataset.train) - held
-    preset = "vit-xs" if side < SMALL else "vit-ti16"
-    patch = PRESETS[preset].patch_size
-    img_size = max(patch, min(SMALL if side < SMALL else PRESETS[preset].img_size, side // patch * patch))
-    if like is not None:
-        preset, img_size = like.preset, like.image_shape[0]
+    preset = preset or (like.preset if like else "") or ("vit-xs" if side < SMALL else "vit-ti16")
+    known = PRESETS.get(preset, PRESETS["vit-ti16"])
+    patch, largest = known.patch_size, known.img_size
+    # Pictures that give fewer than 4 × 4 patches are enlarged.
+    img_size = min(max(largest, SMALL - patch), side // patch * patch) if side >= 4 * patch else largest
+    if like is not None and preset == like.preset:
+        img_size = like.image_shape[0]
     in_memory = img_size < SMALL and bool((sides_N2 == img_size).all())
     batch = min(128, 2 ** max(0, (fit // 4).bit_length() - 1))
     epochs = int(np.clip(_PICTURES_SEEN // max(1, fit), _FEWEST_EPOCHS, _MOST_EPOCHS))

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from training.readers import DataError
+from training.readers import EVALUATION, TRAIN, DataError
 
 PICTURES = (*IMG_EXTENSIONS, ".gif", ".avif", ".jp2")
 """Endings of pictures; others are left out."""
@@ -45,7 +45,7 @@ class FolderReport:
             "files that are no pictures": self.strays,
             "classes without a picture": self.empty,
         }
-        return [f"left out {len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+        return [f"left out {kind} ({len(names)}): {_listed(names)}" for kind, names in kinds.items() if names]
 
 
 @dataclass(kw_only=True)
@@ -82,7 +82,7 @@ def read_folder(folder: Path, decode: Decode) -> tuple[FolderReader, FolderReade
     empty: list[str] = []
     strays = [str(file) for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
     for sub in _folders(folder):
-        found = sorted(file for file in sub.rglob("*") if file.is_file() and not file.name.startswith("."))
+        found = sorted(file for file in sub.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(sub)))
         pictures = [file for file in found if _is_picture(file)]
         strays += [str(file) for file in found if not _is_picture(file)]
         if not pictures:
@@ -99,8 +99,12 @@ def read_folder(folder: Path, decode: Decode) -> tuple[FolderReader, FolderReade
         )
     good = [row for row in range(len(files)) if row not in broken]
     label_N = np.asarray(labels, dtype=np.int64)[good]
+    if set(classes) <= {*TRAIN, *EVALUATION}:
+        raise DataError(
+            f"{folder} holds pictures right in {' and '.join(classes)}: put those of each class into a folder"
+        )
     if len(classes) < 2:
-        raise DataError(f"{folder} holds pictures of {len(classes)} classes: put those of each class into a folder")
+        raise DataError(f"{folder} holds pictures of fewer than two classes: put those of each class into a folder")
     counts = np.bincount(label_N, minlength=len(classes))
     few = int(counts.argmin())
     if counts[few] < FEWEST:
@@ -149,6 +153,10 @@ def _broken(files: Sequence[Path], decode: Decode) -> dict[int, str]:
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(sub for sub in folder.iterdir() if sub.is_dir() and not sub.name.startswith("."))
+
+
+def _is_hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
 
 
 def _is_picture(file: Path) -> bool:

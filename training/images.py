@@ -20,9 +20,9 @@ def unchanged(image: Image.Image) -> Image.Image:
     return image
 
 
-def resize_and_crop(resize: int, crop: int) -> Fit:
-    """Resize the shorter side to `resize` pixels (bicubic), then take the central `crop` × `crop`."""
-    fit: Fit = Compose([Resize(resize, InterpolationMode.BICUBIC), CenterCrop(crop)])
+def resize_and_crop(resize: int, crop: int, interpolation: str = "bicubic") -> Fit:
+    """Resize the shorter side to `resize` pixels, then take the central `crop` × `crop`."""
+    fit: Fit = Compose([Resize(resize, InterpolationMode(interpolation)), CenterCrop(crop)])
     return fit
 
 

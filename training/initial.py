@@ -8,7 +8,6 @@ Nothing is unpickled: a file in another format than safetensors is refused.
 """
 
 import hashlib
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from timm.data import resolve_model_data_config
-from timm.layers import Attention, resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from training.models import PRESETS, Architecture, NormalizedModel, Preset, StrideViT
+from training.models import PRESETS, Architecture, NormalizedModel, Preset, StrideViT, resized_positions
 from training.recipes import Recipe
 from training.runs import Preprocessing, load_final
 
@@ -106,7 +105,9 @@ def timm_model(name: str, weights: Path | None = None, *, pretrained: bool = Tru
     """
     state = read_weights(weights) if weights is not None else None
     known: dict[str, Any] = {}
-    if state is not None and (head := state.get("head.weight", state.get("classifier.weight"))) is not None:
+    if name.startswith("local-dir:"):
+        raise SourceError(f"timm:{name} would read a folder by itself: name its file with --weights FILE.safetensors")
+    if state is not None and (head := _head(name, state)) is not None:
         known["num_classes"] = len(head)
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained and state is None, **known)
@@ -121,7 +122,8 @@ def timm_model(name: str, weights: Path | None = None, *, pretrained: bool = Tru
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
-            raise SourceError(f"{weights} does not fit timm:{name} ({_first_line(error)})") from error
+            reason = " ".join(str(error).split())[:200]
+            raise SourceError(f"{weights} does not fit timm:{name} ({reason})") from error
     return model.eval()
 
 
@@ -132,9 +134,11 @@ def timm_preprocessing(model: nn.Module) -> Preprocessing:
     if height != width:
         raise SourceError(f"the model takes images of {width} × {height}, but only square ones are prepared")
     if config["interpolation"] not in ("bicubic", "bilinear"):
-        raise SourceError(f"the model wants images resized by {config['interpolation']}: only bicubic and bilinear are")
-    if config.get("crop_mode", "center") not in ("center", "squash") or len(config["mean"]) != 3:
-        raise SourceError(f"the model's preprocessing {config} is none that we have")
+        raise SourceError(f"the model wants images resized by {config['interpolation']}, not bicubic or bilinear")
+    if (mode := config.get("crop_mode", "center")) != "center":
+        raise SourceError(f"the model wants the crop mode {mode!r}, but the service takes the centre of an image")
+    if len(config["mean"]) != 3:
+        raise SourceError(f"the model takes {len(config['mean'])} channels, not 3")
     # timm floors the size before the crop, as transforms_imagenet_eval does.
     return Preprocessing(
         resize=int(height / config["crop_pct"]),
@@ -204,24 +208,29 @@ def adapted(recipe: Recipe, source: Source, given: Collection[str]) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def take(model: StrideViT, source: Source) -> Taken:
+def take(model: StrideViT, source: Source, labels: tuple[str, ...] = ()) -> Taken:
     """Copy every weight of equal name and shape into `model`, and by rule what differs in size alone.
 
     Learned positions are resized to the model's grid; a class token's position goes with the class token; the norm
-    before the head is the same weight under two names, before or after pooling; a head for other classes is made anew.
+    before the head is the same weight under two names, before or after pooling; a head for other classes, by number or
+    by `labels`, is made anew.
     Raises SourceError if no block takes anything.
     """
     own, given = model.state_dict(), dict(source.weights)
     norm, other = ("norm", "fc_norm") if model.spec.class_tokens else ("fc_norm", "norm")
     renamed = {f"{other}.{part}": f"{norm}.{part}" for part in ("weight", "bias")}
     given = {renamed.get(name, name): tensor for name, tensor in given.items()}
+    other_classes = bool(labels and source.labels and labels != source.labels)
     chosen: dict[str, Tensor] = {}
     fitted = []
     for name, tensor in own.items():
-        if name not in given:
+        if name not in given or (other_classes and name.startswith("head.")):
             continue
         if name == "pos_embed" and given[name].shape != tensor.shape:
-            chosen[name] = _resized_positions(given, model.spec)
+            try:
+                chosen[name] = resized_positions(given[name], model.spec, class_token="cls_token" in given)
+            except ValueError as error:
+                raise SourceError(f"{source.name}: {error}: models with more tokens are not supported") from error
             fitted.append(name)
         elif given[name].shape == tensor.shape:
             chosen[name] = given[name]
@@ -238,18 +247,6 @@ def take(model: StrideViT, source: Source) -> Taken:
     )
 
 
-def _resized_positions(given: Mapping[str, Tensor], spec: Architecture) -> Tensor:
-    """Learned positions (1,N,D) for the grid of `spec`, with a first row for its class token."""
-    positions_1ND = given["pos_embed"]
-    others = positions_1ND.shape[1] - 1
-    first = int("cls_token" in given and math.isqrt(others) ** 2 == others)
-    patches: Tensor = resample_abs_pos_embed(positions_1ND[:, first:], list(spec.grid), num_prefix_tokens=0)
-    if not spec.class_tokens:
-        return patches
-    class_row = positions_1ND[:, :1] if first else torch.zeros_like(patches[:, :1])
-    return torch.cat([class_row, patches], dim=1)
-
-
 def as_stridevit(model: nn.Module, name: str) -> StrideViT:
     """A timm model as one of ours, with equal outputs. Raises SourceError if it is no plain Vision Transformer."""
     ours = StrideViT(as_architecture(model, name))
@@ -257,7 +254,10 @@ def as_stridevit(model: nn.Module, name: str) -> StrideViT:
     if "cls_token" in state and state["pos_embed"].shape[1] == ours.spec.tokens - 1:
         # timm's no_embed_class: the class token has no position.
         state["pos_embed"] = torch.nn.functional.pad(state["pos_embed"], (0, 0, 1, 0))
-    ours.load_state_dict(state)
+    try:
+        ours.load_state_dict(state)
+    except RuntimeError as error:
+        raise SourceError(f"timm:{name} has other weights than a Vision Transformer of ours") from error
     return ours.eval()
 
 
@@ -279,6 +279,8 @@ def _foreign_parts(model: nn.Module) -> str:
     if type(model) is not VisionTransformer:
         return f"the class {type(model).__name__}"
     block: Any = model.blocks[0]
+    if type(block) is not Block:
+        return f"blocks of the class {type(block).__name__}"
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     pools = {"token": True, "avg": False}
     own_modules = {
@@ -304,9 +306,10 @@ def _foreign_parts(model: nn.Module) -> str:
         "normalised queries and keys": type(block.attn) is not Attention
         or not isinstance(block.attn.q_norm, nn.Identity),
         "queries without bias": type(block.attn) is Attention and block.attn.qkv.bias is None,
-        "an MLP with another activation than GELU": type(getattr(block.mlp, "act", None)) is not nn.GELU
-        or block.mlp.act.approximate != "none",
+        "an MLP with another activation than GELU": getattr(getattr(block.mlp, "act", None), "approximate", None)
+        != "none",
         "norms with another epsilon": any(norm.eps != _EPSILON for norm in norms),
+        "the last norm at another place": isinstance(model.fc_norm, nn.Identity) is not model.has_class_token,
         "no linear head": not isinstance(model.head, nn.Linear),
         "patches that are not square": len(set(model.patch_embed.patch_size)) != 1,
         "other modules": any(name not in own_modules for name, _ in model.named_children()),
@@ -331,6 +334,14 @@ def _rank(sizes: Mapping[str, Any], width: int) -> int:
 
 def _digest(state: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(save({name: state[name].contiguous() for name in sorted(state)})).hexdigest()
+
+
+def _head(name: str, state: Mapping[str, Tensor]) -> Tensor | None:
+    """The weight of the classifier, under the name that timm knows for this model."""
+    config = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    names = config.classifier if config else None
+    first = names if isinstance(names, str) else names[0] if names else "head"
+    return state.get(f"{first}.weight")
 
 
 def _timm_failure(name: str, error: Exception) -> str:

@@ -154,6 +154,9 @@ def _decisive(identity: dict[str, Any]) -> dict[str, Any]:
     for name in ("compile", "deterministic"):
         del compared["recipe"][name]
     del compared["recipe"]["schedule"]["accumulate"]
+    for name in ("init", "teacher"):
+        if name in compared:
+            compared[name] = compared[name]["sha256"]
     return compared
 
 
@@ -176,19 +179,26 @@ class _Run:
         self.spec = architecture_of(recipe, variant, dataset, origin)
         self.fit, self.val = split_val(dataset.train, recipe.val_images)
         self._check_sizes()
+        self._check_origin()
         if not (recipe.schedule.epochs or origin.init):
             raise TrainingError("no epochs and no --init: there is nothing to train or evaluate")
         self.steps_per_epoch = len(self.fit) // recipe.schedule.batch_size
         self.total_steps = total_steps(recipe.schedule.epochs, self.steps_per_epoch)
         crop = self.spec.image_shape[0]
         self.preprocessing = runs.Preprocessing(
-            resize=round(crop / recipe.crop_pct), crop=crop, mean=dataset.mean, std=dataset.std
+            resize=round(crop / recipe.crop_pct),
+            crop=crop,
+            interpolation=origin.init.preprocessing.interpolation
+            if origin.init and origin.init.preprocessing
+            else "bicubic",
+            mean=dataset.mean,
+            std=dataset.std,
         )
         self.model = StrideViT(self.spec, seed=recipe.seed, drop_path_rate=recipe.drop_path)
-        classifier = NormalizedModel(self.model, mean=dataset.mean, std=dataset.std).to(self.world.device)
         if begin and origin.init:
             for line in self._begin(origin.init).lines():
                 on.say(line)
+        classifier = NormalizedModel(self.model, mean=dataset.mean, std=dataset.std).to(self.world.device)
         teacher = Teacher(origin.teacher.classifier(), recipe.distill, self.model) if origin.teacher else None
         self.stepper = Stepper(
             classifier,
@@ -208,12 +218,23 @@ class _Run:
         self.commit = runs.git_commit()
         self.identity = run_identity(recipe, variant, dataset, origin)
 
+    def _check_origin(self) -> None:
+        distill = self.recipe.distill
+        if (distill.logits or distill.blocks) and not self.origin.teacher:
+            raise TrainingError("distill.logits and distill.blocks have no effect without a --teacher: name one")
+        must_agree = [self.origin.teacher, self.origin.init if self.recipe.fit else None]
+        for source in filter(None, must_agree):
+            if source.labels and source.labels != self.dataset.classes:
+                raise TrainingError(
+                    f"{source.name} knows other classes ({len(source.labels)}, from {source.labels[0]!r}) than the "
+                    f"data has ({len(self.dataset.classes)}, from {self.dataset.classes[0]!r})"
+                )
+
     def _begin(self, source: Source) -> Taken:
         """The first weights, from `source`: as they are, or fitted to compressed attention."""
         if self.recipe.fit is None:
-            return take(self.model, source)
-        classifier = source.classifier().to(self.world.device)
-        return retrofit(self.model, source, classifier, self.recipe.fit, self.fit, self.preprocessing)
+            return take(self.model, source, self.dataset.classes)
+        return retrofit(self.model, source, source.classifier(), self.recipe.fit, self.fit, self.preprocessing)
 
     def _check_sizes(self) -> None:
         recipe, spec, batch = self.recipe, self.spec, self.recipe.schedule.batch_size

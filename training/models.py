@@ -4,6 +4,7 @@ Importing this module registers every preset with timm, as MHA and with each com
 `timm.create_model("stridevit_s16_csra_r2", img_size=384)`; `timm.list_models("stridevit_*")` lists them.
 """
 
+import math
 from functools import partial
 from itertools import product
 from typing import Any, Literal, NamedTuple
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, field_validator, model_validator
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.layers import build_sincos2d_pos_embed, to_2tuple
+from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_jax
 from torch import Tensor, nn
@@ -199,6 +200,22 @@ class StrideViT(VisionTransformer):
                 if isinstance(weight := getattr(self, name), nn.Parameter):
                     torch.manual_seed(seeding.name_seed(f"{seed}/{name}"))
                     nn.init.trunc_normal_(weight, std=0.02 if name == "pos_embed" else 1e-6)
+
+
+def resized_positions(positions_1ND: Tensor, spec: Architecture, *, class_token: bool) -> Tensor:
+    """Learned positions (1,N,D) for the grid of `spec`, with a first row for its class token.
+
+    `class_token`: whether the given ones are of a model with one. Raises ValueError if they are of no square grid.
+    """
+    count = positions_1ND.shape[1]
+    first = int(class_token and math.isqrt(count - 1) ** 2 == count - 1)
+    if math.isqrt(count - first) ** 2 != count - first:
+        raise ValueError(f"{count} learned positions are of no square grid")
+    patches: Tensor = resample_abs_pos_embed(positions_1ND[:, first:], list(spec.grid), num_prefix_tokens=0)
+    if not spec.class_tokens:
+        return patches
+    class_row = positions_1ND[:, :1] if first else torch.zeros_like(patches[:, :1])
+    return torch.cat([class_row, patches], dim=1)
 
 
 class NormalizedModel(nn.Module):

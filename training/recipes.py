@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -33,7 +33,7 @@ class Optim(Record):
 class Schedule(Record):
     """Linear warm-up, then a half cosine to `min_lr`, both by optimiser step."""
 
-    epochs: NonNegativeInt | NonNegativeFloat
+    epochs: NonNegativeInt | Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """May end within an epoch: 0.5 is half of one. 0 evaluates the first weights."""
     batch_size: PositiveInt = 128
     """Images per optimiser step, over all processes and micro-batches."""

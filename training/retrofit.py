@@ -2,16 +2,17 @@
 
 Per block, from the teacher's inputs X to attention on some train images (docs/retrofit.md has the derivation):
 
-    queries, output projection, everything outside attention: the teacher's weights as they are
-    Wc   the r-1 directions of X that carry most of [X·Wk, X·Wv], by singular values, each scaled to variance 1
+    queries, everything outside attention: the teacher's weights as they are
+    Wc   the r-2 directions of X that carry most of [X·Wk, X·Wv], by singular values, each scaled to variance 1
     conv / gate: the mean of a window (C-SRA: or its centre), the mean of a block (L-SRA)
     Wk', Wv'  least squares from LayerNorm(reduce(X·Wc)) to the keys and values pooled over the same window
+    Wo'  least squares from the student's weighted values to what the teacher's attention adds
 
 LayerNorm subtracts the mean over the r channels and divides by their deviation. So the directions are spread over the
 channels by an orthonormal matrix whose columns sum to zero, which leaves the mean at zero; and a constant part keeps
 the deviation from depending much on the token.
 
-Shape suffixes are those of training/attention.py; k = r-1 directions.
+Shape suffixes are those of training/attention.py; k counts directions. All of it is computed on the CPU.
 """
 
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def retrofit(
 ) -> Taken:
     """Give `student` the weights of `source`, and fit its attention to that of `teacher` on train images.
 
-    Raises SourceError if the two differ in more than attention, or if the rank is less than 3.
+    Raises SourceError if the two differ in more than attention, or if the rank leaves no direction.
     """
     _check_equal_outside_attention(student, source)
     taken = take(student, source)
@@ -120,7 +121,7 @@ def _batched(layer: Callable[[Tensor], Tensor], x_BND: Tensor) -> Tensor:
 
 
 def _fit_latent(student: CompressedAttention, weight_D2D: Tensor, x_BND: Tensor, fit: Fit) -> None:
-    """Wc and its bias: r-1 whitened directions, and a constant part that is orthogonal to them and of mean zero."""
+    """Wc and its bias: r-2 whitened directions, and a constant part that is orthogonal to them and of mean zero."""
     D, r = weight_D2D.shape[0], student.rank
     constant = fit.constant > 0
     directions = min(D, r - 1 - constant)
@@ -206,10 +207,16 @@ def _tokens(teacher: NormalizedModel, images: Images, fit: Fit, preprocessing: P
     hook = teacher.model.blocks[0].register_forward_pre_hook(  # type: ignore[index,union-attr]
         lambda _, inputs: seen.append(inputs[0])
     )
-    resize, crop = preprocessing.resize, preprocessing.crop
+    batches = evaluation_batches(
+        images.take(rows),
+        resize=preprocessing.resize,
+        crop=preprocessing.crop,
+        interpolation=preprocessing.interpolation,
+        batch_size=_BATCH,
+    )
     try:
-        for batch, _ in evaluation_batches(images.take(rows), resize=resize, crop=crop, batch_size=_BATCH):
-            teacher(batch.to(teacher.mean.device))
+        for batch, _ in batches:
+            teacher(batch)
     finally:
         hook.remove()
     return torch.cat(seen)

@@ -26,7 +26,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationEr
 from safetensors.torch import load_file, save
 from torch import nn
 
-from training.models import Architecture, NormalizedModel, Record, StrideViT
+from training.models import Architecture, NormalizedModel, Record, StrideViT, resized_positions
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.csv"
@@ -172,7 +172,11 @@ def load_final(folder: Path, *, img_size: int | None = None) -> tuple[Normalized
     if img_size is not None:
         card = _at_size(card, img_size)
     model = StrideViT(card.architecture)
-    model.load_state_dict(load_file(weights))
+    state = load_file(weights)
+    if img_size is not None and "pos_embed" in state:
+        class_token = card.architecture.class_tokens > 0
+        state["pos_embed"] = resized_positions(state["pos_embed"], card.architecture, class_token=class_token)
+    model.load_state_dict(state)
     classifier = NormalizedModel(model, mean=card.preprocessing.mean, std=card.preprocessing.std)
     return classifier.eval(), card
 

@@ -69,10 +69,12 @@ def _run(*arguments: str) -> None:
     """Run one command of ours, and end with its exit code if it fails."""
     console.print(f"[bold]$ stridevit {' '.join(arguments)}[/]", highlight=False, soft_wrap=True)
     environment = {key: value for key, value in os.environ.items() if key != "STRIDEVIT_DATA"}
-    try:
-        code = subprocess.run([sys.executable, "-m", "stridevit", *arguments], env=environment, check=False).returncode  # noqa: S603
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    with subprocess.Popen([sys.executable, "-m", "stridevit", *arguments], env=environment) as step:  # noqa: S603
+        try:
+            code = step.wait()
+        except KeyboardInterrupt:
+            # The terminal has interrupted the step too: let it save its work.
+            code = step.wait() or 130
     if code:
         raise typer.Exit(code)
 

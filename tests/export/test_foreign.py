@@ -213,6 +213,41 @@ def test_data_proves_the_export_measures_accuracy_and_calibrates_int8(tmp_path: 
     assert quantised.accuracy is not None
 
 
+def test_int8_of_a_graph_that_takes_no_batches_is_calibrated_image_by_image(tmp_path: Path) -> None:
+    data = pictures(tmp_path / "photos")
+    onnx.save(classifier(shape=(1, 3, SIZE, SIZE), reshape_to=(1, 8)), tmp_path / "net.onnx")
+    command = arguments(tmp_path / "net.onnx", "--data", str(data), "--precision", "int8", "--accept-accuracy-loss")
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "batches of at most 1" in result.stdout.replace("\n", " ")
+    manifest = read_bundle(tmp_path / "models" / "mine-net-int8" / "1").manifest
+    assert manifest.max_batch == 1
+    assert manifest.op_types["DequantizeLinear"] >= 4, "convolution and product"
+
+
+def test_a_file_of_another_name_is_the_next_version_but_another_graph_is_not(tmp_path: Path) -> None:
+    exported(classifier(), tmp_path)
+    onnx.save(classifier(), tmp_path / "renamed.onnx")
+    again = CliRunner().invoke(app, arguments(tmp_path / "renamed.onnx", "--name", "net"))
+    assert again.exit_code == 0, again.output
+    larger = classifier()
+    larger.graph.initializer.append(numpy_helper.from_array(weight(3), "more"))
+    onnx.save(larger, tmp_path / "net.onnx")
+    other = CliRunner().invoke(app, arguments(tmp_path / "net.onnx"))
+    assert other.exit_code == 1
+    assert "choose another name for this one with --name" in other.stderr
+    for name in ("Big Net", "../../evil"):
+        refused = CliRunner().invoke(app, arguments(tmp_path / "net.onnx", "--name", name))
+        assert "cannot be a name" in refused.stderr
+
+
+def test_a_graph_for_several_images_only_is_refused(tmp_path: Path) -> None:
+    onnx.save(classifier(shape=(4, 3, SIZE, SIZE), reshape_to=(4, 8)), tmp_path / "net.onnx")
+    result = CliRunner().invoke(app, arguments(tmp_path / "net.onnx"))
+    assert result.exit_code == 1
+    assert "takes 4 images at a time only" in result.stderr
+
+
 def changed_input(name: str) -> Callable[[onnx.GraphProto], None]:
     def change(graph: onnx.GraphProto) -> None:
         graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]))
@@ -283,6 +318,12 @@ def test_over_two_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> None
     with (tmp_path / "net.data").open("r+b") as stream:
         stream.truncate(3 * 2**30)
     assert read_foreign(tmp_path / "net.onnx", img_size=None).num_classes == CLASSES, "only what is used counts"
+    saved = onnx.load(tmp_path / "net.onnx", load_external_data=False)
+    lengths = [entry for tensor in saved.graph.initializer for entry in tensor.external_data if entry.key == "length"]
+    lengths[0].value = str(3 * 2**30)
+    onnx.save(saved, tmp_path / "net.onnx")
+    with pytest.raises(ExportError, match=r"has 3\.2 GB with its weights"):
+        read_foreign(tmp_path / "net.onnx", img_size=None)
 
 
 def external(model: onnx.ModelProto, file: Path, location: str) -> None:

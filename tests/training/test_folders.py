@@ -52,17 +52,18 @@ def test_what_is_left_out_is_named_and_counted(tmp_path: Path) -> None:
     (folder / "empty").mkdir()
     (folder / "notes.txt").write_text("hello")
     (folder / "cat" / "Thumbs.db").write_text("x")
-    (folder / "cat" / ".hidden").write_text("x")
+    (folder / "cat" / ".thumbs").mkdir()
+    (folder / "cat" / ".thumbs" / "small.png").write_bytes((folder / "cat" / "000.png").read_bytes())
     (folder / "dog" / "000.png").write_bytes((folder / "dog" / "001.png").read_bytes()[:60])
     (folder / "dog" / "nothing.jpg").write_bytes(b"")
     dataset = load_dataset("mine", folder, in_memory=False)
     broken, strays, empty = dataset.notes
-    assert "left out 2 pictures that cannot be decoded" in broken
+    assert "left out pictures that cannot be decoded (2)" in broken
     assert "000.png" in broken
     assert "nothing.jpg" in broken
-    assert "left out 2 files that are no pictures" in strays
+    assert "left out files that are no pictures (2)" in strays
     assert "notes.txt" in strays
-    assert "left out 1 classes without a picture: empty" in empty
+    assert "left out classes without a picture (1): empty" in empty
     assert dataset.classes == ("cat", "dog")
     assert len(dataset.train) + len(dataset.test) == 23
 
@@ -70,7 +71,7 @@ def test_what_is_left_out_is_named_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("counts", "broken", "message"),
     [
-        ({"cat": 12}, 0, "holds pictures of 1 classes"),
+        ({"cat": 12}, 0, "holds pictures of fewer than two classes"),
         ({"cat": 12, "dog": 2}, 0, r"class 'dog' .* has 2 usable pictures, but needs 3"),
         ({"cat": 12, "dog": 12}, 4, r"4 of 24 pictures .* cannot be decoded: .* and 1 more: fetch them again"),
     ],
@@ -88,6 +89,33 @@ def test_a_folder_that_cannot_be_used_stops_with_the_reason(
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "vehicles", {"bus": 5, "train": 5})
     assert load_dataset("vehicles", folder).classes == ("bus", "train")
+
+
+def test_splits_are_not_taken_for_classes(tmp_path: Path) -> None:
+    counts = {"cat": 4, "dog": 4}
+    folder = tmp_path / "split"
+    pictures(folder / "train", counts)
+    pictures(folder / "val", counts)
+    pictures(folder, {"train": 1})  # a stray picture beside the classes
+    assert load_dataset("split", folder).classes == ("cat", "dog")
+    with pytest.raises(DataError, match="holds pictures right in train and val"):
+        load_dataset("flat", pictures(tmp_path / "flat", {"train": 5, "val": 5}))
+
+
+def test_a_class_may_be_called_as_its_folder_and_a_folder_as_a_data_set(tmp_path: Path) -> None:
+    assert load_dataset("cat", pictures(tmp_path / "cat", {"cat": 5, "dog": 5})).classes == ("cat", "dog")
+    digits = pictures(tmp_path / "digits", {"one": 5, "two": 5})
+    assert load_dataset(dataset_name(str(digits)), digits).classes == ("one", "two")
+
+
+def test_a_preset_decides_the_size(tmp_path: Path) -> None:
+    small = load_dataset("mine", pictures(tmp_path / "small", {"cat": 5, "dog": 5}), in_memory=False)
+    recipe = folder_recipe(small, preset="vit-ti16")
+    assert (recipe.preset, recipe.img_size, recipe.augment.in_memory) == ("vit-ti16", 224, False)
+    photos = load_dataset("mine", pictures(tmp_path / "p", {"a": 5, "b": 5}, size=(300, 200)), in_memory=False)
+    assert folder_recipe(photos, preset="vit-xs").img_size == 60
+    with pytest.raises(ValueError, match="unknown preset"):
+        folder_recipe(small, preset="vit-xl")
 
 
 def test_small_pictures_of_one_size_are_trained_in_memory(tmp_path: Path) -> None:
@@ -131,7 +159,7 @@ def test_one_command_trains_and_the_same_data_evaluates(tmp_path: Path, monkeypa
     command = ["train", "--data", "Photos", "--variant", "csra-r2", "--epochs", "12", "--device", "cpu"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.stderr
-    assert "left out 1 files that are no pictures" in result.stderr
+    assert "left out files that are no pictures (1)" in result.stderr
     _, card = load_final(Path("runs/photos-csra-r2"))
     assert (card.dataset, card.labels, card.recipe) == ("photos", ("blue", "green", "red"), "folder")
     assert card.accuracy is not None

@@ -11,7 +11,16 @@ from torch import nn
 from typer.testing import CliRunner
 
 from training.__main__ import app
-from training.initial import SourceError, adapted, as_architecture, as_stridevit, open_source, take, timm_preprocessing
+from training.initial import (
+    SourceError,
+    adapted,
+    as_architecture,
+    as_stridevit,
+    open_source,
+    take,
+    timm_model,
+    timm_preprocessing,
+)
 from training.models import Architecture, StrideViT, architecture
 from training.recipes import DIGITS
 
@@ -76,6 +85,8 @@ def test_a_plain_vision_transformer_of_timms_becomes_one_of_ours(options: dict[s
         ("vit_tiny_patch16_224", {"act_layer": "relu"}, "another activation"),
         ("vit_tiny_patch16_224", {"norm_layer": nn.LayerNorm}, "another epsilon"),
         ("vit_tiny_patch16_224", {"num_classes": 0}, "no linear head"),
+        ("vit_tiny_patch16_224", {"fc_norm": True}, "the last norm at another place"),
+        ("vit_small_patch16_18x2_224", {}, "blocks of the class ParallelThingsBlock"),
     ],
 )
 def test_another_model_is_refused_by_what_it_has(name: str, options: dict[str, Any], reason: str) -> None:
@@ -131,6 +142,58 @@ def test_other_files_and_names_are_refused_with_the_fix(tmp_path: Path) -> None:
     other = saved(nn.Linear(2, 2), tmp_path / "other.safetensors")
     with pytest.raises(SourceError, match="does not fit timm:vit_tiny_patch16_224"):
         open_source("timm:vit_tiny_patch16_224", other)
+
+
+def test_the_head_of_any_timm_model_tells_its_classes(tmp_path: Path) -> None:
+    model = timm.create_model("resnet18", pretrained=False, num_classes=7)
+    assert timm_model("resnet18", saved(model, tmp_path / "resnet.safetensors")).num_classes == 7
+    with pytest.raises(SourceError, match="would read a folder by itself"):
+        timm_model("local-dir:somewhere")
+
+
+def test_the_head_is_made_anew_for_other_labels(digits_run: Path) -> None:
+    source = open_source(str(digits_run))
+    assert source.architecture is not None
+    other = take(StrideViT(source.architecture), source, tuple("abcdefghij"))
+    assert set(other.made) == {"head.weight", "head.bias"}
+    assert take(StrideViT(source.architecture), source, source.labels).made == ()
+
+
+def test_positions_of_a_distilled_model_are_refused(tmp_path: Path) -> None:
+    model = timm.create_model("deit_tiny_distilled_patch16_224", pretrained=False, img_size=64)
+    source = open_source(str(saved(model, tmp_path / "deit.safetensors")))
+    spec = architecture("vit-ti16", "mha", num_classes=10, img_size=64, positions="learned", pool="token")
+    with pytest.raises(SourceError, match="18 learned positions are of no square grid"):
+        take(StrideViT(spec), source)
+
+
+def test_a_run_with_learned_positions_is_evaluated_at_another_size(tmp_path: Path) -> None:
+    out = tmp_path / "learned"
+    command = ["train", "--recipe", "digits", "--variant", "csra-r2", "--epochs", "0.1", "--set", "positions=learned"]
+    result = CliRunner().invoke(app, [*command, "--set", "pool=token", "--device", "cpu", "--out", str(out)])
+    assert result.exit_code == 0, result.stderr
+    evaluated = CliRunner().invoke(app, ["evaluate", str(out), "--img-size", "48"])
+    assert evaluated.exit_code == 0, evaluated.stderr
+
+
+def test_a_path_to_the_same_weights_continues_a_run(digits_run: Path, tmp_path: Path) -> None:
+    command = ["train", "--recipe", "digits", "--variant", "csra-r2", "--epochs", "0", "--out", str(tmp_path / "x")]
+    assert CliRunner().invoke(app, [*command, "--init", str(digits_run)]).exit_code == 0
+    (tmp_path / "same").symlink_to(digits_run)
+    again = CliRunner().invoke(app, [*command, "--init", str(tmp_path / "same"), "--resume"])
+    assert again.exit_code == 0, again.stderr
+
+
+def test_settings_without_effect_are_errors(tmp_path: Path) -> None:
+    command = ["train", "--recipe", "digits", "--variant", "mha", "--out", str(tmp_path / "x")]
+    for more, message in (
+        (["--set", "distill.logits=0.5"], "no effect without a --teacher"),
+        (["--weights", "x.safetensors"], "--weights are those of timm:NAME"),
+        (["--epochs", "inf"], "--epochs"),
+    ):
+        result = CliRunner().invoke(app, [*command, *more])
+        assert result.exit_code != 0
+        assert message in result.stderr
 
 
 def test_a_recipe_takes_over_sizes_and_crop_unless_told_otherwise(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """Compressed attention fitted to trained multi-head attention."""
 
+import contextlib
 import csv
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.layers import Attention
 from torch import nn
 from typer.testing import CliRunner
@@ -150,7 +153,21 @@ def test_everything_outside_attention_is_the_teachers(teacher_run: Path) -> None
         torch.testing.assert_close(state[name], source.weights[name])
 
 
-def test_a_retrofit_trains_resumes_and_is_recorded(teacher_run: Path, tmp_path: Path) -> None:
+class StopAfter:
+    """A request to stop that arrives after so many steps have asked."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    @property
+    def signum(self) -> int:
+        self._left -= 1
+        return 0 if self._left > 0 else signal.SIGTERM
+
+
+def test_a_retrofit_trains_resumes_and_is_recorded(
+    teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "csra"
     command = ["retrofit", "--teacher", str(teacher_run), "--variant", "csra-r2", "--out", str(out), "--device", "cpu"]
     result = CliRunner().invoke(app, [*command, "--epochs", "0.5", "--set", "fit.images=64"])
@@ -168,6 +185,17 @@ def test_a_retrofit_trains_resumes_and_is_recorded(teacher_run: Path, tmp_path: 
     assert [int(row["step"]) for row in rows] == [round(steps)]
     card = load_final(out)[1]
     assert (card.architecture.variant, card.epochs, card.recipe) == ("csra-r2", 0.5, "digits-retrofit")
+    # Stopped after 10 of 22 steps, and resumed: the same weights.
+    half = tmp_path / "half"
+    where = [str(half) if word == str(out) else word for word in command]
+    options = ["--epochs", "0.5", "--set", "fit.images=64"]
+    with monkeypatch.context() as patched:
+        patched.setattr("training.loop.stop_requests", lambda: contextlib.nullcontext(StopAfter(10)))
+        stopped = CliRunner().invoke(app, [*where, *options])
+    assert stopped.exit_code == 128 + signal.SIGTERM, stopped.stderr
+    resumed = CliRunner().invoke(app, [*where, *options, "--resume"])
+    assert "at step 10 of 22" in resumed.stderr
+    assert load_final(half)[1].weights_sha256 == card.weights_sha256
     again = CliRunner().invoke(app, [*command, "--epochs", "0.5", "--set", "fit.images=64", "--resume"])
     assert again.exit_code == 0, again.stderr
     assert load_final(out)[1].weights_sha256 == card.weights_sha256
@@ -225,6 +253,18 @@ def test_what_cannot_be_retrofitted_is_refused(digits_run: Path, teacher_run: Pa
     source = open_source(str(teacher_run))
     with pytest.raises(SourceError, match="differs from the student in embed_dim, depth, num_heads"):
         retrofit(wide, source, source.classifier(), Fit(), digits.train, card.preprocessing)
+
+
+def test_a_teacher_of_other_classes_is_refused(teacher_run: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    for name in "abcdefghij":
+        (photos / name).mkdir(parents=True)
+        for row in range(4):
+            Image.new("RGB", (32, 32), (row, ord(name), 0)).save(photos / name / f"{row}.png")
+    command = ["retrofit", "--teacher", str(teacher_run), "--variant", "csra-r2", "--recipe", "folder"]
+    result = CliRunner().invoke(app, [*command, "--data", str(photos), "--out", str(tmp_path / "x")])
+    assert result.exit_code == 1
+    assert "knows other classes (10, from '0') than the data has (10, from 'a')" in result.stderr.replace("\n", " ")
 
 
 def test_the_recipe_of_a_retrofit_is_its_teachers_with_distillation() -> None:
