@@ -67,7 +67,11 @@ def _converted(
             weight_type=QuantType.QInt8,
             extra_options=extra,
         )
-        return plain(onnx.load(written))
+        converted = onnx.load(written)
+    # Quantisation infers shapes, also those of a batch that a foreign graph has written into it.
+    for value, declared in zip(converted.graph.output, graph.graph.output, strict=True):
+        value.CopyFrom(declared)
+    return plain(converted)
 
 
 def _latents(graph: onnx.ModelProto) -> list[str]:

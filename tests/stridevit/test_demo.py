@@ -27,8 +27,23 @@ def test_a_step_that_fails_ends_the_demo(tmp_path: Path) -> None:
     assert "stridevit export" not in result.stderr
 
 
+def test_finished_runs_and_models_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "Photos").mkdir()
+    for variant in ("mha", "csra-r2"):
+        final = tmp_path / "demo" / "runs" / f"photos-{variant}" / "final"
+        final.mkdir(parents=True)
+        (final / "model.json").touch()
+        (tmp_path / "demo" / "models" / f"photos-{variant}").mkdir(parents=True)
+    options = ["--data", str(tmp_path / "Photos"), "--out", str(tmp_path / "demo"), "--variants", "mha,csra-r2"]
+    result = subprocess.run([*DEMO, *options], capture_output=True, text=True, check=False)
+    assert "$ stridevit compare" in result.stderr
+    assert "stridevit train" not in result.stderr
+    assert "stridevit export" not in result.stderr
+    assert result.returncode != 0, "there are no models in these folders"
+
+
 @pytest.mark.slow
-def test_the_whole_way_on_own_pictures_and_again_without_training(tmp_path: Path) -> None:
+def test_the_whole_way_on_own_pictures(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     for number, name in enumerate(("red", "green", "blue")):
         (tmp_path / "Photos" / name).mkdir(parents=True)
@@ -37,14 +52,9 @@ def test_the_whole_way_on_own_pictures_and_again_without_training(tmp_path: Path
             pixels[..., number] += 150
             Image.fromarray(pixels).save(tmp_path / "Photos" / name / f"{row}.png")
     options = ["--data", str(tmp_path / "Photos"), "--out", str(tmp_path / "demo"), "--variants", "mha,csra-r2"]
-    first = subprocess.run([*DEMO, *options, "--epochs", "8"], capture_output=True, text=True, check=False)
-    assert first.returncode == 0, first.stderr
+    result = subprocess.run([*DEMO, *options, "--epochs", "8"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / "demo" / "report.html").is_file()
     manifest = read_bundle(tmp_path / "demo" / "models" / "photos-csra-r2" / "1").manifest
     assert manifest.accuracy is not None
     assert manifest.accuracy.n == 3
-    (tmp_path / "demo" / "runs" / "photos-mha" / "last.pt").unlink()
-    second = subprocess.run([*DEMO, *options], capture_output=True, text=True, check=False)
-    assert second.returncode == 0, second.stderr
-    assert "stridevit train" not in second.stderr
-    assert "stridevit export" not in second.stderr
