@@ -187,7 +187,7 @@ class Taken:
     def lines(self) -> list[str]:
         """What to tell the user."""
         parts = {"taken": self.taken, "fitted": self.fitted, "made anew": self.made, "left": self.left}
-        return [f"{len(names)} weights {part}: {_listed(names)}" for part, names in parts.items() if names]
+        return [f"weights {part} ({len(names)}): {_listed(names)}" for part, names in parts.items() if names]
 
 
 def adapted(recipe: Recipe, source: Source, given: Collection[str]) -> Recipe:
