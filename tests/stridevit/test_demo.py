@@ -43,6 +43,7 @@ def test_finished_runs_and_models_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # its load test alone takes minutes
 def test_the_whole_way_on_own_pictures(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     for number, name in enumerate(("red", "green", "blue")):
