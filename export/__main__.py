@@ -20,7 +20,7 @@ from export import profile_report
 from export.descriptions import card, difference, kernel_table, listing, summary
 from export.foreign import Meaning, onnx_source
 from export.graph import OPSET, OPSETS, ExportError
-from export.names import read_labels
+from export.labels import read_labels
 from export.preprocessing import Interpolation, chosen_preprocessing
 from export.probe import Runtime
 from export.profile import (

@@ -23,12 +23,12 @@ from onnx import TensorProto, compose, helper, inliner, numpy_helper, version_co
 from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model, uses_external_data
 
 from export.graph import OPSETS, ExportError, plain
-from export.names import slug
 from export.sources import ExportSource, with_data
 from service.engine import INPUT, OUTPUTS, Engine
 from service.errors import EngineError
 from service.host import available_cores
 from service.manifest import Precision, Preprocessing
+from training.folder_recipe import slug
 
 Meaning = Literal["auto", "logits", "probabilities"]
 """What the output of a classifier is; `auto` looks at its values."""
@@ -451,7 +451,7 @@ def onnx_source(
     original = original_predictor(path, foreign, prepared.mean, prepared.std)
     source = OnnxSource(
         family=family,
-        model=slug(path.stem),
+        model=slug(path.stem, otherwise="model"),
         architecture=path.stem,
         params=foreign.params,
         preprocessing=prepared,

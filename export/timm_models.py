@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from export.graph import ExportError
-from export.names import slug
 from export.sources import ExportSource, TorchSource, known_facts, with_data
 from service.manifest import Preprocessing
+from training.folder_recipe import slug
 from training.initial import SourceError, as_stridevit, timm_model, timm_preprocessing
 from training.models import NormalizedModel, count_parameters
 from training.runs import git_commit
@@ -50,8 +50,8 @@ def timm_source(
         model = as_stridevit(model, name)
         facts |= known_facts(model.spec, NormalizedModel(model, mean=prepared.mean, std=prepared.std))
     source = TorchSource(
-        family=family or (slug(name) if labels else IMAGENET),
-        **facts | {"model": slug(name), "architecture": name.partition(".")[0]},
+        family=family or (slug(name, otherwise="model") if labels else IMAGENET),
+        **facts | {"model": slug(name, otherwise="model"), "architecture": name.partition(".")[0]},
         preprocessing=Preprocessing.model_validate(prepared.model_dump()),
         labels=names,
         weights_sha256=hashlib.sha256(save(state)).hexdigest(),

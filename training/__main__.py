@@ -79,6 +79,10 @@ OverridesOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe: optim.lr=5e-4. May be repeated."),
 ]
+ResumeOption = Annotated[bool, typer.Option(help="Continue a stopped run from its last checkpoint.")]
+TestOption = Annotated[
+    bool, typer.Option(help="Evaluate on the test split at the end; `--no-test` for runs that decide something.")
+]
 CheckpointOption = Annotated[int, typer.Option("--checkpoint-steps", min=1, help="Steps between checkpoints.")]
 WorkersOption = Annotated[int | None, typer.Option(min=0, help="Processes that decode images. [default: one per core]")]
 DeviceOption = Annotated[str, typer.Option(help="auto (a GPU if torch finds one), cpu, cuda, or a GPU such as cuda:1.")]
@@ -126,10 +130,8 @@ def train(
     ] = None,
     weights: WeightsOption = None,
     overrides: OverridesOption = None,
-    resume: Annotated[bool, typer.Option(help="Continue a stopped run from its last checkpoint.")] = False,
-    test: Annotated[
-        bool, typer.Option(help="Evaluate on the test split at the end; `--no-test` for runs that decide something.")
-    ] = True,
+    resume: ResumeOption = False,
+    test: TestOption = True,
     checkpoint_steps: CheckpointOption = 500,
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
@@ -161,8 +163,7 @@ def train(
         if teacher and not (resolved.distill.logits or resolved.distill.blocks):
             resolved = overridden(resolved, ["distill.logits=0.5"])
         on = _execution(world, workers, checkpoint_steps)
-        for note in dataset.notes:
-            on.say(f"[yellow]warning:[/] {escape(note)}")
+        _warn(on, dataset)
         train_run(resolved, variant, dataset, folder, on, origin=origin, resume=resume, test=test)
 
 
@@ -184,10 +185,8 @@ def retrofit(
     ] = None,
     weights: WeightsOption = None,
     overrides: OverridesOption = None,
-    resume: Annotated[bool, typer.Option(help="Continue a stopped run from its last checkpoint.")] = False,
-    test: Annotated[
-        bool, typer.Option(help="Evaluate on the test split at the end; `--no-test` for runs that decide something.")
-    ] = True,
+    resume: ResumeOption = False,
+    test: TestOption = True,
     checkpoint_steps: CheckpointOption = 500,
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
@@ -208,8 +207,7 @@ def retrofit(
         resolved = _retrofit_recipe(source, recipe, epochs, overrides, data)
         dataset = _dataset(resolved, data, source)
         on = _execution(world, workers, checkpoint_steps)
-        for note in dataset.notes:
-            on.say(f"[yellow]warning:[/] {escape(note)}")
+        _warn(on, dataset)
         origin = _retrofit_origin(resolved, source)
         train_run(resolved, variant, dataset, out, on, origin=origin, resume=resume, test=test)
 
@@ -472,6 +470,11 @@ def _keys(overrides: list[str] | None) -> set[str]:
 def _execution(world: World, workers: int | None, checkpoint_steps: int) -> Execution:
     workers = default_workers() if workers is None else workers
     return Execution(world=world, workers=workers, checkpoint_steps=checkpoint_steps, console=console)
+
+
+def _warn(on: Execution, dataset: Dataset) -> None:
+    for note in dataset.notes:
+        on.say(f"[yellow]warning:[/] {escape(note)}")
 
 
 @contextlib.contextmanager

@@ -36,8 +36,13 @@ def dataset_name(source: str) -> str:
         if source.startswith(HUB)
         else Path(source).resolve().name
     )
-    name = re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-") or "pictures"
+    name = slug(last, otherwise="pictures")
     return f"my-{name}" if name == DIGITS else name
+
+
+def slug(text: str, *, otherwise: str) -> str:
+    """`text` in lower case, with a hyphen for everything that a name cannot hold; `otherwise` if nothing is left."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or otherwise
 
 
 def folder_recipe(

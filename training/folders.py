@@ -30,10 +30,8 @@ Decode = Callable[[bytes], Image.Image]
 
 @dataclass(frozen=True, kw_only=True)
 class FolderReport:
-    """What a folder holds, and what was left out of it, by name."""
+    """What was left out of a folder, by name."""
 
-    pictures: int
-    classes: int
     broken: tuple[str, ...] = ()
     strays: tuple[str, ...] = ()
     empty: tuple[str, ...] = ()
@@ -113,8 +111,6 @@ def read_folder(folder: Path, decode: Decode) -> tuple[FolderReader, FolderReade
             "train, to hold out and to test: add some, or remove its folder"
         )
     report = FolderReport(
-        pictures=len(good),
-        classes=len(classes),
         broken=tuple(broken.values()),
         strays=tuple(strays),
         empty=tuple(empty),

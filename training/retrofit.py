@@ -71,10 +71,10 @@ def _fit_blocks(student: StrideViT, teacher: nn.Module, h_BND: Tensor, fit: Fit)
     blocks: Any = zip(student.blocks, teacher.blocks, strict=True)  # type: ignore[arg-type]
     for number, (own, other) in enumerate(blocks):
         if isinstance(own.attn, CompressedAttention):
-            fit_attention(own.attn, other.attn, _batched(own.norm1, own_BND), _batched(other.norm1, h_BND), fit)
+            own_input_BND, input_BND = _batched(own.norm1, own_BND), _batched(other.norm1, h_BND)
+            fit_attention(own.attn, other.attn, own_input_BND, input_BND, fit)
             if fit.output:
-                after_BND = h_BND + _batched(lambda h: other.attn(other.norm1(h)), h_BND)  # noqa: B023
-                _fit_output(own.attn, _batched(own.norm1, own_BND), after_BND - own_BND)
+                _fit_output(own.attn, own_input_BND, h_BND + _batched(other.attn, input_BND) - own_BND)
             fitted += [f"blocks.{number}.attn.{name}" for name in own.attn.state_dict()]
         own_BND, h_BND = _batched(own, own_BND), _batched(other, h_BND)
     student.train(was_training)

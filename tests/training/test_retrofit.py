@@ -100,16 +100,6 @@ def test_keys_and_values_are_the_teachers_pooled_over_each_window(variant: str, 
     assert (fitted - wanted).square().mean() < 0.02 * wanted.var()
 
 
-def trained_mha(depth_of: str = "vit-xs") -> StrideViT:
-    """A model whose blocks all matter; on noise, but so is its data here."""
-    model = StrideViT(architecture(depth_of, "mha", num_classes=10), seed=1)
-    generator = torch.Generator().manual_seed(0)
-    for name, weight in model.named_parameters():
-        if "qkv" in name or name.startswith("head"):
-            nn.init.normal_(weight, std=0.1, generator=generator)
-    return model
-
-
 @pytest.fixture(scope="module")
 def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An `mha` model trained on digits for two epochs."""

@@ -1,14 +1,8 @@
-"""Names of families and models, from what users have: file names, folders, timm's names."""
+"""Names of classes, from a file."""
 
-import re
 from pathlib import Path
 
 from export.graph import ExportError
-
-
-def slug(text: str) -> str:
-    """`text` in lower case, with a hyphen for everything that a name cannot hold; `model` if nothing is left."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "model"
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
