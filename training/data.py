@@ -119,8 +119,9 @@ def load_dataset(name: str, source: str | Path | None = None, *, in_memory: bool
     if source is None:
         raise DataError(f"data set {name!r} needs --data DIR (or STRIDEVIT_DATA): {hint}")
     place = str(source)
-    if not place.startswith(HUB) and (Path(place) / name).is_dir() and not _is_class_folder(Path(place)):
-        place = str(Path(place) / name)
+    own = Path(place) / name
+    if not place.startswith(HUB) and own.is_dir() and (_has_splits(own) or not _is_class_folder(Path(place))):
+        place = str(own)
     notes: list[str] = []
     train: Reader
     test: Reader
@@ -143,10 +144,13 @@ def load_dataset(name: str, source: str | Path | None = None, *, in_memory: bool
 
 def _is_class_folder(folder: Path) -> bool:
     """Whether `folder` holds classes and no splits. A class may be called `train`."""
-    has_splits = is_class_folder(folder / "train") or any(
+    return not _has_splits(folder) and is_class_folder(folder)
+
+
+def _has_splits(folder: Path) -> bool:
+    return is_class_folder(folder / "train") or any(
         next(folder.glob(f"{name}-*.{ending}"), None) for name in TRAIN for ending in ("parquet", "tar")
     )
-    return not has_splits and is_class_folder(folder)
 
 
 def into_memory(dataset: Dataset) -> Dataset:

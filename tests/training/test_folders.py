@@ -102,8 +102,12 @@ def test_splits_are_not_taken_for_classes(tmp_path: Path) -> None:
         load_dataset("flat", pictures(tmp_path / "flat", {"train": 5, "val": 5}))
 
 
-def test_a_class_may_be_called_as_its_folder_and_a_folder_as_a_data_set(tmp_path: Path) -> None:
+def test_a_folder_with_splits_is_the_data_set_and_other_names_do_not_matter(tmp_path: Path) -> None:
     assert load_dataset("cat", pictures(tmp_path / "cat", {"cat": 5, "dog": 5})).classes == ("cat", "dog")
+    beside = pictures(tmp_path / "data", {"odd": 5, "photos": 5})
+    pictures(beside / "pets" / "train", {"bird": 4, "fish": 4})
+    pictures(beside / "pets" / "val", {"bird": 1, "fish": 1})
+    assert load_dataset("pets", beside).classes == ("bird", "fish")
     digits = pictures(tmp_path / "digits", {"one": 5, "two": 5})
     assert load_dataset(dataset_name(str(digits)), digits).classes == ("one", "two")
 
