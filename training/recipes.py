@@ -48,7 +48,10 @@ class Schedule(Record):
 
 
 class Augment(Record):
-    """Augmentation of a training image, a pure function of (seed, epoch, sample index); mixup of (seed, step)."""
+    """Augmentation of a training image, a pure function of (seed, epoch, sample index).
+
+    Mixup and CutMix depend on (seed, step); with both, each step draws one of them.
+    """
 
     crop_padding: NonNegativeInt = 0
     """Pixels of zero padding on each side before a random crop back to the image size; data in memory only."""
@@ -60,6 +63,8 @@ class Augment(Record):
     """RandAugment by timm's name, such as rand-m10-n2-p1.0: two operations of magnitude 10, always applied."""
     mixup_alpha: NonNegativeFloat = 0.0
     """Mix each image of a batch with its neighbour by one weight per step, from Beta(alpha, alpha); 0 turns it off."""
+    cutmix_alpha: NonNegativeFloat = 0.0
+    """Paste one box of its neighbour into each image of a batch, with a share of area from Beta(alpha, alpha)."""
 
     @model_validator(mode="after")
     def _possible(self) -> "Augment":

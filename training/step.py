@@ -14,7 +14,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.transforms.v2 import MixUp
+from torchvision.transforms.v2 import CutMix, MixUp
 
 from training import seeding
 from training.attention import CompressedAttention
@@ -78,9 +78,9 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
         decay = recipe.optim.ema_decay
         self.average = ModelEmaV3(classifier, decay=decay, use_warmup=True) if decay else None
-        self.mixup = (
-            MixUp(alpha=recipe.augment.mixup_alpha, num_classes=num_classes) if recipe.augment.mixup_alpha else None
-        )
+        augment = recipe.augment
+        mixers: dict[type[MixUp | CutMix], float] = {MixUp: augment.mixup_alpha, CutMix: augment.cutmix_alpha}
+        self.mixers = [mix(alpha=alpha, num_classes=num_classes) for mix, alpha in mixers.items() if alpha]
         self.distributed: DistributedDataParallel | None = None
         forward: nn.Module = classifier
         if world.size > 1:
@@ -140,13 +140,13 @@ class Stepper:
         return mean_loss, wants_stop > 0
 
     def _loss(self, batch: Batch, step: int, part: int) -> torch.Tensor:
-        """Mean loss of a micro-batch. Mixup and drop-path draw from torch's global generator, seeded by the step."""
+        """Mean loss of a micro-batch. Mixing and drop-path draw from torch's global generator, seeded by the step."""
         key = self.recipe.seed, step
         images = batch[0].to(self.world.device, non_blocking=True)
         targets = batch[1].to(self.world.device, non_blocking=True)
-        if self.mixup:
+        if self.mixers:
             torch.manual_seed(seeding.step_seed(*key))  # one weight for all micro-batches of all processes
-            images, targets = self.mixup(images.float(), targets)
+            images, targets = self.mixed(images, targets)
         torch.manual_seed(seeding.step_seed(*key, part, self.world.rank))
         precision = self.recipe.precision
         with torch.autocast(self.world.device.type, dtype=_AUTOCAST[precision], enabled=precision != "fp32"):
@@ -154,6 +154,12 @@ class Stepper:
             taught = self.teacher(images) if self.teacher else None
         loss = F.cross_entropy(made[0].float(), targets, label_smoothing=self.recipe.label_smoothing)
         return self.teacher.loss(made, taught, loss) if self.teacher and taught else loss
+
+    def mixed(self, images_BHWC: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each image mixed with its neighbour in the batch, in float32, and probabilities (B,C) for labels (B,)."""
+        mix = self.mixers[int(torch.randint(len(self.mixers), ()))]
+        images_BCHW, targets = mix(images_BHWC.float().permute(0, 3, 1, 2), labels)
+        return images_BCHW.permute(0, 2, 3, 1), targets
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs to take the same next step."""

@@ -39,6 +39,7 @@ EVERYTHING = [
     "drop_path=0.1",
     "augment.crop_padding=1",
     "augment.mixup_alpha=0.2",
+    "augment.cutmix_alpha=1",
 ]
 """Everything that has a state or draws random numbers: 8 steps per epoch, 24 in all."""
 

@@ -41,7 +41,7 @@ def test_only_matrices_have_weight_decay() -> None:
     assert {parameter.ndim for group in groups if not group["weight_decay"] for parameter in group["params"]} == {1}
 
 
-@pytest.mark.parametrize("override", ["drop_path=0.3", "augment.mixup_alpha=0.4"])
+@pytest.mark.parametrize("override", ["drop_path=0.3", "augment.mixup_alpha=0.4", "augment.cutmix_alpha=1"])
 def test_random_numbers_of_a_step_depend_on_its_number(override: str) -> None:
     losses = []
     for number, disturb in ((3, 0), (3, 7), (4, 0)):
@@ -54,14 +54,37 @@ def test_random_numbers_of_a_step_depend_on_its_number(override: str) -> None:
 
 def test_mixup_mixes_images_and_labels_alike() -> None:
     step = stepper("augment.mixup_alpha=1.0")
-    assert step.mixup
     images, labels = batch()
     torch.manual_seed(1)
-    mixed, targets = step.mixup(images.float(), labels)
+    mixed, targets = step.mixed(images, labels)
     weight = float(targets[0, 0])
     assert 0.01 < weight < 0.99
     torch.testing.assert_close(mixed[0], weight * images[0].float() + (1 - weight) * images[-1].float())
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(8))
+
+
+def test_cutmix_pastes_a_box_whose_share_is_that_of_the_label() -> None:
+    step = stepper("augment.cutmix_alpha=1.0")
+    images, labels = batch()
+    torch.manual_seed(1)
+    mixed, targets = step.mixed(images, labels)
+    pasted_HW = (mixed[0] == images[-1]).all(dim=-1)
+    assert 0.01 < pasted_HW.float().mean() < 0.99
+    assert torch.equal(mixed[0][~pasted_HW], images[0].float()[~pasted_HW])
+    rows, columns = (pasted_HW.any(dim=side) for side in (1, 0))
+    assert rows.sum() * columns.sum() == pasted_HW.sum()
+    torch.testing.assert_close(targets[0, 7], pasted_HW.float().mean())
+
+
+def test_with_both_each_step_mixes_in_one_of_the_two_ways() -> None:
+    step = stepper("augment.mixup_alpha=1.0", "augment.cutmix_alpha=1.0")
+    images, labels = batch()
+    whole = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        mixed, _ = step.mixed(images, labels)
+        whole.append(bool(((mixed == images) | (mixed == images.roll(1, 0))).all()))
+    assert {True, False} == set(whole)
 
 
 def test_moving_average_follows_the_decay() -> None:
