@@ -151,7 +151,6 @@ def test_a_plan_is_not_counted_and_takes_no_place(client: TestClient, pipeline: 
         own = (
             'route="/v1/families',
             'route="/metrics"',
-            "_created",
             "_peak_memory",
             "_lag_",
             "_megapixel_",

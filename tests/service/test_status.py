@@ -108,7 +108,7 @@ def test_after_real_traffic_it_says_what_metrics_says(client: TestClient) -> Non
     assert status.choices == {"identity": summed(scraped, "choices_total", "model")}
     for model in status.models:
         # Everything has happened since the start, which is the window of the first status.
-        assert model.images_per_s == pytest.approx(model.images / status.window_s, abs=0.01)
+        assert model.images_per_s == pytest.approx(model.images / status.window_s, rel=0.01)
         for percent, given in ((50, model.p50_ms), (95, model.p95_ms), (99, model.p99_ms)):
             if model.images:
                 assert given == pytest.approx(1000 * quantile(scraped, model.name, percent / 100), abs=0.001)
