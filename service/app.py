@@ -20,7 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from service.errors import NotReady
 from service.gauges import Gauges
 from service.host import available_cores
-from service.http import docs, openapi, page, problems, v1, v2
+from service.http import docs, hf, openapi, page, problems, v1, v2
 from service.http.auth import KeyGate, offered
 from service.http.fast_path import FastPath
 from service.http.observe import Observe
@@ -97,7 +97,7 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
     openapi.install(app, keys_needed=keys_needed)
     v2_routers = [v2.probes(pipeline), v2.router(pipeline, version=release), v2.repository(pipeline)]
     docs_page = docs.DocsPage(app.title)
-    routers = [page.router(), docs_page.router(), v1.router(pipeline), *v2_routers]
+    routers = [page.router(), docs_page.router(), v1.router(pipeline), *v2_routers, hf.router(pipeline)]
     for router in routers:
         app.include_router(router)
 

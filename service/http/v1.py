@@ -41,7 +41,7 @@ def router(pipeline: Pipeline) -> APIRouter:
             images = sent.images
             if not sent.options:
                 return Inputs(images=images)
-            options = _joined(options, sent.options)
+            options = exchange.joined(options, sent.options)
             return Inputs(images=images, options=exchange.with_headers(request, options))
 
         try:
@@ -149,16 +149,6 @@ _parsed_cached = lru_cache(maxsize=1000)(_parsed)
 def _least_bytes(request: Request) -> int:
     """The least number of bytes of images in a body: base64 makes them a third more."""
     return 3 * (exchange.content_length(request) or 0) // 4
-
-
-def _joined(query: ClassifyQuery, sent: dict[str, Any]) -> ClassifyQuery:
-    """What the query and the body ask for together. Raises errors.InvalidParameter where they contradict each other."""
-    body = exchange.validated(ClassifyQuery, sent)
-    for name in query.model_fields_set & body.model_fields_set:
-        one, other = getattr(query, name), getattr(body, name)
-        if one != other:
-            raise errors.InvalidParameter(f"{name} is {one!r} in the query and {other!r} in the body: give it once")
-    return exchange.validated(ClassifyQuery, {**query.model_dump(exclude_unset=True), **sent})
 
 
 def _explained(error: errors.RequestError, image: bytes) -> errors.RequestError:
