@@ -1,6 +1,7 @@
 """The command `stridevit classify`, against a real service and a stub."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -12,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from loadtests.experiment.server import free_port
 from stridevit.classify.many import Window
@@ -27,9 +27,9 @@ COUNT = 60
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real service that takes few images at once."""
+    """A real service that takes few images at once, and some time for each."""
     folder = tmp_path_factory.mktemp("models")
-    publish_identity(folder)
+    publish_identity(folder, work=400)
     environment = {
         "STRIDEVIT_MAX_PENDING_IMAGES": "4",
         "STRIDEVIT_MAX_IMAGES_PER_REQUEST": "1",
@@ -59,7 +59,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def run(*words: str | Path, **more: Any) -> Result:
+def run(*words: str | float | Path, **more: Any) -> Result:
     return CliRunner().invoke(app, ["classify", *map(str, words)], prog_name="stridevit", **more)
 
 
@@ -92,7 +92,16 @@ def test_json_has_one_object_a_line_also_for_an_error(url: str, tmp_path: Path) 
     assert ended.exit_code == 1
 
 
-def test_a_folder_becomes_a_table_although_the_service_refuses_some(url: str, photos: Path, tmp_path: Path) -> None:
+def test_a_folder_becomes_a_table_although_the_service_refuses_some(
+    url: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, resize = list[float](), Window._resize
+
+    def watched(self: Window, size: float) -> None:
+        resize(self, size)
+        sizes.append(self.places.total_tokens)
+
+    monkeypatch.setattr(Window, "_resize", watched)
     out = tmp_path / "results.csv"
     ended = run(photos, "--url", url, "--out", out, "--top-k", 2, "--at-once", 200)
     assert ended.exit_code == 1  # two are broken
@@ -109,6 +118,7 @@ def test_a_folder_becomes_a_table_although_the_service_refuses_some(url: str, ph
     refused = re.search(r'^stridevit_rejections_total{reason="images"} (\S+)', get(f"{url}/metrics").text, re.MULTILINE)
     assert refused
     assert float(refused[1]) > 0
+    assert any(later < earlier for earlier, later in itertools.pairwise(sizes))
 
 
 def test_a_second_run_sends_only_what_has_no_row(url: str, photos: Path, tmp_path: Path, stub: Stub) -> None:
@@ -216,7 +226,8 @@ def test_ctrl_c_keeps_what_is_there(stub: Stub, photos: Path, tmp_path: Path) ->
     stub.replies = [*[Reply(body=CLASSIFICATION)] * 5, problem(429, "overloaded", retry_after_ms=20_000)]
     words = ("-m", "stridevit", "classify", str(photos), "--url", stub.url, "--out", str(out))
     with interruptible(sys.executable, *words) as process:
-        wait_until(lambda: len(stub.asked) >= 7, process)
+        # Rows are in the file while the run goes on.
+        wait_until(lambda: len(stub.asked) >= 7 and len(rows(out)) == 5, process)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, len(rows(out))) == (130, 5)

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,16 @@ def result(
     async def slept_async(seconds: float) -> None:
         slept(seconds)
 
-    if issubclass(kind, Client):
-        with kind(url, **options, **({} if pauses is None else {"sleep": slept})) as client:
-            return call(client)
-
     async def main() -> Any:
-        async with kind(url, **options, **({} if pauses is None else {"sleep": slept_async})) as client:
+        async with AsyncClient(url, **options) as client:
             return await call(client)
 
-    return anyio.run(main)
+    if kind is AsyncClient:
+        options |= {"sleep": slept_async} if pauses is not None else {}
+        return anyio.run(main)
+    options |= {"sleep": slept} if pauses is not None else {}
+    with Client(url, **options) as client:
+        return call(client)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,10 @@ def stub() -> Iterator[Stub]:
         yield server
 
 
+def classified(client: Any, *, image: Any) -> Any:
+    return client.classify(image, top_k=3)
+
+
 @both
 def test_every_kind_of_image_is_answered(kind: Kind, url: str, tmp_path: Path) -> None:
     file = tmp_path / "a.png"
@@ -88,7 +94,7 @@ def test_every_kind_of_image_is_answered(kind: Kind, url: str, tmp_path: Path) -
     opened = Image.open(file)
     opened.load()
     for image in (file, str(file), IMAGE, bytearray(IMAGE), io.BytesIO(IMAGE), opened, opened.convert("RGBA")):
-        answer = result(kind, url, lambda client, image=image: client.classify(image, top_k=3), timeout=PATIENT)
+        answer = result(kind, url, partial(classified, image=image), timeout=PATIENT)
         assert [best.label for best in answer.predictions] == [LABELS[0], LABELS[2], LABELS[1]]
     assert (answer.model, answer.choice) == ("identity-a", None)
 
@@ -211,8 +217,8 @@ def test_a_deadline_that_passes_in_a_pause_ends_the_call_without_another_request
     def oversleep(_: float) -> None:
         clock.now += 5
 
-    with Client(stub.url, clock=clock, sleep=oversleep) as client, pytest.raises(DeadlineExceeded):
-        client.classify(IMAGE, deadline_ms=1000)
+    with Client(stub.url, timeout=1, clock=clock, sleep=oversleep) as client, pytest.raises(DeadlineExceeded):
+        client.models()
     assert len(stub.asked) == 1
 
 
