@@ -168,10 +168,11 @@ class ModelAnswer(_Answer):
 
 
 class Agreement(_Answer):
-    """How many of the models that answered have the most accurate one's best class."""
+    """Whether other models have the best class of `model`, the most accurate one that answered."""
 
-    model: str | None = None
+    model: str
     of: int
+    """The other models that answered, and have the same labels."""
     agree: int
 
 
@@ -181,7 +182,7 @@ class Comparison(_Answer):
     pictures: tuple[Picture, ...]
     answers: tuple[ModelAnswer, ...]
     agreement: Agreement | None = None
-    request_id: str | None = None
+    request_id: str
 
     @classmethod
     def of(cls, events: list[dict[str, Any]]) -> "Comparison":

@@ -19,7 +19,7 @@ from service import errors
 from service.http import exchange, hints
 from service.http.fast_path import FastRoute
 from service.http.openapi import HEADERS, SECURITY, described_by, fixed_part, query_parameters, v2_responses
-from service.http.v1_body import read_sent
+from service.http.v1_body import least_image_bytes, read_sent
 from service.pipeline import Answer, Inputs, Pipeline, RequestOptions, ranked
 from service.scheduling.admission import Place
 from service.scheduling.scheduler import Output
@@ -87,7 +87,7 @@ def router(pipeline: Pipeline) -> APIRouter:
                 read=read,
                 write=lambda answer: _scores(answer, options),
                 watching=partial(exchange.watching, request),
-                encoded_bytes=3 * (exchange.content_length(request) or 0) // 4,  # base64 makes it a third more
+                encoded_bytes=least_image_bytes(request),
             )
         except errors.UnsupportedImage as error:
             if hint := image and hints.for_body(image):

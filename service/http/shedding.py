@@ -31,7 +31,7 @@ from service.throttle import LogThrottle
 log = structlog.get_logger()
 
 _V1_ROUTE, _HF, _HF_ROUTE = "/v1/classify", "/hf/", "/hf/{name}"
-_ROUTES = {"/classify": _V1_ROUTE, "/infer": "/v2/models/{name}/infer"}
+_ROUTES = {"/classify": _V1_ROUTE, "/compare": "/v1/compare", "/infer": "/v2/models/{name}/infer"}
 """The ends of the paths of inference, and their routes in metrics; those of /hf end in a model's name."""
 
 _PAGES = ("/", "/docs/")
@@ -153,7 +153,7 @@ class Judge:
         offered = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"")
         request_id = self._ids.choose(offered.decode("latin-1")).encode()
         retry_ms = max(1, math.ceil(retry_seconds * 1000))
-        if route == _V1_ROUTE:
+        if route.startswith("/v1"):
             kind, body = b"application/problem+json", _V1 % (_DETAIL[reason], retry_ms, request_id)
         else:
             kind, body = b"application/json", _OTHERS % _DETAIL[reason]

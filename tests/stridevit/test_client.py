@@ -1,5 +1,6 @@
 """The clients against a real service, and against a stub where time or rare answers matter."""
 
+import base64
 import hashlib
 import io
 import json
@@ -338,6 +339,25 @@ def test_what_is_no_image_is_an_error_before_anything_is_sent(images: Any, error
     with Client(stub.url) as client, pytest.raises(error):
         client.classify(images)
     assert stub.asked == []
+
+
+@both
+def test_a_service_s_models_are_compared_on_one_image(kind: Kind, tmp_path: Path) -> None:
+    for name, top1 in (("identity-a", 0.5), ("identity-b", 0.6)):
+        publish_identity(tmp_path, name, top1=top1)
+    with serving(tmp_path) as (url, _):
+        found = result(kind, url, lambda client: client.compare(IMAGE, top_k=1), timeout=PATIENT)
+        assert {answer.model: answer.predictions[0].label for answer in found.answers} == {
+            "identity-a": LABELS[0],
+            "identity-b": LABELS[0],
+        }
+        assert (found.agreement.model, found.agreement.of, found.agreement.agree) == ("identity-b", 1, 1)
+        seen = Image.open(io.BytesIO(base64.b64decode(found.pictures[0].png)))
+        assert (seen.size, seen.getpixel((0, 0))) == ((2, 2), (3, 1, 2))
+        one = result(kind, url, lambda client: client.compare(IMAGE, models=["identity-a"]), timeout=PATIENT)
+        assert [answer.model for answer in one.answers] == ["identity-a"]
+        with pytest.raises(Rejected, match="no model 'none'"):
+            result(kind, url, lambda client: client.compare(IMAGE, models=["none"]), timeout=PATIENT)
 
 
 EVENTS: list[dict[str, Any]] = [
