@@ -1,4 +1,4 @@
-"""Clients of a service: `Client` for plain code, `AsyncClient` for asyncio and trio. They do the I/O of `calls`."""
+"""Clients of a service: `Client` for plain code, `AsyncClient` for asyncio. They do the I/O of `calls`."""
 
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -126,7 +126,7 @@ class Client:
 
 
 class AsyncClient:
-    """The same for asyncio and trio. Tasks may share one. Use it in `async with`, or `aclose` it."""
+    """The same for asyncio. Tasks may share one. Use it in `async with`, or `aclose` it."""
 
     def __init__(
         self,

@@ -39,7 +39,7 @@ def stridevit_classify() -> None:
 def classify(
     images: Annotated[
         list[str],
-        typer.Argument(help="Files, folders (all below them), and `-` for standard input.", metavar="IMAGES..."),
+        typer.Argument(help="Files, folders (all below them), and `-` for standard input.", metavar="IMAGES"),
     ],
     url: Annotated[str, typer.Option(help="Where the service is.")] = DEFAULT_URL,
     model: Annotated[
@@ -92,7 +92,7 @@ def classify(
         tally = _Tally()
         write = table.add if table else _Lines(sources, as_json=as_json).add
         code = _run(client, sources, wishes, at_once, lambda outcome: tally.add(outcome, write))
-    if out or len(sources) > 1:
+    if (out or len(sources) > 1) and (tally.classified or code != FAILED):
         where = f" in {out}" if out else ""
         before = f", {len(table.done)} from before" if table and table.done else ""
         console.print(f"{tally.text}{before}{where}", highlight=False, soft_wrap=True, markup=False)
