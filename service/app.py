@@ -21,7 +21,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, gzip_accepted
 from service.errors import NotReady
 from service.gauges import Gauges
 from service.host import available_cores
-from service.http import docs, openapi, page, problems, v1, v1_compare, v1_live, v2
+from service.http import docs, hf, openapi, page, problems, v1, v1_compare, v1_live, v2
 from service.http.auth import KeyGate, offered
 from service.http.fast_path import FastPath
 from service.http.observe import Observe
@@ -106,6 +106,7 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
         v1_compare.router(pipeline),
         v1_live.router(pipeline, StatusReport(pipeline, device=settings.engine_options().device)),
         *v2_routers,
+        hf.router(pipeline),
     ]
     for router in routers:
         app.include_router(router)

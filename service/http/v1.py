@@ -49,7 +49,7 @@ def router(pipeline: Pipeline) -> APIRouter:
             images = sent.images
             if not sent.options:
                 return Inputs(images=images)
-            options = _joined(options, sent.options)
+            options = exchange.joined(options, sent.options)
             return Inputs(images=images, options=exchange.with_headers(request, options))
 
         try:
@@ -152,16 +152,6 @@ def _parsed(query: bytes) -> ClassifyQuery:
 _MAX_CACHED = 256
 _parsed_cached = lru_cache(maxsize=1000)(_parsed)
 """Most clients send the same short query again and again."""
-
-
-def _joined(query: ClassifyQuery, sent: dict[str, Any]) -> ClassifyQuery:
-    """What the query and the body ask for together. Raises errors.InvalidParameter where they contradict each other."""
-    body = exchange.validated(ClassifyQuery, sent)
-    for name in query.model_fields_set & body.model_fields_set:
-        one, other = getattr(query, name), getattr(body, name)
-        if one != other:
-            raise errors.InvalidParameter(f"{name} is {one!r} in the query and {other!r} in the body: give it once")
-    return exchange.validated(ClassifyQuery, {**query.model_dump(exclude_unset=True), **sent})
 
 
 def _results(answer: Answer, images: Sequence[bytes], *, top_k: int) -> list[dict[str, Any]]:

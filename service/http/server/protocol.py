@@ -25,7 +25,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from service.errors import HeadTooSlow, RequestError, TooManyConnections
-from service.http.problems import problem
+from service.http.problems import OF_OTHERS, problem
 from service.http.refusal import CLOSE, Refusal, Refuse
 from service.http.server import sockets
 from service.http.server.connections import Connections, Wait
@@ -33,6 +33,7 @@ from service.http.server.cycle import SECURITY_LINES, Cycle
 from service.http.server.door import NOTHING, Taken
 from service.http.server.parser import Head, Parser, Refused
 
+_OF_OTHERS: Final = tuple(prefix.encode() for prefix in OF_OTHERS)
 PROBES: Final = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
 """Paths that are answered even while all connections are in use."""
 MAX_PIPELINED: Final = 32
@@ -262,7 +263,7 @@ class HttpProtocol(asyncio.Protocol):
     def _answer_refusal(self, error: RequestError) -> None:
         self._connections.say("request refused by its connection", error.code)
         kind, members = "problem+json", problem(error)
-        if self._parser.path.startswith(b"/v2"):
+        if self._parser.path.startswith(_OF_OTHERS):
             kind, members = "json", {"error": str(error)}
         body = json.dumps(members).encode()
         head = f"content-type: application/{kind}\r\ncontent-length: {len(body)}\r\n".encode()

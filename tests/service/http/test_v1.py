@@ -521,7 +521,7 @@ def test_openapi_declares_how_to_authorize(client: TestClient) -> None:
     assert (schemes["bearer"]["scheme"], schemes["X-API-Key"]["name"]) == ("bearer", "X-API-Key")
     for path, operations in schema["paths"].items():
         keys = [key for operation in operations.values() for option in operation.get("security", []) for key in option]
-        guarded = path.startswith(("/v1", "/v2")) and "/health/" not in path
+        guarded = path.startswith(("/v1", "/v2", "/hf/")) and "/health/" not in path
         assert set(keys) == ({"bearer", "X-API-Key"} if guarded else set()), path
 
 
