@@ -1,0 +1,171 @@
+// One row per model; other precisions are folded under the model they were made from.
+
+import { h, fill } from "../parts/dom.js";
+import { kind, label, megabytes, millions, ms, percent, signed } from "../parts/format.js";
+import { hue, top1 } from "../parts/models.js";
+import { STAGES, stageBar } from "./stages.js";
+
+/** @import {AnswerEvent, ErrorEvent, Model, Prediction} from "../types.js" */
+/** @import {Group} from "../parts/models.js" */
+
+const COLUMNS = 7;
+
+/** The row of one model, and a second one with its five best answers. */
+export class Row {
+  /** @param {Model} model @param {string} described */
+  constructor(model, described) {
+    this.model = model;
+    /** @type {AnswerEvent | null} */
+    this.answer = null;
+    this.badge = h("span", { class: "badge", hidden: true }, "chosen");
+    this.fold = h("span", { class: "fold" });
+    this.answerCell = cell("answer", "Answer");
+    this.timeCell = cell("time", "Time");
+    this.memoryCell = cell("figure", "Memory", "–");
+    this.top1Cell = cell("figure", "Test top-1");
+    this.element = h(
+      "tr",
+      { role: "row", "data-model": model.name },
+      h("th", { role: "rowheader", scope: "row", class: "model" },
+        h("span", { class: `dot m${hue(model)}${model.precision === "fp32" ? "" : " hollow"}` }),
+        h("span", { class: "names" }, h("span", { class: "kind" }, described, " ", this.badge), h("code", {}, model.name), this.fold)),
+      this.answerCell,
+      this.timeCell,
+      cell("figure", "K/V tokens", model.kv_tokens ? [String(model.kv_tokens), h("small", {}, `of ${model.tokens}`)] : "–"),
+      cell("figure", "Parameters", millions(model.params)),
+      this.memoryCell,
+      this.top1Cell,
+    );
+    this.more = h("td", { role: "cell", colspan: COLUMNS, id: `top5-${model.name}` });
+    this.moreElement = h("tr", { role: "row", class: "more", hidden: true }, this.more);
+    this.accuracy(null);
+  }
+
+  /** Nothing is known yet of this picture. @param {boolean} pending whether an answer is on its way */
+  clear(pending) {
+    this.answer = null;
+    this.moreElement.hidden = true;
+    fill(this.answerCell, h("span", { class: pending ? "pending" : "none" }, pending ? "asked" : ""));
+    fill(this.timeCell);
+    this.element.classList.remove("differs", "failed");
+  }
+
+  /** @param {AnswerEvent} answer */
+  show(answer) {
+    this.answer = answer;
+    const best = answer.predictions[0];
+    if (!best) return;
+    const button = h("button", { type: "button", class: "top", "aria-expanded": "false", "aria-controls": this.more.id },
+      h("span", { class: "label" }, label(best.label)), h("span", { class: "probability" }, percent(best.probability, 0)));
+    button.addEventListener("click", () => {
+      this.moreElement.hidden = !this.moreElement.hidden;
+      button.setAttribute("aria-expanded", String(!this.moreElement.hidden));
+    });
+    fill(this.answerCell, button, h("span", { class: "track" }, h("span", { class: `part m${hue(this.model)}`, "--share": best.probability })));
+    fill(this.more, topFive(answer.predictions, hue(this.model)));
+  }
+
+  /** @param {ErrorEvent} event */
+  fail({ problem }) {
+    this.element.classList.add("failed");
+    const wait = problem.retry_after_ms ? ` Again in ${Math.ceil(problem.retry_after_ms / 1000)} s.` : "";
+    fill(this.answerCell, h("span", { class: "error" }, `${problem.detail}.${wait}`));
+  }
+
+  /** Whether it says the same as the most accurate model that answered. @param {Row} reference */
+  agree(reference) {
+    const own = this.answer?.predictions[0], other = reference.answer?.predictions[0];
+    if (!own || !other) return;
+    const same = own.index === other.index;
+    this.element.classList.toggle("differs", !same);
+    this.answerCell.querySelector(".agreement")?.remove();
+    const text = this === reference ? "reference" : same ? "agrees" : "differs";
+    this.answerCell.append(h("span", { class: `agreement ${text}` }, text));
+  }
+
+  /** The stages of its time on the scale of all rows. @param {number} scaleMs @param {number | null} chosenMs */
+  time(scaleMs, chosenMs) {
+    if (!this.answer) return;
+    const { total } = this.answer.timings_ms;
+    const delta = chosenMs === null || !this.badge.hidden ? null : `${signed(total - chosenMs)} ms`;
+    fill(this.timeCell, stageBar(this.answer.timings_ms, scaleMs), h("span", { class: "total" }, ms(total), delta && h("small", {}, delta)));
+  }
+
+  /** Measured top-1, and its distance from the chosen model's. @param {number | null} chosenTop1 */
+  accuracy(chosenTop1) {
+    const own = top1(this.model);
+    if (own < 0) return fill(this.top1Cell, "not measured");
+    const delta = chosenTop1 === null || !this.badge.hidden ? null : `${signed(100 * (own - chosenTop1))} pt`;
+    fill(this.top1Cell, percent(own), delta && h("small", {}, delta));
+  }
+
+  /** @param {boolean} chosen */
+  choose(chosen) {
+    this.badge.hidden = !chosen;
+    this.element.classList.toggle("chosen", chosen);
+  }
+}
+
+/** A body of the table: a model's row, and those folded under it. @param {Group} group @returns {{body: HTMLElement, rows: Row[]}} */
+export function groupBody({ base, others }) {
+  const first = new Row(base, kind(base));
+  const folded = others.map((model) => new Row(model, `in ${model.precision}`));
+  const body = h("tbody", { role: "rowgroup" }, first.element, first.moreElement);
+  for (const row of folded) {
+    row.element.classList.add("folded");
+    row.element.hidden = true;
+    body.append(row.element, row.moreElement);
+  }
+  if (folded.length) {
+    const names = folded.map((row) => row.model.precision).join(", ");
+    const button = h("button", { type: "button", class: "unfold", "aria-expanded": "false" }, names);
+    button.setAttribute("aria-label", `${names} of ${base.name}`);
+    button.addEventListener("click", () => {
+      const open = button.getAttribute("aria-expanded") !== "true";
+      button.setAttribute("aria-expanded", String(open));
+      for (const row of folded) {
+        row.element.hidden = !open;
+        row.moreElement.hidden ||= !open;
+      }
+    });
+    first.fold.append(button);
+  }
+  return { body, rows: [first, ...folded] };
+}
+
+/** The table without rows. */
+export function emptyTable() {
+  const head = (/** @type {string} */ name, /** @type {import("../parts/dom.js").Child[]} */ ...more) =>
+    h("th", { role: "columnheader", scope: "col", class: name }, ...more);
+  return h(
+    "table",
+    { role: "table", class: "models", "aria-label": "Models and their answers" },
+    h("thead", { role: "rowgroup" },
+      h("tr", { role: "row" },
+        head("model", "Model"),
+        head("answer", "Answer", h("small", {}, "open for the best five")),
+        head("time", "Time in the service",
+          h("small", { class: "legend" }, ...STAGES.map((stage) => h("span", { class: `key ${stage.name}` }, stage.title)))),
+        head("figure", "K/V tokens"),
+        head("figure", "Parameters"),
+        head("figure", "Memory"),
+        head("figure", "Test top-1"))),
+  );
+}
+
+/** @param {string} name @param {string} title @param {...(import("../parts/dom.js").Child | import("../parts/dom.js").Child[])} children */
+function cell(name, title, ...children) {
+  return h("td", { role: "cell", class: name, "data-title": title }, ...children.flat());
+}
+
+/** @param {Prediction[]} predictions @param {number} colour */
+function topFive(predictions, colour) {
+  return h("ol", { class: "top5" }, ...predictions.map((prediction) =>
+    h("li", {}, h("span", {}, label(prediction.label)), h("span", { class: "probability" }, percent(prediction.probability)),
+      h("span", { class: "track" }, h("span", { class: `part m${colour}`, "--share": prediction.probability })))));
+}
+
+/** @param {Row} row @param {number | null | undefined} value */
+export function showMemory(row, value) {
+  fill(row.memoryCell, megabytes(value));
+}
