@@ -20,7 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from service.errors import NotReady
 from service.gauges import Gauges
 from service.host import available_cores
-from service.http import docs, openapi, page, problems, v1, v2
+from service.http import docs, openapi, page, problems, v1, v1_compare, v1_live, v2
 from service.http.auth import KeyGate, offered
 from service.http.fast_path import FastPath
 from service.http.observe import Observe
@@ -39,6 +39,7 @@ from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.watchdog import Patience
 from service.settings import Settings
+from service.status import StatusReport
 from service.tracing import Tracing
 
 log = structlog.get_logger()
@@ -97,7 +98,14 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
     openapi.install(app, keys_needed=keys_needed)
     v2_routers = [v2.probes(pipeline), v2.router(pipeline, version=release), v2.repository(pipeline)]
     docs_page = docs.DocsPage(app.title)
-    routers = [page.router(), docs_page.router(), v1.router(pipeline), *v2_routers]
+    routers = [
+        page.router(),
+        docs_page.router(),
+        v1.router(pipeline),
+        v1_compare.router(pipeline),
+        v1_live.router(pipeline, StatusReport(pipeline, device=settings.engine_options().device)),
+        *v2_routers,
+    ]
     for router in routers:
         app.include_router(router)
 

@@ -122,13 +122,15 @@ def _complete(schema: dict[str, Any], *, keys_needed: bool) -> None:
         schemas.pop(unused, None)
 
 
-def responses(*errors: type[RequestError], example: str) -> dict[int | str, dict[str, Any]]:
+def responses(
+    *errors: type[RequestError], example: str = "", success: dict[str, Any] | None = None
+) -> dict[int | str, dict[str, Any]]:
     """The errors that a route may answer with, by status and each with an example.
 
-    `example` is the one of its 200, by name as in `fixed_part`.
+    `example` is the one of its 200, by name as in `fixed_part`; or `success` describes the whole of it.
     """
-    content = {"application/json": {"example": fixed_part(example)}}
-    described: dict[int | str, dict[str, Any]] = {200: {"content": content}}
+    content = {"application/json": {"example": fixed_part(example)}} if example else {}
+    described: dict[int | str, dict[str, Any]] = {200: success or {"content": content}}
     for status, kinds in itertools.groupby(sorted(errors, key=lambda kind: kind.status), lambda kind: kind.status):
         texts = {kind.code: inspect.getdoc(kind) or "" for kind in kinds}
         described[status] = {

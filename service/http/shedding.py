@@ -30,7 +30,7 @@ from service.throttle import LogThrottle
 
 log = structlog.get_logger()
 
-_ROUTES = {"/classify": "/v1/classify", "/infer": "/v2/models/{name}/infer"}
+_ROUTES = {"/classify": "/v1/classify", "/compare": "/v1/compare", "/infer": "/v2/models/{name}/infer"}
 """The ends of the paths of inference, and their routes in metrics."""
 
 _PAGES = ("/", "/docs/")
@@ -150,7 +150,7 @@ class Judge:
         offered = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"")
         request_id = self._ids.choose(offered.decode("latin-1")).encode()
         retry_ms = max(1, math.ceil(retry_seconds * 1000))
-        if route == "/v1/classify":
+        if route.startswith("/v1"):
             kind, body = b"application/problem+json", _V1 % (_DETAIL[reason], retry_ms, request_id)
         else:
             kind, body = b"application/json", _V2 % _DETAIL[reason]
