@@ -30,7 +30,7 @@
 /** @typedef {{event: "picture", models: string[], width: number, height: number, png: string}} PictureEvent */
 /** @typedef {{event: "answer", model: string, version: number, predictions: Prediction[], timings_ms: Timings}} AnswerEvent */
 /** @typedef {{event: "error", model: string, problem: ProblemMembers}} ErrorEvent */
-/** @typedef {{event: "end", request_id: string, agreement?: {model: string, of: number, agree: number}}} EndEvent */
+/** @typedef {{event: "end", request_id: string, agreement: {model: string, of: number, agree: number} | null}} EndEvent */
 /** @typedef {PictureEvent | AnswerEvent | ErrorEvent | EndEvent} CompareEvent */
 
 /**
@@ -44,9 +44,9 @@
  * @property {number} compute_ms
  * @property {boolean} in_time
  * @property {boolean} chosen
- * @property {string} why
+ * @property {"chosen" | "late" | "headroom" | "less_accurate" | "no_faster"} why
  */
-/** @typedef {{family: string, deadline_ms: number, images: number, chosen: string, reason: string, rungs: Rung[]}} Plan */
+/** @typedef {{family: string, deadline_ms: number, images: number, chosen: string, reason: string, in_time: boolean, rungs: Rung[]}} Plan */
 
 /**
  * @typedef {object} ModelStatus
@@ -68,7 +68,9 @@
  * @property {boolean} ready
  * @property {number} images_per_s
  * @property {{waiting: number, limit: number}} queue
- * @property {number} drain_s
+ * @property {number | null} drain_s
+ * @property {number} window_s
+ * @property {number} [models_left_out]
  * @property {ModelStatus[]} models
  * @property {Record<string, number>} refusals
  * @property {Record<string, Record<string, number>>} choices

@@ -11,6 +11,6 @@ const REASONS = {
 
 /** @param {Plan} plan */
 export function becauseOf(plan) {
-  if (!plan.rungs.some((rung) => rung.in_time)) return "none is in time, and it is the fastest";
+  if (!plan.in_time) return "none is sure to be in time, and it is the fastest";
   return REASONS[plan.reason] ?? plan.reason;
 }

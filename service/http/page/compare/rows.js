@@ -2,18 +2,18 @@
 
 import { h, fill } from "../parts/dom.js";
 import { kind, label, megabytes, millions, ms, percent, signed } from "../parts/format.js";
-import { hue, top1 } from "../parts/models.js";
+import { hue, precisionOf, top1 } from "../parts/models.js";
 import { STAGES, stageBar } from "./stages.js";
 
 /** @import {AnswerEvent, ErrorEvent, Model, Prediction} from "../types.js" */
 /** @import {Group} from "../parts/models.js" */
 
-const COLUMNS = 7;
+const COLUMNS = 6;
 
 /** The row of one model, and a second one with its five best answers. */
 export class Row {
-  /** @param {Model} model @param {string} described */
-  constructor(model, described) {
+  /** @param {Model} model @param {string} described @param {boolean} [isFolded] */
+  constructor(model, described, isFolded = false) {
     this.model = model;
     /** @type {AnswerEvent | null} */
     this.answer = null;
@@ -21,31 +21,36 @@ export class Row {
     this.fold = h("span", { class: "fold" });
     this.answerCell = cell("answer", "Answer");
     this.timeCell = cell("time", "Time");
-    this.memoryCell = cell("figure", "Memory", "–");
+    this.memory = h("small", {});
     this.top1Cell = cell("figure", "Test top-1");
     this.element = h(
       "tr",
       { role: "row", "data-model": model.name },
       h("th", { role: "rowheader", scope: "row", class: "model" },
-        h("span", { class: `dot m${hue(model)}${model.precision === "fp32" ? "" : " hollow"}` }),
+        h("span", { class: `dot m${hue(model)}${isFolded ? " hollow" : ""}` }),
         h("span", { class: "names" }, h("span", { class: "kind" }, described, " ", this.badge), h("code", {}, model.name), this.fold)),
       this.answerCell,
       this.timeCell,
       cell("figure", "K/V tokens", model.kv_tokens ? [String(model.kv_tokens), h("small", {}, `of ${model.tokens}`)] : "–"),
-      cell("figure", "Parameters", millions(model.params)),
-      this.memoryCell,
+      cell("figure", "Parameters", millions(model.params), this.memory),
       this.top1Cell,
     );
     this.more = h("td", { role: "cell", colspan: COLUMNS, id: `top5-${model.name}` });
     this.moreElement = h("tr", { role: "row", class: "more", hidden: true }, this.more);
     this.accuracy(null);
+    this.clear(false);
+  }
+
+  get ready() {
+    return this.model.state === "ready";
   }
 
   /** Nothing is known yet of this picture. @param {boolean} pending whether an answer is on its way */
   clear(pending) {
     this.answer = null;
     this.moreElement.hidden = true;
-    fill(this.answerCell, h("span", { class: pending ? "pending" : "none" }, pending ? "asked" : ""));
+    if (this.ready) fill(this.answerCell, pending && h("span", { class: "pending" }, "asked …"));
+    else fill(this.answerCell, h("details", { class: "hint" }, h("summary", {}, this.model.state), this.model.reason));
     fill(this.timeCell);
     this.element.classList.remove("differs", "failed");
   }
@@ -88,13 +93,14 @@ export class Row {
     if (!this.answer) return;
     const { total } = this.answer.timings_ms;
     const delta = chosenMs === null || !this.badge.hidden ? null : `${signed(total - chosenMs)} ms`;
-    fill(this.timeCell, stageBar(this.answer.timings_ms, scaleMs), h("span", { class: "total" }, ms(total), delta && h("small", {}, delta)));
+    fill(this.timeCell, h("div", { class: "timed" }, stageBar(this.answer.timings_ms, scaleMs),
+      h("span", { class: "total" }, ms(total), delta && h("small", {}, delta))));
   }
 
   /** Measured top-1, and its distance from the chosen model's. @param {number | null} chosenTop1 */
   accuracy(chosenTop1) {
     const own = top1(this.model);
-    if (own < 0) return fill(this.top1Cell, "not measured");
+    if (own < 0) return fill(this.top1Cell, "–");
     const delta = chosenTop1 === null || !this.badge.hidden ? null : `${signed(100 * (own - chosenTop1))} pt`;
     fill(this.top1Cell, percent(own), delta && h("small", {}, delta));
   }
@@ -109,7 +115,7 @@ export class Row {
 /** A body of the table: a model's row, and those folded under it. @param {Group} group @returns {{body: HTMLElement, rows: Row[]}} */
 export function groupBody({ base, others }) {
   const first = new Row(base, kind(base));
-  const folded = others.map((model) => new Row(model, `in ${model.precision}`));
+  const folded = others.map((model) => new Row(model, `in ${precisionOf(model)}`, true));
   const body = h("tbody", { role: "rowgroup" }, first.element, first.moreElement);
   for (const row of folded) {
     row.element.classList.add("folded");
@@ -117,7 +123,7 @@ export function groupBody({ base, others }) {
     body.append(row.element, row.moreElement);
   }
   if (folded.length) {
-    const names = folded.map((row) => row.model.precision).join(", ");
+    const names = folded.map((row) => precisionOf(row.model)).join(", ");
     const button = h("button", { type: "button", class: "unfold", "aria-expanded": "false" }, names);
     button.setAttribute("aria-label", `${names} of ${base.name}`);
     button.addEventListener("click", () => {
@@ -146,10 +152,9 @@ export function emptyTable() {
         head("answer", "Answer", h("small", {}, "open for the best five")),
         head("time", "Time in the service",
           h("small", { class: "legend" }, ...STAGES.map((stage) => h("span", { class: `key ${stage.name}` }, stage.title)))),
-        head("figure", "K/V tokens"),
-        head("figure", "Parameters"),
-        head("figure", "Memory"),
-        head("figure", "Test top-1"))),
+        head("figure", "K/V tokens", h("small", {}, "of all patches")),
+        head("figure", "Parameters", h("small", {}, "and memory")),
+        head("figure", "Test top-1", h("small", {}, "measured")))),
   );
 }
 
@@ -167,5 +172,5 @@ function topFive(predictions, colour) {
 
 /** @param {Row} row @param {number | null | undefined} value */
 export function showMemory(row, value) {
-  fill(row.memoryCell, megabytes(value));
+  fill(row.memory, value ? megabytes(value) : "");
 }

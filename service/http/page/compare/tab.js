@@ -3,7 +3,7 @@
 import { getJson, isCancelled } from "../parts/api.js";
 import { byId, fill, h } from "../parts/dom.js";
 import { counted, kindAndPrecision, label, ms, percent } from "../parts/format.js";
-import { choosingFamilies, groups, models, ready, top1 } from "../parts/models.js";
+import { choosingFamilies, groups, models, newest, top1 } from "../parts/models.js";
 import { announce, complain, settle } from "../parts/notice.js";
 import { current, deadlineMs, href, update } from "../parts/state.js";
 import { becauseOf } from "../choose/reasons.js";
@@ -55,12 +55,11 @@ async function list() {
     const all = await models();
     if (rows.length) return;
     family = choosingFamilies(all)[0] ?? null;
-    const bodies = groups(ready(all)).map(groupBody);
+    const bodies = groups(newest(all)).map(groupBody);
     rows = bodies.flatMap((body) => body.rows);
     const table = emptyTable();
     table.append(...bodies.map(({ body }) => body));
     fill(byId("table"), table);
-    for (const row of rows) row.clear(false);
     void memory();
   } catch (error) {
     complain(error, () => void showCompare());
@@ -87,7 +86,7 @@ async function run(chosen) {
   if (!rows.length) await list();
   for (const row of rows) row.clear(true);
   fill(byId("seen"), h("span", { class: "hint" }, "on its way …"));
-  fill(byId("verdict"), h("p", { class: "hint" }, `Asking ${counted(rows.length, "model")} …`));
+  fill(byId("verdict"), h("p", { class: "hint" }, `Asking ${counted(rows.filter((row) => row.ready).length, "model")} …`));
   fill(byId("timing"));
   try {
     const done = await compare(chosen.file, {

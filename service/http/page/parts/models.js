@@ -35,27 +35,39 @@ export function detail(name) {
   return /** @type {Promise<ModelDetail>} */ (found);
 }
 
-/** Those that take traffic, the most accurate first. @param {ModelList} all */
-export function ready(all) {
+/** Each model once, in its newest version that takes traffic if there is one; the most accurate first. @param {ModelList} all */
+export function newest(all) {
   /** @type {Map<string, Model>} */
-  const newest = new Map();
+  const found = new Map();
+  const rank = (/** @type {Model} */ model) => [model.state === "ready" ? 1 : 0, model.version ?? 0];
   for (const model of all.models) {
-    const known = newest.get(model.name);
-    if (model.state === "ready" && (!known || (model.version ?? 0) > (known.version ?? 0))) newest.set(model.name, model);
+    const known = found.get(model.name);
+    const [state = 0, version = 0] = rank(model), [knownState = 0, knownVersion = 0] = known ? rank(known) : [-1, 0];
+    if (state > knownState || (state === knownState && version > knownVersion)) found.set(model.name, model);
   }
-  return [...newest.values()].sort((one, other) => top1(other) - top1(one));
+  return [...found.values()].sort((one, other) => top1(other) - top1(one));
+}
+
+/** Those that take traffic. @param {ModelList} all */
+export function ready(all) {
+  return newest(all).filter((model) => model.state === "ready");
 }
 
 /** Models with their other precisions folded under them. @param {Model[]} sorted @returns {Group[]} */
 export function groups(sorted) {
   const names = new Map(sorted.map((model) => [model.name, model]));
-  const baseOf = (/** @type {Model} */ model) =>
-    model.precision && model.name.endsWith(`-${model.precision}`)
-      ? names.get(model.name.slice(0, -model.precision.length - 1))
-      : undefined;
+  const baseOf = (/** @type {Model} */ model) => {
+    const precision = precisionOf(model);
+    return model.name.endsWith(`-${precision}`) ? names.get(model.name.slice(0, -precision.length - 1)) : undefined;
+  };
   return sorted
     .filter((model) => !baseOf(model))
     .map((base) => ({ base, others: sorted.filter((model) => baseOf(model) === base) }));
+}
+
+/** A model that does not serve says its precision by its name only. @param {Model} model */
+export function precisionOf(model) {
+  return model.precision ?? /-(int8|fp16)$/.exec(model.name)?.[1] ?? "fp32";
 }
 
 /** Families that choose among several models, with the default model's first. @param {ModelList} all */
