@@ -49,7 +49,9 @@ class SharedImage:
         """Decode it no longer."""
         if self._begun:
             self._begun.cancel()
-        self.outcome.cancel()
+        if not self.outcome.cancel() and not self.outcome.cancelled():
+            # Nobody else may have looked at it.
+            self.outcome.exception()
 
     async def _decode(self) -> None:
         try:
@@ -60,10 +62,9 @@ class SharedImage:
         except RequestError as error:
             # Several tasks raise it: its traceback would collect the frames of all, and keep the image alive.
             self._settle(error.with_traceback(None))
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 (it is raised in those who wait)
             if not self.outcome.done():
                 self.outcome.set_exception(error)
-            raise
         finally:
             self._data = b""
 

@@ -29,7 +29,7 @@ from service.http.problems import problem
 from service.http.refusal import CLOSE, Refusal, Refuse
 from service.http.server import sockets
 from service.http.server.connections import Connections, Wait
-from service.http.server.cycle import CONTINUE, SECURITY_LINES, Cycle
+from service.http.server.cycle import SECURITY_LINES, Cycle
 from service.http.server.door import NOTHING, Taken
 from service.http.server.parser import Head, Parser, Refused
 
@@ -117,8 +117,8 @@ class HttpProtocol(asyncio.Protocol):
         if self._output_ended or self._reading or not self._answering or self._transport.is_closing():
             return False
         # The client has closed its side, or all. In the latter case its system refuses the next bytes: send some.
-        if self._answering.scope["http_version"] == "1.1" and not self._answering.sent:
-            self._transport.write(CONTINUE)
+        if probe := self._answering.probe:
+            self._transport.write(probe)
         self._settle()
         return sockets.peer_listens(self._socket)
 
@@ -214,7 +214,7 @@ class HttpProtocol(asyncio.Protocol):
         self._answering = None
         if self._refusal and not self._pipelined:
             self._answer_refusal(self._refusal)
-        elif not cycle.keep_alive and not self._refusal:
+        elif not self._refusal and (not cycle.keep_alive or (self._at_eof and not self._pipelined)):
             self.end("answered")
         else:
             if self._pipelined:
