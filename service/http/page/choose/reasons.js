@@ -9,8 +9,12 @@ const REASONS = {
   headroom: "a more accurate one would just be in time, but without enough to spare to go back to it",
 };
 
-/** @param {Plan} plan */
+/** Why the chosen model, if it is in time. @param {Plan} plan */
 export function becauseOf(plan) {
-  if (!plan.in_time) return "none is sure to be in time, and it is the fastest";
   return REASONS[plan.reason] ?? plan.reason;
+}
+
+/** What the chosen model is called: a request that no model can answer in time is refused. @param {Plan} plan */
+export function title(plan) {
+  return plan.in_time ? "chosen" : "nearest";
 }

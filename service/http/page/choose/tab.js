@@ -2,12 +2,12 @@
 
 import { getJson, isCancelled } from "../parts/api.js";
 import { byId, fill, h } from "../parts/dom.js";
-import { kindAndPrecision, ms, percent, signed } from "../parts/format.js";
+import { kindAndPrecision, ms, percent, signed, signedMs } from "../parts/format.js";
 import { choosingFamilies, hue, models, precisionOf } from "../parts/models.js";
 import { complain } from "../parts/notice.js";
 import { DEADLINE, current, deadlineMs, update } from "../parts/state.js";
 import { installLoad, stopLoad } from "./load_panel.js";
-import { becauseOf } from "./reasons.js";
+import { becauseOf, title } from "./reasons.js";
 
 /** @import {Model, Plan, Rung} from "../types.js" */
 
@@ -96,12 +96,12 @@ function build() {
     h("p", { id: "chosen", class: "chosen-line", role: "status" }),
     h("div", { id: "ladder", class: "ladder", role: "table", "aria-label": "The models of the family, the most accurate first" },
       h("div", { class: "rung head", role: "row" },
-        h("span", { role: "columnheader", class: "who" }, "Most accurate first", h("small", {}, " right on test pictures")),
+        h("span", { role: "columnheader", class: "who" }, "Model", h("small", {}, "right on test pictures")),
         h("span", { role: "columnheader", class: "bar" },
           h("span", { class: "asked" }, h("label", { for: "deadline" }, "Answer within "), value),
           h("span", { class: "slider" }, slider),
-          h("span", { class: "ticks" }, ...TICKS.map((tick) => h("span", { "--at": at(tick) }, tick < 1000 ? tick : `${tick / 1000} s`)))),
-        h("span", { role: "columnheader", class: "why" }, "So")),
+          h("span", { class: "ticks" }, ...TICKS.map((tick) => h("span", { "--at": at(tick) }, tick < 1000 ? tick : `${tick / 1000}\u00a0s`)))),
+        h("span", { role: "columnheader", class: "why" }, "Why", h("small", {}, "instead of the chosen one: points, time"))),
       h("div", { id: "rungs", role: "rowgroup" })),
     h("p", { class: "hint keys" }, h("span", { class: "key inference" }, "decoding and computing"), h("span", { class: "key queue" }, "waiting for others’ work"),
       "Predicted finish in milliseconds, now and for one small picture; the scale is logarithmic."));
@@ -126,35 +126,36 @@ async function plan() {
 function draw(answer) {
   const chosen = answer.rungs.find((rung) => rung.chosen);
   const name = chosen ? kindAndPrecision(known.get(chosen.model)) : answer.chosen;
-  const text = `${ms(answer.deadline_ms)}: ${name}, ${becauseOf(answer)}`;
+  const text = `${ms(answer.deadline_ms)}: ${title(answer)} ${name}, ${becauseOf(answer)}`;
   const line = byId("chosen");
   // It is read out when it changes, and once a second it does not.
   if (line.dataset.text !== text) {
     line.dataset.text = text;
-    fill(line, "Within ", h("strong", {}, ms(answer.deadline_ms)), " the family ", h("code", {}, answer.family), " answers with ",
-      h("strong", {}, name), `: ${becauseOf(answer)}.`);
+    const within = ["Within ", h("strong", {}, ms(answer.deadline_ms)), " the family ", h("code", {}, answer.family)];
+    if (answer.in_time) fill(line, ...within, " answers with ", h("strong", {}, name), `: ${becauseOf(answer)}.`);
+    else fill(line, ...within, " refuses at once: no model is sure to be in time. The nearest is ", h("strong", {}, name), ".");
   }
-  fill(byId("rungs"), ...answer.rungs.map((rung) => rungRow(rung, chosen)));
+  fill(byId("rungs"), ...answer.rungs.map((rung) => rungRow(rung, chosen, title(answer))));
 }
 
-/** @param {Rung} rung @param {Rung | undefined} chosen */
-function rungRow(rung, chosen) {
+/** @param {Rung} rung @param {Rung | undefined} chosen @param {string} called */
+function rungRow(rung, chosen, called) {
   const model = known.get(rung.model);
   const why = {
-    chosen: "answers",
+    chosen: called,
     late: "too late",
     headroom: "in time, but not by enough to go back to it",
     less_accurate: "in time, but less accurate",
     no_faster: "no faster than a more accurate one",
   }[rung.why];
-  const cost = chosen && !rung.chosen ? `${signed(100 * (rung.top1 - chosen.top1))} pt, ${signed(rung.predicted_ms - chosen.predicted_ms)} ms` : null;
+  const cost = chosen && !rung.chosen ? `${signed(100 * (rung.top1 - chosen.top1))} pt, ${signedMs(rung.predicted_ms - chosen.predicted_ms)}` : null;
   const took = `${ms(rung.compute_ms)} to decode and compute, ${ms(rung.queue_ms)} to wait`;
-  return h("div", { class: `rung ${rung.chosen ? "chosen" : rung.in_time ? "" : "late"}`, role: "row", "data-model": rung.model },
+  return h("div", { class: `rung ${rung.chosen ? "chosen" : rung.in_time ? "" : "late"}${rung.why === "late" ? " wrong" : ""}`, role: "row", "data-model": rung.model },
     h("span", { role: "rowheader", class: "who" }, h("span", { class: `dot m${hue(model)}${precisionOf(model ?? { name: rung.model, version: 0, state: "" }) === "fp32" ? "" : " hollow"}` }),
       h("span", { class: "kind" }, kindAndPrecision(model)), h("span", { class: "top1" }, percent(rung.top1))),
     h("span", { role: "cell", class: "bar", title: took },
       h("span", { class: "part inference", "--share": at(rung.compute_ms) }),
       h("span", { class: "part queue", "--share": at(rung.predicted_ms) - at(rung.compute_ms) }),
       h("span", { class: "finish" }, ms(rung.predicted_ms))),
-    h("span", { role: "cell", class: "why" }, rung.chosen ? h("span", { class: "badge" }, "chosen") : why, cost && h("small", {}, cost)));
+    h("span", { role: "cell", class: "why" }, rung.chosen ? h("span", { class: "badge" }, called) : why, cost && h("small", {}, cost)));
 }

@@ -1,9 +1,9 @@
 // One row per model; other precisions are folded under the model they were made from.
 
 import { h, fill } from "../parts/dom.js";
-import { kind, label, megabytes, millions, ms, percent, signed } from "../parts/format.js";
+import { kind, label, megabytes, millions, ms, percent, signed, signedMs } from "../parts/format.js";
 import { hue, precisionOf, top1 } from "../parts/models.js";
-import { STAGES, stageBar } from "./stages.js";
+import { stageBar, stageKeys } from "./stages.js";
 
 /** @import {AnswerEvent, ErrorEvent, Model, Prediction} from "../types.js" */
 /** @import {Group} from "../parts/models.js" */
@@ -84,15 +84,15 @@ export class Row {
     const same = own.index === other.index;
     this.element.classList.toggle("differs", !same);
     this.answerCell.querySelector(".agreement")?.remove();
-    const text = this === reference ? "reference" : same ? "agrees" : "differs";
-    this.answerCell.append(h("span", { class: `agreement ${text}` }, text));
+    const text = this === reference ? "the most accurate" : same ? "agrees" : "differs";
+    this.answerCell.append(h("span", { class: "agreement" }, text));
   }
 
   /** The stages of its time on the scale of all rows. @param {number} scaleMs @param {number | null} chosenMs */
   time(scaleMs, chosenMs) {
     if (!this.answer) return;
     const { total } = this.answer.timings_ms;
-    const delta = chosenMs === null || !this.badge.hidden ? null : `${signed(total - chosenMs)} ms`;
+    const delta = chosenMs === null || !this.badge.hidden ? null : signedMs(total - chosenMs);
     fill(this.timeCell, h("div", { class: "timed" }, stageBar(this.answer.timings_ms, scaleMs),
       h("span", { class: "total" }, ms(total), delta && h("small", {}, delta))));
   }
@@ -105,10 +105,11 @@ export class Row {
     fill(this.top1Cell, percent(own), delta && h("small", {}, delta));
   }
 
-  /** @param {boolean} chosen */
-  choose(chosen) {
-    this.badge.hidden = !chosen;
-    this.element.classList.toggle("chosen", chosen);
+  /** Mark it as what the family would choose. @param {string | null} called */
+  choose(called) {
+    this.badge.textContent = called ?? "";
+    this.badge.hidden = called === null;
+    this.element.classList.toggle("chosen", called !== null);
   }
 }
 
@@ -150,8 +151,7 @@ export function emptyTable() {
       h("tr", { role: "row" },
         head("model", "Model"),
         head("answer", "Answer", h("small", {}, "open for the best five")),
-        head("time", "Time in the service",
-          h("small", { class: "legend" }, ...STAGES.map((stage) => h("span", { class: `key ${stage.name}` }, stage.title)))),
+        head("time", "Time in the service", h("small", { id: "scale" }, "all on one scale"), h("small", {}, ...stageKeys())),
         head("figure", "K/V tokens", h("small", {}, "of all patches")),
         head("figure", "Parameters", h("small", {}, "and memory")),
         head("figure", "Test top-1", h("small", {}, "measured")))),

@@ -6,12 +6,12 @@ import { counted, kindAndPrecision, label, ms, percent } from "../parts/format.j
 import { choosingFamilies, groups, models, newest, top1 } from "../parts/models.js";
 import { announce, complain, settle } from "../parts/notice.js";
 import { current, deadlineMs, href, update } from "../parts/state.js";
-import { becauseOf } from "../choose/reasons.js";
+import { becauseOf, title } from "../choose/reasons.js";
 import { SAMPLES, choose, fromCamera, listen, picture, remember, sample } from "./picture.js";
 import { Row, emptyTable, groupBody, showMemory } from "./rows.js";
 import { cancel, compare } from "./run.js";
 import { copyButtons } from "./snippets.js";
-import { roundScale } from "./stages.js";
+import { roundScale, stageKeys } from "./stages.js";
 
 /** @import {EndEvent, Plan} from "../types.js" */
 /** @import {Picture} from "./picture.js" */
@@ -22,6 +22,9 @@ let rows = [];
 let family = null;
 /** @type {Plan | null} */
 let plan = null;
+const SETTLING_MS = 1500;
+/** @type {ReturnType<typeof setTimeout> | undefined} */
+let settled;
 let startedAt = 0;
 let firstMs = 0;
 
@@ -46,8 +49,8 @@ export function installCompare() {
 export async function showCompare() {
   await list();
   const named = current().values.get("sample");
+  await choice();
   if (named && SAMPLES.some(({ name }) => name === named) && !picture()) await runSample(named);
-  else await choice();
 }
 
 async function list() {
@@ -59,7 +62,7 @@ async function list() {
     rows = bodies.flatMap((body) => body.rows);
     const table = emptyTable();
     table.append(...bodies.map(({ body }) => body));
-    fill(byId("table"), table);
+    fill(byId("table"), table, h("p", { class: "hint keys narrow" }, "Time: ", ...stageKeys()));
     void memory();
   } catch (error) {
     complain(error, () => void showCompare());
@@ -120,7 +123,7 @@ async function run(chosen) {
 function show({ url, width, height }, name) {
   const img = h("img", { src: url, alt: `${name}, as the models see it`, width, height, class: width < 160 ? "pixelated" : "" });
   fill(byId("seen"), img);
-  fill(byId("seen-caption"), `As the models see it: ${width} × ${height} pixels`);
+  fill(byId("seen-caption"), `As the models see it: ${width} × ${height}`);
 }
 
 /** @param {EndEvent} end */
@@ -137,7 +140,9 @@ function finish(end) {
   const others = answered.length === 1 ? "" : agree === answered.length ? `all ${agree} models agree` : `${agree} of ${answered.length} models agree`;
   fill(byId("verdict"), h("p", { class: "answer" }, h("strong", {}, label(best.label)), h("span", {}, others)), choiceLine());
   announce(`${label(best.label)}; ${others}`);
-  void choice();
+  // Right after it the service still feels this very comparison.
+  clearTimeout(settled);
+  settled = setTimeout(() => void choice(), SETTLING_MS);
 }
 
 /** Ask which model the family would choose, and mark it. */
@@ -150,7 +155,7 @@ export async function choice() {
     plan = null;
     if (!picture()) complain(error);
   }
-  for (const row of rows) row.choose(row.model.name === plan?.chosen);
+  for (const row of rows) row.choose(row.model.name === plan?.chosen && plan ? title(plan) : null);
   scale();
   const line = byId("verdict").querySelector(".choice");
   if (line) line.replaceWith(choiceLine());
@@ -161,10 +166,13 @@ function choiceLine() {
   const chosen = rows.find((row) => row.model.name === plan?.chosen);
   if (!plan || !chosen) return h("p", { class: "choice" });
   const rung = plan.rungs.find((other) => other.chosen);
-  return h("p", { class: "choice" },
-    "Asked for the family ", h("code", {}, plan.family), " with ", h("a", { href: href("choose") }, `${ms(plan.deadline_ms)} to answer`),
-    ", the service chooses ", h("strong", {}, kindAndPrecision(chosen.model)), `: ${becauseOf(plan)} (predicted ${ms(rung?.predicted_ms)}; `,
-    `right on ${percent(top1(chosen.model))} of the test pictures).`);
+  const asked = ["Asked for the family ", h("code", {}, plan.family), " with ", h("a", { href: href("choose") }, `${ms(plan.deadline_ms)} to answer`)];
+  const name = h("strong", {}, kindAndPrecision(chosen.model));
+  return plan.in_time
+    ? h("p", { class: "choice" }, ...asked, ", the service chooses ", name, `: ${becauseOf(plan)} (predicted ${ms(rung?.predicted_ms)}; `,
+      `right on ${percent(top1(chosen.model))} of the test pictures).`)
+    : h("p", { class: "choice" }, ...asked, ", the service refuses now: no model is sure to be in time. The nearest is ", name,
+      ` (predicted ${ms(rung?.predicted_ms)}).`);
 }
 
 /** One scale for the times of all rows, and distances from the chosen model. */
@@ -172,6 +180,7 @@ function scale() {
   const totals = rows.flatMap((row) => (row.answer ? [row.answer.timings_ms.total] : []));
   const scaleMs = roundScale(totals);
   const chosen = rows.find((row) => !row.badge.hidden);
+  if (totals.length) fill(byId("scale"), `all on one scale, 0 to ${ms(scaleMs).replace(".0", "")}`);
   for (const row of rows) {
     row.time(scaleMs, chosen?.answer?.timings_ms.total ?? null);
     row.accuracy(chosen ? top1(chosen.model) : null);

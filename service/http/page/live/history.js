@@ -84,7 +84,7 @@ export class History {
         series: [{}, ...(index === 2 ? waiting : lines)],
         scales: { x: { time: false, range: [-SECONDS, 0] }, y: { range: (_, __, most) => [0, Math.max(least, (most || 0) * 1.1)] } },
         axes: [
-          axis({ size: 28, incrs: [60], values: (_, ticks) => ticks.map((tick) => (tick === 0 ? "now" : `${tick / 60} min`)) }),
+          axis({ size: 28, incrs: [60], values: (_, ticks) => ticks.map((tick) => (tick === 0 ? "now" : `−${-tick / 60} min`)) }),
           axis({ values: (_, ticks) => ticks.map((tick) => (index === 1 ? ms(tick).replace(".0", "") : String(tick))), size: 56 }),
         ],
       }));

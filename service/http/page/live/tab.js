@@ -112,11 +112,13 @@ function figure(title, hint, content) {
 
 /** @param {Status} status */
 function table(status) {
+  const serving = status.models.filter((model) => model.state === "ready"), out = status.models.filter((model) => model.state !== "ready");
   const heads = ["answered", "a second", "median", "95 %", "99 %", "waiting", "memory"];
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Models" },
     h("table", { class: "numbers" },
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Model"), ...heads.map((head) => h("th", { scope: "col" }, head)))),
-      h("tbody", {}, ...status.models.map(modelRow))),
+      h("tbody", {}, ...serving.map(modelRow))),
+    out.length > 0 && h("p", { class: "hint" }, `${counted(out.length, "model")} not serving: `, out.map((model) => `${model.name} (${model.state})`).join(", "), "."),
     status.models_left_out ? h("p", { class: "hint" }, `${counted(status.models_left_out, "model")} with less work are not shown.`) : null);
 }
 
@@ -124,12 +126,10 @@ function table(status) {
 function modelRow(model) {
   const about = known.get(model.name);
   const hollow = precisionOf(about ?? model) === "fp32" ? "" : " hollow";
-  const values = model.state === "ready"
-    ? [whole(model.images), model.images_per_s.toFixed(1), ms(model.p50_ms), ms(model.p95_ms), ms(model.p99_ms), whole(model.waiting), megabytes(model.memory_mb)]
-    : [model.state];
-  return h("tr", { class: model.state === "ready" ? "" : "out" },
+  const values = [whole(model.images), model.images_per_s.toFixed(1), ms(model.p50_ms), ms(model.p95_ms), ms(model.p99_ms), whole(model.waiting), megabytes(model.memory_mb)];
+  return h("tr", {},
     h("th", { scope: "row" }, h("span", { class: `dot m${hue(about)}${hollow}` }), " ", about?.variant ? kindAndPrecision(about) : h("code", {}, model.name)),
-    ...values.map((value, index) => h("td", { colspan: values.length === 1 && index === 0 ? 7 : false }, value)));
+    ...values.map((value) => h("td", {}, value)));
 }
 
 /** @type {Record<string, string>} */

@@ -20,6 +20,11 @@ export function signed(value, digits = 1) {
   return Number(text) === 0 ? `±${text}` : `${value < 0 ? "−" : "+"}${text}`;
 }
 
+/** A difference of times. @param {number} value */
+export function signedMs(value) {
+  return `${signed(value, Math.abs(value) < 10 ? 1 : 0)} ms`;
+}
+
 /** @param {number | null | undefined} count */
 export function millions(count) {
   return count ? `${(count / 1e6).toFixed(count < 1e7 ? 2 : 1)} M` : "–";

@@ -1,6 +1,6 @@
 // Tokens: the grid of patches over the picture, and what each key and value is made from.
 
-import { asSeenBy, onPicture, picture } from "../compare/picture.js";
+import { asSeenBy, onPicture } from "../compare/picture.js";
 import { byId, fill, h } from "../parts/dom.js";
 import { counted, kind, percent, whole } from "../parts/format.js";
 import { detail, hue, models, precisionOf, ready } from "../parts/models.js";
@@ -48,15 +48,18 @@ async function show() {
 /** @param {Model[]} all @param {Model} model @param {Layout} layout */
 function build(all, model, layout) {
   const hadFocus = document.activeElement?.id ?? "";
-  drawing = new Drawing(layout, asSeenBy(model.name)?.url ?? null, hue(model), select);
+  const seen = asSeenBy(model.name);
+  const image = seen ? { url: seen.url, pixelated: seen.width < 160 } : { url: "page/samples/raccoon.jpg", pixelated: false };
+  drawing = new Drawing(layout, image, hue(model), select);
   fill(byId("tokens-content"),
     h("fieldset", { class: "choice-of-model" }, h("legend", {}, "Model"), ...all.map((other) => option(other, other === model))),
     h("div", { class: "tokens" },
       h("figure", {}, h("figcaption", {}, h("strong", {}, `${counted(layout.rows * layout.columns, "patch", "patches")} ask`),
         h("span", { class: "hint" }, `the queries: ${layout.rows} × ${layout.columns}, all of them`)), drawing.patches,
-        !picture() && h("p", { class: "hint" }, "Without a picture: ", h("a", { href: href("compare") }, "choose one"), " to see it here.")),
+        !seen && h("p", { class: "hint" }, "A sample. ", h("a", { href: href("compare") }, "Compare a picture"), " to see it here, as the models see it.")),
       h("figure", {}, h("figcaption", {}, h("strong", {}, `${counted(layout.windows.length, "token")} answer`),
-        h("span", { class: "hint" }, "the keys and values; point at one, or use the arrow keys")), drawing.keys),
+        h("span", { class: "hint" }, "the keys and values, in the mean colour of their patches")), drawing.keys,
+        h("p", { class: "hint" }, "Point at one, or use the arrow keys.")),
       h("div", { class: "explained" }, ...explanation(model, layout))));
   select(selected, false);
   if (hadFocus) document.getElementById(hadFocus)?.focus();
@@ -107,10 +110,10 @@ function explanation(model, layout) {
     h("p", { id: "selected-window", class: "selected", role: "status" }),
     h("table", { class: "facts" },
       h("tbody", {},
-        fact("Looks in each attention layer", `${patches} × ${tokens} = ${whole(patches * tokens)}`),
-        fact("Compared with full attention", percent(tokens / patches, tokens / patches < 0.1 ? 1 : 0)),
+        fact("Looks in each layer", `${patches} × ${tokens} = ${whole(patches * tokens)}`),
+        fact("Of full attention’s", percent(tokens / patches, tokens / patches < 0.1 ? 1 : 0)),
         fact("Right on test pictures", model.accuracy ? percent(model.accuracy.top1) : "not measured"),
-        left > 0 && fact("Patches in no window (hatched)", `${left} of ${patches}`))),
+        left > 0 && fact("In no window (hatched)", `${left} of ${patches}`))),
     left > 0 && h("p", { class: "hint" }, "What is in a hatched patch still counts: it asks as a query, and its own answer is part of the result."),
     h("p", { class: "hint" }, "Drawn from the model’s manifest alone, which states the grid and the stride."),
   ];
