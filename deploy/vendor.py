@@ -11,7 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 VENDOR = ROOT / "service" / "http" / "page" / "vendor"
 LOCK = ROOT / "lock" / "page" / "package-lock.json"
-FILES = {"dist/uPlot.iife.min.js": "uPlot.iife.min.js", "dist/uPlot.min.css": "uPlot.min.css", "LICENSE": "uPlot.LICENSE"}
+FILES = {
+    "dist/uPlot.iife.min.js": "uPlot.iife.min.js",
+    "dist/uPlot.min.css": "uPlot.min.css",
+    "LICENSE": "uPlot.LICENSE",
+}
 
 
 def main(modules: Path) -> None:

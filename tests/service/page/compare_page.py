@@ -35,7 +35,8 @@ def seen_pixels(page: "Page") -> dict[str, Any]:
         """async () => {
           const image = document.querySelector('#seen img');
           await image.decode();
-          const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight), context = canvas.getContext('2d');
+          const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight);
+          const context = canvas.getContext('2d');
           context.drawImage(image, 0, 0);
           const { data } = context.getImageData(0, 0, canvas.width, canvas.height);
           const mean = [0, 1, 2].map(channel => {
@@ -43,7 +44,8 @@ def seen_pixels(page: "Page") -> dict[str, Any]:
             for (let at = channel; at < data.length; at += 4) sum += data[at];
             return sum / (data.length / 4);
           });
-          return { width: canvas.width, height: canvas.height, mean, rendering: getComputedStyle(image).imageRendering };
+          const rendering = getComputedStyle(image).imageRendering;
+          return { width: canvas.width, height: canvas.height, mean, rendering };
         }"""
     )
     return found

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.processes import PATIENCE_SECONDS, ROOT, serving
+from tests.processes import ROOT, serving
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -26,6 +26,8 @@ FLAGS = [
     "--disable-sync",
 ]
 SAMPLES = ROOT / "service" / "http" / "page" / "samples"
+WAIT_MS = 120_000
+"""How long a test waits for the page: longer than anything takes on a busy machine."""
 EXPECTED_ERRORS = "Failed to load resource"
 """How Chromium notes every answer that is no 2xx; those are the subject of tests, not faults of the page."""
 
@@ -44,8 +46,9 @@ def browser() -> Iterator["Browser"]:
         reason = f"needs {' and '.join(missing)}"
         assert os.environ.get("STRIDEVIT_BROWSER_TESTS") != "required", reason
         pytest.skip(reason)
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=WAIT_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield browser
@@ -63,15 +66,15 @@ def service(browser: "Browser") -> Iterator[str]:
 def opened(browser: "Browser", url: str, *, tolerated: str = EXPECTED_ERRORS, **options: Any) -> Iterator["Page"]:
     """A page of a fresh context. What the page throws, and what its policy forbids, fails the test at the end."""
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
-    context.set_default_timeout(PATIENCE_SECONDS * 1000)
+    context.set_default_timeout(WAIT_MS)
     faults: list[str] = []
     page = context.new_page()
     page.on("pageerror", lambda error: faults.append(f"thrown: {error}"))
     page.on(
         "console",
-        lambda message: faults.append(message.text)
-        if message.type == "error" and not message.text.startswith(tolerated)
-        else None,
+        lambda message: (
+            faults.append(message.text) if message.type == "error" and not message.text.startswith(tolerated) else None
+        ),
     )
     page.on("request", lambda request: faults.append(request.url) if _foreign(request.url, url) else None)
     try:

@@ -164,16 +164,18 @@ def test_a_new_picture_ends_the_request_of_the_one_before(open_page: Opener) -> 
 
 
 def test_a_service_that_is_gone_is_said_once(browser: "Browser") -> None:
-    with serving(ROOT / "models", environment={"STRIDEVIT_MODELS": "cifar100-mha"}) as (url, process):
-        with opened(browser, f"{url}/#compare?sample=rocket") as page:
-            answered(page)
-            process.kill()
-            process.wait()
-            page.click("[data-sample=raccoon]")
-            expect(page.locator("#notice")).to_contain_text("The service does not answer.")
-            expect(page.locator("#notice p")).to_have_count(1)
-            expect(page.locator("#notice button")).to_have_text("Try again")
-            expect(page.locator(".top")).to_have_count(0)
+    with (
+        serving(ROOT / "models", environment={"STRIDEVIT_MODELS": "cifar100-mha"}) as (url, process),
+        opened(browser, f"{url}/#compare?sample=rocket") as page,
+    ):
+        answered(page)
+        process.kill()
+        process.wait()
+        page.click("[data-sample=raccoon]")
+        expect(page.locator("#notice")).to_contain_text("The service does not answer.")
+        expect(page.locator("#notice p")).to_have_count(1)
+        expect(page.locator("#notice button")).to_have_text("Try again")
+        expect(page.locator(".top")).to_have_count(0)
 
 
 def test_copied_as_curl_it_is_the_same_request(service: str, open_page: Opener) -> None:
