@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import inspect
 import time
 from collections.abc import AsyncIterator, Callable
@@ -11,11 +12,11 @@ from importlib.metadata import version
 from typing import Any
 
 import structlog
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse
 from fastapi_offline import FastAPIOffline
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, gzip_accepted
 
 from service.errors import NotReady
 from service.gauges import Gauges
@@ -125,9 +126,9 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
         return {"status": "ready"}
 
     @app.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
-    async def prometheus() -> Response:
+    async def prometheus(request: Request) -> Response:
         """Prometheus metrics."""
-        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        return metrics_answer(metrics.render(), accepted=request.headers.get("accept-encoding", ""))
 
     app.add_middleware(FastPath, routes=[route for router in routers for route in router.routes])
     # The last one added is the first to see a request: a preflight has no key, and every answer has an id.
@@ -163,6 +164,15 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
     )
     app.add_middleware(Shedding, judge=app.state.judge)
     return app
+
+
+def metrics_answer(text: bytes, *, accepted: str) -> Response:
+    """The answer to a scrape, in gzip if the scraper takes it."""
+    headers = {"Vary": "Accept-Encoding"}
+    if gzip_accepted(accepted):
+        # The fastest level: a fifth of the default's time, for a sixteenth of the size in place of a twentieth.
+        text, headers["Content-Encoding"] = gzip.compress(text, compresslevel=1), "gzip"
+    return Response(text, media_type=CONTENT_TYPE_LATEST, headers=headers)
 
 
 def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], float] = time.perf_counter) -> Pipeline:

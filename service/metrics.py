@@ -2,8 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from service.host import peak_bytes
 
@@ -17,6 +26,8 @@ class Metrics:
     """All metrics of one application: each is called with the values of its labels, then counts or observes."""
 
     def __init__(self) -> None:
+        # When a series was made is in none of the questions that are asked, and a third of all lines.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
         self._counters: dict[str, Counter] = {}
 
@@ -89,8 +100,10 @@ class Metrics:
 
     def request_buckets(self, model: str) -> list[int]:
         """How many requests of a model took at most each of SECONDS, and how many there were."""
-        (histogram,) = self.stage_seconds(model, "total").collect()
-        return [int(sample.value) for sample in histogram.samples if sample.name.endswith("_bucket")]
+        # Read where they are counted: to write each bound as text, as `collect` does, takes twenty times as long.
+        return [
+            int(count) for count in accumulate(bucket.get() for bucket in self.stage_seconds(model, "total")._buckets)
+        ]
 
     def render(self) -> bytes:
         """The text exposition format."""

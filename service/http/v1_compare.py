@@ -29,7 +29,7 @@ Predictions = list[dict[str, Any]]
 class CompareQuery(BaseModel, frozen=True, use_attribute_docstrings=True):
     """The query of a comparison. The descriptions are shown in /docs."""
 
-    models: Annotated[str | None, Field(max_length=2000)] = None
+    models: Annotated[str | None, Field(min_length=1, max_length=2000)] = None
     """Names of models, or of families, which stand for all their ready members, with commas between them: at most 16
     models. Without it all that are ready, or the 16 most accurate."""
     top_k: Annotated[int, Field(ge=1, le=1000)] = 5
