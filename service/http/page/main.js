@@ -3,6 +3,7 @@
 import { installCompare, showCompare } from "./compare/tab.js";
 import { byId } from "./parts/dom.js";
 import { installKeyForm } from "./parts/key.js";
+import { settle } from "./parts/notice.js";
 import { TABS, current, href, onChange } from "./parts/state.js";
 
 /** @typedef {{show: () => unknown, hide?: () => void}} Shown */
@@ -31,6 +32,8 @@ async function route() {
   if (tab === shown) return;
   const before = shown;
   shown = tab;
+  // What went wrong on another tab is none of this one's.
+  if (before) settle();
   for (const other of TABS) byId(other).hidden = other !== tab;
   document.title = `${tab.charAt(0).toUpperCase()}${tab.slice(1)} · StrideViT`;
   if (before) (await loaded[before])?.hide?.();

@@ -45,7 +45,7 @@ export function chooseTab() {
 
 async function show() {
   try {
-    const all = await models();
+    const all = await models({ again: true });
     known = new Map(all.models.map((model) => [model.name, model]));
     families = choosingFamilies(all);
     if (!families.length) {

@@ -46,7 +46,7 @@ async function show() {
     history = new History(/** @type {HTMLElement[]} */ (charts));
   }
   try {
-    known = new Map((await models()).models.map((model) => [model.name, model]));
+    known = new Map((await models({ again: true })).models.map((model) => [model.name, model]));
   } catch (error) {
     return complain(error, () => void show());
   }
@@ -81,7 +81,7 @@ async function poll() {
     failing = true;
     history?.gap();
   }
-  if (showing && !signal.aborted) timer = setTimeout(() => void poll(), EVERY_MS);
+  if (showing && !document.hidden && !signal.aborted) timer = setTimeout(() => void poll(), EVERY_MS);
 }
 
 /** @param {Status} status */
@@ -134,6 +134,9 @@ function modelRow(model) {
 
 /** @type {Record<string, string>} */
 const REASONS = {
+  lag: "the service was behind",
+  "deadline-exceeded": "the deadline passed meanwhile",
+  "not-ready": "not ready",
   images: "no room for more images",
   bytes: "no room for more bytes",
   deadline: "could not be in time",

@@ -41,10 +41,17 @@ export function colour(name) {
 export async function chart(place, data, alter, height = 170) {
   const Library = await load();
   const made = new Library(alter({ width: Math.max(200, place.clientWidth), height, series: [], legend: { show: false }, cursor: { show: false } }), data, place);
-  new ResizeObserver(() => {
+  const resized = new ResizeObserver(() => {
     if (place.clientWidth && place.clientWidth !== made.width) made.setSize({ width: place.clientWidth, height });
-  }).observe(place);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => made.redraw());
+  });
+  const scheme = matchMedia("(prefers-color-scheme: dark)");
+  const redraw = () => made.redraw();
+  resized.observe(place);
+  scheme.addEventListener("change", redraw);
+  (made.hooks.destroy ??= []).push(() => {
+    resized.disconnect();
+    scheme.removeEventListener("change", redraw);
+  });
   return made;
 }
 
