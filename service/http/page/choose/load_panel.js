@@ -106,7 +106,7 @@ async function redraw() {
   }
   const used = new Set(samples.map((one) => one.model));
   fill(legend, ...members.filter((model) => used.has(model.name)).map((model) => h("span", { class: `key model m${hue(model)}` }, kindAndPrecision(model))),
-    samples.some((one) => one.outcome === "refused") && h("span", { class: "key refused" }, "refused"),
+    samples.some((one) => one.outcome === "refused") && h("span", { class: "key refused" }, "refused (at the bottom)"),
     h("span", {}, "Shaded: the seconds of the fixed model. Line: the deadline."));
   fill(outcome, samples.length > 0 && table());
 }
@@ -138,7 +138,7 @@ function data() {
 }
 
 function makeChart() {
-  const series = [...members.map((model) => `--m${hue(model)}`), "--bad"].map((name) => ({
+  const series = [...members.map((model) => `--m${hue(model)}`), "--ink"].map((name) => ({
     paths: () => null,
     points: { show: true, size: 5, width: 0, fill: () => colour(name), stroke: () => colour(name) },
   }));

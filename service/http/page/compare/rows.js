@@ -12,9 +12,12 @@ const COLUMNS = 6;
 
 /** The row of one model, and a second one with its five best answers. */
 export class Row {
-  /** @param {Model} model @param {string} described @param {boolean} [isFolded] */
-  constructor(model, described, isFolded = false) {
+  /** @param {Model} model @param {string} described @param {Model} [base] that it is folded under */
+  constructor(model, described, base = model) {
+    const isFolded = base !== model;
     this.model = model;
+    /** The number of its colour, which all precisions share. */
+    this.hue = hue(base);
     /** @type {AnswerEvent | null} */
     this.answer = null;
     this.badge = h("span", { class: "badge", hidden: true }, "chosen");
@@ -27,7 +30,7 @@ export class Row {
       "tr",
       { role: "row", "data-model": model.name },
       h("th", { role: "rowheader", scope: "row", class: "model" },
-        h("span", { class: `dot m${hue(model)}${isFolded ? " hollow" : ""}` }),
+        h("span", { class: `dot m${this.hue}${isFolded ? " hollow" : ""}` }),
         h("span", { class: "names" }, h("span", { class: "kind" }, described, " ", this.badge), h("code", {}, model.name), this.fold)),
       this.answerCell,
       this.timeCell,
@@ -66,8 +69,8 @@ export class Row {
       this.moreElement.hidden = !this.moreElement.hidden;
       button.setAttribute("aria-expanded", String(!this.moreElement.hidden));
     });
-    fill(this.answerCell, button, h("span", { class: "track" }, h("span", { class: `part m${hue(this.model)}`, "--share": best.probability })));
-    fill(this.more, topFive(answer.predictions, hue(this.model)));
+    fill(this.answerCell, button, h("span", { class: "track" }, h("span", { class: `part m${this.hue}`, "--share": best.probability })));
+    fill(this.more, topFive(answer.predictions, this.hue));
   }
 
   /** @param {ErrorEvent} event */
@@ -116,7 +119,7 @@ export class Row {
 /** A body of the table: a model's row, and those folded under it. @param {Group} group @returns {{body: HTMLElement, rows: Row[]}} */
 export function groupBody({ base, others }) {
   const first = new Row(base, kind(base));
-  const folded = others.map((model) => new Row(model, `in ${precisionOf(model)}`, true));
+  const folded = others.map((model) => new Row(model, `in ${precisionOf(model)}`, base));
   const body = h("tbody", { role: "rowgroup" }, first.element, first.moreElement);
   for (const row of folded) {
     row.element.classList.add("folded");

@@ -113,6 +113,7 @@ async function run(chosen) {
     for (const row of rows) if (!row.answer) row.clear(false);
     if (!rows.some((row) => row.answer)) {
       fill(byId("seen"), h("span", { class: "hint" }, "no picture"));
+      fill(byId("seen-caption"), chosen.name);
       fill(byId("verdict"));
     }
     complain(error, () => void run(chosen));

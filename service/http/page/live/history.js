@@ -8,6 +8,13 @@ import { hue } from "../parts/models.js";
 /** @import {Chart, Data} from "../parts/chart.js" */
 
 const SECONDS = 300;
+const LEAST_SECONDS = 60;
+
+/** A moment before now, in words. @param {number} seconds that it is off, 0 or less */
+function ago(seconds) {
+  if (seconds === 0) return "now";
+  return seconds % 60 === 0 ? `−${-seconds / 60} min` : `−${-seconds} s`;
+}
 
 /** @typedef {{time: number, status: Status | null}} Entry */
 
@@ -67,6 +74,12 @@ export class History {
     ];
   }
 
+  /** From the first minute on the charts grow until they reach five minutes back. @returns {[number, number]} */
+  #range() {
+    const age = this.#now - (this.#entries[0]?.time ?? this.#now);
+    return [-Math.min(SECONDS, Math.max(LEAST_SECONDS, 60 * Math.ceil(age / 60))), 0];
+  }
+
   /** @param {string[]} names @param {Map<string, Model>} known */
   #make(names, known) {
     const lines = names.map((name) => {
@@ -82,9 +95,9 @@ export class History {
       return chart(place, data, (options) => ({
         ...options,
         series: [{}, ...(index === 2 ? waiting : lines)],
-        scales: { x: { time: false, range: [-SECONDS, 0] }, y: { range: (_, __, most) => [0, Math.max(least, (most || 0) * 1.1)] } },
+        scales: { x: { time: false, range: () => this.#range() }, y: { range: (_, __, most) => [0, Math.max(least, (most || 0) * 1.1)] } },
         axes: [
-          axis({ size: 28, incrs: [60], values: (_, ticks) => ticks.map((tick) => (tick === 0 ? "now" : `−${-tick / 60} min`)) }),
+          axis({ size: 28, incrs: [15, 30, 60], values: (_, ticks) => ticks.map(ago) }),
           axis({ values: (_, ticks) => ticks.map((tick) => (index === 1 ? ms(tick).replace(".0", "") : String(tick))), size: 56 }),
         ],
       }));

@@ -164,7 +164,7 @@ function choices(status) {
       h("div", { class: "shares", role: "img", "aria-label": sorted.map(([model, count]) => `${model} ${percent(count / all, 0)}`).join(", ") },
         ...sorted.map(([model, count]) => h("span", { class: `part m${hue(known.get(model))}`, "--share": count / all }))),
       h("ul", { class: "keys" }, ...sorted.map(([model, count]) =>
-        h("li", {}, h("span", { class: `dot m${hue(known.get(model))}` }), " ", kindAndPrecision(known.get(model)), " ", percent(count / all, 0)))),
+        h("li", {}, h("span", { class: `dot m${hue(known.get(model))}` }), ` ${kindAndPrecision(known.get(model))}: ${percent(count / all, 0)}`))),
     ];
   });
 }

@@ -15,7 +15,7 @@ let ticking;
 export function complain(error, again = null) {
   clearInterval(ticking);
   const retryAfterMs = error instanceof Problem ? error.retryAfterMs : null;
-  const button = again && h("button", { type: "button", onclick: () => { settle(); again(); } }, "Try again");
+  const button = again && mayHelp(error) && h("button", { type: "button", onclick: () => { settle(); again(); } }, "Try again");
   fill(byId("notice"), h("p", {}, h("strong", {}, headline(error)), " ", sentence(error)), button);
   byId("notice").hidden = false;
   if (retryAfterMs === null || !button) return;
@@ -29,6 +29,11 @@ export function complain(error, again = null) {
   };
   tick();
   ticking = setInterval(tick, 250);
+}
+
+/** Whether the same request may succeed later: a broken file stays broken. @param {unknown} error */
+function mayHelp(error) {
+  return !(error instanceof Problem) || error.status === 408 || error.status === 429 || error.status >= 500;
 }
 
 /** Nothing is wrong any more. */
