@@ -85,6 +85,11 @@ def opened(browser: "Browser", url: str, *, tolerated: str = EXPECTED_ERRORS, **
         context.close()
 
 
+def until(page: "Page", condition: str) -> None:
+    """Wait for a condition in JavaScript. Playwright's own way needs `eval`, which the page's policy forbids."""
+    page.evaluate(f"async () => {{ while (!({condition})) await new Promise(requestAnimationFrame); }}")
+
+
 def _foreign(requested: str, url: str) -> bool:
     origin = "/".join(url.split("/")[:3])
     return not requested.startswith((f"{origin}/", "data:", "blob:"))

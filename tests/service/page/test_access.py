@@ -2,17 +2,17 @@
 
 import hashlib
 import re
+import shutil
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 
-from tests.processes import PATIENCE_SECONDS, ROOT, get, serving
-from tests.service.page.conftest import Opener, opened
+from tests.processes import PATIENCE_SECONDS, ROOT, serving
+from tests.service.page.conftest import Opener, opened, until
 
 pytest.importorskip("playwright", reason="needs Playwright (pip install playwright)")
 
@@ -74,9 +74,7 @@ def test_a_limit_says_how_long_to_wait(browser: "Browser", guarded: str) -> None
         notice = page.locator("#notice")
         while notice.is_hidden():
             page.click("[data-sample=rocket]")
-            page.wait_for_function(
-                "!document.querySelector('#notice').hidden || document.querySelector('#timing').textContent"
-            )
+            until(page, "!document.querySelector('#notice').hidden || document.querySelector('#timing').textContent")
         expect(notice).to_contain_text("The service is busy.")
         button = notice.locator("button")
         expect(button).to_have_text(re.compile(r"Try again in \d+ s"))
@@ -154,17 +152,16 @@ def test_a_camera_that_cannot_be_opened_is_said(open_page: Opener) -> None:
         expect(page.locator("#notice")).to_contain_text("there is no camera, or it was not allowed", ignore_case=True)
 
 
-def test_the_camera_gives_a_picture(browser: "Browser", service: str, tmp_path: Path) -> None:
+def test_the_camera_gives_a_picture(browser: "Browser", service: str) -> None:
     """Chromium's own moving test picture in place of a camera."""
-    assert get(f"{service}/readyz").status_code == 200
     fake = browser.browser_type.launch(
-        executable_path="/usr/bin/chromium",
+        executable_path=shutil.which("chromium"),
         args=["--headless", "--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"],
     )
     try:
         with opened(fake, f"{service}/", permissions=["camera"]) as page:
             page.click("#camera")
-            page.wait_for_function("document.querySelector('dialog video')?.videoWidth > 0")
+            until(page, "document.querySelector('dialog video')?.videoWidth > 0")
             page.click("text=Take the picture")
             assert len(answered(page)) > 1
             expect(page.locator("dialog")).to_have_count(0)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.processes import ROOT, get, post, serving
 from tests.service.conftest import encoded
-from tests.service.page.conftest import SAMPLES, Opener, opened
+from tests.service.page.conftest import SAMPLES, Opener, opened, until
 
 pytest.importorskip("playwright", reason="needs Playwright (pip install playwright)")
 
@@ -128,7 +128,7 @@ def test_answers_of_the_picture_before_are_never_shown(open_page: Opener) -> Non
             }"""
         )
         page.click("[data-sample=raccoon]")
-        page.wait_for_function("window.streamOfA !== undefined")
+        until(page, "window.streamOfA")
         page.click("[data-sample=rocket]")
         before = answered(page)
         assert set(before.values()) == {"rocket"}
@@ -171,9 +171,14 @@ def test_a_service_that_is_gone_is_said_once(browser: "Browser") -> None:
         answered(page)
         process.kill()
         process.wait()
-        page.click("[data-sample=raccoon]")
-        expect(page.locator("#notice")).to_contain_text("The service does not answer.")
-        expect(page.locator("#notice p")).to_have_count(1)
+        for give in (
+            lambda: page.click("[data-sample=grace_hopper]"),
+            lambda: choose(page, name="other.jpg", content=(SAMPLES / "raccoon.jpg").read_bytes()),
+        ):
+            give()
+            expect(page.locator("#notice")).to_contain_text("The service does not answer.")
+            expect(page.locator("#notice p")).to_have_count(1)
+        expect(page.locator("#seen")).to_have_text("no picture")
         expect(page.locator("#notice button")).to_have_text("Try again")
         expect(page.locator(".top")).to_have_count(0)
 

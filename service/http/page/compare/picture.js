@@ -1,5 +1,6 @@
 // The picture that all tabs are about: where it comes from, and how the models see it.
 
+import { request } from "../parts/api.js";
 import { h } from "../parts/dom.js";
 
 /** @typedef {{file: Blob, name: string, sample: string | null}} Picture */
@@ -45,8 +46,7 @@ function tell() {
 
 /** @param {string} name @returns {Promise<Picture>} */
 export async function sample(name) {
-  const response = await fetch(`page/samples/${encodeURIComponent(name)}.jpg`);
-  if (!response.ok) throw new Error(`there is no sample ${name}`);
+  const response = await request(`page/samples/${encodeURIComponent(name)}.jpg`, { cache: "default" });
   return { file: await response.blob(), name: `${name}.jpg`, sample: name };
 }
 

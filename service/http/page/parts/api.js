@@ -78,7 +78,7 @@ async function readFrom(reader) {
 /** @param {string} path @param {RequestInit} init */
 async function send(path, init) {
   try {
-    return await fetch(path, { ...init, cache: "no-store" });
+    return await fetch(path, { cache: "no-store", ...init });
   } catch (error) {
     if (isCancelled(error)) throw error;
     throw new Unreachable("the service cannot be reached", { cause: error });
