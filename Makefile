@@ -41,7 +41,7 @@ coverage: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run `make test` and fail if i
 	@echo "running the tests but the slow ones on $(WORKERS) workers, measuring coverage; real data: $${STRIDEVIT_DATA:-none}"
 	@$(PYTEST) --cov --cov-report=term $(ARGS)
 
-test-clients: $(SERVE)/.$(ENGINE) $(CLIENTS)/triton/.installed $(CLIENTS)/kserve/.installed $(CLIENTS)/perf/.installed ## Test the service with tritonclient, the KServe SDK and perf_analyzer
+test-clients: $(SERVE)/.$(ENGINE) $(CLIENTS)/triton/.installed $(CLIENTS)/kserve/.installed $(CLIENTS)/hf/.installed $(CLIENTS)/perf/.installed ## Test the service with tritonclient, the KServe SDK, huggingface_hub and perf_analyzer
 	@echo "serving models/ to third-party clients, each in its own environment"
 	@$(PYTHON) -m tests.clients.run --service $(SERVE)/bin/python --clients $(CLIENTS)
 
@@ -67,7 +67,7 @@ lock: $(UV) ## Resolve pyproject.toml again into lock/ (exact versions and hashe
 	  --extra cpu --extra train --extra export --extra loadtest --extra dev
 	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-cpu.txt --extra cpu
 	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-gpu.txt --extra gpu
-	@for other in client-triton client-kserve client-perf client-openapi audit docs; do $(LOCK) lock/$$other.in -o lock/$$other.txt || exit 1; done
+	@for other in client-triton client-kserve client-hf client-perf client-openapi audit docs; do $(LOCK) lock/$$other.in -o lock/$$other.txt || exit 1; done
 
 audit: $(AUDIT)/.installed $(SERVE)/.cpu ## Look for known vulnerabilities, suspicious code and faults of the Dockerfile; write an SBOM
 	@echo "auditing lock/, the packages and the Dockerfile; the bill of materials goes to dist/sbom-cpu.cdx.json"
@@ -114,7 +114,7 @@ $(SERVE)/.cpu $(SERVE)/.gpu: $(SERVE)/.%: lock/service-%.txt pyproject.toml
 	@$(call new-environment,$(SERVE),lock/service-$*.txt)
 	@touch $@
 
-$(CLIENTS)/triton/.installed $(CLIENTS)/kserve/.installed $(CLIENTS)/openapi/.installed: $(CLIENTS)/%/.installed: lock/client-%.txt
+$(CLIENTS)/triton/.installed $(CLIENTS)/kserve/.installed $(CLIENTS)/hf/.installed $(CLIENTS)/openapi/.installed: $(CLIENTS)/%/.installed: lock/client-%.txt
 	@echo "setting up $(@D) with the $* client"
 	@rm -rf $(@D)
 	@$(PYTHON) -m venv $(@D)

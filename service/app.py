@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import inspect
 import time
 from collections.abc import AsyncIterator, Callable
@@ -11,16 +12,16 @@ from importlib.metadata import version
 from typing import Any
 
 import structlog
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse
 from fastapi_offline import FastAPIOffline
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, gzip_accepted
 
 from service.errors import NotReady
 from service.gauges import Gauges
 from service.host import available_cores
-from service.http import docs, openapi, page, problems, v1, v2
+from service.http import docs, hf, openapi, page, problems, v1, v1_compare, v1_live, v2
 from service.http.auth import KeyGate, offered
 from service.http.fast_path import FastPath
 from service.http.observe import Observe
@@ -39,6 +40,7 @@ from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.watchdog import Patience
 from service.settings import Settings
+from service.status import StatusReport
 from service.tracing import Tracing
 
 log = structlog.get_logger()
@@ -97,7 +99,15 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
     openapi.install(app, keys_needed=keys_needed)
     v2_routers = [v2.probes(pipeline), v2.router(pipeline, version=release), v2.repository(pipeline)]
     docs_page = docs.DocsPage(app.title)
-    routers = [page.router(), docs_page.router(), v1.router(pipeline), *v2_routers]
+    routers = [
+        page.router(),
+        docs_page.router(),
+        v1.router(pipeline),
+        v1_compare.router(pipeline),
+        v1_live.router(pipeline, StatusReport(pipeline, device=settings.engine_options().device)),
+        *v2_routers,
+        hf.router(pipeline),
+    ]
     for router in routers:
         app.include_router(router)
 
@@ -117,9 +127,9 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
         return {"status": "ready"}
 
     @app.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
-    async def prometheus() -> Response:
+    async def prometheus(request: Request) -> Response:
         """Prometheus metrics."""
-        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        return metrics_answer(metrics.render(), accepted=request.headers.get("accept-encoding", ""))
 
     app.add_middleware(FastPath, routes=[route for router in routers for route in router.routes])
     # The last one added is the first to see a request: a preflight has no key, and every answer has an id.
@@ -155,6 +165,15 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
     )
     app.add_middleware(Shedding, judge=app.state.judge)
     return app
+
+
+def metrics_answer(text: bytes, *, accepted: str) -> Response:
+    """The answer to a scrape, in gzip if the scraper takes it."""
+    headers = {"Vary": "Accept-Encoding"}
+    if gzip_accepted(accepted):
+        # The fastest level: a fifth of the default's time, for a sixteenth of the size in place of a twentieth.
+        text, headers["Content-Encoding"] = gzip.compress(text, compresslevel=1), "gzip"
+    return Response(text, media_type=CONTENT_TYPE_LATEST, headers=headers)
 
 
 def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], float] = time.perf_counter) -> Pipeline:

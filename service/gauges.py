@@ -23,9 +23,7 @@ class Gauges(Collector):
         yield _gauge("pending_bytes", "Bodies accepted and not yet answered.", admission.bytes)
         scheduler = self._pipeline.scheduler
         drain = "Predicted time until all accepted work is done, by the cost model; infinite while the engine hangs."
-        # A batch that takes longer than predicted may take as long again.
-        seconds = math.inf if scheduler.hang else admission.drain_seconds() + scheduler.overdue_seconds
-        yield _gauge("predicted_drain_seconds", drain, seconds)
+        yield _gauge("predicted_drain_seconds", drain, predicted_drain_seconds(self._pipeline))
         yield _gauge("engine_hung", "1 while the engine hangs, so that nothing can be computed.", bool(scheduler.hang))
         lag = "Largest delay of the event loop in the last 15 to 30 seconds."
         yield _gauge("event_loop_lag_seconds", lag, self._pipeline.lag.worst_seconds)
@@ -63,6 +61,13 @@ class Gauges(Collector):
             for size, seconds in model.queue.cost.as_dict().items():
                 batch.add_metric([*labels, str(size)], seconds)
         yield from (depth, info, memory, batch)
+
+
+def predicted_drain_seconds(pipeline: Pipeline) -> float:
+    """Predicted seconds until all accepted work is done; infinite while the engine hangs."""
+    scheduler = pipeline.scheduler
+    # A batch that takes longer than predicted may take as long again.
+    return math.inf if scheduler.hang else pipeline.admission.drain_seconds() + scheduler.overdue_seconds
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

@@ -30,6 +30,11 @@ class Preprocessing(_Part):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    @property
+    def geometry(self) -> tuple[int, int, str]:
+        """All that the pixels of the input depend on: models that agree in it see the same picture."""
+        return self.resize, self.crop, self.interpolation
+
 
 class Tensor(_Part):
     """An input or output of the graph; -1 is the batch."""

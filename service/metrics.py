@@ -1,15 +1,24 @@
 """Prometheus metrics, in base units and with conventional names."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from service.host import peak_bytes
 
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Upper bounds of the buckets of durations."""
 _RATIOS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.3, 1.5, 2.0, 4.0, 10.0)
 
 
@@ -17,11 +26,15 @@ class Metrics:
     """All metrics of one application: each is called with the values of its labels, then counts or observes."""
 
     def __init__(self) -> None:
+        # When a series was made is in none of the questions that are asked, and a third of all lines.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
+        self._counters: dict[str, Counter] = {}
 
         # Cached, because to find a metric by its labels takes longer than to count.
         def counter(name: str, text: str, *labels: str) -> Callable[..., Counter]:
-            return cache(Counter(f"stridevit_{name}_total", text, labels, registry=registry).labels)
+            self._counters[name] = found = Counter(f"stridevit_{name}_total", text, labels, registry=registry)
+            return cache(found.labels)
 
         def histogram(name: str, text: str, *labels: str, buckets: Sequence[float]) -> Callable[..., Histogram]:
             return cache(Histogram(f"stridevit_{name}", text, labels, buckets=buckets, registry=registry).labels)
@@ -31,14 +44,14 @@ class Metrics:
             "request_duration_seconds",
             "Time from the first byte of a request's head to the end of its answer.",
             "route",
-            buckets=_SECONDS,
+            buckets=SECONDS,
         )
         self.images = counter("images", "Images answered, by outcome: ok or the error's code.", "model", "outcome")
         self.stage_seconds = histogram(
             "stage_duration_seconds",
             "Time of one image in a stage (decode, queue, inference), or of its whole request (total).",
             *("model", "stage"),
-            buckets=_SECONDS,
+            buckets=SECONDS,
         )
         self.batch_size = histogram("batch_size", "Images in a batch.", "model", buckets=_BATCH_SIZES)
         self.rows = counter(
@@ -77,6 +90,20 @@ class Metrics:
         peak = Gauge("stridevit_peak_memory_bytes", "Largest resident memory so far.", registry=registry)
         peak.set_function(peak_bytes)
         ProcessCollector(registry=registry)
+
+    def totals(self, counter: str) -> Iterator[tuple[dict[str, str], float]]:
+        """The labels and the value of each series of a counter, by its name as an attribute."""
+        for metric in self._counters[counter].collect():
+            for sample in metric.samples:
+                if sample.name.endswith("_total"):
+                    yield sample.labels, sample.value
+
+    def request_buckets(self, model: str) -> list[int]:
+        """How many requests of a model took at most each of SECONDS, and how many there were."""
+        # Read where they are counted: to write each bound as text, as `collect` does, takes twenty times as long.
+        return [
+            int(count) for count in accumulate(bucket.get() for bucket in self.stage_seconds(model, "total")._buckets)
+        ]
 
     def render(self) -> bytes:
         """The text exposition format."""

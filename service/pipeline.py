@@ -16,7 +16,7 @@ from service.image_work import least_works
 from service.limits import Limits
 from service.metrics import Metrics
 from service.models.arena import ArenaTrimmer
-from service.models.family import Choice, pareto_front, require_top1
+from service.models.family import Choice, Family, pareto_front, require_top1
 from service.models.faults import Faults
 from service.models.model import Model
 from service.models.registry import Registry
@@ -28,6 +28,7 @@ from service.scheduling.queue import Entry
 from service.scheduling.request import Priority, RequestState
 from service.scheduling.room import Room
 from service.scheduling.scheduler import Batch, Output, Scheduler
+from service.scheduling.shared_image import SharedImage
 
 T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
@@ -58,8 +59,10 @@ class RequestOptions(BaseModel, frozen=True, use_attribute_docstrings=True):
 class Inputs:
     """What the body of a request holds."""
 
-    images: Sequence[bytes] | Pixels
+    images: Sequence[bytes] | Pixels = ()
     """Encoded images, or uint8 (n,H,W,3) that need no decoding."""
+    shared: SharedImage | None = None
+    """Instead of these, one image that other models get too."""
     seconds: float | None = None
     """An earlier deadline, counted from the request's arrival."""
     priority: Priority | None = None
@@ -68,8 +71,13 @@ class Inputs:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all images."""
+        """Bytes of all images, but for one that is shared: whoever shares it holds them."""
         return self.images.nbytes if isinstance(self.images, np.ndarray) else sum(map(len, self.images))
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return 1 if self.shared else len(self.images)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,6 +105,13 @@ def ranked(values: npt.NDArray[np.float32], count: int) -> list[tuple[int, float
         return [(index, few[index]) for index in sorted(range(len(few)), key=few.__getitem__, reverse=True)[:count]]
     best = np.argsort(-values, kind="stable")[:count]
     return [(int(index), float(values[index])) for index in best]
+
+
+def _fits(inputs: Inputs, model: Model) -> bool:
+    """Whether a model can take what was made for the one that was found when the request came."""
+    if inputs.shared:
+        return inputs.shared.preprocessing.geometry == model.manifest.preprocessing.geometry
+    return not isinstance(inputs.images, np.ndarray) or inputs.images.shape[1:] == model.manifest.input.shape[1:]
 
 
 class Pipeline:
@@ -179,7 +194,7 @@ class Pipeline:
         Returns what `write` returned, and the answer. Raises a RequestError, of the first image if images failed. The
         deadline is kept by the event loop's clock: DeadlineExceeded is raised when it passes, whatever hangs.
         """
-        state = RequestState(seconds=self._seconds(options), priority=options.priority, arrived_at=arrived_at)
+        state = RequestState(seconds=self.seconds(options), priority=options.priority, arrived_at=arrived_at)
         try:
             self.scheduler.require_engine()
             fastest = pareto_front(self.registry.candidates(options.model, options.version)[1])[-1]
@@ -191,13 +206,13 @@ class Pipeline:
                 place.hold_bytes(max(0, inputs.nbytes - place.bytes))
                 if inputs.options:
                     options = inputs.options
-                    state.replace(seconds=self._seconds(options), priority=options.priority)
+                    state.replace(seconds=self.seconds(options), priority=options.priority)
                 state.amend(seconds=inputs.seconds, priority=inputs.priority)
                 model, choice, decoding = self._select(options, state, inputs)
-                self.admission.accept(place, model.queue, len(inputs.images), decoding=decoding)
+                self.admission.accept(place, model.queue, inputs.count, decoding=decoding)
                 accepted_at = time.perf_counter()
                 with model, watching(state.leave):
-                    images = await self._infer(model, state, inputs.images, decoding)
+                    images = await self._infer(model, state, inputs, decoding)
                 inferred_at = time.perf_counter()
                 answer = Answer(model=model, choice=choice, images=images)
                 errors = [image for image in images if isinstance(image, RequestError)]
@@ -210,11 +225,16 @@ class Pipeline:
                     place.predicted_seconds / max(1e-6, time.perf_counter() - accepted_at)
                 )
                 return written, answer
-        except (Overloaded, DeadlineExceeded, ClientDisconnected, NotReady) as error:
-            self.metrics.rejections(error.reason if isinstance(error, Overloaded) else error.code).inc()
+        except RequestError as error:
+            self.count_rejection(error)
             raise
 
-    def _seconds(self, options: RequestOptions) -> float:
+    def count_rejection(self, error: RequestError) -> None:
+        """Count a request that was refused, or ended before its answer."""
+        if isinstance(error, Overloaded | DeadlineExceeded | ClientDisconnected | NotReady):
+            self.metrics.rejections(error.reason if isinstance(error, Overloaded) else error.code).inc()
+
+    def seconds(self, options: RequestOptions) -> float:
         """Seconds from its arrival within which a request must be answered."""
         limit_ms = self.limits.default_deadline_ms if options.deadline_ms is None else options.deadline_ms
         return min(limit_ms, self.limits.max_deadline_ms) / 1000
@@ -229,28 +249,49 @@ class Pipeline:
         family, members = self.registry.candidates(options.model, options.version)
         model, choice = members[0], None
         decoding: list[int] = []
-        if not isinstance(inputs.images, np.ndarray):
+        if inputs.shared:
+            decoding = inputs.shared.decoding
+        elif not isinstance(inputs.images, np.ndarray):
             # By the pixels that the most accurate member needs: all members take the same.
             decoding = self.decoders.work_of(inputs.images, model.manifest.preprocessing)
         if family:
-            count = len(inputs.images)
-            model, choice = family.choose(
-                pareto_front(members),
-                predict=lambda model: self.admission.predict(model.queue, state, count, decoding=decoding),
-                predict_idle=lambda model: self.admission.idle_seconds(model.queue, count, decoding=decoding),
-                allowed_seconds=self.admission.allowed_seconds(state),
-                min_top1=options.min_top1,
+            model, choice = self.decide(
+                family, members, state, inputs.count, decoding=decoding, min_top1=options.min_top1
             )
+            family.follow(model)
             self.metrics.choices(family.name, model.name, choice["reason"]).inc()
         else:
             require_top1(model, options.min_top1)
-        if isinstance(inputs.images, np.ndarray) and inputs.images.shape[1:] != model.manifest.input.shape[1:]:
+        if not _fits(inputs, model):
             raise NotReady("the model was replaced by one of another image size in the meantime: retry")
         return model, choice, decoding
 
+    def decide(
+        self,
+        family: Family,
+        members: Sequence[Model],
+        state: RequestState,
+        count: int,
+        *,
+        decoding: Sequence[int],
+        min_top1: float = 0.0,
+    ) -> tuple[Model, Choice]:
+        """Which of a family's members a request of `count` images gets now, and why. Raises NoSuitableModel.
+
+        Without effects: a request that takes the model lets its family `follow` it.
+        """
+        return family.decide(
+            pareto_front(members),
+            predict=lambda model: self.admission.predict(model.queue, state, count, decoding=decoding),
+            predict_idle=lambda model: self.admission.idle_seconds(model.queue, count, decoding=decoding),
+            allowed_seconds=self.admission.allowed_seconds(state),
+            min_top1=min_top1,
+        )
+
     async def _infer(
-        self, model: Model, state: RequestState, images: Sequence[bytes] | Pixels, decoding: Sequence[int]
+        self, model: Model, state: RequestState, inputs: Inputs, decoding: Sequence[int]
     ) -> list[Output | RequestError]:
+        images = [inputs.shared] if inputs.shared else inputs.images
         works = decoding or [0] * len(images)
         if len(images) == 1:
             return [await self._infer_one(model, state, images[0], works[0])]
@@ -264,7 +305,7 @@ class Pipeline:
         return outcomes
 
     async def _infer_one(
-        self, model: Model, state: RequestState, image: bytes | Pixels, work: int
+        self, model: Model, state: RequestState, image: bytes | Pixels | SharedImage, work: int
     ) -> Output | RequestError:
         metrics, name, entry = self.metrics, model.name, self.scheduler.entry(state)
         try:
@@ -272,6 +313,8 @@ class Pipeline:
                 with self.decoders.decoding(image, model.manifest.preprocessing, model.queue, entry, work):
                     output = await self._outcome(model, entry)
             else:
+                if isinstance(image, SharedImage):
+                    image = await image.pixels(model.queue, entry, work)
                 self.scheduler.offer(model.queue, entry, image)
                 output = await self._outcome(model, entry)
         except RequestError as error:
@@ -279,7 +322,7 @@ class Pipeline:
             # The traceback would keep the image alive until the garbage collector comes.
             return error.with_traceback(None)
         finally:
-            if isinstance(image, bytes) and entry.pixels is not None:
+            if work and entry.pixels is not None:
                 metrics.stage_seconds(name, "decode").observe(entry.decode_seconds)
         output.decode_ms = entry.decode_seconds * 1000
         metrics.stage_seconds(name, "queue").observe(output.queue_ms / 1000)

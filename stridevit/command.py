@@ -14,7 +14,13 @@ from stridevit.collisions import DISTRIBUTION, PACKAGES, collision
 
 console = Console(stderr=True)
 
-_EXTRAS: Final = {"training": "train", "export": "export", "service": "cpu", "loadtests": "loadtest"}
+_EXTRAS: Final = {
+    "training": "train",
+    "export": "export",
+    "service": "cpu",
+    "loadtests": "loadtest",
+    "stridevit.classify": "cpu",
+}
 """The optional dependencies that a package's commands need, as pyproject.toml names them."""
 
 _PRODUCTS: Final = {"torch": "PyTorch", "onnx": "ONNX", "onnxscript": "ONNX Script", "locust": "Locust"}
@@ -57,6 +63,11 @@ _TABLE: Final = {
             "demo",
             "stridevit.demo demo",
             "Train variants on digits or on your pictures, export them, serve them and compare them under load.",
+        ),
+        (
+            "classify",
+            "stridevit.classify classify",
+            "Classify images with a service that runs: a few, or a folder into a table.",
         ),
     ),
     "Train": (

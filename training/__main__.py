@@ -19,6 +19,7 @@ from rich.markup import escape
 
 from training import folder_recipe, runs
 from training.augment import default_workers
+from training.bf16 import bf16_is_emulated
 from training.checkpoints import can_resume
 from training.data import Dataset, into_memory, load_dataset
 from training.describe import cost_table
@@ -158,7 +159,7 @@ def train(
         )
         if weights and not any(name and name.startswith(TIMM) for name in (init, teacher)):
             raise ValueError("--weights are those of timm:NAME, which neither --init nor --teacher names")
-        resolved, dataset = _prepared(recipe, data, changes, origin.init)
+        resolved, dataset = _prepared(recipe, data, changes, origin.init, world.device)
         resolved = _with_short_warmup(resolved, epochs, changes)
         if teacher and not (resolved.distill.logits or resolved.distill.blocks):
             resolved = overridden(resolved, ["distill.logits=0.5"])
@@ -204,7 +205,7 @@ def retrofit(
     """
     with _errors(out), join(choose_device(device)) as world:
         source = open_source(teacher, weights)
-        resolved = _retrofit_recipe(source, recipe, epochs, overrides, data)
+        resolved = _retrofit_recipe(source, recipe, epochs, overrides, data, world.device)
         dataset = _dataset(resolved, data, source)
         on = _execution(world, workers, checkpoint_steps)
         _warn(on, dataset)
@@ -249,7 +250,7 @@ def study(
         if teacher:
             sources = {seed: open_source(teacher.replace("{seed}", str(seed))) for seed in numbers}
             length = 2.0 if epochs is None else epochs
-            resolved = _retrofit_recipe(sources[numbers[0]], recipe, length, overrides, data)
+            resolved = _retrofit_recipe(sources[numbers[0]], recipe, length, overrides, data, world.device)
         else:
             changes = [*_epochs(epochs), *(overrides or [])]
             resolved = _with_short_warmup(load_recipe(recipe, changes), epochs, changes)
@@ -391,7 +392,9 @@ def images(
     typer.echo(f"{out}: {min(count, len(loaded.test))} images")
 
 
-def _prepared(recipe: str, data: str | None, changes: list[str], source: Source | None) -> tuple[Recipe, Dataset]:
+def _prepared(
+    recipe: str, data: str | None, changes: list[str], source: Source | None, device: torch.device
+) -> tuple[Recipe, Dataset]:
     """The recipe with the user's `changes`, and its data."""
     if recipe != folder_recipe.NAME:
         resolved = load_recipe(recipe, changes)
@@ -403,7 +406,9 @@ def _prepared(recipe: str, data: str | None, changes: list[str], source: Source 
     on_disk = load_dataset(folder_recipe.dataset_name(data), data, in_memory=False)
     like = source.architecture if source else None
     preset = next((change.partition("=")[2] for change in changes if change.startswith("preset=")), None)
-    resolved = folder_recipe.folder_recipe(on_disk, like, preset=preset, trained=source is not None)
+    resolved = folder_recipe.folder_recipe(
+        on_disk, like, preset=preset, trained=source is not None, bf16=not bf16_is_emulated(device)
+    )
     if source:
         resolved = adapted(resolved, source, {"preset", "img_size"} if preset else ())
     resolved = overridden(resolved, changes)
@@ -421,13 +426,18 @@ def _with_short_warmup(recipe: Recipe, epochs: float | None, changes: list[str])
 
 
 def _retrofit_recipe(
-    source: Source, recipe: str | None, epochs: float, overrides: list[str] | None, data: str | None
+    source: Source,
+    recipe: str | None,
+    epochs: float,
+    overrides: list[str] | None,
+    data: str | None,
+    device: torch.device,
 ) -> Recipe:
     """The recipe of a teacher, or the one called `recipe`, with the changes for a retrofit and those of the user."""
     if source.architecture is None:
         raise ValueError(f"{source.name} holds weights only: a teacher is a run or timm:NAME, with --weights FILE")
     if recipe == folder_recipe.NAME or (recipe is None and source.name.startswith(TIMM)):
-        trained, _ = _prepared(folder_recipe.NAME, data, [], source)
+        trained, _ = _prepared(folder_recipe.NAME, data, [], source, device)
     elif recipe is None:
         trained = Recipe.model_validate(runs.read_record(Path(source.name))["recipe"])
     else:

@@ -46,12 +46,17 @@ def slug(text: str, *, otherwise: str) -> str:
 
 
 def folder_recipe(
-    dataset: Dataset, like: Architecture | None = None, *, preset: str | None = None, trained: bool = False
+    dataset: Dataset,
+    like: Architecture | None = None,
+    *,
+    preset: str | None = None,
+    trained: bool = False,
+    bf16: bool = True,
 ) -> Recipe:
     """Settings for `dataset`, whose images are on disk.
 
     The size is that of the architecture `like`, else that of `preset`, else chosen by the pictures. `trained` if the
-    run begins with trained weights. Raises ValueError for an unknown preset.
+    run begins with trained weights; `bf16` if the device gains by it. Raises ValueError for an unknown preset.
     """
     if not isinstance(dataset.train, Files) or not isinstance(dataset.test, Files):
         raise TypeError("the images must be on disk")
@@ -82,7 +87,7 @@ def folder_recipe(
         optim=Optim(lr=float(f"{rate:.1e}")),
         schedule=Schedule(epochs=epochs, batch_size=batch, warmup_epochs=round(epochs / 20, 2)),
         augment=Augment(crop_padding=img_size // 8, hflip=0.5) if in_memory else Augment(scale=(0.4, 1.0), hflip=0.5),
-        precision="bf16",
+        precision="bf16" if bf16 else "fp32",
     )
 
 

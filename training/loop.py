@@ -17,6 +17,7 @@ from rich.console import Console
 
 from training import runs
 from training.augment import Batch, epoch_order, training_batches
+from training.bf16 import bf16_is_emulated, bf16_slowdown
 from training.checkpoints import LAST_FILE, can_resume, load_checkpoint, save_checkpoint
 from training.data import Dataset, Images, Split, split_val
 from training.distill import Teacher
@@ -91,6 +92,11 @@ def train(
     """
     if not resume and on.world.decide(lambda: can_resume(out) or (out / runs.WEIGHTS_FILE).exists()):
         raise runs.RunError(f"{out} holds a run already: continue it with --resume or choose another --out")
+    if recipe.precision == "bf16" and bf16_is_emulated(on.world.device):
+        on.say(
+            "[yellow]warning:[/] this CPU has no instructions for bfloat16 and computes such products "
+            f"{bf16_slowdown(on.world.device):.0f} times slower than float32: start again with --set precision=fp32"
+        )
     run = _Run(recipe, variant, dataset, out, on, origin, begin=not resume)
     if resume:
         run.restore()

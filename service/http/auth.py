@@ -1,4 +1,4 @@
-"""API keys over HTTP: for /v1 and /v2, for loading and unloading, and for other pages if the settings say so."""
+"""API keys over HTTP: for /v1, /v2 and /hf, for loading and unloading, and for other pages if the settings say so."""
 
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -13,7 +13,7 @@ from service.metrics import Metrics
 
 _OPEN = ("/v2/health/live", "/v2/health/ready")
 """Probes have no key."""
-_GUARDED = ("/v1", "/v2")
+_GUARDED = ("/v1", "/v2", "/hf/")
 _ADMIN = "/v2/repository/models/"
 """By prefix: the router may match a path that a pattern does not, such as one that ends in a newline."""
 _INDEX = "/v2/repository/index"
@@ -42,7 +42,8 @@ class KeyGate:
         metrics: Metrics,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`required`: whether /v1 and /v2 need a key; loading and unloading always do. `clock`: the time of day."""
+        """`required`: whether /v1, /v2 and /hf need a key; loading and unloading always do. `clock`: the time of
+        day."""
         self._app, self._ring, self._metrics, self._clock = app, ring, metrics, clock
         self._pages = tuple(path for page in guarded_pages for path in PAGES[page])
         # First of all for speed: every request passes here.

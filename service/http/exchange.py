@@ -1,4 +1,4 @@
-"""What /v1 and /v2 share: the options of a request, its client, and the headers of its answer."""
+"""What /v1, /v2 and /hf share: the options of a request, its client, and the headers of its answer."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -27,6 +27,17 @@ def validated(kind: type[M], values: dict[str, Any]) -> M:
     except ValidationError as error:
         text = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise InvalidParameter(text) from error
+
+
+def joined(query: M, sent: dict[str, Any]) -> M:
+    """What the query and the body ask for together. Raises InvalidParameter where they contradict each other."""
+    kind = type(query)
+    body = validated(kind, sent)
+    for name in query.model_fields_set & body.model_fields_set:
+        one, other = getattr(query, name), getattr(body, name)
+        if one != other:
+            raise InvalidParameter(f"{name} is {one!r} in the query and {other!r} in the body: give it once")
+    return validated(kind, {**query.model_dump(exclude_unset=True), **sent})
 
 
 def content_length(request: Request) -> int | None:

@@ -20,7 +20,9 @@ PATHS = (
     "/openapi.json",
     "/readyz",
     "/v1/classify",
+    "/v1/compare",
     "/v1/models",
+    "/v1/status",
     "/v2",
     "/v2/health/live",
     "/v2/health/ready",
@@ -50,6 +52,9 @@ _OFFERED = (
     (r"/v2/(system|cuda)sharedmemory(/.*)?",
      "shared memory is not offered: send tensors in the request's body (perf_analyzer: --shared-memory none)"),
     (r"/v2/(models/[^/]+/)?trace/setting", "settings of traces are not offered: see --otlp-endpoint of the service"),
+    (r"/hf", "to classify an image as with Hugging Face's API, POST /hf/NAME"),
+    (r"/(hf-inference/)?models/(?P<name>[\w.-]{1,40})(/pipeline/image-classification)?",
+     "to classify an image as with Hugging Face's API, POST /hf/{name}; about a model: GET /v1/models/{name}"),
     (r"/v2/logging", "settings of logs are not offered: see --log-level of the service"),
 )  # fmt: skip
 _HINTS = tuple((re.compile(pattern, re.IGNORECASE), hint) for pattern, hint in _OFFERED)

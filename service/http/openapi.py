@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from service.errors import RequestError
 from service.http.exchange import DEADLINE_HEADER, PRIORITY_HEADER
-from service.http.problems import problem_members
+from service.http.problems import OF_OTHERS, problem_members
 
 SECURITY = [
     Security(HTTPBearer(scheme_name="bearer", description="An API key, where keys are in use.", auto_error=False)),
@@ -74,13 +74,13 @@ def query_parameters(query: type[BaseModel], *, headers: dict[str, tuple[str, di
 
 
 def described_by(path: str, **more: Any) -> dict[str, Any]:
-    """The `openapi_extra` of a route of /v2 that reads its path itself: the path's parameters, and more of it."""
+    """The `openapi_extra` of a route that reads its path itself: the path's parameters, and more of it."""
     known = fixed_part("path_parameters")
     return {**more, "parameters": [*map(known.get, re.findall(r"{(\w+)}", path)), *more.get("parameters", [])]}
 
 
 def v2_responses(*errors: type[RequestError], success: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
-    """The errors that a route of /v2 may answer with, by status, and its 200 if it is no plain JSON object."""
+    """The errors that a route of /v2 or /hf may answer with, by status, and its 200 if it is no plain JSON object."""
     described: dict[int | str, dict[str, Any]] = {200: success} if success else {}
     for kind in errors:
         text = inspect.getdoc(kind) or ""
@@ -110,7 +110,7 @@ def _complete(schema: dict[str, Any], *, keys_needed: bool) -> None:
     schemas = schema["components"]["schemas"]
     schemas.update(fixed_part("schemas"))
     for path, operations in schema["paths"].items():
-        error = _OIP_ERROR if path.startswith("/v2") else _PROBLEM
+        error = _OIP_ERROR if path.startswith(OF_OTHERS) else _PROBLEM
         for operation in operations.values():
             answers = operation["responses"]
             if "HTTPValidationError" in json.dumps(answers.get("422", {})):
@@ -122,13 +122,15 @@ def _complete(schema: dict[str, Any], *, keys_needed: bool) -> None:
         schemas.pop(unused, None)
 
 
-def responses(*errors: type[RequestError], example: str) -> dict[int | str, dict[str, Any]]:
+def responses(
+    *errors: type[RequestError], example: str = "", success: dict[str, Any] | None = None
+) -> dict[int | str, dict[str, Any]]:
     """The errors that a route may answer with, by status and each with an example.
 
-    `example` is the one of its 200, by name as in `fixed_part`.
+    `example` is the one of its 200, by name as in `fixed_part`; or `success` describes the whole of it.
     """
-    content = {"application/json": {"example": fixed_part(example)}}
-    described: dict[int | str, dict[str, Any]] = {200: {"content": content}}
+    content = {"application/json": {"example": fixed_part(example)}} if example else {}
+    described: dict[int | str, dict[str, Any]] = {200: success or {"content": content}}
     for status, kinds in itertools.groupby(sorted(errors, key=lambda kind: kind.status), lambda kind: kind.status):
         texts = {kind.code: inspect.getdoc(kind) or "" for kind in kinds}
         described[status] = {

@@ -1,4 +1,4 @@
-"""Errors as HTTP answers: problem+json (RFC 9457) everywhere but under /v2, which wants `{"error": "..."}`."""
+"""Errors as HTTP answers: problem+json (RFC 9457), but `{"error": "..."}` where the clients of others read that."""
 
 import math
 from http import HTTPStatus
@@ -15,6 +15,9 @@ from service.errors import InvalidParameter, Overloaded, RequestError, Unauthori
 from service.http import hints, security_headers
 
 log = structlog.get_logger()
+
+OF_OTHERS = ("/v2", "/hf/")
+"""Paths, by prefix, whose errors are written as the Open Inference Protocol and Hugging Face write theirs."""
 
 
 class Problem(BaseModel):
@@ -99,7 +102,7 @@ def install(app: FastAPI) -> None:
 
 
 def _response(request: Request, body: dict[str, Any], headers: dict[str, str]) -> JSONResponse:
-    if request.url.path.startswith("/v2"):
+    if request.url.path.startswith(OF_OTHERS):
         return JSONResponse({"error": body["detail"]}, status_code=body["status"], headers=headers)
     request_id = request.scope.get("state", {}).get("request_id")
     return JSONResponse(

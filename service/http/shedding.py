@@ -30,8 +30,9 @@ from service.throttle import LogThrottle
 
 log = structlog.get_logger()
 
-_ROUTES = {"/classify": "/v1/classify", "/infer": "/v2/models/{name}/infer"}
-"""The ends of the paths of inference, and their routes in metrics."""
+_V1_ROUTE, _HF, _HF_ROUTE = "/v1/classify", "/hf/", "/hf/{name}"
+_ROUTES = {"/classify": _V1_ROUTE, "/compare": "/v1/compare", "/infer": "/v2/models/{name}/infer"}
+"""The ends of the paths of inference, and their routes in metrics; those of /hf end in a model's name."""
 
 _PAGES = ("/", "/docs/")
 """A slash at the end belongs to the first; the second would show a page whose relative links are wrong."""
@@ -43,7 +44,7 @@ _DEADLINE, _PRIORITY, _REQUEST_ID = DEADLINE_HEADER.lower().encode(), PRIORITY_H
 _DEADLINE_IN_QUERY = re.compile(rb"(?:^|&)deadline_ms=([^&]*)")
 _PRIORITY_IN_QUERY = re.compile(rb"(?:^|&)priority=([^&]*)")
 _MODEL_IN_QUERY = re.compile(rb"(?:^|&)model=([^&]*)")
-_MODEL_IN_PATH = re.compile(r"/v2/models/([^/]+)/infer")
+_MODEL_IN_PATH = re.compile(r"/v2/models/([^/]+)/infer|/hf/([^/]+)")
 _ENCODED = re.compile(rb"[%+]")
 _WISHES = (_DEADLINE, _PRIORITY)
 _LONGEST_NUMBER = 32
@@ -52,7 +53,7 @@ _V1 = (
     b'{"type":"urn:stridevit:overloaded","title":"Too Many Requests","status":429,"detail":"%b: nothing was done for '
     b'this request, send it again later","code":"overloaded","retry_after_ms":%d,"request_id":"%b"}'
 )
-_V2 = b'{"error":"%b: nothing was done for this request, send it again later"}'
+_OTHERS = b'{"error":"%b: nothing was done for this request, send it again later"}'
 _LINES = b"content-type: %b\r\ncontent-length: %d\r\nretry-after: %d\r\nx-request-id: %b\r\n" + header_lines(
     security_headers.API
 )
@@ -97,7 +98,8 @@ class Judge:
         if (delay < _CALM_SECONDS and not (pressed or room.crowded)) or scope["method"] != "POST":
             return None
         path: str = scope["path"]
-        if (route := _ROUTES.get(path[path.rfind("/") :])) is None:
+        route = _HF_ROUTE if path.startswith(_HF) else _ROUTES.get(path[path.rfind("/") :])
+        if route is None:
             return None
         query: bytes = scope["query_string"]
         found = _DEADLINE_IN_QUERY.search(query)
@@ -133,12 +135,13 @@ class Judge:
 
     def _queue(self, path: str, query: bytes) -> Queue | None:
         """That of the fastest model that may answer; None where more than the head's first look is needed to know."""
-        if path == "/v1/classify":
+        if path == _V1_ROUTE:
             named = _MODEL_IN_QUERY.search(query)
             name, plain = named[1].decode("latin-1") if named else None, b"version=" not in query
         else:
             named_in_path = _MODEL_IN_PATH.fullmatch(path)
-            name, plain = named_in_path[1] if named_in_path else None, named_in_path is not None
+            name = named_in_path[1] or named_in_path[2] if named_in_path else None
+            plain = named_in_path is not None and b"version=" not in query
         if not plain:
             return None
         try:
@@ -150,10 +153,10 @@ class Judge:
         offered = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"")
         request_id = self._ids.choose(offered.decode("latin-1")).encode()
         retry_ms = max(1, math.ceil(retry_seconds * 1000))
-        if route == "/v1/classify":
+        if route.startswith("/v1"):
             kind, body = b"application/problem+json", _V1 % (_DETAIL[reason], retry_ms, request_id)
         else:
-            kind, body = b"application/json", _V2 % _DETAIL[reason]
+            kind, body = b"application/json", _OTHERS % _DETAIL[reason]
         lines = _LINES % (kind, len(body), max(1, math.ceil(retry_seconds)), request_id)
         if self._origins:
             lines += header_lines(self._cors(scope))

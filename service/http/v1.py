@@ -12,9 +12,17 @@ from service import errors
 from service.http import exchange, hints, openapi
 from service.http.fast_path import FastRoute
 from service.http.problems import problem
-from service.http.v1_body import read_sent
-from service.http.v1_schemas import Classification, ClassifyQuery, ModelDetail, ModelList, ModelSummary, summary
-from service.pipeline import Answer, Inputs, Pipeline, ranked
+from service.http.v1_body import explained, least_image_bytes, read_sent
+from service.http.v1_schemas import (
+    Classification,
+    ClassifyQuery,
+    ModelDetail,
+    ModelList,
+    ModelSummary,
+    predictions,
+    summary,
+)
+from service.pipeline import Answer, Inputs, Pipeline
 from service.scheduling.admission import Place
 
 OPTIONS = tuple(ClassifyQuery.model_fields)
@@ -41,7 +49,7 @@ def router(pipeline: Pipeline) -> APIRouter:
             images = sent.images
             if not sent.options:
                 return Inputs(images=images)
-            options = _joined(options, sent.options)
+            options = exchange.joined(options, sent.options)
             return Inputs(images=images, options=exchange.with_headers(request, options))
 
         try:
@@ -51,7 +59,7 @@ def router(pipeline: Pipeline) -> APIRouter:
                 read=read,
                 write=lambda answer: _results(answer, images, top_k=options.top_k),
                 watching=partial(exchange.watching, request),
-                encoded_bytes=_least_bytes(request),
+                encoded_bytes=least_image_bytes(request),
                 partial=True,
             )
         except errors.UnsupportedImage as error:
@@ -146,37 +154,11 @@ _parsed_cached = lru_cache(maxsize=1000)(_parsed)
 """Most clients send the same short query again and again."""
 
 
-def _least_bytes(request: Request) -> int:
-    """The least number of bytes of images in a body: base64 makes them a third more."""
-    return 3 * (exchange.content_length(request) or 0) // 4
-
-
-def _joined(query: ClassifyQuery, sent: dict[str, Any]) -> ClassifyQuery:
-    """What the query and the body ask for together. Raises errors.InvalidParameter where they contradict each other."""
-    body = exchange.validated(ClassifyQuery, sent)
-    for name in query.model_fields_set & body.model_fields_set:
-        one, other = getattr(query, name), getattr(body, name)
-        if one != other:
-            raise errors.InvalidParameter(f"{name} is {one!r} in the query and {other!r} in the body: give it once")
-    return exchange.validated(ClassifyQuery, {**query.model_dump(exclude_unset=True), **sent})
-
-
-def _explained(error: errors.RequestError, image: bytes) -> errors.RequestError:
-    """The error of an image, which says what was sent in place of one."""
-    hint = hints.for_body(image) if isinstance(error, errors.UnsupportedImage) else None
-    return errors.UnsupportedImage(hint) if hint else error
-
-
 def _results(answer: Answer, images: Sequence[bytes], *, top_k: int) -> list[dict[str, Any]]:
     labels = answer.model.bundle.labels
     return [
-        {"error": problem(_explained(image, images[number]))}
+        {"error": problem(explained(image, images[number]))}
         if isinstance(image, errors.RequestError)
-        else {
-            "predictions": [
-                {"index": index, "label": labels[index], "probability": probability}
-                for index, probability in ranked(image.probabilities, top_k)
-            ]
-        }
+        else {"predictions": predictions(image, labels, top_k=top_k)}
         for number, image in enumerate(answer.images)
     ]

@@ -7,10 +7,11 @@ from typing import Any
 
 from fastapi import Request
 
-from service.errors import BadRequest, InvalidParameter
+from service.errors import BadRequest, InvalidParameter, RequestError, UnsupportedImage
 from service.http import hints
 from service.http.body import read_body
 from service.http.compression import decompress
+from service.http.exchange import content_length
 from service.http.form import read_form
 from service.http.json_images import is_json, read_images
 from service.limits import Limits
@@ -28,6 +29,17 @@ class Sent:
     images: list[bytes]
     options: dict[str, Any] = field(default_factory=dict)
     """What else it asks for, by name and not yet validated."""
+
+
+def least_image_bytes(request: Request) -> int:
+    """The least number of bytes of images in a body: base64 makes them a third more."""
+    return 3 * (content_length(request) or 0) // 4
+
+
+def explained(error: RequestError, image: bytes) -> RequestError:
+    """The error of an image, which says what was sent in place of one."""
+    hint = hints.for_body(image) if isinstance(error, UnsupportedImage) else None
+    return UnsupportedImage(hint) if hint else error
 
 
 async def read_sent(

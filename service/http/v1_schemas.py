@@ -1,6 +1,7 @@
 """The JSON of /v1: what it takes in the query, and what it answers."""
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -9,7 +10,8 @@ from service.manifest import AccuracySummary, Manifest
 from service.models.family import Choice
 from service.models.index import State
 from service.models.model import Model
-from service.pipeline import RequestOptions
+from service.pipeline import RequestOptions, ranked
+from service.scheduling.scheduler import Output
 
 
 class ClassifyQuery(RequestOptions):
@@ -89,6 +91,14 @@ class ModelDetail(BaseModel):
     waiting: int
     """Images that wait for the engine."""
     labels: tuple[str, ...]
+
+
+def predictions(output: Output, labels: Sequence[str], *, top_k: int) -> list[dict[str, Any]]:
+    """The most probable classes of an image, best first, each as the members of a Prediction."""
+    return [
+        {"index": index, "label": labels[index], "probability": probability}
+        for index, probability in ranked(output.probabilities, top_k)
+    ]
 
 
 def summary(model: Model, *, default: bool) -> ModelSummary:

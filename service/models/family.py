@@ -72,7 +72,7 @@ class Family:
         self._step_up_headroom = step_up_headroom
         self._last_top1 = 1.0
 
-    def choose(
+    def decide(
         self,
         members: Sequence[Model],
         *,
@@ -81,7 +81,7 @@ class Family:
         allowed_seconds: float,
         min_top1: float = 0.0,
     ) -> tuple[Model, Choice]:
-        """The most accurate of `members` (most accurate first) that fits `allowed_seconds`, and why.
+        """The most accurate of `members` (most accurate first) that fits `allowed_seconds`, and why. Without effects.
 
         `predict` gives a model's predicted finish in seconds, `predict_idle` what it would be on an idle service. If
         none fits, the one with the earliest predicted finish, for admission to judge. Raises NoSuitableModel if none
@@ -107,8 +107,11 @@ class Family:
             model, predicted = min(((model, predict(model)) for model in candidates), key=lambda pair: pair[1])
             reason = "deadline"
             skipped = [other for other in skipped if other["model"] != model.name]
-        self._last_top1 = model.top1
         return model, Choice(family=self.name, reason=reason, predicted_ms=_rounded_ms(predicted), skipped=skipped)
+
+    def follow(self, model: Model) -> None:
+        """Remember that a request took the model: to step back up from it needs headroom."""
+        self._last_top1 = model.top1
 
 
 def _rounded_ms(seconds: float) -> float:

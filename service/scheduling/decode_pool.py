@@ -99,6 +99,27 @@ class DecodePool:
         outcome, _ = await self._small.run(state, work)
         return outcome
 
+    async def pixels(
+        self, image: bytes, preprocessing: Preprocessing, state: RequestState, work: int
+    ) -> tuple[Pixels, float]:
+        """Decode an encoded image for whoever will offer its pixels: these, and the seconds that it took.
+
+        `work`: as `work_of` says. Raises ImageError, or the request's error.
+        """
+        opening, needs = partial(self._rules.open, image, preprocessing), _LEAST * work * self._load.seconds_per_pixel
+        if work > LARGE_WORK:
+            pixels, seconds = await self._large.run(state, lambda: opening().render(), needs=needs)
+        else:
+            outcome, seconds = await self._small.run(
+                state, partial(_rendered_if_small, opening, len(image)), needs=needs
+            )
+            if isinstance(outcome, OpenedImage):
+                pixels, more = await self._large.run(state, outcome.render)
+                return pixels, seconds + more
+            pixels = outcome
+        self._load.decoded(seconds, work)
+        return pixels, seconds
+
     def close(self) -> None:
         """Cancel waiting jobs; threads end with their current job. On the event loop."""
         self._small.close()
@@ -258,7 +279,8 @@ class _Decoding:
         needs = _LEAST * (self._work * self._load.seconds_per_pixel + queue.cost.least)
         self._scheduler.expect(queue, self._entry, soon=self._is_small)
         if self._is_small:
-            self._box = small.put(state, self._call(self._render_if_small), needs=needs)
+            render = partial(_rendered_if_small, self._open, self._bytes)
+            self._box = small.put(state, self._call(render), needs=needs)
         else:
             self._box = large.put(state, self._call(lambda: self._open().render()), needs=needs)
 
@@ -274,10 +296,6 @@ class _Decoding:
         return _Call(work, self._done, self._entry.answer)
 
     # In a decoder's thread.
-
-    def _render_if_small(self) -> Pixels | OpenedImage:
-        opened = self._open()
-        return opened if work_of_opened(opened, self._bytes) > LARGE_WORK else opened.render()
 
     def _done(self, outcome: Any, seconds: float, failure: BaseException | None) -> None:
         self._entry.decode_seconds += seconds
@@ -305,6 +323,12 @@ class _Decoding:
             self._is_small = self._as_predicted = False
             self._scheduler.postpone(self._queue, self._entry)
             self._box = self._large.put(self._entry.state, self._call(opened.render))
+
+
+def _rendered_if_small(opening: Callable[[], OpenedImage], count: int) -> Pixels | OpenedImage:
+    """The pixels of an image of `count` bytes, or what was opened if its header hid how large it is."""
+    opened = opening()
+    return opened if work_of_opened(opened, count) > LARGE_WORK else opened.render()
 
 
 def _take(box: _Box) -> _Call | None:

@@ -101,6 +101,11 @@ class Lanes:
         self.add(1)
 
     @property
+    def count(self) -> int:
+        """Batches that may be computed at once."""
+        return self._lanes
+
+    @property
     def free_cores(self) -> int:
         """Cores that no batch and no job takes."""
         return self.cores - sum(run.cores for run in self.runs)

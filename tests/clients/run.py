@@ -37,6 +37,7 @@ def main() -> None:
     scripts = {
         "triton_client": clients / "triton" / "bin" / "python",
         "kserve_client": clients / "kserve" / "bin" / "python",
+        "hf_client": clients / "hf" / "bin" / "python",
         "perf_client": Path(sys.executable),
     }
     key = secrets.token_urlsafe(32)

@@ -1,4 +1,4 @@
-"""`make reference` draws docs/pictures/: the attentions on a grid of patches, their shapes, and the choice of a model, as SVG.
+"""`make reference` draws docs/pictures/ as SVG: the attentions on a grid, their shapes, the choice of a model.
 
 Pictures have a background of their own, so that they read in light and dark pages alike.
 """
@@ -21,7 +21,7 @@ _MEASURED = (
     (909, "cifar100-mha", 63.6, 51.61, (("mha", 100, 0),)),
     (909, "cifar100, the family", 89.0, 54.07, (("lsra-r4", 47, 1), ("lsra-r4-int8", 49, 2), ("csra-r4-int8", 4, 4))),
 )
-"""Arrivals a second, what was asked for, % in time, mean top-1, and the models that answered with their shares and colours:
+"""Arrivals a second, what was asked for, % in time, mean top-1, and the models that answered with shares and colours:
 docs/results.md, "A step overload"."""
 
 
@@ -72,9 +72,8 @@ def shapes() -> str:
             ]
             if index:
                 parts.append(_text(left - 9, top + 44, "→", size=15, colour=_QUIET, anchor="middle"))
-    parts.append(
-        _text(20, 250, "The queries Q = X·Wq, N × D, are the same in all. Only “reduce” differs between L-SRA and C-SRA.", size=13)
-    )  # fmt: skip
+    told = "The queries Q = X·Wq, N × D, are the same in all. Only “reduce” differs between L-SRA and C-SRA."
+    parts.append(_text(20, 250, told, size=13))
     return _svg(900, 270, parts)
 
 
@@ -129,7 +128,8 @@ def _patches(left: int, top: int, variant: Variant) -> Iterator[str]:
     per_row = -(-width // variant.reduction)
     for window in range(variant.kv_tokens(GRID)):
         centre = [variant.reduction * part for part in divmod(window, per_row)]
-        first, last = ([clamp(part) for part in centre] for clamp in (lambda p: max(p - 1, 0), lambda p: p + 2))
+        # The middle of a window lies on every R-th patch; what is outside the grid is padding.
+        first, last = [max(part - 1, 0) for part in centre], [part + 2 for part in centre]
         y, x = (top + first[0] * _CELL + 2, left + first[1] * _CELL + 2)
         size = [(last[axis] - first[axis]) * _CELL - 4 for axis in (1, 0)]
         colour = _PALETTE[window % len(_PALETTE)]
@@ -152,7 +152,8 @@ def _text(
     x: float, y: float, words: str, *, size: int, bold: bool = False, colour: str = _INK, anchor: str = "start"
 ) -> str:
     weight = ' font-weight="600"' if bold else ""
-    return f'<text x="{x:g}" y="{y:g}" font-size="{size}"{weight} fill="{colour}" text-anchor="{anchor}">{escape(words)}</text>'
+    place = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}"'
+    return f'<text {place} font-size="{size}"{weight} fill="{colour}">{escape(words)}</text>'
 
 
 def _svg(width: int, height: int, parts: list[str]) -> str:

@@ -1,7 +1,7 @@
 """`python -m tests.documentation.site SITE`: checks a built site, after `zensical build --strict`, in HTML.
 
-Zensical checks links between Markdown pages. What it does not: links to other files, images, what the theme adds, pages that the
-navigation forgets, and whether a page loads anything from another host. Needs the standard library alone.
+Zensical checks links between Markdown pages. What it does not: links to other files, images, what the theme adds, pages
+that the navigation forgets, and whether a page loads anything from another host. Needs the standard library alone.
 """
 
 import re
@@ -12,9 +12,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 LOADED = {
-    ("img", "src"), ("script", "src"), ("iframe", "src"), ("source", "src"), ("video", "src"), ("audio", "src"), ("embed", "src"),
-    ("object", "data"), ("form", "action"), ("link", "href"), ("image", "href"), ("use", "href"),
-}  # fmt: skip
+    *((tag, "src") for tag in ("img", "script", "iframe", "source", "video", "audio", "embed")),
+    *((tag, "href") for tag in ("link", "image", "use")),
+    ("object", "data"),
+    ("form", "action"),
+}
 """What a browser fetches by itself, or where it sends a form."""
 NOT_FETCHED = {"canonical", "alternate", "prev", "next"}
 """`rel` of links that name a page and load nothing."""
@@ -46,7 +48,7 @@ class Page(HTMLParser):
 
 
 def problems(site: Path, repository: Path) -> Iterator[str]:
-    """One line for each fault of the site. A link may leave it for a file of the repository, next to which it is built."""
+    """One line for each fault of the site. A link may lead to a file of the repository, in which it lies."""
     files = sorted(site.rglob("*.html"))
     pages = {file.resolve(): Page(file.read_text(encoding="utf-8")) for file in files}
     home = pages.get((site / "index.html").resolve())

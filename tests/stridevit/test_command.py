@@ -89,6 +89,7 @@ def test_service_imports_no_other_package(name: str, tmp_path: Path) -> None:
         ("train", "torch", "error: stridevit train needs PyTorch: pip install 'stridevit[train]'"),
         ("export --help", "onnx", "error: stridevit export needs ONNX: pip install 'stridevit[export]'"),
         ("compare --help", "psutil", "error: stridevit compare needs psutil: pip install 'stridevit[loadtest]'"),
+        ("classify a.jpg", "httpx", "error: stridevit classify needs httpx: pip install 'stridevit[cpu]'"),
         ("study", "training", "error: stridevit study is not part of this installation: it has no package 'training'"),
     ],
 )

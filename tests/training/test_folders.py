@@ -125,6 +125,8 @@ def test_a_preset_decides_the_size(tmp_path: Path) -> None:
 def test_small_pictures_of_one_size_are_trained_in_memory(tmp_path: Path) -> None:
     dataset = load_dataset("mine", pictures(tmp_path / "mine", {"cat": 50, "dog": 70}), in_memory=False)
     recipe = folder_recipe(dataset)
+    assert recipe.precision == "bf16"
+    assert folder_recipe(dataset, bf16=False).precision == "fp32"
     assert (recipe.preset, recipe.img_size, recipe.dataset) == ("vit-xs", 32, "mine")
     assert recipe.augment.in_memory
     assert recipe.val_images == len(held_out(dataset.train.labels))

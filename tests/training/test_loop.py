@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,18 @@ def test_folder_with_a_run_is_not_overwritten(few_digits: Dataset, tmp_path: Pat
 def test_wrong_sizes_are_named_with_the_fix(few_digits: Dataset, tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         train(recipe(override), "mha", few_digits, tmp_path / "x", ON)
+
+
+@pytest.mark.parametrize(("slowdown", "warned"), [(28.0, True), (0.6, False)])
+def test_bfloat16_without_instructions_for_it_is_warned_of(
+    slowdown: float, warned: bool, few_digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.bf16.bf16_slowdown", lambda _: slowdown)
+    monkeypatch.setattr("training.loop.bf16_slowdown", lambda _: slowdown)
+    said = StringIO()
+    one_step = recipe("precision=bf16", "schedule.epochs=0.2", "schedule.warmup_steps=0")
+    train(one_step, "mha", few_digits, tmp_path / "x", replace(ON, console=Console(file=said, width=200)))
+    assert ("28 times slower than float32: start again with --set precision=fp32" in said.getvalue()) is warned
 
 
 def test_half_precision_is_refused_on_a_cpu(few_digits: Dataset, tmp_path: Path) -> None:

@@ -99,6 +99,14 @@ class Cycle:
         """Whether a part of the answer is on its way."""
         return self._started and self._head is None
 
+    @property
+    def probe(self) -> bytes:
+        """Bytes that mean nothing to a client that reads its answer, to be sent once at most; none if there are not."""
+        if not self.sent:
+            return CONTINUE if self.scope["http_version"] == "1.1" else b""
+        # The size of the next chunk may begin with a zero, also that of the last.
+        return b"0" if self._chunked and not self.complete else b""
+
     async def run(self, app: ASGIApp) -> None:
         """Let the application answer. Its last resort is a bare 500."""
         try:

@@ -25,14 +25,15 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from service.errors import HeadTooSlow, RequestError, TooManyConnections
-from service.http.problems import problem
+from service.http.problems import OF_OTHERS, problem
 from service.http.refusal import CLOSE, Refusal, Refuse
 from service.http.server import sockets
 from service.http.server.connections import Connections, Wait
-from service.http.server.cycle import CONTINUE, SECURITY_LINES, Cycle
+from service.http.server.cycle import SECURITY_LINES, Cycle
 from service.http.server.door import NOTHING, Taken
 from service.http.server.parser import Head, Parser, Refused
 
+_OF_OTHERS: Final = tuple(prefix.encode() for prefix in OF_OTHERS)
 PROBES: Final = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
 """Paths that are answered even while all connections are in use."""
 MAX_PIPELINED: Final = 32
@@ -117,8 +118,8 @@ class HttpProtocol(asyncio.Protocol):
         if self._output_ended or self._reading or not self._answering or self._transport.is_closing():
             return False
         # The client has closed its side, or all. In the latter case its system refuses the next bytes: send some.
-        if self._answering.scope["http_version"] == "1.1" and not self._answering.sent:
-            self._transport.write(CONTINUE)
+        if probe := self._answering.probe:
+            self._transport.write(probe)
         self._settle()
         return sockets.peer_listens(self._socket)
 
@@ -214,7 +215,7 @@ class HttpProtocol(asyncio.Protocol):
         self._answering = None
         if self._refusal and not self._pipelined:
             self._answer_refusal(self._refusal)
-        elif not cycle.keep_alive and not self._refusal:
+        elif not self._refusal and (not cycle.keep_alive or (self._at_eof and not self._pipelined)):
             self.end("answered")
         else:
             if self._pipelined:
@@ -262,7 +263,7 @@ class HttpProtocol(asyncio.Protocol):
     def _answer_refusal(self, error: RequestError) -> None:
         self._connections.say("request refused by its connection", error.code)
         kind, members = "problem+json", problem(error)
-        if self._parser.path.startswith(b"/v2"):
+        if self._parser.path.startswith(_OF_OTHERS):
             kind, members = "json", {"error": str(error)}
         body = json.dumps(members).encode()
         head = f"content-type: application/{kind}\r\ncontent-length: {len(body)}\r\n".encode()

@@ -1,4 +1,4 @@
-"""`make reference`: write what is generated in docs/, pages and pictures (settings.md is printed by `stridevit settings`)."""
+"""`make reference`: write what is generated in docs/, pages and pictures; `stridevit settings` prints settings.md."""
 
 from tests.documentation.figures import PICTURES
 from tests.documentation.reference.pages import PAGES

@@ -8,8 +8,9 @@ from stridevit.command import COMMANDS
 from tests.documentation.reference import markdown
 
 _TEXT = """
-Every command of `stridevit` with its flags, as `stridevit COMMAND --help` shows them. `python -m training`, `export`, `service` and `loadtests` have
-the same commands. Settings of `serve`, `check` and `settings` are flags too: [settings.md](settings.md) describes them.
+Every command of `stridevit` with its flags, as `stridevit COMMAND --help` shows them. `python -m training`, `export`,
+`service` and `loadtests` have the same commands. Settings of `serve`, `check` and `settings` are flags too:
+[settings.md](settings.md) describes them.
 """
 _SETTINGS = {"serve", "check", "engine-limit", "settings"}
 """Commands that take every setting of the service as a flag."""
@@ -17,7 +18,7 @@ _SETTINGS = {"serve", "check", "engine-limit", "settings"}
 
 def cli_page() -> str:
     """Every command, in the order of the help."""
-    parts = []
+    parts: list[str] = []
     for name, stand_in in COMMANDS.items():
         command = stand_in.load()
         nested = getattr(command, "commands", {})

@@ -2,10 +2,11 @@
 
 import ast
 import inspect
+import itertools
 import json
 import re
 import textwrap
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any
 
 from loadtests.experiment import model
@@ -19,13 +20,14 @@ from tests.processes import ROOT
 SAMPLE = ROOT / "docs" / "loadtests" / "vit-s16-384-latents" / "results.json"
 
 _MANIFEST = """
-`manifest.json` of a bundle, schema version 2, as the service reads it: an unknown field is an error. Bundles of version 1 are converted when
-they are read. What the fields are for is in [export.md](export.md#the-manifest).
+`manifest.json` of a bundle, schema version 2, as the service reads it: an unknown field is an error. Bundles of version
+1 are converted when they are read. What the fields are for is in [export.md](export.md#the-manifest).
 """
 _RESULTS = """
-What `stridevit compare` writes beside its report, schema version {version}. `limit`, `overload`, `soak` and `faults` write the same
-`command`, `environment`, `plan` and `blocks`, with figures of their own in place of `rows`. Infinite values are null. How a verdict is made is in
-[measuring.md](measuring.md#verdicts). An example is [`results.json`](loadtests/vit-s16-384-latents/results.json) of a comparison at 384 px.
+What `stridevit compare` writes beside its report, schema version {version}. `limit`, `overload`, `soak` and `faults`
+write the same `command`, `environment`, `plan` and `blocks`, with figures of their own in place of `rows`. Infinite
+values are null. How a verdict is made is in [measuring.md](measuring.md#verdicts). An example is
+[`results.json`](loadtests/vit-s16-384-latents/results.json) of a comparison at 384 px.
 """
 _TOP = {
     "schema_version": "Version of this layout. `--against` refuses another one.",
@@ -52,7 +54,7 @@ _ROW = {
     "metric": "Name of the metric.",
     "load": "Name of the load, or null.",
     "unanswered": "Whether so many requests were not answered that the value is infinite.",
-    "change": "Against the baseline: `kind` (`ratio` or `difference`) and the fields of [Change](#change); null for the baseline.",
+    "change": "Against the baseline: `kind`, and the fields of [Change](#change); null for the baseline.",
 }
 
 
@@ -85,7 +87,7 @@ def results_page() -> str:
     classes = [model.ComparisonPlan, model.Arm, Metric, Change, model.Block, LoadResult, model.CapacitySearch]
     parts = [part for one in classes for part in (f"## {one.__name__}", (one.__doc__ or "").strip(), _dataclass(one))]
     loads = set(next(iter(sample["blocks"][0]["loads"].values())))
-    kept = {one.name for one in fields(LoadResult)} - document._NOT_KEPT  # noqa: SLF001
+    kept = {one.name for one in fields(LoadResult)} - document._NOT_KEPT
     if loads != kept | _LOAD.keys():
         raise ValueError(f"described and written fields of a load differ: {loads ^ (kept | _LOAD.keys())}")
     text = _RESULTS.format(version=document.SCHEMA_VERSION)
@@ -103,9 +105,8 @@ def _described(name: str, schema: markdown.Schema) -> markdown.Schema:
 
 
 def _dataclass(cls: Any) -> str:
-    assert is_dataclass(cls)
     texts = _texts(cls)
-    hidden = document._NOT_KEPT if cls is LoadResult else set()  # noqa: SLF001
+    hidden = document._NOT_KEPT if cls is LoadResult else set()
     rows = [
         (f"`{one.name}`", f"`{_annotation(one.type)}`", texts.get(one.name, ""))
         for one in fields(cls)
@@ -129,7 +130,7 @@ def _texts(cls: type) -> dict[str, str]:
         except (OSError, TypeError):
             continue
         body = tree.body[0].body  # type: ignore[attr-defined]
-        for field, below in zip(body, body[1:], strict=False):
+        for field, below in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(field.target, ast.Name):
                 value = below.value
                 if isinstance(value, ast.Constant) and isinstance(value.value, str):

@@ -19,12 +19,12 @@ _MODEL = "cifar100-csra-r2"
 _KEY = "documentation"
 _TITLES = {"operation": "Operation", "page": "Page"}
 _HTTP = """
-Every route of the service, as `/openapi.json` describes it; a running service shows the same at `/docs`, with examples. How options, bodies,
-errors and keys work is in [service.md](service.md).
+Every route of the service, as `/openapi.json` describes it; a running service shows the same at `/docs`, with examples.
+How options, bodies, errors and keys work is in [service.md](service.md).
 """
 _METRICS = """
-What `/metrics` of a service gives, in the text format of Prometheus. Counters end in `_total`; a histogram has `_bucket`, `_sum` and `_count`.
-Which of them to watch is in [monitoring.md](monitoring.md).
+What `/metrics` of a service gives, in the text format of Prometheus. Counters end in `_total`; a histogram has
+`_bucket`, `_sum` and `_count`. Which of them to watch is in [monitoring.md](monitoring.md).
 """
 
 
@@ -62,19 +62,20 @@ def _operation(path: str, method: str, operation: dict[str, Any]) -> Iterator[st
     yield f"### {method.upper()} `{path}`"
     yield " ".join(operation.get("description", operation.get("summary", "")).split())
     if parameters := operation.get("parameters"):
-        rows = (
-            (f"`{one['name']}`", one["in"], markdown.kind(one.get("schema", {})), markdown.text(one) or markdown.text(one["schema"]))
-            for one in parameters
-        )  # fmt: skip
+        rows = (_parameter(one["name"], one["in"], one.get("schema", {}), markdown.text(one)) for one in parameters)
         yield markdown.table(["parameter", "in", "value", "what it is"], rows)
     if body := operation.get("requestBody"):
-        rows = ((f"`{media}`", markdown.kind(given.get("schema", {}))) for media, given in body["content"].items())
-        yield markdown.table(["body", "value"], rows)
+        bodies = ((f"`{media}`", markdown.kind(given.get("schema", {}))) for media, given in body["content"].items())
+        yield markdown.table(["body", "value"], bodies)
     answers = (
         (status, " or ".join(_bodies(answer)) or "–", markdown.text(answer))
         for status, answer in sorted(operation["responses"].items())
     )
     yield markdown.table(["status", "answer", "when"], answers)
+
+
+def _parameter(name: str, place: str, schema: markdown.Schema, text: str) -> tuple[str, str, str, str]:
+    return f"`{name}`", place, markdown.kind(schema), text or markdown.text(schema)
 
 
 def _bodies(answer: dict[str, Any]) -> list[str]:
@@ -84,8 +85,8 @@ def _bodies(answer: dict[str, Any]) -> list[str]:
 def _metrics(registry: CollectorRegistry) -> Iterator[tuple[str, str, str, str]]:
     # A counter that was not used yet has no samples, so its labels are asked of the object that declares it.
     declared = {
-        name: collector._labelnames  # noqa: SLF001
-        for name, collector in registry._names_to_collectors.items()  # noqa: SLF001
+        name: collector._labelnames
+        for name, collector in registry._names_to_collectors.items()
         if isinstance(collector, MetricWrapperBase)
     }
     for family in registry.collect():

@@ -95,6 +95,8 @@ def test_odd_paths_bypass_no_key(tmp_path: Path) -> None:
         "/v1/%6dodels",
         "/v1/models%0A",
         "/v2%0A",
+        "/hf//identity-a",
+        "//hf/identity-a",
     )
     with client_of(tmp_path, api_key_hashes=(KEY_HASH,)) as client:
         for path in paths:

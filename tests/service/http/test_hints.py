@@ -72,6 +72,8 @@ def test_odd_image_files_are_not_taken_for_something_else(data_dir: Path) -> Non
         ("/PING/", "GET /healthz"),
         ("/ready", "GET /readyz"),
         ("/models", "GET /v1/models"),
+        ("/models/a-b", "POST /hf/a-b"),
+        ("/hf/", "POST /hf/NAME"),
         ("/v2/models", "POST /v2/repository/index"),
         ("/swagger", "/docs"),
         ("/swagger.json", "/openapi.json"),

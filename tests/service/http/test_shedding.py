@@ -55,7 +55,8 @@ def test_a_late_loop_refuses_near_deadlines_and_answers_the_others(client: TestC
     late(pipeline, 0.1)
     for query, headers in (("?deadline_ms=250", {}), ("", {"X-Deadline-Ms": "250"}), ("?top_k=1&deadline_ms=250", {})):
         assert client.post(f"/v1/classify{query}", content=picture(1), headers=headers).status_code == 429
-    assert client.post("/v2/models/identity-a/infer?deadline_ms=250", content=b"never read").status_code == 429
+    for path in ("/v2/models/identity-a/infer", "/hf/identity-a"):
+        assert client.post(f"{path}?deadline_ms=250", content=b"never read").status_code == 429
     assert client.post("/v1/classify", content=picture(1)).status_code == 200
     assert client.post("/v1/classify?deadline_ms=20000", content=picture(1)).status_code == 200
 
@@ -88,8 +89,12 @@ def test_a_refusal_is_complete_and_counted(client: TestClient, pipeline: Pipelin
 
     before = count("rejections", reason="lag")
     answers = [
-        client.post(path, content=picture(1), headers={"X-Request-ID": "mine", "Origin": "https://example.com"})
-        for path in ("/v1/classify?deadline_ms=250", "/v2/models/identity-a/infer?deadline_ms=250")
+        client.post(
+            f"{path}?deadline_ms=250",
+            content=picture(1),
+            headers={"X-Request-ID": "mine", "Origin": "https://example.com"},
+        )
+        for path in ("/v1/classify", "/v2/models/identity-a/infer", "/hf/identity-a")
     ]
     for answer in answers:
         assert (answer.status_code, answer.headers["x-request-id"]) == (429, "mine")
@@ -100,8 +105,10 @@ def test_a_refusal_is_complete_and_counted(client: TestClient, pipeline: Pipelin
     assert (problem["code"], problem["status"], problem["request_id"]) == ("overloaded", 429, "mine")
     assert problem["retry_after_ms"] >= 500
     assert answers[0].headers["content-type"] == "application/problem+json"
-    assert "overloaded" in answers[1].json()["error"]
-    assert count("rejections", reason="lag") == before + 2
+    for answer in answers[1:]:
+        assert "overloaded" in answer.json()["error"]
+    assert count("rejections", reason="lag") == before + 3
+    assert count("requests", route="/hf/{name}", method="POST", status="429") >= 1
     assert count("requests", route="/v1/classify", method="POST", status="429") >= 1
     own = client.post("/v1/classify?deadline_ms=250", content=picture(1), headers={"X-Request-ID": "a b"})
     assert own.json()["request_id"] == own.headers["x-request-id"] != "a b"

@@ -521,7 +521,7 @@ def test_openapi_declares_how_to_authorize(client: TestClient) -> None:
     assert (schemes["bearer"]["scheme"], schemes["X-API-Key"]["name"]) == ("bearer", "X-API-Key")
     for path, operations in schema["paths"].items():
         keys = [key for operation in operations.values() for option in operation.get("security", []) for key in option]
-        guarded = path.startswith(("/v1", "/v2")) and "/health/" not in path
+        guarded = path.startswith(("/v1", "/v2", "/hf/")) and "/health/" not in path
         assert set(keys) == ({"bearer", "X-API-Key"} if guarded else set()), path
 
 
@@ -565,6 +565,19 @@ def test_openapi_lists_the_options_of_a_body_as_those_of_the_query(client: TestC
         for option, described in query.items():
             limits = {key: value for key, value in described.items() if key not in ("title", "description")}
             assert body[option] == limits, option
+
+
+def test_metrics_are_compressed_for_those_who_accept_it_and_have_no_series_of_when_they_were_made(
+    client: TestClient,
+) -> None:
+    client.post("/v1/classify", content=PNG)
+    packed, plain = (client.get("/metrics", headers={"Accept-Encoding": coding}) for coding in ("br, gzip", "identity"))
+    assert (packed.headers["content-encoding"], packed.headers["vary"]) == ("gzip", "Accept-Encoding")
+    assert "content-encoding" not in plain.headers
+    assert int(packed.headers["content-length"]) < int(plain.headers["content-length"]) / 4
+    for text in (packed.text, plain.text):
+        assert 'stridevit_images_total{model="digits-csra-r2",outcome="ok"}' in text
+        assert "_created" not in text
 
 
 def test_metrics_count_by_route_and_not_by_path(client: TestClient) -> None:

@@ -29,13 +29,14 @@ def family() -> Family:
 
 def choose(chooser: Family, waiting: float, *, allowed: float = 0.100, min_top1: float = 0.0) -> tuple[str, Choice]:
     """The name of the model chosen and why, with `waiting` images ahead, each at the speed of the model asked about."""
-    model, choice = chooser.choose(
+    model, choice = chooser.decide(
         MEMBERS,
         predict=lambda model: IDLE_SECONDS[model.name] * (1 + waiting),
         predict_idle=lambda model: IDLE_SECONDS[model.name],
         allowed_seconds=allowed,
         min_top1=min_top1,
     )
+    chooser.follow(model)
     return model.name, choice
 
 
@@ -87,7 +88,7 @@ def test_a_floor_above_all_models_is_an_error_that_names_the_best() -> None:
     with pytest.raises(NoSuitableModel, match=r"reaches a top-1 of 0\.9: the best has 0\.8000"):
         choose(family(), waiting=0, min_top1=0.9)
     with pytest.raises(NoSuitableModel, match="no ready model"):
-        family().choose([], predict=lambda _: 0, predict_idle=lambda _: 0, allowed_seconds=1)
+        family().decide([], predict=lambda _: 0, predict_idle=lambda _: 0, allowed_seconds=1)
 
 
 def test_models_hardly_cheaper_than_a_more_accurate_one_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

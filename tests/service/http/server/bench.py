@@ -56,20 +56,30 @@ class Echo:
             asyncio.get_running_loop().run_in_executor(None, self.released.wait, PATIENCE_SECONDS)
         if path == "/block":
             self.released.wait(PATIENCE_SECONDS)  # the event loop stands still
+        if path == "/trickle":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"first ", "more_body": True})
+            await self._wait(path, receive)
+            await send({"type": "http.response.body", "body": b"last"})
+            return
         if path == "/wait":
-            while not self.released.is_set() and path not in self.disconnected:
-                try:
-                    message = await asyncio.wait_for(receive(), 0.01)
-                except TimeoutError:
-                    continue
-                if message["type"] == "http.disconnect":
-                    self.disconnected.append(path)
+            await self._wait(path, receive)
         answer = json.dumps({"method": scope["method"], "path": path, "body": len(body)}).encode()
         if path == "/large":
             answer = b"x" * 50_000_000
         headers = [] if path == "/stream" else [(b"content-length", str(len(answer)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": answer})
+
+    async def _wait(self, path: str, receive: Receive) -> None:
+        """Until it is released, or the client has left."""
+        while not self.released.is_set() and path not in self.disconnected:
+            try:
+                message = await asyncio.wait_for(receive(), 0.01)
+            except TimeoutError:
+                continue
+            if message["type"] == "http.disconnect":
+                self.disconnected.append(path)
 
 
 @dataclass

@@ -355,6 +355,35 @@ def test_a_half_closed_request_is_answered(bench: Bench) -> None:
     assert bench.app.disconnected == []
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_client_that_closes_in_the_middle_of_a_streamed_answer_is_noticed_before_more_of_it_is_sent(
+    loop: str,
+) -> None:
+    with serving(loop=loop) as bench:
+        with bench.connect() as client:
+            client.sendall(b"GET /trickle HTTP/1.1\r\nHost: h\r\n\r\n")
+            received = b""
+            while not received.endswith(b"first \r\n"):
+                received += client.recv(1 << 16)
+        wait_until(lambda: bench.app.disconnected == ["/trickle"])
+        assert bench.app.scopes[-1]["state"]["client"].left
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_half_closed_client_gets_the_rest_of_a_streamed_answer(loop: str) -> None:
+    with serving(loop=loop) as bench, bench.connect() as client:
+        client.sendall(b"GET /trickle HTTP/1.1\r\nHost: h\r\n\r\n")
+        received = b""
+        while not received.endswith(b"first \r\n"):
+            received += client.recv(1 << 16)
+        client.shutdown(socket.SHUT_WR)
+        # What is sent to see whether it listens is the beginning of the next chunk.
+        assert client.recv(1) == b"0"
+        bench.app.released.set()
+        rest = b"".join(iter(lambda: client.recv(1 << 16), b""))
+        assert rest == b"4\r\nlast\r\n0\r\n\r\n"
+
+
 @pytest.mark.parametrize("incomplete", [GET[:20], POST + b"Content-Length: 9\r\n\r\nab"], ids=["head", "body"])
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_a_request_before_an_incomplete_one_is_answered_after_the_half_close(loop: str, incomplete: bytes) -> None:

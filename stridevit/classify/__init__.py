@@ -1,0 +1,1 @@
+"""The command `stridevit classify`: from files on disk to lines or a table, by a service."""

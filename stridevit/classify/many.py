@@ -1,0 +1,136 @@
+"""Many images, each in a request of its own, as many at once as the service takes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import anyio
+
+from stridevit.answers import Busy, Classification, DeadlineExceeded, Problem, StrideViTError
+from stridevit.client import AsyncClient, Priority
+
+OF_THE_IMAGE: Final = frozenset(
+    {"bad-request", "bad-image", "unsupported-image", "too-many-pixels", "body-too-large", "model-fault"}
+)
+"""Codes of errors that another try would bring again, and that say nothing about the other images."""
+_PATIENCE_SECONDS = 30.0
+"""How long an image is refused before the run ends."""
+_PAUSE_SECONDS = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An image to classify."""
+
+    name: str
+    content: Path | bytes
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is asked for each image."""
+
+    model: str | None
+    deadline_ms: float | None
+    top_k: int
+    priority: Priority | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of an image: an answer, or a problem."""
+
+    source: Source
+    answer: Classification | None = None
+    problem: Problem | None = None
+
+    @property
+    def final(self) -> bool:
+        """Whether another run would bring nothing else."""
+        return self.problem is None or self.problem.code in OF_THE_IMAGE or self.problem.code == "unreadable"
+
+
+class Window:
+    """How many requests may be in work, found as TCP finds it: more as long as they are answered, half when refused."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._size, self._doubling = most, float(min(2, most)), True
+        self.epoch = 0
+        """Changes when the window shrinks: requests sent before that say nothing new by being refused."""
+        self.places = anyio.CapacityLimiter(int(self._size))
+
+    def answered(self) -> None:
+        """One more request of the window was answered; a whole window of them widens it by one, at first twofold."""
+        self._resize(self._size + (1.0 if self._doubling else 1.0 / self._size))
+
+    def refused(self, epoch: int) -> None:
+        """A request that was sent in `epoch` was refused."""
+        if epoch == self.epoch:
+            self.epoch, self._doubling = self.epoch + 1, False
+            self._resize(self._size / 2)
+
+    def _resize(self, size: float) -> None:
+        self._size = max(1.0, min(size, float(self._most)))
+        self.places.total_tokens = int(self._size)
+
+
+async def classify_all(
+    client: AsyncClient, sources: Sequence[Source], wishes: Wishes, *, most: int, report: Callable[[Outcome], None]
+) -> None:
+    """Classify all `sources`, at most `most` at once, and `report` each as it is done.
+
+    `client` must not retry by itself. Raises StrideViTError for what concerns all images: nobody there, a wrong key, an
+    unknown model, or a service that refuses an image for half a minute.
+    """
+    window = Window(most)
+
+    async def one(source: Source) -> None:
+        try:
+            report(await _classified(client, source, wishes, window))
+        finally:
+            window.places.release_on_behalf_of(source)
+
+    try:
+        async with anyio.create_task_group() as group:
+            for source in sources:
+                await window.places.acquire_on_behalf_of(source)
+                group.start_soon(one, source)
+    except* StrideViTError as errors:
+        first = errors.exceptions[0]
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
+
+
+async def _classified(client: AsyncClient, source: Source, wishes: Wishes, window: Window) -> Outcome:
+    ends = anyio.current_time() + _PATIENCE_SECONDS
+    while True:
+        epoch = window.epoch
+        try:
+            answer = await client.classify(
+                source.content,
+                model=wishes.model,
+                deadline_ms=wishes.deadline_ms,
+                top_k=wishes.top_k,
+                priority=wishes.priority,
+            )
+        except OSError as error:
+            return Outcome(source, problem=Problem(detail=f"{error.strerror or error}", code="unreadable"))
+        except Busy as error:
+            window.refused(epoch)
+            seconds = _PAUSE_SECONDS if error.retry_after_ms is None else error.retry_after_ms / 1000
+            if anyio.current_time() + seconds > ends:
+                raise
+            await anyio.sleep(seconds)
+        except DeadlineExceeded as error:
+            window.refused(epoch)
+            return Outcome(source, problem=error.problem)
+        except StrideViTError as error:
+            if error.code not in OF_THE_IMAGE:
+                raise
+            window.answered()
+            return Outcome(source, problem=error.problem)
+        else:
+            window.answered()
+            return Outcome(source, answer=answer)
