@@ -11,6 +11,7 @@ from unittest import SkipTest
 import pytest
 from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
+from sybil.typing import Parser
 
 from tests.documentation.terminal import Terminal, commands, matches
 from tests.processes import ROOT
@@ -34,7 +35,7 @@ def run(page: Path, folder: Path, **environment: str) -> int:
         def shell(example: Example) -> None:
             terminal.run(example.parsed)
 
-        parsers = [SkipParser(), CodeBlockParser("console", console), CodeBlockParser("sh", shell)]
+        parsers: list[Parser] = [SkipParser(), CodeBlockParser("console", console), CodeBlockParser("sh", shell)]
         done = 0
         for example in Document.parse(str(page), *parsers).examples():
             try:
