@@ -4,6 +4,7 @@ DEV := .venv
 SERVE := .venv-serve
 CLIENTS := .venv-clients
 AUDIT := .venv-audit
+DOCS := .venv-docs
 UV := .venv-lock/bin/uv
 NODE := .node
 ENGINE := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)
@@ -16,7 +17,7 @@ LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-h
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve demo test test-all coverage test-clients faults check check-page vendor format lock audit licences dist image-test clean
+.PHONY: help serve demo test test-all coverage test-clients faults check check-page vendor format lock audit licences reference docs dist image-test clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -70,12 +71,12 @@ format: $(DEV)/.installed ## Format the code and fix what ruff can
 	@$(DEV)/bin/ruff format .
 
 lock: $(UV) ## Resolve pyproject.toml again into lock/ (exact versions and hashes)
-	@echo "resolving lock/dev.txt, then the service's locks within it, then those of clients and of the audit"
+	@echo "resolving lock/dev.txt, then the service's locks within it, then those of clients, the audit and the documents"
 	@$(LOCK) pyproject.toml lock/build.in -c lock/pins.in -o lock/dev.txt \
 	  --extra cpu --extra train --extra export --extra loadtest --extra dev
 	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-cpu.txt --extra cpu
 	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-gpu.txt --extra gpu
-	@for other in client-triton client-kserve client-hf client-perf client-openapi audit; do $(LOCK) lock/$$other.in -o lock/$$other.txt || exit 1; done
+	@for other in client-triton client-kserve client-hf client-perf client-openapi audit docs; do $(LOCK) lock/$$other.in -o lock/$$other.txt || exit 1; done
 
 audit: $(AUDIT)/.installed $(SERVE)/.cpu ## Look for known vulnerabilities, suspicious code and faults of the Dockerfile; write an SBOM
 	@echo "auditing lock/, the packages and the Dockerfile; the bill of materials goes to dist/sbom-cpu.cdx.json"
@@ -84,6 +85,16 @@ audit: $(AUDIT)/.installed $(SERVE)/.cpu ## Look for known vulnerabilities, susp
 licences: $(DEV)/.installed ## Write docs/licences.md, the licences of what the images hold
 	@echo "writing docs/licences.md from the metadata of the packages"
 	@$(DEV)/bin/python deploy/licences.py > docs/licences.md
+
+reference: $(DEV)/.installed ## Write the generated pages and pictures of docs/
+	@echo "writing the reference pages and pictures of docs/ from the code"
+	@$(STRIDEVIT) settings --markdown > docs/settings.md
+	@$(DEV)/bin/python -m tests.documentation.reference
+
+docs: $(DOCS)/.installed ## Build docs/ into site/; fails at a broken link, and if a page would load anything from another host
+	@echo "building docs/ into site/ with Zensical, strictly"
+	@$(DOCS)/bin/zensical build --clean --strict
+	@$(PYTHON) -m tests.documentation.site site
 
 dist: $(DEV)/.installed ## Build sdist and wheel into dist/, install the wheel elsewhere and serve with it
 	@echo "building dist/ and installing the wheel into a new environment"
@@ -95,9 +106,9 @@ image-test: ## Build the container image and test a running container (needs a D
 	@echo "building the image's target cpu and testing a container of it"
 	@bash deploy/image-test.sh
 
-clean: ## Remove environments, caches, dist/ and the demo
-	@echo "removing environments, caches, dist/ and $(DEMO)/"
-	@rm -rf $(DEV) $(SERVE) .venv-lock $(NODE) $(CLIENTS) $(AUDIT) $(DEMO) dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean: ## Remove environments, caches, dist/, site/ and the demo
+	@echo "removing environments, caches, dist/, site/ and $(DEMO)/"
+	@rm -rf $(DEV) $(SERVE) .venv-lock $(NODE) $(CLIENTS) $(AUDIT) $(DOCS) $(DEMO) dist site .cache .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # An environment is rebuilt when its lock or pyproject.toml changes; the marker's name says which engine it has.
 $(DEV)/.installed: lock/dev.txt pyproject.toml
@@ -124,6 +135,13 @@ $(AUDIT)/.installed: lock/audit.txt
 	@rm -rf $(AUDIT)
 	@$(PYTHON) -m venv $(AUDIT)
 	@$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
+$(DOCS)/.installed: lock/docs.txt
+	@echo "setting up $(DOCS) with Zensical"
+	@rm -rf $(DOCS)
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@touch $@
 
 $(CLIENTS)/perf/.installed: lock/client-perf.txt tests/clients/perf_install.py

@@ -42,7 +42,7 @@ _BACKGROUND = (255, 255, 255)
 LARGE_PIXELS = 2_000_000
 """Decoding work, as in ImageHeader.work_pixels, above which an image is large: small ones should not wait for it.
 
-At 10 ms of CPU per megapixel smaller images take about 20 ms, at worst 40; docs/service.md has times of larger ones.
+At 10 ms of CPU per megapixel smaller images take about 20 ms, at worst 40; docs/images.md has times of larger ones.
 """
 
 SMALL_BYTES = 32 * LARGE_PIXELS
@@ -51,7 +51,7 @@ SMALL_BYTES = 32 * LARGE_PIXELS
 _DRAFT_MARGIN = 3
 """A JPEG is decoded at 1/2, 1/4 or 1/8 if its shorter side is then still this many times `resize`.
 
-docs/service.md has the differences that were measured for margins from 1 to 4.
+docs/images.md has the differences that were measured for margins from 1 to 4.
 """
 
 _MAX_STRETCH = 8

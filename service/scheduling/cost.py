@@ -36,7 +36,7 @@ _OUTLIER = 4.0
 LARGE_WORK = LARGE_PIXELS
 """Work of decoding, in pixels, above which an image goes to a lane of its own, so that small ones need not wait for it.
 
-At 10 ms of CPU per megapixel smaller images take at most 20 ms; docs/service.md has times of larger ones.
+At 10 ms of CPU per megapixel smaller images take at most 20 ms; docs/images.md has times of larger ones.
 """
 
 _BUSY = 0.9
