@@ -6,6 +6,7 @@ CLIENTS := .venv-clients
 AUDIT := .venv-audit
 DOCS := .venv-docs
 UV := .venv-lock/bin/uv
+NODE := .node
 ENGINE := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)
 WORKERS := $(shell nproc 2>/dev/null || echo 2)
 DEMO := demo
@@ -16,7 +17,7 @@ LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-h
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve demo test test-all coverage test-clients faults check format lock audit licences reference docs dist image-test clean
+.PHONY: help serve demo test test-all coverage test-clients faults check check-page vendor format lock audit licences reference docs dist image-test clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +56,14 @@ check: $(DEV)/.installed ## Lint, format check, types and import rules
 	@$(DEV)/bin/ruff format --check .
 	@$(DEV)/bin/mypy
 	@$(DEV)/bin/lint-imports
+	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory check-page; else echo "npm is not installed: the types of the page were not checked"; fi
+
+check-page: $(NODE)/.installed ## Check the types of the page's modules with tsc (needs npm)
+	@echo "checking the page's modules with tsc"
+	@$(NODE)/node_modules/.bin/tsc --project service/http/page/tsconfig.json
+
+vendor: $(NODE)/.installed ## Copy the page's library into it, as lock/page says (needs npm)
+	@$(PYTHON) deploy/vendor.py $(NODE)/node_modules
 
 format: $(DEV)/.installed ## Format the code and fix what ruff can
 	@echo "formatting with ruff"
@@ -99,7 +108,7 @@ image-test: ## Build the container image and test a running container (needs a D
 
 clean: ## Remove environments, caches, dist/, site/ and the demo
 	@echo "removing environments, caches, dist/, site/ and $(DEMO)/"
-	@rm -rf $(DEV) $(SERVE) .venv-lock $(CLIENTS) $(AUDIT) $(DOCS) $(DEMO) dist site .cache .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf $(DEV) $(SERVE) .venv-lock $(NODE) $(CLIENTS) $(AUDIT) $(DOCS) $(DEMO) dist site .cache .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # An environment is rebuilt when its lock or pyproject.toml changes; the marker's name says which engine it has.
 $(DEV)/.installed: lock/dev.txt pyproject.toml
@@ -138,6 +147,13 @@ $(DOCS)/.installed: lock/docs.txt
 $(CLIENTS)/perf/.installed: lock/client-perf.txt tests/clients/perf_install.py
 	@echo "setting up $(@D) with perf_analyzer"
 	@$(PYTHON) -m tests.clients.perf_install $(@D) $<
+	@touch $@
+
+$(NODE)/.installed: lock/page/package.json lock/page/package-lock.json
+	@echo "setting up $(NODE) with the versions of lock/page"
+	@mkdir -p $(NODE)
+	@cp $^ $(NODE)
+	@npm ci --prefix $(NODE) --silent --no-audit --no-fund
 	@touch $@
 
 $(UV):

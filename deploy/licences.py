@@ -20,8 +20,9 @@ PAGE = """# Licences of what the images hold
 The project itself is under Apache-2.0. The image `cpu` holds these packages, with the licences that their metadata
 states. The texts lie in the folders `.dist-info` of the packages under `/venv`, as do the notices of what the packages
 bundle, such as Pillow's image libraries; ONNX Runtime's are in its own folder. Swagger UI (Apache-2.0) comes with
-fastapi-offline. The base image, `python:3.11-slim-bookworm`, is Python (PSF-2.0) on Debian, whose licences it keeps in
-`/usr/share/doc`.
+fastapi-offline. The page has uPlot (MIT, `service/http/page/vendor`) and three pictures in the public domain
+(`service/http/page/samples`). The base image, `python:3.11-slim-bookworm`, is Python (PSF-2.0) on Debian, whose
+licences it keeps in `/usr/share/doc`.
 
 {cpu}
 

@@ -154,7 +154,7 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
         tracing=tracing,
         log_requests=settings.log_requests,
         security_headers=SecurityHeaders(
-            {page.PATH: page.headers(), docs.PATH: docs_page.headers}, parts=f"{docs.PARTS}/"
+            {page.PATH: page.headers(), docs.PATH: docs_page.headers}, parts=(f"{docs.PARTS}/", f"{page.PARTS}/")
         ),
     )
     app.state.judge = Judge(

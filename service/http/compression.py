@@ -2,6 +2,7 @@
 
 import re
 import zlib
+from collections.abc import Sequence
 
 from service.errors import BadRequest, BodyTooLarge
 
@@ -36,21 +37,29 @@ def decompress(body: bytes, encoding: str, *, max_bytes: int) -> bytes:
 
 def compress(body: bytes, accept_encoding: str | None) -> tuple[bytes, str | None]:
     """The body in the encoding that an Accept-Encoding likes best, and its name; small bodies stay as they are."""
-    if not accept_encoding or len(body) < _MIN_COMPRESSED_BYTES:
-        return body, None
-    weights: dict[str, float] = {}
-    for item in accept_encoding.split(","):
-        if match := _ACCEPTED.fullmatch(item.strip()):
-            weights.setdefault(match[1].lower().removeprefix("x-"), float(match[2] or 1))
-    others = weights.get("*", 0.0)
-    name = max(("gzip", "deflate"), key=lambda known: weights.get(known, others))
-    weight = weights.get(name, others)
-    if weight == 0 or weight < weights.get("identity", 0.0):
+    if len(body) < _MIN_COMPRESSED_BYTES or (name := _preferred(accept_encoding)) is None:
         return body, None
     # Level 1: the time is the caller's latency, and float32 outputs shrink little at any level.
     packer = zlib.compressobj(level=1, wbits=_WINDOW[name])
     packed = packer.compress(body) + packer.flush()
     return (packed, name) if len(packed) < len(body) else (body, None)
+
+
+def accepts_gzip(accept_encoding: str | None) -> bool:
+    """Whether what is stored as gzip may be sent so."""
+    return _preferred(accept_encoding, among=("gzip",)) == "gzip"
+
+
+def _preferred(accept_encoding: str | None, *, among: Sequence[str] = ("gzip", "deflate")) -> str | None:
+    """The encoding that an Accept-Encoding likes best, or None if it prefers none."""
+    weights: dict[str, float] = {}
+    for item in (accept_encoding or "").split(","):
+        if match := _ACCEPTED.fullmatch(item.strip()):
+            weights.setdefault(match[1].lower().removeprefix("x-"), float(match[2] or 1))
+    others = weights.get("*", 0.0)
+    name = max(among, key=lambda known: weights.get(known, others))
+    weight = weights.get(name, others)
+    return None if weight == 0 or weight < weights.get("identity", 0.0) else name
 
 
 def _inflate(body: bytes, wbits: int, name: str, max_bytes: int) -> bytes:

@@ -53,8 +53,8 @@ def _hashes(html: str, kind: str) -> list[str]:
 class SecurityHeaders:
     """The headers of each answer, made once at start."""
 
-    def __init__(self, pages: dict[str, Headers], *, parts: str) -> None:
-        """`pages`: by path. `parts`: the prefix of scripts and pictures of the pages."""
+    def __init__(self, pages: dict[str, Headers], *, parts: tuple[str, ...]) -> None:
+        """`pages`: by path. `parts`: the prefixes of scripts and pictures of the pages."""
         self._pages, self._parts = pages, parts
 
     def of(self, path: str, status: int) -> Headers:

@@ -1,0 +1,179 @@
+// The load's controls, its dots, and what came of it for both.
+
+import { picture, sample } from "../compare/picture.js";
+import { axis, chart, colour } from "../parts/chart.js";
+import { fill, h } from "../parts/dom.js";
+import { kindAndPrecision, ms, percent, whole } from "../parts/format.js";
+import { hue, ready, top1 } from "../parts/models.js";
+import { complain } from "../parts/notice.js";
+import { deadlineMs, number, update } from "../parts/state.js";
+import { Load, MAX_RATE, SECONDS, armAt, summary } from "./load.js";
+
+/** @import {Model, ModelList} from "../types.js" */
+/** @import {Arm, Sample} from "./load.js" */
+/** @import {Chart, Data} from "../parts/chart.js" */
+
+const REDRAW_MS = 150;
+const LATENCY = { min: 1, max: 5000 };
+
+/** @type {Load | null} */
+let load = null;
+/** @type {Sample[]} */
+let samples = [];
+/** @type {Model[]} */
+let members = [];
+/** @type {Chart | null} */
+let drawn = null;
+let deadline = deadlineMs();
+let family = "";
+let fixed = "";
+let drawnAt = 0;
+
+const button = h("button", { type: "button", class: "primary", id: "load-start", onclick: () => (load?.running ? stopLoad() : void start()) }, "Start");
+const rate = h("input", { type: "number", id: "rate", min: 1, max: MAX_RATE, step: 1 });
+const select = h("select", { id: "fixed" });
+const state = h("span", { class: "hint", role: "status" });
+const dots = h("div", { class: "chart", role: "img", "aria-label": "Every answer as a dot: when it was asked for, and how long it took. The table has the totals." });
+const legend = h("p", { class: "hint keys" });
+const outcome = h("div", { id: "outcome" });
+
+/** Put the panel in its place. @param {HTMLElement} place @param {ModelList} all @param {string} name of the family */
+export async function installLoad(place, all, name) {
+  const names = all.families[name] ?? [];
+  const changed = name !== family;
+  family = name;
+  members = ready(all).filter((model) => names.includes(model.name));
+  if (place.firstChild && !changed) return;
+  rate.value = String(number("rate", { min: 1, max: MAX_RATE, otherwise: 50 }));
+  fill(select, ...members.map((model) => h("option", { value: model.name }, kindAndPrecision(model))));
+  select.value = members.at(-1)?.variant === "mha" ? (members.at(-1)?.name ?? "") : (members[0]?.name ?? "");
+  fill(place,
+    h("p", { class: "hint" }, `In even seconds pictures go to the family, in odd ones to a fixed model, all with the deadline above. Each is sent when it is due, whether or not earlier ones have been answered; its time counts from then.`),
+    h("div", { class: "controls" },
+      h("label", { for: "rate" }, "Send "), rate, h("span", {}, "images a second for ", `${SECONDS} s; the family `, h("code", {}, family)),
+      h("label", { for: "fixed" }, " against "), select, button, state),
+    dots, legend, outcome);
+  samples = [];
+  drawn?.destroy();
+  drawn = null;
+  await redraw();
+}
+
+/** End the load, if one is running. */
+export function stopLoad() {
+  load?.stop();
+}
+
+async function start() {
+  const wanted = Math.min(MAX_RATE, Math.max(1, Math.round(Number(rate.value) || 1)));
+  rate.value = String(wanted);
+  update({ rate: wanted });
+  try {
+    const file = picture()?.file ?? (await sample("raccoon")).file;
+    samples = [];
+    drawnAt = 0;
+    deadline = deadlineMs();
+    fixed = select.value;
+    button.textContent = "Stop";
+    load = new Load({
+      picture: file,
+      rate: wanted,
+      deadlineMs: deadline,
+      names: { family, fixed },
+      onSample: (one) => {
+        samples.push(one);
+        if (performance.now() - drawnAt > REDRAW_MS) void redraw();
+      },
+      onEnd: () => {
+        button.textContent = "Start";
+        state.textContent = `${document.hidden ? "stopped: the tab was hidden" : "ended"} after ${(load?.seconds ?? 0).toFixed(0)} s`;
+        void redraw();
+      },
+    });
+    state.textContent = "sending …";
+  } catch (error) {
+    complain(error);
+  }
+}
+
+async function redraw() {
+  drawnAt = performance.now();
+  try {
+    drawn ??= await makeChart();
+    drawn.setData(data());
+  } catch (error) {
+    complain(error);
+  }
+  const used = new Set(samples.map((one) => one.model));
+  fill(legend, ...members.filter((model) => used.has(model.name)).map((model) => h("span", { class: `key model m${hue(model)}` }, kindAndPrecision(model))),
+    samples.some((one) => one.outcome === "refused") && h("span", { class: "key refused" }, "refused (at the bottom)"),
+    h("span", {}, "Shaded: the seconds of the fixed model. Line: the deadline."));
+  fill(outcome, samples.length > 0 && table());
+}
+
+function table() {
+  const seconds = load?.seconds ?? 0;
+  const top1Of = (/** @type {string} */ name) => top1(members.find((model) => model.name === name));
+  const row = (/** @type {Arm} */ arm, /** @type {string} */ title) => {
+    const sum = summary(samples, arm, seconds, top1Of);
+    return h("tr", {}, h("th", { scope: "row" }, title),
+      ...[whole(sum.sent), whole(sum.inTime), whole(sum.late), whole(sum.refused), sum.goodput.toFixed(1), ms(sum.medianMs), sum.top1 === null ? "–" : percent(sum.top1)].map((value) => h("td", {}, value)));
+  };
+  const heads = ["asked", "in time", "late", "refused", "in time a second", "median", "mean test top-1"];
+  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "What came of it" },
+    h("table", { class: "numbers" },
+      h("thead", {}, h("tr", {}, h("td", {}), ...heads.map((head) => h("th", { scope: "col" }, head)))),
+      h("tbody", {}, row("family", `Family ${family}`), row("fixed", `Always ${kindAndPrecision(members.find((model) => model.name === (fixed || select.value)))}`))));
+}
+
+/** One series for each model, and one for what was refused; in the order of due times. @returns {Data} */
+function data() {
+  const sorted = [...samples].sort((one, other) => one.dueS - other.dueS);
+  const clamp = (/** @type {number} */ value) => Math.min(LATENCY.max, Math.max(LATENCY.min, value));
+  return [
+    sorted.map((one) => one.dueS),
+    ...members.map((model) => sorted.map((one) => (one.model === model.name ? clamp(one.latencyMs) : null))),
+    sorted.map((one) => (one.model === null ? LATENCY.min : null)),
+  ];
+}
+
+function makeChart() {
+  const series = [...members.map((model) => `--m${hue(model)}`), "--ink"].map((name) => ({
+    paths: () => null,
+    points: { show: true, size: 5, width: 0, fill: () => colour(name), stroke: () => colour(name) },
+  }));
+  return chart(dots, data(), (options) => ({
+    ...options,
+    series: [{}, ...series],
+    scales: { x: { time: false, range: [0, SECONDS] }, y: { distr: 3, range: [LATENCY.min, LATENCY.max] } },
+    axes: [axis({ size: 28, values: (_, ticks) => ticks.map((tick) => `${tick} s`) }), axis({ size: 58, values: (_, ticks) => ticks.map((tick) => (/^[125]/.test(String(tick)) ? ms(tick).replace(".0", "") : "")) })],
+    hooks: { drawClear: [shade], draw: [line] },
+  }), 240);
+}
+
+/** @param {Chart} plot */
+function shade(plot) {
+  const { ctx } = plot;
+  ctx.save();
+  ctx.fillStyle = colour("--field");
+  for (let second = 0; second < SECONDS; second += 1) {
+    if (armAt(second) !== "fixed") continue;
+    const left = plot.valToPos(second, "x", true), right = plot.valToPos(second + 1, "x", true);
+    ctx.fillRect(left, plot.bbox.top, right - left, plot.bbox.height);
+  }
+  ctx.restore();
+}
+
+/** @param {Chart} plot */
+function line(plot) {
+  const { ctx } = plot;
+  const y = plot.valToPos(samples.length ? deadline : deadlineMs(), "y", true);
+  ctx.save();
+  ctx.strokeStyle = colour("--ink");
+  ctx.setLineDash([6, 4]);
+  ctx.beginPath();
+  ctx.moveTo(plot.bbox.left, y);
+  ctx.lineTo(plot.bbox.left + plot.bbox.width, y);
+  ctx.stroke();
+  ctx.restore();
+}

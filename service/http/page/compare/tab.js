@@ -1,0 +1,201 @@
+// Compare: one picture, every model.
+
+import { getJson, isCancelled } from "../parts/api.js";
+import { byId, fill, h } from "../parts/dom.js";
+import { counted, kindAndPrecision, label, ms, percent } from "../parts/format.js";
+import { choosingFamilies, groups, models, newest, top1 } from "../parts/models.js";
+import { announce, complain, settle } from "../parts/notice.js";
+import { current, deadlineMs, href, update } from "../parts/state.js";
+import { becauseOf, title } from "../choose/reasons.js";
+import { SAMPLES, choose, fromCamera, listen, picture, remember, sample } from "./picture.js";
+import { Row, emptyTable, groupBody, showMemory } from "./rows.js";
+import { cancel, compare } from "./run.js";
+import { copyButtons } from "./snippets.js";
+import { roundScale, stageKeys } from "./stages.js";
+
+/** @import {EndEvent, Plan} from "../types.js" */
+/** @import {Picture} from "./picture.js" */
+
+/** @type {Row[]} */
+let rows = [];
+/** @type {string | null} */
+let family = null;
+/** @type {Plan | null} */
+let plan = null;
+const SETTLING_MS = 1500;
+/** @type {ReturnType<typeof setTimeout> | undefined} */
+let settled;
+let startedAt = 0;
+let firstMs = 0;
+
+/** Build the tab; once, at start. */
+export function installCompare() {
+  const file = /** @type {HTMLInputElement} */ (byId("file"));
+  file.addEventListener("change", () => {
+    const chosen = file.files?.[0];
+    if (chosen) void run({ file: chosen, name: chosen.name, sample: null });
+    // The same file may be chosen again.
+    file.value = "";
+  });
+  byId("camera").addEventListener("click", () => fromCamera().then((shot) => shot && run(shot), complain));
+  fill(byId("samples"), ...SAMPLES.map(({ name, title }) =>
+    h("button", { type: "button", class: "sample", "data-sample": name, "aria-label": `Use the sample: ${title}`, onclick: () => runSample(name) },
+      h("img", { src: `page/samples/${name}.jpg`, alt: "", width: 64, height: 64 }))));
+  listen((dropped) => (dropped ? run(dropped) : complain(new Error("there is no picture in it: drop or paste a file"))));
+  byId("copy").append(copyButtons(() => picture()?.name ?? "picture.jpg"));
+}
+
+/** Show the models, and the sample that the address names. */
+export async function showCompare() {
+  await list();
+  const named = current().values.get("sample");
+  await choice();
+  if (named && SAMPLES.some(({ name }) => name === named) && !picture()) await runSample(named);
+}
+
+async function list() {
+  try {
+    const all = await models();
+    if (rows.length) return;
+    family = choosingFamilies(all)[0] ?? null;
+    const bodies = groups(newest(all)).map(groupBody);
+    rows = bodies.flatMap((body) => body.rows);
+    const table = emptyTable();
+    table.append(...bodies.map(({ body }) => body));
+    fill(byId("table"), table, h("p", { class: "hint keys narrow" }, "Time: ", ...stageKeys()));
+    void memory();
+  } catch (error) {
+    complain(error, () => void showCompare());
+  }
+}
+
+/** @param {string} name */
+async function runSample(name) {
+  try {
+    await run(await sample(name));
+  } catch (error) {
+    complain(error, () => void runSample(name));
+  }
+}
+
+/** Send a picture to all models. @param {Picture} chosen */
+async function run(chosen) {
+  startedAt = performance.now();
+  firstMs = 0;
+  cancel();
+  settle();
+  choose(chosen);
+  update({ sample: chosen.sample });
+  if (!rows.length) await list();
+  for (const row of rows) row.clear(true);
+  fill(byId("seen"), h("span", { class: "hint" }, "on its way …"));
+  fill(byId("verdict"), h("p", { class: "hint" }, `Asking ${counted(rows.filter((row) => row.ready).length, "model")} …`));
+  fill(byId("timing"));
+  try {
+    const done = await compare(chosen.file, {
+      picture: (event) => {
+        const image = { url: `data:image/png;base64,${event.png}`, width: event.width, height: event.height };
+        remember(event.models, image);
+        show(image, chosen.name);
+      },
+      answer: (event) => {
+        const row = rows.find((known) => known.model.name === event.model);
+        row?.show(event);
+        firstMs ||= performance.now() - startedAt;
+        scale();
+      },
+      error: (event) => rows.find((known) => known.model.name === event.model)?.fail(event),
+      end: (event) => finish(event),
+    });
+    if (done) void memory();
+  } catch (error) {
+    if (isCancelled(error)) return;
+    for (const row of rows) if (!row.answer) row.clear(false);
+    if (!rows.some((row) => row.answer)) {
+      fill(byId("seen"), h("span", { class: "hint" }, "no picture"));
+      fill(byId("seen-caption"), chosen.name);
+      fill(byId("verdict"));
+    }
+    complain(error, () => void run(chosen));
+  }
+}
+
+/** @param {{url: string, width: number, height: number}} image @param {string} name */
+function show({ url, width, height }, name) {
+  const img = h("img", { src: url, alt: `${name}, as the models see it`, width, height, class: width < 160 ? "pixelated" : "" });
+  fill(byId("seen"), img);
+  fill(byId("seen-caption"), `As the models see it: ${width} × ${height}`);
+}
+
+/** @param {EndEvent} end */
+function finish(end) {
+  const lastMs = performance.now() - startedAt;
+  const answered = rows.filter((row) => row.answer);
+  const reference = rows.find((row) => row.model.name === end.agreement?.model) ?? answered[0];
+  for (const row of answered) if (reference) row.agree(reference);
+  fill(byId("timing"), `First answer after ${ms(firstMs)}, all ${answered.length} after ${ms(lastMs)}, seen from this browser.`);
+  byId("timing").dataset.firstMs = firstMs.toFixed(1);
+  const best = reference?.answer?.predictions[0];
+  if (!best || !reference) return fill(byId("verdict"), h("p", { class: "answer" }, "No model answered."));
+  const agree = answered.filter((row) => row.answer?.predictions[0]?.index === best.index).length;
+  const others = answered.length === 1 ? "" : agree === answered.length ? `all ${agree} models agree` : `${agree} of ${answered.length} models agree`;
+  fill(byId("verdict"), h("p", { class: "answer" }, h("strong", {}, label(best.label)), h("span", {}, others)), choiceLine());
+  announce(`${label(best.label)}; ${others}`);
+  // Right after it the service still feels this very comparison.
+  clearTimeout(settled);
+  settled = setTimeout(() => void choice(), SETTLING_MS);
+}
+
+/** Ask which model the family would choose, and mark it. */
+export async function choice() {
+  if (!family) return;
+  try {
+    plan = await getJson(`v1/families/${encodeURIComponent(family)}/plan?deadline_ms=${deadlineMs()}`);
+  } catch (error) {
+    // The table says enough without it.
+    plan = null;
+    if (!picture()) complain(error);
+  }
+  for (const row of rows) row.choose(row.model.name === plan?.chosen && plan ? title(plan) : null);
+  scale();
+  const line = byId("verdict").querySelector(".choice");
+  if (line) line.replaceWith(choiceLine());
+  else byId("verdict").append(choiceLine());
+}
+
+function choiceLine() {
+  const chosen = rows.find((row) => row.model.name === plan?.chosen);
+  if (!plan || !chosen) return h("p", { class: "choice" });
+  const rung = plan.rungs.find((other) => other.chosen);
+  const asked = ["Asked for the family ", h("code", {}, plan.family), " with ", h("a", { href: href("choose") }, `${ms(plan.deadline_ms)} to answer`)];
+  const name = h("strong", {}, kindAndPrecision(chosen.model));
+  return plan.in_time
+    ? h("p", { class: "choice" }, ...asked, ", the service chooses ", name, `: ${becauseOf(plan)} (predicted ${ms(rung?.predicted_ms)}; `,
+      `right on ${percent(top1(chosen.model))} of the test pictures).`)
+    : h("p", { class: "choice" }, ...asked, ", the service refuses now: no model is sure to be in time. The nearest is ", name,
+      ` (predicted ${ms(rung?.predicted_ms)}).`);
+}
+
+/** One scale for the times of all rows, and distances from the chosen model. */
+function scale() {
+  const totals = rows.flatMap((row) => (row.answer ? [row.answer.timings_ms.total] : []));
+  const scaleMs = roundScale(totals);
+  const chosen = rows.find((row) => !row.badge.hidden);
+  if (totals.length) fill(byId("scale"), `all on one scale, 0 to ${ms(scaleMs).replace(".0", "")}`);
+  for (const row of rows) {
+    row.time(scaleMs, chosen?.answer?.timings_ms.total ?? null);
+    row.accuracy(chosen ? top1(chosen.model) : null);
+  }
+}
+
+async function memory() {
+  try {
+    /** @type {import("../types.js").Status} */
+    const status = await getJson("v1/status");
+    const known = new Map(status.models.map((model) => [model.name, model.memory_mb]));
+    for (const row of rows) showMemory(row, known.get(row.model.name));
+  } catch (error) {
+    // A column of dashes says it.
+    console.info("no memory figures", error);
+  }
+}

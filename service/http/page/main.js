@@ -1,0 +1,47 @@
+// The four tabs: which is shown is in the URL's hash.
+
+import { installCompare, showCompare } from "./compare/tab.js";
+import { byId } from "./parts/dom.js";
+import { installKeyForm } from "./parts/key.js";
+import { settle } from "./parts/notice.js";
+import { TABS, current, href, onChange } from "./parts/state.js";
+
+/** @typedef {{show: () => unknown, hide?: () => void}} Shown */
+
+/** Loaded when they are first shown. @type {Record<import("./parts/state.js").Tab, () => Promise<Shown>>} */
+const LOADERS = {
+  compare: async () => ({ show: showCompare }),
+  tokens: async () => (await import("./tokens/tab.js")).tokensTab(),
+  choose: async () => (await import("./choose/tab.js")).chooseTab(),
+  live: async () => (await import("./live/tab.js")).liveTab(),
+};
+
+/** @type {Partial<Record<import("./parts/state.js").Tab, Promise<Shown>>>} */
+const loaded = {};
+/** @type {import("./parts/state.js").Tab | null} */
+let shown = null;
+
+async function route() {
+  const { tab } = current();
+  for (const link of byId("tabs").querySelectorAll("a")) {
+    const own = /** @type {import("./parts/state.js").Tab} */ ((link.getAttribute("href") ?? "").slice(1).split("?")[0]);
+    link.href = href(own);
+    if (own === tab) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  if (tab === shown) return;
+  const before = shown;
+  shown = tab;
+  // What went wrong on another tab is none of this one's.
+  if (before) settle();
+  for (const other of TABS) byId(other).hidden = other !== tab;
+  document.title = `${tab.charAt(0).toUpperCase()}${tab.slice(1)} · StrideViT`;
+  if (before) (await loaded[before])?.hide?.();
+  const next = await (loaded[tab] ??= LOADERS[tab]());
+  if (shown === tab) await next.show();
+}
+
+installKeyForm();
+installCompare();
+onChange(() => void route());
+void route();

@@ -1,0 +1,77 @@
+// Numbers and names as people read them.
+
+/** @import {Model} from "../types.js" */
+
+/** @param {number | null | undefined} value */
+export function ms(value) {
+  if (value === null || value === undefined) return "–";
+  const digits = value < 10 ? 1 : 0;
+  return value >= 10_000 ? `${(value / 1000).toFixed(0)} s` : value >= 1000 ? `${(value / 1000).toFixed(1)} s` : `${value.toFixed(digits)} ms`;
+}
+
+/** @param {number} share @param {number} [digits] */
+export function percent(share, digits = 1) {
+  return `${(100 * share).toFixed(digits)} %`;
+}
+
+/** A difference with its sign; a true minus is as wide as a plus. @param {number} value @param {number} [digits] */
+export function signed(value, digits = 1) {
+  const text = Math.abs(value).toFixed(digits);
+  return Number(text) === 0 ? `±${text}` : `${value < 0 ? "−" : "+"}${text}`;
+}
+
+/** A difference of times. @param {number} value */
+export function signedMs(value) {
+  return `${signed(value, Math.abs(value) < 10 ? 1 : 0)} ms`;
+}
+
+/** @param {number | null | undefined} count */
+export function millions(count) {
+  return count ? `${(count / 1e6).toFixed(count < 1e7 ? 2 : 1)} M` : "–";
+}
+
+/** @param {number} count */
+export function whole(count) {
+  return Math.round(count).toLocaleString("en");
+}
+
+/** @param {number | null | undefined} megabytes */
+export function megabytes(megabytes) {
+  return megabytes ? `${megabytes.toFixed(megabytes < 100 ? 1 : 0)} MB` : "–";
+}
+
+/** @param {number} seconds */
+export function duration(seconds) {
+  if (seconds < 90) return `${seconds.toFixed(0)} s`;
+  if (seconds < 5400) return `${(seconds / 60).toFixed(0)} min`;
+  return seconds < 172_800 ? `${(seconds / 3600).toFixed(0)} h` : `${(seconds / 86_400).toFixed(0)} days`;
+}
+
+/** @param {string} text */
+export function label(text) {
+  return text.replaceAll("_", " ");
+}
+
+/** @param {number} count @param {string} one @param {string} [many] */
+export function counted(count, one, many = `${one}s`) {
+  return `${whole(count)} ${count === 1 ? one : many}`;
+}
+
+/**
+ * What kind of attention a model has, in a few words; its own name says it for architectures without variants.
+ *
+ * @param {Model | undefined} model
+ */
+export function kind(model) {
+  const variant = model?.variant ?? "";
+  const rate = /r(\d+)$/.exec(variant)?.[1];
+  if (variant === "mha") return "Full attention";
+  if (variant.startsWith("csra") && rate) return `C-SRA, stride ${rate}`;
+  if (variant.startsWith("lsra") && rate) return `L-SRA, runs of ${rate}`;
+  return model?.architecture ?? variant;
+}
+
+/** The same with its precision, where that is not the usual one. @param {Model | undefined} model */
+export function kindAndPrecision(model) {
+  return model?.precision && model.precision !== "fp32" ? `${kind(model)}, ${model.precision}` : kind(model);
+}

@@ -1,0 +1,125 @@
+// Tokens: the grid of patches over the picture, and what each key and value is made from.
+
+import { asSeenBy, onPicture } from "../compare/picture.js";
+import { byId, fill, h } from "../parts/dom.js";
+import { counted, kind, percent, whole } from "../parts/format.js";
+import { detail, hue, models, precisionOf, ready } from "../parts/models.js";
+import { complain } from "../parts/notice.js";
+import { current, href, update } from "../parts/state.js";
+import { Drawing } from "./drawing.js";
+import { layout, unseen } from "./windows.js";
+
+/** @import {Model} from "../types.js" */
+/** @import {Layout} from "./windows.js" */
+
+/** @type {Layout | null} */
+let made = null;
+/** @type {Drawing | null} */
+let drawing = null;
+let selected = 0;
+
+/** The tab's view. */
+export function tokensTab() {
+  onPicture(() => {
+    if (!byId("tokens").hidden) void show();
+  });
+  return { show };
+}
+
+async function show() {
+  try {
+    const all = ready(await models()).filter((model) => model.kv_tokens && precisionOf(model) === "fp32");
+    const first = all[0];
+    if (!first) return fill(byId("tokens-content"), h("p", {}, "No model that serves says how its attention works."));
+    const named = current().values.get("model");
+    const model = all.find((other) => other.name === named) ?? all.find((other) => other.variant?.startsWith("csra")) ?? first;
+    const found = await detail(model.name);
+    const { attention, input } = found.manifest;
+    if (!attention) throw new Error(`the manifest of ${model.name} says nothing about its attention`);
+    const [, height = 0, width = 0] = input.shape;
+    made = layout(attention, height, width);
+    selected = Math.min(made.windows.length - 1, Math.max(0, Math.floor(Number(current().values.get("token")) || Math.floor(made.windows.length / 2 + made.keyColumns / 2))));
+    build(all, model, made);
+  } catch (error) {
+    complain(error, () => void show());
+  }
+}
+
+/** @param {Model[]} all @param {Model} model @param {Layout} layout */
+function build(all, model, layout) {
+  const hadFocus = document.activeElement?.id ?? "";
+  const seen = asSeenBy(model.name);
+  const image = seen ? { url: seen.url, pixelated: seen.width < 160 } : { url: "page/samples/raccoon.jpg", pixelated: false };
+  drawing = new Drawing(layout, image, hue(model), select);
+  fill(byId("tokens-content"),
+    h("fieldset", { class: "choice-of-model" }, h("legend", {}, "Model"), ...all.map((other) => option(other, other === model))),
+    h("div", { class: "tokens" },
+      h("figure", {}, h("figcaption", {}, h("strong", {}, `${counted(layout.rows * layout.columns, "patch", "patches")} ask`),
+        h("span", { class: "hint" }, `the queries: ${layout.rows} × ${layout.columns}, all of them`)), drawing.patches,
+        !seen && h("p", { class: "hint" }, "A sample. ", h("a", { href: href("compare") }, "Compare a picture"), " to see it here, as the models see it.")),
+      h("figure", {}, h("figcaption", {}, h("strong", {}, `${counted(layout.windows.length, "token")} answer`),
+        h("span", { class: "hint" }, "the keys and values, in the mean colour of their patches")), drawing.keys,
+        h("p", { class: "hint" }, "Point at one, or use the arrow keys.")),
+      h("div", { class: "explained" }, ...explanation(model, layout))));
+  select(selected, false);
+  if (hadFocus) document.getElementById(hadFocus)?.focus();
+}
+
+/** @param {Model} model @param {boolean} checked */
+function option(model, checked) {
+  const input = h("input", { type: "radio", name: "tokens-model", id: `tokens-${model.name}`, value: model.name });
+  input.checked = checked;
+  input.addEventListener("change", () => {
+    update({ model: model.name, token: null });
+    void show();
+  });
+  return h("label", {}, input, h("span", { class: `dot m${hue(model)}` }), kind(model), h("small", {}, ` ${model.kv_tokens}`));
+}
+
+/** @param {number} index @param {boolean} [remembered] */
+function select(index, remembered = true) {
+  if (!made || !drawing) return;
+  selected = index;
+  drawing.select(index);
+  fill(byId("selected-window"), describe(made, index));
+  if (remembered) update({ token: index });
+}
+
+/** @param {Layout} layout @param {number} index */
+export function describe(layout, index) {
+  const window = layout.windows[index];
+  if (!window) return "";
+  const first = window.patches[0] ?? 0, last = window.patches.at(-1) ?? 0;
+  const place = (/** @type {number} */ patch) => `row ${Math.floor(patch / layout.columns) + 1}, column ${(patch % layout.columns) + 1}`;
+  const from = window.patches.length === 1 ? `the patch in ${place(first)}` : `${window.patches.length} patches, from ${place(first)} to ${place(last)}`;
+  const beyond = window.frame ? 9 - window.patches.length : 0;
+  return `Token ${index + 1} of ${layout.windows.length} is made from ${from}${beyond ? `, and ${beyond} places beyond the edge, which count as zero` : ""}.`;
+}
+
+/** @param {Model} model @param {Layout} layout */
+function explanation(model, layout) {
+  const patches = layout.rows * layout.columns, tokens = layout.windows.length, left = unseen(layout).length;
+  const how = {
+    mha: "Every patch is a key and a value of its own. Each of the patches looks at all of them.",
+    csra: `A small filter over 3 × 3 patches makes one key and value, and moves on by ${layout.rate} patches: across, then down. Neighbours above and below stay together.`,
+    lsra: `${layout.rate} patches in a row, in reading order, are blended into one key and value, by weights that the model learned. At the end of a row it goes on in the next one.`,
+  }[layout.kind];
+  return [
+    h("h3", {}, kind(model)),
+    h("p", {}, how),
+    h("p", { id: "selected-window", class: "selected", role: "status" }),
+    h("table", { class: "facts" },
+      h("tbody", {},
+        fact("Looks in each layer", `${patches} × ${tokens} = ${whole(patches * tokens)}`),
+        fact("Of full attention’s", percent(tokens / patches, tokens / patches < 0.1 ? 1 : 0)),
+        fact("Right on test pictures", model.accuracy ? percent(model.accuracy.top1) : "not measured"),
+        left > 0 && fact("In no window (hatched)", `${left} of ${patches}`))),
+    left > 0 && h("p", { class: "hint" }, "What is in a hatched patch still counts: it asks as a query, and its own answer is part of the result."),
+    h("p", { class: "hint" }, "Drawn from the model’s manifest alone, which states the grid and the stride."),
+  ];
+}
+
+/** @param {string} name @param {string} value */
+function fact(name, value) {
+  return h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, value));
+}

@@ -1,0 +1,192 @@
+"""Tokens, Choose and Live in a browser."""
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.processes import get
+from tests.service.page.conftest import Opener
+
+pytest.importorskip("playwright", reason="needs Playwright (pip install playwright)")
+
+from playwright.sync_api import expect
+
+from tests.service.page.compare_page import answered
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+pytestmark = [pytest.mark.slow, pytest.mark.browser]
+
+
+def reference(variant: str, rate: int, side: int) -> list[list[int]]:
+    """What each key and value is made from, by a slow and obvious loop over patches."""
+    if variant == "mha":
+        return [[patch] for patch in range(side * side)]
+    if variant == "lsra":
+        return [list(range(first, min(first + rate, side * side))) for first in range(0, side * side, rate)]
+    windows = []
+    for top in range(0, side, rate):
+        for left in range(0, side, rate):
+            window = []
+            for row in (top - 1, top, top + 1):
+                for column in (left - 1, left, left + 1):
+                    if 0 <= row < side and 0 <= column < side:
+                        window.append(row * side + column)
+            windows.append(window)
+    return windows
+
+
+@pytest.mark.parametrize("side", [3, 7, 8, 24])
+@pytest.mark.parametrize(
+    ("variant", "rate"), [("mha", 1), ("csra", 2), ("csra", 4), ("lsra", 2), ("lsra", 3), ("lsra", 4)]
+)
+def test_windows_follow_from_the_manifest(variant: str, rate: int, side: int, geometry: "Page") -> None:
+    expected = reference(variant, rate, side)
+    attention = {
+        "tokens": side * side,
+        "kv_tokens": len(expected),
+        "stride": rate if variant == "csra" else None,
+        "block_size": rate if variant == "lsra" else None,
+    }
+    script = "async ([attention, side]) => (await import('./page/tokens/windows.js')).layout(attention, side, side)"
+    made = geometry.evaluate(script, [attention, side * 4])
+    assert [window["patches"] for window in made["windows"]] == expected
+    if variant == "csra":
+        assert len(expected) == math.ceil(side / rate) ** 2
+    attention["kv_tokens"] = len(expected) + 1
+    with pytest.raises(Exception, match="windows where the model has"):
+        geometry.evaluate(script, [attention, side * 4])
+
+
+@pytest.fixture(scope="module")
+def geometry(browser: Any, service: str) -> Any:
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(service)
+    yield page
+    context.close()
+
+
+def test_tokens_are_gone_through_with_arrow_keys(open_page: Opener) -> None:
+    with open_page("#tokens?model=cifar100-csra-r2&token=5") as page:
+        keys = page.get_by_role("slider", name="Key and value")
+        expect(keys).to_have_attribute("aria-valuenow", "6")
+        for key, expected in (("ArrowDown", "10"), ("ArrowLeft", "9"), ("Home", "1"), ("ArrowUp", "1"), ("End", "16")):
+            keys.press(key)
+            expect(keys).to_have_attribute("aria-valuenow", expected)
+        assert page.url.endswith("token=15")
+        expect(page.locator("#selected-window")).to_contain_text("Token 16 of 16 is made from 9 patches")
+        expect(page.locator(".patches .patch")).to_have_count(9)
+        keys.press("Home")
+        expect(page.locator(".patches .patch")).to_have_count(4)
+        expect(page.locator("#selected-window")).to_contain_text("5 places beyond the edge")
+
+
+def test_tokens_are_pointed_at_in_the_picture(open_page: Opener) -> None:
+    with open_page("#compare?sample=rocket") as page:
+        answered(page)
+        page.click("text=Tokens")
+        page.check("#tokens-cifar100-lsra-r4")
+        picture = page.locator("svg.patches")
+        assert (picture.locator("image").get_attribute("href") or "").startswith("data:image/png")
+        box = picture.bounding_box()
+        assert box
+        page.mouse.move(box["x"] + box["width"] * 0.95, box["y"] + box["height"] * 0.95)
+        expect(page.locator("#selected-window")).to_contain_text("Token 16 of 16 is made from 4 patches")
+        page.mouse.move(box["x"] + box["width"] * 0.05, box["y"] + box["height"] * 0.05)
+        expect(page.locator("#selected-window")).to_contain_text("Token 1 of 16")
+
+
+def test_the_plan_is_the_service_s_own(service: str, open_page: Opener) -> None:
+    with open_page("#choose?deadline=2000") as page:
+        plan = get(f"{service}/v1/families/cifar100/plan?deadline_ms=2000").json()
+        rungs = page.locator("#rungs .rung")
+        expect(rungs).to_have_count(len(plan["rungs"]))
+        assert rungs.evaluate_all("rungs => rungs.map(rung => rung.dataset.model)") == [
+            rung["model"] for rung in plan["rungs"]
+        ]
+        expect(page.locator("#rungs .badge")).to_have_text("chosen")
+        expect(page.locator("#chosen")).to_contain_text("Within 2.0 s the family cifar100 answers with")
+
+
+def test_the_deadline_is_set_by_keys_and_kept_in_the_address(open_page: Opener) -> None:
+    with open_page("#choose?deadline=50") as page:
+        slider = page.get_by_role("slider", name="Deadline")
+        slider.press("ArrowRight")
+        slider.press("End")
+        expect(slider).to_have_attribute("aria-valuetext", "2.0 s")
+        assert "deadline=2000" in page.url
+        slider.press("Home")
+        expect(slider).to_have_attribute("aria-valuetext", "5.0 ms")
+        page.reload()
+        expect(page.get_by_role("slider", name="Deadline")).to_have_attribute("aria-valuetext", "5.0 ms")
+        page.click("a[href^='#compare']")
+        expect(page.locator(".choice")).to_contain_text("5.0 ms to answer")
+
+
+def test_a_load_asks_both_and_counts_every_answer(open_page: Opener) -> None:
+    with open_page("#choose?rate=10&deadline=2000") as page:
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url) if "v1/classify" in request.url else None)
+        page.click("#load-start")
+        expect(page.locator("#load-start")).to_have_text("Stop")
+        expect(page.locator("#load-start")).to_have_text("Start")
+        expect(page.locator("#load")).to_contain_text("ended after")
+        assert len(asked) == 200
+        assert sum("model=cifar100&" in url for url in asked) == 100
+        rows = page.locator("#outcome tbody tr").evaluate_all(
+            "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
+        )
+        for _, sent, in_time, late, refused, *_ in rows:
+            assert int(sent) == 100
+            assert int(in_time) + int(late) + int(refused) == 100
+
+
+def test_a_load_stops_when_the_tab_is_hidden(open_page: Opener) -> None:
+    with open_page("#choose?rate=20&deadline=2000") as page:
+        page.click("#load-start")
+        expect(page.locator("#outcome td").first).to_be_attached()
+        hide(page, hidden=True)
+        expect(page.locator("#load-start")).to_have_text("Start")
+        expect(page.locator("#load")).to_contain_text("stopped: the tab was hidden")
+        page.click("#load-start")
+        hide(page, hidden=False)
+        page.click("a[href^='#live']")
+        page.click("a[href^='#choose']")
+        expect(page.locator("#load-start")).to_have_text("Start")
+
+
+def test_live_is_the_status_once_a_second_and_nothing_while_hidden(service: str, open_page: Opener) -> None:
+    with open_page("#compare?sample=rocket") as page:
+        answered(page)
+        page.click("a[href^='#live']")
+        expect(page.locator("#live-models tbody tr")).to_have_count(
+            sum(model["state"] == "ready" for model in get(f"{service}/v1/status").json()["models"])
+        )
+        expect(page.locator("#tiles")).to_contain_text("images a second")
+        row = page.locator("#live-models tbody tr").first.inner_text()
+        assert re.search(r"\d", row)
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        with page.expect_request(re.compile("v1/status")):
+            pass
+        hide(page, hidden=True)
+        asked.clear()
+        page.wait_for_timeout(2500)
+        assert asked == []
+        with page.expect_request(re.compile("v1/status")):
+            hide(page, hidden=False)
+
+
+def hide(page: "Page", *, hidden: bool) -> None:
+    """What a browser does when another tab comes to the front."""
+    page.evaluate(
+        """hidden => {
+          Object.defineProperty(document, 'hidden', { configurable: true, get: () => hidden });
+          document.dispatchEvent(new Event('visibilitychange'));
+        }""",
+        hidden,
+    )
