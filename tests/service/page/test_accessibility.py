@@ -142,7 +142,7 @@ def test_a_state_has_no_violations_and_no_sideways_scrolling(
 def save(screenshot: bytes, path: Path) -> None:
     """With a palette: half the bytes, and no difference to be seen on a page of few colours."""
     with Image.open(io.BytesIO(screenshot)) as picture:
-        picture.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
+        picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
             path, optimize=True
         )
 
