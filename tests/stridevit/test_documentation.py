@@ -53,6 +53,17 @@ def test_every_link_to_a_file_leads_somewhere(file: Path) -> None:
 
 
 @page
+def test_every_heading_that_a_link_names_exists(file: Path) -> None:
+    """By GitHub's rule: what is neither letter, digit, hyphen nor space goes, and spaces become hyphens."""
+    text = file.read_text(encoding="utf-8")
+    for link, anchor in re.findall(r"\]\(([^)#:]*\.md|)#([^)]+)\)", text):
+        target = (file.parent / link).read_text(encoding="utf-8") if link else text
+        headings = re.findall(r"^#+ (.+)$", target, flags=re.MULTILINE)
+        there = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert anchor in there, f"{link}#{anchor}"
+
+
+@page
 def test_every_test_that_a_page_names_exists(file: Path) -> None:
     named = set(re.findall(r"`(test_\w+)`", file.read_text(encoding="utf-8")))
     there = {
