@@ -40,8 +40,8 @@ def released(bundle: Bundle) -> tuple[torch.nn.Module, ModelCard]:
 
 
 def test_all_variants_are_shipped() -> None:
-    fp32 = {f"cifar100-{variant}" for variant in ("mha", "lsra-r2", "lsra-r4", "csra-r2", "csra-r4")}
-    assert set(NAMES) == fp32 | {f"{name}-int8" for name in fp32}
+    small = {f"cifar100-{variant}" for variant in ("mha", "lsra-r2", "lsra-r4", "csra-r2", "csra-r4")}
+    assert set(NAMES) == small | {f"{name}-int8" for name in small} | {"cifar100-full-mha"}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,6 @@
 // The four tabs: which is shown is in the URL's hash.
 
-import { installCompare, showCompare } from "./compare/tab.js";
+import { hideCompare, installCompare, showCompare } from "./compare/tab.js";
 import { byId } from "./parts/dom.js";
 import { installKeyForm } from "./parts/key.js";
 import { settle } from "./parts/notice.js";
@@ -10,7 +10,7 @@ import { TABS, current, href, onChange } from "./parts/state.js";
 
 /** Loaded when they are first shown. @type {Record<import("./parts/state.js").Tab, () => Promise<Shown>>} */
 const LOADERS = {
-  compare: async () => ({ show: showCompare }),
+  compare: async () => ({ show: showCompare, hide: hideCompare }),
   tokens: async () => (await import("./tokens/tab.js")).tokensTab(),
   choose: async () => (await import("./choose/tab.js")).chooseTab(),
   live: async () => (await import("./live/tab.js")).liveTab(),

@@ -1,6 +1,7 @@
 """Compare in a browser: every way to give a picture, and everything that may go wrong with it."""
 
 import subprocess
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -171,10 +172,12 @@ def test_a_service_that_is_gone_is_said_once(browser: "Browser") -> None:
         answered(page)
         process.kill()
         process.wait()
-        for give in (
+        other = (SAMPLES / "raccoon.jpg").read_bytes()
+        ways: list[Callable[[], None]] = [
             lambda: page.click("[data-sample=grace_hopper]"),
-            lambda: choose(page, name="other.jpg", content=(SAMPLES / "raccoon.jpg").read_bytes()),
-        ):
+            lambda: choose(page, name="other.jpg", content=other),
+        ]
+        for give in ways:
             give()
             expect(page.locator("#notice")).to_contain_text("The service does not answer.")
             expect(page.locator("#notice p")).to_have_count(1)

@@ -53,6 +53,11 @@ export async function showCompare() {
   if (named && SAMPLES.some(({ name }) => name === named) && !picture()) await runSample(named);
 }
 
+/** Another tab is shown: answers still come in, and nothing more is asked for. */
+export function hideCompare() {
+  clearTimeout(settled);
+}
+
 async function list() {
   try {
     const all = await models();
@@ -143,7 +148,7 @@ function finish(end) {
   announce(`${label(best.label)}; ${others}`);
   // Right after it the service still feels this very comparison.
   clearTimeout(settled);
-  settled = setTimeout(() => void choice(), SETTLING_MS);
+  if (!byId("compare").hidden) settled = setTimeout(() => void choice(), SETTLING_MS);
 }
 
 /** Ask which model the family would choose, and mark it. */
