@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 from pathlib import Path
 
 import httpx
@@ -14,6 +15,7 @@ import torch
 from export.precision import MAX_ACCURACY_LOSS, TOLERANCES
 from service.bundle import Bundle, model_names, read_bundle, versions
 from service.engine import Engine
+from service.host import cpu_features
 from service.models.verify import verify_golden
 from tests.processes import ROOT, serving
 from training.data import load_dataset
@@ -48,6 +50,8 @@ def test_all_variants_are_shipped() -> None:
 def test_shipped_model_gives_its_golden_outputs_and_agrees_with_its_run(name: str) -> None:
     assert len(versions(MODELS, name)) == 1
     bundle = newest(name)
+    if saturates(bundle):
+        pytest.skip("8-bit kernels saturate on a CPU without VNNI")
     verify_golden(bundle, Engine(bundle.model_path))
     _, card = released(bundle)
     assert bundle.manifest.accuracy
@@ -66,6 +70,11 @@ def test_shipped_model_gives_its_golden_outputs_and_agrees_with_its_run(name: st
     assert json.loads((bundle.folder / "manifest.json").read_text())["schema_version"] == 2
     assert bundle.manifest.attention
     assert bundle.manifest.attention.kv_tokens == card.architecture.kv_tokens
+
+
+def saturates(bundle: Bundle) -> bool:
+    """Whether ONNX Runtime's 8-bit kernels may saturate here, so that the service refuses the model."""
+    return bundle.manifest.precision == "int8" and platform.machine() == "x86_64" and "vnni" not in cpu_features()
 
 
 TestImages = tuple[list[bytes], torch.Tensor, npt.NDArray[np.int64]]
@@ -95,7 +104,7 @@ def expected_answers(bundle: Bundle, pixels: torch.Tensor) -> npt.NDArray[np.int
 def test_served_answers_agree_with_torch_and_with_the_manifest_bits(test_images: TestImages) -> None:
     encoded, pixels, labels = test_images
     with serving(MODELS) as (url, _), httpx.Client(base_url=url, timeout=60) as client:
-        for name in NAMES:
+        for name in (name for name in NAMES if not saturates(newest(name))):
             served: list[int] = []
             for start in range(0, IMAGES, IMAGES_PER_REQUEST):
                 files = [("image", ("i.png", image)) for image in encoded[start : start + IMAGES_PER_REQUEST]]

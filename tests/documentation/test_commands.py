@@ -52,7 +52,7 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path) -> None:
     for name in ("service", "models"):
         (tmp_path / name).symlink_to(ROOT / name)
     # One model is enough: the most accurate one, which answers for the family.
-    assert run(page, tmp_path, STRIDEVIT_MODELS="cifar100-lsra-r4") > 0
+    assert run(page, tmp_path, STRIDEVIT_MODELS="cifar100-full-mha") > 0
 
 
 @needs_curl
