@@ -74,8 +74,8 @@ lock: $(UV) ## Resolve pyproject.toml again into lock/ (exact versions and hashe
 	@echo "resolving lock/dev.txt, then the service's locks within it, then those of clients, the audit and the documents"
 	@$(LOCK) pyproject.toml lock/build.in -c lock/pins.in -o lock/dev.txt \
 	  --extra cpu --extra train --extra export --extra loadtest --extra dev
-	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-cpu.txt --extra cpu
-	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-gpu.txt --extra gpu
+	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-cpu.txt --extra cpu --extra tracing
+	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-gpu.txt --extra gpu --extra tracing
 	@for other in client-triton client-kserve client-hf client-perf client-openapi audit docs; do $(LOCK) lock/$$other.in -o lock/$$other.txt || exit 1; done
 
 audit: $(AUDIT)/.installed $(SERVE)/.cpu ## Look for known vulnerabilities, suspicious code and faults of the Dockerfile; write an SBOM

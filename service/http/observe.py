@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.http.request_ids import RequestIds
 from service.http.security_headers import SecurityHeaders
+from service.http.server.protocol import PROBES
 from service.metrics import Metrics
 from service.tracing import Tracing
 
@@ -42,7 +43,9 @@ class Observe:
         headers, path = Headers(scope=scope), scope["path"]
         request_id = self._ids.choose(headers.get("x-request-id", ""))
         state.update(request_id=request_id, started=started)
-        span = self._tracing.begin(scope["method"], headers.get("traceparent")) if self._tracing else None
+        # Probes and scrapes come every few seconds, and nobody asks about one of them.
+        tracing = None if path in PROBES else self._tracing
+        span = tracing.begin(scope["method"], headers) if tracing else None
         status = 500
 
         async def send_with_id(message: Message) -> None:
@@ -50,8 +53,8 @@ class Observe:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 own = [(b"x-request-id", request_id.encode()), *self._security.of(path, status)]
-                if self._tracing:
-                    own.append((b"traceparent", self._tracing.traceparent(span).encode()))
+                if tracing:
+                    own += [(name.encode(), value.encode()) for name, value in tracing.context(span).items()]
                 message["headers"] = [*message["headers"], *own]
             await send(message)
 
@@ -66,12 +69,15 @@ class Observe:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests(route, scope["method"], status).inc()
             self._metrics.request_seconds(route).observe(seconds)
-            if self._tracing:
-                self._tracing.end(
+            if tracing:
+                tracing.end(
                     span,
                     name=f"{scope['method']} {route}",
                     attributes={
                         "http.request.method": scope["method"],
+                        "url.path": path,
+                        "url.scheme": scope["scheme"],
+                        "network.protocol.version": scope["http_version"],
                         "http.route": route,
                         "http.response.status_code": status,
                         "stridevit.model": state.get("model", ""),
