@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 from pathlib import Path
 
 import httpx
@@ -15,9 +14,9 @@ import torch
 from export.precision import MAX_ACCURACY_LOSS, TOLERANCES
 from service.bundle import Bundle, model_names, read_bundle, versions
 from service.engine import Engine
-from service.host import cpu_features
 from service.models.verify import verify_golden
 from tests.processes import ROOT, serving
+from tests.processor import BYTES_SATURATE
 from training.data import load_dataset
 from training.runs import ModelCard, load_final
 
@@ -74,7 +73,7 @@ def test_shipped_model_gives_its_golden_outputs_and_agrees_with_its_run(name: st
 
 def saturates(bundle: Bundle) -> bool:
     """Whether ONNX Runtime's 8-bit kernels may saturate here, so that the service refuses the model."""
-    return bundle.manifest.precision == "int8" and platform.machine() == "x86_64" and "vnni" not in cpu_features()
+    return bundle.manifest.precision == "int8" and BYTES_SATURATE
 
 
 TestImages = tuple[list[bytes], torch.Tensor, npt.NDArray[np.int64]]

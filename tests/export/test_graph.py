@@ -18,6 +18,7 @@ from export.precision import TOLERANCES
 from export.quantize import quantize, quantize_by_batch
 from service.engine import Engine
 from service.manifest import Precision
+from tests.processor import needs_exact_bytes
 from training.models import ImageSize, NormalizedModel, Pool, Positions, StrideViT, architecture
 
 slow = pytest.mark.slow
@@ -218,7 +219,9 @@ def test_graph_runs_in_the_reference_runtime_and_in_openvino(exported: Exported)
     np.testing.assert_allclose(by_openvino(graph, images), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8-dynamic"])
+@pytest.mark.parametrize(
+    "precision", ["fp32", "fp16", *(pytest.param(p, marks=needs_exact_bytes) for p in ("int8", "int8-dynamic"))]
+)
 @pytest.mark.parametrize("variant", ["csra-r2", *(pytest.param(v, marks=slow) for v in ("mha", "lsra-r2", "csra-r4"))])
 def test_openvino_runs_every_precision_at_the_size_of_a_product(variant: str, precision: Precision) -> None:
     # At 32 px it compiles what it cannot compile here: 196 tokens, 384 wide.

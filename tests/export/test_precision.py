@@ -28,6 +28,7 @@ from service.models.verify import check_golden
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
+from tests.processor import needs_exact_bytes
 from tests.service.conftest import PNG
 
 slow = pytest.mark.slow
@@ -192,6 +193,7 @@ def test_two_int8_exports_give_the_same_bytes(int8: Bundle, digits: ExportSource
     assert (again / SUMS_FILE).read_bytes() == (int8.folder / SUMS_FILE).read_bytes()
 
 
+@needs_exact_bytes
 def test_golden_outputs_hold_where_integers_are_computed_differently(int8: Bundle) -> None:
     """As on another processor: in float32, node by node, without ONNX Runtime's integer kernels."""
     import onnxruntime

@@ -541,7 +541,7 @@ def test_openapi_is_complete_for_every_operation(client: TestClient) -> None:
             names.append(operation["operationId"])
             declared = {entry["name"] for entry in operation.get("parameters", []) if entry["in"] == "path"}
             assert declared == set(re.findall(r"{(\w+)}", path)), path
-            wanted = {"application/json"} if path.startswith("/v2") else {"application/problem+json"}
+            wanted = {"application/json"} if path.startswith(("/v2", "/hf/")) else {"application/problem+json"}
             for status, answer in operation["responses"].items():
                 if status != "200":
                     assert set(answer["content"]) == wanted, (path, status)
