@@ -57,17 +57,26 @@ export function counted(count, one, many = `${one}s`) {
   return `${whole(count)} ${count === 1 ? one : many}`;
 }
 
+/** A model's name without family and precision: its variant, unless it was named otherwise. @param {Model} model */
+export function ownName(model) {
+  const family = `${model.family}-`, precision = `-${model.precision}`;
+  const name = model.name.startsWith(family) ? model.name.slice(family.length) : model.name;
+  return name.endsWith(precision) ? name.slice(0, -precision.length) : name;
+}
+
 /**
- * What kind of attention a model has, in a few words; its own name says it for architectures without variants.
+ * What kind of attention a model has, in a few words; its own name says it for architectures without variants. A model
+ * that is not called by its variant has another size than those that are.
  *
  * @param {Model | undefined} model
  */
 export function kind(model) {
   const variant = model?.variant ?? "";
   const rate = /r(\d+)$/.exec(variant)?.[1];
-  if (variant === "mha") return "Full attention";
-  if (variant.startsWith("csra") && rate) return `C-SRA, stride ${rate}`;
-  if (variant.startsWith("lsra") && rate) return `L-SRA, runs of ${rate}`;
+  const size = model?.params && ownName(model) !== variant ? `, ${millions(model.params)}` : "";
+  if (variant === "mha") return `Full attention${size}`;
+  if (variant.startsWith("csra") && rate) return `C-SRA, stride ${rate}${size}`;
+  if (variant.startsWith("lsra") && rate) return `L-SRA, runs of ${rate}${size}`;
   return model?.architecture ?? variant;
 }
 

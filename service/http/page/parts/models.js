@@ -1,6 +1,7 @@
 // What the service serves, read once and again on demand, and the colour of each model.
 
 import { getJson } from "./api.js";
+import { ownName } from "./format.js";
 
 /** @import {Model, ModelDetail, ModelList} from "../types.js" */
 
@@ -87,9 +88,9 @@ const FIXED = ["mha", "lsra-r2", "lsra-r4", "csra-r2", "csra-r4"];
 /** @type {string[]} */
 const others = [];
 
-/** The number of a model's colour, the same for all precisions of one variant. @param {Model | undefined} model */
+/** The number of a model's colour, the same for all its precisions. @param {Model | undefined} model */
 export function hue(model) {
-  const name = model?.variant ?? model?.architecture ?? "";
+  const name = model?.architecture ? ownName(model) : "";
   const fixed = FIXED.indexOf(name);
   if (fixed >= 0) return fixed;
   if (!others.includes(name)) others.push(name);
