@@ -41,7 +41,8 @@ if REQUIRED:
 Opener = Callable[..., AbstractContextManager["Page"]]
 
 
-@pytest.fixture(scope="session")
+# Playwright runs an event loop in this thread until it is stopped, which tests of other files could not start theirs in.
+@pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
     """Debian's Chromium. Skips without it or without Playwright, unless STRIDEVIT_BROWSER_TESTS=required."""
     path = shutil.which("chromium")
@@ -62,9 +63,9 @@ def browser() -> Iterator["Browser"]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def service(browser: "Browser") -> Iterator[str]:
-    """The base URL of a service with all shipped models, for all tests of this process."""
+    """The base URL of a service with all shipped models, for all tests of a file."""
     with serving(ROOT / "models") as (url, _):
         yield url
 
