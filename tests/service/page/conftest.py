@@ -41,7 +41,7 @@ if REQUIRED:
 Opener = Callable[..., AbstractContextManager["Page"]]
 
 
-# Playwright runs an event loop in this thread until it is stopped, which tests of other files could not start theirs in.
+# Until it is stopped, Playwright runs an event loop in this thread, where tests of other files could start none.
 @pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
     """Debian's Chromium. Skips without it or without Playwright, unless STRIDEVIT_BROWSER_TESTS=required."""
