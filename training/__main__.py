@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -24,7 +24,7 @@ from training.checkpoints import can_resume
 from training.data import Dataset, into_memory, load_dataset
 from training.describe import cost_table
 from training.describe import describe as describe_model
-from training.distributed import World, choose_device, join
+from training.distributed import PeerLost, World, choose_device, join
 from training.evaluate import evaluate as evaluate_model
 from training.initial import TIMM, Source, SourceError, adapted, open_source
 from training.loop import FROM_SCRATCH, Execution, Origin, TrainingError
@@ -81,6 +81,14 @@ OverridesOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe: optim.lr=5e-4. May be repeated."),
 ]
 ResumeOption = Annotated[bool, typer.Option(help="Continue a stopped run from its last checkpoint.")]
+AutoResumeOption = Annotated[
+    bool,
+    typer.Option(
+        "--auto-resume",
+        help="Continue from the last checkpoint if there is one, else begin: for torchrun's restarts, and for schedulers "
+        "that repeat a command.",
+    ),
+]
 TestOption = Annotated[
     bool, typer.Option(help="Evaluate on the test split at the end; `--no-test` for runs that decide something.")
 ]
@@ -132,6 +140,7 @@ def train(
     weights: WeightsOption = None,
     overrides: OverridesOption = None,
     resume: ResumeOption = False,
+    auto_resume: AutoResumeOption = False,
     test: TestOption = True,
     checkpoint_steps: CheckpointOption = 500,
     workers: WorkersOption = None,
@@ -165,7 +174,7 @@ def train(
             resolved = overridden(resolved, ["distill.logits=0.5"])
         on = _execution(world, workers, checkpoint_steps)
         _warn(on, dataset)
-        train_run(resolved, variant, dataset, folder, on, origin=origin, resume=resume, test=test)
+        train_run(resolved, variant, dataset, folder, on, origin=origin, resume=_resume(resume, auto_resume), test=test)
 
 
 @app.command()
@@ -187,6 +196,7 @@ def retrofit(
     weights: WeightsOption = None,
     overrides: OverridesOption = None,
     resume: ResumeOption = False,
+    auto_resume: AutoResumeOption = False,
     test: TestOption = True,
     checkpoint_steps: CheckpointOption = 500,
     workers: WorkersOption = None,
@@ -210,7 +220,7 @@ def retrofit(
         on = _execution(world, workers, checkpoint_steps)
         _warn(on, dataset)
         origin = _retrofit_origin(resolved, source)
-        train_run(resolved, variant, dataset, out, on, origin=origin, resume=resume, test=test)
+        train_run(resolved, variant, dataset, out, on, origin=origin, resume=_resume(resume, auto_resume), test=test)
 
 
 @app.command()
@@ -482,6 +492,12 @@ def _execution(world: World, workers: int | None, checkpoint_steps: int) -> Exec
     return Execution(world=world, workers=workers, checkpoint_steps=checkpoint_steps, console=console)
 
 
+def _resume(resume: bool, auto: bool) -> bool | Literal["auto"]:
+    if resume and auto:
+        raise ValueError("--resume needs a checkpoint and --auto-resume does not: give one of the two")
+    return "auto" if auto else resume
+
+
 def _warn(on: Execution, dataset: Dataset) -> None:
     for note in dataset.notes:
         on.say(f"[yellow]warning:[/] {escape(note)}")
@@ -503,7 +519,7 @@ def _errors(run: Path | None = None) -> Iterator[None]:
         if process in (None, "0"):
             console.print(f"\n{str(stop) or 'interrupted'}; {hint}", highlight=False, soft_wrap=True)
         raise typer.Exit(128 + (stop.signum if isinstance(stop, Stopped) else signal.SIGINT)) from None
-    except (ValueError, DataError, SourceError, TrainingError, runs.RunError, OSError) as error:
+    except (ValueError, DataError, SourceError, TrainingError, PeerLost, runs.RunError, OSError) as error:
         origin = f" of process {process}" if process else ""
         console.print(f"[red]error{origin}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         if process:
