@@ -1,4 +1,4 @@
-"""Two machines in one: network namespaces joined by a veth pair, each with an address of its own and no other way out."""
+"""Two machines in one: network namespaces joined by a veth pair, each with an address and no other way out."""
 
 import os
 import shutil

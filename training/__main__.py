@@ -54,7 +54,9 @@ app = typer.Typer(
     the Hugging Face hub.
 
     **Several GPUs or machines**: `torchrun --nproc-per-node 8 -m training train ...`; the batch size of the recipe is
-    divided among the processes.
+    divided among the processes. On each of two machines, with an `--out` that both share: `torchrun --nnodes 2
+    --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --max-restarts 3 -m training train --auto-resume
+    ...`; docs/training.md says what happens when one of them fails.
     """,
 )
 console = Console(stderr=True)
@@ -85,8 +87,8 @@ AutoResumeOption = Annotated[
     bool,
     typer.Option(
         "--auto-resume",
-        help="Continue from the last checkpoint if there is one, else begin: for torchrun's restarts, and for schedulers "
-        "that repeat a command.",
+        help="Continue from the last checkpoint if there is one, else begin: for torchrun's restarts, and for "
+        "schedulers that repeat a command.",
     ),
 ]
 TestOption = Annotated[
@@ -148,7 +150,8 @@ def train(
 ) -> None:
     """Train one variant. The finished model is in the folder's `final/`, for `evaluate` and for export.
 
-    Ctrl-C and SIGTERM save a checkpoint first; `--resume` continues with the next step.
+    Ctrl-C and SIGTERM save a checkpoint first; `--resume` continues with the next step. Under torchrun, and wherever
+    a failed command is repeated, use `--auto-resume`.
 
     With `--init` the sizes of the model and the normalisation of its images are those of the source, unless `--preset`
     or `--set` changes them; every weight of equal name and shape is taken. For a compressed variant of a trained MHA

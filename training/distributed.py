@@ -1,6 +1,7 @@
 """The device, and the processes that train one model together: a single one, or those that torchrun started."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,7 +106,8 @@ def join(device: torch.device) -> Iterator[World]:
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
-        reason = str(error).splitlines()[0]
+        # Without the place in gloo's code, and without its advice.
+        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
         raise PeerLost(
             f"the connection to another process was lost ({reason}): see what ended that process or its machine, and "
             "start all again with --auto-resume, unless torchrun --max-restarts does"

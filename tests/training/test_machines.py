@@ -30,7 +30,7 @@ def take_or_die(self, step, *arguments, **options):
 step.Stepper.__call__ = take_or_die
 __main__.app()
 """
-"""Trains like `-m training`, until a step before which the process and its torchrun end as on a machine that crashes."""
+"""Trains like `-m training`, until a step before which it and its torchrun end, as if their machine crashed."""
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,8 @@
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from loadtests.experiment.load_runner import LOCUSTFILE
 from loadtests.generator.samples import read_samples
 from tests.namespaces import Machine, two_machines
-from tests.processes import PATIENCE_SECONDS, interruptible
+from tests.processes import PATIENCE_SECONDS, interruptible, wait_until
 
 PORT = 8000
 GET = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=60).read().decode())"
@@ -28,15 +27,14 @@ def serving_on(machine: Machine, repository: Path) -> Iterator[str]:
     service = [sys.executable, "-m", "service", "--host", machine.address, "--port", str(PORT)]
     url = f"http://{machine.address}:{PORT}"
     with interruptible(*machine.command(*service, "--repository", str(repository))) as process:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            try:
+
+        def ready() -> bool:
+            with suppress(subprocess.CalledProcessError):
                 machine.run(sys.executable, "-c", GET, url + "/readyz")
-                break
-            except subprocess.CalledProcessError as error:
-                assert process.poll() is None, "the service ended"
-                assert time.monotonic() < deadline, error.stderr
-                time.sleep(0.2)
+                return True
+            return False
+
+        wait_until(ready, process)
         yield url
 
 
