@@ -113,7 +113,10 @@ def test_a_lost_process_is_an_error_that_says_how_to_go_on(monkeypatch: pytest.M
         monkeypatch.setenv(name, value)
     closed = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [192.0.2.2]:3123"
     try:
-        with pytest.raises(PeerLost, match=r"lost \(.*closed by peer.*--auto-resume"), join(CPU):
+        with (
+            pytest.raises(PeerLost, match=r"lost \(Connection closed by peer \[192.0.2.2\]:3123\).*--auto-resume"),
+            join(CPU),
+        ):
             raise RuntimeError(closed)
     finally:
         dist.destroy_process_group()

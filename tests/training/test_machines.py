@@ -16,6 +16,8 @@ from tests.training.test_resume import EVERYTHING, assert_equal_runs
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3 * PATIENCE_SECONDS)]
 
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
 LOST_AT_STEP = """
 import os, signal, sys
 from training import __main__, step
@@ -48,10 +50,10 @@ def command(small_data: list[str]) -> list[str]:
 
 @contextmanager
 def torchrun(
-    machine: Machine, host: Machine, words: list[str], *, restarts: int = 2, lost_at_step: int | None = None
+    machine: Machine, host: Machine, words: list[str], *, lost_at_step: int | None = None
 ) -> Iterator[subprocess.Popen[str]]:
     """Start this machine's part of the training as docs/training.md says; the rendezvous is at `host`."""
-    options = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", str(restarts)]
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2"]
     options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host.address}:29500", "--rdzv-id", "run"]
     options += ["--rdzv-conf", f"is_host={int(machine is host)}", "--local-addr", machine.address]
     program = ["-m", "training"]
@@ -60,7 +62,7 @@ def torchrun(
     process = subprocess.Popen(
         machine.command(sys.executable, "-m", "torch.distributed.run", *options, *program, *words),
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE},
+        env={**os.environ, **ENVIRONMENT},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -116,7 +118,7 @@ def test_without_the_machine_of_the_rendezvous_the_others_end_and_all_start_agai
     words = [*command, "--out", str(tmp_path / "x")]
     with (
         torchrun(first, first, words, lost_at_step=10) as lost,
-        torchrun(second, first, words, restarts=0) as other,
+        torchrun(second, first, words) as other,
     ):
         _, said = other.communicate(timeout=PATIENCE_SECONDS)
         assert other.returncode == 1
