@@ -89,7 +89,7 @@ class BucketStore:
         sizes: dict[tuple[str, int], dict[str, int | None]] = {}
         tags: dict[tuple[str, int], list[str]] = {}
         for path, about in sorted(found.items()):
-            folder, _, file = path.removeprefix(f"{self._root}/").rpartition("/")
+            folder, _, file = path.lstrip("/").removeprefix(f"{self._root}/").rpartition("/")
             key = parse_key(folder)
             if key is not None and file in FILES:
                 sizes.setdefault(key, {})[file] = int(about["size"])

@@ -86,7 +86,7 @@ def site(authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     served.folder.mkdir()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"site": served}))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.issue_cert("127.0.0.1", "localhost").configure_cert(context)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -186,6 +186,22 @@ def test_credentials_are_sent_to_the_server_and_shown_nowhere(
     written = capsys.readouterr()
     assert "sesame" not in reason + str(caught.value) + written.out + written.err
     assert "bWU6c2VzYW1l" not in written.out + written.err
+
+
+def test_credentials_do_not_follow_a_redirect_to_another_host(site: Site, world: World) -> None:
+    site.put("a/1")
+    (site.folder / "elsewhere").write_bytes(bundle_files()["model.onnx"])
+    seen: list[str | None] = []
+    target = site.url.replace("127.0.0.1", "localhost") + "/elsewhere"
+    site.faults["model.onnx"] = lambda handler: handler.reply(HTTPStatus.FOUND, Location=target)
+
+    def elsewhere(handler: _Handler) -> None:
+        seen.append(handler.headers.get("Authorization"))
+        handler.reply(HTTPStatus.OK, (site.folder / "elsewhere").read_bytes())
+
+    site.faults["elsewhere"] = elsewhere
+    assert mirror_of(site.url.replace("://", "://me:sesame@"), world).update() == {}
+    assert seen == [None]
 
 
 def test_a_server_of_another_authority_is_refused(site: Site, mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
