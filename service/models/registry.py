@@ -210,6 +210,8 @@ class Registry:
         try:
             await asyncio.to_thread(self._fetch)
             listing = await asyncio.to_thread(self._list)
+        except NotReady:  # the service is shutting down
+            return
         except BundleError as error:
             if self.readable:
                 log.error("repository cannot be read", reason=str(error))

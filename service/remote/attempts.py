@@ -1,6 +1,6 @@
 """What failed at a store, and when it is worth asking again: after pauses that double."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Container, Hashable
 from dataclasses import dataclass
 
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5.0, 600.0
@@ -39,6 +39,10 @@ class Attempts:
     def forget(self, key: Hashable) -> None:
         """It succeeded, or is gone."""
         self._failures.pop(key, None)
+
+    def forget_others(self, known: Container[Hashable]) -> None:
+        """Whatever else was asked for is gone."""
+        self._failures = {key: failure for key, failure in self._failures.items() if key in known}
 
     def clear(self) -> None:
         """Everything is worth an attempt now."""

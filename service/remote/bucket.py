@@ -46,7 +46,11 @@ class BucketStore:
                 bound = {"max_items": MAX_OBJECTS + 1} if self._address.scheme == "s3" else {}
                 found: dict[str, dict[str, Any]] = await files._find(self._root, detail=True, **bound)
         except Exception as error:  # of four packages
-            raise RepositoryError(self._why(error)) from error
+            if isinstance(error, FileNotFoundError):
+                raise RepositoryError(
+                    f"there is no {self._address}: create the bucket, or name another one with --repository"
+                ) from error
+            raise RepositoryError(f"{self._address}: {self._why(error)}") from error
         if len(found) > MAX_OBJECTS:
             raise RepositoryError(f"{self._address} has more than {MAX_OBJECTS} objects: name the folder of the models")
         return self._versions(found)
@@ -106,20 +110,20 @@ class BucketStore:
         }
 
     def _why(self, error: Exception) -> str:
-        """What happened, in words of ours: theirs may repeat what was sent."""
+        """What happened, in words of ours: theirs may repeat what was sent. Clients see it, so it names no bucket."""
         names = {kind.__name__ for kind in type(error).__mro__}
         if isinstance(error, FileNotFoundError):
-            return f"there is no {self._address}: create the bucket, or name another one with --repository"
+            return "it has gone"
         if isinstance(error, PermissionError) or names & {"NoCredentialsError", "HttpError"}:
             lacking = "no credentials" if "NoCredentialsError" in names else "access denied"
-            return f"{self._address}: {lacking}: set {_CREDENTIALS[self._address.scheme]}"
+            return f"{lacking}: set {_CREDENTIALS[self._address.scheme]}"
         if isinstance(error, TimeoutError):
-            return f"{self._address} took longer than {self._timeout:g} s (repository_timeout_seconds)"
+            return f"took longer than {self._timeout:g} s (repository_timeout_seconds)"
         if "FlexibleChecksumError" in names:
             return "it is damaged on its way, or changed while it was read"
         if names & {"ClientPayloadError", "IncompleteReadError", "ResponseStreamingError"}:
             return "the connection ended before the file did"
-        return f"{self._address} cannot be reached ({type(error).__name__})"
+        return f"cannot be reached ({type(error).__name__})"
 
 
 def _filesystem_class(scheme: str) -> Any:

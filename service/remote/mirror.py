@@ -110,6 +110,7 @@ class Mirror:
 
     async def _bring(self, wanted: Listing, listing: Listing, serving: frozenset[Key]) -> dict[Key, str]:
         """Models that are gone first, which makes room; versions that are gone or superseded once others are there."""
+        self._attempts.forget_others({"store", *wanted})
         listed = {name for name, _ in listing}
         ours = [key for key in self._cache.present() if not self._names or key[0] in self._names]
         for key in ours:

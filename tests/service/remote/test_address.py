@@ -52,7 +52,7 @@ def test_what_is_no_address_is_said_in_one_line(text: str, message: str) -> None
     assert "\n" not in str(caught.value)
     assert "sesame" not in str(caught.value)
     with pytest.raises(ValidationError) as refused:
-        Settings(repository=text)  # type: ignore[arg-type]
+        Settings(repository=text)
     assert "sesame" not in str(refused.value)
 
 
@@ -73,4 +73,4 @@ def test_credentials_do_not_change_the_folder_in_the_cache() -> None:
 @pytest.mark.parametrize("text", ["models", "/srv/models", "./s3:/x", "s3:/bucket"])
 def test_a_path_is_no_address(text: str) -> None:
     assert not is_address(text)
-    assert str(Settings(repository=text).repository) == text.removeprefix("./")  # type: ignore[arg-type]
+    assert str(Settings(repository=text).repository) == text.removeprefix("./")
