@@ -10,7 +10,7 @@ from typing import Any
 
 import boto3
 import pytest
-from moto.server import DomainDispatcherApplication, create_backend_app
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 from service.bundle import CONTENT_FILES, SUMS_FILE
@@ -59,7 +59,7 @@ class FaultyServer:
     """moto's application with what `Bucket.faults` says in front of it."""
 
     def __init__(self) -> None:
-        self._application = DomainDispatcherApplication(create_backend_app)
+        self._application: Callable[..., Iterable[bytes]] = DomainDispatcherApplication(create_backend_app)
         self._buckets: dict[str, Bucket] = {}
         self._server = make_server("127.0.0.1", 0, self, threaded=True)
         self.url = f"http://127.0.0.1:{self._server.port}"

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from service.bundle import MAX_FILE_BYTES
 from service.errors import NotReady, RepositoryError
 from service.remote import mirror as mirror_module
 from tests.service.remote.conftest import SECRET, Bucket, FaultyServer, World, bundle_files, contents, put_bundle
@@ -219,7 +220,7 @@ def test_files_and_cache_have_a_largest_size(bucket: Bucket, world: World, monke
     (reason,) = mirror.update().values()
     assert reason.startswith("a/2: ")
     assert "repository_cache_bytes leaves" in reason
-    monkeypatch.setitem(mirror_module.MAX_FILE_BYTES, "labels.txt", 100)
+    monkeypatch.setitem(MAX_FILE_BYTES, "labels.txt", 100)
     assert "labels.txt: 1014 bytes, more than 100" in world.mirror(bucket.url).update()["a", 1]
 
 

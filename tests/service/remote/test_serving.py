@@ -90,7 +90,7 @@ def test_an_outage_takes_nothing_away(bucket: Bucket, server: FaultyServer, tmp_
 
 def test_a_start_during_an_outage_serves_what_was_fetched(bucket: Bucket, server: FaultyServer, tmp_path: Path) -> None:
     publish(bucket, tmp_path / "local")
-    settings = Settings(repository=bucket.url, repository_cache=tmp_path / "cache", threads=1)  # type: ignore[arg-type]
+    settings = Settings(repository=bucket.url, repository_cache=tmp_path / "cache", threads=1)
     with TestClient(create_app(settings)):
         pass
     server.down = True
@@ -105,7 +105,7 @@ def test_a_start_during_an_outage_serves_what_was_fetched(bucket: Bucket, server
 
 def test_a_cache_that_cannot_be_written_to_is_an_error_that_names_the_setting(bucket: Bucket, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    settings = Settings(repository=bucket.url, repository_cache=tmp_path / "file")  # type: ignore[arg-type]
+    settings = Settings(repository=bucket.url, repository_cache=tmp_path / "file")
     with pytest.raises(StartupError, match="--repository-cache"):
         create_app(settings)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import trustme
 
+from service.bundle import MAX_FILE_BYTES
 from service.errors import RepositoryError
 from service.remote import mirror as mirror_module
 from service.remote.address import parse_address
@@ -148,7 +149,7 @@ def test_a_file_that_is_cut_short_or_missing_is_named(site: Site, mirror: Mirror
 
 def test_a_file_without_an_end_is_given_up(site: Site, mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
     site.put("a/1", b"x" * 1000)
-    monkeypatch.setitem(mirror_module.MAX_FILE_BYTES, "labels.txt", 500)
+    monkeypatch.setitem(MAX_FILE_BYTES, "labels.txt", 500)
     assert "a/1/labels.txt: exceeds 500 bytes" in mirror.update()["a", 1]
 
 
