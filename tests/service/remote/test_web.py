@@ -158,7 +158,7 @@ def test_redirects_lead_only_to_https(target: str, site: Site, mirror: Mirror) -
     site.put("a/1")
     site.faults["a/1/model.onnx"] = lambda handler: handler.reply(HTTPStatus.FOUND, Location=target)
     (reason,) = mirror.update().values()
-    assert reason.startswith("a/1/model.onnx: ")
+    assert reason == "a/1/model.onnx: is redirected to an address that is not https://"
     assert contents(mirror.folder) == {}
 
 
