@@ -7,7 +7,7 @@ folder that cannot be listed for a while takes nothing away that serves.
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,12 +15,13 @@ from typing import Literal
 import structlog
 
 from service.bundle import Listing, list_repository, signature, versions
-from service.errors import BundleError, NotReady, ServiceError, StartupError, UnknownModel
+from service.errors import BundleError, NotReady, RepositoryError, ServiceError, StartupError, UnknownModel
 from service.models.failures import Failures
 from service.models.family import Family, families_of
 from service.models.index import Entry, Index
 from service.models.loading import Loader
 from service.models.model import Model
+from service.models.source import Source
 from service.scheduling.scheduler import Scheduler
 
 log = structlog.get_logger()
@@ -53,9 +54,13 @@ class Registry:
         default_model: str | None,
         versions_to_serve: int,
         step_up_headroom: float,
+        source: Source | None = None,
     ) -> None:
-        """`names`: the models to serve, empty for all in the repository. The rest as in `service.settings`."""
-        self._loader, self._scheduler = loader, scheduler
+        """`names`: the models to serve, empty for all in the repository; `source`: what `repository` is a copy of. The
+        rest as in `service.settings`."""
+        self._loader, self._scheduler, self._source = loader, scheduler, source
+        self._missing: Mapping[tuple[str, int], str] = {}
+        """Why versions of the source are not in the repository's folder."""
         self._repository, self._names, self._default_model = repository, tuple(names), default_model
         self.versions_to_serve, self._step_up_headroom = versions_to_serve, step_up_headroom
         self.loads: Counter[Literal["ready", "failed"]] = Counter()
@@ -151,10 +156,11 @@ class Registry:
         A broken bundle is logged and left out. Raises StartupError if it is served by name, or if no model is left.
         """
         try:
+            self._fetch_or_go_on()
             listing = list_repository(self._repository)
         except BundleError as error:
             raise StartupError(str(error)) from error
-        for name in self._names or listing.names:
+        for name in self._names or self._known(listing):
             scan = self._scan(name, fresh=True)
             self._serve(scan)
             if not scan.wanted and name in self._names:
@@ -202,16 +208,21 @@ class Registry:
     async def refresh(self) -> None:
         """Scan the repository once: load new versions, and retire those that have been removed."""
         try:
+            await asyncio.to_thread(self._fetch)
             listing = await asyncio.to_thread(self._list)
+        except NotReady:  # the service is shutting down
+            return
         except BundleError as error:
             if self.readable:
                 log.error("repository cannot be read", reason=str(error))
             self.readable = False
             return
+        if not self.readable and not listing.unreadable:
+            log.info("repository can be read again")
         self.readable = not listing.unreadable
         async with self._loading:
             try:
-                for name in self._names or sorted({*listing.names, *self._models, *self._index.names}):
+                for name in self._names or self._known(listing):
                     if name not in self._unloaded:
                         await self._update(name, fresh=False)
             finally:
@@ -220,14 +231,38 @@ class Registry:
     def close(self) -> None:
         """End what is being loaded, and load nothing more; what serves goes on serving. From any thread."""
         self._closed = True
+        if self._source:
+            self._source.close()
         self._loader.close()
 
     def _require_known(self, name: str) -> None:
         if self._names and name not in self._names:
             raise UnknownModel(f"the settings serve only: {', '.join(self._names)}")
+        self._fetch_or_go_on(force=True)
         # A name from a request never becomes a path unless the repository lists it.
-        if name not in list_repository(self._repository).names:
+        if name not in self._known(list_repository(self._repository), listed_only=True):
             raise UnknownModel(f"no model {name!r} in the repository")
+
+    def _known(self, listing: Listing, *, listed_only: bool = False) -> list[str]:
+        """Models in the repository, also those of which no version could be fetched, and those known from before."""
+        before = () if listed_only else (*list(self._models), *self._index.names)
+        return sorted({*listing.names, *(name for name, _ in self._missing), *before})
+
+    def _fetch(self, *, force: bool = False) -> None:
+        """Bring the repository's folder up to date, if it is a copy. Blocks. Raises RepositoryError or NotReady."""
+        if self._source:
+            serving = {(name, version) for name, some in list(self._models.items()) for version in list(some)}
+            self._missing = self._source.update(serving, force=force)
+
+    def _fetch_or_go_on(self, *, force: bool = False) -> None:
+        """The same; where that is impossible, go on with what was fetched before, if that is anything."""
+        try:
+            self._fetch(force=force)
+        except RepositoryError as error:
+            if not list_repository(self._repository).names:
+                raise
+            log.warning("repository cannot be read: what was fetched before is loaded", reason=str(error))
+            self.readable = False
 
     def _list(self) -> Listing:
         """Raises BundleError also for a repository that is empty while something serves."""
@@ -265,9 +300,11 @@ class Registry:
             self._index.note_unlisted(name, reason)
             return _Scan(published=sorted(serving), wanted=serving, failures=[reason])
         expected = name in self._names
-        for version in self._index.note_listed(name, scan.published, expected=expected):
+        missing = {version: why for (of, version), why in self._missing.items() if of == name}
+        for version in self._index.note_listed(name, [*scan.published, *missing], expected=expected):
             self._failures.forget((name, version))
-        if not scan.published and not serving:
+        self._note_missing(scan, name, missing)
+        if not scan.published and not serving and not missing:
             scan.failures.append("no version of it in the repository")
             if expected:
                 self._index.note_unlisted(name, scan.failures[0])
@@ -284,6 +321,13 @@ class Registry:
             elif fresh or self._failures.worth_trying((name, version), folder):
                 self._try(scan, name, version, folder, serving=version in serving)
         return scan
+
+    def _note_missing(self, scan: _Scan, name: str, missing: Mapping[int, str]) -> None:
+        """Let the index say why versions could not be fetched; a load fails for those that are newer than all here."""
+        for version in sorted(set(missing) - set(scan.published)):
+            self._index.note(name, version, "unavailable", missing[version])
+            if version > max(scan.published, default=0):
+                scan.failures.append(missing[version])
 
     def _try(self, scan: _Scan, name: str, version: int, folder: Path, *, serving: bool) -> None:
         if not serving:

@@ -40,6 +40,7 @@ def drive(
         try:
             await asyncio.wait_for(scenario(classifier), limit)
         finally:
+            classifier.registry.close()
             await classifier.close()
 
     asyncio.run(run())
