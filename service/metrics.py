@@ -92,16 +92,16 @@ class Metrics:
         )
         self.rollout_dropped = counter(
             "rollout_dropped",
-            "Images that were not compared: no room (full, bytes), the other model did not serve (not-ready, unloaded), "
+            "Images not compared: no room (full, bytes), the other model did not serve (not-ready, unloaded), "
             "failed (fault) or was the same (same-model), other labels or input (labels, input), too much to decode "
-            "(large, decode), or the service ended (ended).",
+            "(large, decode), or the engine hung or ended (ended).",
             *(*rollout, "reason"),
         )
         self.rollout_fallbacks = counter(
             "rollout_fallbacks",
-            "Images of a canary's share that the primary answered: the candidate did not serve (not-ready), would be or "
-            "was late (late), had no room (refused), failed (model-fault), or cannot take the request (labels, input, "
-            "top1).",
+            "Images of a canary's share that the primary answered: the candidate did not serve (not-ready), would be "
+            "late or was (late), had no room (refused), failed (model-fault), or cannot take the request (labels, "
+            "input, top1).",
             *(*rollout, "reason"),
         )
         self.rollout_seconds = histogram(

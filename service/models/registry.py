@@ -140,6 +140,10 @@ class Registry:
                     del self._families[family]
         return self._families
 
+    def is_family(self, name: str) -> bool:
+        """Whether a name stands for a family: a model goes before a family of the same name."""
+        return name not in self._models and name in self.families
+
     def keep_apart(self, family: str, name: str) -> None:
         """Leave a model out of its family's choice, and of the default, as long as there are others."""
         self._apart.add((family, name))
@@ -148,14 +152,16 @@ class Registry:
     def get(self, name: str, version: int | None = None) -> Model | None:
         """A model that takes traffic, or None: `find` without its reasons."""
         ready = self._models.get(name)
-        return ready and (self._newest(name) if version is None else ready.get(version))
+        if not ready:
+            return None
+        return self._newest(name) if version is None else ready.get(version)
 
     def candidates(self, name: str | None, version: int | None = None) -> tuple[Family | None, list[Model]]:
         """The models that may answer a request for `name`, the most accurate first, and their family if it names one.
 
-        A model goes before a family of the same name. Raises what `find` raises.
+        Raises what `find` raises.
         """
-        if name is None or version is not None or name in self._models or name not in self.families:
+        if name is None or version is not None or not self.is_family(name):
             return None, [self.find(name, version)]
         chooser = self._choosers.setdefault(name, Family(name, step_up_headroom=self._step_up_headroom))
         return chooser, self.families[name]

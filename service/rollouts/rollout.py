@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from service.errors import ImageError, NotReady, RequestError, UnknownModel
+from service.errors import ClientDisconnected, ImageError, NotReady, RequestError, UnknownModel
 from service.metrics import Metrics
 from service.models.model import Model
 from service.models.registry import Registry
@@ -50,11 +50,17 @@ class Rollout:
     """Counts in `metrics` alone: the status reads from there."""
 
     def __init__(self, split: Split, registry: Registry, metrics: Metrics) -> None:
-        assert split.primary is not None
-        self.split, self.primary = split, split.primary
+        self.split, self.primary = split, split.primary or split.candidate
         self._registry, self._metrics = registry, metrics
         self._labels = split.kind, f"{split.primary}:{split.title}"
         self._compared: tuple[Model, Model, bool] | None = None
+        # A series that begins with its first event has lost that event for whoever takes differences.
+        arms: tuple[Arm, Arm] = "primary", "candidate"
+        for arm in arms:
+            metrics.rollout_images(*self._labels, arm, "ok")
+            metrics.rollout_seconds(*self._labels, arm)
+        for top1 in ("agree", "differ"):
+            metrics.rollout_compared(*self._labels, top1)
 
     @property
     def candidate(self) -> Model | None:
@@ -87,7 +93,7 @@ class Rollout:
 
     def failed(self, arm: Arm, error: RequestError, images: int) -> None:
         """Count images that an arm could not answer, through no fault of theirs."""
-        if not isinstance(error, ImageError):
+        if not isinstance(error, ImageError | ClientDisconnected):
             self._metrics.rollout_images(*self._labels, arm, error.code).inc(images)
 
     def answered(self, arm: Arm, images: int) -> None:

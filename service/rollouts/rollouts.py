@@ -48,16 +48,23 @@ class Part:
         self.entries.clear()
 
     def failed(self, error: RequestError) -> None:
-        """The primary could not answer."""
-        for rollout in self.others:
-            rollout.failed("primary", error, self.count)
+        """The request was not answered."""
+        if self.canary is None:
+            for rollout in self.others:
+                rollout.failed("primary", error, self.count)
 
 
 class Rollouts:
     """All rollouts of one application. On the event loop."""
 
     def __init__(
-        self, rollouts: Sequence[Rollout], scheduler: Scheduler, decoders: DecodePool, *, max_images: int, max_bytes: int
+        self,
+        rollouts: Sequence[Rollout],
+        scheduler: Scheduler,
+        decoders: DecodePool,
+        *,
+        max_images: int,
+        max_bytes: int,
     ) -> None:
         """`max_images`, `max_bytes`: what may be held beside the answers."""
         self.all = list(rollouts)
@@ -76,7 +83,7 @@ class Rollouts:
         canary = next((one for one in found if one.split.kind == "canary" and one.split.takes(whole)), None)
         return Part(canary=canary, others=[one for one in found if one is not canary], images=images)
 
-    def answered(self, part: Part, model: Model, images: Sequence[Output | RequestError], seconds: float) -> None:
+    def answered(self, part: Part, images: Sequence[Output | RequestError], seconds: float) -> None:
         """Count a request that was answered within so many seconds."""
         outputs = sum(isinstance(image, Output) for image in images)
         if part.canary:
@@ -101,9 +108,7 @@ class Rollouts:
         if self.spare.waiting:
             self._scheduler.look_for_spare()
 
-    def _compare_all(
-        self, rollout: Rollout, part: Part, model: Model, images: Sequence[Output | RequestError]
-    ) -> None:
+    def _compare_all(self, rollout: Rollout, part: Part, model: Model, images: Sequence[Output | RequestError]) -> None:
         canary = part.canary is rollout
         if rollout.split.kind == "canary" and not canary:
             return
@@ -139,11 +144,10 @@ class Rollouts:
             done=partial(self._done, rollout, int(output.probabilities.argmax()), output, threads),
         )
         pixels, shape = entry.pixels, other.manifest.input.shape[1:]
-        assert pixels is not None
-        if pixels.shape == shape and (
-            not isinstance(image, bytes) or preprocessing.geometry == model.manifest.preprocessing.geometry
-        ):
-            put(pixels=lambda: np.array(pixels), nbytes=pixels.nbytes)
+        same = not isinstance(image, bytes) or preprocessing.geometry == model.manifest.preprocessing.geometry
+        if pixels is not None and pixels.shape == shape and same:
+            # A copy: a tensor's rows would keep the whole body.
+            put(pixels=pixels.copy, nbytes=pixels.nbytes)
         elif not isinstance(image, bytes):
             rollout.dropped("input")
         elif (work := self._decoders.work_of([image], preprocessing)[0]) > LARGE_WORK:

@@ -145,7 +145,7 @@ class Spare:
 
     def _drop(self, image: _Image, reason: Dropped) -> None:
         image.dropped = reason
-        call_on_loop(image.entry.answer.get_loop(), image.entry.answer.cancel)
+        call_on_loop(image.entry.answer.get_loop(), image.entry.settle, asyncio.CancelledError())
 
     def _decoding(self, image: _Image, decode: Callable[[], Pixels], now: float) -> Running:
         job = Job(decode, 1)
