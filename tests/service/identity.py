@@ -75,6 +75,7 @@ def publish_identity(
     family: str = "identity",
     labels: tuple[str, ...] = LABELS,
     graph: bytes | None = None,
+    resize: int = SIDE,
 ) -> Path:
     """Publish one more version of an identity model; None as `top1` stands for random weights.
 
@@ -93,7 +94,7 @@ def publish_identity(
         precision="fp32",
         opset=18,
         op_types={"Identity": 1},
-        preprocessing=Preprocessing(resize=SIDE, crop=SIDE, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1)),
+        preprocessing=Preprocessing(resize=resize, crop=SIDE, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1)),
         input=Tensor(name="image", datatype="UINT8", shape=(-1, SIDE, SIDE, 3)),
         outputs=tuple(Tensor(name=name, datatype="FP32", shape=(-1, CLASSES)) for name in OUTPUTS),
         num_classes=CLASSES,
