@@ -32,7 +32,10 @@ def _settled(split: Split, registry: Registry) -> Split:
     candidate = _candidate(split, registry, where)
     if split.primary is None:
         if candidate is None:
-            raise StartupError(f"{where} cannot be loaded, so its family is unknown: write PRIMARY:{split.title}=SHARE")
+            raise StartupError(
+                f"{where} cannot be loaded, so its family is unknown: see the log above, or write "
+                f"PRIMARY:{split.title}=SHARE to serve without it meanwhile"
+            )
         split = replace(split, primary=candidate.manifest.family)
         if split.primary not in registry.families:
             raise StartupError(

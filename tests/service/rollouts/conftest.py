@@ -48,12 +48,12 @@ def negated_graph() -> bytes:
 
 
 def publish_all(repository: Path) -> None:
-    """`first` with two versions that agree; `second`, which differs; `wide`, which decodes otherwise; and bad ones."""
+    """`first` with two versions that agree; `second`, which differs; `wide`, which resizes in another way; and bad ones."""
     publish_identity(repository, "first", top1=0.5)
     publish_identity(repository, "first", top1=0.6)
     publish_identity(repository, "second", top1=0.9, graph=negated_graph())
     publish_identity(repository, "third", top1=0.4)
-    publish_identity(repository, "wide", top1=0.4, family="wide", resize=2 * SIDE)
+    publish_identity(repository, "wide", top1=0.4, family="wide", interpolation="bicubic")
     publish_identity(repository, "nan", top1=0.4, family="bad", graph=faulty_graph("nan"))
     publish_identity(repository, "raises", top1=0.4, family="bad", graph=faulty_graph("exception"))
     publish_identity(repository, "labels", top1=0.4, family="labels", labels=tuple("abcdefghijkl"))

@@ -126,15 +126,15 @@ def test_under_overload_answers_are_the_same_and_shadow_work_never_begins_while_
 
     async def scenario() -> None:
         # Far more at once than the engine can do, and than there is room for beside the answers.
-        asked = [world.ask(pictures(1 + place, 301 + place)) for place in range(100)]
+        asked = [world.ask(pictures(1 + place, 301 + place)) for place in range(90)]
         for place, (written, _) in enumerate(await asyncio.gather(*asked)):
             assert written == [1 + place, 301 + place]
 
     world.runner.run(scenario())
     world.done()
     changed = more(before, counts(rollout))
-    assert changed["images primary ok"] == 200
-    assert changed["dropped full"] == 200 - changed["images candidate ok"] > 0
+    assert changed["images primary ok"] == 180
+    assert changed["dropped full"] == 180 - changed["images candidate ok"] > 0
     assert len(waiting_at_start) == changed["images candidate ok"]
     assert not any(waiting_at_start)
     assert not any(name.startswith("fallbacks") for name in changed)
@@ -210,11 +210,8 @@ def test_unloading_a_candidate_drops_what_waits_for_it_and_ends_its_share(world:
     queue, go_on = registry.find("third").queue, threading.Event()
 
     async def scenario() -> None:
-        for _ in range(2):
-            # The answers are written, and the engine is taken before anything else begins.
-            await world.ask(pictures(1))
-            blocked = asyncio.create_task(asyncio.to_thread(scheduler.on_engine, lambda: go_on.wait(60)))
-            await until(lambda: any(run.job for run in scheduler.lanes.runs))
+        blocked = asyncio.create_task(asyncio.to_thread(scheduler.on_engine, lambda: go_on.wait(60)))
+        await until(lambda: any(run.job for run in scheduler.lanes.runs))
         assert scheduler.spare is not None
 
         def done(outcome: object) -> None:
