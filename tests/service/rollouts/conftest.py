@@ -48,7 +48,7 @@ def negated_graph() -> bytes:
 
 
 def publish_all(repository: Path) -> None:
-    """`first` with two versions that agree; `second`, which differs; `wide`, which resizes in another way; and bad ones."""
+    """`first` has two versions that agree; `second` differs; `wide` resizes in another way; the rest is bad."""
     publish_identity(repository, "first", top1=0.5)
     publish_identity(repository, "first", top1=0.6)
     publish_identity(repository, "second", top1=0.9, graph=negated_graph())
@@ -71,9 +71,7 @@ class World:
         pipeline, scheduler = self.pipeline, self.pipeline.scheduler
         splits = settled([parse_split(kind, text) for text in texts], pipeline.registry)
         found = [Rollout(split, pipeline.registry, pipeline.metrics) for split in splits]
-        pipeline.rollouts = Rollouts(
-            found, scheduler, pipeline.decoders, max_images=max_images, max_bytes=max_bytes
-        )
+        pipeline.rollouts = Rollouts(found, scheduler, pipeline.decoders, max_images=max_images, max_bytes=max_bytes)
         return found
 
     async def ask(
@@ -120,9 +118,7 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     repository = tmp_path_factory.mktemp("models")
     publish_all(repository)
-    options = Settings(
-        repository=repository, threads=1, max_batch=4, max_consecutive_faults=0, canary=("first@2=50%",)
-    )
+    options = Settings(repository=repository, threads=1, max_batch=4, max_consecutive_faults=0, canary=("first@2=50%",))
     pipeline = make_pipeline(options, Metrics())
 
     async def start() -> None:

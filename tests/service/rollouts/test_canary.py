@@ -196,9 +196,7 @@ def test_tensors_of_another_shape_stay_with_the_primary(world: World) -> None:
         ("first:labels=5%", "canary 'labels' has other labels than 'first': their answers cannot be compared"),
     ],
 )
-def test_a_candidate_that_makes_no_sense_ends_the_start_with_one_line(
-    world: World, text: str, says: str
-) -> None:
+def test_a_candidate_that_makes_no_sense_ends_the_start_with_one_line(world: World, text: str, says: str) -> None:
     splits = [parse_split("canary", text)]
     with pytest.raises(StartupError) as raised:
         settled(splits, world.pipeline.registry)

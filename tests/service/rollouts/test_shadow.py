@@ -90,7 +90,7 @@ def test_pixels_of_a_tensor_are_copied_and_an_image_is_decoded_again_only_for_an
         decoded.append(1)
         return render_here(*arguments)
 
-    world.pipeline.decoders.render_here = counted  # type: ignore[method-assign]
+    world.pipeline.decoders.render_here = counted  # type: ignore[method-assign, assignment]
     rows = np.zeros((3, SIDE, SIDE, 3), dtype=np.uint8)
     rows[:, 0, 0, 0] = 1, 2, 3
 
@@ -142,7 +142,7 @@ def test_under_overload_answers_are_the_same_and_shadow_work_never_begins_while_
 
 def test_shadow_work_that_waits_lets_every_answer_pass(world: World) -> None:
     """The engine is held until both wait: the answer is computed first."""
-    (rollout,) = world.roll("shadow", "first:third=100%")
+    world.roll("shadow", "first:third=100%")
     scheduler, order, go_on = world.pipeline.scheduler, [], threading.Event()
     on_batch = scheduler._on_batch
 
@@ -240,7 +240,7 @@ def test_unloading_a_candidate_drops_what_waits_for_it_and_ends_its_share(world:
 
 def test_a_hang_and_the_end_of_the_service_free_what_waits() -> None:
     async def scenario() -> None:
-        spare, done = Spare(max_images=3, max_bytes=25), []
+        spare, done = Spare(max_images=3, max_bytes=25), list[object]()
         pixels = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
         for nbytes in (12, 14, 13):
             spare.put(None, pixels=pixels.copy, nbytes=nbytes, threads=1, done=done.append)  # type: ignore[arg-type]
