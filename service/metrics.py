@@ -106,7 +106,8 @@ class Metrics:
         )
         self.rollout_seconds = histogram(
             "rollout_duration_seconds",
-            "Time by arm: of whole requests (canary), or of the engine for images that both computed alone (shadow).",
+            "Time by arm: of whole requests (canary), or of the engine for every fourth image (shadow), which both "
+            "models compute one after the other.",
             *(*rollout, "arm"),
             buckets=SECONDS,
         )

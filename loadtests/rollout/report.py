@@ -12,7 +12,7 @@ from loadtests.rollout.measure import CONFIDENCE, RolloutReading, figures
 _SCHEMA_VERSION = 1
 _OF = {
     "canary": "whole requests, each arm's own",
-    "shadow": "the engine's part, of images that both computed alone with as many threads",
+    "shadow": "the engine, for the images that both computed one after the other",
 }
 
 

@@ -42,7 +42,7 @@ class RolloutStatus(BaseModel):
     errors: int
     """Images that the candidate failed to answer."""
     primary_ms: float | None
-    """Mean: of whole requests (canary), or of the engine, for images that both computed alone (shadow)."""
+    """Mean: of whole requests (canary), or of the engine, for images that both compute in turn (shadow)."""
     candidate_ms: float | None
 
 

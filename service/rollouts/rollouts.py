@@ -5,6 +5,7 @@ the candidate, a canary's by the primary. It is put there once the answer is wri
 for the answer where both models take the same.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,11 @@ from service.scheduling.outputs import Output
 from service.scheduling.queue import Entry
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.spare import Outcome, Spare
+
+_TIMED_EVERY = 4
+"""Of so many images of a shadow one is computed by both models beside the answers, in turn A B and B A: the primary's
+time under traffic, among decoders and other batches, cannot be held against that of a candidate which has the engine to
+itself."""
 
 Images = Sequence[bytes] | npt.NDArray[np.uint8]
 
@@ -54,6 +60,22 @@ class Part:
                 rollout.failed("primary", error, self.count)
 
 
+class _Pair:
+    """The engine's times of both models for one image, one right after the other, with nothing beside them."""
+
+    def __init__(self, rollout: Rollout) -> None:
+        self._rollout = rollout
+        self._seconds: dict[Arm, float] = {}
+
+    def add(self, arm: Arm, outcome: Outcome) -> None:
+        """What became of the image in one model. Both count, or neither."""
+        if isinstance(outcome, Output):
+            self._seconds[arm] = outcome.inference_ms / 1000
+        if len(self._seconds) == 2:
+            for each, seconds in self._seconds.items():
+                self._rollout.took(each, seconds)
+
+
 class Rollouts:
     """All rollouts of one application. On the event loop."""
 
@@ -70,6 +92,7 @@ class Rollouts:
         self.all = list(rollouts)
         self._scheduler, self._decoders = scheduler, decoders
         self.spare = scheduler.spare = Spare(max_images=max_images, max_bytes=max_bytes)
+        self._numbers = itertools.count()
         self._by_primary: dict[str, list[Rollout]] = {}
         for rollout in rollouts:
             self._by_primary.setdefault(rollout.primary, []).append(rollout)
@@ -137,13 +160,24 @@ class Rollouts:
         cost, preprocessing = other.queue.cost, other.manifest.preprocessing
         layouts = [layout.threads for layout in cost.layouts]
         threads = output.threads if output.threads in layouts else layouts[0]
+        pixels, shape = entry.pixels, other.manifest.input.shape[1:]
+        number = next(self._numbers) if rollout.split.kind == "shadow" and threads == output.threads else None
+        pair = _Pair(rollout) if number is not None and number % _TIMED_EVERY == 0 and pixels is not None else None
         put = partial(
             self.spare.put,
             other.queue,
             threads=threads,
-            done=partial(self._done, rollout, int(output.probabilities.argmax()), output, threads),
+            done=partial(self._done, rollout, int(output.probabilities.argmax()), pair),
         )
-        pixels, shape = entry.pixels, other.manifest.input.shape[1:]
+
+        def again() -> None:
+            if pair and pixels is not None:
+                done = partial(pair.add, "primary")
+                self.spare.put(model.queue, threads=threads, done=done, pixels=pixels.copy, nbytes=pixels.nbytes)
+
+        primary_first = number is not None and number % (2 * _TIMED_EVERY) == 0
+        if primary_first:
+            again()
         same = not isinstance(image, bytes) or preprocessing.geometry == model.manifest.preprocessing.geometry
         if pixels is not None and pixels.shape == shape and same:
             # A copy: a tensor's rows would keep the whole body.
@@ -158,9 +192,13 @@ class Rollouts:
                 decode_seconds=work * self._decoders.seconds_per_pixel,
                 nbytes=len(image) + int(np.prod(shape)),
             )
+        if not primary_first:
+            again()
 
-    def _done(self, rollout: Rollout, top1: int, answered: Output, threads: int, outcome: Outcome) -> None:
+    def _done(self, rollout: Rollout, top1: int, pair: _Pair | None, outcome: Outcome) -> None:
         """The other model is done with an image, or it was dropped."""
+        if pair:
+            pair.add("candidate", outcome)
         if isinstance(outcome, str):
             rollout.dropped(outcome)
             return
@@ -169,10 +207,6 @@ class Rollouts:
             rollout.compared(top1, outcome)
             if arm == "candidate":
                 rollout.answered(arm, 1)
-                if answered.batch == 1 and answered.threads == threads:
-                    # Of larger batches, or with other threads, an image's time says something else.
-                    rollout.took("primary", answered.inference_ms / 1000)
-                    rollout.took("candidate", outcome.inference_ms / 1000)
         elif isinstance(outcome, ImageError):
             rollout.dropped("decode")
         elif isinstance(outcome, NotReady):

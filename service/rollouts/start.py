@@ -52,14 +52,13 @@ def _settled(split: Split, registry: Registry) -> Split:
             f"{where}: the candidate is the primary itself, and no other model serves {split.primary!r}: name another "
             "model or version"
         )
-    if candidate is not None:
-        if candidate.bundle.labels != others[0].bundle.labels:
-            raise StartupError(
-                f"{where} has other labels than {others[0].name!r}: their answers cannot be compared; name a candidate "
-                "of the same labels"
-            )
-        if family is not None and split.version is None:
-            registry.keep_apart(family.name, candidate.name)
+    if candidate is not None and candidate.bundle.labels != others[0].bundle.labels:
+        raise StartupError(
+            f"{where} has other labels than {others[0].name!r}: their answers cannot be compared; name a candidate of "
+            "the same labels"
+        )
+    if family is not None and split.version is None:
+        registry.keep_apart(family.name, split.candidate)
     return split
 
 

@@ -24,8 +24,6 @@ class Output:
     inference_ms: float
     decode_ms: float = 0.0
     """Set by those who decoded it."""
-    batch: int = 1
-    """Images in its batch."""
     threads: int = 1
     """Threads that computed it."""
 

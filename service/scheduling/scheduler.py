@@ -291,7 +291,6 @@ class Scheduler:
                         probabilities=outputs[1][row],
                         queue_ms=(run.started - entry.since) * 1000,
                         inference_ms=seconds * 1000,
-                        batch=len(batch),
                         threads=threads,
                     )
                 )
