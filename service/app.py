@@ -39,6 +39,9 @@ from service.pipeline import Pipeline
 from service.remote.address import Address
 from service.remote.mirror import Mirror
 from service.remote.opening import open_mirror
+from service.rollouts.rollout import Rollout
+from service.rollouts.rollouts import Rollouts
+from service.rollouts.start import settled
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.watchdog import Patience
@@ -216,6 +219,10 @@ def make_pipeline(
         loader.rest()
     limits = Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)})
     pipeline = Pipeline(registry, scheduler, load, limits=limits, metrics=metrics)
+    if splits := settled(settings.splits(), registry):
+        rollouts = [Rollout(split, registry, metrics) for split in splits]
+        max_bytes, max_images = settings.shadow_pending_bytes, settings.max_pending_images
+        pipeline.rollouts = Rollouts(rollouts, scheduler, pipeline.decoders, max_images=max_images, max_bytes=max_bytes)
     metrics.registry.register(Gauges(pipeline))
     return pipeline
 
@@ -255,6 +262,7 @@ def make_registry(settings: Settings, loader: Loader, scheduler: Scheduler, sour
         default_model=settings.default_model,
         versions_to_serve=settings.versions_to_serve,
         step_up_headroom=settings.step_up_headroom,
+        on_trial={(split.candidate, split.version) for split in settings.splits() if split.version is not None},
     )
 
 

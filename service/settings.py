@@ -18,7 +18,9 @@ from pydantic import (
     NonNegativeInt,
     PlainValidator,
     PositiveInt,
+    ValidationInfo,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 from pydantic_settings import (
@@ -37,6 +39,7 @@ from service.images import FORMATS, MAX_PIXELS, Format
 from service.keys import key_hash
 from service.models.proof import EngineOptions
 from service.remote.address import Address, is_address, parse_address
+from service.rollouts.split import Split, parse_splits
 
 ENV_PREFIX: Final = "STRIDEVIT_"
 
@@ -150,6 +153,16 @@ class Settings(BaseSettings):
     """Model for requests that name none; unset: the one with the highest top-1."""
     versions_to_serve: PositiveInt = 1
     """Number of versions of each model to serve, the newest first."""
+    canary: _List[str] = ()
+    """Shares of traffic that a candidate answers instead of its primary, as `[PRIMARY:]CANDIDATE[@VERSION]=SHARE`, such
+    as `cifar100-csra-r2@6=5%` or `cifar100:cifar100-csra-r4=0.1`. PRIMARY is a model or a family; without it, the
+    candidate's other version or its family. A candidate that cannot answer leaves the request to the primary."""
+    shadow: _List[str] = ()
+    """The same for a candidate that computes the images too, after the primary has answered them and only while no
+    answer waits: its answers are compared, and nobody gets them."""
+    shadow_pending_bytes: PositiveInt = 16 * 1024 * 1024
+    """Largest size of the images that wait to be compared, for `shadow` and `canary`, in bytes; beyond it, or beyond
+    `max_pending_images`, further ones are not compared."""
     poll_seconds: Annotated[float, Field(ge=0)] = 0.0
     """Interval in seconds at which the repository is scanned for new and removed versions; 0: no polling, only
     requests to `/v2/repository` load and unload."""
@@ -315,6 +328,12 @@ class Settings(BaseSettings):
     """URL of a collector of OpenTelemetry traces (OTLP over HTTP), such as `http://collector:4318/v1/traces`; unset: no
     traces."""
 
+    @field_validator("canary", "shadow")
+    @classmethod
+    def _are_splits(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        parse_splits("canary" if info.field_name == "canary" else "shadow", value)
+        return value
+
     @model_validator(mode="after")
     def _limits_fit_each_other(self) -> Self:
         for name, bound, consequence in _BOUNDED:
@@ -343,6 +362,10 @@ class Settings(BaseSettings):
         if isinstance(self.repository, Address):
             raise StartupError(f"{self.repository} is not a folder: copy it first")
         return self.repository
+
+    def splits(self) -> tuple[Split, ...]:
+        """What `shadow` and `canary` say."""
+        return *parse_splits("canary", self.canary), *parse_splits("shadow", self.shadow)
 
     def engine_options(self) -> EngineOptions:
         """How engines are run. Raises EngineError if the device is unavailable."""

@@ -7,7 +7,7 @@ folder that cannot be listed for a while takes nothing away that serves.
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -55,9 +55,11 @@ class Registry:
         versions_to_serve: int,
         step_up_headroom: float,
         source: Source | None = None,
+        on_trial: Collection[tuple[str, int]] = (),
     ) -> None:
-        """`names`: the models to serve, empty for all in the repository; `source`: what `repository` is a copy of. The
-        rest as in `service.settings`."""
+        """`names`: the models to serve, empty for all in the repository. `source`: what `repository` is a copy of.
+        `on_trial`: versions to serve besides, which answer only those who ask for them by number, as long as another
+        version serves. The rest as in `service.settings`."""
         self._loader, self._scheduler, self._source = loader, scheduler, source
         self._missing: Mapping[tuple[str, int], str] = {}
         """Why versions of the source are not in the repository's folder."""
@@ -67,6 +69,9 @@ class Registry:
         """Versions that were loaded, and that could not be, since the start."""
         self.readable = True
         """Whether the repository could be listed when it was last scanned, and all folders in it."""
+        self._on_trial = frozenset(on_trial)
+        self._apart: set[tuple[str, str]] = set()
+        """Families, and models that take no part in them."""
         self._models: dict[str, dict[int, Model]] = {}
         self._index = Index()
         self._unloaded: set[str] = set()
@@ -99,6 +104,9 @@ class Registry:
         if self._default_model is not None:
             return self._default_model
         newest = [self._newest(name) for name in sorted(self._models)]
+        if self._apart:
+            apart = {name for _, name in self._apart}
+            newest = [model for model in newest if model.name not in apart] or newest
         return max(newest, key=lambda model: model.top1).name if newest else None
 
     def find(self, name: str | None, version: int | None = None) -> Model:
@@ -129,14 +137,35 @@ class Registry:
         """See `families_of`."""
         if self._families is None:
             self._families = families_of(map(self._newest, sorted(self._models)))
+            for family, name in self._apart:
+                members = self._families.get(family, [])
+                self._families[family] = [model for model in members if model.name != name] or members
+                if not members:
+                    del self._families[family]
         return self._families
+
+    def is_family(self, name: str) -> bool:
+        """Whether a name stands for a family: a model goes before a family of the same name."""
+        return name not in self._models and name in self.families
+
+    def keep_apart(self, family: str, name: str) -> None:
+        """Leave a model out of its family's choice, and of the default, as long as there are others."""
+        self._apart.add((family, name))
+        self._families = None
+
+    def get(self, name: str, version: int | None = None) -> Model | None:
+        """A model that takes traffic, or None: `find` without its reasons."""
+        ready = self._models.get(name)
+        if not ready:
+            return None
+        return self._newest(name) if version is None else ready.get(version)
 
     def candidates(self, name: str | None, version: int | None = None) -> tuple[Family | None, list[Model]]:
         """The models that may answer a request for `name`, the most accurate first, and their family if it names one.
 
-        A model goes before a family of the same name. Raises what `find` raises.
+        Raises what `find` raises.
         """
-        if name is None or version is not None or name in self._models or name not in self.families:
+        if name is None or version is not None or not self.is_family(name):
             return None, [self.find(name, version)]
         chooser = self._choosers.setdefault(name, Family(name, step_up_headroom=self._step_up_headroom))
         return chooser, self.families[name]
@@ -309,8 +338,11 @@ class Registry:
             if expected:
                 self._index.note_unlisted(name, scan.failures[0])
         for version in reversed(scan.published):
-            if len(scan.wanted) == self.versions_to_serve:
-                break
+            on_trial = (name, version) in self._on_trial
+            if not on_trial and sum((name, each) not in self._on_trial for each in scan.wanted) == (
+                self.versions_to_serve
+            ):
+                continue
             if fresh:
                 self._withdrawn.discard((name, version))
             elif (name, version) in self._withdrawn:
@@ -380,7 +412,10 @@ class Registry:
                     self._index.remove(model.name, model.version)
 
     def _newest(self, name: str) -> Model:
-        return self._models[name][max(self._models[name])]
+        ready = self._models[name]
+        if self._on_trial:
+            return ready[max(ready, key=lambda version: ((name, version) not in self._on_trial, version))]
+        return ready[max(ready)]
 
 
 def _listed(names: Iterable[str] | Iterable[int]) -> str:
