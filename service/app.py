@@ -218,6 +218,7 @@ def make_registry(settings: Settings, loader: Loader, scheduler: Scheduler) -> R
         repository=settings.repository,
         names=settings.models,
         default_model=settings.default_model,
+        alias=settings.alias,
         versions_to_serve=settings.versions_to_serve,
         step_up_headroom=settings.step_up_headroom,
     )

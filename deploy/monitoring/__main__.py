@@ -1,6 +1,5 @@
-"""Write dashboard.json, rules.yaml and the tables of docs/monitoring.md, or compare them with the code (`--check`)."""
+"""Write dashboard.json, rules.yaml and the tables of docs/monitoring.md, where they are not what the code makes."""
 
-import sys
 from pathlib import Path
 
 from deploy.monitoring.dashboard import dashboard
@@ -13,30 +12,28 @@ ROOT = Path(__file__).parents[2]
 def written() -> dict[Path, str]:
     """Each file that is made from the code, and what it must hold."""
     docs = ROOT / "docs" / "monitoring.md"
-    made = rules()
+    made = {"dashboard.json": dashboard(), "rules.yaml": rules()}
+    # The chart can only read files of its own folder.
+    folders = (ROOT / "deploy" / "monitoring", ROOT / "deploy" / "helm" / "stridevit" / "files")
     return {
-        ROOT / "deploy" / "monitoring" / "dashboard.json": dashboard(),
-        ROOT / "deploy" / "monitoring" / "rules.yaml": made,
-        # The chart can only read files of its own folder.
-        ROOT / "deploy" / "helm" / "stridevit" / "files" / "rules.yaml": made,
+        **{folder / name: text for folder in folders for name, text in made.items()},
         docs: page(docs.read_text(encoding="utf-8")),
     }
 
 
-def main(*, check: bool) -> None:
-    """Write the files, or end with 1 if one of them is not what the code makes."""
-    stale = {
-        file: text for file, text in written().items() if not file.exists() or file.read_text(encoding="utf-8") != text
-    }
-    for file, text in stale.items():
-        print(f"{file.relative_to(ROOT)}: {'differs from the code: make monitoring' if check else 'written'}")
-        if not check:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
-    if check and stale:
-        sys.exit(1)
-    print("dashboard, rules and docs/monitoring.md are as the code makes them")
+def stale(files: dict[Path, str]) -> list[Path]:
+    """Those that do not hold what they must."""
+    return [file for file, text in files.items() if not file.exists() or file.read_text(encoding="utf-8") != text]
+
+
+def main() -> None:
+    """Write the files that are not what the code makes."""
+    files = written()
+    for file in stale(files):
+        print(f"{file.relative_to(ROOT)}: written")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(files[file], encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(check=sys.argv[1:] == ["--check"])
+    main()
