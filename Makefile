@@ -18,7 +18,7 @@ LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-h
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve demo test test-all coverage test-clients faults check check-page vendor format lock audit licences reference docs dist monitoring deploy-check image-test clean
+.PHONY: help serve demo test test-all coverage test-clients faults check check-page vendor format lock audit licences reference docs dist monitoring deploy-check image-test kube-test compose-test clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -114,6 +114,14 @@ deploy-check: $(DEPLOY)/.installed ## Check dashboard, alerts, chart, KServe and
 image-test: ## Build the container image and test a running container (needs a Docker engine)
 	@echo "building the image's target cpu and testing a container of it"
 	@bash deploy/image-test.sh
+
+kube-test: $(DEPLOY)/.installed ## Run the chart's pod with Podman and stop it with requests in flight (needs a Docker engine and podman; as root)
+	@echo "running the chart's pod with podman play kube"
+	@bash deploy/kube-test.sh
+
+compose-test: $(DEPLOY)/.installed ## Run deploy/compose.yaml without Grafana (needs a Docker engine and Debian's prometheus)
+	@echo "running service, Prometheus and load of deploy/compose.yaml"
+	@bash deploy/compose-test.sh
 
 clean: ## Remove environments, caches, dist/, site/ and the demo
 	@echo "removing environments, caches, dist/, site/ and $(DEMO)/"

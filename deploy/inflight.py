@@ -18,15 +18,17 @@ from urllib.parse import urlsplit
 
 _CLIENTS = 8
 _LONGEST_SECONDS = 300.0
+_CONNECT_SECONDS, _ANSWER_SECONDS = 10.0, 60.0
 _FIRST_ANSWERS = 16
 
 
 def _send(address: str, body: bytes, counts: Counter[str], ends_at: float) -> None:
     """Ask until the service is gone."""
     while time.monotonic() < ends_at:
-        connection = http.client.HTTPConnection(address, timeout=60)
+        connection = http.client.HTTPConnection(address, timeout=_CONNECT_SECONDS)
         try:
             connection.connect()
+            connection.sock.settimeout(_ANSWER_SECONDS)
         except OSError:
             counts["not connected"] += 1
             return

@@ -37,8 +37,8 @@ events_logger = "file"
 default_ulimits = ["nofile=$(ulimit -Hn | sed 's/unlimited/1048576/'):$(ulimit -Hn | sed 's/unlimited/1048576/')", "nproc=32768:32768"]
 END
 export CONTAINERS_CONF=$work/containers.conf
-podman() {
-    command podman --root "$work/root" --runroot "$work/run" --tmpdir "$work/tmp" --network-config-dir "$work/net" "$@"
+podman() { # without what it says about health checks, for which it wants systemd
+    command podman --log-level fatal --root "$work/root" --runroot "$work/run" --tmpdir "$work/tmp" --network-config-dir "$work/net" "$@"
 }
 
 clean_up() {
@@ -98,12 +98,13 @@ podman exec "$container" python -c 'import sys; from PIL import Image
 Image.radial_gradient("L").resize((1280, 960)).convert("RGB").save(sys.stdout.buffer, "JPEG")' >"$photo"
 python3 deploy/ask.py "$url" "$photo"
 
-# By the pod's own address: a published port is a proxy that accepts connections for a pod that is gone. Podman asks for
-# the time itself; Kubernetes takes terminationGracePeriodSeconds.
+# By the pod's own address: a published port is a proxy that accepts connections for a pod that is gone. The container
+# first and then the pod with its network, as Kubernetes does; `podman pod stop` takes the network away at once. Podman
+# is given the time; Kubernetes takes terminationGracePeriodSeconds.
 grace=$(sed -n 's/^ *terminationGracePeriodSeconds: //p' "$work/pod.yaml")
 export -f podman
 export work
 python3 deploy/inflight.py "http://$address:8000" "$photo" \
-    bash -c 'podman pod stop --time "$0" "$1" >/dev/null' "$grace" "$pod"
+    bash -c 'podman stop --time "$0" "$1" >/dev/null' "$grace" "$container"
 code=$(podman inspect --format '{{.State.ExitCode}}' "$container")
 [[ $code == 0 ]] || die "SIGTERM must end the service with exit code 0, not $code"
