@@ -45,11 +45,26 @@ def test_what_is_committed_is_what_the_code_makes() -> None:
     assert page(docs) == docs, RENEW
 
 
-def test_every_metric_of_dashboard_and_rules_exists() -> None:
+def _scaling_queries() -> list[str]:
+    """What KEDA asks, of the chart's Deployment and for KServe, with the labels that this Prometheus gives."""
+    files = ("deploy/helm/stridevit/templates/autoscaling.yaml", "deploy/kserve/inferenceservice.yaml")
+    found = [re.findall(r"query: (.*)", (ROOT / file).read_text(encoding="utf-8")) for file in files]
+    return [re.sub(r"\{.*\}\[", '{job="stridevit"}[', query) for (query,) in found]
+
+
+def _metrics_of_the_page() -> set[str]:
     """By docs/metrics.md, which another test holds equal to /metrics; a histogram has more series than its name."""
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     there = set(re.findall(r"^\| `([a-z_]+)`", text, re.MULTILINE))
-    there |= {f"{metric}_{end}" for metric in there for end in ("bucket", "sum", "count")} | {"up"}
+    return there | {f"{metric}_{end}" for metric in there for end in ("bucket", "sum", "count")} | {"up"}
+
+
+def test_every_metric_of_dashboard_rules_and_autoscalers_exists() -> None:
+    there = _metrics_of_the_page()
+    for query in _scaling_queries():
+        assert metric_names(query) == {"stridevit_predicted_drain_seconds"}
+    chart = (ROOT / "deploy/helm/stridevit/templates/autoscaling.yaml").read_text(encoding="utf-8")
+    assert set(re.findall(r"stridevit_[a-z_]+", chart)) == {"stridevit_predicted_drain_seconds"} <= there
     for title, expression in {**_dashboard_expressions(), **_rule_expressions()}.items():
         assert selectors(expression), title
         assert metric_names(expression) - there == set(), title
@@ -106,6 +121,7 @@ def test_every_selector_matches_a_series_and_every_panel_has_data(tmp_path: Path
 
         _poll(missing)
         assert prometheus.rule_errors() == {}
+        assert all(_data(prometheus.values(query)) for query in _scaling_queries())
         assert not prometheus.matches('stridevit_requests_renamed_total{job="stridevit"}')
 
 
