@@ -63,9 +63,9 @@ class Prometheus:
 
 @contextmanager
 def scraping(target: str, rules: Path, folder: Path) -> Iterator[Prometheus]:
-    """A Prometheus with `rules` that scrapes `target` every half second as job `stridevit`, until the block ends."""
+    """A Prometheus with `rules` that scrapes `target` every two seconds as job `stridevit`, until the block ends."""
     configuration = {
-        "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"},
+        "global": {"scrape_interval": "2s", "scrape_timeout": "2s", "evaluation_interval": "2s"},
         "rule_files": [str(rules)],
         "scrape_configs": [{"job_name": "stridevit", "static_configs": [{"targets": [target]}]}],
     }

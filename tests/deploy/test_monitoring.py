@@ -96,6 +96,9 @@ def _v2_body() -> bytes:
 
 @needs_prometheus
 @pytest.mark.slow
+@pytest.mark.timeout(
+    1200
+)  # twice PATIENCE_SECONDS: a service that starts, then a Prometheus that has scraped all of it
 def test_every_selector_matches_a_series_and_every_panel_has_data(tmp_path: Path) -> None:
     repository = tmp_path / "models"
     repository.mkdir()
