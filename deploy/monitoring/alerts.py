@@ -16,6 +16,7 @@ _SERVICE = f'job="{JOB}"'
 _ANSWERS = f'{_SERVICE},route=~"/v1/classify|/v2/.+/infer|/hf/.+"'
 _OVERLOAD = 'reason=~"images|bytes|deadline|lag"'
 _REFUSED = 0.05
+_FAULTS = f"stridevit_model_faults_total{{{_SERVICE}}}"
 _GROWTH = 1.3
 
 
@@ -91,7 +92,10 @@ ALERTS: Final = (
     Alert(
         name="ModelFault",
         severity="ticket",
-        expression=f"sum by (job, model, kind) (increase(stridevit_model_faults_total{{{_SERVICE}}}[10m])) > 0",
+        expression=f"sum by (job, model, kind) (increase({_FAULTS}[10m])) > 0 "
+        # A model's first fault makes the series, and nothing increases; `up`: unless the instance is new itself.
+        f"or sum by (job, model, kind) (({_FAULTS} unless {_FAULTS} offset 10m) "
+        f"and on (job, instance) up{{{_SERVICE}}} offset 10m == 1) > 0",
         lasting="0s",
         summary="{{ $labels.model }} failed on images ({{ $labels.kind }})",
         action="Answered with 500: the model, not the load. Use another model or version.",
