@@ -3,6 +3,7 @@
 #
 # There is no Kubernetes in it: Podman enforces the pod's security context, volumes, limits and environment; it knows no
 # probes, Services, disruption budgets or network policies. As root, with podman and runc (Debian: podman runc catatonit).
+# The network rules that Podman adds to a machine remain.
 #
 #   DOCKER=PROGRAM, DOCKER_BUILD_ARGS=...   as for deploy/image-test.sh, whose image this is
 #   DEPLOY_PYTHON=PYTHON                    of the environment of lock/deploy.txt (default: .venv-deploy/bin/python)
