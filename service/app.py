@@ -260,6 +260,7 @@ def make_registry(settings: Settings, loader: Loader, scheduler: Scheduler, sour
         source=source,
         names=settings.models,
         default_model=settings.default_model,
+        alias=settings.alias,
         versions_to_serve=settings.versions_to_serve,
         step_up_headroom=settings.step_up_headroom,
         on_trial={(split.candidate, split.version) for split in settings.splits() if split.version is not None},

@@ -151,6 +151,9 @@ class Settings(BaseSettings):
     """Names of the models to serve; empty: all models in the repository."""
     default_model: _Optional[str] = None
     """Model for requests that name none; unset: the one with the highest top-1."""
+    alias: _Optional[str] = None
+    """A further name of the model for requests that name none, unless a model or a family has that name: KServe asks by
+    the name of the InferenceService, whatever the bundle is called."""
     versions_to_serve: PositiveInt = 1
     """Number of versions of each model to serve, the newest first."""
     canary: _List[str] = ()

@@ -52,6 +52,7 @@ class Registry:
         repository: Path,
         names: Sequence[str],
         default_model: str | None,
+        alias: str | None,
         versions_to_serve: int,
         step_up_headroom: float,
         source: Source | None = None,
@@ -63,7 +64,8 @@ class Registry:
         self._loader, self._scheduler, self._source = loader, scheduler, source
         self._missing: Mapping[tuple[str, int], str] = {}
         """Why versions of the source are not in the repository's folder."""
-        self._repository, self._names, self._default_model = repository, tuple(names), default_model
+        self._repository, self._names = repository, tuple(names)
+        self._default_model, self._alias = default_model, alias
         self.versions_to_serve, self._step_up_headroom = versions_to_serve, step_up_headroom
         self.loads: Counter[Literal["ready", "failed"]] = Counter()
         """Versions that were loaded, and that could not be, since the start."""
@@ -110,11 +112,12 @@ class Registry:
         return max(newest, key=lambda model: model.top1).name if newest else None
 
     def find(self, name: str | None, version: int | None = None) -> Model:
-        """A model by its name, or the default one for None; the newest version unless one is named.
+        """A model by its name, or the default one for None or its alias; the newest version unless one is named.
 
         Raises UnknownModel, whose message lists the known ones, or NotReady while the model is being loaded.
         """
-        wanted = name or self.default
+        aliased = name == self._alias and name not in self._index.names
+        wanted = self.default if aliased else name or self.default
         if wanted is None:
             raise NotReady("no model is loaded: load one, then retry")
         ready = self._models.get(wanted, {})
