@@ -8,6 +8,7 @@ from loadtests.faults.cli import faults
 from loadtests.limit.cli import limit
 from loadtests.mlperf.cli import mlperf
 from loadtests.overload.cli import overload
+from loadtests.rollout.cli import rollout
 from loadtests.soak.cli import soak
 
 app = typer.Typer(
@@ -16,10 +17,11 @@ app = typer.Typer(
     help="""Find out which model to run, at which load, and at what cost in accuracy and memory.
 
     `compare` and `accuracy` decide between models; `limit`, `overload`, `soak` and `faults` test the service itself;
-    `mlperf` lets MLPerf LoadGen drive it. To load any server by hand, with Locust's web page or from several machines,
+    `rollout` reads what a shadow or a canary shows; `mlperf` lets MLPerf LoadGen drive it. To load any server by hand,
+    with Locust's web page or from several machines,
     see `loadtests/generator/locustfile.py`.""",
 )
-for command in (compare, accuracy, limit, overload, soak, faults, mlperf):
+for command in (compare, accuracy, limit, overload, soak, faults, rollout, mlperf):
     app.command()(command)
 
 

@@ -18,7 +18,7 @@ from fastapi.responses import PlainTextResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, gzip_accepted
 
-from service.errors import NotReady
+from service.errors import NotReady, RepositoryError, StartupError
 from service.gauges import Gauges
 from service.host import available_cores
 from service.http import docs, hf, openapi, page, problems, v1, v1_compare, v1_live, v2
@@ -36,6 +36,12 @@ from service.models.loading import Loader
 from service.models.proof import EngineOptions
 from service.models.registry import Registry
 from service.pipeline import Pipeline
+from service.remote.address import Address
+from service.remote.mirror import Mirror
+from service.remote.opening import open_mirror
+from service.rollouts.rollout import Rollout
+from service.rollouts.rollouts import Rollouts
+from service.rollouts.start import settled
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.watchdog import Patience
@@ -46,8 +52,13 @@ from service.tracing import Tracing
 log = structlog.get_logger()
 
 
-def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_counter) -> FastAPI:
-    """Load and verify the models, and build the application that serves them. Raises StartupError."""
+def create_app(
+    settings: Settings, *, clock: Callable[[], float] = time.perf_counter, source: Mirror | None = None
+) -> FastAPI:
+    """Load and verify the models, and build the application that serves them. Raises StartupError.
+
+    `source`: what `make_source` makes of the settings, where the caller has to close it in the middle of this.
+    """
     release = version("stridevit")
     tracing = Tracing(settings.otlp_endpoint, version=release) if settings.otlp_endpoint else None
     metrics = Metrics()
@@ -58,7 +69,7 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
         if settings.keys_file
         else None
     )
-    pipeline = make_pipeline(settings, metrics, clock)
+    pipeline = make_pipeline(settings, metrics, clock, source)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -176,8 +187,14 @@ def metrics_answer(text: bytes, *, accepted: str) -> Response:
     return Response(text, media_type=CONTENT_TYPE_LATEST, headers=headers)
 
 
-def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], float] = time.perf_counter) -> Pipeline:
+def make_pipeline(
+    settings: Settings,
+    metrics: Metrics,
+    clock: Callable[[], float] = time.perf_counter,
+    source: Mirror | None = None,
+) -> Pipeline:
     """A pipeline with all models loaded. Raises StartupError."""
+    source = source or make_source(settings)
     load = Load(
         decode_threads=settings.decode_threads or settings.threads or available_cores(),
         seconds_per_pixel=seconds_per_pixel(exact=settings.exact_preprocessing),
@@ -192,13 +209,20 @@ def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], floa
     options = settings.engine_options()
     scheduler = Scheduler(load, cores=options.cores, patience=patience, batch_share=settings.batch_share)
     loader = make_loader(settings, options, scheduler, load)
-    registry = make_registry(settings, loader, scheduler)
+    registry = make_registry(settings, loader, scheduler, source)
     try:
         registry.load_all()
+    except BaseException:
+        registry.close()
+        raise
     finally:
         loader.rest()
     limits = Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)})
     pipeline = Pipeline(registry, scheduler, load, limits=limits, metrics=metrics)
+    if splits := settled(settings.splits(), registry):
+        rollouts = [Rollout(split, registry, metrics) for split in splits]
+        max_bytes, max_images = settings.shadow_pending_bytes, settings.max_pending_images
+        pipeline.rollouts = Rollouts(rollouts, scheduler, pipeline.decoders, max_images=max_images, max_bytes=max_bytes)
     metrics.registry.register(Gauges(pipeline))
     return pipeline
 
@@ -210,16 +234,36 @@ def make_loader(settings: Settings, options: EngineOptions, scheduler: Scheduler
     )
 
 
-def make_registry(settings: Settings, loader: Loader, scheduler: Scheduler) -> Registry:
-    """A registry of no models yet."""
+def make_source(settings: Settings) -> Mirror | None:
+    """What copies the repository to this machine, unless it is a folder; to be closed. Raises StartupError."""
+    if not isinstance(settings.repository, Address):
+        return None
+    try:
+        return open_mirror(
+            settings.repository,
+            cache=settings.repository_cache,
+            cache_bytes=settings.repository_cache_bytes,
+            timeout_seconds=settings.repository_timeout_seconds,
+            names=settings.models,
+            versions_to_serve=settings.versions_to_serve,
+        )
+    except RepositoryError as error:
+        raise StartupError(str(error)) from error
+
+
+def make_registry(settings: Settings, loader: Loader, scheduler: Scheduler, source: Mirror | None = None) -> Registry:
+    """A registry of no models yet; `source`: see `make_source`."""
     return Registry(
         loader,
         scheduler,
-        repository=settings.repository,
+        repository=source.folder if source else settings.folder,
+        source=source,
         names=settings.models,
         default_model=settings.default_model,
+        alias=settings.alias,
         versions_to_serve=settings.versions_to_serve,
         step_up_headroom=settings.step_up_headroom,
+        on_trial={(split.candidate, split.version) for split in settings.splits() if split.version is not None},
     )
 
 
