@@ -37,7 +37,9 @@ class Machine:
     def run(self, *words: str) -> str:
         """Run a short command to its end: what it prints. Raises CalledProcessError, with its errors as a note."""
         try:
-            ended = subprocess.run(self.command(*words), check=True, capture_output=True, text=True, timeout=60)
+            ended = subprocess.run(
+                self.command(*words), check=True, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+            )
         except subprocess.CalledProcessError as error:
             error.add_note(error.stderr)
             raise

@@ -273,7 +273,7 @@ def _init(environment: Environment, **_: Any) -> None:
 
 def _end_without(environment: Environment, msg: Message, **_: Any) -> None:
     """End the test of a worker that cannot send: what the others send is not the rate that was asked for."""
-    log.error("worker %s: %s", msg.node_id, msg.data)
+    log.error("worker %s: %s", msg.node_id, msg.data["reason"])
     _state.failed = True
     if environment.runner:
         environment.runner.stop()
@@ -296,7 +296,7 @@ def _begin(environment: Environment, **_: Any) -> None:
     except PayloadError as error:
         _state.failed = True
         if isinstance(runner, WorkerRunner):
-            runner.send_message(UNABLE, str(error))
+            runner.send_message(UNABLE, {"reason": str(error)})
         raise StopTest(str(error)) from None
     if environment.shape_class:
         # Reading the images must not take time from the first part.

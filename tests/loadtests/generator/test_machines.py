@@ -1,6 +1,7 @@
 """Locust on two machines: master and service on one, workers on the other, which they reach over the network only."""
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +16,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from loadtests.experiment.load_runner import LOCUSTFILE
 from loadtests.generator.samples import read_samples
 from tests.namespaces import Machine, two_machines
-from tests.processes import PATIENCE_SECONDS, interruptible, wait_until
+from tests.processes import PATIENCE_SECONDS, ROOT, interruptible, wait_until
 
 PORT = 8000
+MODEL = "cifar100-csra-r2"
 GET = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=60).read().decode())"
 
 
@@ -45,14 +47,15 @@ def counted(metrics: str, name: str, **labels: str) -> float:
 
 
 @pytest.mark.slow
-def test_what_workers_on_another_machine_sent_is_what_the_service_counted(repository: Path, tmp_path: Path) -> None:
-    pictures, samples = tmp_path / "pictures", tmp_path / "samples.csv"
+def test_what_workers_on_another_machine_sent_is_what_the_service_counted(tmp_path: Path) -> None:
+    pictures, samples, repository = tmp_path / "pictures", tmp_path / "samples.csv", tmp_path / "repository"
+    shutil.copytree(ROOT / "models" / MODEL, repository / MODEL)
     pictures.mkdir()
     for number in range(5):
         Image.new("RGB", (32, 32), (number * 50, 0, 0)).save(pictures / f"{number}.png")
     with two_machines() as (first, second), serving_on(first, repository) as url:
         locust = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE)]
-        load = ["--data", str(pictures), "--model", "digits-csra-r2", "--users", "4", "--spawn-rate", "4"]
+        load = ["--data", str(pictures), "--model", MODEL, "--users", "4", "--spawn-rate", "4"]
         load += ["--rate-per-user", "10", "--samples", str(samples), "--run-time", "6s", "--stop-timeout", "60"]
         ending = ["--autostart", "--autoquit", "6", "--web-host", first.address]
         bound = ["--master", "--master-bind-host", first.address, "--expect-workers", "2"]
@@ -73,5 +76,5 @@ def test_what_workers_on_another_machine_sent_is_what_the_service_counted(reposi
     found = re.search(r"(\d+) answered, (\d+) not", said)
     assert found, said
     assert tuple(map(int, found.groups())) == (answered, len(statuses) - answered)
-    assert counted(metrics, "stridevit_images_total", model="digits-csra-r2", outcome="ok") == answered
+    assert counted(metrics, "stridevit_images_total", model=MODEL, outcome="ok") == answered
     assert counted(metrics, "stridevit_requests_total", route="/v1/classify") == sent
