@@ -160,6 +160,9 @@ def train(
     Example: `stridevit train --recipe digits --variant csra-r2 --out runs/digits-csra-r2`
 
     Example: `stridevit train --recipe cifar100-full --variant mha --data DIR --init runs/stage1 --out runs/stage2`
+
+    Example, on each of two machines (docs/training.md): `torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d
+    --rdzv-endpoint HOST:29500 --max-restarts 3 -m training train --variant mha --data DIR --out SHARED/x --auto-resume`
     """
     name = folder_recipe.dataset_name(data) if recipe == folder_recipe.NAME and data else recipe
     folder = out or Path("runs") / f"{name}-{variant}"

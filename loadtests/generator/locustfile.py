@@ -275,8 +275,15 @@ def _end_without(environment: Environment, msg: Message, **_: Any) -> None:
     """End the test of a worker that cannot send: what the others send is not the rate that was asked for."""
     log.error("worker %s: %s", msg.node_id, msg.data["reason"])
     _state.failed = True
-    if environment.runner:
-        environment.runner.stop()
+    runner, options = environment.runner, environment.parsed_options
+    if runner is None or options is None:
+        return
+    if not (options.headless or options.autostart):
+        runner.stop()
+        return
+    runner.quit()
+    if environment.web_ui:
+        environment.web_ui.stop()
 
 
 @events.test_start.add_listener
@@ -295,9 +302,11 @@ def _begin(environment: Environment, **_: Any) -> None:
         run = _state.run = Run(options, host=environment.host or "", worker=worker)
     except PayloadError as error:
         _state.failed = True
-        if isinstance(runner, WorkerRunner):
-            runner.send_message(UNABLE, {"reason": str(error)})
-        raise StopTest(str(error)) from None
+        if not isinstance(runner, WorkerRunner):
+            raise StopTest(str(error)) from None
+        # StopTest would also end the greenlet that listens to the master.
+        runner.send_message(UNABLE, {"reason": str(error)})
+        return
     if environment.shape_class:
         # Reading the images must not take time from the first part.
         environment.shape_class.reset_time()
