@@ -29,7 +29,7 @@ from service.http.security_headers import SecurityHeaders
 from service.http.shedding import Judge, Shedding
 from service.image_work import seconds_per_pixel
 from service.key_file import KeyFile, entries_of_settings
-from service.keys import KeyRing
+from service.keys import KeyRing, Usage
 from service.limits import Limits
 from service.metrics import Metrics
 from service.models.loading import Loader
@@ -37,6 +37,7 @@ from service.models.proof import EngineOptions
 from service.models.registry import Registry
 from service.pipeline import Pipeline
 from service.scheduling.cost import Load
+from service.scheduling.room import Room
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.watchdog import Patience
 from service.settings import Settings
@@ -46,19 +47,28 @@ from service.tracing import Tracing
 log = structlog.get_logger()
 
 
-def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_counter) -> FastAPI:
-    """Load and verify the models, and build the application that serves them. Raises StartupError."""
+def create_app(
+    settings: Settings,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    room: Room | None = None,
+    usage: Callable[[str], Usage] | None = None,
+) -> FastAPI:
+    """Load and verify the models, and build the application that serves them. Raises StartupError.
+
+    `room` and `usage` (see `KeyRing`): those of several processes that share their limits.
+    """
     release = version("stridevit")
     tracing = Tracing(settings.otlp_endpoint, version=release) if settings.otlp_endpoint else None
     metrics = Metrics()
-    ring = KeyRing(fixed := entries_of_settings(settings.api_key_hashes, settings.admin_key_hash))
+    ring = KeyRing(fixed := entries_of_settings(settings.api_key_hashes, settings.admin_key_hash), usage=usage)
     metrics.registry.register(ring)
     key_file = (
         KeyFile(settings.keys_file, ring, fixed=fixed, poll_seconds=settings.keys_poll_seconds)
         if settings.keys_file
         else None
     )
-    pipeline = make_pipeline(settings, metrics, clock)
+    pipeline = make_pipeline(settings, metrics, clock, room=room)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -94,6 +104,7 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     app.state.pipeline, app.state.key_file = pipeline, key_file
+    app.state.report = StatusReport(pipeline, device=settings.engine_options().device)
     problems.install(app)
     keys_needed = bool(settings.api_key_hashes or settings.keys_file)
     openapi.install(app, keys_needed=keys_needed)
@@ -104,7 +115,7 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.perf_cou
         docs_page.router(),
         v1.router(pipeline),
         v1_compare.router(pipeline),
-        v1_live.router(pipeline, StatusReport(pipeline, device=settings.engine_options().device)),
+        v1_live.router(pipeline, app.state.report),
         *v2_routers,
         hf.router(pipeline),
     ]
@@ -176,7 +187,13 @@ def metrics_answer(text: bytes, *, accepted: str) -> Response:
     return Response(text, media_type=CONTENT_TYPE_LATEST, headers=headers)
 
 
-def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], float] = time.perf_counter) -> Pipeline:
+def make_pipeline(
+    settings: Settings,
+    metrics: Metrics,
+    clock: Callable[[], float] = time.perf_counter,
+    *,
+    room: Room | None = None,
+) -> Pipeline:
     """A pipeline with all models loaded. Raises StartupError."""
     load = Load(
         decode_threads=settings.decode_threads or settings.threads or available_cores(),
@@ -197,10 +214,14 @@ def make_pipeline(settings: Settings, metrics: Metrics, clock: Callable[[], floa
         registry.load_all()
     finally:
         loader.rest()
-    limits = Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)})
-    pipeline = Pipeline(registry, scheduler, load, limits=limits, metrics=metrics)
+    pipeline = Pipeline(registry, scheduler, load, limits=limits_of(settings), metrics=metrics, room=room)
     metrics.registry.register(Gauges(pipeline))
     return pipeline
+
+
+def limits_of(settings: Settings) -> Limits:
+    """The limits of requests."""
+    return Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)})
 
 
 def make_loader(settings: Settings, options: EngineOptions, scheduler: Scheduler, load: Load) -> Loader:

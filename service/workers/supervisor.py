@@ -1,0 +1,457 @@
+"""The supervisor: starts the workers and the front, keeps them running, and ends them. It does no inference.
+
+start     the first worker alone: what it says is why the service does not start, what it takes is measured
+          -> memory for the others? -> the others -> the front listens
+running   a worker that ends is out of the front's list at once, and started again after a pause that doubles
+SIGHUP    one worker after the other finishes and is replaced
+SIGTERM   not ready -> `shutdown_delay_seconds` -> no new connections -> all answered -> workers end -> front ends
+"""
+
+import asyncio
+import logging
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import httpx
+import structlog
+import uvicorn
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import Metric
+
+from service.errors import NotReady, StartupError
+from service.host import memory_left_bytes
+from service.http.server.listening import connections_within_file_limit
+from service.http.server.server import EXIT_ABORTED
+from service.key_file import KeyFile, entries_of_settings
+from service.keys import KeyRing
+from service.logs import Logs, leave_at_once
+from service.metrics import Metrics
+from service.models.scratch import scratch_folder
+from service.settings import Settings
+from service.status import Report, written
+from service.workers.control import control_app
+from service.workers.envoy import find_envoy
+from service.workers.front import Front, require_free_port
+from service.workers.member import Household, Member
+from service.workers.memory import described, require_room, taken_by
+from service.workers.merge import Totals, merged_status
+from service.workers.pause import Pause
+from service.workers.placement import Place, places, this_machine
+from service.workers.repository import Repository
+from service.workers.sums import SharedUsage, Sums
+
+log = structlog.get_logger()
+
+_LONGEST_SOCKET: Final = 100
+"""Bytes of a UNIX socket's path, of the 107 that Linux allows."""
+_END_SECONDS: Final = 12.0
+"""What a worker's threads may take, beyond `graceful_timeout_seconds`."""
+_NOTICE_SECONDS: Final = 0.2
+"""Until the front has read that a worker takes no more traffic: it sees the file change at once."""
+
+
+def supervise(settings: Settings, logs: Logs) -> bool:
+    """Serve with several workers until the end; False if the settings ask for one process.
+
+    Raises StartupError, or SystemExit with the exit status unless it is 0.
+    """
+    if settings.workers in ("0", "1"):
+        return False
+    # A line for each question to a worker would drown all others.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    machine = this_machine()
+    found = places(settings.workers, machine, device=settings.device, threads=settings.threads)
+    if len(found) == 1:
+        log.info("one worker is enough here: no front", cores=machine.usable)
+        return False
+    if len(found) > machine.usable and found[0].device == "cpu":
+        log.warning(f"{len(found)} workers share {machine.usable} cores: more than one for each core only takes memory")
+    require_free_port(settings.host, settings.port)
+    program = find_envoy()
+    if program is None:
+        log.warning(
+            "without a front the system gives each connection to a worker by chance, which is uneven (measured: 361 "
+            "requests to 124), and a request whose worker dies is lost: pip install 'stridevit[workers]'"
+        )
+    with scratch_folder() as folder:
+        if folder is None or len(str(folder)) + len("/supervisor.sock") > _LONGEST_SOCKET:
+            where = "nowhere to write to" if folder is None else f"the path of {folder} is too long for sockets"
+            raise StartupError(f"workers need a folder for their sockets: {where}: set TMPDIR to a short path")
+        status = asyncio.run(Supervisor(settings, logs, found, folder, program).run())
+    if status:
+        raise SystemExit(status)
+    return True
+
+
+class Supervisor:
+    """All workers, and what is in front of them."""
+
+    def __init__(self, settings: Settings, logs: Logs, found: list[Place], folder: Path, program: Path | None) -> None:
+        self._settings = settings
+        token = secrets.token_urlsafe(32)
+        house = Household(folder=folder, token=token, settings=settings, workers=len(found), reuse_port=program is None)
+        house.counts.mkdir()
+        self._house = house
+        self.members = [Member(place, house) for place in found]
+        self._sums = Sums(house.sums, rows=len(found) + 1, row=len(found))
+        self._front = (
+            Front(
+                program,
+                settings,
+                folder,
+                workers=len(found),
+                cores=sum(place.threads for place in found),
+                token=token,
+                connections=connections_within_file_limit(settings.max_connections),
+            )
+            if program
+            else None
+        )
+        self._totals = Totals()
+        self.repository = Repository(
+            lambda: [member for member in self.members if member.ready], polls=settings.poll_seconds > 0
+        )
+        self._metrics = Metrics()
+        self._metrics.registry.register(logs)
+        fixed = entries_of_settings(settings.api_key_hashes, settings.admin_key_hash)
+        self._ring = KeyRing(fixed, usage=lambda name: SharedUsage(self._sums, name))
+        self._metrics.registry.register(self._ring)
+        self._key_file = (
+            KeyFile(settings.keys_file, self._ring, fixed=fixed, poll_seconds=settings.keys_poll_seconds)
+            if settings.keys_file
+            else None
+        )
+        self._of_front = CollectorRegistry()
+        if self._front:
+            front = self._front
+            ProcessCollector(pid=lambda: front.pid, registry=self._of_front)
+        self._started = time.monotonic()
+        self._serving = self.draining = False
+        self._stop: asyncio.Event
+        self._rolling: asyncio.Task[None] | None = None
+
+    async def run(self) -> int:
+        """Serve until a signal; the exit status."""
+        loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_end, number)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        control = _ControlServer(control_app(self, self._settings, ring=self._ring, metrics=self._metrics))
+        listening = _listening(self._house.folder / "supervisor.sock")
+        tasks = [asyncio.create_task(control.serve([listening]))]
+        try:
+            if status := await self._start():
+                return status
+            tasks += [asyncio.create_task(self._keep(member)) for member in self.members]
+            if self._front:
+                tasks.append(asyncio.create_task(self._keep_front(self._front)))
+            if self._settings.poll_seconds:
+                tasks.append(asyncio.create_task(self._poll()))
+            if self._key_file:
+                self._key_file.start()
+            await self._stop.wait()
+            return await self._end()
+        finally:
+            for task in tasks[1:]:
+                task.cancel()
+            self._kill()
+            if self._front:
+                await self._front.stop()
+            await asyncio.gather(*(member.ended() for member in self.members))
+            control.should_exit = True
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if self._key_file:
+                self._key_file.close()
+            self._sums.close()
+
+    async def _start(self) -> int:
+        """Start everything; the exit status if that failed. Raises StartupError."""
+        first, *others = self.members
+        if status := await self._bring_up(first):
+            log.error("the first worker did not start: what it says is above", exit_status=status)
+            return status
+        if taken := taken_by(first.pid):
+            log.info("memory", **described(len(self.members), taken))
+            require_room(len(self.members), taken, memory_left_bytes())
+        await asyncio.gather(*(self._bring_up(member) for member in others))
+        if self._front:
+            self._publish()
+            await self._front.start()
+        self._serving = True
+        log.info(
+            "serving",
+            host=self._settings.host,
+            port=self._settings.port,
+            workers={str(member.number): str(member.place) for member in self.members},
+            front="envoy" if self._front else "none (SO_REUSEPORT)",
+            **self._memory(),
+        )
+        return 0
+
+    def _memory(self) -> dict[str, int]:
+        found = [taken for member in self.members if (taken := taken_by(member.pid))]
+        return {
+            "resident_mib": sum(taken.resident for taken in found) >> 20,
+            "proportional_mib": sum(taken.proportional for taken in found) >> 20,
+        }
+
+    async def _bring_up(self, member: Member) -> int:
+        """Start a worker's process, and let it take traffic once it is ready; the exit status if it ended before."""
+        await member.start()
+        if not await member.until_ready():
+            return await self._after(member) or 1
+        try:
+            async with self.repository.changing:
+                await self.repository.adopt(member)
+                member.begin()
+        except httpx.TransportError:
+            return await self._after(member) or 1
+        self._publish()
+        log.info("worker ready", worker=member.number, pid=member.pid, place=str(member.place))
+        return 0
+
+    async def _keep(self, member: Member) -> None:
+        """Replace a worker's process whenever it ends."""
+        pause = Pause()
+        while True:
+            if member.alive:
+                status = await self._after(member)
+                if self.draining:
+                    return
+                if member.expected:
+                    log.info("worker ended", worker=member.number, exit_status=status)
+                else:
+                    seconds = pause.after(time.monotonic() - member.ready_since if member.ready_since else 0.0)
+                    log.error(
+                        "worker died: it is started again",
+                        worker=member.number,
+                        exit_status=status,
+                        seconds=seconds,
+                    )
+                    await asyncio.sleep(seconds)
+            elif self.draining:
+                return
+            else:
+                await asyncio.sleep(pause.after(0.0))
+            member.ready_since = 0.0
+            if status := await self._bring_up(member):
+                log.error("worker did not start", worker=member.number, exit_status=status)
+
+    async def _after(self, member: Member) -> int:
+        """Wait for the end of a worker's process, and settle its accounts; the exit status."""
+        pid = member.pid
+        status = await member.ended()
+        member.ready = False
+        self._publish()
+        if not member.expected:
+            member.deaths += 1
+        self._sums.clear(member.number)
+        self._totals.keep(member.metrics, self._house.counts, pid, str(member.number))
+        member.metrics = ""
+        for file in self._house.counts.glob(f"*_{pid}.db"):
+            file.unlink(missing_ok=True)
+        return status
+
+    def _publish(self) -> None:
+        if self._front:
+            self._front.publish([member.socket for member in self.members if member.ready])
+
+    async def _keep_front(self, front: Front) -> None:
+        """Start the front again whenever it ends."""
+        pause = Pause()
+        while True:
+            began = time.monotonic()
+            status = await front.ended()
+            if self.draining:
+                return
+            seconds = pause.after(time.monotonic() - began)
+            log.error("the front ended: it is started again", exit_status=status, seconds=seconds)
+            await asyncio.sleep(seconds)
+            try:
+                await front.start()
+            except StartupError as error:
+                log.error(str(error))
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.poll_seconds)
+            try:
+                await self.repository.refresh()
+            except Exception:  # the service goes on, and the next scan may succeed
+                log.exception("scanning the repository failed")
+
+    def _on_hangup(self) -> None:
+        if self._key_file:
+            self._key_file.reload()
+        for member in self.members:
+            if self._settings.keys_file and member.ready:
+                member.signal(signal.SIGHUP)
+        if self._serving and not self.draining and (self._rolling is None or self._rolling.done()):
+            self._rolling = asyncio.create_task(self._roll())
+
+    async def _roll(self) -> None:
+        """Replace one worker after the other."""
+        log.info("rolling restart", workers=len(self.members))
+        for member in self.members:
+            if not member.ready:
+                continue
+            starts = member.starts
+            await self._let_go(member)
+            while not member.ready:
+                if self.draining or member.starts > starts + 1:
+                    log.error("rolling restart given up: the worker does not come back", worker=member.number)
+                    return
+                await asyncio.sleep(0.05)
+        log.info("rolling restart done")
+
+    async def _let_go(self, member: Member) -> None:
+        """Take a worker out of traffic, and let its process end."""
+        async with self.repository.changing:
+            member.ready = False
+        self._publish()
+        await asyncio.sleep(_NOTICE_SECONDS)
+        await member.read_metrics()
+        starts = member.starts
+        member.terminate()
+        deadline = time.monotonic() + self._settings.graceful_timeout_seconds + _END_SECONDS
+        while member.alive and member.starts == starts:
+            if time.monotonic() > deadline:
+                log.error("worker did not end: killed", worker=member.number)
+                member.signal(signal.SIGKILL)
+            await asyncio.sleep(0.05)
+
+    def _on_end(self, number: signal.Signals) -> None:
+        """The first signal ends the service, the second one the processes."""
+        if self._serving and not self.draining:
+            self.draining = True
+            self._stop.set()
+            return
+        if self.draining:
+            log.error("second signal: ended at once", signal=signal.Signals(number).name)
+        self._kill()
+        if self._front:
+            self._front.kill()
+        leave_at_once(128 + number)
+
+    async def _end(self) -> int:
+        """Answer what was accepted, then end everything; the exit status."""
+        settings = self._settings
+        log.info("draining", seconds=settings.shutdown_delay_seconds)
+        finished = True
+        if self._front:
+            await self._front.say_goodbye()
+            await asyncio.sleep(settings.shutdown_delay_seconds)
+            finished = await self._front.finish(settings.graceful_timeout_seconds)
+            if not finished:
+                log.error(
+                    "requests did not finish within graceful_timeout_seconds: aborted",
+                    seconds=settings.graceful_timeout_seconds,
+                )
+        else:
+            await asyncio.sleep(settings.shutdown_delay_seconds)
+        for member in self.members:
+            member.terminate()
+        ends = [asyncio.ensure_future(member.ended()) for member in self.members]
+        seconds = _END_SECONDS + (0 if not finished else settings.graceful_timeout_seconds)
+        _, late = await asyncio.wait(ends, timeout=seconds)
+        self._kill()
+        statuses = await asyncio.gather(*ends)
+        return EXIT_ABORTED if late or not finished else max(statuses)
+
+    def _kill(self) -> None:
+        for member in self.members:
+            member.expected = True
+            member.signal(signal.SIGKILL)
+
+    # What the control application asks.
+
+    def require_alive(self) -> None:
+        """Always: the supervisor starts again what does not work."""
+
+    def require_ready(self) -> None:
+        """Raise NotReady unless a worker takes traffic."""
+        if self.draining or not self._serving or not any(member.ready for member in self.members):
+            raise NotReady("the service is starting or draining, or no worker is ready: retry")
+
+    async def render_metrics(self, own: CollectorRegistry) -> bytes:
+        """The metrics of all workers, the supervisor and the front."""
+        alive = [member for member in self.members if member.alive]
+        texts = await asyncio.gather(*(member.read_metrics() for member in alive))
+        found = {str(member.number): text for member, text in zip(alive, texts, strict=True)}
+        found["supervisor"] = generate_latest(own).decode()
+        if self._front:
+            found["front"] = generate_latest(self._of_front).decode()
+        return self._totals.merged(found, [*self._own_metrics(), *await self._front_metrics()])
+
+    def _own_metrics(self) -> Iterator[Metric]:
+        states = GaugeMetricFamily("stridevit_workers", "Workers, by state.", labels=["state"])
+        ready = sum(member.ready for member in self.members)
+        states.add_metric(["ready"], ready)
+        states.add_metric(["not-ready"], len(self.members) - ready)
+        deaths = CounterMetricFamily(
+            "stridevit_worker_deaths", "Times that a worker ended without being asked.", labels=["worker"]
+        )
+        for member in self.members:
+            deaths.add_metric([str(member.number)], member.deaths)
+        yield from (states, deaths)
+
+    async def _front_metrics(self) -> list[Metric]:
+        if not self._front:
+            return []
+        counts = await self._front.counters()
+        retries = CounterMetricFamily(
+            "stridevit_front_retries",
+            "Requests that the front sent once more to another worker, and of them those that were answered then.",
+            labels=["outcome"],
+        )
+        retries.add_metric(["sent"], counts.get("upstream_rq_retry", 0))
+        retries.add_metric(["answered"], counts.get("upstream_rq_retry_success", 0))
+        return [retries]
+
+    async def render_status(self) -> bytes:
+        """The status of all workers. Raises NotReady."""
+        found = await asyncio.gather(*(member.status() for member in self.members if member.ready))
+        reports = [Report.model_validate_json(text) for text in found if text]
+        if not reports:
+            raise NotReady("no worker answers: retry")
+        uptime = time.monotonic() - self._started
+        return written(merged_status(reports, self._totals, limit=self._settings.max_pending_images, uptime_s=uptime))
+
+
+class _ControlServer(uvicorn.Server):
+    """The server of the control application, which leaves signals to the supervisor."""
+
+    def __init__(self, app: object) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,  # type: ignore[arg-type]
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                ws="none",
+                lifespan="off",
+                timeout_graceful_shutdown=1,
+            )
+        )
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """None of them."""
+        yield
+
+
+def _listening(path: Path) -> socket.socket:
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    found.bind(str(path))
+    found.listen(512)
+    return found
