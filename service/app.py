@@ -5,7 +5,7 @@ import contextlib
 import gzip
 import inspect
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import fields
 from importlib.metadata import version
@@ -29,7 +29,7 @@ from service.http.security_headers import SecurityHeaders
 from service.http.shedding import Judge, Shedding
 from service.image_work import seconds_per_pixel
 from service.key_file import KeyFile, entries_of_settings
-from service.keys import KeyRing, Usage
+from service.keys import KeyEntry, KeyRing, Usage
 from service.limits import Limits
 from service.metrics import Metrics
 from service.models.loading import Loader
@@ -63,11 +63,7 @@ def create_app(
     metrics = Metrics()
     ring = KeyRing(fixed := entries_of_settings(settings.api_key_hashes, settings.admin_key_hash), usage=usage)
     metrics.registry.register(ring)
-    key_file = (
-        KeyFile(settings.keys_file, ring, fixed=fixed, poll_seconds=settings.keys_poll_seconds)
-        if settings.keys_file
-        else None
-    )
+    key_file = key_file_of(settings, ring, fixed)
     pipeline = make_pipeline(settings, metrics, clock, room=room)
 
     @asynccontextmanager
@@ -104,7 +100,6 @@ def create_app(
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     app.state.pipeline, app.state.key_file = pipeline, key_file
-    app.state.report = StatusReport(pipeline, device=settings.engine_options().device)
     problems.install(app)
     keys_needed = bool(settings.api_key_hashes or settings.keys_file)
     openapi.install(app, keys_needed=keys_needed)
@@ -115,7 +110,7 @@ def create_app(
         docs_page.router(),
         v1.router(pipeline),
         v1_compare.router(pipeline),
-        v1_live.router(pipeline, app.state.report),
+        v1_live.router(pipeline, report := StatusReport(pipeline, device=settings.engine_options().device)),
         *v2_routers,
         hf.router(pipeline),
     ]
@@ -168,11 +163,14 @@ def create_app(
             {page.PATH: page.headers(), docs.PATH: docs_page.headers}, parts=(f"{docs.PARTS}/", f"{page.PARTS}/")
         ),
     )
-    app.state.judge = Judge(
-        pipeline=pipeline,
-        metrics=metrics,
-        cors_origins=settings.cors_origins,
-        has_key=lambda scope: not keys_needed or any(ring.find(key) for key in offered(scope)),
+    app.state.report, app.state.judge = (
+        report,
+        Judge(
+            pipeline=pipeline,
+            metrics=metrics,
+            cors_origins=settings.cors_origins,
+            has_key=lambda scope: not keys_needed or any(ring.find(key) for key in offered(scope)),
+        ),
     )
     app.add_middleware(Shedding, judge=app.state.judge)
     return app
@@ -217,6 +215,13 @@ def make_pipeline(
     pipeline = Pipeline(registry, scheduler, load, limits=limits_of(settings), metrics=metrics, room=room)
     metrics.registry.register(Gauges(pipeline))
     return pipeline
+
+
+def key_file_of(settings: Settings, ring: KeyRing, fixed: Sequence[KeyEntry]) -> KeyFile | None:
+    """What keeps the ring as the file of keys says, beside the `fixed` ones. Raises StartupError."""
+    if settings.keys_file is None:
+        return None
+    return KeyFile(settings.keys_file, ring, fixed=fixed, poll_seconds=settings.keys_poll_seconds)
 
 
 def limits_of(settings: Settings) -> Limits:

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -65,9 +66,27 @@ class Front:
         self._files.endpoints.parent.mkdir(exist_ok=True)
         write_json(self._files.endpoints, endpoints(sockets, version=self._version))
 
+    def check(self) -> None:
+        """Raise StartupError unless the program runs and takes its configuration."""
+        self.publish(())
+        write_json(self._files.configuration, self._configuration)
+        command = (self._program, "--mode", "validate", "--log-level", "error", "--log-format", "%v")
+        try:
+            done = subprocess.run(  # noqa: S603 (the package's own program)
+                [*command, "--config-path", self._files.configuration],
+                check=False,
+                capture_output=True,
+                text=True,
+                timeout=_START_SECONDS,
+            )
+            why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise StartupError(f"the front (Envoy, {self._program}) cannot be run: {error}") from error
+        if done.returncode:
+            raise StartupError(f"the front (Envoy, {self._program}) does not start: {why}")
+
     async def start(self) -> None:
         """Listen. Raises StartupError, with what Envoy said."""
-        write_json(self._files.configuration, self._configuration)
         self._files.admin.unlink(missing_ok=True)
         guard = [sys.executable, "-c", _GUARD, str(os.getpid())] if sys.platform == "linux" else []
         self._process = await asyncio.create_subprocess_exec(

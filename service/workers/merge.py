@@ -59,7 +59,7 @@ class Totals:
         left: dict[str, Family] = {}
         files = sorted(str(file) for kind in ("counter", "histogram") for file in folder.glob(f"{kind}_{pid}.db"))
         if files:
-            add(left, MultiProcessCollector.merge(files), worker)
+            add(left, _files(files), worker)
         for name, family in families.items():
             if family.kind in ("counter", "histogram") and not name.startswith(_OF_PROCESS):
                 # The files are exact up to the last moment; not everything is counted in them.
@@ -101,6 +101,10 @@ class _Given(Collector):
 
     def collect(self) -> Iterator[Metric]:
         return iter(self._metrics)
+
+
+def _files(files: Sequence[str]) -> list[Metric]:
+    return list(MultiProcessCollector.merge(files))  # type: ignore[no-untyped-call]
 
 
 def add(families: dict[str, Family], metrics: Iterable[Metric], worker: str) -> None:

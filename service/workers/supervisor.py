@@ -26,11 +26,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 
+from service.app import key_file_of
 from service.errors import NotReady, StartupError
 from service.host import memory_left_bytes
 from service.http.server.listening import connections_within_file_limit
 from service.http.server.server import EXIT_ABORTED
-from service.key_file import KeyFile, entries_of_settings
+from service.key_file import entries_of_settings
 from service.keys import KeyRing
 from service.logs import Logs, leave_at_once
 from service.metrics import Metrics
@@ -54,6 +55,8 @@ _LONGEST_SOCKET: Final = 100
 """Bytes of a UNIX socket's path, of the 107 that Linux allows."""
 _END_SECONDS: Final = 12.0
 """What a worker's threads may take, beyond `graceful_timeout_seconds`."""
+_TRIES: Final = 2
+"""Failed starts of a worker after which a rolling restart goes no further."""
 _NOTICE_SECONDS: Final = 0.2
 """Until the front has read that a worker takes no more traffic: it sees the file change at once."""
 
@@ -115,6 +118,8 @@ class Supervisor:
             if program
             else None
         )
+        if self._front:
+            self._front.check()
         self._totals = Totals()
         self.repository = Repository(
             lambda: [member for member in self.members if member.ready], polls=settings.poll_seconds > 0
@@ -124,11 +129,7 @@ class Supervisor:
         fixed = entries_of_settings(settings.api_key_hashes, settings.admin_key_hash)
         self._ring = KeyRing(fixed, usage=lambda name: SharedUsage(self._sums, name))
         self._metrics.registry.register(self._ring)
-        self._key_file = (
-            KeyFile(settings.keys_file, self._ring, fixed=fixed, poll_seconds=settings.keys_poll_seconds)
-            if settings.keys_file
-            else None
-        )
+        self._key_file = key_file_of(settings, self._ring, fixed)
         self._of_front = CollectorRegistry()
         if self._front:
             front = self._front
@@ -299,19 +300,28 @@ class Supervisor:
             self._rolling = asyncio.create_task(self._roll())
 
     async def _roll(self) -> None:
-        """Replace one worker after the other."""
+        """Replace one worker after the other, each while all others take traffic."""
         log.info("rolling restart", workers=len(self.members))
-        for member in self.members:
-            if not member.ready:
-                continue
-            starts = member.starts
-            await self._let_go(member)
-            while not member.ready:
-                if self.draining or member.starts > starts + 1:
-                    log.error("rolling restart given up: the worker does not come back", worker=member.number)
-                    return
-                await asyncio.sleep(0.05)
-        log.info("rolling restart done")
+        before = [member.starts for member in self.members]
+        for member, starts in zip(self.members, before, strict=True):
+            if not await self._all_ready():
+                return
+            if member.starts == starts:
+                await self._let_go(member)
+        if await self._all_ready():
+            log.info("rolling restart done")
+
+    async def _all_ready(self) -> bool:
+        """Wait until all workers take traffic; False if one does not come back, or the service ends."""
+        failures = [member.deaths for member in self.members]
+        while not all(member.ready for member in self.members):
+            await asyncio.sleep(0.05)
+            lost = [m for m, deaths in zip(self.members, failures, strict=True) if m.deaths > deaths + _TRIES]
+            if lost:
+                log.error("rolling restart given up: a worker does not come back", worker=lost[0].number)
+            if lost or self.draining:
+                return False
+        return True
 
     async def _let_go(self, member: Member) -> None:
         """Take a worker out of traffic, and let its process end."""
