@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import fields
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -53,10 +54,11 @@ def create_app(
     clock: Callable[[], float] = time.perf_counter,
     room: Room | None = None,
     usage: Callable[[str], Usage] | None = None,
+    packed: Path | None = None,
 ) -> FastAPI:
     """Load and verify the models, and build the application that serves them. Raises StartupError.
 
-    `room` and `usage` (see `KeyRing`): those of several processes that share their limits.
+    `room`, `usage` (see `KeyRing`) and `packed` (see `Loader`): what several processes share.
     """
     release = version("stridevit")
     tracing = Tracing(settings.otlp_endpoint, version=release) if settings.otlp_endpoint else None
@@ -64,7 +66,7 @@ def create_app(
     ring = KeyRing(fixed := entries_of_settings(settings.api_key_hashes, settings.admin_key_hash), usage=usage)
     metrics.registry.register(ring)
     key_file = key_file_of(settings, ring, fixed)
-    pipeline = make_pipeline(settings, metrics, clock, room=room)
+    pipeline = make_pipeline(settings, metrics, clock, room=room, packed=packed)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -191,6 +193,7 @@ def make_pipeline(
     clock: Callable[[], float] = time.perf_counter,
     *,
     room: Room | None = None,
+    packed: Path | None = None,
 ) -> Pipeline:
     """A pipeline with all models loaded. Raises StartupError."""
     load = Load(
@@ -206,7 +209,7 @@ def make_pipeline(
     )
     options = settings.engine_options()
     scheduler = Scheduler(load, cores=options.cores, patience=patience, batch_share=settings.batch_share)
-    loader = make_loader(settings, options, scheduler, load)
+    loader = make_loader(settings, options, scheduler, load, packed=packed)
     registry = make_registry(settings, loader, scheduler)
     try:
         registry.load_all()
@@ -229,10 +232,17 @@ def limits_of(settings: Settings) -> Limits:
     return Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)})
 
 
-def make_loader(settings: Settings, options: EngineOptions, scheduler: Scheduler, load: Load) -> Loader:
+def make_loader(
+    settings: Settings, options: EngineOptions, scheduler: Scheduler, load: Load, *, packed: Path | None = None
+) -> Loader:
     """What loads models as the settings say."""
     return Loader(
-        scheduler, load, options, memory_bytes=settings.memory_bytes, timeout_seconds=settings.load_timeout_seconds
+        scheduler,
+        load,
+        options,
+        memory_bytes=settings.memory_bytes,
+        timeout_seconds=settings.load_timeout_seconds,
+        packed=packed,
     )
 
 

@@ -43,7 +43,18 @@ class Household:
 
     @property
     def sums(self) -> Path:
+        """Of what all workers hold."""
         return self.folder / "sums"
+
+    @property
+    def packed(self) -> Path:
+        """Where workers share packed weights."""
+        return self.folder / "packed"
+
+    def make(self) -> None:
+        """Make the folders."""
+        self.counts.mkdir()
+        self.packed.mkdir()
 
 
 class Member:
@@ -124,6 +135,7 @@ class Member:
             socket=self.socket,
             supervisor_socket=house.folder / "supervisor.sock",
             sums=house.sums,
+            packed=house.packed,
             token=house.token,
             cores=self.place.cores,
             reuse_port=house.reuse_port,

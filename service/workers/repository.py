@@ -19,9 +19,12 @@ _Change = Callable[[Member], Awaitable[Index]]
 class Repository:
     """The models of all workers. One change at a time."""
 
-    def __init__(self, members: Callable[[], Sequence[Member]], *, polls: bool) -> None:
-        """`members`: those that take traffic. `polls`: whether the repository is scanned from time to time."""
-        self._members, self._polls = members, polls
+    def __init__(
+        self, members: Callable[[], Sequence[Member]], *, polls: bool, changed: Callable[[], None] = lambda: None
+    ) -> None:
+        """`members`: those that take traffic. `polls`: whether the repository is scanned from time to time. `changed`
+        is called after each change."""
+        self._members, self._polls, self._changed = members, polls, changed
         self._wanted: dict[str, list[int]] = {}
         """The versions that serve, by model, as they were changed last."""
         self._unloaded: set[str] = set()
@@ -33,12 +36,14 @@ class Repository:
         async with self.changing:
             await self._all_or_none(name, lambda member: member.load(name))
             self._unloaded.discard(name)
+            self._changed()
 
     async def unload(self, name: str) -> None:
         """Take a model out of service in all workers. Raises RequestError; then each serves what it served."""
         async with self.changing:
             await self._all_or_none(name, lambda member: member.unload(name))
             self._unloaded.add(name)
+            self._changed()
 
     async def refresh(self) -> None:
         """Scan the repository, in all workers at the same time: so they differ no longer than a load takes."""
@@ -51,6 +56,7 @@ class Repository:
             indexes = [outcome for outcome in found if not isinstance(outcome, BaseException)]
             if indexes:
                 self._wanted = ready_versions(indexes[0])
+            self._changed()
 
     async def index(self) -> list[dict[str, Any]]:
         """Every version, in the state that it has in all workers; the reason says where it has another one.

@@ -35,6 +35,7 @@ from service.key_file import entries_of_settings
 from service.keys import KeyRing
 from service.logs import Logs, leave_at_once
 from service.metrics import Metrics
+from service.models.packed import clear
 from service.models.scratch import scratch_folder
 from service.settings import Settings
 from service.status import Report, written
@@ -101,7 +102,7 @@ class Supervisor:
         self._settings = settings
         token = secrets.token_urlsafe(32)
         house = Household(folder=folder, token=token, settings=settings, workers=len(found), reuse_port=program is None)
-        house.counts.mkdir()
+        house.make()
         self._house = house
         self.members = [Member(place, house) for place in found]
         self._sums = Sums(house.sums, rows=len(found) + 1, row=len(found))
@@ -122,7 +123,9 @@ class Supervisor:
             self._front.check()
         self._totals = Totals()
         self.repository = Repository(
-            lambda: [member for member in self.members if member.ready], polls=settings.poll_seconds > 0
+            lambda: [member for member in self.members if member.ready],
+            polls=settings.poll_seconds > 0,
+            changed=self._clear_packed,
         )
         self._metrics = Metrics()
         self._metrics.registry.register(logs)
@@ -261,6 +264,11 @@ class Supervisor:
         for file in self._house.counts.glob(f"*_{pid}.db"):
             file.unlink(missing_ok=True)
         return status
+
+    def _clear_packed(self) -> None:
+        """Remove weights that no worker maps any more, unless one is being started: it may be about to."""
+        if all(member.ready for member in self.members):
+            clear(self._house.packed, [member.pid for member in self.members])
 
     def _publish(self) -> None:
         if self._front:

@@ -29,6 +29,8 @@ class Orders(BaseModel):
     socket: Path
     supervisor_socket: Path
     sums: Path
+    packed: Path
+    """Where workers share packed weights."""
     token: str
     cores: tuple[int, ...]
     reuse_port: bool
@@ -84,6 +86,7 @@ def _serve(orders: Orders, settings: Any, logs: Any) -> None:
             settings,
             room=SharedRoom(sums, **limits_of(settings).of_room()),
             usage=lambda name: SharedUsage(sums, name),
+            packed=orders.packed,
         )
         made.add_middleware(Inside, of=made, supervisor=orders.supervisor_socket, token=orders.token)
         return made

@@ -18,6 +18,7 @@ import pytest
 from loadtests.experiment.server import free_port
 from service.workers.envoy import find_envoy
 from tests.processes import ROOT, get, wait_until
+from tests.service.identity import publish_identity
 
 WORKERS = 2
 
@@ -107,6 +108,14 @@ def workers_serving(
         for member in family:
             with contextlib.suppress(psutil.Error):
                 member.kill()
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with `identity-a`, which takes hardly any time to make and to load."""
+    folder = tmp_path_factory.mktemp("models")
+    publish_identity(folder, "identity-a")
+    return folder
 
 
 @pytest.fixture(scope="session")
