@@ -46,6 +46,8 @@ def serve(settings: Settings, logs: Logs) -> None:
     `graceful_timeout_seconds` or a thread did not end, and 70 if the engine hung. A second signal, or one during the
     start, gives 128 and its number; a failed start 1 or 3, and invalid settings 2.
 
+    With `--workers` several processes serve behind one port: SIGHUP replaces them one after the other.
+
     Every flag is also an environment variable, `STRIDEVIT_MAX_BATCH` for `--max-batch`, and a line in the TOML file
     that `--config` names: flags override the environment, which overrides the file. Lists are separated by commas.
 

@@ -148,14 +148,7 @@ def create_app(
         guarded_pages=settings.guarded_pages,
         metrics=metrics,
     )
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["*"],
-        )
+    allow_origins(app, settings.cors_origins)
     app.add_middleware(
         Observe,
         metrics=metrics,
@@ -176,6 +169,18 @@ def create_app(
     )
     app.add_middleware(Shedding, judge=app.state.judge)
     return app
+
+
+def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
+    """Let pages of these origins read answers in a browser."""
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
 
 
 def metrics_answer(text: bytes, *, accepted: str) -> Response:

@@ -1,16 +1,14 @@
 """The supervisor's own small application: probes, metrics, status and models of all workers."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.app import metrics_answer
+from service.app import allow_origins, metrics_answer
 from service.errors import BadRequest
-from service.http import problems
+from service.http import exchange, problems
 from service.http.auth import KeyGate
 from service.http.observe import Observe
 from service.http.security_headers import SecurityHeaders
@@ -19,8 +17,6 @@ from service.keys import KeyRing
 from service.metrics import Metrics
 from service.settings import Settings
 from service.workers.repository import Repository
-
-Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]] | Callable[[FastAPI], AsyncIterator[None]]
 
 
 class Supervised(Protocol):
@@ -72,13 +68,14 @@ def control_app(supervised: Supervised, settings: Settings, *, ring: KeyRing, me
         text = await supervised.render_metrics(metrics.registry)
         return metrics_answer(text, accepted=request.headers.get("accept-encoding", ""))
 
-    @app.api_route("/v1/status", methods=both)
+    @app.api_route("/v1/status", methods=both, dependencies=[Depends(exchange.known_query())])
     async def status() -> Response:
         return Response(await supervised.render_status(), media_type="application/json")
 
     _add_repository(app, supervised.repository)
     keys_needed = bool(settings.api_key_hashes or settings.keys_file)
     app.add_middleware(KeyGate, ring=ring, required=keys_needed, guarded_pages=settings.guarded_pages, metrics=metrics)
+    allow_origins(app, settings.cors_origins)
     app.add_middleware(
         Observe,
         metrics=metrics,

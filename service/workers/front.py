@@ -92,7 +92,7 @@ class Front:
         self._process = await asyncio.create_subprocess_exec(
             *guard,
             *(str(self._program), "--config-path", str(self._files.configuration), "--disable-hot-restart"),
-            *("--concurrency", str(self._threads), "--log-level", "warning", "--log-format", "%v"),
+            *("--concurrency", str(self._threads), "--log-level", "error", "--log-format", "%v"),
             # Every answer is the last one of its connection from the first moment of the end.
             *("--drain-strategy", "immediate", "--drain-time-s", "1"),
             stdin=asyncio.subprocess.DEVNULL,

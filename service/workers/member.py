@@ -74,7 +74,9 @@ class Member:
         self.failures = 0
         """Such ends in a row."""
         self.metrics = ""
-        """As it gave them last."""
+        """As its process gave them last; empty once they are settled."""
+        self.settled = True
+        """Whether the process has ended, and what it counted is kept elsewhere."""
         self._process: asyncio.subprocess.Process | None = None
         self._client: httpx.AsyncClient | None = None
 
@@ -96,7 +98,7 @@ class Member:
     async def start(self) -> None:
         """Start a process."""
         self.starts += 1
-        self.ready = self.expected = False
+        self.ready = self.expected = self.settled = False
         orders = self._orders()
         file = self._household.folder / f"w{self.number}.json"
         # The folder is private: the file holds the hashes of keys.
@@ -177,13 +179,19 @@ class Member:
         self.expected = True
         self.signal(signal.SIGTERM)
 
-    async def read_metrics(self) -> str:
-        """Its metrics now; those of the last time if it does not answer."""
+    async def read_metrics(self) -> None:
+        """Read its metrics; if it does not answer, those of the last time stay."""
+        starts = self.starts
         with contextlib.suppress(httpx.TransportError):
             answer = await self._ask("GET", "metrics")
-            if answer.status_code == 200:
+            # What has been settled meanwhile must not count twice.
+            if answer.status_code == 200 and starts == self.starts and not self.settled:
                 self.metrics = answer.text
-        return self.metrics
+
+    def settle(self) -> str:
+        """The last metrics of a process that has ended, which are its no more."""
+        last, self.metrics, self.settled = self.metrics, "", True
+        return last
 
     async def status(self) -> str | None:
         """Its report as JSON; None if it does not answer."""

@@ -259,8 +259,7 @@ class Supervisor:
         if not member.expected:
             member.deaths += 1
         self._sums.clear(member.number)
-        self._totals.keep(member.metrics, self._house.counts, pid, str(member.number))
-        member.metrics = ""
+        self._totals.keep(member.settle(), self._house.counts, pid, str(member.number))
         for file in self._house.counts.glob(f"*_{pid}.db"):
             file.unlink(missing_ok=True)
         return status
@@ -402,13 +401,14 @@ class Supervisor:
 
     async def render_metrics(self, own: CollectorRegistry) -> bytes:
         """The metrics of all workers, the supervisor and the front."""
-        alive = [member for member in self.members if member.alive]
-        texts = await asyncio.gather(*(member.read_metrics() for member in alive))
-        found = {str(member.number): text for member, text in zip(alive, texts, strict=True)}
+        await asyncio.gather(*(member.read_metrics() for member in self.members))
+        more = await self._front_metrics()
+        # Nothing is awaited from here on: a worker is either among these, or among what was kept of it.
+        found = {str(member.number): member.metrics for member in self.members if not member.settled}
         found["supervisor"] = generate_latest(own).decode()
         if self._front:
             found["front"] = generate_latest(self._of_front).decode()
-        return self._totals.merged(found, [*self._own_metrics(), *await self._front_metrics()])
+        return self._totals.merged(found, [*self._own_metrics(), *more])
 
     def _own_metrics(self) -> Iterator[Metric]:
         states = GaugeMetricFamily("stridevit_workers", "Workers, by state.", labels=["state"])

@@ -50,7 +50,7 @@ def main(file: Path) -> None:
     """Serve until SIGTERM."""
     orders = Orders.model_validate_json(file.read_bytes())
     end_with(orders.supervisor)
-    if orders.cores:
+    if orders.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, orders.cores)
     # After the cores are known, as libraries make their threads by them.
     from service.errors import ServiceError  # noqa: PLC0415

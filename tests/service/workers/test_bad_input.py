@@ -10,7 +10,7 @@ import pytest
 
 from loadtests.experiment.server import free_port
 from tests.processes import PATIENCE_SECONDS, ROOT
-from tests.service.workers.conftest import command, pretend
+from tests.service.workers.served import command, pretend
 
 
 def ended(words: list[str], environment: dict[str, str] | None = None) -> tuple[int, list[str]]:

@@ -21,7 +21,7 @@ from service.workers.envoy import BUFFERED_BYTES
 from tests.clients.closed_loop import ClosedLoop, Outcome, encoded
 from tests.processes import PATIENCE_SECONDS, get, post, still_running, wait_until
 from tests.service.identity import picture, publish_identity
-from tests.service.workers.conftest import Served, pretend, workers_serving
+from tests.service.workers.served import Served, pretend, workers_serving
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800), pytest.mark.usefixtures("_envoy")]
 

@@ -41,7 +41,8 @@ def test_envoy_takes_the_configuration_without_a_word_of_warning(tmp_path: Path,
     if program is None:
         pytest.skip("needs the extra `workers`")
     files = written_to(tmp_path, **settings)
-    command = [program, "--mode", "validate", "--log-level", "warning", "--config-path", files.configuration]
+    command = [str(program), "--mode", "validate", "--log-level", "warning"]
+    command += ["--config-path", str(files.configuration)]
     validated = subprocess.run(command, check=False, capture_output=True, text=True)
     assert validated.returncode == 0, validated.stderr
     assert validated.stderr == ""
