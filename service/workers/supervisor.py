@@ -52,8 +52,8 @@ from service.workers.sums import SharedUsage, Sums
 
 log = structlog.get_logger()
 
-_LONGEST_SOCKET: Final = 100
-"""Bytes of a UNIX socket's path, of the 107 that Linux allows."""
+_LONGEST_SOCKET: Final = 107
+"""Bytes of a UNIX socket's path that Linux allows."""
 _END_SECONDS: Final = 12.0
 """What a worker's threads may take, beyond `graceful_timeout_seconds`."""
 _TRIES: Final = 2

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -288,11 +289,17 @@ def test_a_second_signal_ends_all_processes_at_once(repository: Path, tmp_path: 
         wait_until(lambda: not still_running(family))
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose path leaves room for the names of sockets."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 def test_the_death_of_the_supervisor_ends_workers_and_front_and_the_next_start_removes_their_folder(
-    repository: Path, tmp_path: Path
+    repository: Path, tmp_path: Path, short_folder: Path
 ) -> None:
-    temporary = tmp_path / "t"
-    temporary.mkdir()
+    temporary = short_folder
     environment = PATIENT | {"TMPDIR": str(temporary)}
     with workers_serving(repository, tmp_path, environment=environment) as served:
         family = psutil.Process(served.process.pid).children(recursive=True)
