@@ -100,6 +100,27 @@ def test_a_killed_worker_loses_no_request(size: int, service: Served) -> None:
     assert service.metric("stridevit_worker_deaths_total") >= 3
 
 
+def test_a_worker_that_dies_while_bodies_arrive_loses_none_of_them(service: Served) -> None:
+    """Envoy sends nothing again of which it has not the whole body."""
+    body = padded(200_000)
+    head = b"POST /v1/classify HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    deaths = service.metric("stridevit_worker_deaths_total")
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", service.port))) for _ in range(8)]
+        for client in clients:
+            client.settimeout(PATIENCE_SECONDS)
+            client.sendall(head + body[:100_000])
+        # Whatever is passed on of them is passed on by now.
+        get(service.url + "/readyz")
+        time.sleep(0.5)
+        service.workers()[0].kill()
+        wait_until(lambda: service.metric("stridevit_worker_deaths_total") == deaths + 1, service.process)
+        for client in clients:
+            client.sendall(body[100_000:])
+        assert [client.recv(12) for client in clients] == [b"HTTP/1.1 200"] * 8
+    service.until_all_ready()
+
+
 def test_a_rolling_restart_loses_no_request_and_replaces_every_worker(service: Served) -> None:
     before = {worker.pid for worker in service.workers()}
     assert len(before) == 2
