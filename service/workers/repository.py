@@ -100,10 +100,13 @@ class Repository:
         members = self._members()
         if not members:
             raise NotReady("no worker is ready: retry")
-        before = {member: ready_versions(await member.index()).get(name, []) for member in members}
         first, *others = members
-        # A bundle that is broken fails here, and no other worker has to go back.
-        index = await change(first)
+        try:
+            before = {member: ready_versions(await member.index()).get(name, []) for member in members}
+            # A bundle that is broken fails here, and no other worker has to go back.
+            index = await change(first)
+        except httpx.TransportError as error:
+            raise NotReady("a worker ended, or did not answer in time: nothing has changed, retry") from error
         outcomes = await asyncio.gather(*(change(member) for member in others), return_exceptions=True)
         failed = [
             (member, outcome)
