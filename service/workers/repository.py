@@ -118,11 +118,11 @@ class Repository:
         if failed:
             changed = [member for member in members if member not in {failing for failing, _ in failed}]
             await self._go_back(name, changed, before)
-            error = failed[0][1]
+            cause = failed[0][1]
             where = ", ".join(f"worker {failing.number}" for failing, _ in failed)
-            reason = str(error) or type(error).__name__
+            reason = str(cause) or type(cause).__name__
             text = f"{where}: {reason}; the other workers serve what they served before"
-            raise (type(error)(text) if isinstance(error, (NotReady, BadRequest)) else BadRequest(text))
+            raise (type(cause)(text) if isinstance(cause, (NotReady, BadRequest)) else BadRequest(text))
         self._wanted = ready_versions(index)
 
     async def _go_back(self, name: str, members: Sequence[Member], before: dict[Member, list[int]]) -> None:

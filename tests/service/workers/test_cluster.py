@@ -101,7 +101,6 @@ def test_a_killed_worker_loses_no_request(size: int, service: Served) -> None:
 
 
 def test_a_worker_that_dies_while_bodies_arrive_loses_none_of_them(service: Served) -> None:
-    """Envoy sends nothing again of which it has not the whole body."""
     body = padded(200_000)
     head = b"POST /v1/classify HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
     deaths = service.metric("stridevit_worker_deaths_total")
