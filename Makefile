@@ -13,12 +13,12 @@ WORKERS := $(shell nproc 2>/dev/null || echo 2)
 DEMO := demo
 STRIDEVIT := $(DEV)/bin/stridevit
 PYTEST = STRIDEVIT_SERVICE_PYTHON=$(CURDIR)/$(SERVE)/bin/python STRIDEVIT_OPENAPI_TOOLS=$(CURDIR)/$(CLIENTS)/openapi/bin $(DEV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
-ALL := -m "slow or not slow"
+ALL := -m "not cluster"
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve demo test test-all coverage test-clients faults check check-page vendor format lock audit licences reference docs dist monitoring deploy-check image-test kube-test compose-test clean
+.PHONY: help serve demo test test-all test-cluster coverage test-clients faults check check-page vendor format lock audit licences reference docs dist monitoring deploy-check image-test kube-test compose-test clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +38,10 @@ test: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run the tests, all but the slow o
 test-all: $(DEV)/.installed $(SERVE)/.$(ENGINE) $(CLIENTS)/openapi/.installed ## Run all tests, also those that are slow by nature
 	@echo "running all tests on $(WORKERS) workers; real data: $${STRIDEVIT_DATA:-none}"
 	@$(PYTEST) $(ALL) $(ARGS)
+
+test-cluster: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run the tests that kill and restart whole services under load, one after the other
+	@echo "running the tests of several processes and machines; namespaces need root"
+	@$(PYTEST) -m cluster -n 0 $(ARGS)
 
 coverage: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run `make test` and fail if it covers less of the packages than pyproject.toml asks for
 	@echo "running the tests but the slow ones on $(WORKERS) workers, measuring coverage; real data: $${STRIDEVIT_DATA:-none}"

@@ -2,9 +2,8 @@
 
 import contextlib
 import json
-import signal
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
@@ -16,23 +15,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from service import flags
-from service.app import create_app, make_loader, make_registry, make_source
+from service.app import make_loader, make_registry, make_source
 from service.bundle import list_repository
 from service.engine_limit import measure_engine_limit, read_images
 from service.errors import StartupError
 from service.flags import with_settings
-from service.http.server.connections import ConnectionLimits
-from service.http.server.listening import connections_within_file_limit
-from service.http.server.server import Server
 from service.keys import KeyEntry, new_key
-from service.logs import Logs, leave_at_once
+from service.logs import Logs
 from service.models.index import Entry
 from service.models.model import Model
-from service.remote.mirror import Mirror
 from service.remote.store import Key
+from service.running import run
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
+from service.workers.start import supervise
 
 # Locals in a traceback would show the hashes of keys.
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
@@ -50,50 +47,17 @@ def serve(settings: Settings, logs: Logs) -> None:
     `graceful_timeout_seconds` or a thread did not end, and 70 if the engine hung. A second signal, or one during the
     start, gives 128 and its number; a failed start 1 or 3, and invalid settings 2.
 
+    With `--workers` several processes serve behind one port: SIGHUP replaces them one after the other.
+
     Every flag is also an environment variable, `STRIDEVIT_MAX_BATCH` for `--max-batch`, and a line in the TOML file
     that `--config` names: flags override the environment, which overrides the file. Lists are separated by commas.
 
     Example: `stridevit serve --repository models --port 8000`, then
     `curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/classify?model=cifar100-csra-r2'`
     """
-    if settings.keys_file:
-        # By default it would end the process, until there is a file to read again.
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    source: Mirror | None = None
-
-    def leave(number: int, _: object) -> None:
-        if source:
-            source.close()  # it leaves nothing half written
-        leave_at_once(128 + number)
-
-    # While models are loaded nothing was accepted. Without a handler, process 1 of a container would ignore SIGTERM.
-    signal.signal(signal.SIGTERM, leave)
-    source = make_source(settings)
-    application = create_app(settings, source=source) if source else create_app(settings)
-    application.state.pipeline.metrics.registry.register(logs)
-    limits = {field.name: getattr(settings, field.name) for field in fields(ConnectionLimits)}
-    limits["max_connections"] = connections_within_file_limit(settings.max_connections)
-    server = Server(
-        application,
-        application.state.pipeline,
-        ConnectionLimits(**limits),
-        refuse=application.state.judge.refusal,
-        pressed=application.state.judge.pressed,
-        host=settings.host,
-        port=settings.port,
-        trusted_proxies=settings.trusted_proxies,
-        delay_seconds=settings.shutdown_delay_seconds,
-        graceful_seconds=settings.graceful_timeout_seconds,
-    )
-    # A signal before uvicorn listens to it ends the service as soon as it has started. After shutdown uvicorn
-    # raises the signal that stopped it again: all is done by then, so the exit status is 0.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-    if application.state.key_file:
-        signal.signal(signal.SIGHUP, lambda *_: application.state.key_file.reload())
-    server.run()
-    if not server.started:
-        raise typer.Exit(1)
+    if supervise(settings, logs):
+        return
+    run(settings, logs)
 
 
 @app.command()

@@ -5,10 +5,11 @@ import contextlib
 import gzip
 import inspect
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import fields
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -29,7 +30,7 @@ from service.http.security_headers import SecurityHeaders
 from service.http.shedding import Judge, Shedding
 from service.image_work import seconds_per_pixel
 from service.key_file import KeyFile, entries_of_settings
-from service.keys import KeyRing
+from service.keys import KeyEntry, KeyRing, Usage
 from service.limits import Limits
 from service.metrics import Metrics
 from service.models.loading import Loader
@@ -43,6 +44,7 @@ from service.rollouts.rollout import Rollout
 from service.rollouts.rollouts import Rollouts
 from service.rollouts.start import settled
 from service.scheduling.cost import Load
+from service.scheduling.room import Room
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.watchdog import Patience
 from service.settings import Settings
@@ -53,23 +55,26 @@ log = structlog.get_logger()
 
 
 def create_app(
-    settings: Settings, *, clock: Callable[[], float] = time.perf_counter, source: Mirror | None = None
+    settings: Settings,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    source: Mirror | None = None,
+    room: Room | None = None,
+    usage: Callable[[str], Usage] | None = None,
+    packed: Path | None = None,
 ) -> FastAPI:
     """Load and verify the models, and build the application that serves them. Raises StartupError.
 
     `source`: what `make_source` makes of the settings, where the caller has to close it in the middle of this.
+    `room`, `usage` (see `KeyRing`) and `packed` (see `Loader`): what several processes share.
     """
     release = version("stridevit")
     tracing = Tracing(settings.otlp_endpoint, version=release) if settings.otlp_endpoint else None
     metrics = Metrics()
-    ring = KeyRing(fixed := entries_of_settings(settings.api_key_hashes, settings.admin_key_hash))
+    ring = KeyRing(fixed := entries_of_settings(settings.api_key_hashes, settings.admin_key_hash), usage=usage)
     metrics.registry.register(ring)
-    key_file = (
-        KeyFile(settings.keys_file, ring, fixed=fixed, poll_seconds=settings.keys_poll_seconds)
-        if settings.keys_file
-        else None
-    )
-    pipeline = make_pipeline(settings, metrics, clock, source)
+    key_file = key_file_of(settings, ring, fixed)
+    pipeline = make_pipeline(settings, metrics, clock, source, room=room, packed=packed)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -115,7 +120,7 @@ def create_app(
         docs_page.router(),
         v1.router(pipeline),
         v1_compare.router(pipeline),
-        v1_live.router(pipeline, StatusReport(pipeline, device=settings.engine_options().device)),
+        v1_live.router(pipeline, report := StatusReport(pipeline, device=settings.engine_options().device)),
         *v2_routers,
         hf.router(pipeline),
     ]
@@ -151,14 +156,7 @@ def create_app(
         guarded_pages=settings.guarded_pages,
         metrics=metrics,
     )
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["*"],
-        )
+    allow_origins(app, settings.cors_origins)
     app.add_middleware(
         Observe,
         metrics=metrics,
@@ -168,14 +166,29 @@ def create_app(
             {page.PATH: page.headers(), docs.PATH: docs_page.headers}, parts=(f"{docs.PARTS}/", f"{page.PARTS}/")
         ),
     )
-    app.state.judge = Judge(
-        pipeline=pipeline,
-        metrics=metrics,
-        cors_origins=settings.cors_origins,
-        has_key=lambda scope: not keys_needed or any(ring.find(key) for key in offered(scope)),
+    app.state.report, app.state.judge = (
+        report,
+        Judge(
+            pipeline=pipeline,
+            metrics=metrics,
+            cors_origins=settings.cors_origins,
+            has_key=lambda scope: not keys_needed or any(ring.find(key) for key in offered(scope)),
+        ),
     )
     app.add_middleware(Shedding, judge=app.state.judge)
     return app
+
+
+def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
+    """Let pages of these origins read answers in a browser."""
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
 
 
 def metrics_answer(text: bytes, *, accepted: str) -> Response:
@@ -192,6 +205,9 @@ def make_pipeline(
     metrics: Metrics,
     clock: Callable[[], float] = time.perf_counter,
     source: Mirror | None = None,
+    *,
+    room: Room | None = None,
+    packed: Path | None = None,
 ) -> Pipeline:
     """A pipeline with all models loaded. Raises StartupError."""
     source = source or make_source(settings)
@@ -208,7 +224,7 @@ def make_pipeline(
     )
     options = settings.engine_options()
     scheduler = Scheduler(load, cores=options.cores, patience=patience, batch_share=settings.batch_share)
-    loader = make_loader(settings, options, scheduler, load)
+    loader = make_loader(settings, options, scheduler, load, packed=packed)
     registry = make_registry(settings, loader, scheduler, source)
     try:
         registry.load_all()
@@ -217,8 +233,7 @@ def make_pipeline(
         raise
     finally:
         loader.rest()
-    limits = Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)})
-    pipeline = Pipeline(registry, scheduler, load, limits=limits, metrics=metrics)
+    pipeline = Pipeline(registry, scheduler, load, limits=limits_of(settings), metrics=metrics, room=room)
     if splits := settled(settings.splits(), registry):
         rollouts = [Rollout(split, registry, metrics) for split in splits]
         max_bytes, max_images = settings.shadow_pending_bytes, settings.max_pending_images
@@ -227,10 +242,29 @@ def make_pipeline(
     return pipeline
 
 
-def make_loader(settings: Settings, options: EngineOptions, scheduler: Scheduler, load: Load) -> Loader:
+def key_file_of(settings: Settings, ring: KeyRing, fixed: Sequence[KeyEntry]) -> KeyFile | None:
+    """What keeps the ring as the file of keys says, beside the `fixed` ones. Raises StartupError."""
+    if settings.keys_file is None:
+        return None
+    return KeyFile(settings.keys_file, ring, fixed=fixed, poll_seconds=settings.keys_poll_seconds)
+
+
+def limits_of(settings: Settings) -> Limits:
+    """The limits of requests."""
+    return Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)})
+
+
+def make_loader(
+    settings: Settings, options: EngineOptions, scheduler: Scheduler, load: Load, *, packed: Path | None = None
+) -> Loader:
     """What loads models as the settings say."""
     return Loader(
-        scheduler, load, options, memory_bytes=settings.memory_bytes, timeout_seconds=settings.load_timeout_seconds
+        scheduler,
+        load,
+        options,
+        memory_bytes=settings.memory_bytes,
+        timeout_seconds=settings.load_timeout_seconds,
+        packed=packed,
     )
 
 

@@ -30,10 +30,10 @@ _VECTOR_EXTENSIONS = ("avx", "amx", "fma", "sse4")
 def available_cores() -> int:
     """Whole cores that this process may use by affinity and cgroup quota, at least one."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(affinity, _quota() or affinity))
+    return max(1, min(affinity, quota_cores() or affinity))
 
 
-def _quota() -> int | None:
+def quota_cores() -> int | None:
     """Cores' worth of CPU time that the container grants, rounded down; None without a limit."""
     try:
         if _CGROUP_V2.is_file():

@@ -74,6 +74,9 @@ class KeyEntry(BaseModel):
 class Usage:
     """What was done with the key of one name. It outlives the entry, so that a reload resets no limit."""
 
+    elsewhere = 0
+    """Requests in work in other processes that share the limit."""
+
     def __init__(self, clock: Callable[[], float]) -> None:
         self.in_work = 0
         self.statuses: Counter[int] = Counter()
@@ -85,7 +88,7 @@ class Usage:
     def begin(self, entry: KeyEntry) -> float:
         """Count one more request in work; `end` takes what this returns. Raises KeyLimited, then there is no end."""
         started = self._clock()
-        if entry.max_concurrent is not None and self.in_work >= entry.max_concurrent:
+        if entry.max_concurrent is not None and self.in_work + self.elsewhere >= entry.max_concurrent:
             mean = _UNKNOWN_SECONDS if self._mean_seconds is None else self._mean_seconds
             raise KeyLimited(
                 f"key {entry.name} may have {entry.max_concurrent} requests in work at once: retry when one has ended",
@@ -110,12 +113,17 @@ class Usage:
         self._tokens = min(burst, self._tokens + max(0.0, now - self._refilled_at) * rate)
         self._refilled_at = now
         if self._tokens < 1:
-            raise KeyLimited(
-                f"key {entry.name} may send {rate:g} requests per second: retry later",
-                reason="key-rate",
-                retry_after_s=(1 - self._tokens) / rate,
-            )
+            raise beyond_rate(entry, (1 - self._tokens) / rate)
         self._tokens -= 1
+
+
+def beyond_rate(entry: KeyEntry, retry_after_s: float) -> KeyLimited:
+    """The error of a request beyond its key's rate."""
+    return KeyLimited(
+        f"key {entry.name} may send {entry.requests_per_second:g} requests per second: retry later",
+        reason="key-rate",
+        retry_after_s=retry_after_s,
+    )
 
 
 class Key:
@@ -142,9 +150,16 @@ class KeyRing(Collector):
     As a collector it gives the metrics of each key by name; there are as many series as keys in use.
     """
 
-    def __init__(self, entries: Iterable[KeyEntry] = (), *, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Raises ValueError if two entries have the same name or the same hash."""
-        self._clock = clock
+    def __init__(
+        self,
+        entries: Iterable[KeyEntry] = (),
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        usage: Callable[[str], Usage] | None = None,
+    ) -> None:
+        """`usage` makes what counts the use of the key of a name. Raises ValueError if two entries have the same name
+        or the same hash."""
+        self._usage = usage or (lambda _: Usage(clock))
         self._by_digest: dict[bytes, Key] = {}
         self.replace(entries)
 
@@ -154,7 +169,7 @@ class KeyRing(Collector):
         found: dict[bytes, Key] = {}
         names: set[str] = set()
         for entry in entries:
-            key = Key(entry, usages.get(entry.name) or Usage(self._clock))
+            key = Key(entry, usages.get(entry.name) or self._usage(entry.name))
             if key.name in names:
                 raise ValueError(f"two keys have the name {key.name!r}")
             if key.digest in found:

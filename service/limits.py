@@ -1,6 +1,7 @@
 """The limits of requests, in one place for all who hold them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from service.images import ImageRules, MemoryBudget
 
@@ -29,6 +30,16 @@ class Limits:
     deadline_margin: float
     max_consecutive_faults: int
     trim_memory_bytes: int
+
+    def of_room(self) -> dict[str, Any]:
+        """The bounds of `service.scheduling.room.Room`."""
+        return {
+            "max_images": self.max_pending_images,
+            "max_bytes": self.max_pending_bytes,
+            "reserved_fraction": self.reserved_fraction,
+            "large_body_bytes": self.large_body_bytes,
+            "large_bodies_fraction": self.large_bodies_fraction,
+        }
 
     def image_rules(self) -> ImageRules:
         """Which images are decoded, and how; with a memory budget of its own."""

@@ -120,7 +120,14 @@ class Pipeline:
     """Ready models and what it takes to answer with them. One per application."""
 
     def __init__(
-        self, registry: Registry, scheduler: Scheduler, load: Load, *, limits: Limits, metrics: Metrics
+        self,
+        registry: Registry,
+        scheduler: Scheduler,
+        load: Load,
+        *,
+        limits: Limits,
+        metrics: Metrics,
+        room: Room | None = None,
     ) -> None:
         self.registry, self.scheduler, self.load = registry, scheduler, load
         self.limits, self.metrics = limits, metrics
@@ -129,13 +136,7 @@ class Pipeline:
         self.admission = Admission(
             scheduler,
             load,
-            Room(
-                max_images=limits.max_pending_images,
-                max_bytes=limits.max_pending_bytes,
-                reserved_fraction=limits.reserved_fraction,
-                large_body_bytes=limits.large_body_bytes,
-                large_bodies_fraction=limits.large_bodies_fraction,
-            ),
+            room or Room(**limits.of_room()),
             margin=limits.deadline_margin,
             batch_share=limits.batch_share,
             lag=self.lag,

@@ -100,6 +100,12 @@ def _repository(value: object) -> Path | Address:
     return parse_address(value) if is_address(value) else Path(value)
 
 
+def _workers(value: str) -> str:
+    if value != "auto" and not (value.isascii() and value.isdecimal() and len(value) < 4):
+        raise ValueError(f"{value!r} is neither a number of processes nor auto")
+    return value
+
+
 def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
@@ -313,6 +319,9 @@ class Settings(BaseSettings):
     config: _Optional[Path] = None
     """TOML file of settings, one `name = value` per line, without tables; relative paths in it are relative to the
     current folder."""
+    workers: Annotated[str, AfterValidator(_workers)] = "1"
+    """Processes that serve, behind one port: a number, or `auto` for one per GPU, or on the CPU one for every four
+    cores. More than one: see `docs/workers.md`."""
     shutdown_delay_seconds: Annotated[float, Field(ge=0)] = 0.0
     """Seconds of serving after SIGTERM while `/readyz` answers 503, so that load balancers stop sending requests."""
     graceful_timeout_seconds: PositiveInt = 30
@@ -355,6 +364,8 @@ class Settings(BaseSettings):
                 f"max_body_bytes ({self.max_body_bytes}) exceeds the {large} of max_pending_bytes that "
                 f"large_bodies_fraction ({self.large_bodies_fraction:g}) leaves to large bodies{_NEVER_ADMITTED}"
             )
+        if self.workers not in ("0", "1") and self.port == 0:
+            raise ValueError("workers need a fixed port, which all of them serve: set port, such as --port 8000")
         if self.guarded_pages and not (self.api_key_hashes or self.admin_key_hash or self.keys_file):
             raise ValueError("guarded_pages needs keys: set api_key_hashes, admin_key_hash or keys_file")
         return self

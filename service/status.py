@@ -96,6 +96,18 @@ class _Snapshot:
     """Requests of at most the upper bound of each bucket, by model."""
 
 
+class Report(BaseModel):
+    """What a Status is written from, and several can be added up from."""
+
+    members: dict[str, Any]
+    """Those of a Status but `models`, `models_left_out` and `choices`."""
+    models: list[dict[str, Any]]
+    """The members of each ModelStatus but percentiles; and `times`, how many requests of the window took at most each
+    of `SECONDS`, and how many there were."""
+    choices: dict[str, dict[str, int]]
+    """Requests by model and family."""
+
+
 class StatusReport:
     """Writes the status, and keeps the snapshots of the last seconds."""
 
@@ -114,11 +126,14 @@ class StatusReport:
 
     def json(self) -> bytes:
         """A Status as JSON, of at most MAX_BYTES."""
+        return written(self.take())
+
+    def take(self) -> Report:
+        """The state now."""
         pipeline, now = self._pipeline, self._snapshot()
         before = min(self._snapshots, key=lambda other: (abs(now.at - other.at - _WINDOW_SECONDS), other.at))
         seconds = max(now.at - before.at, 1e-3)
         self._keep(now)
-        models = self._models(before, now, seconds)
         drain = predicted_drain_seconds(pipeline)
         members: dict[str, Any] = {
             "time": round(self._unix_time(), 3),
@@ -136,7 +151,7 @@ class StatusReport:
         }
         if pipeline.rollouts:
             members["rollouts"] = [rollout.status() for rollout in pipeline.rollouts.all]
-        return to_json({**members, **self._that_fit(models, MAX_BYTES - len(to_json(members)))})
+        return Report(members=members, models=self._models(before, now, seconds), choices=self._choices())
 
     def _snapshot(self) -> _Snapshot:
         metrics, now = self._pipeline.metrics, _Snapshot(self._clock())
@@ -173,37 +188,45 @@ class StatusReport:
                     "state": "ready" if serving and not self._pipeline.scheduler.hang else entry.state,
                     "images": images,
                     "images_per_s": round((images - before.images.get(name, 0)) / seconds, 2),
-                    **{f"p{percent}_ms": _milliseconds(times, percent / 100) for percent in (50, 95, 99)},
+                    "times": times,
                     "waiting": sum(len(model.queue) for model in serving),
                     "memory_mb": _mb(sum(model.model_bytes + model.arena_bytes for model in serving)),
                 }
             )
-        rows.sort(key=lambda row: (-row["images_per_s"], -row["images"], row["name"]))
         return rows
 
-    def _that_fit(self, models: list[dict[str, Any]], room: int) -> dict[str, Any]:
-        """The last members of a Status, in so many bytes."""
+    def _choices(self) -> dict[str, dict[str, int]]:
         chosen: dict[str, dict[str, int]] = {}
         for labels, count in self._pipeline.metrics.totals("choices"):
             # For each model one family, and several reasons.
             of = chosen.setdefault(labels["model"], {})
             of[labels["family"]] = of.get(labels["family"], 0) + int(count)
-        listed: list[dict[str, Any]] = []
-        found: dict[str, Any] = {"models": listed, "models_left_out": len(models), "choices": {}}
-        room -= len(to_json(found))
-        for row in models:
-            choices = chosen.get(row["name"], {})
-            # Names, quotes, colons, commas and brackets.
-            room -= (
-                len(to_json(row)) + 1 + sum(len(to_json({family: {row["name"]: n}})) for family, n in choices.items())
-            )
-            if room < 0:
-                break
-            listed.append(row)
-            found["models_left_out"] -= 1
-            for family, count in choices.items():
-                found["choices"].setdefault(family, {})[row["name"]] = count
-        return found
+        return chosen
+
+
+def written(report: Report) -> bytes:
+    """A Status as JSON, of at most MAX_BYTES."""
+    rows = sorted(report.models, key=lambda row: (-row["images_per_s"], -row["images"], row["name"]))
+    models = [{name: value for name, value in row.items() if name != "times"} | _percentiles(row) for row in rows]
+    room = MAX_BYTES - len(to_json(report.members))
+    listed: list[dict[str, Any]] = []
+    found: dict[str, Any] = {"models": listed, "models_left_out": len(models), "choices": {}}
+    room -= len(to_json(found))
+    for row in models:
+        choices = report.choices.get(row["name"], {})
+        # Names, quotes, colons, commas and brackets.
+        room -= len(to_json(row)) + 1 + sum(len(to_json({family: {row["name"]: n}})) for family, n in choices.items())
+        if room < 0:
+            break
+        listed.append(row)
+        found["models_left_out"] -= 1
+        for family, count in choices.items():
+            found["choices"].setdefault(family, {})[row["name"]] = count
+    return to_json({**report.members, **found})
+
+
+def _percentiles(row: dict[str, Any]) -> dict[str, float | None]:
+    return {f"p{percent}_ms": _milliseconds(row["times"], percent / 100) for percent in (50, 95, 99)}
 
 
 def _difference(now: dict[str, int], before: dict[str, int]) -> Iterable[int]:

@@ -241,7 +241,7 @@ def repository(pipeline: Pipeline) -> APIRouter:
     )
     async def index(request: Request) -> list[dict[str, str]]:
         """Every version that is or could be served, and its state; `{"ready": true}` asks for those ready."""
-        only_ready = (await _repository_request(request)).ready
+        only_ready = (await repository_request(request)).ready
         return [
             {
                 "name": entry.name,
@@ -258,7 +258,7 @@ def repository(pipeline: Pipeline) -> APIRouter:
     )
     async def load(name: str, request: Request) -> dict[str, str]:
         """Load a model's newest version again; what serves goes on if that fails. Needs the admin key."""
-        if (await _repository_request(request)).parameters:
+        if (await repository_request(request)).parameters:
             raise BadRequest("a bundle is loaded as it was published: no configuration or files come with the request")
         try:
             await registry.load(name)
@@ -271,14 +271,14 @@ def repository(pipeline: Pipeline) -> APIRouter:
     )
     async def unload(name: str, request: Request) -> dict[str, str]:
         """Take a model out of service, once it has answered what it accepted. Needs the admin key."""
-        await _repository_request(request)
+        await repository_request(request)
         await registry.unload(name)
         return {}
 
     return routes
 
 
-async def _repository_request(request: Request) -> RepositoryRequest:
+async def repository_request(request: Request) -> RepositoryRequest:
     """A JSON body that may be missing; clients send it with any Content-Type or none. Raises BadRequest."""
     body = await read_small_body(request, max_bytes=_SMALL_BODY, timeout_seconds=_SMALL_BODY_SECONDS)
     try:

@@ -23,6 +23,7 @@ from service.errors import BundleError, NotNow
 from service.host import memory_left_bytes, resident_bytes
 from service.models.engines import Engines, blank
 from service.models.model import Model
+from service.models.packed import shared
 from service.models.proof import EngineOptions, Proof
 from service.models.prover import Prover
 from service.models.scratch import scratch_folder
@@ -53,10 +54,12 @@ class Loader:
         *,
         memory_bytes: int = 0,
         timeout_seconds: float = 300.0,
+        packed: Path | None = None,
     ) -> None:
-        """`memory_bytes`: what this process may take in all, 0 for all that there is; `timeout_seconds`: of a proof."""
+        """`memory_bytes`: what this process may take in all, 0 for all that there is; `timeout_seconds`: of a proof;
+        `packed`: a folder in which several processes share packed weights."""
         self._scheduler, self._load, self._options = scheduler, load, options
-        self._memory_bytes = memory_bytes
+        self._memory_bytes, self._packed = memory_bytes, packed
         self._prover = Prover(self._options, seconds=timeout_seconds)
         self._proofs: dict[tuple[str, int], Proof] = {}
         """The last proof of each version: what has been proven here once is not proven again."""
@@ -157,6 +160,8 @@ class Loader:
     def _open(self, bundle: Bundle, proof: Proof, scratch: Path | None) -> tuple[Engines, tuple[Layout, ...]]:
         """Engines that are warmed up, and their layouts as timed here."""
         packed = packed_in(scratch) if scratch and len(proof.layouts) > 1 else None
+        if packed and self._packed:
+            packed = shared(packed, self._packed)
         layouts = proof.layouts if packed else proof.layouts[:1]
         on_engine, opened = self._scheduler.on_engine, dict[int, Engine]()
         engines = Engines(bundle, opened)

@@ -221,6 +221,28 @@ class Registry:
         if scan.failures:
             raise BundleError(f"model {name!r}: {'; '.join(scan.failures)}")
 
+    async def restore(self, name: str, versions: Collection[int], *, withdraw: bool = False) -> None:
+        """Serve these versions of a model and no others, as before a change that failed in another process.
+
+        `withdraw`: polling does not load the others again, until it is asked for. Raises BundleError if a version
+        cannot be loaded or is gone; then what served before goes on serving.
+        """
+        if not versions:
+            if name in self._models:
+                await self.unload(name)
+            return
+        async with self._loading:
+            self._unloaded.discard(name)
+            try:
+                scan = await self._update(name, fresh=False, only=frozenset(versions))
+            finally:
+                await asyncio.to_thread(self._loader.rest)
+        if withdraw:
+            self._withdrawn |= {(name, version) for version in scan.published if version not in versions}
+        if missing := set(versions) - scan.wanted:
+            why = "; ".join(scan.failures) or "not in the repository"
+            raise BundleError(f"model {name!r}: version {_listed(missing)}: {why}")
+
     async def unload(self, name: str) -> None:
         """Take a model out of service once it has answered what it accepted. Raises UnknownModel."""
         if name not in self._models:
@@ -304,10 +326,10 @@ class Registry:
             raise BundleError(f"the model repository {self._repository} is empty: what serves goes on serving")
         return listing
 
-    async def _update(self, name: str, *, fresh: bool) -> _Scan:
+    async def _update(self, name: str, *, fresh: bool, only: frozenset[int] | None = None) -> _Scan:
         async with self._exchange[name]:
             before = dict(self._models.get(name, {}))
-            scan = await asyncio.to_thread(self._scan, name, fresh=fresh)
+            scan = await asyncio.to_thread(self._scan, name, fresh=fresh, only=only)
             self._serve(scan)
             replaced = {model.version for model in scan.loaded}
             # Nothing is retired for a version that cannot serve, nor because the folder cannot be listed.
@@ -316,8 +338,8 @@ class Registry:
                 await self._retire(retired, reason="" if scan.published else "removed from the repository")
             return scan
 
-    def _scan(self, name: str, *, fresh: bool) -> _Scan:
-        """Load the newest versions that can be loaded. Blocks.
+    def _scan(self, name: str, *, fresh: bool, only: frozenset[int] | None = None) -> _Scan:
+        """Load the newest versions that can be loaded, or all of `only`. Blocks.
 
         Unless `fresh`, versions that serve stay, and those that failed are tried again only once there is a reason to.
         """
@@ -342,18 +364,19 @@ class Registry:
                 self._index.note_unlisted(name, scan.failures[0])
         for version in reversed(scan.published):
             on_trial = (name, version) in self._on_trial
-            if not on_trial and sum((name, each) not in self._on_trial for each in scan.wanted) == (
-                self.versions_to_serve
-            ):
+            if only is not None and version not in only:
                 continue
-            if fresh:
+            full = sum((name, each) not in self._on_trial for each in scan.wanted) == self.versions_to_serve
+            if only is None and full and not on_trial:
+                continue
+            if fresh or only is not None:
                 self._withdrawn.discard((name, version))
             elif (name, version) in self._withdrawn:
                 continue
             folder = self._repository / name / str(version)
             if not fresh and version in serving:
                 scan.wanted.add(version)
-            elif fresh or self._failures.worth_trying((name, version), folder):
+            elif fresh or only is not None or self._failures.worth_trying((name, version), folder):
                 self._try(scan, name, version, folder, serving=version in serving)
         return scan
 

@@ -36,6 +36,8 @@ from service.http.server.parser import Head, Parser, Refused
 _OF_OTHERS: Final = tuple(prefix.encode() for prefix in OF_OTHERS)
 PROBES: Final = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
 """Paths that are answered even while all connections are in use."""
+UNIX_PEER: Final = "unix"
+"""The client's address on a UNIX socket: `forwarded_allow_ips` may name it."""
 MAX_PIPELINED: Final = 32
 """Requests that may wait for the answer to an earlier one of their connection; what follows them is not read."""
 DISCARDED_BYTES: Final = 1024 * 1024
@@ -86,7 +88,10 @@ class HttpProtocol(asyncio.Protocol):
         # Whatever the socket's own buffer does not take counts as unread.
         self._transport.set_write_buffer_limits(high=0)
         client, server = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
-        self._addresses = {"client": client and tuple(client[:2]), "server": server and tuple(server[:2])}
+        if self._socket.family == socket.AF_UNIX:
+            self._addresses: dict[str, Any] = {"client": (UNIX_PEER, 0), "server": (server, None)}
+        else:
+            self._addresses = {"client": client and tuple(client[:2]), "server": server and tuple(server[:2])}
         self._serves_all = self._connections.add(self)
         self._settle()
         if self._taken.data:

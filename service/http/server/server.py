@@ -84,7 +84,7 @@ class Server(uvicorn.Server):
         self.fuse.daemon = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen."""
+        """Begin to listen: at `sockets`, which listen already, or else at the host and port."""
         self.connections.start()
         # What is loaded stays: the collector would look at all of it again and again, each time for some 0.2 s.
         gc.collect()

@@ -17,4 +17,7 @@ def nothing_to_read(connection: socket.socket) -> bool:
 
 def peer_listens(connection: socket.socket) -> bool:
     """At the end of what a client sends: whether it has closed its side only."""
+    if connection.family == socket.AF_UNIX:
+        # Only the front comes this way, and it closes both sides.
+        return False
     return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == _HALF_CLOSED

@@ -21,6 +21,7 @@ from service.host import resident_bytes
 from service.models import loading
 from service.models.engines import blank
 from service.models.loading import Loader
+from service.models.packed import clear
 from service.models.proof import EngineOptions, Proof, prove
 from service.scheduling.cost import Load
 from service.scheduling.layouts import Layout
@@ -39,7 +40,9 @@ def make_loader() -> Iterator[MakeLoader]:
     """Makes loaders, and ends what they started."""
     made: list[Loader] = []
 
-    def make(*, threads: int = 1, memory_bytes: int = 0, timeout_seconds: float = 300) -> Loader:
+    def make(
+        *, threads: int = 1, memory_bytes: int = 0, timeout_seconds: float = 300, packed: Path | None = None
+    ) -> Loader:
         options = EngineOptions.of("cpu", threads=threads, max_batch=2, tuning=Tuning())
         scheduler = Scheduler(load := Load(), cores=options.cores)
         loader = Loader(
@@ -48,6 +51,7 @@ def make_loader() -> Iterator[MakeLoader]:
             options,
             memory_bytes=memory_bytes,
             timeout_seconds=timeout_seconds,
+            packed=packed,
         )
         made.append(loader)
         return loader
@@ -136,6 +140,31 @@ def test_a_model_of_several_layouts_answers_the_same_in_each_and_leaves_no_file(
         one, other = (model.engines.run(blank(model.bundle, 1), threads) for threads in (1, 2))
         np.testing.assert_allclose(one[0], other[0], atol=1e-5)
         assert list(tmp_path.iterdir()) == [tmp_path / "models"]
+
+
+def test_packed_weights_are_shared_by_their_content_and_removed_once_nobody_maps_them(
+    make_loader: MakeLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.models.prover.Prover.prove", _both_layouts)
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    one, other = (publish_identity(tmp_path / "models", work=work) for work in (1, 2))
+    images = np.random.default_rng(0).integers(0, 256, (2, 2, 2, 3), np.uint8)
+    # As in processes of their own: each packs for itself, and what is the same is there once.
+    models = [make_loader(threads=2, packed=packed).load(one) for _ in range(3)]
+    (folder,) = packed.iterdir()
+    assert str(folder) in Path("/proc/self/maps").read_text()
+    different = make_loader(threads=2, packed=packed).load(other)
+    assert len(list(packed.iterdir())) == 2
+    answers = [model.engines.run(images, 2)[0] for model in models]
+    assert all(np.array_equal(answer, answers[0]) for answer in answers)
+    different.engines.close()
+    clear(packed, [os.getpid()])
+    assert list(packed.iterdir()) == [folder]
+    for model in models:
+        model.engines.close()
+    clear(packed, [os.getpid()])
+    assert list(packed.iterdir()) == []
 
 
 def _both_layouts(
