@@ -1,8 +1,4 @@
-"""Two Ray nodes on this machine, in namespaces: nothing reaches the network, and nothing outlives the test.
-
-`enclosed` runs a command in new network and process namespaces, in which only `lo` is up. When the command ends, or
-whoever started it, the kernel ends every process of Ray with it.
-"""
+"""Two Ray nodes on this machine. Inside the namespaces of `enclosure.run` only, which end what is started here."""
 
 import os
 import secrets
@@ -19,9 +15,10 @@ import ray
 from ray.serve._private.api import serve_start
 from ray.serve.schema import ServeDeploySchema
 
+from tests.cluster.ray.enclosure import ROOT
+
 import psutil  # isort: skip (Ray brings it, and puts it on the path)
 
-ROOT = Path(__file__).parents[3]
 PORT = 8000
 """Of Ray's HAProxy."""
 _GCS = "127.0.0.1:6379"
@@ -36,18 +33,6 @@ _AGENTS = {
     "runtime_env_agent_port": "--runtime-env-agent-port",
 }
 """Files in which the agents of a node say their ports, and the options that set them."""
-
-
-def enclosed(command: Sequence[str], *, seconds: float, environment: Mapping[str, str]) -> int:
-    """Run `command` in new namespaces, as root, and return its status. It is killed after `seconds`, and on Ctrl-C."""
-    unshare = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    inside = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
-    process = subprocess.Popen([*unshare, *inside], cwd=ROOT, env=dict(environment))
-    try:
-        return process.wait(seconds)
-    finally:
-        process.kill()
-        process.wait()
 
 
 def variables(file: Path = ROOT / "deploy" / "ray.env") -> dict[str, str]:
@@ -67,7 +52,7 @@ class Replica:
 
 
 class Cluster:
-    """A head node and a worker node, each with one core for a replica. Inside the namespaces only."""
+    """A head node and a worker node, each with one core for a replica."""
 
     def __init__(self, folder: Path, *, draining_seconds: float) -> None:
         """`folder` must have a short path: Ray's sockets are in it."""
@@ -79,6 +64,9 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_raylet_start_wait_time_s": f"{_PATIENCE_SECONDS}",
             "RAY_worker_register_timeout_seconds": f"{_PATIENCE_SECONDS}",
+            # Ray kills a front that is not there in time, which is 5 s.
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "300",
+            "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "300",
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
         }
@@ -105,12 +93,12 @@ class Cluster:
     def deploy(self, config: Mapping[str, Any]) -> None:
         """Deploy, or deploy again, as `serve deploy` and `serve run` do; returns when Ray says that it runs."""
         # What both put their file to; `serve deploy` goes through the dashboard, which is not run here.
-        client = serve_start(http_options=config["http_options"], proxy_location=config["proxy_location"])
-        client.deploy_apps(ServeDeploySchema.model_validate(dict(config)))
-        self._client = client
+        if self._client is None:
+            self._client = wait_for(lambda: _serve(config), "Ray Serve")
+        self._client.deploy_apps(ServeDeploySchema.model_validate(dict(config)))
 
         def running() -> bool:
-            (app,) = client.get_serve_details()["applications"].values()
+            (app,) = self._client.get_serve_details()["applications"].values()
             if app["status"] == "DEPLOY_FAILED":
                 raise RuntimeError(app["message"])
             return bool(app["status"] == "RUNNING")
@@ -183,6 +171,14 @@ def wait_for(look: Callable[[], Any], what: str, *, every: float = 1.0) -> Any:
             raise TimeoutError(f"no {what} within {_PATIENCE_SECONDS} s")
         time.sleep(every)
     return found
+
+
+def _serve(config: Mapping[str, Any]) -> Any:
+    """Ray Serve's client; None if it was not ready within Ray's own minute."""
+    try:
+        return serve_start(http_options=config["http_options"], proxy_location=config["proxy_location"])
+    except (ray.exceptions.RayError, TimeoutError):
+        return None
 
 
 def haproxy_cpu_seconds() -> float:

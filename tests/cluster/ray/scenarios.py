@@ -1,6 +1,6 @@
-"""What must hold on two Ray nodes, run for real inside the namespaces of `nodes.enclosed`.
+"""What must hold on two Ray nodes, run for real inside the namespaces of `enclosure.run`.
 
-    python -m tests.cluster.ray.scenarios NAME OUT --repository DIR --model NAME
+    python -m tests.cluster.ray.scenarios NAME OUT --folder DIR --repository DIR --model NAME
 
 Writes what it counted to OUT, as JSON. The interpreter needs `stridevit[cpu,ray]`.
 """
@@ -8,8 +8,6 @@ Writes what it counted to OUT, as JSON. The interpreter needs `stridevit[cpu,ray
 import argparse
 import asyncio
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -122,27 +120,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("name", choices=SCENARIOS)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--folder", type=Path, required=True, help="empty folder with a short path, for Ray")
     parser.add_argument("--repository", type=Path, required=True)
     parser.add_argument("--model", required=True)
     asked = parser.parse_args()
 
     def made(**options: Any) -> Counts:
-        return config(asked.repository.absolute(), asked.model, **options)
+        return config(asked.repository, asked.model, **options)
 
-    # Not by TMPDIR: Ray's sockets need a short path.
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-    try:
-        cluster = Cluster(folder, draining_seconds=DRAINING_SECONDS)
-        cluster.start_head()
-        cluster.start_worker()
-        cluster.connect()
-        asked.out.write_text(json.dumps(asyncio.run(SCENARIOS[asked.name](cluster, made, asked.model))))
-    finally:
-        # The processes end with the namespace, which is when this one ends.
-        logs = folder / "session_latest" / "logs"
-        if logs.exists():
-            shutil.copytree(logs, asked.out.with_suffix(".logs"), symlinks=True, dirs_exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+    cluster = Cluster(asked.folder, draining_seconds=DRAINING_SECONDS)
+    cluster.start_head()
+    cluster.start_worker()
+    cluster.connect()
+    asked.out.write_text(json.dumps(asyncio.run(SCENARIOS[asked.name](cluster, made, asked.model))))
 
 
 if __name__ == "__main__":
