@@ -17,7 +17,7 @@ def run(python: str, scenario: str, out: Path, *, repository: Path, model: str, 
     """
     # Not by TMPDIR: the path of a socket may have 107 bytes, and Ray's are deep in its folder.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-    unshare = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    unshare = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
     command = [python, "-m", "tests.cluster.ray.scenarios", scenario, str(out), "--folder", str(folder)]
     command += ["--repository", str(repository.absolute()), "--model", model]
     try:

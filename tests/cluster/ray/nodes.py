@@ -108,13 +108,13 @@ class Cluster:
     def replicas(self) -> list[Replica]:
         """The replicas that Ray lets take requests."""
         (app,) = self._client.get_serve_details()["applications"].values()
-        listed = (one for deployment in app["deployments"].values() for one in deployment["replicas"])
+        listed = [one for deployment in app["deployments"].values() for one in deployment["replicas"]]
         found = []
-        for one in listed:
+        for one in (one for one in listed if one["state"] == "RUNNING"):
             with suppress(psutil.NoSuchProcess):
                 process = psutil.Process(one["pid"])
                 # It takes Ray some seconds to notice that a node was killed.
-                if one["state"] == "RUNNING" and process.status() != psutil.STATUS_ZOMBIE:
+                if process.status() != psutil.STATUS_ZOMBIE:
                     found.append(Replica(process.pid, one["node_id"], _cpu_seconds(process)))
         return found
 

@@ -25,6 +25,15 @@ _TIMED_REQUESTS = 200
 Counts = dict[str, Any]
 
 
+class Rows(list[Counts]):
+    """Counts, each printed as soon as it is there."""
+
+    def add(self, row: Counts) -> None:
+        """Add and print a row."""
+        print(json.dumps(row), flush=True)
+        self.append(row)
+
+
 def config(repository: Path, model: str, *, args: Mapping[str, Any] | None = None, **deployment: Any) -> Counts:
     """deploy/ray.yaml for two nodes on one machine."""
     ray_yaml = Path(__file__).parents[3] / "deploy" / "ray.yaml"
@@ -51,7 +60,7 @@ def read_yaml(file: Path) -> Any:
 async def kill(cluster: Cluster, made: Callable[..., Counts], model: str) -> list[Counts]:
     """Kill the worker node under load, three times."""
     await asyncio.to_thread(cluster.deploy, made(num_replicas=2))
-    counts = []
+    counts = Rows()
     for _ in range(KILLS):
         replicas = await asyncio.to_thread(cluster.wait_for_replicas, 2)
         assert len({one.node for one in replicas}) == 2, "both replicas are on one node"
@@ -59,7 +68,7 @@ async def kill(cluster: Cluster, made: Callable[..., Counts], model: str) -> lis
         await load.run(_CONNECTIONS, load.reaches(REQUESTS // 3))
         running = asyncio.create_task(load.run(_CONNECTIONS, load.reaches(REQUESTS)))
         await asyncio.sleep(1)  # requests are in flight, and further ones follow
-        counts.append({"processes_killed": cluster.kill_worker(), **(await running).as_dict()})
+        counts.add({"processes_killed": cluster.kill_worker(), **(await running).as_dict()})
         await asyncio.to_thread(cluster.start_worker)
     return counts
 
@@ -69,15 +78,15 @@ async def scale(cluster: Cluster, made: Callable[..., Counts], model: str) -> li
     policy = {"policy_function": "service.ray_app:ByDrain", "policy_kwargs": {"drain_seconds": 0.2, "busy": 0.8}}
     scaling = {"max_replicas": 2, "look_back_period_s": 4, "upscale_delay_s": 1, "downscale_delay_s": 5}
     await asyncio.to_thread(cluster.deploy, made(autoscaling_config={**scaling, "policy": policy}))
-    load, counts = Load(model, pictures()), []
+    load, counts = Load(model, pictures()), Rows()
     for connections, pause, wanted in ((1, 0.5, 1), (64, 0.0, 2), (1, 0.5, 1)):
         began = time.monotonic()
         reached = asyncio.create_task(asyncio.to_thread(cluster.wait_for_replicas, wanted))
         await load.run(connections, reached.done, pause_seconds=pause)
         # More requests, to the replicas that there are now.
         tally = await load.run(connections, load.reaches(load.sent + 20 * connections), pause_seconds=pause)
-        counts.append({"connections": connections, "replicas": len(await reached), **tally.as_dict()})
-        counts[-1]["seconds"] = round(time.monotonic() - began, 1)
+        row = {"connections": connections, "replicas": len(await reached), **tally.as_dict()}
+        counts.add({**row, "seconds": round(time.monotonic() - began, 1)})
     return counts
 
 
@@ -98,7 +107,7 @@ async def redeploy(cluster: Cluster, made: Callable[..., Counts], model: str) ->
 
 async def throughput(cluster: Cluster, made: Callable[..., Counts], model: str) -> list[Counts]:
     """One replica against two, in the order 1 2 2 1, with what CPU each part took."""
-    counts = []
+    counts = Rows()
     for wanted in (1, 2, 2, 1):
         await asyncio.to_thread(cluster.deploy, made(num_replicas=wanted))
         before = await asyncio.to_thread(cluster.wait_for_replicas, wanted)
@@ -108,7 +117,7 @@ async def throughput(cluster: Cluster, made: Callable[..., Counts], model: str) 
         used = sum(one.cpu_seconds for one in cluster.replicas()) - sum(one.cpu_seconds for one in before)
         per_request = {"replica": used, "front": front, "generator": own}
         cpu_ms = {name: round(1000 * value / tally.answered, 2) for name, value in per_request.items()}
-        counts.append({"replicas": wanted, **tally.as_dict(), "cpu_ms": cpu_ms})
+        counts.add({"replicas": wanted, **tally.as_dict(), "cpu_ms": cpu_ms})
     return counts
 
 

@@ -19,8 +19,8 @@ def counts(name: str, tmp_path: Path) -> list[dict[str, Any]]:
     python = os.environ.get("STRIDEVIT_RAY_PYTHON")
     if not python:
         pytest.skip("needs Ray: set STRIDEVIT_RAY_PYTHON to a Python with stridevit[cpu,ray]")
-    if os.geteuid() != 0 or not shutil.which("unshare") or not shutil.which("ip"):
-        pytest.skip("needs root, and `unshare` and `ip` for namespaces")
+    if os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "setpriv", "ip"))):
+        pytest.skip("needs root, and `unshare`, `setpriv` and `ip` for namespaces")
     out = tmp_path / "counts.json"
     status = run(python, name, out, repository=ROOT / "models", model="cifar100-csra-r2", seconds=_SECONDS)
     assert status == 0, f"the scenario ended with {status}; Ray's logs are in {out.with_suffix('.logs')}"
