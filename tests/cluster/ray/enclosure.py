@@ -1,24 +1,25 @@
-"""Runs a scenario in namespaces of its own. Needs no Ray: the scenario's interpreter has it."""
+"""Runs scenarios in namespaces of their own. Needs no Ray: the interpreter of the scenarios has it."""
 
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
 
 
-def run(python: str, scenario: str, out: Path, *, repository: Path, model: str, seconds: float) -> int:
-    """Run a scenario of `tests.cluster.ray.scenarios`, as root, and return its status; what it counts goes to `out`.
+def run(python: str, scenarios: Sequence[str], out: Path, *, repository: Path, model: str, seconds: float) -> int:
+    """Run scenarios of `tests.cluster.ray.scenarios`, as root, and return the status; what they count goes to `out`.
 
-    In its network nothing but `lo` is up. When it ends, or is killed after `seconds`, or whoever started it ends, the
-    kernel ends every process of Ray with it. If it fails, Ray's logs are left beside `out`.
+    In their network nothing but `lo` is up. When they end, or are killed after `seconds`, or whoever started them ends,
+    the kernel ends every process of Ray too. If they fail, Ray's logs are left beside `out`.
     """
     # Not by TMPDIR: the path of a socket may have 107 bytes, and Ray's are deep in its folder.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     unshare = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    command = [python, "-m", "tests.cluster.ray.scenarios", scenario, str(out), "--folder", str(folder)]
+    command = [python, "-m", "tests.cluster.ray.scenarios", *scenarios, "--out", str(out), "--folder", str(folder)]
     command += ["--repository", str(repository.absolute()), "--model", model]
     try:
         process = subprocess.Popen(

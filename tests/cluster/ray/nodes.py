@@ -120,7 +120,10 @@ class Cluster:
 
     def wait_for_replicas(self, count: int) -> list[Replica]:
         """Wait until there are `count` of them, no more and no fewer. Raises TimeoutError."""
-        return wait_for(lambda: found if len(found := self.replicas()) == count else None, f"{count} replicas")
+        found: list[Replica] = wait_for(
+            lambda: there if len(there := self.replicas()) == count else None, f"{count} replicas"
+        )
+        return found
 
     def kill_worker(self) -> int:
         """Kill the worker node at once, with all that it started; the number of its processes."""
@@ -197,4 +200,4 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 def _is_raylet(command: Sequence[str] | None) -> bool:
-    return bool(command) and command[0].endswith("/raylet/raylet")
+    return command is not None and any(command[:1]) and command[0].endswith("/raylet/raylet")

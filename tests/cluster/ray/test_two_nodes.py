@@ -22,9 +22,9 @@ def counts(name: str, tmp_path: Path) -> list[dict[str, Any]]:
     if os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "setpriv", "ip"))):
         pytest.skip("needs root, and `unshare`, `setpriv` and `ip` for namespaces")
     out = tmp_path / "counts.json"
-    status = run(python, name, out, repository=ROOT / "models", model="cifar100-csra-r2", seconds=_SECONDS)
+    status = run(python, [name], out, repository=ROOT / "models", model="cifar100-csra-r2", seconds=_SECONDS)
     assert status == 0, f"the scenario ended with {status}; Ray's logs are in {out.with_suffix('.logs')}"
-    found: list[dict[str, Any]] = json.loads(out.read_text())
+    found: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))[name]
     return found
 
 
