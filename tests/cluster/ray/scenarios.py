@@ -45,6 +45,7 @@ def config(repository: Path, model: str, *, args: Mapping[str, Any] | None = Non
     slow = {"body_timeout_seconds": 100, "upload_window_seconds": 90}
     app["args"] = {"repository": str(repository), "models": model, **slow, **(args or {})}
     (mine,) = app["deployments"]
+    mine["health_check_timeout_s"] = 300
     if "num_replicas" in deployment:
         del mine["autoscaling_config"]
     for name, value in deployment.items():
