@@ -6,6 +6,7 @@ CLIENTS := .venv-clients
 AUDIT := .venv-audit
 DOCS := .venv-docs
 DEPLOY := .venv-deploy
+RAY := .venv-ray
 UV := .venv-lock/bin/uv
 NODE := .node
 ENGINE := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)
@@ -39,9 +40,9 @@ test-all: $(DEV)/.installed $(SERVE)/.$(ENGINE) $(CLIENTS)/openapi/.installed ##
 	@echo "running all tests on $(WORKERS) workers; real data: $${STRIDEVIT_DATA:-none}"
 	@$(PYTEST) $(ALL) $(ARGS)
 
-test-cluster: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run the tests that kill and restart whole services under load, one after the other
+test-cluster: $(DEV)/.installed $(SERVE)/.$(ENGINE) $(RAY)/.installed ## Run the tests that kill and restart whole services under load, one after the other
 	@echo "running the tests of several processes and machines; namespaces need root"
-	@$(PYTEST) -m cluster -n 0 $(ARGS)
+	@STRIDEVIT_RAY_PYTHON=$(CURDIR)/$(RAY)/bin/python $(PYTEST) -m cluster -n 0 $(ARGS)
 
 coverage: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run `make test` and fail if it covers less of the packages than pyproject.toml asks for
 	@echo "running the tests but the slow ones on $(WORKERS) workers, measuring coverage; real data: $${STRIDEVIT_DATA:-none}"
@@ -81,6 +82,7 @@ lock: $(UV) ## Resolve pyproject.toml again into lock/ (exact versions and hashe
 	  --extra cpu --extra train --extra export --extra loadtest --extra dev
 	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-cpu.txt --extra cpu --extra tracing --extra remote
 	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-gpu.txt --extra gpu --extra tracing --extra remote
+	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/ray.txt --extra cpu --extra ray
 	@for other in client-triton client-kserve client-hf client-perf client-openapi audit docs deploy; do $(LOCK) lock/$$other.in -o lock/$$other.txt || exit 1; done
 
 audit: $(AUDIT)/.installed $(SERVE)/.cpu ## Look for known vulnerabilities, suspicious code and faults of the Dockerfile; write an SBOM
@@ -129,7 +131,7 @@ compose-test: $(DEPLOY)/.installed ## Run deploy/compose.yaml without Grafana (n
 
 clean: ## Remove environments, caches, dist/, site/ and the demo
 	@echo "removing environments, caches, dist/, site/ and $(DEMO)/"
-	@rm -rf $(DEV) $(SERVE) .venv-lock $(NODE) $(CLIENTS) $(AUDIT) $(DOCS) $(DEPLOY) $(DEMO) dist site .cache .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf $(DEV) $(SERVE) .venv-lock $(NODE) $(CLIENTS) $(AUDIT) $(DOCS) $(DEPLOY) $(RAY) $(DEMO) dist site .cache .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # An environment is rebuilt when its lock or pyproject.toml changes; the marker's name says which engine it has.
 $(DEV)/.installed: lock/dev.txt pyproject.toml
@@ -142,6 +144,12 @@ $(SERVE)/.cpu $(SERVE)/.gpu: $(SERVE)/.%: lock/service-%.txt pyproject.toml
 	@echo "setting up $(SERVE) for the service on $* (no torch)"
 	@rm -rf $(SERVE)
 	@$(call new-environment,$(SERVE),lock/service-$*.txt)
+	@touch $@
+
+$(RAY)/.installed: lock/ray.txt pyproject.toml
+	@echo "setting up $(RAY) with Ray Serve"
+	@rm -rf $(RAY)
+	@$(call new-environment,$(RAY),lock/ray.txt)
 	@touch $@
 
 $(CLIENTS)/triton/.installed $(CLIENTS)/kserve/.installed $(CLIENTS)/hf/.installed $(CLIENTS)/openapi/.installed: $(CLIENTS)/%/.installed: lock/client-%.txt

@@ -11,7 +11,7 @@ from deploy.check.helm import ROOT, VALUES, lint, template
 from deploy.monitoring.__main__ import stale, written
 
 _SETS = sorted(VALUES.glob("*.yaml"))
-_KSERVE = sorted((ROOT / "deploy" / "kserve").glob("*.yaml"))
+_EXAMPLES = {name: sorted((ROOT / "deploy" / name).glob("*.yaml")) for name in ("kserve", "kuberay")}
 
 
 def drift() -> str:
@@ -58,9 +58,9 @@ def of_compose() -> str:
     return f"compose.yaml is valid, also with the profiles {' and '.join(compose.PROFILES)}"
 
 
-def errors(rendered: dict[str, list[Document]], kserve: list[Document]) -> str:
+def errors(rendered: dict[str, list[Document]], examples: dict[str, list[Document]]) -> str:
     """Whether planted errors are found."""
-    Fault.of(planted.missed([*rendered["production"], *kserve]))
+    Fault.of(planted.missed([*rendered["production"], *examples["kserve"]]))
     return f"{planted.count()} planted errors are found"
 
 
@@ -75,12 +75,15 @@ def main() -> None:
         said(drift())
         rendered = charts()
         said(f"helm lint and template: {', '.join(rendered)}")
-        kserve = [document for file in _KSERVE for document in documents(file.read_text(encoding="utf-8"))]
+        examples = {
+            name: [document for file in files for document in documents(file.read_text(encoding="utf-8"))]
+            for name, files in _EXAMPLES.items()
+        }
         said(of_the_house(rendered))
         said(of_kubernetes(rendered))
-        said(of_crds({**rendered, "kserve": kserve}))
+        said(of_crds({**rendered, **examples}))
         said(of_compose())
-        said(errors(rendered, kserve))
+        said(errors(rendered, examples))
     except Fault as fault:
         sys.exit(f"deploy-check: {fault}")
 
