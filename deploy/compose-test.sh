@@ -30,7 +30,7 @@ service=http://127.0.0.1:$STRIDEVIT_PUBLISH
 prometheus=http://127.0.0.1:$PROMETHEUS_PUBLISH
 
 work=$(mktemp -d)
-# Two models of eleven: to prove all of them takes minutes on a busy machine.
+# Two models of twelve: to prove all of them takes minutes on a busy machine.
 cat >"$work/models.yaml" <<'END'
 services:
   stridevit:
