@@ -81,8 +81,8 @@ class DeterministicQueue:
             # What the table cuts off stays at its end.
             moves[number, -1] += 1 - moves[number].sum()
         equations = np.vstack([(moves.T - np.eye(size))[:-1], np.ones(size)])
-        found = np.linalg.solve(equations, np.eye(size)[-1])
-        return np.maximum(found, 0) / np.maximum(found, 0).sum()
+        found: npt.NDArray[np.float64] = np.maximum(np.linalg.solve(equations, np.eye(size)[-1]), 0)
+        return found / found.sum()
 
     @cached_property
     def _at_most(self) -> npt.NDArray[np.float64]:

@@ -1,6 +1,7 @@
 """The command `fronts`."""
 
 import shlex
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +13,10 @@ from loadtests.experiment.arms import parse_arm
 from loadtests.experiment.environment import this_command
 from loadtests.experiment.model import Arm
 from loadtests.experiment.run import Bench
+from loadtests.experiment.server import Server
 from loadtests.fronts.measure import Budget, FrontsExperiment, FrontsPlan, describer
 from loadtests.fronts.report import write
-from loadtests.fronts.serving import Setting, fronts
+from loadtests.fronts.serving import Setting, Started, fronts
 from loadtests.generator.payloads import describe, parse_sizes, read_payloads
 
 _SIZES = "320x240"
@@ -40,6 +42,13 @@ def fronts_command(
         float,
         typer.Option(min=0.05, max=0.95, help="Rate of the open loop, as a fraction of the saturated throughput."),
     ] = 0.6,
+    start_once: Annotated[
+        bool,
+        typer.Option(
+            "--start-once",
+            help="Start each front once, not for every block, for a slow machine; the others stay idle beside it.",
+        ),
+    ] = False,
     fresh: cli.Fresh = False,
     service_args: cli.ServiceArgs = "",
     command: cli.Command = None,
@@ -83,6 +92,7 @@ def fronts_command(
         connections=(1, 16),
         load_fraction=load,
         budget_minutes=budget,
+        start_once=start_once,
         skipped=tuple(skipped.items()),
     )
     cli.console.print(
@@ -91,11 +101,17 @@ def fronts_command(
     )
     experiment = FrontsExperiment(plan=plan, command=command or this_command(), payloads=describe(payloads, data))
     setting = Setting(repository=repository, model=model, workers=workers, arguments=plan.service_arguments)
-    bench = Bench(
-        experiment,
-        payloads,
-        out,
-        describe=describer(payloads),
-        serve=lambda arm, log: names[arm.label].serve(setting, log),
-    )
-    cli.run_rounds(bench, plan.loads, fresh=fresh, report=lambda: write(experiment, out), stop=Budget(budget).stop)
+
+    def serve(label: str, log: Path) -> AbstractContextManager[Server]:
+        return names[label].serve(setting, log)
+
+    with Started(serve) as started:
+        server = started.serve if start_once else serve
+        bench = Bench(
+            experiment,
+            payloads,
+            out,
+            describe=describer(payloads),
+            serve=lambda arm, log: server(arm.label, log),
+        )
+        cli.run_rounds(bench, plan.loads, fresh=fresh, report=lambda: write(experiment, out), stop=Budget(budget).stop)

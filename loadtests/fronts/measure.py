@@ -1,6 +1,6 @@
 """What is measured of each front: closed loops, and for the check of the queueing model an open one.
 
-Every block has fresh processes. The arms are the fronts, all before the same model and as many workers; the first is
+Every block has fresh processes, unless each front is started once. The arms are the fronts, all before the same model and as many workers; the first is
 one process without a front, which has all cores.
 """
 
@@ -36,6 +36,8 @@ class FrontsPlan(Plan):
     load_fraction: float
     """Rate of the open loop, as a fraction of the throughput of the last closed one."""
     budget_minutes: float
+    start_once: bool = False
+    """Each front was started once, not for every block."""
     skipped: tuple[tuple[str, str], ...] = ()
     """Fronts that cannot be measured here, and why."""
 

@@ -43,9 +43,10 @@ def write(experiment: FrontsExperiment, out: Path) -> Path:
 def _conditions(experiment: FrontsExperiment) -> str:
     plan = experiment.plan
     measured = max((len(experiment.blocks_of(arm.label)) for arm in plan.arms), default=0)
+    once = ", each front started once" if plan.start_once else ""
     what = (
         f"{plan.arms[0].model} behind each front with {plan.workers} workers, {plan.seconds:g} s per load after "
-        f"{plan.warmup_seconds:g} s of warm-up, {measured} rounds measured"
+        f"{plan.warmup_seconds:g} s of warm-up, {measured} rounds measured{once}"
     )
     return conditions(experiment, what)
 

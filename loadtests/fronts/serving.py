@@ -53,6 +53,27 @@ class Front:
     one_process: bool = False
 
 
+class Started:
+    """Servers that are started when they are first asked for, and end with a `with` of this."""
+
+    def __init__(self, serve: Callable[[str, Path], AbstractContextManager[Server]]) -> None:
+        self._serve, self._stack = serve, ExitStack()
+        self._servers: dict[str, Server] = {}
+
+    def __enter__(self) -> "Started":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    @contextmanager
+    def serve(self, label: str, log: Path) -> Iterator[Server]:
+        """The front's server; a new one if it has died meanwhile. Raises ServerError."""
+        if label not in self._servers or not self._servers[label].alive():
+            self._servers[label] = self._stack.enter_context(self._serve(label, log))
+        yield self._servers[label]
+
+
 def fronts() -> list[Front]:
     """All of them; the first is the one that the others are compared with."""
     return [

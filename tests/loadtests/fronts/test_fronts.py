@@ -4,6 +4,8 @@ import itertools
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ from typer.testing import CliRunner
 from loadtests.__main__ import app
 from loadtests.capacity.report import figures_of
 from loadtests.experiment.model import Arm, Block
+from loadtests.experiment.server import Server
 from loadtests.fronts import configurations
 from loadtests.fronts.figures import results, sizing_figures
 from loadtests.fronts.measure import Budget, FrontsExperiment, FrontsPlan
 from loadtests.fronts.model_check import checked
 from loadtests.fronts.report import tables_of, write
-from loadtests.fronts.serving import fronts, shares
+from loadtests.fronts.serving import Started, fronts, shares
 from loadtests.generator.load_result import LoadResult
 from loadtests.limit.ideal_queue import IdealQueue
 from loadtests.limit.measure import closed_name
@@ -151,6 +154,34 @@ def test_no_round_begins_that_would_exceed_the_budget() -> None:
     assert budget.stop(0) is None
     assert budget.stop(1) is None, "the first took 20 of 60 s"
     assert "--budget 1 minutes" in (budget.stop(2) or ""), "41 + 20 s"
+
+
+def test_a_front_that_is_started_once_starts_again_only_if_it_died(tmp_path: Path) -> None:
+    events = []
+
+    class Mortal(Server):
+        lives = True
+
+        def alive(self) -> bool:
+            return self.lives
+
+    @contextmanager
+    def serve(label: str, _: Path) -> Iterator[Server]:
+        events.append(f"{label} starts")
+        yield Mortal("http://127.0.0.1:1", name=label)
+        events.append(f"{label} ends")
+
+    with Started(serve) as started:
+        for label in ("a", "b", "a"):
+            with started.serve(label, tmp_path) as server:
+                assert server.name == label
+        assert events == ["a starts", "b starts"]
+        with started.serve("a", tmp_path) as server:
+            assert isinstance(server, Mortal)
+            server.lives = False
+        with started.serve("a", tmp_path):
+            assert events == ["a starts", "b starts", "a starts"]
+    assert events[3:] == ["a ends", "b ends", "a ends"]
 
 
 def test_workers_share_the_cores_as_evenly_as_possible() -> None:
