@@ -1,7 +1,7 @@
 """What is measured of each front: closed loops, and for the check of the queueing model an open one.
 
-Every block has fresh processes, unless each front is started once. The arms are the fronts, all before the same model and as many workers; the first is
-one process without a front, which has all cores.
+The arms are the fronts, all before the same model and as many workers; the first is one process without a front, which
+has all cores. Every block has fresh processes, unless each front is started once.
 """
 
 import http.client
