@@ -28,7 +28,7 @@ from service.running import run
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
-from service.workers.supervisor import supervise
+from service.workers.start import supervise
 
 # Locals in a traceback would show the hashes of keys.
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)

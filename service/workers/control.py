@@ -1,9 +1,13 @@
 """The supervisor's own small application: probes, metrics, status and models of all workers."""
 
-from typing import Any, Protocol
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, Protocol
 
+import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
-from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.app import allow_origins, metrics_answer
@@ -16,25 +20,23 @@ from service.http.v2 import repository_request
 from service.keys import KeyRing
 from service.metrics import Metrics
 from service.settings import Settings
+from service.workers.answers import Answers
 from service.workers.repository import Repository
+
+_BACKLOG: Final = 512
 
 
 class Supervised(Protocol):
     """What the application asks of the supervisor."""
 
     repository: Repository
+    answers: Answers
 
     def require_alive(self) -> None:
         """Raise NotReady if only a restart may help."""
 
     def require_ready(self) -> None:
         """Raise NotReady unless a worker takes traffic."""
-
-    async def render_metrics(self, own: CollectorRegistry) -> bytes:
-        """The metrics of all workers, the supervisor and the front."""
-
-    async def render_status(self) -> bytes:
-        """The status of all workers. Raises NotReady."""
 
 
 def control_app(supervised: Supervised, settings: Settings, *, ring: KeyRing, metrics: Metrics) -> ASGIApp:
@@ -65,12 +67,12 @@ def control_app(supervised: Supervised, settings: Settings, *, ring: KeyRing, me
 
     @app.api_route("/metrics", methods=both)
     async def prometheus(request: Request) -> Response:
-        text = await supervised.render_metrics(metrics.registry)
+        text = await supervised.answers.render_metrics(metrics.registry)
         return metrics_answer(text, accepted=request.headers.get("accept-encoding", ""))
 
     @app.api_route("/v1/status", methods=both, dependencies=[Depends(exchange.known_query())])
     async def status() -> Response:
-        return Response(await supervised.render_status(), media_type="application/json")
+        return Response(await supervised.answers.render_status(), media_type="application/json")
 
     _add_repository(app, supervised.repository)
     keys_needed = bool(settings.api_key_hashes or settings.keys_file)
@@ -125,3 +127,33 @@ class _WithoutSlash:
         if scope["type"] == "http" and scope["path"] != "/":
             scope["path"] = scope["path"].rstrip("/")
         await self._app(scope, receive, send)
+
+
+class ControlServer(uvicorn.Server):
+    """The server of the control application, which leaves signals to the supervisor."""
+
+    def __init__(self, app: object) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,  # type: ignore[arg-type]
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                ws="none",
+                lifespan="off",
+                timeout_graceful_shutdown=1,
+            )
+        )
+
+    async def answer_at(self, path: Path) -> None:
+        """Answer at a UNIX socket until `should_exit`."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+            listening.bind(str(path))
+            listening.listen(_BACKLOG)
+            await self.serve([listening])
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """None of them."""
+        yield

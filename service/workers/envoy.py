@@ -4,9 +4,9 @@ What it does beside passing requests on is here, and nothing is left to its defa
 
 - A request goes to the worker with the fewest in work. One whose worker dies, resets or answers 503 goes once more, to
   another worker.
-- Envoy sends nothing again of which it has not the whole body. So bodies of up to BUFFERED_BYTES are read before they
-  are passed on, which also spares the workers slow uploads. Larger ones, and those of unknown length, are passed on as
-  they come: what has come by then is sent again, only if it was all.
+- Bodies of up to BUFFERED_BYTES are read before they are passed on, which spares the workers slow uploads, and sent
+  again as a whole. Those of unknown length are passed on as they come, and sent again as far as they have come; larger
+  ones are not sent again.
 - By default only three requests may be sent again at once, and a dead worker, having none in work, attracts the others.
 """
 

@@ -17,7 +17,9 @@ import httpx
 import structlog
 
 from service.errors import StartupError
+from service.http.server.listening import last_handshakes
 from service.settings import Settings
+from service.workers.borrowing import listening_sockets
 from service.workers.envoy import Files, configuration, endpoints, threads_for, write_json
 from service.workers.inside import client_of
 
@@ -124,7 +126,9 @@ class Front:
 
     async def finish(self, seconds: float) -> bool:
         """Accept no more connections, and wait until all requests are answered; whether they were in time."""
-        await self._admin("POST", "/drain_listeners?skip_exit")
+        with listening_sockets(self.pid, self._settings.port) as listening:
+            await last_handshakes(listening)
+            await self._admin("POST", "/drain_listeners")
         deadline, quiet_since = time.monotonic() + seconds, time.monotonic()
         while time.monotonic() < deadline:
             active = await self._active()

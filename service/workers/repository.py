@@ -100,10 +100,13 @@ class Repository:
         members = self._members()
         if not members:
             raise NotReady("no worker is ready: retry")
-        before = {member: ready_versions(await member.index()).get(name, []) for member in members}
         first, *others = members
-        # A bundle that is broken fails here, and no other worker has to go back.
-        index = await change(first)
+        try:
+            before = {member: ready_versions(await member.index()).get(name, []) for member in members}
+            # A bundle that is broken fails here, and no other worker has to go back.
+            index = await change(first)
+        except httpx.TransportError as error:
+            raise NotReady("a worker ended, or did not answer in time: nothing has changed, retry") from error
         outcomes = await asyncio.gather(*(change(member) for member in others), return_exceptions=True)
         failed = [
             (member, outcome)
@@ -115,11 +118,11 @@ class Repository:
         if failed:
             changed = [member for member in members if member not in {failing for failing, _ in failed}]
             await self._go_back(name, changed, before)
-            error = failed[0][1]
+            cause = failed[0][1]
             where = ", ".join(f"worker {failing.number}" for failing, _ in failed)
-            reason = str(error) or type(error).__name__
+            reason = str(cause) or type(cause).__name__
             text = f"{where}: {reason}; the other workers serve what they served before"
-            raise (type(error)(text) if isinstance(error, (NotReady, BadRequest)) else BadRequest(text))
+            raise (type(cause)(text) if isinstance(cause, (NotReady, BadRequest)) else BadRequest(text))
         self._wanted = ready_versions(index)
 
     async def _go_back(self, name: str, members: Sequence[Member], before: dict[Member, list[int]]) -> None:

@@ -8,23 +8,15 @@ SIGTERM   not ready -> `shutdown_delay_seconds` -> no new connections -> all ans
 """
 
 import asyncio
-import logging
+import contextlib
 import secrets
 import signal
-import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 import httpx
 import structlog
-import uvicorn
-from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.exposition import generate_latest
-from prometheus_client.metrics_core import Metric
 
 from service.app import key_file_of
 from service.errors import NotReady, StartupError
@@ -36,63 +28,26 @@ from service.keys import KeyRing
 from service.logs import Logs, leave_at_once
 from service.metrics import Metrics
 from service.models.packed import clear
-from service.models.scratch import scratch_folder
 from service.settings import Settings
-from service.status import Report, written
-from service.workers.control import control_app
-from service.workers.envoy import find_envoy
-from service.workers.front import Front, require_free_port
+from service.workers.answers import Answers
+from service.workers.control import ControlServer, control_app
+from service.workers.front import Front
 from service.workers.member import Household, Member
 from service.workers.memory import described, require_room, taken_by
-from service.workers.merge import Totals, merged_status
+from service.workers.merge import Totals
 from service.workers.pause import Pause
-from service.workers.placement import Place, places, this_machine
+from service.workers.placement import Place
 from service.workers.repository import Repository
 from service.workers.sums import SharedUsage, Sums
 
 log = structlog.get_logger()
 
-_LONGEST_SOCKET: Final = 100
-"""Bytes of a UNIX socket's path, of the 107 that Linux allows."""
 _END_SECONDS: Final = 12.0
 """What a worker's threads may take, beyond `graceful_timeout_seconds`."""
 _TRIES: Final = 2
 """Failed starts of a worker after which a rolling restart goes no further."""
 _NOTICE_SECONDS: Final = 0.2
 """Until the front has read that a worker takes no more traffic: it sees the file change at once."""
-
-
-def supervise(settings: Settings, logs: Logs) -> bool:
-    """Serve with several workers until the end; False if the settings ask for one process.
-
-    Raises StartupError, or SystemExit with the exit status unless it is 0.
-    """
-    if settings.workers in ("0", "1"):
-        return False
-    # A line for each question to a worker would drown all others.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    machine = this_machine()
-    found = places(settings.workers, machine, device=settings.device, threads=settings.threads)
-    if len(found) == 1:
-        log.info("one worker is enough here: no front", cores=machine.usable)
-        return False
-    if len(found) > machine.usable and found[0].device == "cpu":
-        log.warning(f"{len(found)} workers share {machine.usable} cores: more than one for each core only takes memory")
-    require_free_port(settings.host, settings.port)
-    program = find_envoy()
-    if program is None:
-        log.warning(
-            "without a front the system gives each connection to a worker by chance, which is uneven (measured: 361 "
-            "requests to 124), and a request whose worker dies is lost: pip install 'stridevit[workers]'"
-        )
-    with scratch_folder() as folder:
-        if folder is None or len(str(folder)) + len("/supervisor.sock") > _LONGEST_SOCKET:
-            where = "nowhere to write to" if folder is None else f"the path of {folder} is too long for sockets"
-            raise StartupError(f"workers need a folder for their sockets: {where}: set TMPDIR to a short path")
-        status = asyncio.run(Supervisor(settings, logs, found, folder, program).run())
-    if status:
-        raise SystemExit(status)
-    return True
 
 
 class Supervisor:
@@ -133,12 +88,8 @@ class Supervisor:
         self._ring = KeyRing(fixed, usage=lambda name: SharedUsage(self._sums, name))
         self._metrics.registry.register(self._ring)
         self._key_file = key_file_of(settings, self._ring, fixed)
-        self._of_front = CollectorRegistry()
-        if self._front:
-            front = self._front
-            ProcessCollector(pid=lambda: front.pid, registry=self._of_front)
-        self._started = time.monotonic()
-        self._serving = self.draining = False
+        self.answers = Answers(self.members, self._totals, self._front, settings)
+        self._serving = self.draining = self._faulty = False
         self._stop: asyncio.Event
         self._rolling: asyncio.Task[None] | None = None
 
@@ -149,9 +100,8 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_end, number)
         loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
-        control = _ControlServer(control_app(self, self._settings, ring=self._ring, metrics=self._metrics))
-        listening = _listening(self._house.folder / "supervisor.sock")
-        tasks = [asyncio.create_task(control.serve([listening]))]
+        control = ControlServer(control_app(self, self._settings, ring=self._ring, metrics=self._metrics))
+        tasks = [asyncio.create_task(control.answer_at(self._house.folder / "supervisor.sock"))]
         try:
             if status := await self._start():
                 return status
@@ -160,10 +110,13 @@ class Supervisor:
                 tasks.append(asyncio.create_task(self._keep_front(self._front)))
             if self._settings.poll_seconds:
                 tasks.append(asyncio.create_task(self._poll()))
+            for task in tasks:
+                task.add_done_callback(self._on_fault)
             if self._key_file:
                 self._key_file.start()
             await self._stop.wait()
-            return await self._end()
+            status = await self._end()
+            return 1 if self._faulty else status
         finally:
             for task in tasks[1:]:
                 task.cancel()
@@ -213,12 +166,14 @@ class Supervisor:
         await member.start()
         if not await member.until_ready():
             return await self._after(member) or 1
-        try:
-            async with self.repository.changing:
-                await self.repository.adopt(member)
-                member.begin()
-        except httpx.TransportError:
-            return await self._after(member) or 1
+        while not member.ready:
+            if not member.alive:
+                return await self._after(member) or 1
+            # On a busy machine an answer may come too late once.
+            with contextlib.suppress(httpx.TransportError):
+                async with self.repository.changing:
+                    await self.repository.adopt(member)
+                    member.begin()
         self._publish()
         log.info("worker ready", worker=member.number, pid=member.pid, place=str(member.place))
         return 0
@@ -296,6 +251,13 @@ class Supervisor:
                 await self.repository.refresh()
             except Exception:  # the service goes on, and the next scan may succeed
                 log.exception("scanning the repository failed")
+
+    def _on_fault(self, task: asyncio.Task[None]) -> None:
+        """A fault in one of the own tasks: better a new supervisor than one that does not look after everything."""
+        if not task.cancelled() and (error := task.exception()):
+            log.critical("a fault ends the service", exc_info=error)
+            self._faulty = self.draining = True
+            self._stop.set()
 
     def _on_hangup(self) -> None:
         if self._key_file:
@@ -398,78 +360,3 @@ class Supervisor:
         """Raise NotReady unless a worker takes traffic."""
         if self.draining or not self._serving or not any(member.ready for member in self.members):
             raise NotReady("the service is starting or draining, or no worker is ready: retry")
-
-    async def render_metrics(self, own: CollectorRegistry) -> bytes:
-        """The metrics of all workers, the supervisor and the front."""
-        await asyncio.gather(*(member.read_metrics() for member in self.members))
-        more = await self._front_metrics()
-        # Nothing is awaited from here on: a worker is either among these, or among what was kept of it.
-        found = {str(member.number): member.metrics for member in self.members if not member.settled}
-        found["supervisor"] = generate_latest(own).decode()
-        if self._front:
-            found["front"] = generate_latest(self._of_front).decode()
-        return self._totals.merged(found, [*self._own_metrics(), *more])
-
-    def _own_metrics(self) -> Iterator[Metric]:
-        states = GaugeMetricFamily("stridevit_workers", "Workers, by state.", labels=["state"])
-        ready = sum(member.ready for member in self.members)
-        states.add_metric(["ready"], ready)
-        states.add_metric(["not-ready"], len(self.members) - ready)
-        deaths = CounterMetricFamily(
-            "stridevit_worker_deaths", "Times that a worker ended without being asked.", labels=["worker"]
-        )
-        for member in self.members:
-            deaths.add_metric([str(member.number)], member.deaths)
-        yield from (states, deaths)
-
-    async def _front_metrics(self) -> list[Metric]:
-        if not self._front:
-            return []
-        counts = await self._front.counters()
-        retries = CounterMetricFamily(
-            "stridevit_front_retries",
-            "Requests that the front sent once more to another worker, and of them those that were answered then.",
-            labels=["outcome"],
-        )
-        retries.add_metric(["sent"], counts.get("upstream_rq_retry", 0))
-        retries.add_metric(["answered"], counts.get("upstream_rq_retry_success", 0))
-        return [retries]
-
-    async def render_status(self) -> bytes:
-        """The status of all workers. Raises NotReady."""
-        found = await asyncio.gather(*(member.status() for member in self.members if member.ready))
-        reports = [Report.model_validate_json(text) for text in found if text]
-        if not reports:
-            raise NotReady("no worker answers: retry")
-        uptime = time.monotonic() - self._started
-        return written(merged_status(reports, self._totals, limit=self._settings.max_pending_images, uptime_s=uptime))
-
-
-class _ControlServer(uvicorn.Server):
-    """The server of the control application, which leaves signals to the supervisor."""
-
-    def __init__(self, app: object) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,  # type: ignore[arg-type]
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                ws="none",
-                lifespan="off",
-                timeout_graceful_shutdown=1,
-            )
-        )
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """None of them."""
-        yield
-
-
-def _listening(path: Path) -> socket.socket:
-    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    found.bind(str(path))
-    found.listen(512)
-    return found

@@ -14,6 +14,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from service import __main__ as command_line
+from service import running
 from service.errors import StartupError
 from service.flags import markdown
 from service.key_file import entries_of_settings, read_keys
@@ -246,8 +247,8 @@ def test_only_named_proxies_are_trusted(
         def __init__(self, *_: object, trusted_proxies: tuple[str, ...], **__: object) -> None:
             seen.append(trusted_proxies)
 
-        def run(self) -> None:
-            pass
+        def run(self, sockets: object) -> None:
+            assert sockets is None
 
     class Application:
         class state:  # noqa: N801
@@ -255,8 +256,8 @@ def test_only_named_proxies_are_trusted(
             key_file = None
             judge = SimpleNamespace(refusal=lambda _: None, pressed=lambda: False)
 
-    monkeypatch.setattr(command_line, "Server", Listening)
-    monkeypatch.setattr(command_line, "create_app", lambda _: Application)
+    monkeypatch.setattr(running, "Server", Listening)
+    monkeypatch.setattr(running, "create_app", lambda _: Application)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     assert run(*arguments).exit_code == 0
     assert list(seen[0]) == trusted
@@ -269,8 +270,8 @@ def test_sigterm_while_models_are_loaded_ends_it_at_once(monkeypatch: pytest.Mon
         os.kill(os.getpid(), signal.SIGTERM)
         raise StartupError("it would load for minutes")
 
-    monkeypatch.setattr(command_line, "leave_at_once", left.append)
-    monkeypatch.setattr(command_line, "create_app", create_app)
+    monkeypatch.setattr(running, "leave_at_once", left.append)
+    monkeypatch.setattr(running, "create_app", create_app)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         run()

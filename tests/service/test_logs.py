@@ -287,10 +287,10 @@ def test_an_error_at_start_is_one_log_line(arguments: list[str], code: int, reas
 
 def test_a_fault_that_nobody_foresaw_is_one_log_line_with_its_traceback() -> None:
     code = (
-        "import service.__main__ as m\n"
+        "import service.__main__, service.running\n"
         "def create_app(settings): raise RuntimeError('a fault\\nof two lines')\n"
-        "m.create_app = create_app\n"
-        "m.app(prog_name='service')\n"
+        "service.running.create_app = create_app\n"
+        "service.__main__.app(prog_name='service')\n"
     )
     ended = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS

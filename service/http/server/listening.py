@@ -93,11 +93,7 @@ class Listener:
     @property
     def waiting(self) -> int:
         """Connections that wait to be accepted; 0 where the system does not say."""
-        try:
-            info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BACKLOG_OFFSET + 4)
-        except OSError:
-            return 0
-        return int.from_bytes(info[_BACKLOG_OFFSET:], sys.byteorder) if len(info) > _BACKLOG_OFFSET else 0
+        return _waiting(self.socket)
 
     def close(self) -> None:
         """Listen no longer. What waits is reset by the system."""
@@ -155,16 +151,29 @@ async def stop_listening(listeners: Sequence[Listener]) -> None:
     their clients try again after a second, and are refused then.
     """
     try:
-        for listener in listeners:
-            _ignore_handshakes(listener.socket)
-        await asyncio.sleep(_HANDSHAKE_SECONDS)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_ACCEPT_SECONDS):
-                while any(listener.waiting for listener in listeners):  # noqa: ASYNC110 (the system tells nobody)
-                    await asyncio.sleep(0.01)
+        await last_handshakes([listener.socket for listener in listeners])
     finally:
         for listener in listeners:
             listener.close()
+
+
+async def last_handshakes(listening: Sequence[socket.socket]) -> None:
+    """Ignore new handshakes, and wait until all connections are accepted that clients take for open."""
+    for one in listening:
+        _ignore_handshakes(one)
+    await asyncio.sleep(_HANDSHAKE_SECONDS)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_ACCEPT_SECONDS):
+            while any(_waiting(one) for one in listening):  # noqa: ASYNC110 (the system tells nobody)
+                await asyncio.sleep(0.01)
+
+
+def _waiting(listening: socket.socket) -> int:
+    try:
+        info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BACKLOG_OFFSET + 4)
+    except OSError:
+        return 0
+    return int.from_bytes(info[_BACKLOG_OFFSET:], sys.byteorder) if len(info) > _BACKLOG_OFFSET else 0
 
 
 def _ignore_handshakes(listening: socket.socket) -> None:

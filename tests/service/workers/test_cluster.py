@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -97,6 +98,26 @@ def test_a_killed_worker_loses_no_request(size: int, service: Served) -> None:
         counted = service.metric("stridevit_requests_total", route="/v1/classify", status="200") - before
         assert requests - 1 <= counted <= requests + CONNECTIONS
     assert service.metric("stridevit_worker_deaths_total") >= 3
+
+
+def test_a_worker_that_dies_while_bodies_arrive_loses_none_of_them(service: Served) -> None:
+    body = padded(200_000)
+    head = b"POST /v1/classify HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    deaths = service.metric("stridevit_worker_deaths_total")
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", service.port))) for _ in range(8)]
+        for client in clients:
+            client.settimeout(PATIENCE_SECONDS)
+            client.sendall(head + body[:100_000])
+        # Whatever is passed on of them is passed on by now.
+        get(service.url + "/readyz")
+        time.sleep(0.5)
+        service.workers()[0].kill()
+        wait_until(lambda: service.metric("stridevit_worker_deaths_total") == deaths + 1, service.process)
+        for client in clients:
+            client.sendall(body[100_000:])
+        assert [client.recv(12) for client in clients] == [b"HTTP/1.1 200"] * 8
+    service.until_all_ready()
 
 
 def test_a_rolling_restart_loses_no_request_and_replaces_every_worker(service: Served) -> None:
@@ -288,11 +309,17 @@ def test_a_second_signal_ends_all_processes_at_once(repository: Path, tmp_path: 
         wait_until(lambda: not still_running(family))
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose path leaves room for the names of sockets."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 def test_the_death_of_the_supervisor_ends_workers_and_front_and_the_next_start_removes_their_folder(
-    repository: Path, tmp_path: Path
+    repository: Path, tmp_path: Path, short_folder: Path
 ) -> None:
-    temporary = tmp_path / "t"
-    temporary.mkdir()
+    temporary = short_folder
     environment = PATIENT | {"TMPDIR": str(temporary)}
     with workers_serving(repository, tmp_path, environment=environment) as served:
         family = psutil.Process(served.process.pid).children(recursive=True)
