@@ -14,7 +14,21 @@ _NAMES = tuple(field.name for field in fields(Figures))
 
 
 def figures_of(results: Path, front: str, own: Sequence[str] = ()) -> Figures:
-    """Those of a front in a results.json of `loadtest fronts`; `own` are NAME=VALUE. Raises SizingError."""
+    """Those of a front in a results.json of `loadtest fronts`, and `own` ones, NAME=VALUE, in their place.
+
+    The file is not read if all are one's own. Raises SizingError.
+    """
+    mine = _own(own)
+    values = {**(_measured(results, front) if set(_NAMES) - mine.keys() else {}), **mine}
+    if missing := [name for name in _NAMES if values.get(name) is None]:
+        raise SizingError(
+            f"{results} does not say {', '.join(missing)} of {front}: "
+            f"{' '.join(f'--figure {name}=VALUE' for name in missing)}"
+        )
+    return Figures(**{name: value for name in _NAMES if (value := values[name]) is not None})
+
+
+def _measured(results: Path, front: str) -> dict[str, float | None]:
     try:
         document: dict[str, Any] = json.loads(results.read_bytes())
         known = document["sizing"]
@@ -27,18 +41,12 @@ def figures_of(results: Path, front: str, own: Sequence[str] = ()) -> Figures:
         if error.args == ("sizing",):
             raise SizingError(f"{results} is not of `loadtest fronts`: give --fronts its results.json") from error
         raise SizingError(f"{results} has no {front!r}: choose with --front one of {', '.join(known)}") from error
-    values = {name: measured.get(name) for name in _NAMES} | _own(own)
-    values["front_cpu_ms"] = values["front_cpu_ms"] or 0.0
-    if missing := [name for name, value in values.items() if value is None]:
-        raise SizingError(
-            f"{results} does not say {', '.join(missing)} of {front}: "
-            f"{' '.join(f'--figure {name}=VALUE' for name in missing)}"
-        )
-    return Figures(**{name: float(value) for name, value in values.items() if value is not None})
+    # One process has no front.
+    return {**measured, "front_cpu_ms": measured.get("front_cpu_ms") or 0.0}
 
 
-def _own(words: Sequence[str]) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
+def _own(words: Sequence[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
     for word in words:
         name, _, text = word.partition("=")
         try:

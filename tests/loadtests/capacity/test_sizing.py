@@ -117,6 +117,11 @@ def test_figures_are_those_of_a_front_or_ones_own(measured: Path) -> None:
     assert figures_of(measured, "broken", ["alone_ms=7"]).alone_ms == 7
 
 
+def test_figures_that_are_all_ones_own_need_no_file() -> None:
+    own = [f"{name}={value}" for name, value in vars(FIGURES).items()]
+    assert figures_of(Path("no-such-file"), "Envoy", own) == FIGURES
+
+
 @pytest.mark.parametrize(
     ("flags", "advice"),
     [
