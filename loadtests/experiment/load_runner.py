@@ -46,7 +46,7 @@ class Meter:
         self._server = server.pid
         pids = [pid for pid in (generator, server.pid) if pid is not None]
         self._processes = [psutil.Process(pid) for pid in pids]
-        self._parts = {name: [psutil.Process(pid) for pid in pids] for name, pids in server.parts.items()}
+        self._parts = server.parts
         self._times: list[tuple[float, ...]] = []
         self._resident, self._read_at = 0, 0.0
         self.peak_bytes = 0
@@ -57,9 +57,9 @@ class Meter:
         now = time.time()
         try:
             spent = [_cpu_seconds(process) for process in self._processes]
-            spent += [sum(map(_cpu_seconds, processes)) for processes in self._parts.values()]
+            spent += [seconds() for seconds in self._parts.values()]
             resident = self._processes[-1].memory_info().rss
-        except psutil.Error:
+        except (psutil.Error, OSError):
             return
         self._times.append((now, *spent))
         if self._server is None:

@@ -45,8 +45,8 @@ class Server:
         self.url, self.name, self.log = url, name, log
         self.pid = process.pid if process else None
         self._process = process
-        self.parts: dict[str, tuple[int, ...]] = {}
-        """Ids of the processes of its parts, by name, where it has several whose CPU time is wanted apart."""
+        self.parts: dict[str, Callable[[], float]] = {}
+        """CPU seconds that its parts have used, by name, where it has several. They raise psutil.Error or OSError."""
         self.counts: Callable[[], dict[str, float]] = dict
         """What it has counted of its parts since its start, by name. Raises OSError or ValueError."""
 

@@ -71,7 +71,7 @@ def results(experiment: FrontsExperiment) -> list[FrontResult]:
 
 def unevenness(loads: LoadResult) -> float | None:
     """How far the worker with the most or the fewest requests is from their mean, as a part of it."""
-    parts = _of_workers(loads, REQUESTS)
+    parts = _of_workers(loads.counts, REQUESTS)
     mean = float(np.mean(parts)) if len(parts) > 1 else 0.0
     return max(abs(part - mean) for part in parts) / mean if mean else None
 
@@ -125,21 +125,20 @@ def _of_round(load: LoadResult) -> Iterator[tuple[str, float | None]]:
     yield "p50 ms", percentile(load.latencies_ms, 50)
     yield "p99 ms", percentile(load.latencies_ms, 99)
     yield "unevenness", unevenness(load)
-    workers = [value for name, value in load.part_cores.items() if name.startswith(WORKER.format(""))]
+    workers, loops = (_of_workers(load.part_cores, name) for name in (WORKER, LOOP))
     cores = {
         "worker CPU ms": sum(workers) if workers else None,
+        "loop CPU ms": sum(loops) if loops else None,
         "front CPU ms": load.part_cores.get(FRONT),
         "supervisor CPU ms": load.part_cores.get(SUPERVISOR),
     }
     for name, value in cores.items():
         yield name, value / load.throughput * 1000 if value is not None and load.throughput else None
-    requests, seconds = sum(_of_workers(load, REQUESTS)), sum(_of_workers(load, LOOP))
-    yield "loop CPU ms", seconds / requests * 1000 if requests and seconds else None
 
 
-def _of_workers(load: LoadResult, name: str) -> list[float]:
+def _of_workers(values: Mapping[str, float], name: str) -> list[float]:
     beginning = name.format("")
-    return [value for key, value in load.counts.items() if key.startswith(beginning)]
+    return [value for key, value in values.items() if key.startswith(beginning)]
 
 
 def _ratio(loads: Mapping[int, LoadResult], others: Mapping[int, LoadResult]) -> tuple[float, float, float] | None:

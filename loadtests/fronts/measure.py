@@ -17,7 +17,7 @@ import numpy as np
 from loadtests.experiment.model import Arm, Experiment, Load, Plan
 from loadtests.experiment.schedule import Costs
 from loadtests.experiment.server import Server, ServerError
-from loadtests.fronts.serving import CLASSIFY, FRONT, SUPERVISOR, WORKER
+from loadtests.fronts.serving import CLASSIFY, FRONT, SUPERVISOR, WORKER, Processes
 from loadtests.generator.readers import Payload
 from loadtests.limit.measure import closed_name
 from service.host import available_cores, process_tree_bytes
@@ -86,7 +86,8 @@ def describer(payloads: Sequence[Payload]) -> Callable[[Arm, Server, Path], dict
     def describe(arm: Arm, server: Server, _: Path) -> dict[str, Any]:
         sent, received = _bytes_of_one(server, arm.model, payloads[0].data)
         others = float(np.mean([len(one.data) for one in payloads])) - len(payloads[0].data)
-        memory = {name: sum(map(process_tree_bytes, pids)) for name, pids in server.parts.items() if name != SUPERVISOR}
+        parts = {name: part.pids for name, part in server.parts.items() if isinstance(part, Processes)}
+        memory = {name: sum(map(process_tree_bytes, pids)) for name, pids in parts.items() if name != SUPERVISOR}
         workers = [value for name, value in memory.items() if name.startswith(WORKER.format(""))]
         return {
             "worker_bytes": float(np.mean(workers)),
