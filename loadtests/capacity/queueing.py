@@ -82,7 +82,8 @@ class DeterministicQueue:
             moves[number, -1] += 1 - moves[number].sum()
         equations = np.vstack([(moves.T - np.eye(size))[:-1], np.ones(size)])
         found: npt.NDArray[np.float64] = np.maximum(np.linalg.solve(equations, np.eye(size)[-1]), 0)
-        return found / found.sum()
+        found /= found.sum()
+        return found
 
     @cached_property
     def _at_most(self) -> npt.NDArray[np.float64]:
