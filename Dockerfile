@@ -17,7 +17,8 @@ ENV PATH=/venv/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /venv
 WORKDIR /source
 
-# Only the engine differs. The lock file first, then the project; then what only the build needed is removed.
+# Only the engine differs. The lock file first, then the project; then what only the build needed is removed, and of the
+# packages what no service needs.
 FROM build AS build-cpu
 COPY lock/service-cpu.txt lock/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
@@ -27,8 +28,10 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
 COPY pyproject.toml README.md CHANGELOG.md LICENSE ./
 COPY stridevit stridevit
 COPY service service
+COPY deploy/trim.py ./
 RUN pip install --quiet --no-cache-dir --no-index --no-build-isolation --no-deps . \
-    && pip uninstall --quiet --yes hatchling editables pathspec pluggy tomlkit trove-classifiers setuptools pip
+    && pip uninstall --quiet --yes hatchling editables pathspec pluggy tomlkit trove-classifiers setuptools pip \
+    && python trim.py /venv/lib/python3.11/site-packages
 
 FROM build AS build-gpu
 COPY lock/service-gpu.txt lock/
@@ -39,8 +42,10 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
 COPY pyproject.toml README.md CHANGELOG.md LICENSE ./
 COPY stridevit stridevit
 COPY service service
+COPY deploy/trim.py ./
 RUN pip install --quiet --no-cache-dir --no-index --no-build-isolation --no-deps . \
-    && pip uninstall --quiet --yes hatchling editables pathspec pluggy tomlkit trove-classifiers setuptools pip
+    && pip uninstall --quiet --yes hatchling editables pathspec pluggy tomlkit trove-classifiers setuptools pip \
+    && python trim.py /venv/lib/python3.11/site-packages
 
 FROM python:3.11-slim-bookworm AS runtime
 ARG REVISION=unknown
@@ -63,7 +68,7 @@ COPY --chmod=755 models /models
 USER 10001:10001
 EXPOSE 8000
 # The service listens once all models are loaded and verified. The empty ProxyHandler ignores the environment's proxies.
-HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 CMD ["python", "-c", "import os, urllib.request as r; r.build_opener(r.ProxyHandler({})).open('http://127.0.0.1:%s/healthz' % os.environ['STRIDEVIT_PORT'], timeout=2)"]
+HEALTHCHECK --interval=10s --timeout=3s --start-period=300s --retries=3 CMD ["python", "-c", "import os, urllib.request as r; r.build_opener(r.ProxyHandler({})).open('http://127.0.0.1:%s/healthz' % os.environ['STRIDEVIT_PORT'], timeout=2)"]
 # The exec form makes Python process 1, so SIGTERM reaches it.
 ENTRYPOINT ["python", "-m", "service"]
 

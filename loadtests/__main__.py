@@ -10,6 +10,7 @@ from loadtests.fronts.cli import fronts_command
 from loadtests.limit.cli import limit
 from loadtests.mlperf.cli import mlperf
 from loadtests.overload.cli import overload
+from loadtests.rollout.cli import rollout
 from loadtests.soak.cli import soak
 
 app = typer.Typer(
@@ -18,10 +19,11 @@ app = typer.Typer(
     help="""Find out which model to run, at which load, and at what cost in accuracy and memory.
 
     `compare` and `accuracy` decide between models; `limit`, `overload`, `soak` and `faults` test the service itself;
-    `fronts` and `capacity` size several workers and machines; `mlperf` lets MLPerf LoadGen drive it. To load any server
-    by hand, with Locust's web page or from several machines, see `loadtests/generator/locustfile.py`.""",
+    `fronts` and `capacity` size several workers and machines, `rollout` reads what a shadow or a canary shows; `mlperf`
+    lets MLPerf LoadGen drive it. To load any server by hand, with Locust's web page or from several machines, see
+    `loadtests/generator/locustfile.py`.""",
 )
-for command in (compare, accuracy, limit, overload, soak, faults, mlperf, capacity):
+for command in (compare, accuracy, limit, overload, soak, faults, rollout, mlperf, capacity):
     app.command()(command)
 app.command("fronts")(fronts_command)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from service import flags
-from service.app import make_loader, make_registry
+from service.app import make_loader, make_registry, make_source
 from service.bundle import list_repository
 from service.engine_limit import measure_engine_limit, read_images
 from service.errors import StartupError
@@ -24,6 +24,7 @@ from service.keys import KeyEntry, new_key
 from service.logs import Logs
 from service.models.index import Entry
 from service.models.model import Model
+from service.remote.store import Key
 from service.running import run
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
@@ -75,6 +76,10 @@ def _check(settings: Settings) -> None:
     table = Table("name", "version", "variant", "precision", "top-1", "state")
     good: set[str] = set()
     bad: set[str] = set()
+    settings, missing = _copied(settings)
+    for (name, version), reason in sorted(missing.items()):
+        bad.add(name)
+        table.add_row(name, str(version), *["–"] * 3, f"[red]{escape(reason)}[/]")
     for entry, model in _load_each(settings):
         (good if model else bad).add(entry.name)
         cells, state = ["–"] * 3, f"[red]{escape(entry.reason)}[/]"
@@ -90,6 +95,21 @@ def _check(settings: Settings) -> None:
         raise typer.Exit(1)
 
 
+def _copied(settings: Settings) -> tuple[Settings, Mapping[Key, str]]:
+    """The settings for a copy of the repository, if it is not a folder, and why versions are not in that.
+
+    Raises StartupError or RepositoryError.
+    """
+    source = make_source(settings)
+    if source is None:
+        return settings, {}
+    try:
+        missing = source.update()
+    finally:
+        source.close()
+    return settings.model_copy(update={"repository": source.folder}), missing
+
+
 def _load_each(settings: Settings) -> Iterator[tuple[Entry, Model | None]]:
     """Every version that would be served, loaded one model after the other; None where that failed.
 
@@ -99,7 +119,7 @@ def _load_each(settings: Settings) -> Iterator[tuple[Entry, Model | None]]:
     scheduler = Scheduler(load := Load(), cores=options.cores)
     loader = make_loader(settings, options, scheduler, load)
     try:
-        for name in settings.models or list_repository(settings.repository).names:
+        for name in settings.models or list_repository(settings.folder).names:
             alone = settings.model_copy(update={"models": (name,), "default_model": None})
             registry = make_registry(alone, loader, scheduler)
             # The index holds the reason.
@@ -133,7 +153,8 @@ def engine_limit(
     Example: `stridevit engine-limit --model cifar100-mha --data photos`
     """
     with Logs("warning"):
-        limit = measure_engine_limit(settings, model, read_images(data), seconds=seconds)
+        only, _ = _copied(settings.model_copy(update={"models": (model,)}))
+        limit = measure_engine_limit(only, model, read_images(data), seconds=seconds)
     typer.echo(json.dumps(asdict(limit)) if as_json else limit.text())
 
 

@@ -19,7 +19,7 @@ from fastapi.responses import PlainTextResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, gzip_accepted
 
-from service.errors import NotReady
+from service.errors import NotReady, RepositoryError, StartupError
 from service.gauges import Gauges
 from service.host import available_cores
 from service.http import docs, hf, openapi, page, problems, v1, v1_compare, v1_live, v2
@@ -37,6 +37,12 @@ from service.models.loading import Loader
 from service.models.proof import EngineOptions
 from service.models.registry import Registry
 from service.pipeline import Pipeline
+from service.remote.address import Address
+from service.remote.mirror import Mirror
+from service.remote.opening import open_mirror
+from service.rollouts.rollout import Rollout
+from service.rollouts.rollouts import Rollouts
+from service.rollouts.start import settled
 from service.scheduling.cost import Load
 from service.scheduling.room import Room
 from service.scheduling.scheduler import Scheduler
@@ -52,12 +58,14 @@ def create_app(
     settings: Settings,
     *,
     clock: Callable[[], float] = time.perf_counter,
+    source: Mirror | None = None,
     room: Room | None = None,
     usage: Callable[[str], Usage] | None = None,
     packed: Path | None = None,
 ) -> FastAPI:
     """Load and verify the models, and build the application that serves them. Raises StartupError.
 
+    `source`: what `make_source` makes of the settings, where the caller has to close it in the middle of this.
     `room`, `usage` (see `KeyRing`) and `packed` (see `Loader`): what several processes share.
     """
     release = version("stridevit")
@@ -66,7 +74,7 @@ def create_app(
     ring = KeyRing(fixed := entries_of_settings(settings.api_key_hashes, settings.admin_key_hash), usage=usage)
     metrics.registry.register(ring)
     key_file = key_file_of(settings, ring, fixed)
-    pipeline = make_pipeline(settings, metrics, clock, room=room, packed=packed)
+    pipeline = make_pipeline(settings, metrics, clock, source, room=room, packed=packed)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -196,11 +204,13 @@ def make_pipeline(
     settings: Settings,
     metrics: Metrics,
     clock: Callable[[], float] = time.perf_counter,
+    source: Mirror | None = None,
     *,
     room: Room | None = None,
     packed: Path | None = None,
 ) -> Pipeline:
     """A pipeline with all models loaded. Raises StartupError."""
+    source = source or make_source(settings)
     load = Load(
         decode_threads=settings.decode_threads or settings.threads or available_cores(),
         seconds_per_pixel=seconds_per_pixel(exact=settings.exact_preprocessing),
@@ -215,12 +225,19 @@ def make_pipeline(
     options = settings.engine_options()
     scheduler = Scheduler(load, cores=options.cores, patience=patience, batch_share=settings.batch_share)
     loader = make_loader(settings, options, scheduler, load, packed=packed)
-    registry = make_registry(settings, loader, scheduler)
+    registry = make_registry(settings, loader, scheduler, source)
     try:
         registry.load_all()
+    except BaseException:
+        registry.close()
+        raise
     finally:
         loader.rest()
     pipeline = Pipeline(registry, scheduler, load, limits=limits_of(settings), metrics=metrics, room=room)
+    if splits := settled(settings.splits(), registry):
+        rollouts = [Rollout(split, registry, metrics) for split in splits]
+        max_bytes, max_images = settings.shadow_pending_bytes, settings.max_pending_images
+        pipeline.rollouts = Rollouts(rollouts, scheduler, pipeline.decoders, max_images=max_images, max_bytes=max_bytes)
     metrics.registry.register(Gauges(pipeline))
     return pipeline
 
@@ -251,16 +268,36 @@ def make_loader(
     )
 
 
-def make_registry(settings: Settings, loader: Loader, scheduler: Scheduler) -> Registry:
-    """A registry of no models yet."""
+def make_source(settings: Settings) -> Mirror | None:
+    """What copies the repository to this machine, unless it is a folder; to be closed. Raises StartupError."""
+    if not isinstance(settings.repository, Address):
+        return None
+    try:
+        return open_mirror(
+            settings.repository,
+            cache=settings.repository_cache,
+            cache_bytes=settings.repository_cache_bytes,
+            timeout_seconds=settings.repository_timeout_seconds,
+            names=settings.models,
+            versions_to_serve=settings.versions_to_serve,
+        )
+    except RepositoryError as error:
+        raise StartupError(str(error)) from error
+
+
+def make_registry(settings: Settings, loader: Loader, scheduler: Scheduler, source: Mirror | None = None) -> Registry:
+    """A registry of no models yet; `source`: see `make_source`."""
     return Registry(
         loader,
         scheduler,
-        repository=settings.repository,
+        repository=source.folder if source else settings.folder,
+        source=source,
         names=settings.models,
         default_model=settings.default_model,
+        alias=settings.alias,
         versions_to_serve=settings.versions_to_serve,
         step_up_headroom=settings.step_up_headroom,
+        on_trial={(split.candidate, split.version) for split in settings.splits() if split.version is not None},
     )
 
 

@@ -47,6 +47,9 @@ MAX_GOLDEN_BYTES = 256 * 1024 * 1024
 _MAX_BYTES = {SUMS_FILE: 64 * 1024, MANIFEST_FILE: 8 * 1024 * 1024, LABELS_FILE: 16 * 1024 * 1024}
 """Files that are read into memory whole: ten times what a million test images (a bit each) or 20,000 labels need."""
 
+MAX_FILE_BYTES = {**_MAX_BYTES, GOLDEN_FILE: MAX_GOLDEN_BYTES, MODEL_FILE: 2 * 1024**3}
+"""Largest size of each file; a graph in one file cannot be larger, because of its encoding."""
+
 _SUM_LINE = re.compile(r"(?P<digest>[0-9a-f]{64})  (?P<file>[A-Za-z0-9_.-]+)")
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 """Other spellings of a number, such as `01`, would be a second folder for the same version."""
@@ -104,6 +107,12 @@ class Bundle:
 def is_version(name: str) -> bool:
     """Whether the name of a folder is that of a version: a decimal number in ASCII without a leading zero."""
     return _VERSION.fullmatch(name) is not None
+
+
+def parse_key(folder: str) -> tuple[str, int] | None:
+    """Name and version from `<name>/<version>`; None for anything else, such as a path that leads elsewhere."""
+    name, _, version = folder.partition("/")
+    return (name, int(version)) if re.fullmatch(NAME_PATTERN, name) and is_version(version) else None
 
 
 def versions(repository: Path, name: str) -> list[int]:
@@ -295,8 +304,13 @@ def _read(path: Path) -> bytes:
 
 
 def _read_sums(path: Path) -> dict[str, str]:
+    return parse_sums(_read(path), path)
+
+
+def parse_sums(content: bytes, path: object) -> dict[str, str]:
+    """The digest of each file by the content of a `SHA256SUMS`, which `path` names. Raises BundleError."""
     try:
-        text = _read(path).decode("ascii")
+        text = content.decode("ascii")
     except UnicodeDecodeError as error:
         raise BundleError(f"{path}: cannot be read ({error})") from error
     if not text.endswith("\n"):

@@ -105,10 +105,10 @@ def measure_engine_limit(settings: Settings, name: str, images: list[bytes], *, 
     """
     options = settings.engine_options()
     device = options.device
-    published = versions(settings.repository, name)
+    published = versions(settings.folder, name)
     if not published:
-        raise StartupError(f"model {name!r}: no version of it in {settings.repository}")
-    bundle = read_bundle(settings.repository / name / str(published[-1]))
+        raise StartupError(f"model {name!r}: no version of it in {settings.folder}")
+    bundle = read_bundle(settings.folder / name / str(published[-1]))
     decode_threads = settings.decode_threads or settings.threads or available_cores()
     layouts = options.candidates()
     sizes = candidate_sizes(min(settings.max_batch, bundle.manifest.max_batch or settings.max_batch))

@@ -4,7 +4,8 @@ ServiceError
 ├── StartupError                the service cannot start with its settings
 │   └── EngineError             no ONNX Runtime, two of them, or an unavailable device
 ├── BundleError                 a bundle that must not take traffic
-│   └── NotNow                  it may be loaded later as it is: memory is short, or no process can be started
+│   ├── NotNow                  it may be loaded later as it is: memory is short, or no process can be started
+│   └── RepositoryError         a repository beyond a folder cannot be reached or listed, or its cache not be used
 └── RequestError                one request, or one image of it, cannot be answered; others are not affected
     ├── BadRequest              400 malformed
     ├── InvalidParameter        422 a parameter is unknown, out of its range, or contradicts another one
@@ -56,6 +57,10 @@ class NotNow(BundleError):
         """`needed_bytes`: memory without which there is no use in trying again."""
         super().__init__(message)
         self.needed_bytes = needed_bytes
+
+
+class RepositoryError(BundleError):
+    """A repository beyond a folder that cannot be reached or listed, or whose cache cannot be used."""
 
 
 class RequestError(ServiceError):

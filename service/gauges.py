@@ -42,6 +42,10 @@ class Gauges(Collector):
         yield loads
         readable = "Whether the repository and every folder in it could be listed when it was last scanned: 1 or 0."
         yield _gauge("repository_readable", readable, registry.readable)
+        held = self._pipeline.rollouts.spare if self._pipeline.rollouts else None
+        waiting = "Images that wait to be compared for a shadow or a canary, or are being computed for that."
+        yield _gauge("rollout_pending_images", waiting, held.images if held else 0)
+        yield _gauge("rollout_pending_bytes", "Bytes that these images hold.", held.bytes if held else 0)
         depth = _model_gauge("queue_depth", "Images waiting for the engine.")
         info = _model_gauge("model_info", "Models that take traffic; the value is always 1.", "variant")
         memory = _model_gauge(

@@ -81,6 +81,36 @@ class Metrics:
         self.choices = counter(
             "choices", "Requests for a family, by the chosen model and the reason.", "family", "model", "reason"
         )
+        rollout = "kind", "rollout"
+        self.rollout_images = counter(
+            "rollout_images",
+            "Images of split traffic, by arm (primary, candidate) and outcome: ok or the error's code.",
+            *(*rollout, "arm", "outcome"),
+        )
+        self.rollout_compared = counter(
+            "rollout_compared", "Images that both models have answered, by top-1: agree or differ.", *rollout, "top1"
+        )
+        self.rollout_dropped = counter(
+            "rollout_dropped",
+            "Images not compared: no room (full, bytes), the other model did not serve (not-ready, unloaded), "
+            "failed (fault) or was the same (same-model), other labels or input (labels, input), too much to decode "
+            "(large, decode), or the engine hung or ended (ended).",
+            *(*rollout, "reason"),
+        )
+        self.rollout_fallbacks = counter(
+            "rollout_fallbacks",
+            "Images of a canary's share that the primary answered: the candidate did not serve (not-ready), would be "
+            "late or was (late), had no room (refused), failed (model-fault), or cannot take the request (labels, "
+            "input, top1).",
+            *(*rollout, "reason"),
+        )
+        self.rollout_seconds = histogram(
+            "rollout_duration_seconds",
+            "Time by arm: of whole requests (canary), or of the engine for every fourth image (shadow), which both "
+            "models compute one after the other.",
+            *(*rollout, "arm"),
+            buckets=SECONDS,
+        )
         self.connections_closed = counter(
             "connections_closed",
             "Connections closed, by reason: client, answered (Connection: close), a limit, or the error's code.",
@@ -104,6 +134,11 @@ class Metrics:
         return [
             int(count) for count in accumulate(bucket.get() for bucket in self.stage_seconds(model, "total")._buckets)
         ]
+
+    def rollout_duration(self, kind: str, rollout: str, arm: str) -> tuple[int, float]:
+        """How many durations of an arm there were, and their sum."""
+        found = self.rollout_seconds(kind, rollout, arm)
+        return int(sum(bucket.get() for bucket in found._buckets)), found._sum.get()
 
     def render(self) -> bytes:
         """The text exposition format."""

@@ -20,6 +20,8 @@ from service.models.family import Choice, Family, pareto_front, require_top1
 from service.models.faults import Faults
 from service.models.model import Model
 from service.models.registry import Registry
+from service.rollouts.canary import CanaryRequests
+from service.rollouts.rollouts import Part, Rollouts
 from service.scheduling.admission import Admission, Place
 from service.scheduling.cost import Load
 from service.scheduling.decode_pool import DecodePool
@@ -86,7 +88,7 @@ class Answer:
 
     model: Model
     choice: Choice | None
-    """Why this model, if the request named a family."""
+    """Why this model, if the request named a family or belongs to a canary's share."""
     images: list[Output | RequestError]
     """An image that cannot be used has an error instead."""
     timings_ms: dict[str, float] = field(default_factory=dict)
@@ -146,6 +148,9 @@ class Pipeline:
             slack_bytes=limits.trim_memory_bytes,
             transient=lambda: self.decoders.held_bytes + self.admission.bytes,
         )
+        self.rollouts: Rollouts | None = None
+        """Candidates that share the traffic of other models, if there are any."""
+        self._canaries = CanaryRequests(registry, self.admission, self.decoders)
         self.ready = False
 
     def start(self) -> None:
@@ -196,6 +201,8 @@ class Pipeline:
         deadline is kept by the event loop's clock: DeadlineExceeded is raised when it passes, whatever hangs.
         """
         state = RequestState(seconds=self.seconds(options), priority=options.priority, arrived_at=arrived_at)
+        part: Part | None = None
+        afterwards: tuple[Part, Model, list[Output | RequestError]] | tuple[()] = ()
         try:
             self.scheduler.require_engine()
             fastest = pareto_front(self.registry.candidates(options.model, options.version)[1])[-1]
@@ -209,26 +216,69 @@ class Pipeline:
                     options = inputs.options
                     state.replace(seconds=self.seconds(options), priority=options.priority)
                 state.amend(seconds=inputs.seconds, priority=inputs.priority)
-                model, choice, decoding = self._select(options, state, inputs)
-                self.admission.accept(place, model.queue, inputs.count, decoding=decoding)
-                accepted_at = time.perf_counter()
-                with model, watching(state.leave):
-                    images = await self._infer(model, state, inputs, decoding)
+                if self.rollouts and not inputs.shared:
+                    name = options.model or self.registry.default
+                    part = self.rollouts.part_of(name, options.version, inputs.images)
+                answer, accepted_at = await self._serve(options, state, inputs, place, part, watching)
+                model, images = answer.model, answer.images
                 inferred_at = time.perf_counter()
-                answer = Answer(model=model, choice=choice, images=images)
                 errors = [image for image in images if isinstance(image, RequestError)]
                 if errors and not (partial and answer.outputs):
                     model.statistics.fail.add(inferred_at - arrived_at)
                     raise errors[0]
                 written = write(answer)
                 self._account(answer, arrived_at=arrived_at, read_seconds=read_seconds, inferred_at=inferred_at)
+                if self.rollouts and part:
+                    self.rollouts.answered(part, images, time.perf_counter() - arrived_at)
+                    afterwards = part, model, images
                 self.metrics.predicted_ratio.observe(
                     place.predicted_seconds / max(1e-6, time.perf_counter() - accepted_at)
                 )
                 return written, answer
         except RequestError as error:
             self.count_rejection(error)
+            if part:
+                part.failed(error)
             raise
+        finally:
+            if self.rollouts:
+                # The answer is written before the event loop's next turn.
+                asyncio.get_running_loop().call_soon(self.rollouts.afterwards, *afterwards)
+
+    async def _serve(
+        self,
+        options: RequestOptions,
+        state: RequestState,
+        inputs: Inputs,
+        place: Place,
+        part: Part | None,
+        watching: Callable[[Callable[[], None]], AbstractContextManager[None]],
+    ) -> tuple[Answer, float]:
+        """The answer of the model that is selected, or of a candidate, and when it was accepted."""
+
+        async def infer(model: Model, decoding: Sequence[int]) -> list[Output | RequestError]:
+            with model, watching(state.leave):
+                return await self._infer(model, state, inputs, decoding, part.entries if part else None)
+
+        if part and part.canary:
+            accepted_at = time.perf_counter()
+            found = await self._canaries.answer(
+                part,
+                part.canary,
+                place,
+                min_top1=options.min_top1,
+                fits=lambda model: _fits(inputs, model),
+                infer=infer,
+            )
+            if found:
+                model, choice, images = found
+                if self.registry.is_family(choice["family"]):
+                    self.metrics.choices(choice["family"], model.name, choice["reason"]).inc()
+                return Answer(model=model, choice=choice, images=images), accepted_at
+        model, why, decoding = self._select(options, state, inputs)
+        self.admission.accept(place, model.queue, inputs.count, decoding=decoding)
+        accepted_at = time.perf_counter()
+        return Answer(model=model, choice=why, images=await infer(model, decoding)), accepted_at
 
     def count_rejection(self, error: RequestError) -> None:
         """Count a request that was refused, or ended before its answer."""
@@ -290,14 +340,20 @@ class Pipeline:
         )
 
     async def _infer(
-        self, model: Model, state: RequestState, inputs: Inputs, decoding: Sequence[int]
+        self,
+        model: Model,
+        state: RequestState,
+        inputs: Inputs,
+        decoding: Sequence[int],
+        entries: list[Entry] | None = None,
     ) -> list[Output | RequestError]:
+        """`entries` gets those of the images, which hold the pixels."""
         images = [inputs.shared] if inputs.shared else inputs.images
         works = decoding or [0] * len(images)
         if len(images) == 1:
-            return [await self._infer_one(model, state, images[0], works[0])]
+            return [await self._infer_one(model, state, images[0], works[0], entries)]
         # All end before an error is raised: none may go on working for a request that is already answered.
-        work = (self._infer_one(model, state, image, work) for image, work in zip(images, works, strict=True))
+        work = (self._infer_one(model, state, image, work, entries) for image, work in zip(images, works, strict=True))
         outcomes: list[Output | RequestError] = []
         for outcome in await asyncio.gather(*work, return_exceptions=True):
             if not isinstance(outcome, Output | RequestError):
@@ -306,9 +362,16 @@ class Pipeline:
         return outcomes
 
     async def _infer_one(
-        self, model: Model, state: RequestState, image: bytes | Pixels | SharedImage, work: int
+        self,
+        model: Model,
+        state: RequestState,
+        image: bytes | Pixels | SharedImage,
+        work: int,
+        entries: list[Entry] | None = None,
     ) -> Output | RequestError:
         metrics, name, entry = self.metrics, model.name, self.scheduler.entry(state)
+        if entries is not None:
+            entries.append(entry)
         try:
             if isinstance(image, bytes):
                 with self.decoders.decoding(image, model.manifest.preprocessing, model.queue, entry, work):

@@ -8,11 +8,12 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from service.app import create_app
+from service.app import create_app, make_source
 from service.http.server.connections import ConnectionLimits
 from service.http.server.listening import connections_within_file_limit
 from service.http.server.server import Server
 from service.logs import Logs, leave_at_once
+from service.remote.mirror import Mirror
 from service.settings import Settings
 
 
@@ -20,20 +21,29 @@ def run(
     settings: Settings,
     logs: Logs,
     *,
-    make: Callable[[], FastAPI] | None = None,
+    make: Callable[[Mirror | None], FastAPI] | None = None,
     listening: Callable[[], list[socket.socket]] | None = None,
     trusted_proxies: tuple[str, ...] | None = None,
 ) -> None:
     """Serve until a signal ends it. Raises StartupError, or SystemExit with 1 if it could not listen.
 
-    `make` makes the application, and `listening` the sockets to listen at, if these are not as the settings say.
+    `make` makes the application of a repository's copy, and `listening` the sockets to listen at, if these are not as
+    the settings say.
     """
     if settings.keys_file:
         # By default it would end the process, until there is a file to read again.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    source: Mirror | None = None
+
+    def leave(number: int, _: object) -> None:
+        if source:
+            source.close()  # it leaves nothing half written
+        leave_at_once(128 + number)
+
     # While models are loaded nothing was accepted. Without a handler, process 1 of a container would ignore SIGTERM.
-    signal.signal(signal.SIGTERM, lambda number, _: leave_at_once(128 + number))
-    application = make() if make else create_app(settings)
+    signal.signal(signal.SIGTERM, leave)
+    source = make_source(settings)
+    application = make(source) if make else create_app(settings, source=source)
     application.state.pipeline.metrics.registry.register(logs)
     limits: dict[str, Any] = {field.name: getattr(settings, field.name) for field in fields(ConnectionLimits)}
     limits["max_connections"] = connections_within_file_limit(settings.max_connections)

@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PlainValidator,
+    PositiveInt,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -22,10 +33,13 @@ from pydantic_settings import (
 )
 
 from service.engine import Tuning
+from service.errors import StartupError
 from service.host import available_cores
 from service.images import FORMATS, MAX_PIXELS, Format
 from service.keys import key_hash
 from service.models.proof import EngineOptions
+from service.remote.address import Address, is_address, parse_address
+from service.rollouts.split import Split, parse_splits
 
 ENV_PREFIX: Final = "STRIDEVIT_"
 
@@ -78,6 +92,14 @@ def _origin(value: str) -> str:
     return value
 
 
+def _repository(value: object) -> Path | Address:
+    if isinstance(value, Path | Address):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("a repository is the path of a folder, or an address such as s3://bucket/models")
+    return parse_address(value) if is_address(value) else Path(value)
+
+
 def _workers(value: str) -> str:
     if value != "auto" and not (value.isascii() and value.isdecimal() and len(value) < 4):
         raise ValueError(f"{value!r} is neither a number of processes nor auto")
@@ -101,6 +123,9 @@ _Origin = Annotated[str, AfterValidator(_origin)]
 _Format = Annotated[Format, BeforeValidator(_upper)]
 _Url = Annotated[str, Field(pattern="^https?://")]
 _Fraction = Annotated[float, Field(gt=0, le=1)]
+_Repository = Annotated[
+    Path | Address, PlainValidator(_repository), WithJsonSchema({"type": "string", "format": "path or URL"})
+]
 
 
 class Settings(BaseSettings):
@@ -118,14 +143,35 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    repository: Path = Path("models")
-    """Folder of bundles, as `<name>/<version>/`."""
+    repository: _Repository = Path("models")
+    """Folder of bundles, as `<name>/<version>/`; or `s3://BUCKET/FOLDER`, `gs://BUCKET/FOLDER` or `https://HOST/FOLDER`
+    (see `repositories.md`)."""
+    repository_cache: _Optional[Path] = None
+    """Folder for the copy of a repository that is not a folder; unset: `stridevit` in the user's cache folder, or
+    `stridevit-UID` among the temporary files where that cannot be written to."""
+    repository_cache_bytes: PositiveInt = 16 * 1024**3
+    """Largest size of that copy, in bytes: a version that does not fit is not fetched."""
+    repository_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds that a repository which is not a folder may take for its listing, and for each 4 MiB of a file."""
     models: _List[str] = ()
     """Names of the models to serve; empty: all models in the repository."""
     default_model: _Optional[str] = None
     """Model for requests that name none; unset: the one with the highest top-1."""
+    alias: _Optional[str] = None
+    """A further name of the model for requests that name none, unless a model or a family has that name: KServe asks by
+    the name of the InferenceService, whatever the bundle is called."""
     versions_to_serve: PositiveInt = 1
     """Number of versions of each model to serve, the newest first."""
+    canary: _List[str] = ()
+    """Shares of traffic that a candidate answers instead of its primary, as `[PRIMARY:]CANDIDATE[@VERSION]=SHARE`, such
+    as `cifar100-csra-r2@6=5%` or `cifar100:cifar100-csra-r4=0.1`. PRIMARY is a model or a family; without it, the
+    candidate's other version or its family. A candidate that cannot answer leaves the request to the primary."""
+    shadow: _List[str] = ()
+    """The same for a candidate that computes the images too, after the primary has answered them and only while no
+    answer waits: its answers are compared, and nobody gets them."""
+    shadow_pending_bytes: PositiveInt = 16 * 1024 * 1024
+    """Largest size of the images that wait to be compared, for `shadow` and `canary`, in bytes; beyond it, or beyond
+    `max_pending_images`, further ones are not compared."""
     poll_seconds: Annotated[float, Field(ge=0)] = 0.0
     """Interval in seconds at which the repository is scanned for new and removed versions; 0: no polling, only
     requests to `/v2/repository` load and unload."""
@@ -294,6 +340,12 @@ class Settings(BaseSettings):
     """URL of a collector of OpenTelemetry traces (OTLP over HTTP), such as `http://collector:4318/v1/traces`; unset: no
     traces."""
 
+    @field_validator("canary", "shadow")
+    @classmethod
+    def _are_splits(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        parse_splits("canary" if info.field_name == "canary" else "shadow", value)
+        return value
+
     @model_validator(mode="after")
     def _limits_fit_each_other(self) -> Self:
         for name, bound, consequence in _BOUNDED:
@@ -317,6 +369,17 @@ class Settings(BaseSettings):
         if self.guarded_pages and not (self.api_key_hashes or self.admin_key_hash or self.keys_file):
             raise ValueError("guarded_pages needs keys: set api_key_hashes, admin_key_hash or keys_file")
         return self
+
+    @property
+    def folder(self) -> Path:
+        """The repository, which is a folder. Raises StartupError if it is not."""
+        if isinstance(self.repository, Address):
+            raise StartupError(f"{self.repository} is not a folder: copy it first")
+        return self.repository
+
+    def splits(self) -> tuple[Split, ...]:
+        """What `shadow` and `canary` say."""
+        return *parse_splits("canary", self.canary), *parse_splits("shadow", self.shadow)
 
     def engine_options(self) -> EngineOptions:
         """How engines are run. Raises EngineError if the device is unavailable."""

@@ -21,6 +21,7 @@ from service.metrics import SECONDS
 from service.models.index import State
 from service.models.model import Model
 from service.pipeline import Pipeline
+from service.rollouts.rollout import RolloutStatus
 
 MAX_BYTES = 5000
 _WINDOW_SECONDS = 10.0
@@ -74,6 +75,8 @@ class Status(BaseModel):
     threads: int
     """Cores for the engines."""
     device: str
+    rollouts: list[RolloutStatus] = []
+    """Shadows and canaries; left out if there are none."""
     refusals: dict[str, int]
     """Requests refused or ended since the start, by the reason."""
     models: list[ModelStatus]
@@ -146,6 +149,8 @@ class StatusReport:
             "device": self._device,
             "refusals": {labels["reason"]: int(count) for labels, count in pipeline.metrics.totals("rejections")},
         }
+        if pipeline.rollouts:
+            members["rollouts"] = [rollout.status() for rollout in pipeline.rollouts.all]
         return Report(members=members, models=self._models(before, now, seconds), choices=self._choices())
 
     def _snapshot(self) -> _Snapshot:

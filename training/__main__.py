@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -24,7 +24,7 @@ from training.checkpoints import can_resume
 from training.data import Dataset, into_memory, load_dataset
 from training.describe import cost_table
 from training.describe import describe as describe_model
-from training.distributed import World, choose_device, join
+from training.distributed import PeerLost, World, choose_device, join
 from training.evaluate import evaluate as evaluate_model
 from training.initial import TIMM, Source, SourceError, adapted, open_source
 from training.loop import FROM_SCRATCH, Execution, Origin, TrainingError
@@ -54,7 +54,9 @@ app = typer.Typer(
     the Hugging Face hub.
 
     **Several GPUs or machines**: `torchrun --nproc-per-node 8 -m training train ...`; the batch size of the recipe is
-    divided among the processes.
+    divided among the processes. On each of two machines, with an `--out` that both share: `torchrun --nnodes 2
+    --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --max-restarts 3 -m training train --auto-resume
+    ...`; docs/training.md says what happens when one of them fails.
     """,
 )
 console = Console(stderr=True)
@@ -81,6 +83,14 @@ OverridesOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe: optim.lr=5e-4. May be repeated."),
 ]
 ResumeOption = Annotated[bool, typer.Option(help="Continue a stopped run from its last checkpoint.")]
+AutoResumeOption = Annotated[
+    bool,
+    typer.Option(
+        "--auto-resume",
+        help="Continue from the last checkpoint if there is one, else begin: for torchrun's restarts, and for "
+        "schedulers that repeat a command.",
+    ),
+]
 TestOption = Annotated[
     bool, typer.Option(help="Evaluate on the test split at the end; `--no-test` for runs that decide something.")
 ]
@@ -132,6 +142,7 @@ def train(
     weights: WeightsOption = None,
     overrides: OverridesOption = None,
     resume: ResumeOption = False,
+    auto_resume: AutoResumeOption = False,
     test: TestOption = True,
     checkpoint_steps: CheckpointOption = 500,
     workers: WorkersOption = None,
@@ -139,7 +150,8 @@ def train(
 ) -> None:
     """Train one variant. The finished model is in the folder's `final/`, for `evaluate` and for export.
 
-    Ctrl-C and SIGTERM save a checkpoint first; `--resume` continues with the next step.
+    Ctrl-C and SIGTERM save a checkpoint first; `--resume` continues with the next step. Under torchrun, and wherever
+    a failed command is repeated, use `--auto-resume`.
 
     With `--init` the sizes of the model and the normalisation of its images are those of the source, unless `--preset`
     or `--set` changes them; every weight of equal name and shape is taken. For a compressed variant of a trained MHA
@@ -148,6 +160,9 @@ def train(
     Example: `stridevit train --recipe digits --variant csra-r2 --out runs/digits-csra-r2`
 
     Example: `stridevit train --recipe cifar100-full --variant mha --data DIR --init runs/stage1 --out runs/stage2`
+
+    Example, on each of two machines (docs/training.md): `torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d
+    --rdzv-endpoint HOST:29500 --max-restarts 3 -m training train --variant mha --data DIR --out SHARED/x --auto-resume`
     """
     name = folder_recipe.dataset_name(data) if recipe == folder_recipe.NAME and data else recipe
     folder = out or Path("runs") / f"{name}-{variant}"
@@ -165,7 +180,7 @@ def train(
             resolved = overridden(resolved, ["distill.logits=0.5"])
         on = _execution(world, workers, checkpoint_steps)
         _warn(on, dataset)
-        train_run(resolved, variant, dataset, folder, on, origin=origin, resume=resume, test=test)
+        train_run(resolved, variant, dataset, folder, on, origin=origin, resume=_resume(resume, auto_resume), test=test)
 
 
 @app.command()
@@ -187,6 +202,7 @@ def retrofit(
     weights: WeightsOption = None,
     overrides: OverridesOption = None,
     resume: ResumeOption = False,
+    auto_resume: AutoResumeOption = False,
     test: TestOption = True,
     checkpoint_steps: CheckpointOption = 500,
     workers: WorkersOption = None,
@@ -210,7 +226,7 @@ def retrofit(
         on = _execution(world, workers, checkpoint_steps)
         _warn(on, dataset)
         origin = _retrofit_origin(resolved, source)
-        train_run(resolved, variant, dataset, out, on, origin=origin, resume=resume, test=test)
+        train_run(resolved, variant, dataset, out, on, origin=origin, resume=_resume(resume, auto_resume), test=test)
 
 
 @app.command()
@@ -482,6 +498,12 @@ def _execution(world: World, workers: int | None, checkpoint_steps: int) -> Exec
     return Execution(world=world, workers=workers, checkpoint_steps=checkpoint_steps, console=console)
 
 
+def _resume(resume: bool, auto: bool) -> bool | Literal["auto"]:
+    if resume and auto:
+        raise ValueError("--resume needs a checkpoint and --auto-resume does not: give one of the two")
+    return "auto" if auto else resume
+
+
 def _warn(on: Execution, dataset: Dataset) -> None:
     for note in dataset.notes:
         on.say(f"[yellow]warning:[/] {escape(note)}")
@@ -503,7 +525,7 @@ def _errors(run: Path | None = None) -> Iterator[None]:
         if process in (None, "0"):
             console.print(f"\n{str(stop) or 'interrupted'}; {hint}", highlight=False, soft_wrap=True)
         raise typer.Exit(128 + (stop.signum if isinstance(stop, Stopped) else signal.SIGINT)) from None
-    except (ValueError, DataError, SourceError, TrainingError, runs.RunError, OSError) as error:
+    except (ValueError, DataError, SourceError, TrainingError, PeerLost, runs.RunError, OSError) as error:
         origin = f" of process {process}" if process else ""
         console.print(f"[red]error{origin}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         if process:

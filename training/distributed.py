@@ -1,6 +1,7 @@
 """The device, and the processes that train one model together: a single one, or those that torchrun started."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ from torch import Tensor
 from training.stopping import Stopped
 
 T = TypeVar("T")
+
+
+class PeerLost(Exception):
+    """Another process has ended, or its machine cannot be reached; the message says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,13 @@ class World:
         if self.size > 1:
             dist.all_reduce(total)
         return total
+
+    def gather(self, value: T) -> list[T]:
+        """Each process's `value`, in the order of their ranks, in all processes."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def decide(self, question: Callable[[], T]) -> T:
         """What `question()` returns or raises in the main process, in all processes."""
@@ -68,7 +80,8 @@ def choose_device(name: str) -> torch.device:
 def join(device: torch.device) -> Iterator[World]:
     """The processes that torchrun started, each on the GPU of its local rank; without torchrun this process alone.
 
-    Raises ValueError if another launcher than torchrun started the processes, and if there are more of them than GPUs.
+    Raises ValueError if another launcher than torchrun started the processes, and if there are more of them than GPUs;
+    PeerLost if another process ends before this one.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -84,11 +97,25 @@ def join(device: torch.device) -> Iterator[World]:
             raise ValueError(f"process {local} of this machine has no GPU, there are {gpus}: lower --nproc-per-node")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         yield World(device=device, rank=dist.get_rank(), size=dist.get_world_size())
     except Stopped:
         dist.destroy_process_group()
         raise
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        # Without the place in gloo's code, and without its advice.
+        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
+        raise PeerLost(
+            f"the connection to another process was lost ({reason}): see what ended that process or its machine, and "
+            "start all again with --auto-resume, unless torchrun --max-restarts does"
+        ) from error
     # After any other error the processes are out of step, and NCCL would wait for those that still compute.
     dist.destroy_process_group()
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    # Gloo has no exception of its own.
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)

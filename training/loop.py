@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -79,17 +79,22 @@ def train(
     on: Execution,
     *,
     origin: Origin = FROM_SCRATCH,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     test: bool = True,
 ) -> runs.ModelCard:
     """Train one variant by `recipe` into the folder `out` and return the card of the finished model.
+
+    With `resume="auto"` the run continues from its last checkpoint if there is one, and else begins.
 
     SIGTERM and Ctrl-C save a checkpoint and raise Stopped. Without `test` the test split is not read and the card has
     no accuracy: for runs whose results decide something.
 
     Raises RunError if `out` already holds a run (unless `resume`), or a run of another recipe, and TrainingError if the
-    loss is not finite.
+    loss is not finite, or if the processes were started with different settings or data.
     """
+    _check_agreement(on.world, {**run_identity(recipe, variant, dataset, origin), "resume": resume, "test": test})
+    if resume == "auto":
+        resume = _can_resume(on.world, out)
     if not resume and on.world.decide(lambda: can_resume(out) or (out / runs.WEIGHTS_FILE).exists()):
         raise runs.RunError(f"{out} holds a run already: continue it with --resume or choose another --out")
     if recipe.precision == "bf16" and bf16_is_emulated(on.world.device):
@@ -108,6 +113,28 @@ def train(
     if known := card.accuracy:
         on.say(f"{out}: {known.split} top-1 {known.top1:.2%}, top-5 {known.top5:.2%} of {known.n}")
     return card
+
+
+def _check_agreement(world: World, settings: dict[str, Any]) -> None:
+    """Else processes of different machines would wait for each other for ever, or train on different data."""
+    first, *others = world.gather(settings)
+    for rank, other in enumerate(others, start=1):
+        if different := [name for name in first if first[name] != other.get(name)]:
+            raise TrainingError(
+                f"process {rank} has another {', '.join(different)} than process 0: start all machines with the same "
+                "command, code and data"
+            )
+
+
+def _can_resume(world: World, out: Path) -> bool:
+    """Whether the main process finds a checkpoint; it may run on another machine than before a restart."""
+    found = world.gather(can_resume(out))
+    if any(found) and not found[0]:
+        raise runs.RunError(
+            f"process {found.index(True)} has a checkpoint in {out}, but process 0, which reads it for all, does not: "
+            "choose an --out that all machines share"
+        )
+    return found[0]
 
 
 def run_identity(recipe: Recipe, variant: str, dataset: Dataset, origin: Origin = FROM_SCRATCH) -> dict[str, Any]:

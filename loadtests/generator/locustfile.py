@@ -12,8 +12,11 @@ its next image when its last is answered.
 
 `--rates` changes the number of users over time (rates.py). `--seconds` ends the test when every arrival of that time is
 sent; Locust's own `--run-time` also counts the time in which images are read and users started. `--samples FILE` keeps
-every raw sample (samples.py); a worker adds its number to the name. With `--master` and `--worker`, use `--autostart
---autoquit 10` in place of `--headless`, so that the master, which merges the workers' histograms, waits for the last.
+every raw sample (samples.py); a worker adds its number to the name.
+
+From several machines: `--master --expect-workers N` with all options on one, `--worker --master-host M` once per core
+on the others, which need the same code, and the same images at the same path. Use `--autostart --autoquit 10` in place
+of `--headless`, so that the master, which merges the workers' histograms, waits for the last (docs/loadtests.md).
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call"
@@ -35,6 +38,7 @@ from locust.argument_parser import LocustArgumentParser
 from locust.contrib.fasthttp import FAILURE_EXCEPTIONS
 from locust.env import Environment
 from locust.exception import StopTest, StopUser
+from locust.rpc.protocol import Message
 from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 
 from loadtests.generator.histogram import Latencies
@@ -98,6 +102,10 @@ class Run:
         self.requests.join(timeout=ANSWER_SECONDS)
         if self._samples:
             self._samples.close()
+
+
+UNABLE = "stridevit-unable"
+"""The message of a worker that cannot send, with the reason."""
 
 
 class _State:
@@ -248,6 +256,8 @@ def _arguments(parser: LocustArgumentParser, **_: Any) -> None:
 @events.init.add_listener
 def _init(environment: Environment, **_: Any) -> None:
     options = environment.parsed_options
+    if isinstance(environment.runner, MasterRunner):
+        environment.runner.register_message(UNABLE, _end_without, concurrent=True)
     _state.paths = {name: getattr(options, name, "") for name in ("data", "samples")}
     if options and options.rates and not isinstance(environment.runner, WorkerRunner):
         try:
@@ -259,6 +269,21 @@ def _init(environment: Environment, **_: Any) -> None:
         @environment.web_ui.app.get("/percentiles")
         def percentiles() -> dict[str, Any]:
             return _state.latencies.as_dict()
+
+
+def _end_without(environment: Environment, msg: Message, **_: Any) -> None:
+    """End the test of a worker that cannot send: what the others send is not the rate that was asked for."""
+    log.error("worker %s: %s", msg.node_id, msg.data["reason"])
+    _state.failed = True
+    runner, options = environment.runner, environment.parsed_options
+    if runner is None or options is None:
+        return
+    if not (options.headless or options.autostart):
+        runner.stop()
+        return
+    runner.quit()
+    if environment.web_ui:
+        environment.web_ui.stop()
 
 
 @events.test_start.add_listener
@@ -277,7 +302,11 @@ def _begin(environment: Environment, **_: Any) -> None:
         run = _state.run = Run(options, host=environment.host or "", worker=worker)
     except PayloadError as error:
         _state.failed = True
-        raise StopTest(str(error)) from None
+        if not isinstance(runner, WorkerRunner):
+            raise StopTest(str(error)) from None
+        # StopTest would also end the greenlet that listens to the master.
+        runner.send_message(UNABLE, {"reason": str(error)})
+        return
     if environment.shape_class:
         # Reading the images must not take time from the first part.
         environment.shape_class.reset_time()

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from service.errors import NoSuitableModel
 from service.models.model import Model
 
-Reason = Literal["most_accurate", "deadline", "headroom"]
+Reason = Literal["most_accurate", "deadline", "headroom", "canary"]
 
 _MAX_RELATIVE_COST = 0.9
 
@@ -31,9 +31,11 @@ class Choice(TypedDict):
     """Why a family chose its model, as /v1 answers it."""
 
     family: str
+    """Or, of a canary, the model that the request is for."""
     reason: Reason
     """`most_accurate`: no model that the request allows is more accurate; `deadline`: more accurate ones would be late;
-    `headroom`: a more accurate one would be in time, but without enough headroom to step back up to it."""
+    `headroom`: a more accurate one would be in time, but without enough headroom to step back up to it; `canary`: the
+    request belongs to the share of a model on trial."""
     predicted_ms: float
     """Predicted finish of the chosen model."""
     skipped: list[Skipped]

@@ -64,6 +64,8 @@ class Loader:
         self._proofs: dict[tuple[str, int], Proof] = {}
         """The last proof of each version: what has been proven here once is not proven again."""
         self._one = threading.Lock()
+        self._beside_traffic = False
+        """From the end of the first loads on: before, nobody waits for an answer, but for the service to start."""
 
     def load(self, folder: Path) -> Model:
         """Load the bundle in `folder`. Raises BundleError or EngineError."""
@@ -121,6 +123,7 @@ class Loader:
     def rest(self) -> None:
         """Free what proofs need. To be called after the last of some loads."""
         self._prover.rest()
+        self._beside_traffic = True
 
     def close(self) -> None:
         """End a proof that is running, and allow no other. From any thread."""
@@ -144,7 +147,9 @@ class Loader:
         if proof is None or len(proof.layouts) > 1:
             # A GPU's driver maps more memory than there is.
             limit = self.memory_left() if self._options.device == "cpu" else None
-            proof = self._prover.prove(bundle.folder, scratch, memory_bytes=limit, known=known)
+            proof = self._prover.prove(
+                bundle.folder, scratch, memory_bytes=limit, known=known, background=self._beside_traffic
+            )
             if proof.digest != digest:
                 raise NotNow(f"{bundle.folder}: was changed while it was loaded")
         if not proof.note:

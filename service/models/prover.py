@@ -41,12 +41,18 @@ class Prover:
         self._change = threading.Lock()
 
     def prove(
-        self, folder: Path, scratch: Path | None, *, memory_bytes: int | None, known: Proof | None = None
+        self,
+        folder: Path,
+        scratch: Path | None,
+        *,
+        memory_bytes: int | None,
+        known: Proof | None = None,
+        background: bool = False,
     ) -> Proof:
         """The proof of a bundle within `memory_bytes`, or any memory for None. Blocks; for one thread at a time.
 
         Packed weights are left in `scratch`; with a `known` proof there is nothing else to do: see
-        `service.models.proof.prove`.
+        `service.models.proof.prove`. In the `background` it leaves the cores to whoever wants them.
         Raises BundleError with the reason why there is none, or NotNow if it is not the bundle's fault.
         """
         request = Request(
@@ -55,6 +61,7 @@ class Prover:
             known=known,
             options=self._options,
             memory_bytes=memory_bytes,
+            background=background,
             seconds=self._seconds + _GRACE_SECONDS,
         )
         if self._process is not None and self._process.poll() is not None:

@@ -7,7 +7,7 @@ folder that cannot be listed for a while takes nothing away that serves.
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,12 +15,13 @@ from typing import Literal
 import structlog
 
 from service.bundle import Listing, list_repository, signature, versions
-from service.errors import BundleError, NotReady, ServiceError, StartupError, UnknownModel
+from service.errors import BundleError, NotReady, RepositoryError, ServiceError, StartupError, UnknownModel
 from service.models.failures import Failures
 from service.models.family import Family, families_of
 from service.models.index import Entry, Index
 from service.models.loading import Loader
 from service.models.model import Model
+from service.models.source import Source
 from service.scheduling.scheduler import Scheduler
 
 log = structlog.get_logger()
@@ -51,17 +52,28 @@ class Registry:
         repository: Path,
         names: Sequence[str],
         default_model: str | None,
+        alias: str | None,
         versions_to_serve: int,
         step_up_headroom: float,
+        source: Source | None = None,
+        on_trial: Collection[tuple[str, int]] = (),
     ) -> None:
-        """`names`: the models to serve, empty for all in the repository. The rest as in `service.settings`."""
-        self._loader, self._scheduler = loader, scheduler
-        self._repository, self._names, self._default_model = repository, tuple(names), default_model
+        """`names`: the models to serve, empty for all in the repository. `source`: what `repository` is a copy of.
+        `on_trial`: versions to serve besides, which answer only those who ask for them by number, as long as another
+        version serves. The rest as in `service.settings`."""
+        self._loader, self._scheduler, self._source = loader, scheduler, source
+        self._missing: Mapping[tuple[str, int], str] = {}
+        """Why versions of the source are not in the repository's folder."""
+        self._repository, self._names = repository, tuple(names)
+        self._default_model, self._alias = default_model, alias
         self.versions_to_serve, self._step_up_headroom = versions_to_serve, step_up_headroom
         self.loads: Counter[Literal["ready", "failed"]] = Counter()
         """Versions that were loaded, and that could not be, since the start."""
         self.readable = True
         """Whether the repository could be listed when it was last scanned, and all folders in it."""
+        self._on_trial = frozenset(on_trial)
+        self._apart: set[tuple[str, str]] = set()
+        """Families, and models that take no part in them."""
         self._models: dict[str, dict[int, Model]] = {}
         self._index = Index()
         self._unloaded: set[str] = set()
@@ -94,14 +106,18 @@ class Registry:
         if self._default_model is not None:
             return self._default_model
         newest = [self._newest(name) for name in sorted(self._models)]
+        if self._apart:
+            apart = {name for _, name in self._apart}
+            newest = [model for model in newest if model.name not in apart] or newest
         return max(newest, key=lambda model: model.top1).name if newest else None
 
     def find(self, name: str | None, version: int | None = None) -> Model:
-        """A model by its name, or the default one for None; the newest version unless one is named.
+        """A model by its name, or the default one for None or its alias; the newest version unless one is named.
 
         Raises UnknownModel, whose message lists the known ones, or NotReady while the model is being loaded.
         """
-        wanted = name or self.default
+        aliased = name == self._alias and name not in self._index.names
+        wanted = self.default if aliased else name or self.default
         if wanted is None:
             raise NotReady("no model is loaded: load one, then retry")
         ready = self._models.get(wanted, {})
@@ -124,14 +140,35 @@ class Registry:
         """See `families_of`."""
         if self._families is None:
             self._families = families_of(map(self._newest, sorted(self._models)))
+            for family, name in self._apart:
+                members = self._families.get(family, [])
+                self._families[family] = [model for model in members if model.name != name] or members
+                if not members:
+                    del self._families[family]
         return self._families
+
+    def is_family(self, name: str) -> bool:
+        """Whether a name stands for a family: a model goes before a family of the same name."""
+        return name not in self._models and name in self.families
+
+    def keep_apart(self, family: str, name: str) -> None:
+        """Leave a model out of its family's choice, and of the default, as long as there are others."""
+        self._apart.add((family, name))
+        self._families = None
+
+    def get(self, name: str, version: int | None = None) -> Model | None:
+        """A model that takes traffic, or None: `find` without its reasons."""
+        ready = self._models.get(name)
+        if not ready:
+            return None
+        return self._newest(name) if version is None else ready.get(version)
 
     def candidates(self, name: str | None, version: int | None = None) -> tuple[Family | None, list[Model]]:
         """The models that may answer a request for `name`, the most accurate first, and their family if it names one.
 
-        A model goes before a family of the same name. Raises what `find` raises.
+        Raises what `find` raises.
         """
-        if name is None or version is not None or name in self._models or name not in self.families:
+        if name is None or version is not None or not self.is_family(name):
             return None, [self.find(name, version)]
         chooser = self._choosers.setdefault(name, Family(name, step_up_headroom=self._step_up_headroom))
         return chooser, self.families[name]
@@ -151,10 +188,11 @@ class Registry:
         A broken bundle is logged and left out. Raises StartupError if it is served by name, or if no model is left.
         """
         try:
+            self._fetch_or_go_on()
             listing = list_repository(self._repository)
         except BundleError as error:
             raise StartupError(str(error)) from error
-        for name in self._names or listing.names:
+        for name in self._names or self._known(listing):
             scan = self._scan(name, fresh=True)
             self._serve(scan)
             if not scan.wanted and name in self._names:
@@ -224,16 +262,21 @@ class Registry:
     async def refresh(self) -> None:
         """Scan the repository once: load new versions, and retire those that have been removed."""
         try:
+            await asyncio.to_thread(self._fetch)
             listing = await asyncio.to_thread(self._list)
+        except NotReady:  # the service is shutting down
+            return
         except BundleError as error:
             if self.readable:
                 log.error("repository cannot be read", reason=str(error))
             self.readable = False
             return
+        if not self.readable and not listing.unreadable:
+            log.info("repository can be read again")
         self.readable = not listing.unreadable
         async with self._loading:
             try:
-                for name in self._names or sorted({*listing.names, *self._models, *self._index.names}):
+                for name in self._names or self._known(listing):
                     if name not in self._unloaded:
                         await self._update(name, fresh=False)
             finally:
@@ -242,14 +285,38 @@ class Registry:
     def close(self) -> None:
         """End what is being loaded, and load nothing more; what serves goes on serving. From any thread."""
         self._closed = True
+        if self._source:
+            self._source.close()
         self._loader.close()
 
     def _require_known(self, name: str) -> None:
         if self._names and name not in self._names:
             raise UnknownModel(f"the settings serve only: {', '.join(self._names)}")
+        self._fetch_or_go_on(force=True)
         # A name from a request never becomes a path unless the repository lists it.
-        if name not in list_repository(self._repository).names:
+        if name not in self._known(list_repository(self._repository), listed_only=True):
             raise UnknownModel(f"no model {name!r} in the repository")
+
+    def _known(self, listing: Listing, *, listed_only: bool = False) -> list[str]:
+        """Models in the repository, also those of which no version could be fetched, and those known from before."""
+        before = () if listed_only else (*list(self._models), *self._index.names)
+        return sorted({*listing.names, *(name for name, _ in self._missing), *before})
+
+    def _fetch(self, *, force: bool = False) -> None:
+        """Bring the repository's folder up to date, if it is a copy. Blocks. Raises RepositoryError or NotReady."""
+        if self._source:
+            serving = {(name, version) for name, some in list(self._models.items()) for version in list(some)}
+            self._missing = self._source.update(serving, force=force)
+
+    def _fetch_or_go_on(self, *, force: bool = False) -> None:
+        """The same; where that is impossible, go on with what was fetched before, if that is anything."""
+        try:
+            self._fetch(force=force)
+        except RepositoryError as error:
+            if not list_repository(self._repository).names:
+                raise
+            log.warning("repository cannot be read: what was fetched before is loaded", reason=str(error))
+            self.readable = False
 
     def _list(self) -> Listing:
         """Raises BundleError also for a repository that is empty while something serves."""
@@ -287,17 +354,21 @@ class Registry:
             self._index.note_unlisted(name, reason)
             return _Scan(published=sorted(serving), wanted=serving, failures=[reason])
         expected = name in self._names
-        for version in self._index.note_listed(name, scan.published, expected=expected):
+        missing = {version: why for (of, version), why in self._missing.items() if of == name}
+        for version in self._index.note_listed(name, [*scan.published, *missing], expected=expected):
             self._failures.forget((name, version))
-        if not scan.published and not serving:
+        self._note_missing(scan, name, missing)
+        if not scan.published and not serving and not missing:
             scan.failures.append("no version of it in the repository")
             if expected:
                 self._index.note_unlisted(name, scan.failures[0])
         for version in reversed(scan.published):
+            on_trial = (name, version) in self._on_trial
             if only is not None and version not in only:
                 continue
-            if only is None and len(scan.wanted) == self.versions_to_serve:
-                break
+            full = sum((name, each) not in self._on_trial for each in scan.wanted) == self.versions_to_serve
+            if only is None and full and not on_trial:
+                continue
             if fresh or only is not None:
                 self._withdrawn.discard((name, version))
             elif (name, version) in self._withdrawn:
@@ -308,6 +379,13 @@ class Registry:
             elif fresh or only is not None or self._failures.worth_trying((name, version), folder):
                 self._try(scan, name, version, folder, serving=version in serving)
         return scan
+
+    def _note_missing(self, scan: _Scan, name: str, missing: Mapping[int, str]) -> None:
+        """Let the index say why versions could not be fetched; a load fails for those that are newer than all here."""
+        for version in sorted(set(missing) - set(scan.published)):
+            self._index.note(name, version, "unavailable", missing[version])
+            if version > max(scan.published, default=0):
+                scan.failures.append(missing[version])
 
     def _try(self, scan: _Scan, name: str, version: int, folder: Path, *, serving: bool) -> None:
         if not serving:
@@ -360,7 +438,10 @@ class Registry:
                     self._index.remove(model.name, model.version)
 
     def _newest(self, name: str) -> Model:
-        return self._models[name][max(self._models[name])]
+        ready = self._models[name]
+        if self._on_trial:
+            return ready[max(ready, key=lambda version: ((name, version) not in self._on_trial, version))]
+        return ready[max(ready)]
 
 
 def _listed(names: Iterable[str] | Iterable[int]) -> str:

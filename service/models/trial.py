@@ -1,8 +1,9 @@
 """`python -m service.models.trial`: the process that proves bundles, so that one that cannot be loaded harms no other.
 
 A graph may loop, or take all memory, or end the process in native code; whatever it does, it does it here, within
-limits of memory and time, and at low priority. Requests come as JSON lines on standard input (`Request`), answers go as
-JSON lines to standard output (`Result`). The process ends when its input does: with the one that started it.
+limits of memory and time, and beside traffic at low priority. Requests come as JSON lines on standard input
+(`Request`), answers go as JSON lines to standard output (`Result`). The process ends when its input does: with the one
+that started it.
 """
 
 import os
@@ -44,6 +45,8 @@ class Request:
     """An earlier proof of the same content: only packed weights are needed."""
     memory_bytes: int | None
     """What it may take; None for no limit."""
+    background: bool
+    """Whether other models take traffic, which goes first."""
     seconds: float
     """After which the process ends itself, should nobody be left to end it."""
 
@@ -66,22 +69,31 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     if sys.platform != "win32":
-        os.nice(_NICE)
-        # Linux may share the cores among sessions first, and this one has its own.
-        _write("/proc/self/autogroup", str(_NICE))
         # The first to go if memory runs out: rather this process than the one that serves.
         _write("/proc/self/oom_score_adj", "1000")
     # Loads ONNX Runtime, whose own memory is not that of a model.
     resolve_device("cpu")
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(requests,), daemon=True).start()
+    nice = False
     while True:
         request = REQUESTS.validate_json(requests.get())
+        if request.background and not nice:
+            nice = True
+            _stand_back()
         result = _answer(request)
         if sys.platform != "win32":
             signal.setitimer(signal.ITIMER_REAL, 0)
         answers.write(RESULTS.dump_json(result) + b"\n")
         answers.flush()
+
+
+def _stand_back() -> None:
+    """For good: a process may not raise its own priority."""
+    if sys.platform != "win32":
+        os.nice(_NICE)
+        # Linux may share the cores among sessions first, and this one has its own.
+        _write("/proc/self/autogroup", str(_NICE))
 
 
 def _read(requests: "queue.SimpleQueue[bytes]") -> None:

@@ -331,6 +331,12 @@ class Place:
         self._admission.room.hold_images(count, batch=self.state.key.batch)
         self.images += count
 
+    def give_up_images(self) -> None:
+        """Free what was accepted: other work takes its place."""
+        self._admission.room.free_images(self.images, batch=self.state.key.batch)
+        self._admission.release(self)
+        self.images = 0
+
     def hold_bytes(self, count: int) -> None:
         """Account for more bytes of the request's body. Raises Overloaded if all bodies would be too large."""
         self._admission.room.hold_bytes(count, before=self.bytes, drain_seconds=self._admission.drain_seconds)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import structlog
 
+from service.errors import TooManyPixels
 from service.image_work import work_of, work_of_opened
 from service.images import SMALL_BYTES, ImageRules, OpenedImage
 from service.manifest import Preprocessing
@@ -119,6 +120,18 @@ class DecodePool:
             pixels = outcome
         self._load.decoded(seconds, work)
         return pixels, seconds
+
+    @property
+    def seconds_per_pixel(self) -> float:
+        """Predicted duration of decoding, for each pixel of work."""
+        return self._load.seconds_per_pixel
+
+    def render_here(self, image: bytes, preprocessing: Preprocessing) -> Pixels:
+        """Decode a small image in the calling thread, outside the pool. Raises ImageError, also for a large one."""
+        outcome = _rendered_if_small(partial(self._rules.open, image, preprocessing), len(image))
+        if isinstance(outcome, OpenedImage):
+            raise TooManyPixels("the image takes more work than its header said")
+        return outcome
 
     def close(self) -> None:
         """Cancel waiting jobs; threads end with their current job. On the event loop."""

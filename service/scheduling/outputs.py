@@ -24,6 +24,8 @@ class Output:
     inference_ms: float
     decode_ms: float = 0.0
     """Set by those who decoded it."""
+    threads: int = 1
+    """Threads that computed it."""
 
 
 def require_shape(outputs: object, *, model: str, rows: int, classes: int | None) -> Outputs:

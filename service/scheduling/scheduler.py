@@ -41,6 +41,7 @@ from service.scheduling.outputs import (
 )
 from service.scheduling.queue import Batch, Entry, Queue
 from service.scheduling.request import RequestState
+from service.scheduling.spare import Spare
 from service.scheduling.turns import BATCH_SHARE
 from service.scheduling.watchdog import Patience, Watchdog, end_process
 
@@ -76,6 +77,8 @@ class Scheduler:
         self.abandoned = False
         """Whether `close` gave up waiting for the engine, of which a lane still runs."""
         self._clock = load.clock
+        self.spare: Spare | None = None
+        """What may be computed while nothing else is to do, if there is such work."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_batch: Callable[[Batch], None] = lambda _: None
         self.lanes = Lanes(
@@ -132,6 +135,7 @@ class Scheduler:
             job.fail(NotReady("the service has ended"))
         for queue in self.queues:
             self.remove(queue)
+        self._clear_spare()
 
     def add(self, queue: Queue) -> Queue:
         """Serve one more queue."""
@@ -144,9 +148,16 @@ class Scheduler:
         self.queues = [other for other in self.queues if other is not queue]
         with self._change:
             abandoned = queue.clear()
+            if self.spare:
+                self.spare.clear("unloaded", queue=queue)
             self._change.notify()
         for entry in abandoned:
             entry.answer.cancel()
+
+    def look_for_spare(self) -> None:
+        """Have a lane look for spare work: nobody else tells it that the last answer is written. On the event loop."""
+        with self._change:
+            self._change.notify()
 
     def on_engine(self, work: Callable[[], T], *, cores: int | None = None) -> T:
         """Call `work` on one of the engine's lanes, on so many cores (None: all), and wait for its result.
@@ -280,6 +291,7 @@ class Scheduler:
                         probabilities=outputs[1][row],
                         queue_ms=(run.started - entry.since) * 1000,
                         inference_ms=seconds * 1000,
+                        threads=threads,
                     )
                 )
         self._on_loop(self._deliver, batch, results, report)
@@ -309,7 +321,20 @@ class Scheduler:
             log.exception("a batch could not be accounted for", model=report.queue.name)
 
     def _next_batch(self, free: int) -> Running | None:
-        return None if self._loop is None else self._former.next(self.queues, free)
+        if self._loop is None:
+            return None
+        run = self._former.next(self.queues, free)
+        if run is None and self.spare is not None and self.spare.waiting and self._is_idle(free):
+            run = self.spare.take(self.queues, self._clock())
+        return run
+
+    def _is_idle(self, free: int) -> bool:
+        """Whether the engine does nothing, and no accepted image is unanswered."""
+        return (
+            free == self.lanes.cores
+            and not self._expected
+            and not any(len(queue) or queue.backlog.waiting for queue in self.queues)
+        )
 
     def _drop(self, expired: list[Entry]) -> None:
         self._on_loop(_reject, expired)
@@ -330,10 +355,16 @@ class Scheduler:
         for run in self.lanes.runs:
             entries += run.entries
             jobs += [run.job] if run.job else []
+        self._clear_spare()
         for entry in entries:
             entry.settle(NotReady(f"{reason}: nothing was computed for this request, retry"))
         for job in jobs:
             job.fail(NotReady(reason))
+
+    def _clear_spare(self) -> None:
+        if self.spare:
+            with self._change:
+                self.spare.clear()
 
 
 def _fail(entries: Sequence[Entry], error: Exception) -> None:

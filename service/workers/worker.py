@@ -81,9 +81,10 @@ def _serve(orders: Orders, settings: Any, logs: Any) -> None:
 
     sums = Sums(orders.sums, rows=orders.workers + 1, row=orders.number)
 
-    def application() -> Any:
+    def application(source: Any) -> Any:
         made = create_app(
             settings,
+            source=source,
             room=SharedRoom(sums, **limits_of(settings).of_room()),
             usage=lambda name: SharedUsage(sums, name),
             packed=orders.packed,

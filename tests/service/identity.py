@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +76,7 @@ def publish_identity(
     family: str = "identity",
     labels: tuple[str, ...] = LABELS,
     graph: bytes | None = None,
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> Path:
     """Publish one more version of an identity model; None as `top1` stands for random weights.
 
@@ -93,7 +95,7 @@ def publish_identity(
         precision="fp32",
         opset=18,
         op_types={"Identity": 1},
-        preprocessing=Preprocessing(resize=SIDE, crop=SIDE, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1)),
+        preprocessing=Preprocessing(resize=SIDE, crop=SIDE, interpolation=interpolation, mean=(0, 0, 0), std=(1, 1, 1)),
         input=Tensor(name="image", datatype="UINT8", shape=(-1, SIDE, SIDE, 3)),
         outputs=tuple(Tensor(name=name, datatype="FP32", shape=(-1, CLASSES)) for name in OUTPUTS),
         num_classes=CLASSES,

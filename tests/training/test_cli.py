@@ -32,6 +32,7 @@ from training.runs import load_final
         (["--set", "schedule.warmup_epochs=11"], "warm-up of 484 steps never"),
         (["--set", "augment.rand_augment=foo"], "such as rand-m10-n2-p1.0"),
         (["--set", "augment.scale=[0.9,0.1]"], "[smallest, largest]"),
+        (["--resume", "--auto-resume"], "give one of the two"),
         (["--set", "augment.hflip=true"], "augment.hflip: Input should be a valid number"),
         (["--set", "optim.lr=fast"], "optim.lr: Input should be a valid number"),
         (["--device", "tpu9"], "unknown device"),

@@ -176,6 +176,18 @@ def test_signal_in_the_last_step_is_honoured(few_digits: Dataset, tmp_path: Path
     assert [event.step for event in board.Scalars("train_loss")] == [1, 2, 3]
 
 
+def test_auto_resume_begins_continues_and_repeats_a_finished_run(
+    few_digits: Dataset, whole: Path, tmp_path: Path, at_step: dict[int, object]
+) -> None:
+    out = tmp_path / "x"
+    at_step[4] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped):
+        train(recipe(), "mha", few_digits, out, ON, resume="auto")
+    for _ in range(2):
+        train(recipe(), "mha", few_digits, out, ON, resume="auto")
+        assert_equal_runs(whole, out)
+
+
 def test_damaged_checkpoint_gives_way_to_the_one_before(few_digits: Dataset, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "x"
     train(recipe(), "mha", few_digits, out, replace(ON, checkpoint_steps=4))

@@ -1,9 +1,10 @@
 // The four tabs: which is shown is in the URL's hash.
 
 import { hideCompare, installCompare, showCompare } from "./compare/tab.js";
+import { Unreachable } from "./parts/api.js";
 import { byId } from "./parts/dom.js";
 import { installKeyForm } from "./parts/key.js";
-import { settle } from "./parts/notice.js";
+import { complain, settle } from "./parts/notice.js";
 import { TABS, current, href, onChange } from "./parts/state.js";
 
 /** @typedef {{show: () => unknown, hide?: () => void}} Shown */
@@ -36,9 +37,26 @@ async function route() {
   if (before) settle();
   for (const other of TABS) byId(other).hidden = other !== tab;
   document.title = `${tab.charAt(0).toUpperCase()}${tab.slice(1)} · StrideViT`;
-  if (before) (await loaded[before])?.hide?.();
-  const next = await (loaded[tab] ??= LOADERS[tab]());
-  if (shown === tab) await next.show();
+  if (before) (await loaded[before]?.catch(() => null))?.hide?.();
+  const next = await module(tab);
+  if (next && shown === tab) await next.show();
+}
+
+/** A tab's module, or null if it could not be loaded, which the page then says. @param {import("./parts/state.js").Tab} tab */
+async function module(tab) {
+  try {
+    return await (loaded[tab] ??= LOADERS[tab]());
+  } catch (error) {
+    // Forgotten, so that the next look at the tab loads it anew.
+    delete loaded[tab];
+    if (shown === tab) {
+      complain(new Unreachable(`the tab ${tab} could not be loaded`, { cause: error }), () => {
+        shown = null;
+        void route();
+      });
+    }
+    return null;
+  }
 }
 
 installKeyForm();

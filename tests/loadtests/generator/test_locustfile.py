@@ -212,6 +212,20 @@ def test_two_workers_share_the_rate_and_the_master_merges_their_histograms(ask: 
     assert median == pytest.approx(np.median(both.latency_ms), rel=0.02)
 
 
+def test_a_worker_that_cannot_read_its_images_ends_the_test_with_the_reason() -> None:
+    """Else the master would report the rate of the others as that of all."""
+    port, web = str(free_port()), str(free_port())
+    bound = ["--master", "--master-bind-port", port, "--expect-workers", "1", "--web-port", web]
+    load = ["--host", "http://127.0.0.1:1", "--data", "nowhere", "--users", "1"]
+    with (
+        interruptible(*LOCUST, str(LOCUSTFILE), *bound, *load, "--autostart", "--autoquit", "1") as master,
+        interruptible(*LOCUST, str(LOCUSTFILE), "--worker", "--master-port", port),
+    ):
+        _, errors = master.communicate(timeout=PATIENCE_SECONDS)
+    assert master.returncode == 1
+    assert "nowhere is not a folder" in errors
+
+
 def test_whoever_opens_the_web_page_cannot_name_a_file(ask: list[str], tmp_path: Path) -> None:
     web, wished = free_port(), tmp_path / "wished.csv"
     with fake_server(lambda _: 0.01) as fake:

@@ -168,7 +168,7 @@ def test_packed_weights_are_shared_by_their_content_and_removed_once_nobody_maps
 
 
 def _both_layouts(
-    _: object, folder: Path, scratch: Path | None, *, memory_bytes: int | None, known: Proof | None
+    _: object, folder: Path, scratch: Path | None, *, memory_bytes: int | None, known: Proof | None, background: bool
 ) -> Proof:
     assert scratch
     pack(folder / "model.onnx", scratch)
@@ -205,19 +205,22 @@ def test_a_version_that_takes_more_memory_than_is_left_fails_within_its_limit(
     assert refused.value.needed_bytes > 550 * MIB, "not proven again for a few bytes more"
 
 
-def test_the_process_that_proves_a_version_is_the_first_to_go_and_the_last_to_run(
-    make_loader: MakeLoader, tmp_path: Path
+@pytest.mark.parametrize(("serving", "nicer"), [(False, 0), (True, 10)], ids=["before", "beside"])
+def test_the_process_that_proves_a_version_is_the_first_to_go_and_beside_traffic_the_last_to_run(
+    *, serving: bool, nicer: int, make_loader: MakeLoader, tmp_path: Path
 ) -> None:
     loader = make_loader()
+    if serving:
+        loader.rest()
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(loader.load, publish_endless(tmp_path))
         own = psutil.Process().nice()
-        wait_until(lambda: bool(trials()) and trials()[0].nice() == min(19, own + 10))
+        wait_until(lambda: bool(trials()) and trials()[0].nice() == min(19, own + nicer))
         (trial,) = trials()
         wait_until(lambda: Path(f"/proc/{trial.pid}/oom_score_adj").read_text().strip() == "1000")
         autogroup = Path(f"/proc/{trial.pid}/autogroup")
         if os.access("/proc/self/autogroup", os.W_OK):
-            wait_until(lambda: autogroup.read_text().strip().endswith("nice 10"))
+            wait_until(lambda: autogroup.read_text().strip().endswith(f"nice {nicer}"))
         trial.send_signal(signal.SIGSEGV)
         with pytest.raises(BundleError, match="the process that loaded it ended with SIGSEGV"):
             loaded.result()

@@ -40,6 +40,7 @@ def drive(
         try:
             await asyncio.wait_for(scenario(classifier), limit)
         finally:
+            classifier.registry.close()
             await classifier.close()
 
     asyncio.run(run())
@@ -114,6 +115,40 @@ def test_a_bundle_broken_with_right_digests_is_left_out_too(file: str, content: 
 def test_a_default_model_that_is_not_there_is_an_error(repository: Path) -> None:
     with pytest.raises(StartupError, match="default_model 'x'"):
         create_app(Settings(repository=repository, default_model="x", threads=1))
+
+
+def test_an_alias_stands_for_the_default_model_unless_a_model_or_family_has_that_name(tmp_path: Path) -> None:
+    publish_identity(tmp_path, "identity-a")
+    publish_identity(tmp_path, "identity-b", top1=0.9)
+
+    async def with_a_name_of_its_own(classifier: Pipeline) -> None:
+        registry = classifier.registry
+        assert registry.find("birds").name == registry.find(None).name == "identity-a"
+        assert registry.find("birds", 1).name == "identity-a"
+        assert [model.name for model in registry.serving("birds")] == ["identity-a"]
+        assert await ask(classifier, 5, model="birds") == 5
+        with pytest.raises(UnknownModel, match="no model 'bees' here"):
+            registry.find("bees")
+        await registry.unload("identity-a")
+        with pytest.raises(UnknownModel, match="'identity-a' is unavailable"):
+            registry.find("birds")
+
+    drive(tmp_path, with_a_name_of_its_own, default_model="identity-a", alias="birds")
+
+    async def with_a_name_that_is_taken(classifier: Pipeline) -> None:
+        assert classifier.registry.find("identity-b").name == "identity-b"
+        await classifier.registry.unload("identity-b")
+        with pytest.raises(UnknownModel, match="'identity-b' is unavailable"):
+            classifier.registry.find("identity-b")
+
+    drive(tmp_path, with_a_name_that_is_taken, default_model="identity-a", alias="identity-b")
+
+    async def with_the_name_of_a_family(classifier: Pipeline) -> None:
+        family, members = classifier.registry.candidates("identity")
+        assert family is not None
+        assert len(members) == 2
+
+    drive(tmp_path, with_the_name_of_a_family, alias="identity")
 
 
 def test_a_broken_newest_version_leaves_the_one_before_serving(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Repositories beyond a folder."""
