@@ -19,7 +19,7 @@ LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-h
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve demo test test-all test-cluster coverage test-clients faults check check-page vendor format lock audit licences reference docs dist monitoring deploy-check image-test kube-test compose-test clean
+.PHONY: help serve demo test test-all test-cluster coverage test-clients faults bench-fronts check check-page vendor format lock audit licences reference docs dist monitoring deploy-check image-test kube-test compose-test clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +55,10 @@ test-clients: $(SERVE)/.$(ENGINE) $(CLIENTS)/triton/.installed $(CLIENTS)/kserve
 faults: $(DEV)/.installed ## Do one harm after the other to a service under load; results/faults/report.md (about 20 minutes; all faults as root)
 	@echo "trying faults on a service; report in results/faults/report.md"
 	@$(STRIDEVIT) loadtest faults $(ARGS)
+
+bench-fronts: $(DEV)/.installed ## Measure what Envoy, nginx and HAProxy cost before two workers; results/bench-fronts/report.md (at most 10 minutes)
+	@echo "measuring fronts before two workers; report in results/bench-fronts/report.md"
+	@$(STRIDEVIT) loadtest fronts --out results/bench-fronts $(ARGS)
 
 check: $(DEV)/.installed ## Lint, format check, types and import rules
 	@echo "checking with ruff, ruff format, mypy --strict and import-linter"

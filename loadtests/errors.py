@@ -6,6 +6,7 @@ LoadTestError
 ├── ServerError      a server did not start, or died             (experiment/server.py)
 ├── StoreError       the folder holds another measurement        (experiment/store.py)
 ├── ResultsError     an earlier results.json is unusable         (report/document.py)
+├── SizingError      no number of machines reaches the target  (capacity/)
 ├── AccuracyError    the models cannot be evaluated              (accuracy/)
 └── MlperfError      LoadGen did not finish                      (mlperf/)
 """

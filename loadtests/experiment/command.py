@@ -41,13 +41,21 @@ Command = Annotated[str | None, typer.Option(help="The command to quote in the r
 
 
 def run_rounds(
-    bench: Bench, loads: Callable[[Arm], Sequence[Load]], *, fresh: bool, report: Callable[[], Path]
+    bench: Bench,
+    loads: Callable[[Arm], Sequence[Load]],
+    *,
+    fresh: bool,
+    report: Callable[[], Path],
+    stop: Callable[[int], str | None] = lambda _: None,
 ) -> NoReturn:
-    """Measure a plan that is settled from the start, report, and exit: with 1 also if a block failed."""
+    """Measure a plan that is settled from the start, report, and exit: with 1 also if a block failed.
+
+    `stop` as in `Bench.rounds`.
+    """
 
     def measure(progress: Progress) -> None:
         with bench.opened(progress, fresh=fresh):
-            bench.rounds(loads, progress)
+            bench.rounds(loads, progress, stop=stop)
 
     code = run_measurement(bench.experiment, measure, report=report, store=bench.store)
     raise typer.Exit(code or int(bool(bench.experiment.failures)))

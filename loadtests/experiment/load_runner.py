@@ -46,6 +46,7 @@ class Meter:
         self._server = server.pid
         pids = [pid for pid in (generator, server.pid) if pid is not None]
         self._processes = [psutil.Process(pid) for pid in pids]
+        self._parts = server.parts
         self._times: list[tuple[float, ...]] = []
         self._resident, self._read_at = 0, 0.0
         self.peak_bytes = 0
@@ -55,9 +56,10 @@ class Meter:
         """Take one sample, unless a process has ended."""
         now = time.time()
         try:
-            spent = [sum(process.cpu_times()[:2]) for process in self._processes]
+            spent = [_cpu_seconds(process) for process in self._processes]
+            spent += [seconds() for seconds in self._parts.values()]
             resident = self._processes[-1].memory_info().rss
-        except psutil.Error:
+        except (psutil.Error, OSError):
             return
         self._times.append((now, *spent))
         if self._server is None:
@@ -71,12 +73,23 @@ class Meter:
 
     def cores(self, begin: float, seconds: float) -> tuple[float, float]:
         """CPU time by wall time of server and generator, in a window that begins at a Unix time; 0 if unknown."""
+        used = self._cores(begin, seconds)[: len(self._processes)]
+        generator, server = (*used, 0.0, 0.0)[:2]
+        return server, generator
+
+    def part_cores(self, begin: float, seconds: float) -> dict[str, float]:
+        """The same of the server's parts."""
+        return dict(zip(self._parts, self._cores(begin, seconds)[len(self._processes) :], strict=False))
+
+    def _cores(self, begin: float, seconds: float) -> list[float]:
         if not self._times:
-            return 0.0, 0.0
+            return []
         moments, *spent = np.array(self._times).T
-        used = [np.diff(np.interp([begin, begin + seconds], moments, one))[0] / seconds for one in spent]
-        generator, server = (*used, 0.0)[:2]
-        return float(server), float(generator)
+        return [float(np.diff(np.interp([begin, begin + seconds], moments, one))[0] / seconds) for one in spent]
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    return float(sum(process.cpu_times()[:2]))
 
 
 def requests_of(payloads: Path, plan: Plan, model: str) -> list[str]:
@@ -119,7 +132,7 @@ def apply_load(
     whole = warmup_seconds + seconds + BEYOND_SECONDS + (_FIRST_ARRIVAL / load.rate if load.rate else 0)
     if not load.steps:
         arguments += ["--seconds", str(math.ceil(whole))]
-    before = server.stage_totals()
+    before, counted = server.stage_totals(), server.counts()
     samples, meter = run(server, arguments, seconds=whole, cores=cores)
     # The warm-up begins with the first request.
     begin = samples.due_s.min() + warmup_seconds
@@ -134,6 +147,8 @@ def apply_load(
         peak_bytes=meter.peak_bytes,
         server_cores=server_cores,
         generator_cores=generator_cores,
+        part_cores=meter.part_cores(begin, seconds),
+        counts={name: value - counted.get(name, 0.0) for name, value in server.counts().items()},
         device_bytes=meter.device_bytes,
         stages_ms=mean_stages_ms(before, server.stage_totals()),
     )

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from loadtests.experiment.http_get import get, get_json
 from loadtests.experiment.process import start
 from service.host import process_tree_bytes
 
-_START_SECONDS = 120
+_START_SECONDS = 300
 _STAGES = "stridevit_stage_duration_seconds"
 
 StageTotals = dict[tuple[str, str], float]
@@ -45,6 +45,10 @@ class Server:
         self.url, self.name, self.log = url, name, log
         self.pid = process.pid if process else None
         self._process = process
+        self.parts: dict[str, Callable[[], float]] = {}
+        """CPU seconds that its parts have used, by name, where it has several. They raise psutil.Error or OSError."""
+        self.counts: Callable[[], dict[str, float]] = dict
+        """What it has counted of its parts since its start, by name. Raises OSError or ValueError."""
 
     def ask(self, path: str) -> Any:
         """The JSON of `GET path`. Raises OSError or ValueError."""

@@ -68,6 +68,10 @@ class LoadResult:
     server_cores: float = 0.0
     """CPU time divided by wall time; 0 if unknown."""
     generator_cores: float = 0.0
+    part_cores: dict[str, float] = field(default_factory=dict)
+    """The same of the server's parts (`Server.parts`)."""
+    counts: dict[str, float] = field(default_factory=dict)
+    """What the server counted of its parts (`Server.counts`) from the load's beginning to its end."""
     arrivals: int = 0
     """In an open loop: all requests due in the window, including those sent late or not at all."""
     device_bytes: int | None = None

@@ -1,0 +1,1 @@
+"""How many machines a rate of requests needs, from measured figures and a queueing model of the tail."""
