@@ -29,7 +29,6 @@ from service.running import run
 from service.scheduling.cost import Load
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
-from service.workers.start import supervise
 
 # Locals in a traceback would show the hashes of keys.
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
@@ -55,8 +54,12 @@ def serve(settings: Settings, logs: Logs) -> None:
     Example: `stridevit serve --repository models --port 8000`, then
     `curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/classify?model=cifar100-csra-r2'`
     """
-    if supervise(settings, logs):
-        return
+    if settings.workers not in ("0", "1"):
+        # With it comes an HTTP client, which one process does without.
+        from service.workers.start import supervise  # noqa: PLC0415
+
+        if supervise(settings, logs):
+            return
     run(settings, logs)
 
 

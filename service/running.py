@@ -4,6 +4,7 @@ import signal
 import socket
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -21,14 +22,14 @@ def run(
     settings: Settings,
     logs: Logs,
     *,
-    make: Callable[[Mirror | None], FastAPI] | None = None,
+    make: Callable[..., FastAPI] | None = None,
     listening: Callable[[], list[socket.socket]] | None = None,
     trusted_proxies: tuple[str, ...] | None = None,
 ) -> None:
     """Serve until a signal ends it. Raises StartupError, or SystemExit with 1 if it could not listen.
 
-    `make` makes the application of a repository's copy, and `listening` the sockets to listen at, if these are not as
-    the settings say.
+    `make` makes the application, with a `source` where the repository is a copy, and `listening` the sockets to listen
+    at, if these are not as the settings say.
     """
     if settings.keys_file:
         # By default it would end the process, until there is a file to read again.
@@ -43,7 +44,8 @@ def run(
     # While models are loaded nothing was accepted. Without a handler, process 1 of a container would ignore SIGTERM.
     signal.signal(signal.SIGTERM, leave)
     source = make_source(settings)
-    application = make(source) if make else create_app(settings, source=source)
+    make = make or partial(create_app, settings)
+    application = make(source=source) if source else make()
     application.state.pipeline.metrics.registry.register(logs)
     limits: dict[str, Any] = {field.name: getattr(settings, field.name) for field in fields(ConnectionLimits)}
     limits["max_connections"] = connections_within_file_limit(settings.max_connections)

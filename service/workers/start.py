@@ -22,12 +22,10 @@ _LONGEST_SOCKET: Final = 107
 
 
 def supervise(settings: Settings, logs: Logs) -> bool:
-    """Serve with several workers until the end; False if the settings ask for one process.
+    """Serve with several workers until the end; False if one process is enough here.
 
     Raises StartupError, or SystemExit with the exit status unless it is 0.
     """
-    if settings.workers in ("0", "1"):
-        return False
     # A line for each question to a worker would drown all others.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     machine = this_machine()

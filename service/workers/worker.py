@@ -81,7 +81,7 @@ def _serve(orders: Orders, settings: Any, logs: Any) -> None:
 
     sums = Sums(orders.sums, rows=orders.workers + 1, row=orders.number)
 
-    def application(source: Any) -> Any:
+    def application(source: Any = None) -> Any:
         made = create_app(
             settings,
             source=source,
