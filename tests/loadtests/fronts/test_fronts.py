@@ -235,7 +235,7 @@ def test_haproxy_takes_its_configuration(tmp_path: Path) -> None:
     assert "WARNING" not in done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("front", [one.label for one in fronts()])
 def test_a_front_is_measured(front: str, repository: Path, tmp_path: Path) -> None:
     (chosen,) = (one for one in fronts() if one.label == front)
