@@ -166,14 +166,12 @@ def create_app(
             {page.PATH: page.headers(), docs.PATH: docs_page.headers}, parts=(f"{docs.PARTS}/", f"{page.PARTS}/")
         ),
     )
-    app.state.report, app.state.judge = (
-        report,
-        Judge(
-            pipeline=pipeline,
-            metrics=metrics,
-            cors_origins=settings.cors_origins,
-            has_key=lambda scope: not keys_needed or any(ring.find(key) for key in offered(scope)),
-        ),
+    app.state.report = report
+    app.state.judge = Judge(
+        pipeline=pipeline,
+        metrics=metrics,
+        cors_origins=settings.cors_origins,
+        has_key=lambda scope: not keys_needed or any(ring.find(key) for key in offered(scope)),
     )
     app.add_middleware(Shedding, judge=app.state.judge)
     return app

@@ -54,13 +54,18 @@ def serving(
             time.sleep(0.1)
         yield url, process
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        end(process)
         process.communicate()
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Let a service end, or kill it after a minute."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ import httpx
 import psutil
 
 from loadtests.experiment.server import free_port
-from tests.processes import ROOT, get, wait_until
+from tests.processes import ROOT, end, get, wait_until
 
 WORKERS = 2
 
@@ -95,12 +94,7 @@ def workers_serving(
         family = psutil.Process(process.pid).children(recursive=True)
         yield served
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        end(process)
         process.wait()
         for member in family:
             with contextlib.suppress(psutil.Error):
