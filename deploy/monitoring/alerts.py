@@ -18,6 +18,7 @@ _OVERLOAD = 'reason=~"images|bytes|deadline|lag"'
 _REFUSED = 0.05
 _FAULTS = f"stridevit_model_faults_total{{{_SERVICE}}}"
 _GROWTH = 1.3
+_LEFT = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,14 @@ def _burning(long: str, short: str, factor: float) -> str:
 def _mean_memory(earlier: str = "") -> str:
     return f"avg_over_time(process_resident_memory_bytes{{{_SERVICE}}}[30m]{earlier})"
 
+
+def _on_trial(counter: str, **labels: str) -> str:
+    matchers = "".join(f',{name}="{value}"' for name, value in labels.items())
+    return f"sum by (job, kind, rollout) (increase(stridevit_rollout_{counter}_total{{{_SERVICE}{matchers}}}[10m]))"
+
+
+_ALL: Final = _on_trial("images", arm="candidate")
+_ON_PRIMARY: Final = _on_trial("fallbacks")
 
 RECORDED: Final = tuple(map(_recorded, WINDOWS))
 
@@ -159,5 +168,22 @@ ALERTS: Final = (
         lasting="5m",
         summary="the event loop of {{ $labels.instance }} runs late",
         action="Something else takes the cores: look at CPU limits and neighbours.",
+    ),
+    Alert(
+        name="CandidateFailing",
+        severity="ticket",
+        expression=f"{_ALL} - {_on_trial('images', arm='candidate', outcome='ok')} > 0 "
+        f"or {_on_trial('fallbacks', reason='model-fault')} > 0",
+        lasting="0s",
+        summary="the candidate of {{ $labels.kind }} {{ $labels.rollout }} failed on images",
+        action="No client noticed: the primary answered. Look at the log, and do not raise the candidate's share.",
+    ),
+    Alert(
+        name="CanaryLeftToPrimary",
+        severity="ticket",
+        expression=f"{_ON_PRIMARY} > {_LEFT} * ({_ON_PRIMARY} + {_ALL})",
+        lasting="10m",
+        summary=f"the candidate of {{{{ $labels.rollout }}}} leaves more than {_LEFT:.0%} of its share to the primary",
+        action="stridevit_rollout_fallbacks_total has the reason: not ready, late, no room, or it cannot take them.",
     ),
 )

@@ -8,6 +8,7 @@ JOB: Final = "stridevit"
 
 _OURS = 'job=~"$job",instance=~"$instance"'
 _RATE = "[$__rate_interval]"
+_AGREE = ',top1="agree"'
 _ANSWERS = 'route=~"/v1/classify|/v2/.+/infer|/hf/.+"'
 
 
@@ -22,6 +23,10 @@ def _mean(histogram: str, by: str) -> str:
 def _quantile(share: float) -> str:
     buckets = _counted("stridevit_request_duration_seconds_bucket", "le, route", f",{_ANSWERS}")
     return f"histogram_quantile({share}, {buckets})"
+
+
+def _compared(more: str = "") -> str:
+    return _counted("stridevit_rollout_compared_total", "kind, rollout", more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,5 +132,19 @@ PANELS: Final = (
         legend="{{instance}}",
         unit="s",
         meaning="Above 0.5 s something else takes the cores, or a thread holds the interpreter.",
+    ),
+    Panel(
+        title="Candidate and primary with the same top-1",
+        expression=f"{_compared(_AGREE)} / {_compared()}",
+        legend="{{kind}} {{rollout}}",
+        unit="percentunit",
+        meaning="Of the images that both have answered. Empty without `--shadow` and `--canary`.",
+    ),
+    Panel(
+        title="Time of candidate and primary (mean)",
+        expression=_mean("stridevit_rollout_duration_seconds", "kind, rollout, arm"),
+        legend="{{kind}} {{rollout}}: {{arm}}",
+        unit="s",
+        meaning="Of whole requests (canary), or of the engine for images that both compute in turn (shadow).",
     ),
 )

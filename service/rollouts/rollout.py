@@ -1,6 +1,6 @@
 """One candidate beside its primary: what both did, counted in /metrics, and what is left of the share's traffic."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel
 
@@ -61,6 +61,9 @@ class Rollout:
             metrics.rollout_seconds(*self._labels, arm)
         for top1 in ("agree", "differ"):
             metrics.rollout_compared(*self._labels, top1)
+        if split.kind == "canary":
+            for reason in get_args(Fallback):
+                metrics.rollout_fallbacks(*self._labels, reason)
 
     @property
     def candidate(self) -> Model | None:

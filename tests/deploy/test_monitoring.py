@@ -22,6 +22,10 @@ from tests.processes import PATIENCE_SECONDS, ROOT, post, serving
 
 MONITORING = ROOT / "deploy" / "monitoring"
 RULES = MONITORING / "rules.yaml"
+ON_TRIAL = {
+    "STRIDEVIT_SHADOW": "cifar100-csra-r4:cifar100-csra-r2=100%",
+    "STRIDEVIT_CANARY": "cifar100-csra-r2:cifar100-csra-r4=50%",
+}
 RENEW = "renew it: make monitoring"
 
 
@@ -82,6 +86,7 @@ def _answered(url: str, photo: bytes) -> None:
         ("/v2/models/cifar100-csra-r4/infer?deadline_ms=0.01", _v2_body(), 429),
         ("/v2/models/cifar100-csra-r4/infer", _v2_body(), 200),
         ("/hf/cifar100-csra-r4", photo, 200),
+        ("/v1/classify?model=cifar100-csra-r2", photo, 200),
         ("/v1/classify?model=numbered-nan", picture(GUILTY), 500),
     ]
     for path, body, status in asked:
@@ -113,7 +118,7 @@ def test_every_selector_matches_a_series_and_every_panel_has_data(tmp_path: Path
     wanted = {selector for one in (*panels.values(), *_rule_expressions().values()) for selector in selectors(one)}
     with (
         # A model of faults must go on serving, to fail again.
-        serving(repository, environment={"STRIDEVIT_MAX_CONSECUTIVE_FAULTS": "0"}) as (url, _),
+        serving(repository, environment={"STRIDEVIT_MAX_CONSECUTIVE_FAULTS": "0", **ON_TRIAL}) as (url, _),
         scraping(url.removeprefix("http://"), RULES, tmp_path) as prometheus,
     ):
 

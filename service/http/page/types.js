@@ -62,6 +62,21 @@
  * @property {number} [memory_mb]
  */
 /**
+ * @typedef {object} Rollout
+ * @property {"shadow" | "canary"} kind
+ * @property {string} primary
+ * @property {string} candidate
+ * @property {number} share
+ * @property {string} state
+ * @property {number} candidate_images
+ * @property {number} compared
+ * @property {number} agree
+ * @property {number} fallbacks
+ * @property {number} errors
+ * @property {number | null} primary_ms
+ * @property {number | null} candidate_ms
+ */
+/**
  * @typedef {object} Status
  * @property {number} time
  * @property {number} uptime_s
@@ -72,6 +87,7 @@
  * @property {number} window_s
  * @property {number} [models_left_out]
  * @property {ModelStatus[]} models
+ * @property {Rollout[]} [rollouts]
  * @property {Record<string, number>} refusals
  * @property {Record<string, Record<string, number>>} choices
  * @property {number} memory_mb

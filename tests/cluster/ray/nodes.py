@@ -67,9 +67,6 @@ class Cluster:
             # Ray kills a front that is not there in time, which is 5 s.
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "300",
             "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "300",
-            # And one that works, if its node is busy. Nor are replicas dead that take long to say that they live.
-            "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "300",
-            "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "60s",
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
         }

@@ -41,11 +41,8 @@ def config(repository: Path, model: str, *, args: Mapping[str, Any] | None = Non
     # Two HAProxies on one machine would want the same port.
     made["proxy_location"], made["http_options"]["host"] = "HeadOnly", "127.0.0.1"
     (app,) = made["applications"]
-    # Limits of slow clients, which the load generator is on a machine that is busy with other work.
-    slow = {"body_timeout_seconds": 100, "upload_window_seconds": 90}
-    app["args"] = {"repository": str(repository), "models": model, **slow, **(args or {})}
+    app["args"] = {"repository": str(repository), "models": model, **(args or {})}
     (mine,) = app["deployments"]
-    mine["health_check_timeout_s"] = 300
     if "num_replicas" in deployment:
         del mine["autoscaling_config"]
     for name, value in deployment.items():

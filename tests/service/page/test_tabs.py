@@ -2,21 +2,24 @@
 
 import math
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.processes import get
-from tests.service.page.conftest import Opener
+from tests.processes import ROOT, get, post, serving
+from tests.service.page.conftest import SAMPLES, Opener, opened, until
 
 pytest.importorskip("playwright", reason="needs Playwright (pip install playwright)")
+pytest.importorskip("axe_playwright_python", reason="needs axe (pip install axe-playwright-python)")
 
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
 from tests.service.page.compare_page import answered
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
@@ -182,6 +185,24 @@ def test_live_is_the_status_once_a_second_and_nothing_while_hidden(service: str,
         assert asked == []
         with page.expect_request(re.compile("v1/status")):
             hide(page, hidden=False)
+
+
+def test_live_shows_what_a_model_on_trial_has_answered(browser: "Browser", tmp_path: Path) -> None:
+    for name in ("cifar100-csra-r2", "cifar100-csra-r4"):
+        (tmp_path / name).symlink_to(ROOT / "models" / name)
+    shadow = {"STRIDEVIT_SHADOW": "cifar100-csra-r2:cifar100-csra-r4=100%"}
+    with serving(tmp_path, environment=shadow) as (url, _), opened(browser, f"{url}/#live") as page:
+        row = page.locator("#live-rollouts tbody tr")
+        expect(row).to_contain_text("Shadow cifar100-csra-r4 for cifar100-csra-r2")
+        assert (
+            post(f"{url}/v1/classify?model=cifar100-csra-r2", (SAMPLES / "rocket.jpg").read_bytes()).status_code == 200
+        )
+        expect(row).to_contain_text(re.compile(r"(100\.0|0\.0) % of 1"))
+        for width in (1280, 380):
+            page.set_viewport_size({"width": width, "height": 900})
+            until(page, f"document.documentElement.scrollWidth <= {width}")
+            results = Axe().run(page)
+            assert results.violations_count == 0, results.generate_report()
 
 
 def hide(page: "Page", *, hidden: bool) -> None:

@@ -6,6 +6,7 @@ import { counted, duration, kindAndPrecision, megabytes, ms, percent, whole } fr
 import { hue, models, precisionOf } from "../parts/models.js";
 import { complain, settle } from "../parts/notice.js";
 import { History } from "./history.js";
+import { onTrial } from "./rollouts.js";
 
 /** @import {Model, ModelStatus, Status} from "../types.js" */
 
@@ -42,6 +43,7 @@ async function show() {
         figure("95th percentile of latency", "19 of 20 answers were faster", charts[1]),
         figure("Waiting", "images in all queues", charts[2])),
       h("div", { id: "live-models" }),
+      h("div", { id: "live-rollouts" }),
       h("div", { class: "two" }, h("div", { id: "refusals" }), h("div", { id: "choices" })));
     history = new History(/** @type {HTMLElement[]} */ (charts));
   }
@@ -96,6 +98,7 @@ function draw(status) {
     tile("ready", status.ready ? "yes" : "no", `on ${status.device}, ${counted(status.lanes, "lane")} × ${counted(status.threads, "thread")}`),
     tile("up", duration(status.uptime_s)));
   fill(byId("live-models"), table(status));
+  fill(byId("live-rollouts"), ...onTrial(status.rollouts ?? []));
   fill(byId("refusals"), h("h3", {}, "Refused, by reason"), refusals(status));
   fill(byId("choices"), h("h3", {}, "Chosen, by family"), ...choices(status));
 }
