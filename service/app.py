@@ -226,13 +226,14 @@ def make_pipeline(
     registry = make_registry(settings, loader, scheduler, source)
     try:
         registry.load_all()
+        splits = settled(settings.splits(), registry)
     except BaseException:
         registry.close()
         raise
     finally:
         loader.rest()
     pipeline = Pipeline(registry, scheduler, load, limits=limits_of(settings), metrics=metrics, room=room)
-    if splits := settled(settings.splits(), registry):
+    if splits:
         rollouts = [Rollout(split, registry, metrics) for split in splits]
         max_bytes, max_images = settings.shadow_pending_bytes, settings.max_pending_images
         pipeline.rollouts = Rollouts(rollouts, scheduler, pipeline.decoders, max_images=max_images, max_bytes=max_bytes)
