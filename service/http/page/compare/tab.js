@@ -139,7 +139,7 @@ function finish(end) {
   const reference = rows.find((row) => row.model.name === end.agreement?.model) ?? answered[0];
   for (const row of answered) if (reference) row.agree(reference);
   fill(byId("timing"), `First answer after ${ms(firstMs)}, all ${answered.length} after ${ms(lastMs)}, seen from this browser.`);
-  byId("timing").dataset.firstMs = firstMs.toFixed(1);
+  Object.assign(byId("timing").dataset, { firstMs: firstMs.toFixed(1), lastMs: lastMs.toFixed(1) });
   const best = reference?.answer?.predictions[0];
   if (!best || !reference) return fill(byId("verdict"), h("p", { class: "answer" }, "No model answered."));
   const agree = answered.filter((row) => row.answer?.predictions[0]?.index === best.index).length;
