@@ -96,9 +96,10 @@ class Family:
         skipped: list[Skipped] = []
         lacks_headroom = False
         for model in candidates:
-            predicted, idle = predict(model), predict_idle(model)
-            share = self._step_up_headroom if model.top1 > self._last_top1 else 1.0
-            limit = idle + (allowed_seconds - idle) * share
+            predicted, limit = predict(model), allowed_seconds
+            if model.top1 > self._last_top1:
+                idle = predict_idle(model)
+                limit = idle + (allowed_seconds - idle) * self._step_up_headroom
             if predicted <= limit <= allowed_seconds:
                 reason: Reason = "headroom" if lacks_headroom else "deadline" if skipped else "most_accurate"
                 break

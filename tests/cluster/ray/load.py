@@ -91,7 +91,9 @@ class Load:
             reply = await self._client.ask(self._request(number, self._images[picture], keep=keep), keep=keep)
             problem = self._problem(number, picture, reply)
         except Unanswered as error:
-            problem = f"{error.outcome}: {error}"
+            problem = (
+                f"{error.outcome}: {error}; {len(self._images[picture])} bytes, {'kept' if keep else 'new'} connection"
+            )
         self.tally.latencies_ms.append((time.monotonic() - began) * 1000)
         if problem:
             self.tally.failed[problem] += 1

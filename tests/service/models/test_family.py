@@ -4,6 +4,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import cast
 
+import numpy as np
 import pytest
 
 from service.errors import NoSuitableModel
@@ -44,6 +45,13 @@ def test_an_idle_service_answers_with_the_most_accurate_model() -> None:
     name, choice = choose(family(), waiting=0)
     assert (name, choice["reason"], choice["skipped"]) == ("best", "most_accurate", [])
     assert choice["predicted_ms"] == pytest.approx(40)
+
+
+def test_an_idle_service_keeps_to_it_however_the_times_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    for idle, allowed in zip(random.uniform(0.02, 0.04, 5000), random.uniform(0.04, 1, 5000), strict=True):
+        monkeypatch.setitem(IDLE_SECONDS, "best", float(idle))
+        assert choose(family(), waiting=0, allowed=float(allowed))[0] == "best", (idle, allowed)
 
 
 def test_under_load_it_steps_down_to_what_fits_and_names_the_models_it_skipped() -> None:
