@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from service.settings import Settings
+from tests.cluster.ray.enclosure import variables
 from tests.processes import PATIENCE_SECONDS, ROOT
 
 RAY_YAML = ROOT / "deploy" / "ray.yaml"
@@ -61,11 +62,6 @@ def in_ray(*lines: str, **environment: str) -> list[Any]:
 
 def read(file: Path) -> Any:
     return yaml.safe_load(file.read_text(encoding="utf-8"))
-
-
-def variables() -> dict[str, str]:
-    lines = [line for line in (ROOT / "deploy" / "ray.env").read_text().splitlines() if line and line[0] != "#"]
-    return {name: value.strip('"') for name, _, value in (line.partition("=") for line in lines)}
 
 
 def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

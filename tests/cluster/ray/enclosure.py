@@ -10,6 +10,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 
 
+def variables() -> dict[str, str]:
+    """The variables that deploy/ray.env sets, as a shell reads it."""
+    shell = ["env", "-i", "sh", "-c", 'set -a; . "$0"; exec env -0', str(ROOT / "deploy" / "ray.env")]
+    found = subprocess.run(
+        shell, check=True, stdout=subprocess.PIPE, text=True, env={"PATH": os.environ["PATH"]}
+    ).stdout
+    pairs = (entry.partition("=") for entry in found.split("\0") if entry)
+    return {name: value for name, _, value in pairs if name.startswith("RAY_")}
+
+
 def run(python: str, scenarios: Sequence[str], out: Path, *, repository: Path, model: str, seconds: float) -> int:
     """Run scenarios of `tests.cluster.ray.scenarios`, as root, and return the status; what they count goes to `out`.
 

@@ -15,7 +15,7 @@ import ray
 from ray.serve._private.api import serve_start
 from ray.serve.schema import ServeDeploySchema
 
-from tests.cluster.ray.enclosure import ROOT
+from tests.cluster.ray.enclosure import ROOT, variables
 
 import psutil  # isort: skip (Ray brings it, and puts it on the path)
 
@@ -33,13 +33,6 @@ _AGENTS = {
     "runtime_env_agent_port": "--runtime-env-agent-port",
 }
 """Files in which the agents of a node say their ports, and the options that set them."""
-
-
-def variables(file: Path = ROOT / "deploy" / "ray.env") -> dict[str, str]:
-    """The variables that deploy/ray.env sets."""
-    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
-    pairs = (line.partition("=") for line in lines if line and not line.startswith("#"))
-    return {name: value.strip('"') for name, _, value in pairs}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +133,8 @@ class Cluster:
     def _start(self, *arguments: str) -> None:
         """`ray start`. Raises RuntimeError or TimeoutError."""
         self._started += 1
-        ports = {file: 50000 + 10 * self._started + n for n, file in enumerate(_AGENTS)}
+        # Below those that the system gives to outgoing connections, and not among those that Ray gives to its workers.
+        ports = {file: 21000 + 10 * self._started + n for n, file in enumerate(_AGENTS)}
         flags = [part for file, port in ports.items() for part in (_AGENTS[file], str(port))]
         node, log = secrets.token_hex(28), self._folder / f"start-{self._started}.log"
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments, *flags]

@@ -76,7 +76,7 @@ async def kill(cluster: Cluster, made: Callable[..., Counts], model: str) -> lis
 async def scale(cluster: Cluster, made: Callable[..., Counts], model: str) -> list[Counts]:
     """Little load, much, and little again: one replica, two, and one."""
     policy = {"policy_function": "service.ray_app:ByDrain", "policy_kwargs": {"drain_seconds": 0.2, "busy": 0.8}}
-    scaling = {"max_replicas": 2, "look_back_period_s": 4, "upscale_delay_s": 1, "downscale_delay_s": 5}
+    scaling = {"max_replicas": 2, "look_back_period_s": 12, "upscale_delay_s": 1, "downscale_delay_s": 5}
     await asyncio.to_thread(cluster.deploy, made(autoscaling_config={**scaling, "policy": policy}))
     load, counts = Load(model, pictures()), Rows()
     for connections, pause, wanted in ((1, 0.5, 1), (64, 0.0, 2), (1, 0.5, 1)):
