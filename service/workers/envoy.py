@@ -22,6 +22,8 @@ from service.settings import Settings
 BUFFERED_BYTES: Final = 1024 * 1024
 """Bodies of up to this size are sent again if their worker dies."""
 TOKEN_HEADER: Final = "x-stridevit-worker-token"  # noqa: S105 (a name)
+WORKERS: Final = "workers"
+"""The cluster of the workers."""
 _TYPE: Final = "type.googleapis.com/"
 _NO_LIMIT: Final = 1_000_000_000
 _CORES_OF_A_THREAD: Final = 12
@@ -80,7 +82,7 @@ def endpoints(sockets: Sequence[Path], *, version: int) -> dict[str, Any]:
         "resources": [
             {
                 "@type": _TYPE + "envoy.config.endpoint.v3.ClusterLoadAssignment",
-                "cluster_name": "workers",
+                "cluster_name": WORKERS,
                 "endpoints": [{"lb_endpoints": [_endpoint(path) for path in sockets]}],
             }
         ],
@@ -227,7 +229,7 @@ def _routes(settings: Settings) -> dict[str, Any]:
     # Loading takes its time in one worker after the other; a bound of its own holds in each.
     supervised = {"cluster": "supervisor", "timeout": "0s", "idle_timeout": "0s"}
     passed_on = {
-        "cluster": "workers",
+        "cluster": WORKERS,
         # After the end of a request: every deadline is over by then.
         "timeout": _seconds(settings.max_deadline_ms / 1000 + 10),
         "retry_policy": {
@@ -270,7 +272,7 @@ def _routes(settings: Settings) -> dict[str, Any]:
 
 def _workers(settings: Settings, files: Files, *, workers: int, token: str) -> dict[str, Any]:
     return {
-        "name": "workers",
+        "name": WORKERS,
         "type": "EDS",
         "eds_cluster_config": {
             "eds_config": {

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import json
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from service.errors import StartupError
 from service.http.server.listening import last_handshakes
 from service.settings import Settings
 from service.workers.borrowing import listening_sockets
-from service.workers.envoy import Files, configuration, endpoints, threads_for, write_json
+from service.workers.envoy import WORKERS, Files, configuration, endpoints, threads_for, write_json
 from service.workers.inside import client_of
 
 log = structlog.get_logger()
@@ -159,6 +160,21 @@ class Front:
         if self._process and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
+
+    async def healthy(self) -> set[Path]:
+        """Where the workers listen that it sends requests to: it asks a new one itself first. Empty if it is silent."""
+        found = await self._admin("GET", "/clusters?format=json")
+        try:
+            clusters = json.loads(found or "{}").get("cluster_statuses", [])
+        except json.JSONDecodeError:
+            return set()
+        return {
+            Path(host["address"]["pipe"]["path"])
+            for cluster in clusters
+            if cluster["name"] == WORKERS
+            for host in cluster.get("host_statuses", [])
+            if host["health_status"].keys() <= {"eds_health_status"}
+        }
 
     async def counters(self) -> dict[str, int]:
         """What it counted of requests that were sent again; empty if it does not answer."""

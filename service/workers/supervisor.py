@@ -283,7 +283,7 @@ class Supervisor:
     async def _all_ready(self) -> bool:
         """Wait until all workers take traffic; False if one does not come back, or the service ends."""
         failures = [member.deaths for member in self.members]
-        while not all(member.ready for member in self.members):
+        while not await self._all_serve():
             await asyncio.sleep(0.05)
             lost = [m for m, deaths in zip(self.members, failures, strict=True) if m.deaths > deaths + _TRIES]
             if lost:
@@ -291,6 +291,12 @@ class Supervisor:
             if lost or self.draining:
                 return False
         return True
+
+    async def _all_serve(self) -> bool:
+        """Whether all workers take traffic, also by the word of the front."""
+        if not all(member.ready for member in self.members):
+            return False
+        return self._front is None or {member.socket for member in self.members} <= await self._front.healthy()
 
     async def _let_go(self, member: Member) -> None:
         """Take a worker out of traffic, and let its process end."""
