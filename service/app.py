@@ -279,6 +279,7 @@ def make_source(settings: Settings) -> Mirror | None:
             timeout_seconds=settings.repository_timeout_seconds,
             names=settings.models,
             versions_to_serve=settings.versions_to_serve,
+            on_trial=_on_trial(settings),
         )
     except RepositoryError as error:
         raise StartupError(str(error)) from error
@@ -296,8 +297,12 @@ def make_registry(settings: Settings, loader: Loader, scheduler: Scheduler, sour
         alias=settings.alias,
         versions_to_serve=settings.versions_to_serve,
         step_up_headroom=settings.step_up_headroom,
-        on_trial={(split.candidate, split.version) for split in settings.splits() if split.version is not None},
+        on_trial=_on_trial(settings),
     )
+
+
+def _on_trial(settings: Settings) -> set[tuple[str, int]]:
+    return {(split.candidate, split.version) for split in settings.splits() if split.version is not None}
 
 
 async def _poll(registry: Registry, seconds: float) -> None:

@@ -1,8 +1,8 @@
 """Keeps a local repository folder as a store has it: new versions in, removed ones out, wrong ones never.
 
-Of each model the newest versions are copied: as many as serve, and one more to fall back on if the newest cannot be
-loaded. One file after the other is read, into a cache that several processes may share: one of them fetches, the others
-wait and find it there.
+Of each model the newest versions are copied: as many as serve, one more to fall back on if the newest cannot be loaded,
+and those that are named, however old they are. One file after the other is read, into a cache that several processes
+may share: one of them fetches, the others wait and find it there.
 """
 
 import asyncio
@@ -43,11 +43,13 @@ class Mirror:
         *,
         names: Sequence[str],
         versions_to_serve: int,
+        on_trial: Collection[Key] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`names`: the models to copy, empty for all. `cache` and `store` are its own from now on."""
+        """`names`: the models to copy, empty for all. `on_trial`: versions to copy besides the newest. `cache` and
+        `store` are its own from now on."""
         self._store, self._cache, self._names = store, cache, frozenset(names)
-        self._to_keep = versions_to_serve + 1
+        self._to_keep, self._on_trial = versions_to_serve + 1, frozenset(on_trial)
         self._clock = clock
         self._here: dict[Key, str] = {}
         """Tags of the versions whose copy is known to be right."""
@@ -121,8 +123,8 @@ class Mirror:
         for name in sorted({name for name, _ in wanted}):
             kept: set[Key] = set()
             for key in sorted((key for key in wanted if key[0] == name), reverse=True):
-                if len(kept) == self._to_keep:
-                    break
+                if len(kept - self._on_trial) == self._to_keep and key not in self._on_trial:
+                    continue
                 reason = await self._ensure(key, wanted[key])
                 if reason is None:
                     kept.add(key)

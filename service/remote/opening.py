@@ -1,12 +1,12 @@
 """A mirror from its address; nothing else of a kind of store is imported before."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from service.remote.address import Address
 from service.remote.cache import Cache, default_cache
 from service.remote.mirror import Mirror
-from service.remote.store import Store
+from service.remote.store import Key, Store
 
 
 def open_mirror(
@@ -17,6 +17,7 @@ def open_mirror(
     timeout_seconds: float,
     names: Sequence[str],
     versions_to_serve: int,
+    on_trial: Collection[Key] = (),
 ) -> Mirror:
     """The mirror of a repository, whose folder may hold what an earlier process has left; `close` it.
 
@@ -32,4 +33,4 @@ def open_mirror(
 
         store = WebStore(address, timeout_seconds=timeout_seconds)
     folder = Cache((cache or default_cache()) / address.folder_name, max_bytes=cache_bytes)
-    return Mirror(store, folder, names=names, versions_to_serve=versions_to_serve)
+    return Mirror(store, folder, names=names, versions_to_serve=versions_to_serve, on_trial=on_trial)

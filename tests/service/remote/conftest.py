@@ -18,7 +18,7 @@ from service.remote.address import parse_address
 from service.remote.bucket import BucketStore
 from service.remote.cache import Cache
 from service.remote.mirror import Mirror
-from service.remote.store import Store
+from service.remote.store import Key, Store
 from tests.service.conftest import Clock
 
 SECRET = "a-secret-that-no-log-may-have"  # noqa: S105
@@ -169,6 +169,7 @@ class World:
         *,
         names: tuple[str, ...] = (),
         versions_to_serve: int = 1,
+        on_trial: tuple[Key, ...] = (),
         timeout: float = 60.0,
         max_bytes: int = 10**9,
         store: Store | None = None,
@@ -179,6 +180,7 @@ class World:
             Cache(self.folder / address.folder_name, max_bytes=max_bytes),
             names=names,
             versions_to_serve=versions_to_serve,
+            on_trial=on_trial,
             clock=self.clock,
         )
         self.made.append(mirror)

@@ -72,6 +72,17 @@ def test_new_versions_come_and_removed_ones_go(bucket: Bucket, world: World) -> 
     assert len(blobs) == 8, "files of removed versions are removed"
 
 
+def test_a_version_on_trial_is_copied_and_stays_however_old_it_is(bucket: Bucket, world: World) -> None:
+    for version in range(1, 6):
+        put_bundle(bucket, f"a/{version}", b"%d" % version)
+    mirror = world.mirror(bucket.url, on_trial=(("a", 2), ("a", 9)))
+    assert mirror.update() == {}
+    assert sorted(contents(mirror.folder)) == ["a/2", "a/4", "a/5"]
+    put_bundle(bucket, "a/6", b"6")
+    mirror.update()
+    assert sorted(contents(mirror.folder)) == ["a/2", "a/5", "a/6"]
+
+
 def test_only_the_models_that_are_served_are_copied(bucket: Bucket, world: World) -> None:
     put_bundle(bucket, "a/1", b"a")
     put_bundle(bucket, "b/1", b"b")
