@@ -14,7 +14,7 @@ WORKERS := $(shell nproc 2>/dev/null || echo 2)
 DEMO := demo
 STRIDEVIT := $(DEV)/bin/stridevit
 PYTEST = STRIDEVIT_SERVICE_PYTHON=$(CURDIR)/$(SERVE)/bin/python STRIDEVIT_OPENAPI_TOOLS=$(CURDIR)/$(CLIENTS)/openapi/bin $(DEV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
-ALL := -m "not cluster"
+ALL := -m "not long and not cluster"
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header
 
 .DEFAULT_GOAL := help
@@ -36,12 +36,14 @@ test: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run the tests, all but the slow o
 	@echo "running the tests but the slow ones on $(WORKERS) workers; real data: $${STRIDEVIT_DATA:-none}"
 	@$(PYTEST) $(ARGS)
 
-test-all: $(DEV)/.installed $(SERVE)/.$(ENGINE) $(CLIENTS)/openapi/.installed ## Run all tests, also those that are slow by nature
-	@echo "running all tests on $(WORKERS) workers; real data: $${STRIDEVIT_DATA:-none}"
+test-all: $(DEV)/.installed $(SERVE)/.$(ENGINE) $(CLIENTS)/openapi/.installed ## Run the tests, also those that are slow by nature
+	@echo "running the tests but those of test-cluster on $(WORKERS) workers; real data: $${STRIDEVIT_DATA:-none}"
 	@$(PYTEST) $(ALL) $(ARGS)
 
-test-cluster: $(DEV)/.installed $(SERVE)/.$(ENGINE) $(RAY)/.installed ## Run the tests that kill and restart whole services under load, one after the other
-	@echo "running the tests of several processes and machines; namespaces need root"
+test-cluster: $(DEV)/.installed $(SERVE)/.$(ENGINE) $(RAY)/.installed ## Run what test-all leaves out: tests that take minutes, and those that kill whole services under load
+	@echo "running the tests that take minutes on $(WORKERS) workers"
+	@$(PYTEST) -m long $(ARGS)
+	@echo "running the tests of several processes and machines, one after the other; namespaces need root"
 	@STRIDEVIT_RAY_PYTHON=$(CURDIR)/$(RAY)/bin/python $(PYTEST) -m cluster -n 0 $(ARGS)
 
 coverage: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run `make test` and fail if it covers less of the packages than pyproject.toml asks for

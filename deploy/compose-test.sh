@@ -76,7 +76,7 @@ for ((second = 0; second < 60; second++)); do
     sleep 1
 done
 python3 -c 'import sys; sys.exit(not float(sys.argv[1]) > 0)' "$images" || die "Prometheus has no images of the load"
-echo "Prometheus counts $images images/s"
+echo "Prometheus counts $images images/s, $((SECONDS - started)) s after the start"
 ask_prometheus rules | python3 -c '
 import json, sys
 rules = [rule for group in json.load(sys.stdin)["data"]["groups"] for rule in group["rules"]]

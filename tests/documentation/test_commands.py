@@ -56,7 +56,7 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path) -> None:
 
 
 @needs_curl
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3000)  # it trains two models and compares them
 def test_the_commands_of_the_tutorial_run(tmp_path: Path) -> None:
     assert run(TUTORIAL, tmp_path) > 0

@@ -114,7 +114,7 @@ def test_runtimes_are_compared_side_by_side(repository: Path, tmp_path: Path) ->
     assert all(0 < cell["cpu_ms"] < 1000 and cell["added_bytes"] >= 0 for cell in cells)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_random_weights_are_profiled_by_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     arguments = ["profile", "--preset", "vit-xs", "--variants", "mha,csra-r2", "--forms", "shaped,unshaped"]
@@ -175,7 +175,7 @@ def test_ctrl_c_keeps_the_complete_rounds(monkeypatch: pytest.MonkeyPatch) -> No
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_in_a_terminal_writes_the_complete_rounds(repository: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "export", "profile", str(repository / "digits-csra-r2" / "1"), "--batch", "1"]
     command += ["--rounds", "500", "--seconds", "0.05", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)]

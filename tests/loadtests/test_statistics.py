@@ -256,7 +256,7 @@ def effects_of(report: npt.NDArray[np.float64]) -> list[Effect]:
     ]
 
 
-@pytest.mark.parametrize(("count", "most"), [(300, 28), pytest.param(4000, 243, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "most"), [(300, 28), pytest.param(4000, 243, marks=pytest.mark.long)])
 def test_at_most_5_percent_of_reports_on_equal_arms_raise_any_alarm(count: int, most: int) -> None:
     alarms = [
         any(test.rejected for test in holm([effect.p_value for effect in effects_of(report)], 0.05))

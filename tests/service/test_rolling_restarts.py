@@ -10,7 +10,7 @@ import pytest
 from tests.processes import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("front", ["none", "nginx", "envoy"])
 def test_every_request_on_an_accepted_connection_is_answered_while_two_processes_restart(

@@ -42,7 +42,7 @@ def test_finished_runs_and_models_are_kept(tmp_path: Path) -> None:
     assert result.returncode != 0, "there are no models in these folders"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)  # its load test alone takes minutes
 def test_the_whole_way_on_own_pictures(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)

@@ -178,11 +178,11 @@ def _serve(config: Mapping[str, Any]) -> Any:
         return None
 
 
-def haproxy_cpu_seconds() -> float:
-    """CPU time of all HAProxies that run."""
+def cpu_seconds(*names: str) -> float:
+    """CPU time of all processes of these names that run, or of all that run."""
     found = 0.0
     for process in psutil.process_iter(["name"]):
-        if process.info["name"] == "haproxy":
+        if not names or process.info["name"] in names:
             with suppress(psutil.NoSuchProcess):
                 found += _cpu_seconds(process)
     return found

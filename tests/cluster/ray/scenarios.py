@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.ray.load import Load, Tally, pictures
-from tests.cluster.ray.nodes import Cluster, haproxy_cpu_seconds, wait_for
+from tests.cluster.ray.nodes import Cluster, cpu_seconds, wait_for
 
 DRAINING_SECONDS = 10.0
 """A third of Ray's default: here only HAProxy on the same machine has to notice that a replica goes."""
@@ -113,11 +113,12 @@ async def throughput(cluster: Cluster, made: Callable[..., Counts], model: str) 
     for wanted in (1, 2, 2, 1):
         await asyncio.to_thread(cluster.deploy, made(num_replicas=wanted))
         before = await asyncio.to_thread(cluster.wait_for_replicas, wanted)
-        load, front, own = Load(model, pictures()[:1]), haproxy_cpu_seconds(), time.process_time()
+        load, everything = Load(model, pictures()[:1]), cpu_seconds()
+        front, own = cpu_seconds("haproxy"), time.process_time()
         tally: Tally = await load.run(_CONNECTIONS, load.reaches(_TIMED_REQUESTS))
-        own, front = time.process_time() - own, haproxy_cpu_seconds() - front
+        own, front, everything = time.process_time() - own, cpu_seconds("haproxy") - front, cpu_seconds() - everything
         used = sum(one.cpu_seconds for one in cluster.replicas()) - sum(one.cpu_seconds for one in before)
-        per_request = {"replica": used, "front": front, "generator": own}
+        per_request = {"replica": used, "front": front, "generator": own, "ray": everything - used - front - own}
         cpu_ms = {name: round(1000 * value / tally.answered, 2) for name, value in per_request.items()}
         counts.add({"replicas": wanted, **tally.as_dict(), "cpu_ms": cpu_ms})
     return counts

@@ -49,7 +49,7 @@ def test_compare_measures_arms_in_turn_and_reports(tmp_path: Path) -> None:
 
 
 @in_a_checkout
-@pytest.mark.slow
+@pytest.mark.long
 def test_services_of_other_commits_with_settings_are_arms(repository: Path, tmp_path: Path) -> None:
     label = "digits-csra-r2?max_batch=1@git:HEAD"
     ended = run(*arguments(label, tmp_path, "--repository", str(repository), "--seconds", "3", aa_run=True))
@@ -74,7 +74,7 @@ def test_services_of_other_commits_with_settings_are_arms(repository: Path, tmp_
 
 
 @in_a_checkout
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_commit_of_before_the_renames_is_an_arm_with_its_own_models(tmp_path: Path) -> None:
     try:
         git("rev-parse", "--verify", f"{BEFORE_THE_RENAMES}^{{commit}}")
@@ -92,7 +92,7 @@ def test_a_commit_of_before_the_renames_is_an_arm_with_its_own_models(tmp_path: 
     assert (info["name"], info["kv_tokens"], info["img_size"]) == ("cifar100-csra-r2", 16, 32)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_service_that_dies_loses_its_block_and_the_others_are_measured(repository: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         command(*arguments("digits-csra-r2", tmp_path, "--repository", str(repository))),
@@ -149,7 +149,7 @@ def test_what_cannot_be_compared_ends_with_the_reason(asked: list[str], reason: 
     assert "Traceback" not in ended.output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_comparison_reports_leaves_no_process_and_is_resumed(
     repository: Path, tmp_path: Path, end: signal.Signals
@@ -183,7 +183,7 @@ def test_an_interrupted_comparison_reports_leaves_no_process_and_is_resumed(
     assert whole["rates"] == partial["rates"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_measurement_that_is_killed_takes_its_service_along(repository: Path, tmp_path: Path) -> None:
     asked = arguments("digits-csra-r2", tmp_path, "--repository", str(repository))
     process = subprocess.Popen(command(*asked), cwd=ROOT, stderr=subprocess.DEVNULL)

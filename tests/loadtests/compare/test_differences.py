@@ -9,7 +9,7 @@ from tests.loadtests.compare.runs import arguments, read, run
 from tests.loadtests.servers import fake_server
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_slower_server_is_found(tmp_path: Path) -> None:
     # One image at a time: 20 ms each, or 40.
     with fake_server(lambda _: 0.02, serial=True) as fast, fake_server(lambda _: 0.04, serial=True) as slow:
@@ -33,7 +33,7 @@ def test_a_slower_server_is_found(tmp_path: Path) -> None:
     assert rows[f"m@{slow.url}", None, "peak_mb"]["value"] is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_server_that_fails_on_the_way_is_reported_and_not_averaged_away(tmp_path: Path) -> None:
     # It answers its errors as quickly as its answers.
     first = tmp_path / "blocks" / "Block-0001"

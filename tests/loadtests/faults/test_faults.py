@@ -138,7 +138,7 @@ def results_in(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return document, [block["info"]["result"] for block in document["blocks"]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_process_and_an_unread_log_from_end_to_end(tmp_path: Path) -> None:
     asked = ["--faults", "sigkill,stderr-closed", "--rate", "10", "--seconds", "3", "--out", str(tmp_path)]
     ended = CliRunner().invoke(app, ["faults", *asked])
@@ -156,7 +156,7 @@ def test_a_killed_process_and_an_unread_log_from_end_to_end(tmp_path: Path) -> N
     assert not (tmp_path / "blocks").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_run_leaves_no_service_and_is_resumed_at_the_next_fault(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "loadtests", "faults", "--faults", "sigstop,sigkill", "--rate", "10"]
     command += ["--seconds", "3", "--out", str(tmp_path)]

@@ -46,7 +46,7 @@ def counted(metrics: str, name: str, **labels: str) -> float:
     return sum(one.value for one in samples if one.name == name and labels.items() <= one.labels.items())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_workers_on_another_machine_sent_is_what_the_service_counted(tmp_path: Path) -> None:
     pictures, samples, repository = tmp_path / "pictures", tmp_path / "samples.csv", tmp_path / "repository"
     shutil.copytree(ROOT / "models" / MODEL, repository / MODEL)

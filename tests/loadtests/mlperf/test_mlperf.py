@@ -293,7 +293,7 @@ def test_a_run_with_failed_requests_ends_with_an_error(tmp_path: Path) -> None:
     assert "a family, or unknown to the service" in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_service_that_answers_no_more_ends_the_run(tmp_path: Path) -> None:
     with answering(failing_after(tmp_path / "mlperf_log_detail.txt", every=1)) as url:
         ended = drive(url, tmp_path, seconds=60.0)
@@ -302,7 +302,7 @@ def test_a_service_that_answers_no_more_ends_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "sut.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_loadgen_runs_every_scenario_and_its_logs_and_verdicts_are_kept(repository: Path, tmp_path: Path) -> None:
     ended = run(*served(repository, tmp_path, "--seconds", "2", "--latency-ms", "1000", "--command", "as asked"))
     assert ended.exit_code == 0, ended.output
@@ -334,7 +334,7 @@ def test_loadgen_runs_every_scenario_and_its_logs_and_verdicts_are_kept(reposito
     assert "SingleStream" in ended.output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_accuracy_mode_gives_the_top1_that_the_service_has(repository: Path, tmp_path: Path) -> None:
     digits = load_digits()
     photos = tmp_path / "photos"
@@ -360,7 +360,7 @@ def test_accuracy_mode_gives_the_top1_that_the_service_has(repository: Path, tmp
         assert (one["verdict"], one["labelled"], one["top1"]) == (None, 40, pytest.approx(correct / 40))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_unknown_model_ends_with_the_servers_words(repository: Path, tmp_path: Path) -> None:
     with serving(repository) as (url, _):
         ended = run("--url", url, "--model", "nope", "--out", str(tmp_path), "--scenarios", "Offline")
@@ -436,7 +436,7 @@ def wait_for(file: Path, process: subprocess.Popen[str]) -> list[psutil.Process]
     return psutil.Process(process.pid).children(recursive=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_server_that_dies_under_load_is_an_error_with_the_end_of_its_log(repository: Path, tmp_path: Path) -> None:
     with started(*served(repository, tmp_path, "--seconds", "60", "--scenarios", "SingleStream")) as process:
         family = wait_for(tmp_path / "SingleStream" / "mlperf_log_detail.txt", process)
@@ -450,7 +450,7 @@ def test_a_server_that_dies_under_load_is_an_error_with_the_end_of_its_log(repos
     assert not (tmp_path / "results.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_run_leaves_no_process_and_reports_the_scenarios_that_were_over(
     repository: Path, tmp_path: Path
 ) -> None:

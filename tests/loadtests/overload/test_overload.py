@@ -191,6 +191,7 @@ def test_overload_measures_and_reports(repository: Path, tmp_path: Path) -> None
     assert (tmp_path / "overload.svg").stat().st_size > 5000
 
 
+@pytest.mark.long
 def test_levels_follow_the_throughput_that_the_block_has_reached(repository: Path, tmp_path: Path) -> None:
     asked = [
         "--models",

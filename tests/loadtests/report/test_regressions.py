@@ -58,7 +58,7 @@ def test_two_runs_of_the_same_services_show_no_regression_and_need_no_note() -> 
     assert notes(OLD, comparison(seed=2)) == []
 
 
-@pytest.mark.parametrize(("count", "most"), [(40, 7), pytest.param(150, 16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "most"), [(40, 7), pytest.param(150, 16, marks=pytest.mark.long)])
 def test_at_most_5_percent_of_equal_runs_are_called_worse(count: int, most: int) -> None:
     alarms = sum(
         bool(find_regressions(comparison(seed=seed, count=30), comparison(seed=seed + 1000, count=30), tolerance=0))

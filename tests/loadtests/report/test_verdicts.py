@@ -346,7 +346,7 @@ def test_an_arm_of_which_nothing_was_measured_is_said_so() -> None:
     assert all(row.value is None and row.change is None for row in findings.rows if row.arm == "b")
 
 
-@pytest.mark.parametrize(("count", "most"), [(60, 9), pytest.param(200, 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "most"), [(60, 9), pytest.param(200, 20, marks=pytest.mark.long)])
 def test_at_most_5_percent_of_whole_reports_on_equal_arms_see_a_difference(count: int, most: int) -> None:
     alarms = sum(bool(verdicts(judge(comparison(seed=seed, count=60)))) for seed in range(count))
     # If it were exactly 5 %, more than `most` would come in one of a thousand such simulations.

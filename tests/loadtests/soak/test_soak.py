@@ -147,7 +147,7 @@ def test_a_numbered_run_ends_when_its_time_is_over(tmp_path: Path) -> None:
     assert document["counts"]["answered"] == sum(document["counts"].values()) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mild_faults_leave_the_process_and_every_request_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numbered, "FAULT_EVERY_SECONDS", 6.0)
     monkeypatch.setattr(numbered, "FAULT_SECONDS", 3.0)

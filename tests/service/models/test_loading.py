@@ -310,7 +310,7 @@ def test_what_fails_in_the_serving_process_leaves_no_engine_open(
     assert closed == ["engine-0"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_300_failing_loads_leave_resident_memory_flat(make_loader: MakeLoader, tmp_path: Path) -> None:
     loader = make_loader()

@@ -379,7 +379,7 @@ def test_no_answer_is_lost_or_swapped_under_cancellation_errors_and_reloads(tmp_
     )
 
 
-@pytest.mark.parametrize("reloads", [60, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("reloads", [60, pytest.param(300, marks=pytest.mark.long)])
 def test_reloads_do_not_leak_memory(reloads: int, tmp_path: Path) -> None:
     publish_identity(tmp_path, work=2)
 
