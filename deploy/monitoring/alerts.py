@@ -67,8 +67,8 @@ def _on_trial(counter: str, **labels: str) -> str:
     return f"sum by (job, kind, rollout) (increase(stridevit_rollout_{counter}_total{{{_SERVICE}{matchers}}}[10m]))"
 
 
-_ALL: Final = _on_trial("images", arm="candidate")
-_ON_PRIMARY: Final = _on_trial("fallbacks")
+_BY_CANDIDATE: Final = _on_trial("images", arm="candidate")
+_BY_PRIMARY: Final = _on_trial("fallbacks")
 
 RECORDED: Final = tuple(map(_recorded, WINDOWS))
 
@@ -172,7 +172,7 @@ ALERTS: Final = (
     Alert(
         name="CandidateFailing",
         severity="ticket",
-        expression=f"{_ALL} - {_on_trial('images', arm='candidate', outcome='ok')} > 0 "
+        expression=f"{_BY_CANDIDATE} - {_on_trial('images', arm='candidate', outcome='ok')} > 0 "
         f"or {_on_trial('fallbacks', reason='model-fault')} > 0",
         lasting="0s",
         summary="the candidate of {{ $labels.kind }} {{ $labels.rollout }} failed on images",
@@ -181,7 +181,7 @@ ALERTS: Final = (
     Alert(
         name="CanaryLeftToPrimary",
         severity="ticket",
-        expression=f"{_ON_PRIMARY} > {_LEFT} * ({_ON_PRIMARY} + {_ALL})",
+        expression=f"{_BY_PRIMARY} > {_LEFT} * ({_BY_PRIMARY} + {_BY_CANDIDATE})",
         lasting="10m",
         summary=f"the candidate of {{{{ $labels.rollout }}}} leaves more than {_LEFT:.0%} of its share to the primary",
         action="stridevit_rollout_fallbacks_total has the reason: not ready, late, no room, or it cannot take them.",
