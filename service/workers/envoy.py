@@ -287,8 +287,13 @@ def _workers(settings: Settings, files: Files, *, workers: int, token: str) -> d
         "lb_policy": "LEAST_REQUEST",
         # The least busy of so many, chosen at random: all of them, but for one in seven, each time.
         "least_request_lb_config": {"choice_count": max(4, 2 * workers)},
-        # Better one worker than one of those that do not work.
-        "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
+        "common_lb_config": {
+            # Better one worker than one of those that do not work.
+            "healthy_panic_threshold": {"value": 0},
+            # At once: by default a new worker that is found ready gets its first request up to a second later, and if
+            # the others are gone by then, all requests fail.
+            "update_merge_window": "0s",
+        },
         # The supervisor says so first.
         "ignore_health_on_host_removal": True,
         "circuit_breakers": {
