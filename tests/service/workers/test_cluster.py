@@ -82,7 +82,7 @@ def test_metrics_add_up_to_what_was_sent_and_both_workers_have_their_part(servic
 @pytest.mark.parametrize("size", [len(PNG), 500_000, BUFFERED_BYTES])
 def test_a_killed_worker_loses_no_request(size: int, service: Served) -> None:
     requests = REQUESTS if size < 500_000 else REQUESTS // 4
-    for victim in (0, 1, 0):
+    for victim in (0, 1, 0):  # by age: at last the oldest, when the other one has just come back
         before = service.metric("stridevit_requests_total", route="/v1/classify", status="200")
         killed = service.workers()[victim]
 
