@@ -169,6 +169,7 @@ def test_a_failed_block_is_named_in_the_report(experiment: LimitExperiment, tmp_
     assert "m, round 1: the service died" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.long
 def test_limit_measures_every_arm_and_reports(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
