@@ -62,6 +62,18 @@ def test_rows_say_what_each_model_costs_beside_the_chosen_one(service: str, open
         expect(page.locator("#top5-cifar100-mha li")).to_have_count(5)
 
 
+def test_a_service_that_refuses_is_asked_again_whether_it_still_does(service: str, open_page: Opener) -> None:
+    plan = get(f"{service}/v1/families/cifar100/plan?deadline_ms=60000").json()
+    assert plan["in_time"], plan
+    plans = iter([{**plan, "in_time": False}, {**plan, "in_time": False}, plan])
+    with open_page("") as page:
+        page.route("**/plan?*", lambda route: route.fulfill(json=next(plans, plan)))
+        page.goto(f"{service}/#compare?again")
+        page.reload()
+        expect(page.locator("#verdict .choice")).to_contain_text("the service chooses")
+        assert next(plans, None) is None
+
+
 def test_other_precisions_are_folded_under_their_model(open_page: Opener) -> None:
     with open_page() as page:
         folded = page.locator("tr[data-model=cifar100-mha-int8]")

@@ -23,6 +23,8 @@ let family = null;
 /** @type {Plan | null} */
 let plan = null;
 const SETTLING_MS = 1500;
+/** How often it is asked whether a service that refuses still does. */
+const SETTLING_TRIES = 3;
 /** @type {ReturnType<typeof setTimeout> | undefined} */
 let settled;
 let startedAt = 0;
@@ -50,6 +52,7 @@ export async function showCompare() {
   await list();
   const named = current().values.get("sample");
   await choice();
+  if (plan && !plan.in_time) askWhenSettled();
   if (named && SAMPLES.some(({ name }) => name === named) && !picture()) await runSample(named);
 }
 
@@ -146,9 +149,17 @@ function finish(end) {
   const others = answered.length === 1 ? "" : agree === answered.length ? `all ${agree} models agree` : `${agree} of ${answered.length} models agree`;
   fill(byId("verdict"), h("p", { class: "answer" }, h("strong", {}, label(best.label)), h("span", {}, others)), choiceLine());
   announce(`${label(best.label)}; ${others}`);
-  // Right after it the service still feels this very comparison.
+  askWhenSettled();
+}
+
+/** Ask for the choice once the service no longer feels what this page has just asked of it. */
+function askWhenSettled(tries = SETTLING_TRIES) {
   clearTimeout(settled);
-  if (!byId("compare").hidden) settled = setTimeout(() => void choice(), SETTLING_MS);
+  if (byId("compare").hidden) return;
+  settled = setTimeout(async () => {
+    await choice();
+    if (plan && !plan.in_time && tries > 1) askWhenSettled(tries - 1);
+  }, SETTLING_MS);
 }
 
 /** Ask which model the family would choose, and mark it. */
