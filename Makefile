@@ -41,10 +41,8 @@ test-all: $(DEV)/.installed $(SERVE)/.$(ENGINE) $(CLIENTS)/openapi/.installed ##
 	@$(PYTEST) $(ALL) $(ARGS)
 
 test-cluster: $(DEV)/.installed $(SERVE)/.$(ENGINE) $(RAY)/.installed ## Run what test-all leaves out: tests that take minutes, and those that kill whole services under load
-	@echo "running the tests that take minutes on $(WORKERS) workers"
-	@$(PYTEST) -m long $(ARGS)
-	@echo "running the tests of several processes and machines, one after the other; namespaces need root"
-	@STRIDEVIT_RAY_PYTHON=$(CURDIR)/$(RAY)/bin/python $(PYTEST) -m cluster -n 0 $(ARGS)
+	@echo "running the tests that take minutes, and those of several processes and machines, one after the other; namespaces need root"
+	@STRIDEVIT_RAY_PYTHON=$(CURDIR)/$(RAY)/bin/python $(PYTEST) -m "long or cluster" -n 0 $(ARGS)
 
 coverage: $(DEV)/.installed $(SERVE)/.$(ENGINE) ## Run `make test` and fail if it covers less of the packages than pyproject.toml asks for
 	@echo "running the tests but the slow ones on $(WORKERS) workers, measuring coverage; real data: $${STRIDEVIT_DATA:-none}"

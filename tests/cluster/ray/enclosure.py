@@ -12,10 +12,9 @@ ROOT = Path(__file__).parents[3]
 
 def variables() -> dict[str, str]:
     """The variables that deploy/ray.env sets, as a shell reads it."""
-    shell = ["env", "-i", "sh", "-c", 'set -a; . "$0"; exec env -0', str(ROOT / "deploy" / "ray.env")]
-    found = subprocess.run(
-        shell, check=True, stdout=subprocess.PIPE, text=True, env={"PATH": os.environ["PATH"]}
-    ).stdout
+    shell = ["sh", "-c", 'set -a; . "$0"; exec env -0', str(ROOT / "deploy" / "ray.env")]
+    clean = {"PATH": os.environ["PATH"]}
+    found = subprocess.run(shell, check=True, stdout=subprocess.PIPE, text=True, env=clean).stdout
     pairs = (entry.partition("=") for entry in found.split("\0") if entry)
     return {name: value for name, _, value in pairs if name.startswith("RAY_")}
 
