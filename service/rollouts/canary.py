@@ -38,7 +38,8 @@ class CanaryRequests:
     ) -> tuple[Model, Choice, Answers] | None:
         """The candidate's answers, and why it gave them; None if the primary is to answer, which is counted.
 
-        The candidate gets the time that the primary would not need after it. Raises ClientDisconnected.
+        The candidate is given up when half of the time is over that neither it nor the primary is predicted to need.
+        Raises ClientDisconnected.
         """
         fastest = pareto_front(self._registry.candidates(canary.primary)[1])[-1]
         candidate = canary.candidate
@@ -69,15 +70,15 @@ class CanaryRequests:
             decoding = self._decoders.work_of(images, candidate.manifest.preprocessing)
         predicted = admission.predict(candidate.queue, state, part.count, decoding=decoding)
         reserved = admission.predict(primary.queue, state, part.count, decoding=decoding)
-        seconds = admission.allowed_seconds(state) - reserved
-        if predicted > seconds:
+        spare = admission.allowed_seconds(state) - reserved - predicted
+        if spare < 0:
             return "late"
         try:
             admission.accept(place, candidate.queue, part.count, decoding=decoding)
         except Overloaded:
             return "refused"
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(predicted + spare / 2):
                 answers = await infer(candidate, decoding)
         except TimeoutError:
             place.give_up_images()
