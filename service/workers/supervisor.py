@@ -66,7 +66,6 @@ class Supervisor:
                 program,
                 settings,
                 folder,
-                workers=len(found),
                 cores=sum(place.threads for place in found),
                 token=token,
                 connections=connections_within_file_limit(settings.max_connections),
