@@ -20,7 +20,7 @@ DRAINING_SECONDS = 10.0
 """A third of Ray's default: here only HAProxy on the same machine has to notice that a replica goes."""
 REQUESTS, KILLS = 2000, 3
 _CONNECTIONS = 16
-_TIMED_REQUESTS = 200
+_TIMED_REQUESTS = 600
 
 Counts = dict[str, Any]
 
