@@ -45,7 +45,7 @@ class Front:
     """Envoy, in front of the workers."""
 
     def __init__(
-        self, program: Path, settings: Settings, folder: Path, *, cores: int, token: str, connections: int
+        self, program: Path, settings: Settings, folder: Path, *, workers: int, cores: int, token: str, connections: int
     ) -> None:
         self._program, self._settings = program, settings
         self._files = Files(folder=folder)
@@ -55,7 +55,7 @@ class Front:
         self._reader: asyncio.Task[None] | None = None
         self._said: list[str] = []
         self._configuration: dict[str, Any] = configuration(
-            settings, self._files, token=token, max_connections=connections
+            settings, self._files, workers=workers, token=token, max_connections=connections
         )
 
     @property

@@ -66,6 +66,7 @@ class Supervisor:
                 program,
                 settings,
                 folder,
+                workers=len(found),
                 cores=sum(place.threads for place in found),
                 token=token,
                 connections=connections_within_file_limit(settings.max_connections),

@@ -19,6 +19,7 @@ def written_to(folder: Path, **settings: Any) -> Files:
     made = configuration(
         Settings(**settings),
         files,
+        workers=2,
         token="secret",  # noqa: S106
         max_connections=1000,
     )

@@ -58,7 +58,7 @@ def scenario(tmp_path: Path, play: Callable[[Front, StandIn, StandIn, str], Awai
     async def played() -> None:
         assert PROGRAM
         token, settings = "token", Settings(port=free_port())
-        front = Front(PROGRAM, settings, tmp_path, cores=1, token=token, connections=100)
+        front = Front(PROGRAM, settings, tmp_path, workers=2, cores=1, token=token, connections=100)
         assert await front.healthy() == set()
         one, other = (StandIn(tmp_path / name, ready=name == "one") for name in ("one", "other"))
         await one.start()
