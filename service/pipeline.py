@@ -337,6 +337,7 @@ class Pipeline:
             predict_idle=lambda model: self.admission.idle_seconds(model.queue, count, decoding=decoding),
             allowed_seconds=self.admission.allowed_seconds(state),
             min_top1=min_top1,
+            refusing=self.admission.refusing,
         )
 
     async def _infer(

@@ -314,7 +314,9 @@ class Settings(BaseSettings):
     """Fraction of its deadline within which a request must be predicted to finish; otherwise it is refused at once."""
     step_up_headroom: _Fraction = 0.5
     """Fraction of the time left beside a more accurate model's own work, within which waiting must lie before a family
-    steps back up to that model; below 1, so that the choice does not oscillate."""
+    steps back up to that model; below 1, so that the choice does not oscillate. For ten seconds
+    after a refusal it holds for the most accurate model in any case, and more for the others, up to 1 for the
+    fastest."""
 
     config: _Optional[Path] = None
     """TOML file of settings, one `name = value` per line, without tables; relative paths in it are relative to the

@@ -4,6 +4,10 @@ A request takes the family's most accurate model whose predicted finish fits its
 less accurate model at once; stepping back up needs more headroom than staying would, so that the choice does not
 oscillate while the load is near a limit.
 
+If accurate models fill the time up to the deadline, the next request is late with the fastest one too, and refused. So
+while requests are refused, a model may be waited for the shorter the more accurate it is: the work ahead then settles
+where the models chosen are as fast as requests arrive, if the fastest is.
+
 Research systems choose in this way: INFaaS (ATC'21), Proteus (ASPLOS'24), SuperServe (NSDI'25).
 """
 
@@ -69,7 +73,8 @@ class Family:
 
     def __init__(self, name: str, *, step_up_headroom: float) -> None:
         """`step_up_headroom`: fraction of the deadline left beside a more accurate model's own work, within which its
-        waiting must lie before the family steps back up to it."""
+        waiting must lie before the family steps back up to it; and, while requests are refused, within which waiting
+        for the most accurate model must lie."""
         self.name = name
         self._step_up_headroom = step_up_headroom
         self._last_top1 = 1.0
@@ -82,12 +87,13 @@ class Family:
         predict_idle: Callable[[Model], float],
         allowed_seconds: float,
         min_top1: float = 0.0,
+        refusing: bool = False,
     ) -> tuple[Model, Choice]:
         """The most accurate of `members` (most accurate first) that fits `allowed_seconds`, and why. Without effects.
 
         `predict` gives a model's predicted finish in seconds, `predict_idle` what it would be on an idle service. If
-        none fits, the one with the earliest predicted finish, for admission to judge. Raises NoSuitableModel if none
-        reaches `min_top1`.
+        none fits, the one with the earliest predicted finish, for admission to judge. `refusing`: requests have been
+        refused lately because they were late. Raises NoSuitableModel if none reaches `min_top1`.
         """
         candidates = [model for model in members if model.top1 >= min_top1]
         if not candidates:
@@ -95,11 +101,15 @@ class Family:
             raise NoSuitableModel(f"no model of family {self.name!r} reaches a top-1 of {min_top1:g}: {best}")
         skipped: list[Skipped] = []
         lacks_headroom = False
-        for model in candidates:
-            predicted, limit = predict(model), allowed_seconds
-            if model.top1 > self._last_top1:
+        for steps, model in enumerate(candidates):
+            predicted, limit, share = predict(model), allowed_seconds, 1.0
+            if refusing and len(candidates) > 1:
+                share = self._step_up_headroom + (1 - self._step_up_headroom) * steps / (len(candidates) - 1)
+            elif model.top1 > self._last_top1:
+                share = self._step_up_headroom
+            if share < 1:
                 idle = predict_idle(model)
-                limit = idle + (allowed_seconds - idle) * self._step_up_headroom
+                limit = idle + (allowed_seconds - idle) * share
             if predicted <= limit <= allowed_seconds:
                 reason: Reason = "headroom" if lacks_headroom else "deadline" if skipped else "most_accurate"
                 break

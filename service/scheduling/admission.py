@@ -24,6 +24,8 @@ from service.scheduling.scheduler import Queue, Scheduler
 _PRESSED_SECONDS = 1.0
 """After a refusal, so long is every request's head compared with the work ahead before anything else is done."""
 
+_REFUSING_SECONDS = 10.0
+"""After a refusal, so long do families keep time free for the next requests."""
 
 _COMING_SECONDS = 0.1
 """So long does a head count whose images do not follow: a slow sender takes nobody's place."""
@@ -79,7 +81,7 @@ class Admission:
         self._accepted: dict[RequestState, tuple[Queue, Work]] = {}
         self._last: list[Key | None] = [None, None]
         """No accepted request of the class comes after this one, which may have been answered in the meantime."""
-        self._pressed_until = -math.inf
+        self._pressed_at = -math.inf
         self._version = 0
         """Changes with the accepted work."""
         self._ahead: tuple[Key, int, _Ahead] | None = None
@@ -98,11 +100,16 @@ class Admission:
     @property
     def pressed(self) -> bool:
         """Whether a request was too late a moment ago: others are likely to be."""
-        return self._clock() < self._pressed_until
+        return self._clock() < self._pressed_at + _PRESSED_SECONDS
+
+    @property
+    def refusing(self) -> bool:
+        """Whether a request was too late in the last seconds, so that families keep time free for the next ones."""
+        return self._clock() < self._pressed_at + _REFUSING_SECONDS
 
     def press(self) -> None:
         """A request is too late."""
-        self._pressed_until = self._clock() + _PRESSED_SECONDS
+        self._pressed_at = self._clock()
 
     def late_by_head(self, queue: Queue, state: RequestState) -> float:
         """By how many seconds a request whose head has just arrived would be late; if it is not, it counts as coming.

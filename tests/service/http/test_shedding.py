@@ -200,7 +200,7 @@ def test_under_pressure_a_head_that_the_work_ahead_leaves_no_chance_is_refused_b
         "/v1/classify?model=identity&deadline_ms=0.001",
         "/v2/models/identity-a/infer?deadline_ms=0.001",
     ):
-        monkeypatch.setattr(pipeline.admission, "_pressed_until", math.inf)
+        monkeypatch.setattr(pipeline.admission, "_pressed_at", math.inf)
         answer = client.post(path, content=picture(1))
         assert (answer.status_code, "the work ahead" in answer.text) == (429, True)
     assert bodies == []
@@ -226,7 +226,7 @@ def test_under_pressure_what_the_head_s_first_look_does_not_know_goes_on(
 def test_a_head_is_read_as_the_application_reads_it(
     client: TestClient, pipeline: Pipeline, query: str, headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.admission, "_pressed_until", math.inf)
+    monkeypatch.setattr(pipeline.admission, "_pressed_at", math.inf)
     late(pipeline, 0.05)
     room = pipeline.admission.room
     room.hold_images(3, batch=True)

@@ -28,7 +28,9 @@ def family() -> Family:
     return Family("f", step_up_headroom=0.5)
 
 
-def choose(chooser: Family, waiting: float, *, allowed: float = 0.100, min_top1: float = 0.0) -> tuple[str, Choice]:
+def choose(
+    chooser: Family, waiting: float, *, allowed: float = 0.100, min_top1: float = 0.0, refusing: bool = False
+) -> tuple[str, Choice]:
     """The name of the model chosen and why, with `waiting` images ahead, each at the speed of the model asked about."""
     model, choice = chooser.decide(
         MEMBERS,
@@ -36,6 +38,7 @@ def choose(chooser: Family, waiting: float, *, allowed: float = 0.100, min_top1:
         predict_idle=lambda model: IDLE_SECONDS[model.name],
         allowed_seconds=allowed,
         min_top1=min_top1,
+        refusing=refusing,
     )
     chooser.follow(model)
     return model.name, choice
@@ -80,6 +83,32 @@ def test_a_load_around_the_limit_does_not_make_it_oscillate() -> None:
     chooser = family()
     names = [choose(chooser, waiting=1.45 + 0.1 * (step % 2))[0] for step in range(100)]
     assert sum(a != b for a, b in pairwise(names)) <= 1
+
+
+def test_while_requests_are_refused_the_time_left_beside_its_own_work_is_shared_among_the_models() -> None:
+    def chosen(wait: float, *, refusing: bool, min_top1: float = 0.0) -> tuple[str, str]:
+        """With work ahead that takes `wait` seconds, whichever model is chosen; 100 ms are allowed."""
+        model, choice = family().decide(
+            MEMBERS,
+            predict=lambda model: wait + IDLE_SECONDS[model.name],
+            predict_idle=lambda model: IDLE_SECONDS[model.name],
+            allowed_seconds=0.100,
+            min_top1=min_top1,
+            refusing=refusing,
+        )
+        return model.name, choice["reason"]
+
+    # Beside their own work 60, 80 and 90 ms are left: half of it for the best, three quarters, and all of it.
+    waits = (0.0, 0.029, 0.031, 0.059, 0.061, 0.079, 0.081, 0.089)
+    assert [chosen(wait, refusing=True)[0] for wait in waits] == [
+        "best", "best", "middle", "middle", "fastest", "fastest", "fastest", "fastest",
+    ]  # fmt: skip
+    assert [chosen(wait, refusing=False)[0] for wait in waits] == [
+        "best", "best", "best", "best", "middle", "middle", "fastest", "fastest",
+    ]  # fmt: skip
+    assert chosen(0.031, refusing=True)[1] == "headroom"
+    assert chosen(0.091, refusing=True) == ("fastest", "deadline"), "it is for admission to refuse it"
+    assert chosen(0.059, refusing=True, min_top1=0.8) == ("best", "most_accurate"), "nothing faster is allowed"
 
 
 def test_a_model_that_needs_most_of_the_deadline_by_itself_is_not_locked_out() -> None:
