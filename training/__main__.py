@@ -8,7 +8,6 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,24 +18,43 @@ from rich.markup import escape
 
 from training import folder_recipe, runs
 from training.augment import default_workers
-from training.bf16 import bf16_is_emulated
 from training.checkpoints import can_resume
-from training.data import Dataset, into_memory, load_dataset
+from training.data import Dataset, load_dataset
 from training.describe import cost_table
 from training.describe import describe as describe_model
 from training.distributed import PeerLost, World, choose_device, join
 from training.evaluate import evaluate as evaluate_model
-from training.initial import TIMM, Source, SourceError, adapted, open_source
+from training.initial import TIMM, Source, SourceError, open_source
 from training.loop import FROM_SCRATCH, Execution, Origin, TrainingError
 from training.loop import train as train_run
 from training.models import PRESETS, architecture
+from training.options import (
+    ALL_VARIANTS,
+    MAX_EPOCHS,
+    AnyRecipeOption,
+    AutoResumeOption,
+    CheckpointOption,
+    DataOption,
+    DeviceOption,
+    EpochsOption,
+    JsonOption,
+    OverridesOption,
+    RecipeOption,
+    ResumeOption,
+    TestOption,
+    VariantOption,
+    VariantsOption,
+    WeightsOption,
+    WorkersOption,
+)
 from training.readers import DataError
-from training.recipes import RECIPES, Recipe, load_recipe, overridden, retrofitted
+from training.recipes import RECIPES, load_recipe, overridden
+from training.resolve import epochs_change, load_for, prepare, retrofit_origin, retrofit_recipe, with_short_warmup
 from training.stopping import Stopped
 from training.study import markdown_table, write_report
 from training.study import study as run_study
 from training.throughput import measure
-from training.variants import REGISTERED, parse_variant
+from training.variants import parse_variant
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,60 +78,6 @@ app = typer.Typer(
     """,
 )
 console = Console(stderr=True)
-
-DATA_VARIABLE = "STRIDEVIT_DATA"
-MAX_EPOCHS = 100_000
-RecipeOption = Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")]
-AnyRecipeOption = Annotated[
-    str, typer.Option(help=f"`folder`, with settings from the data, or one of: {', '.join(RECIPES)}.")
-]
-VariantOption = Annotated[str, typer.Option(help="`mha`, `lsra-rR` or `csra-rR`, such as csra-r2.")]
-VariantsOption = Annotated[str, typer.Option(help="Variants, separated by commas.")]
-DataOption = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        envvar=DATA_VARIABLE,
-        metavar="DIR|hub:OWNER/NAME",
-        help="The folder of the data set, or its parent, or its name on the hub. Not needed for `digits`.",
-    ),
-]
-OverridesOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe: optim.lr=5e-4. May be repeated."),
-]
-ResumeOption = Annotated[bool, typer.Option(help="Continue a stopped run from its last checkpoint.")]
-AutoResumeOption = Annotated[
-    bool,
-    typer.Option(
-        "--auto-resume",
-        help="Continue from the last checkpoint if there is one, else begin: for torchrun's restarts, and for "
-        "schedulers that repeat a command.",
-    ),
-]
-TestOption = Annotated[
-    bool, typer.Option(help="Evaluate on the test split at the end; `--no-test` for runs that decide something.")
-]
-CheckpointOption = Annotated[int, typer.Option("--checkpoint-steps", min=1, help="Steps between checkpoints.")]
-WorkersOption = Annotated[int | None, typer.Option(min=0, help="Processes that decode images. [default: one per core]")]
-DeviceOption = Annotated[str, typer.Option(help="auto (a GPU if torch finds one), cpu, cuda, or a GPU such as cuda:1.")]
-WeightsOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE.safetensors", help="With timm:NAME: its weights, instead of fetching them from the hub."
-    ),
-]
-EpochsOption = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        max=MAX_EPOCHS,
-        help="Instead of the recipe's; 0.5 is half an epoch. The warm-up takes at most a tenth.",
-        show_default=False,
-    ),
-]
-_ALL = ",".join(REGISTERED)
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
@@ -167,15 +131,15 @@ def train(
     name = folder_recipe.dataset_name(data) if recipe == folder_recipe.NAME and data else recipe
     folder = out or Path("runs") / f"{name}-{variant}"
     with _errors(folder), join(choose_device(device)) as world:
-        changes = [*([f"preset={preset}"] if preset else []), *_epochs(epochs), *(overrides or [])]
+        changes = [*([f"preset={preset}"] if preset else []), *epochs_change(epochs), *(overrides or [])]
         origin = Origin(
             init=open_source(init, weights if init.startswith(TIMM) else None) if init else None,
             teacher=open_source(teacher, weights if teacher.startswith(TIMM) else None) if teacher else None,
         )
         if weights and not any(name and name.startswith(TIMM) for name in (init, teacher)):
             raise ValueError("--weights are those of timm:NAME, which neither --init nor --teacher names")
-        resolved, dataset = _prepared(recipe, data, changes, origin.init, world.device)
-        resolved = _with_short_warmup(resolved, epochs, changes)
+        resolved, dataset = prepare(recipe, data, changes, origin.init, world.device)
+        resolved = with_short_warmup(resolved, epochs, changes)
         if teacher and not (resolved.distill.logits or resolved.distill.blocks):
             resolved = overridden(resolved, ["distill.logits=0.5"])
         on = _execution(world, workers, checkpoint_steps)
@@ -221,11 +185,11 @@ def retrofit(
     """
     with _errors(out), join(choose_device(device)) as world:
         source = open_source(teacher, weights)
-        resolved = _retrofit_recipe(source, recipe, epochs, overrides, data, world.device)
-        dataset = _dataset(resolved, data, source)
+        resolved = retrofit_recipe(source, recipe, epochs, overrides, data, world.device)
+        dataset = load_for(resolved, data, source)
         on = _execution(world, workers, checkpoint_steps)
         _warn(on, dataset)
-        origin = _retrofit_origin(resolved, source)
+        origin = retrofit_origin(resolved, source)
         train_run(resolved, variant, dataset, out, on, origin=origin, resume=_resume(resume, auto_resume), test=test)
 
 
@@ -233,7 +197,7 @@ def retrofit(
 def study(
     recipe: RecipeOption,
     out: Annotated[Path, typer.Option(help="Folder for the runs, one folder each: RECIPE-VARIANT-sSEED.")],
-    variants: VariantsOption = _ALL,
+    variants: VariantsOption = ALL_VARIANTS,
     seeds: Annotated[str, typer.Option(help="Separated by commas; all variants of a seed before the next seed.")] = "0",
     report: Annotated[Path | None, typer.Option(help="Folder for table and curves; `--out` by default.")] = None,
     data: DataOption = None,
@@ -266,11 +230,11 @@ def study(
         if teacher:
             sources = {seed: open_source(teacher.replace("{seed}", str(seed))) for seed in numbers}
             length = 2.0 if epochs is None else epochs
-            resolved = _retrofit_recipe(sources[numbers[0]], recipe, length, overrides, data, world.device)
+            resolved = retrofit_recipe(sources[numbers[0]], recipe, length, overrides, data, world.device)
         else:
-            changes = [*_epochs(epochs), *(overrides or [])]
-            resolved = _with_short_warmup(load_recipe(recipe, changes), epochs, changes)
-        dataset = _dataset(resolved, data, sources.get(numbers[0]))
+            changes = [*epochs_change(epochs), *(overrides or [])]
+            resolved = with_short_warmup(load_recipe(recipe, changes), epochs, changes)
+        dataset = load_for(resolved, data, sources.get(numbers[0]))
         finished = run_study(
             resolved,
             names,
@@ -278,7 +242,7 @@ def study(
             dataset,
             out,
             _execution(world, workers, checkpoint_steps),
-            lambda seed: _retrofit_origin(resolved, sources[seed]) if sources else FROM_SCRATCH,
+            lambda seed: retrofit_origin(resolved, sources[seed]) if sources else FROM_SCRATCH,
         )
         if finished and world.main:
             files = write_report(finished, report or out)
@@ -343,7 +307,7 @@ def evaluate(
 def describe(
     preset: Annotated[str, typer.Option(help=f"One of: {', '.join(PRESETS)}.")],
     img_size: Annotated[int | None, typer.Option(help="Another image size than the preset's.")] = None,
-    variants: VariantsOption = _ALL,
+    variants: VariantsOption = ALL_VARIANTS,
     num_classes: Annotated[int | None, typer.Option(min=1, help="Another number of classes than the preset's.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Another rank of the latent than the preset's.")] = None,
     as_json: JsonOption = False,
@@ -406,91 +370,6 @@ def images(
                 loaded.test.read(row).save(out / file)
                 table.writerow([file, label, loaded.classes[label]])
     typer.echo(f"{out}: {min(count, len(loaded.test))} images")
-
-
-def _prepared(
-    recipe: str, data: str | None, changes: list[str], source: Source | None, device: torch.device
-) -> tuple[Recipe, Dataset]:
-    """The recipe with the user's `changes`, and its data."""
-    if recipe != folder_recipe.NAME:
-        resolved = load_recipe(recipe, changes)
-        if source:
-            resolved = adapted(resolved, source, _keys(changes))
-        return resolved, _dataset(resolved, data, source)
-    if data is None:
-        raise ValueError("the recipe `folder` needs --data DIR with a folder per class; --recipe digits needs no data")
-    on_disk = load_dataset(folder_recipe.dataset_name(data), data, in_memory=False)
-    like = source.architecture if source else None
-    preset = next((change.partition("=")[2] for change in changes if change.startswith("preset=")), None)
-    resolved = folder_recipe.folder_recipe(
-        on_disk, like, preset=preset, trained=source is not None, bf16=not bf16_is_emulated(device)
-    )
-    if source:
-        resolved = adapted(resolved, source, {"preset", "img_size"} if preset else ())
-    resolved = overridden(resolved, changes)
-    dataset = into_memory(on_disk) if resolved.augment.in_memory else on_disk
-    return resolved, _normalised_like(dataset, source)
-
-
-def _with_short_warmup(recipe: Recipe, epochs: float | None, changes: list[str]) -> Recipe:
-    """`recipe` with a warm-up that `--epochs` leaves room for, unless the user has set one."""
-    schedule = recipe.schedule
-    if not epochs or schedule.warmup_steps is not None or "schedule.warmup_epochs" in _keys(changes):
-        return recipe
-    warmup = min(schedule.warmup_epochs, epochs / 10)
-    return recipe.model_copy(update={"schedule": schedule.model_copy(update={"warmup_epochs": warmup})})
-
-
-def _retrofit_recipe(
-    source: Source,
-    recipe: str | None,
-    epochs: float,
-    overrides: list[str] | None,
-    data: str | None,
-    device: torch.device,
-) -> Recipe:
-    """The recipe of a teacher, or the one called `recipe`, with the changes for a retrofit and those of the user."""
-    if source.architecture is None:
-        raise ValueError(f"{source.name} holds weights only: a teacher is a run or timm:NAME, with --weights FILE")
-    if recipe == folder_recipe.NAME or (recipe is None and source.name.startswith(TIMM)):
-        trained, _ = _prepared(folder_recipe.NAME, data, [], source, device)
-    elif recipe is None:
-        trained = Recipe.model_validate(runs.read_record(Path(source.name))["recipe"])
-    else:
-        trained = load_recipe(recipe)
-    fitting = adapted(retrofitted(trained, epochs), source, _keys(overrides))
-    return overridden(fitting, overrides)
-
-
-def _retrofit_origin(recipe: Recipe, source: Source) -> Origin:
-    """The source is also the teacher, unless the recipe compares nothing with it."""
-    compares = recipe.distill.logits or recipe.distill.blocks
-    return Origin(init=source, teacher=source if compares else None)
-
-
-def _dataset(recipe: Recipe, data: str | None, source: Source | None) -> Dataset:
-    """The data of a recipe, normalised as the model that a run begins with was trained."""
-    if recipe.dataset == "digits" and data != os.environ.get(DATA_VARIABLE):
-        raise ValueError(
-            f"the recipe {recipe.name} comes with its own data and would not use --data {data}: leave out one of the "
-            "two; --recipe folder trains on a folder of pictures"
-        )
-    dataset = load_dataset(recipe.dataset, data, in_memory=recipe.augment.in_memory)
-    return _normalised_like(dataset, source)
-
-
-def _normalised_like(dataset: Dataset, source: Source | None) -> Dataset:
-    if source is None or source.preprocessing is None:
-        return dataset
-    return replace(dataset, mean=source.preprocessing.mean, std=source.preprocessing.std)
-
-
-def _epochs(epochs: float | None) -> list[str]:
-    return [] if epochs is None else [f"schedule.epochs={epochs:g}"]
-
-
-def _keys(overrides: list[str] | None) -> set[str]:
-    return {override.partition("=")[0] for override in overrides or []}
 
 
 def _execution(world: World, workers: int | None, checkpoint_steps: int) -> Execution:
