@@ -40,9 +40,9 @@ class Rung(BaseModel):
     in_time: bool
     chosen: bool
     why: Why
-    """`late`: it would miss the deadline; `headroom`: it would be in time, but without enough headroom to step back up
-    to it; `less_accurate`: it would be in time, and so is a more accurate one; `no_faster`: it costs about as much as a
-    more accurate one, and is never chosen."""
+    """`late`: it would miss the deadline; `headroom`: it would be in time, but without enough headroom;
+    `less_accurate`: it would be in time, and so is a more accurate one; `no_faster`: it costs about as much as a more
+    accurate one, and is never chosen."""
 
 
 class Plan(BaseModel):

@@ -38,8 +38,8 @@ class Choice(TypedDict):
     """Or, of a canary, the model that the request is for."""
     reason: Reason
     """`most_accurate`: no model that the request allows is more accurate; `deadline`: more accurate ones would be late;
-    `headroom`: a more accurate one would be in time, but without enough headroom to step back up to it; `canary`: the
-    request belongs to the share of a model on trial."""
+    `headroom`: a more accurate one would be in time, but without enough headroom; `canary`: the request belongs to the
+    share of a model on trial."""
     predicted_ms: float
     """Predicted finish of the chosen model."""
     skipped: list[Skipped]

@@ -6,7 +6,7 @@
 const REASONS = {
   most_accurate: "its most accurate model, and that is in time",
   deadline: "the most accurate of those that are in time",
-  headroom: "a more accurate one would just be in time, but without enough to spare to go back to it",
+  headroom: "a more accurate one would just be in time, but without enough to spare",
 };
 
 /** Why the chosen model, if it is in time. @param {Plan} plan */

@@ -144,7 +144,7 @@ function rungRow(rung, chosen, called) {
   const why = {
     chosen: called,
     late: "too late",
-    headroom: "in time, but not by enough to go back to it",
+    headroom: "in time, but without enough to spare",
     less_accurate: "in time, but less accurate",
     no_faster: "no faster than a more accurate one",
   }[rung.why];
