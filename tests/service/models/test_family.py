@@ -111,6 +111,34 @@ def test_while_requests_are_refused_the_time_left_beside_its_own_work_is_shared_
     assert chosen(0.059, refusing=True, min_top1=0.8) == ("best", "most_accurate"), "nothing faster is allowed"
 
 
+def test_a_load_that_the_fastest_model_could_answer_is_answered_nearly_whole() -> None:
+    """One server, without batches, and a request each 12 ms, for which the models take 40, 20 and 10 ms."""
+    gaps = np.random.default_rng(0).exponential(0.012, 20_000)
+
+    def serve(*, refusing_seconds: float) -> tuple[float, float]:
+        """The shares of requests that were refused, and that were answered rightly."""
+        chooser, ahead, now, refused_at, right, refused = family(), 0.0, 0.0, -1e9, 0.0, 0
+        for gap in gaps:
+            now, ahead = now + gap, max(0.0, ahead - gap)
+            model, _ = chooser.decide(
+                MEMBERS,
+                predict=lambda model, ahead=ahead: ahead + IDLE_SECONDS[model.name],  # type: ignore[misc]
+                predict_idle=lambda model: IDLE_SECONDS[model.name],
+                allowed_seconds=0.250,
+                refusing=now < refused_at + refusing_seconds,
+            )
+            if ahead + IDLE_SECONDS[model.name] > 0.250:
+                refused, refused_at = refused + 1, now
+                continue
+            chooser.follow(model)
+            ahead, right = ahead + IDLE_SECONDS[model.name], right + model.top1
+        return refused / len(gaps), right / len(gaps)
+
+    greedy, shared = serve(refusing_seconds=0), serve(refusing_seconds=10)
+    assert shared[0] < greedy[0] / 2
+    assert shared[1] > greedy[1]
+
+
 def test_a_model_that_needs_most_of_the_deadline_by_itself_is_not_locked_out() -> None:
     chooser = family()
     assert choose(chooser, waiting=3, allowed=0.050)[0] == "fastest"
