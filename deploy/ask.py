@@ -1,4 +1,4 @@
-"""Ask a running service about a photo, an unknown model and bytes that are no image. Standard library only.
+"""Ask a running service about a photo, an unknown model and bytes that are not an image. Standard library only.
 
 python3 deploy/ask.py http://127.0.0.1:8000 photo.jpg
 """
@@ -10,12 +10,12 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-# A proxy of the environment must not come between this and a service on this machine.
+# A proxy from the environment must not come between this and a service on this machine.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def classify(url: str, body: bytes, query: str = "") -> tuple[int, Any]:
-    """Status and JSON of an answer of /v1/classify."""
+    """Status and JSON of an answer from /v1/classify."""
     request = urllib.request.Request(f"{url}/v1/classify{query}", data=body)  # noqa: S310 (the address that was given)
     try:
         with _DIRECT.open(request, timeout=60) as answer:

@@ -1,7 +1,7 @@
 """Audit the supply chain: known vulnerabilities, suspicious code, the Dockerfile, and what the image holds.
 
 python deploy/audit.py TOOLS PYTHON SBOM, where TOOLS is the `bin` of an environment of lock/audit.txt, PYTHON is the
-service's own, and SBOM the file to write. Ends with 1 if one of them finds anything. Standard library only.
+service's own, and SBOM the file to write. Ends with 1 if an audit finds anything. Standard library only.
 """
 
 import json
@@ -23,10 +23,10 @@ ACCEPTED = {
     ("B704", "loadtests/report/rendering.py"): "the text was escaped, or is a plot that matplotlib drew",
     ("B615", "training/readers.py"): "the user names the data set, and the run records its fingerprint",
 }
-"""What bandit may find, by test and file (empty: any file), and why it is no fault."""
+"""What bandit may find, by test and file (empty: any file), and why it is not a fault."""
 
 _UNREACHABLE = re.compile(r"requests\.exceptions\.|ConnectionError|Could not connect")
-"""What pip-audit's errors hold if its database cannot be asked."""
+"""What pip-audit's errors contain if its database cannot be reached."""
 
 
 def run(*command: str | Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -37,12 +37,12 @@ def run(*command: str | Path, stdin: str | None = None) -> subprocess.CompletedP
 
 
 def vulnerabilities(tools: Path) -> bool:
-    """Ask PyPI about every version in lock/, and say so where it knows none of them."""
+    """Ask PyPI about every version in lock/, and say so if it knows none of them."""
     service = pins_of(ROOT / "lock" / "service-cpu.txt")
     others = set().union(*map(pins_of, (ROOT / "lock").glob("*.txt"))) - service
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        # pip-audit takes each name once. Locks pin several versions, by Python's version and for the clients.
+        # pip-audit accepts each name once. Locks pin several versions, by Python version and for the clients.
         for number, batch in enumerate([*one_version_each(service), *one_version_each(others)]):
             file = Path(folder) / f"{number}.txt"
             file.write_text("\n".join(sorted(batch)) + "\n", encoding="utf-8")
@@ -118,7 +118,7 @@ def dockerfile(tools: Path) -> bool:
 
 
 def bill_of_materials(tools: Path, python: Path, out: Path) -> bool:
-    """Write what the image's environment holds as CycloneDX: the service's, less what the Dockerfile removes again."""
+    """Write the content of the image's environment as CycloneDX: the service's, less what the Dockerfile removes."""
     ended = run(
         *(tools / "cyclonedx-py", "environment", "--pyproject", "pyproject.toml", "--output-reproducible"),
         *("--output-format", "JSON", python),
@@ -143,7 +143,7 @@ def bill_of_materials(tools: Path, python: Path, out: Path) -> bool:
 
 
 def main() -> None:
-    """Run all of them, whatever one finds."""
+    """Run all audits, whatever any of them finds."""
     tools, python, out = map(Path, sys.argv[1:])
     good = [vulnerabilities(tools), code(tools), dockerfile(tools), bill_of_materials(tools, python, out)]
     sys.exit(not all(good))

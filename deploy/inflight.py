@@ -2,7 +2,7 @@
 
     python3 deploy/inflight.py URL PHOTO COMMAND...
 
-Clients send the photo over and over, on a new connection each, until a connection is refused; after the first answers
+Clients send the photo over and over, each time on a new connection, until one is refused; after the first answers,
 COMMAND is run, which must stop the service. Ends with 1 if a request that was sent got no complete answer, or if the
 command failed.
 """

@@ -52,7 +52,7 @@ def removed() -> set[str]:
 
 
 def licence(name: str) -> str:
-    """What a package's metadata states, shortest form first."""
+    """The licence that a package's metadata states, in the shortest form that there is."""
     try:
         fields = metadata(name)
     except PackageNotFoundError:

@@ -1,6 +1,6 @@
 """Remove from an environment what the service does not need at run time: `python deploy/trim.py SITE_PACKAGES`.
 
-What is named here must be there, so that a new version of a package that moves it is noticed. `deploy/image-test.sh`
+What is named here must exist, so that a new version of a package that moves it is noticed. `deploy/image-test.sh`
 tests that what is left serves, and how large the image is. Standard library only.
 """
 
@@ -21,11 +21,11 @@ UNUSED = (
     "**/*.pxd",
 )
 UNUSED_ON_A_CPU = ("onnxruntime/capi/libonnxruntime.so.*",)
-"""For programs in C and C++: Python's module has all of it inside. The image for GPUs keeps it, for it was not run."""
+"""For programs in C and C++: Python's module contains all of it. The image for GPUs keeps it, as that was not run."""
 
 
 def trim(folder: Path) -> int:
-    """Remove it; returns the bytes that it took. Raises FileNotFoundError for a name that matches nothing."""
+    """Remove the files; returns the bytes that they took. Raises FileNotFoundError for a name that matches nothing."""
     patterns = UNUSED if any(folder.glob("onnxruntime_gpu-*.dist-info")) else UNUSED + UNUSED_ON_A_CPU
     freed = 0
     for pattern in patterns:

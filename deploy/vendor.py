@@ -1,4 +1,4 @@
-"""Copy the one library of the page from what npm has installed by lock/page, and note what it is: `make vendor`.
+"""Copy the page's only library from what npm has installed by lock/page, and record what it is: `make vendor`.
 
 python deploy/vendor.py .node/node_modules
 """

@@ -1,1 +1,1 @@
-"""From a finished run to a bundle: plain ONNX, proven equal; `stridevit export --help` is the manual."""
+"""From a run to a bundle: plain ONNX, verified against the original; `stridevit export --help` is the manual."""

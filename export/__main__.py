@@ -56,7 +56,7 @@ app = typer.Typer(
     help="""Export trained models to bundles: plain ONNX with uint8 input, built-in normalisation and a dynamic batch,
     compared with the original on real images before anything is published.
 
-    `run` takes what `train` and `retrofit` made, `timm` a model of timm's, `onnx` any other image classifier.""",
+    `run` takes a run of `train` or `retrofit`, `timm` a timm model, `onnx` any other image classifier.""",
 )
 console = Console(stderr=True)
 
@@ -80,7 +80,7 @@ PicturesOption = Annotated[
     typer.Option(
         "--data",
         metavar="DIR|hub:OWNER/NAME",
-        help="Pictures in class folders named as the labels, or another data set: to prove the export, to measure "
+        help="Pictures in class folders named after the labels, or another data set: to verify the export, to measure "
         "accuracy, to calibrate int8.",
     ),
 ]
@@ -95,7 +95,7 @@ def run(
         typer.Option(
             envvar="STRIDEVIT_DATA",
             metavar="DIR|hub:OWNER/NAME",
-            help="Data set, as in training; none for digits. Test images prove the export, others calibrate int8.",
+            help="Data set, as in training; none for digits. Test images verify the export, others calibrate int8.",
         ),
     ] = None,
     family: Annotated[str | None, typer.Option(help="Family of the model; the data set's name by default.")] = None,
@@ -138,26 +138,26 @@ def run(
 
 @app.command(name="timm")
 def timm_(
-    model: Annotated[str, typer.Argument(metavar="NAME", help="As timm calls it, such as vit_small_patch16_224.")],
+    model: Annotated[str, typer.Argument(metavar="NAME", help="Name in timm, such as vit_small_patch16_224.")],
     repository: RepositoryOption,
     weights: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.safetensors", help="Its weights, instead of fetching them from the hub."),
+        typer.Option(metavar="FILE.safetensors", help="Weights to use instead of those on the hub."),
     ] = None,
     labels: LabelsOption = None,
     data: PicturesOption = None,
-    family: Annotated[str | None, typer.Option(help="`imagenet` by default, with --labels the model's name.")] = None,
+    family: Annotated[str | None, typer.Option(help="`imagenet` by default; with --labels, the model's name.")] = None,
     name: NameOption = None,
     precision: PrecisionOption = "fp32",
     opset: OpsetOption = OPSET,
     accept_accuracy_loss: AcceptOption = False,
     random: Annotated[bool, typer.Option("--random-weights", help="Untrained, to measure speed.")] = False,
 ) -> None:
-    """Publish a classifier of timm's as the next version of `<family>-<NAME>`: your present model as a baseline.
+    """Publish a timm classifier as the next version of `<family>-<NAME>`: your present model as a baseline.
 
-    Preprocessing and, for ImageNet models, labels are timm's. A plain Vision Transformer is rewritten for inference as
-    our `mha` is, so that `compare` measures attention and not exporters; another model is exported as timm has it.
-    Weights are read from safetensors files only.
+    Preprocessing and, for ImageNet models, labels are timm's. A plain Vision Transformer is rewritten for inference
+    like our `mha`, so that `compare` compares attention and not exporters; any other model is exported as it is in
+    timm. Weights are read from safetensors files only.
 
     Example: `stridevit export timm vit_small_patch16_224.augreg_in1k --repository models`
 
@@ -196,15 +196,15 @@ def onnx_(
     ],
     family: Annotated[str, typer.Option(help="Family of the model; models of a family have the same labels.")],
     preprocessing: Annotated[
-        str | None, typer.Option(metavar="timm:NAME", help="What timm does for this model; or use the options below.")
+        str | None, typer.Option(metavar="timm:NAME", help="As timm does for this model; or use the options below.")
     ] = None,
     resize: Annotated[int | None, typer.Option(min=1, help="Shorter side before the crop. [default: --crop]")] = None,
     crop: Annotated[int | None, typer.Option(min=1, help="Side of the input. [default: the graph's]")] = None,
     interpolation: Annotated[Interpolation, typer.Option(help="bicubic or bilinear.")] = "bicubic",
-    mean: Annotated[str | None, typer.Option(metavar="R,G,B", help="Subtracted, in units of the 0..1 range.")] = None,
-    std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Divided by, in units of the 0..1 range.")] = None,
+    mean: Annotated[str | None, typer.Option(metavar="R,G,B", help="To subtract, in units of the 0..1 range.")] = None,
+    std: Annotated[str | None, typer.Option(metavar="R,G,B", help="To divide by, in units of the 0..1 range.")] = None,
     outputs: Annotated[
-        Meaning, typer.Option(help="logits, probabilities, or auto, which looks at their values.")
+        Meaning, typer.Option(help="logits, probabilities, or auto, which is decided from their values.")
     ] = "auto",
     output: Annotated[str | None, typer.Option(help="Name of the output, where the graph has several.")] = None,
     data: PicturesOption = None,
@@ -214,9 +214,9 @@ def onnx_(
 ) -> None:
     """Publish any image classifier in ONNX as the next version of `<family>-<FILE>`.
 
-    The graph stays as it is inside one of ours, which takes uint8 images, normalises them and gives logits and
-    probabilities. Older opsets are converted, external data is taken in. Images are taken one at a time where batches
-    give other outputs than images alone. The result is compared with the file itself in ONNX Runtime.
+    The graph is embedded unchanged in one of ours, which takes uint8 images, normalises them and returns logits and
+    probabilities. Older opsets are converted, and external data is embedded. If batches give other outputs than single
+    images, images are taken one at a time. The result is compared with the file itself in ONNX Runtime.
 
     Example: `stridevit export onnx mobilenet.onnx --labels imagenet.txt --family imagenet --preprocessing
     timm:mobilenetv3_small_100 --repository models`
@@ -268,7 +268,7 @@ def list_(repository: Annotated[Path, typer.Option(help="Folder of bundles.")] =
 
 @app.command()
 def index(repository: Annotated[Path, typer.Option(help="Folder of bundles.")] = Path("models")) -> None:
-    """Write `index.json`, by which a service finds the bundles of a repository on a web server.
+    """Write `index.json`, from which a service finds the bundles of a repository on a web server.
 
     Upload it after the bundles that it lists, and write it again after every change: a version without an entry is not
     served. `stridevit serve --repository https://HOST/FOLDER` reads it.
@@ -288,7 +288,7 @@ def inspect(bundle: BundleArgument) -> None:
 
 
 @app.command()
-def diff(one: BundleArgument, other: Annotated[Path, typer.Argument(metavar="OTHER", help="Another one.")]) -> None:
+def diff(one: BundleArgument, other: Annotated[Path, typer.Argument(metavar="OTHER", help="Another bundle.")]) -> None:
     """Show what differs between two bundles. Exit code 0 if nothing does, else 1, like diff."""
     with _errors():
         table = difference(read_bundle(one), read_bundle(other))
@@ -337,8 +337,8 @@ def profile(
 ) -> None:
     """Throughput, latency and peak memory of the engine alone, models side by side in interleaved rounds.
 
-    Lists are separated by commas; of random weights every combination is measured. Ctrl-C reports the complete rounds.
-    Nothing else may use the GPU, because memory is the whole device's.
+    Lists are separated by commas; with random weights, every combination is measured. Ctrl-C reports the complete
+    rounds. Nothing else may use the GPU, because memory is measured for the whole device.
 
     Example: `stridevit export profile --preset vit-s16 --img-size 384 --batch 1,8 --out profile`
 
@@ -410,7 +410,7 @@ def _quieten_exporter() -> None:
     for name in ("torch.onnx", "onnxscript", None):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch")
-    # Fatal errors only: a graph may fail in batches, which is then said in other words.
+    # Fatal errors only: a graph may fail in batches, which is then reported in our own words.
     onnxruntime.set_default_logger_severity(4)
 
 

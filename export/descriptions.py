@@ -67,7 +67,7 @@ def difference(one: Bundle, other: Bundle) -> Table:
 
 
 def kernel_table(graph: onnx.ModelProto) -> tuple[Table, bool]:
-    """One row per kind of node with its support by CUDA and TensorRT; and whether either lacks one."""
+    """One row per kind of node with its support by CUDA and TensorRT; and whether either lacks a kernel."""
     counted = Counter(kernels(graph))
     table = Table("operator", "inputs", box=SIMPLE_HEAD, caption="\n".join(f"{k}: {v}" for k, v in sources().items()))
     table.add_column("nodes", justify="right")
@@ -148,7 +148,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _shortened(value: Any) -> str:
-    """`value` as text that fits a column; what is too long is told apart by its digest."""
+    """`value` as text that fits a column; longer text is identified by its digest."""
     text = str(value)
     return (
         text

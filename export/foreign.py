@@ -3,9 +3,9 @@
     read        one file, with its external data, which must lie in its folder; at most 2 GB
     normalise   functions inlined, initialisers off the inputs, opset at least 18
     surround    cast, mean and deviation, NHWC -> NCHW before it; softmax or logarithm after it
-    batch       dynamic, where batches give what images give alone; else one image at a time
+    batch       dynamic, if batches give the same outputs as single images; else one image at a time
 
-The classifier itself is not rewritten. Everything that cannot be kept is refused by name.
+The classifier itself is not rewritten. Everything that cannot be kept is refused, and the error names it.
 """
 
 import hashlib
@@ -31,17 +31,17 @@ from service.manifest import Precision, Preprocessing
 from training.folder_recipe import slug
 
 Meaning = Literal["auto", "logits", "probabilities"]
-"""What the output of a classifier is; `auto` looks at its values."""
+"""What the output of a classifier is; `auto` decides from its values."""
 
 MAX_BYTES = 2**31 - 1
 """Largest message of protobuf, and so the largest model with its weights inside."""
 BATCHES = (2, 3, 8)
-"""Batch sizes that must give what images give alone."""
+"""Batch sizes that must give the same outputs as single images."""
 _SAME = 1e-3
 """Largest difference between batch sizes, as a share of the largest output."""
 _PREFIX = "model/"
 _TINY = 1e-30
-"""Probabilities below it count as it: the logarithm of zero is not finite."""
+"""Smaller probabilities are raised to this value: the logarithm of zero is not finite."""
 
 Images = npt.NDArray[np.uint8]
 Outputs = npt.NDArray[np.float32]
@@ -50,7 +50,7 @@ Predict = Callable[[Images], Outputs]
 
 @dataclass(frozen=True, kw_only=True)
 class Foreign:
-    """A classifier as its file has it, checked."""
+    """A classifier as it is in its file, checked."""
 
     model: onnx.ModelProto
     input: str
@@ -60,7 +60,7 @@ class Foreign:
     num_classes: int
     meaning: Literal["logits", "probabilities"] = "logits"
     original_batch: int | None = None
-    """The batch that the file is made for; None if it takes any."""
+    """The fixed batch size of the file; None if it takes any."""
     max_batch: int | None = None
     """1 for a graph that does not take batches."""
 
@@ -71,7 +71,7 @@ class Foreign:
 
 
 def read_foreign(path: Path, *, img_size: int | None, output: str | None = None) -> Foreign:
-    """Read and check the classifier in `path`; `img_size` where the graph leaves height and width open.
+    """Read and check the classifier in `path`; `img_size` is for graphs that leave height and width open.
 
     Raises ExportError for everything that cannot be served, by name.
     """
@@ -103,7 +103,7 @@ def original_predictor(path: Path, foreign: Foreign, mean: Sequence[float], std:
     """
     with _runnable(path):
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    # A file with a fixed batch wants as many images, here all the same.
+    # A file with a fixed batch needs that many images; here, all are the same.
     copies = foreign.original_batch or 1
     offset, scale = (np.asarray(values, dtype=np.float32) for values in (mean, std))
 
@@ -132,7 +132,7 @@ def _runnable(path: Path) -> Iterator[None]:
 def understood(foreign: Foreign, meaning: Meaning, outputs: Outputs) -> Foreign:
     """`foreign` with the meaning of its output, judged by `outputs` (n,classes) if it is `auto`.
 
-    Raises ExportError for outputs that are not finite, or that are no probabilities though they should be.
+    Raises ExportError for outputs that are not finite, or that should be probabilities but are not.
     """
     if not np.isfinite(outputs).all():
         raise ExportError(f"output {foreign.output!r} holds NaN or infinity for real images")
@@ -197,7 +197,7 @@ def surrounded(foreign: Foreign, mean: Sequence[float], std: Sequence[float]) ->
 
 
 def with_batches(foreign: Foreign, mean: Sequence[float], std: Sequence[float], images: Images) -> Foreign:
-    """`foreign` as it is if batches of `images` give what each image gives alone; else limited to one at a time."""
+    """`foreign` as it is if batches of `images` give the same outputs as single images; else limited to one."""
     try:
         engine = Engine(surrounded(foreign, mean, std).SerializeToString(), threads=available_cores())
         alone = np.concatenate([engine.run(images[row : row + 1])[0] for row in range(len(images))])
@@ -258,7 +258,7 @@ def _external_bytes(tensor: TensorProto, path: Path) -> int:
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
-    """Initialisers and constants, also those of functions and inner graphs."""
+    """Initialisers and constants, including those of functions and subgraphs."""
     for graph in _graphs(model.graph):
         yield from graph.initializer
         yield from _constants(graph.node)
@@ -297,7 +297,7 @@ def _check_domains(model: onnx.ModelProto) -> None:
 
 
 def _normalised(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """Without functions and without initialisers among the inputs, at an opset of at least 18."""
+    """The model without functions, and without initialisers among the inputs, at an opset of at least 18."""
     try:
         if model.functions:
             model = inliner.inline_local_functions(model)
@@ -409,13 +409,13 @@ def _shown(shape: list[int | None]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxSource(ExportSource):
-    """A classifier from a file of another exporter."""
+    """A classifier from another exporter's file."""
 
     foreign: Foreign
     original: Predict
 
     def predict(self, images: Images) -> tuple[Outputs, Outputs]:
-        """By the file itself, in ONNX Runtime."""
+        """Run the file itself in ONNX Runtime."""
         scores = self.original(images)
         if self.foreign.meaning == "probabilities":
             return np.log(np.maximum(scores, _TINY)), scores
@@ -440,8 +440,9 @@ def onnx_source(
     output: str | None = None,
     data: str | None = None,
 ) -> ExportSource:
-    """The classifier in the file `path`; `preprocessing` for the side of its images, which `crop` sets if it is open.
+    """The classifier in the file `path`.
 
+    `preprocessing` is called with the side of its images, which `crop` sets if the graph leaves it open.
     Raises ExportError for everything that cannot be served, by name.
     """
     foreign = read_foreign(path, img_size=crop, output=output)

@@ -17,7 +17,7 @@ OPSET = 23
 OPSETS = range(18, OPSET + 1)
 """Older opsets lack operators that every variant needs; ONNX Runtime's CUDA kernels do not cover newer ones."""
 AVOIDED = frozenset({"Shape", "Size", "NonZero"})
-"""Operators on shapes, which runtimes compute on the CPU between the nodes of a GPU."""
+"""Operators on shapes, which runtimes compute on the CPU, in between nodes that run on a GPU."""
 
 
 class ExportError(Exception):

@@ -76,7 +76,7 @@ class _Attend(nn.Module):
 
 
 def _attention(q_BHNd: Tensor, k_BHMd: Tensor, v_BHMd: Tensor, *, operator: bool) -> Tensor:
-    """(B,H,N,d), by the standard operator, which scales the scores, or by its parts, which do not."""
+    """(B,H,N,d), by the standard operator, which scales the scores, or by its decomposition, which does not."""
     if operator:
         y_BHNd: Tensor = torch.onnx.ops.attention(q_BHNd, k_BHMd, v_BHMd)[0]
         return y_BHNd
@@ -152,7 +152,7 @@ class _LatentSRA(nn.Module):
 
     @staticmethod
     def pays(trained: CompressedAttention) -> bool:
-        """Whether it is surely less work: queries and weighted means have r·H columns instead of D."""
+        """Whether it certainly is less work: queries and weighted means have r·H columns instead of D."""
         return trained.num_heads * trained.rank < trained.q.out_features
 
     def forward(self, x_TD: Tensor) -> Tensor:

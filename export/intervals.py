@@ -26,8 +26,8 @@ class Interval:
 def paired_ratio(rates: npt.NDArray[np.float64], baseline: npt.NDArray[np.float64]) -> Interval:
     """Ratio of two series of rates measured round by round, both (rounds,).
 
-    The interval is Student's t for the mean of the logarithms of the rounds' ratios: it pairs neighbours in time, and
-    keeps its coverage for few rounds, where a percentile bootstrap is too narrow.
+    The interval is Student's t for the mean of the logarithms of the rounds' ratios: it pairs measurements that are
+    adjacent in time, and keeps its coverage for few rounds, where a percentile bootstrap is too narrow.
     """
     logs = np.log(rates / baseline)
     ratio = float(np.exp(logs.mean()))

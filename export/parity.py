@@ -1,4 +1,4 @@
-"""Whether the graph gives the outputs of the original, for images alone and in batches."""
+"""Whether the graph gives the outputs of the original, for single images and in batches."""
 
 from collections.abc import Callable
 
@@ -28,7 +28,7 @@ def check_parity(
     or between batch sizes.
     """
     expected = original(images)
-    # Rotated by another multiple of a prime for each batch size: positions and neighbours change.
+    # Rotated by a different multiple of a prime for each batch size, so that positions and neighbours change.
     outputs = {
         size: _run_rotated(engine, images, batch=size, by=7 * number)
         for number, size in enumerate(BATCH_SIZES)

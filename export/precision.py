@@ -1,4 +1,4 @@
-"""What each precision guarantees: tolerances from torch, between batches and between machines, and its devices."""
+"""What each precision guarantees: tolerances against torch, between batches and between machines, and its devices."""
 
 from dataclasses import dataclass
 
@@ -35,4 +35,4 @@ TOLERANCES: dict[Precision, Tolerances] = {
 }
 
 MAX_ACCURACY_LOSS = 0.005
-"""Largest loss of top-1 on the full test split, as a fraction, that is published without being accepted."""
+"""Largest loss of top-1 on the full test split, as a fraction, that is published without explicit acceptance."""

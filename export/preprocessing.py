@@ -1,4 +1,4 @@
-"""The preprocessing of a graph of another exporter, as its user states it."""
+"""The preprocessing for another exporter's graph, as the user specifies it."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -22,7 +22,7 @@ def chosen_preprocessing(
     mean: str | None,
     std: str | None,
 ) -> Callable[[int], Preprocessing]:
-    """What makes the preprocessing for the side of a graph's images: timm's for `like`, or that of the options.
+    """A function from the side of a graph's images to their preprocessing: timm's for `like`, or that of the options.
 
     Raises ExportError if neither or both are given, or a value is impossible.
     """

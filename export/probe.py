@@ -21,7 +21,7 @@ from service.errors import EngineError
 from service.host import gpu_used_bytes, peak_bytes, reset_peak, resident_bytes
 
 Runtime = Literal["onnxruntime", "openvino", "openvino-bf16"]
-"""What runs a graph. OpenVINO, in float32 or bfloat16 on a CPU, does not serve: it is a yardstick."""
+"""What runs a graph. OpenVINO, in float32 or bfloat16 on a CPU, is for comparison only, not for serving."""
 
 WARM_UP_RUNS = 2
 
@@ -39,7 +39,7 @@ class Probe:
     cpu_seconds: float
     """CPU time of the process for a run, on average."""
     operators: dict[str, float] = field(default_factory=dict)
-    """Seconds per run by operator, where they were traced, which makes a run slower: of each node the fastest run."""
+    """Seconds per run by operator, if traced, which makes runs slower; for each node, its fastest run."""
 
 
 def probe(
@@ -55,11 +55,11 @@ def probe(
 ) -> Probe:
     """Run noise (batch,img_size,img_size,3) through `model` repeatedly for `seconds`. Raises EngineError.
 
-    With `trace`, the prefix of a file, ONNX Runtime's operators are timed too.
+    With `trace`, a file name prefix, ONNX Runtime's operators are timed too.
     """
     kind, number = resolve_device(device)
     images = np.random.default_rng(0).integers(0, 256, size=(batch, img_size, img_size, 3), dtype=np.uint8)
-    # A container cannot tell processes on a GPU apart: the device must be otherwise idle.
+    # In a container, processes on a GPU cannot be told apart: the device must be otherwise idle.
     unused = gpu_used_bytes(number) if kind != "cpu" else 0
     engine: Engine | None = None
     if runtime == "onnxruntime":
@@ -84,7 +84,7 @@ def probe(
 
 
 def _openvino(model: str, images: npt.NDArray[np.uint8], *, threads: int, precision: str) -> Callable[[], object]:
-    """A run of `images` by OpenVINO. Raises EngineError."""
+    """A function that runs `images` in OpenVINO. Raises EngineError."""
     try:
         import openvino  # noqa: PLC0415 (only `profile` needs it, and only for this)
     except ImportError as error:
@@ -98,7 +98,7 @@ def _openvino(model: str, images: npt.NDArray[np.uint8], *, threads: int, precis
 
 
 def _by_operator(trace: Path) -> dict[str, float]:
-    """Seconds of each kind of node, largest first, from ONNX Runtime's trace: of each node its fastest run."""
+    """Seconds of each kind of node, largest first, from ONNX Runtime's trace; for each node, its fastest run."""
     fastest: dict[tuple[str, str], float] = {}
     for event in json.loads(trace.read_text(encoding="utf-8")):
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):

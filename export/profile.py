@@ -49,7 +49,7 @@ class Arm:
 
 
 def by_runtimes(arms: Sequence[Arm], runtimes: Sequence[Runtime]) -> list[Arm]:
-    """Every arm by every runtime; labels name the runtime if there are several."""
+    """Every arm with every runtime; labels name the runtime if there are several."""
     return [
         replace(arm, runtime=runtime, label=arm.label + (f" {runtime}" if len(runtimes) > 1 else ""))
         for arm, runtime in product(arms, runtimes)
@@ -112,10 +112,10 @@ class Cell:
     ratio: Interval
     """Rate relative to the first model."""
     added_bytes: int
-    """Peak above the session before its first run."""
+    """Peak memory above that of the session before its first run."""
     peak_bytes: int
     cpu_ms: float
-    """CPU time of the process for an image, which other processes disturb less than its rate."""
+    """CPU time of the process per image, which other processes disturb less than they do the rate."""
 
 
 @dataclass(kw_only=True)
@@ -153,7 +153,7 @@ class Measured:
 def measure(arms: Sequence[Arm], setup: Setup, on_probe: Callable[[str], None]) -> Measured:
     """Run all rounds; `on_probe` is called with a description before each probe.
 
-    Ctrl-C ends it after the running probe and keeps the complete rounds; a second one ends it at once. Raises
+    Ctrl-C ends it after the current probe and keeps the complete rounds; a second one ends it at once. Raises
     ExportError if a model cannot be run, and KeyboardInterrupt if no round is complete.
     """
     measured = Measured(arms=list(arms), setup=setup)
@@ -190,8 +190,8 @@ def operators(
 ) -> dict[str, dict[str, float]]:
     """Seconds per run by operator, for each model at the largest batch size; `folder` receives the traces.
 
-    Of each operator the fastest of all rounds, which are interleaved as in `measure`. Tracing makes runs slower: for
-    shares of time, not for comparing rates.
+    For each operator, its fastest time in all rounds, which are interleaved as in `measure`. Tracing makes runs slower:
+    use the figures for shares of time, not for comparing rates.
     """
     largest, fastest = max(setup.batches), dict[str, dict[str, float]]()
     for number in range(setup.rounds):

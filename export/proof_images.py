@@ -1,8 +1,8 @@
-"""The images that prove an export: against torch when a bundle is made, on each machine when it is loaded.
+"""The images that verify an export: against torch when a bundle is made, on each machine when it is loaded.
 
 Parity images are test images and edge cases. Golden images travel in the bundle with the outputs that they must give.
 They are drawn from a seed, so that a bundle carries no one's pictures, and stored as PNG, which decodes exactly
-everywhere; the outputs are the original's in fp32, and else the graph's own. Accuracy is measured elsewhere.
+everywhere; the outputs are the original's in fp32, and otherwise the graph's own. Accuracy is measured elsewhere.
 """
 
 import io

@@ -98,7 +98,7 @@ def check_name(repository: Path, name: str, source: ExportSource) -> None:
         side = there.preprocessing.crop
         found = (there.architecture, there.attention, side)
         same = found[1:] == (source.attention, source.preprocessing.crop)
-        # A graph of another exporter is known by its file's name only: its size says more.
+        # Another exporter's graph has only its file's name as its architecture: its number of parameters says more.
         known = source.architecture == there.architecture if source.attention else source.params == there.params
         if same and known:
             return

@@ -3,8 +3,8 @@
 Chosen on held-out train images (table in docs/results.md): the inputs of a product are quantised, its output is not;
 weights have one scale per column; activation ranges are the smallest and largest values seen in calibration.
 The product that makes the latents of L-SRA and C-SRA stays in float32: it is about a hundredth of the work, and
-OpenVINO's CPU plugin (2026.4) cannot compile its quantised form, because it takes the tokens for channels when it moves
-the scales behind the reshape.
+OpenVINO's CPU plugin (2026.4) cannot compile its quantised form, because it mistakes the tokens for channels when it
+moves the scales past the reshape.
 
 Activations are unsigned and weights signed, the pair that processors with VNNI multiply in one instruction. Without
 VNNI, ONNX Runtime's kernels may saturate: then the golden outputs reject the model when it is loaded.
@@ -34,7 +34,7 @@ def quantize(
 ) -> onnx.ModelProto:
     """`graph` with fixed ranges from `calibration` images (n,H,W,3): an output depends on its own image alone.
 
-    `batch` images are run at a time. With `conv` convolutions are quantised too.
+    `batch` images are run at a time. With `conv`, convolutions are quantised too.
     """
     convert = partial(
         quantize_static,
@@ -55,7 +55,7 @@ def _converted(
     graph: onnx.ModelProto, convert: Callable[..., None], extra: dict[str, object], types: list[str]
 ) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
-        # Through a file, because given a graph in memory, static quantisation moves its weights to external data.
+        # Through a file: given a graph in memory, static quantisation would move its weights to external data.
         source, written = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
         onnx.save(graph, source)
         convert(
@@ -68,7 +68,7 @@ def _converted(
             extra_options=extra,
         )
         converted = onnx.load(written)
-    # Quantisation infers shapes, also those of a batch that a foreign graph has written into it.
+    # Quantisation infers shapes, including those with a batch size that a foreign graph hardcodes.
     for value, declared in zip(converted.graph.output, graph.graph.output, strict=True):
         value.CopyFrom(declared)
     return plain(converted)

@@ -115,13 +115,13 @@ class TorchSource(ExportSource):
     classifier: NormalizedModel
 
     def predict(self, images: Pixels) -> tuple[Outputs, Outputs]:
-        """By torch."""
+        """Run the model in torch."""
         with torch.inference_mode():
             logits = self.classifier(torch.tensor(images))
         return logits.numpy(), logits.softmax(dim=-1).numpy()
 
     def graph(self, precision: Precision, *, opset: int) -> onnx.ModelProto:
-        """By torch's exporter."""
+        """Export the model with torch's exporter."""
         ours = isinstance(self.classifier.model, StrideViT)
         if precision == "fp16" and not ours:
             raise ExportError("only our own kind of Vision Transformer is exported in fp16")
@@ -201,9 +201,9 @@ def attention(spec: Architecture) -> Attention:
 
 
 def with_data(source: Source, data: str | None, class_names: tuple[str, ...] = ()) -> Source:
-    """`source` with the data set in `data`, and its accuracy on the test split; as it is without `data`.
+    """`source` with the data set in `data`, and its accuracy on the test split; without `data`, unchanged.
 
-    `class_names` are other names of the classes that the data may use. Raises ExportError if the classes differ.
+    `class_names` are alternative class names that the data may use. Raises ExportError if the classes differ.
     """
     if data is None:
         return source

@@ -1,4 +1,4 @@
-"""Classifiers of timm's as sources: so a user's present model can be the baseline of a comparison."""
+"""Sources for timm classifiers, so that a user's present model can be the baseline of a comparison."""
 
 import contextlib
 import hashlib
@@ -34,8 +34,8 @@ def timm_source(
 ) -> ExportSource:
     """The model that timm calls `name`, with its published weights, those in a safetensors file, or `random` ones.
 
-    A plain Vision Transformer is rewritten for inference as our `mha` is; anything else is traced as timm has it.
-    Without `labels` they are ImageNet's. Raises SourceError or ExportError.
+    A plain Vision Transformer is rewritten for inference like our `mha`; anything else is traced as it is in timm.
+    Without `labels`, they are ImageNet's. Raises SourceError or ExportError.
     """
     model = timm_model(name, weights, pretrained=not random)
     prepared = timm_preprocessing(model)
@@ -70,7 +70,7 @@ def imagenet_labels(model: nn.Module, name: str) -> tuple[tuple[str, ...], tuple
     info = ImageNetInfo(subset)
     synsets = tuple(info.label_names())  # type: ignore[no-untyped-call]
     described = [info.index_to_description(index) for index in range(len(synsets))]
-    # Two pairs of classes have the same words.
+    # Two pairs of classes have the same description.
     unique = (
         text if described.count(text) == 1 else f"{text} ({synset})"
         for text, synset in zip(described, synsets, strict=True)

@@ -9,8 +9,8 @@ every paired difference is symmetric about zero whatever it is of; Student's t t
 it cautious (Efron 1969). Simulated with 27 tests on equal arms at 10 rounds, with normal and heavy-tailed noise: t
 raises any alarm in 1 to 5 % of the reports, as it should; a percentile bootstrap in 40 %. Percentiles pooled over
 rounds raise up to 28 times as many as they should, because one or two rounds decide them. A bootstrap-t (Hall 1988)
-keeps its level, but finds 10 % less throughput amid 3.5 % of noise in 73 % of the cases where t does in 96 %. Where
-every twentieth block stalls by 20 to 70 %, t finds it in 39 %: more rounds, or a quieter machine, are the remedy.
+keeps its level, but detects 10 % less throughput amid 3.5 % of noise in only 73 % of the cases, t in 96 %. Where every
+twentieth block stalls by 20 to 70 %, t detects it in 39 %: more rounds, or a quieter machine, are the remedy.
 """
 
 import math
@@ -50,13 +50,13 @@ class Effect:
     estimate: float | None = None
     """The estimate, if it is not `centre`."""
     exact_p_value: float | None = None
-    """Of an exact test, if there is one."""
+    """p-value of an exact test, if there is one."""
     bound: float = math.inf
     """The largest difference that is possible."""
 
     @property
     def p_value(self) -> float:
-        """Two-sided, for no difference."""
+        """Two-sided p-value of the hypothesis of no difference."""
         if self.exact_p_value is not None:
             return self.exact_p_value
         if self.error == 0:
@@ -175,7 +175,7 @@ class Holm:
 def holm(p_values: Sequence[float], alpha: float) -> list[Holm]:
     """Test all at once, so that the probability of any false alarm at all is at most `alpha` (Holm 1979).
 
-    The k-th smallest of m p-values is held against alpha / (m - k + 1), until the first one that exceeds it; that one
+    The k-th smallest of m p-values is compared with alpha / (m - k + 1), until the first one that exceeds it; that one
     and all larger ones are not rejected. The interval of a rejected test has the level 1 - alpha / (m - k + 1); all
     others have the level at which the procedure stopped, at which their intervals include no difference.
     """

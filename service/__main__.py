@@ -43,8 +43,8 @@ def serve(settings: Settings, logs: Logs) -> None:
     accepted requests, then exits; a second one exits at once.
 
     The exit status is 0 if all accepted requests were answered, 4 if some did not finish within
-    `graceful_timeout_seconds` or a thread did not end, and 70 if the engine hung. A second signal, or one during the
-    start, gives 128 and its number; a failed start 1 or 3, and invalid settings 2.
+    `graceful_timeout_seconds` or a thread did not end, and 70 if the engine hung. A second signal, or one during
+    startup, gives 128 plus its number; a failed start gives 1 or 3, and invalid settings give 2.
 
     With `--workers` several processes serve behind one port: SIGHUP replaces them one after the other.
 
@@ -55,7 +55,7 @@ def serve(settings: Settings, logs: Logs) -> None:
     `curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/classify?model=cifar100-csra-r2'`
     """
     if settings.workers not in ("0", "1"):
-        # With it comes an HTTP client, which one process does without.
+        # This imports an HTTP client, which a single process does not need.
         from service.workers.start import supervise  # noqa: PLC0415
 
         if supervise(settings, logs):
@@ -99,7 +99,7 @@ def _check(settings: Settings) -> None:
 
 
 def _copied(settings: Settings) -> tuple[Settings, Mapping[Key, str]]:
-    """The settings for a copy of the repository, if it is not a folder, and why versions are not in that.
+    """The settings, with a local copy in place of a repository that is not a folder, and why versions are not in it.
 
     Raises StartupError or RepositoryError.
     """
@@ -114,7 +114,7 @@ def _copied(settings: Settings) -> tuple[Settings, Mapping[Key, str]]:
 
 
 def _load_each(settings: Settings) -> Iterator[tuple[Entry, Model | None]]:
-    """Every version that would be served, loaded one model after the other; None where that failed.
+    """Every version that would be served, loaded one model at a time; None where loading failed.
 
     Raises BundleError or EngineError.
     """
@@ -151,7 +151,7 @@ def engine_limit(
 ) -> None:
     """Measure decoding and the engine together without HTTP: the most that this machine can serve.
 
-    `stridevit loadtest limit` sets the service, and a plain server, against it.
+    `stridevit loadtest limit` compares the service, and a plain server, with it.
 
     Example: `stridevit engine-limit --model cifar100-mha --data photos`
     """
@@ -170,16 +170,16 @@ def key(
     scope: Annotated[
         list[str] | None, typer.Option(help="classify, read or admin; may be given several times. [classify]")
     ] = None,
-    requests_per_second: Annotated[float | None, typer.Option(help="Its long-term rate of requests.")] = None,
-    burst: Annotated[int | None, typer.Option(help="Requests at once within that rate.")] = None,
-    max_concurrent: Annotated[int | None, typer.Option(help="Its requests in work at once.")] = None,
+    requests_per_second: Annotated[float | None, typer.Option(help="Long-term limit of requests per second.")] = None,
+    burst: Annotated[int | None, typer.Option(help="Largest burst of requests within that rate.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="Limit of requests in progress at once.")] = None,
     days: Annotated[float | None, typer.Option(min=0, help="Days until it expires.")] = None,
 ) -> None:
     """Generate an API key, and its hash for the service.
 
     Give the key to its user. It is not stored anywhere; the service gets its hash. With `--name` the entry for the file
-    of keys (`STRIDEVIT_KEYS_FILE`) goes to standard output and the key to standard error; the service reads the file
-    again by itself. Without a name, put the hash into `STRIDEVIT_API_KEY_HASHES` (several are separated by commas) or
+    of keys (`STRIDEVIT_KEYS_FILE`) goes to standard output and the key to standard error; the service rereads a changed
+    file by itself. Without a name, put the hash into `STRIDEVIT_API_KEY_HASHES` (several are separated by commas) or
     `STRIDEVIT_ADMIN_KEY_HASH`.
 
     Example: `stridevit key --name alice --scope classify --requests-per-second 20 >> keys.toml`

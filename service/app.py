@@ -1,4 +1,4 @@
-"""The application: the parts of the service made from its settings, and put together."""
+"""The application: creates the parts of the service from its settings, and puts them together."""
 
 import asyncio
 import contextlib
@@ -65,7 +65,7 @@ def create_app(
 ) -> FastAPI:
     """Load and verify the models, and build the application that serves them. Raises StartupError.
 
-    `source`: what `make_source` makes of the settings, where the caller has to close it in the middle of this.
+    `source`: the result of `make_source`, from a caller that may have to close it while this function runs.
     `room`, `usage` (see `KeyRing`) and `packed` (see `Loader`): what several processes share.
     """
     release = version("stridevit")
@@ -96,7 +96,7 @@ def create_app(
         if tracing:
             await asyncio.to_thread(tracing.close)
 
-    # It serves the parts of the documentation page: FastAPI's own page loads them from a CDN.
+    # FastAPIOffline serves the parts of the documentation page: FastAPI's own page loads them from a CDN.
     app = FastAPIOffline(
         docs_url=None,
         redoc_url=None,
@@ -148,7 +148,8 @@ def create_app(
         return metrics_answer(metrics.render(), accepted=request.headers.get("accept-encoding", ""))
 
     app.add_middleware(FastPath, routes=[route for router in routers for route in router.routes])
-    # The last one added is the first to see a request: a preflight has no key, and every answer has an id.
+    # The middleware added last sees a request first: CORS before KeyGate, since a preflight has no key, and Observe
+    # before both, so that every answer has an id.
     app.add_middleware(
         KeyGate,
         ring=ring,
@@ -190,10 +191,10 @@ def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
 
 
 def metrics_answer(text: bytes, *, accepted: str) -> Response:
-    """The answer to a scrape, in gzip if the scraper takes it."""
+    """The answer to a scrape, gzipped if the scraper accepts that."""
     headers = {"Vary": "Accept-Encoding"}
     if gzip_accepted(accepted):
-        # The fastest level: a fifth of the default's time, for a sixteenth of the size in place of a twentieth.
+        # The fastest level takes a fifth of the default's time; it shrinks the text to a sixteenth, not a twentieth.
         text, headers["Content-Encoding"] = gzip.compress(text, compresslevel=1), "gzip"
     return Response(text, media_type=CONTENT_TYPE_LATEST, headers=headers)
 
@@ -242,7 +243,7 @@ def make_pipeline(
 
 
 def key_file_of(settings: Settings, ring: KeyRing, fixed: Sequence[KeyEntry]) -> KeyFile | None:
-    """What keeps the ring as the file of keys says, beside the `fixed` ones. Raises StartupError."""
+    """What keeps the ring in step with the file of keys, in addition to the `fixed` keys. Raises StartupError."""
     if settings.keys_file is None:
         return None
     return KeyFile(settings.keys_file, ring, fixed=fixed, poll_seconds=settings.keys_poll_seconds)
@@ -256,7 +257,7 @@ def limits_of(settings: Settings) -> Limits:
 def make_loader(
     settings: Settings, options: EngineOptions, scheduler: Scheduler, load: Load, *, packed: Path | None = None
 ) -> Loader:
-    """What loads models as the settings say."""
+    """The loader of models, as the settings configure it."""
     return Loader(
         scheduler,
         load,
@@ -268,7 +269,7 @@ def make_loader(
 
 
 def make_source(settings: Settings) -> Mirror | None:
-    """What copies the repository to this machine, unless it is a folder; to be closed. Raises StartupError."""
+    """What copies the repository to this machine, unless it is a folder; the caller closes it. Raises StartupError."""
     if not isinstance(settings.repository, Address):
         return None
     try:
@@ -286,7 +287,7 @@ def make_source(settings: Settings) -> Mirror | None:
 
 
 def make_registry(settings: Settings, loader: Loader, scheduler: Scheduler, source: Mirror | None = None) -> Registry:
-    """A registry of no models yet; `source`: see `make_source`."""
+    """A registry that holds no models yet; `source`: see `make_source`."""
     return Registry(
         loader,
         scheduler,

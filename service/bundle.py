@@ -42,10 +42,11 @@ SUMS_FILE = "SHA256SUMS"
 CONTENT_FILES = (GOLDEN_FILE, LABELS_FILE, MANIFEST_FILE, MODEL_FILE)
 
 MAX_GOLDEN_BYTES = 256 * 1024 * 1024
-"""Largest `golden.npz`, and largest contents of it once unpacked: a few images and their outputs take far less."""
+"""Largest `golden.npz`, both packed and unpacked: a few images and their outputs take far less."""
 
 _MAX_BYTES = {SUMS_FILE: 64 * 1024, MANIFEST_FILE: 8 * 1024 * 1024, LABELS_FILE: 16 * 1024 * 1024}
-"""Files that are read into memory whole: ten times what a million test images (a bit each) or 20,000 labels need."""
+"""Limits of the files that are read into memory whole: ten times what a million test images (a bit each) or 20,000
+labels need."""
 
 MAX_FILE_BYTES = {**_MAX_BYTES, GOLDEN_FILE: MAX_GOLDEN_BYTES, MODEL_FILE: 2 * 1024**3}
 """Largest size of each file; a graph in one file cannot be larger, because of its encoding."""
@@ -171,7 +172,7 @@ def model_names(repository: Path) -> list[str]:
 def signature(folder: Path) -> Signature | None:
     """Names, kinds, sizes, times and inodes of what a folder holds, to notice a change; None if it cannot be listed.
 
-    The time is that of the last change of the inode: rights that are granted later count too.
+    The time is that of the inode's last change, so that changed permissions are noticed too.
     """
     try:
         with os.scandir(folder) as entries:
@@ -279,7 +280,7 @@ def _kind(mode: int) -> str:
 
 @contextmanager
 def _opened(path: Path, max_bytes: int | None = None) -> Iterator[BufferedReader]:
-    """A regular file of at most `max_bytes`, opened so that nothing else can make the call wait.
+    """A regular file of at most `max_bytes`, opened so that files of other kinds, such as FIFOs, cannot block the call.
 
     Raises BundleError or OSError.
     """
@@ -308,7 +309,7 @@ def _read_sums(path: Path) -> dict[str, str]:
 
 
 def parse_sums(content: bytes, path: object) -> dict[str, str]:
-    """The digest of each file by the content of a `SHA256SUMS`, which `path` names. Raises BundleError."""
+    """The digest of each file, from the content of a `SHA256SUMS`; errors name `path`. Raises BundleError."""
     try:
         text = content.decode("ascii")
     except UnicodeDecodeError as error:

@@ -1,7 +1,7 @@
-"""One image put to several models: decoded once for all that take the same pixels, and answered as each is done.
+"""One image sent to several models: decoded once for all that take the same pixels, each answer given once it is ready.
 
-Every model's part is a request of the pipeline, which admits, schedules and counts it as any other. What is here is
-what they share: the body, the decoding, the client, and the deadline.
+Every model's part is a request to the pipeline, which admits, schedules and counts it like any other. This module holds
+what these requests share: the body, the decoding, the client, and the deadline.
 """
 
 import asyncio
@@ -27,10 +27,10 @@ from service.scheduling.shared_image import SharedImage
 T = TypeVar("T")
 
 MAX_MODELS = 16
-"""Each is an image for the engine, and a row of whoever looks at them."""
+"""Each means one more image for the engine, and one more row for the reader."""
 
 _SMALL_BYTES = 32 * 32 * 3
-"""Pixels that are encoded as PNG in 0.1 ms."""
+"""Size of pixels that are encoded as PNG in 0.1 ms."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered(Generic[T]):
-    """A model's answer, and what was written of it."""
+    """A model's answer, and what `write` made of it."""
 
     answer: Answer
     written: T
@@ -60,7 +60,7 @@ class Failed:
 
 
 class Agreement(TypedDict):
-    """How many other models of the same labels have the top-1 of the most accurate one that has answered."""
+    """How many other models with the same labels agree on the top-1 of the most accurate model that has answered."""
 
     model: str
     """The most accurate one."""
@@ -70,7 +70,7 @@ class Agreement(TypedDict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """Nothing more comes."""
+    """No more events follow."""
 
     agreement: Agreement | None
     """None if no model has answered."""
@@ -80,10 +80,10 @@ Event = Picture | Answered[T] | Failed | Ended
 
 
 def models_to_compare(registry: Registry, names: Sequence[str]) -> list[Model]:
-    """The models of some names, of which a family's stands for all its members; of none, all that are ready.
+    """The models with these names, where a family's name stands for all its members; without names, all that are ready.
 
     Without names there are at most MAX_MODELS, the most accurate ones. Raises UnknownModel, NotReady, or
-    InvalidParameter for too many or one that is named twice.
+    InvalidParameter for too many models or one that is named twice.
     """
     if not names:
         newest = {model.name: model for model in registry.ready}
@@ -115,11 +115,11 @@ async def compare(
     watching: Callable[[Callable[[], None]], AbstractContextManager[None]],
     encoded_bytes: int,
 ) -> AsyncGenerator[Event[T], None]:
-    """What happens, as it happens: a picture before the answers to it, and the end.
+    """The events as they happen: a picture before the answers to it, and the end.
 
-    The arguments are those of `Pipeline.answer`, but that `read` gives one encoded image; of `options`, deadline and
-    priority count. Close the generator: that ends what is still being done. Raises a RequestError in place of the first
-    event if no model can answer.
+    The arguments are those of `Pipeline.answer`, except that `read` gives one encoded image; of `options`, only the
+    deadline and the priority count. Close the generator: that ends all work still in progress. Raises a RequestError in
+    place of the first event if no model can answer.
     """
     comparison = _Comparison(pipeline, models, options, arrived_at=arrived_at, write=write)
     running = asyncio.create_task(comparison.run(read, watching, encoded_bytes))
@@ -135,7 +135,7 @@ async def compare(
 
 
 class _Comparison(Generic[T]):
-    """The part that goes on while the client reads slowly: there are few events, and what they took is free."""
+    """The part that does not wait for a slow client: its few events are queued, and what they took is free again."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class _Comparison(Generic[T]):
         self._arrived_at, self._write = arrived_at, write
         self.events: asyncio.Queue[Event[T] | None] = asyncio.Queue()
         self._failed: list[Failed] = []
-        """Until something succeeds: if nothing does, there is one error, and no events."""
+        """Held back until something succeeds: if nothing does, there is one error, and no events."""
         self._succeeded = False
         self._top1: list[tuple[Model, int]] = []
         self._state = RequestState(seconds=pipeline.seconds(options), priority=options.priority, arrived_at=arrived_at)
@@ -180,7 +180,7 @@ class _Comparison(Generic[T]):
             raise self._failed[0].error
 
     def agreement(self) -> Agreement | None:
-        """Whether the others say what the most accurate one says, of those that have answered."""
+        """How far the models that have answered agree with the most accurate of them."""
         if not self._top1:
             return None
         best, index = max(self._top1, key=lambda pair: pair[0].top1)
@@ -207,7 +207,7 @@ class _Comparison(Generic[T]):
                 showing = group.create_task(self._show(shared, models))
                 asked = [group.create_task(self._ask(model, shared, showing)) for model in models]
                 await asyncio.wait(asked)
-                # It waits for good if no model was accepted.
+                # It would wait forever if no model was accepted.
                 showing.cancel()
         finally:
             shared.close()
@@ -217,11 +217,11 @@ class _Comparison(Generic[T]):
         if isinstance(pixels, RequestError):
             return
         try:
-            # To wait for a thread would take longer than to encode a small one, and answers wait for the picture.
+            # Waiting for a thread would take longer than encoding a small picture, and the answers wait for it.
             small = pixels.nbytes <= _SMALL_BYTES
             png = _png(pixels) if small else await self._pipeline.decoders.run(self._state, lambda: _png(pixels))
         except RequestError:
-            # The request is over, which the models say as well.
+            # The request is over; its models report that too.
             return
         height, width, _ = pixels.shape
         self._emit(Picture(models=[model.name for model in models], width=width, height=height, png=png))
@@ -278,6 +278,6 @@ class _Comparison(Generic[T]):
 
 def _png(pixels: Pixels) -> bytes:
     buffer = io.BytesIO()
-    # Little is saved by trying harder, and it is looked at once.
+    # A higher level would save little, and the picture is shown only once.
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

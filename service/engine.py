@@ -73,7 +73,7 @@ _PROVIDERS: dict[Device, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """Options of an engine beside its device and threads. The defaults are ONNX Runtime's, not those of the service."""
+    """Options of an engine besides device and threads. The defaults are ONNX Runtime's, not those of the service."""
 
     allow_spinning: bool = True
     """Threads that shared a batch spin for some milliseconds after it, and not only between its operators."""
@@ -111,7 +111,7 @@ class Engine:
         options = _session_options(threads)
         if not tuning.allow_spinning:
             options.add_session_config_entry("session.force_spinning_stop", "1")
-        # With patterns, the second run of a batch size reserves another block as large as all of the first run's.
+        # With patterns, the second run of a batch size reserves another block as large as all those of the first run.
         options.enable_mem_pattern = device != "cpu"
         if packed:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -119,7 +119,7 @@ class Engine:
             options.enable_profiling = True
             options.profile_file_prefix = str(trace)
         if device != "cpu":
-            # CUDA and cuDNN are wheels of their own, outside the loader's search path.
+            # CUDA and cuDNN come as separate wheels, outside the loader's search path.
             ort.preload_dlls()
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         provider = _PROVIDERS[device]
@@ -164,7 +164,7 @@ class Engine:
         _return_freed_memory()
 
     def _run_bound(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], ...]:
-        """Run on a GPU through persistent buffers, one set per thread and batch size. Not run on a GPU yet."""
+        """Run on a GPU through persistent buffers, one set per thread and batch size. Not yet run on a GPU."""
         key = threading.get_ident(), len(images)
         bound = self._bound.get(key)
         if bound is None:
@@ -229,9 +229,9 @@ class _Bound:
 
 
 def pack(model: Path, folder: Path) -> Path:
-    """Write a model into a folder as its CPU kernels want it: the optimised graph, and its weights in their order.
+    """Write a model into a folder as its CPU kernels need it: the optimised graph, and the weights in their layout.
 
-    Sessions that load the file returned map the same weights, so that several cost the memory of one; the files may be
+    Sessions that load the returned file map the same weights, so several take the memory of one; the files may be
     removed once the sessions are open. They are for this machine and this version of ONNX Runtime only. Raises
     EngineError.
     """
@@ -252,7 +252,7 @@ def pack(model: Path, folder: Path) -> Path:
 
 
 def packed_in(folder: Path) -> Path | None:
-    """What `pack` wrote into a folder; None if it did not."""
+    """The file that `pack` wrote into a folder; None if there is none."""
     return packed if (packed := folder / _PACKED).is_file() else None
 
 

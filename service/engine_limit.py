@@ -1,8 +1,8 @@
 """The engine limit: what decoding and the engine reach together without HTTP.
 
 Decode threads keep a bounded queue full, and the lanes of the engine take full batches from it: the path of an image
-through the service, without requests. All layouts of lanes and threads are tried that the service would try. Served
-throughput is quoted as a fraction of this.
+through the service, without requests. All layouts of lanes and threads that the service would try are tried. Served
+throughput is quoted as a fraction of this limit.
 """
 
 import io
@@ -46,7 +46,7 @@ class EngineLimit:
     device: str
     intra_op_threads: int
     engine_lanes: int
-    """Batches at once, each computed by so many threads: the fastest layout that the settings allow."""
+    """Batches at once, each computed by `intra_op_threads` threads: the fastest layout that the settings allow."""
     decode_threads: int
     allow_spinning: bool
     images: int
@@ -99,9 +99,9 @@ def read_images(data: Path | None) -> list[bytes]:
 
 
 def measure_engine_limit(settings: Settings, name: str, images: list[bytes], *, seconds: float) -> EngineLimit:
-    """Try batch sizes 1, 2, 4, … up to the largest of the settings and the model, then measure the best for `seconds`.
+    """Try batch sizes 1, 2, 4, … up to the largest that settings and model allow, then measure the best for `seconds`.
 
-    Raises StartupError, BundleError or EngineError if the model cannot be loaded, or an image not be decoded.
+    Raises StartupError, BundleError or EngineError if the model cannot be loaded, or an image cannot be decoded.
     """
     options = settings.engine_options()
     device = options.device
@@ -132,7 +132,7 @@ def measure_engine_limit(settings: Settings, name: str, images: list[bytes], *, 
         engine = options.open(bundle.model_path, threads, packed=False)
         pipeline = partial(_pipeline_rate, engine, decode_one, images, decode_threads=decode_threads, lanes=lanes)
         alone = {size: _engine_rate(engine, decoded, batch=size, lanes=lanes, seconds=trial_seconds) for size in sizes}
-        # Forwards and backwards, so that interference of a moment does not hit one size alone.
+        # Forwards and backwards, so that a momentary disturbance does not affect one size alone.
         rates = [(size, pipeline(batch=size, seconds=trial_seconds)) for size in (*sizes, *reversed(sizes))]
         together = {size: sum(rate for other, rate in rates if other == size) / 2 for size in sizes}
         trials.append((max(together.values()), threads, lanes, alone, together))
@@ -228,7 +228,7 @@ def _engine_rate(engine: Engine, decoded: list[Pixels], *, batch: int, lanes: in
 
 
 def _rate(run: Callable[[], object], *, images: int, seconds: float, warm_up_runs: int, lanes: int) -> float:
-    """Images per second of runs that process `images` each, in so many threads at once."""
+    """Images per second of runs that process `images` each, in `lanes` threads at once."""
 
     def work(_: int) -> float:
         runs = time_runs(run, seconds=seconds, warm_up_runs=warm_up_runs)

@@ -1,6 +1,6 @@
 """The least memory that a model needs: PSS of a process that holds ONNX Runtime and the model alone, on the CPU.
 
-`python -m service.engine_memory` is that process. It imports nothing more of the service, which would count too.
+`python -m service.engine_memory` is that process. It imports nothing else of the service, as that would count too.
 """
 
 import json
@@ -24,7 +24,7 @@ _TIMEOUT_SECONDS = 300
 def measure_memory(bundle: "Bundle", *, threads: int, batch: int) -> tuple[int | None, int | None]:
     """PSS in bytes after a run of one image, and after a run of `batch`; None where the system does not report it.
 
-    To be called before this process loads ONNX Runtime: memory that processes share is divided among them. Raises
+    Call it before this process loads ONNX Runtime: PSS divides memory that processes share among them. Raises
     EngineError.
     """
     if pss_bytes() is None:

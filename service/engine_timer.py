@@ -13,10 +13,10 @@ def time_runs(
     on_thread: Callable[[Callable[[], float]], float] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """Seconds of each run: until together they reach `seconds`, or there are `max_runs`; at least one.
+    """Time runs until together they take `seconds`, or there are `max_runs`, but at least one; returns each run's time.
 
-    `warm_up_runs` go before and are not returned. `on_thread` calls a function on the thread where an engine has to
-    run; it is called once per run, so that other work can go in between, and waiting for it is not counted.
+    `warm_up_runs` come first and are not returned. `on_thread` calls a function on the thread where an engine has to
+    run; it is called once per run, so that other work can run in between, and waiting for it is not counted.
     """
 
     def timed() -> float:

@@ -5,7 +5,7 @@ ServiceError
 │   └── EngineError             no ONNX Runtime, two of them, or an unavailable device
 ├── BundleError                 a bundle that must not take traffic
 │   ├── NotNow                  it may be loaded later as it is: memory is short, or no process can be started
-│   └── RepositoryError         a repository beyond a folder cannot be reached or listed, or its cache not be used
+│   └── RepositoryError         a remote repository cannot be reached or listed, or its cache cannot be used
 └── RequestError                one request, or one image of it, cannot be answered; others are not affected
     ├── BadRequest              400 malformed
     ├── InvalidParameter        422 a parameter is unknown, out of its range, or contradicts another one
@@ -25,10 +25,10 @@ ServiceError
     ├── Overloaded              429 no room, or no way to finish in time
     │   └── KeyLimited          429 a limit of the request's key
     ├── DeadlineExceeded        504 the deadline passed before the work was done
-    ├── ModelFault              500 the model failed, or gave outputs that are none
-    ├── ClientDisconnected      408 nobody is left to read the answer
+    ├── ModelFault              500 the model failed, or its outputs are invalid
+    ├── ClientDisconnected      408 the client has left before the answer
     ├── Unauthorized            401 no API key, or a wrong one
-    └── Forbidden               403 not with this key, or switched off
+    └── Forbidden               403 not allowed with this key, or switched off
 """
 
 from typing import ClassVar, Literal
@@ -54,13 +54,13 @@ class NotNow(BundleError):
     """A bundle that cannot be loaded at present, through no fault of its own."""
 
     def __init__(self, message: str, *, needed_bytes: int = 0) -> None:
-        """`needed_bytes`: memory without which there is no use in trying again."""
+        """`needed_bytes`: free memory below which it is useless to try again."""
         super().__init__(message)
         self.needed_bytes = needed_bytes
 
 
 class RepositoryError(BundleError):
-    """A repository beyond a folder that cannot be reached or listed, or whose cache cannot be used."""
+    """A remote repository that cannot be reached or listed, or whose cache cannot be used."""
 
 
 class RequestError(ServiceError):
@@ -81,7 +81,7 @@ class BadRequest(RequestError, status=400, code="bad-request"):
 
 
 class InvalidParameter(RequestError, status=422, code="invalid-parameter"):
-    """A parameter of the query, a header, a form field or a JSON member is unknown, out of its range, or contradicts
+    """A parameter of the query, a header, a form field or a JSON member is unknown, out of range, or contradicts
     another one."""
 
 
@@ -118,11 +118,11 @@ class BadImage(ImageError, status=400, code="bad-image"):
 
 
 class UnsupportedImage(ImageError, status=415, code="unsupported-image"):
-    """Not an image, or of a format that is not accepted."""
+    """Not an image, or in a format that is not accepted."""
 
 
 class TooManyPixels(ImageError, status=422, code="too-many-pixels"):
-    """The image is larger than the pixel limit. Nothing of it was decoded."""
+    """The image is larger than the pixel limit. It was not decoded."""
 
 
 class UnknownModel(RequestError, status=404, code="unknown-model"):
@@ -150,8 +150,8 @@ class Overloaded(RequestError, status=429, code="overloaded"):
 
 
 class KeyLimited(Overloaded, status=429, code="key-limited"):
-    """The limit of this key's requests is reached: of those per second, or of those at once. Nothing was done: retry
-    after `Retry-After` seconds."""
+    """This key has reached its limit of requests per second, or of requests at once. Nothing was done: retry after
+    `Retry-After` seconds."""
 
 
 class DeadlineExceeded(RequestError, status=504, code="deadline-exceeded"):
@@ -159,7 +159,7 @@ class DeadlineExceeded(RequestError, status=504, code="deadline-exceeded"):
 
 
 class ModelFault(RequestError, status=500, code="model-fault"):
-    """The model failed on the image, or gave outputs that are none. Another model may answer; a retry will not help."""
+    """The model failed on the image, or its outputs are invalid. Another model may answer; a retry will not help."""
 
     def __init__(self, message: str, *, kind: Literal["exception", "shape", "not-finite"] = "exception") -> None:
         super().__init__(message)
@@ -176,4 +176,4 @@ class Unauthorized(RequestError, status=401, code="unauthorized"):
 
 
 class Forbidden(RequestError, status=403, code="forbidden"):
-    """Not with this key, or switched off."""
+    """Not allowed with this key, or switched off."""

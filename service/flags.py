@@ -1,6 +1,6 @@
 """The settings as flags of the command line and as docs/settings.md, and the origin of each value.
 
-Everything is generated from the fields of `Settings`: a new setting is declared and documented there alone.
+Everything is generated from the fields of `Settings`: a new setting is declared and documented only there.
 """
 
 import difflib
@@ -30,7 +30,7 @@ Given = dict[str, Any]
 
 Level = Literal["warning", "error"]
 _Voice = Callable[[Level, str], None]
-"""How a command says what is wrong with its settings: a log line, or text for people."""
+"""How a command reports what is wrong with its settings: as a log line, or as text for people."""
 
 _KINDS: Final = {"string": "text", "array": "list"}
 """Types of JSON schema under their names in the documentation, where these differ."""
@@ -40,11 +40,11 @@ _BOUNDS: Final = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command every setting as a flag; its parameter `settings` receives the validated settings.
 
-    A parameter `given` receives the values of the flags. Flags before a subcommand hold for it too; its own override
+    A parameter `given` receives the values of the flags. Flags before a subcommand apply to it too; its own override
     them. An error is one line that names the fix; the exit status is 2 for invalid settings, 1 if the command fails.
 
     A parameter `logs` makes the command a service: it receives the logging, which begins before the settings are read,
-    and all errors are lines of the log, those that nobody foresaw too.
+    and all errors, unexpected ones too, are lines of the log.
     """
     own = inspect.signature(command).parameters
 
@@ -63,7 +63,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
                 voice("error", str(error))
                 raise typer.Exit(1) from None
             except Exception as error:
-                # With its traceback, which Typer would print over many lines.
+                # Logged as one event with its traceback, which Typer would print over many lines.
                 if not logs or isinstance(error, typer.Exit | typer.Abort):
                     raise
                 structlog.get_logger().exception("a fault ended the service")
@@ -116,7 +116,7 @@ def variable(name: str) -> str:
 
 
 def _read(given: Given, voice: _Voice, logs: Logs | None) -> Settings:
-    """The settings in effect. Exits with 2 and one line for each invalid one, which says where it was given."""
+    """The settings in effect. Exits with status 2 and one line for each invalid one, which says where it was given."""
     try:
         settings = Settings(**given)
         if logs:
@@ -171,7 +171,7 @@ def _parameters() -> Iterator[inspect.Parameter]:
             rich_help_panel=group,
             show_default=False,
         )
-        # As text: pydantic parses it, as it does the environment.
+        # As text: pydantic parses it, as it parses environment variables.
         annotation: Any = Annotated[bool | None if is_boolean else str | None, option]
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=None)
 
@@ -187,7 +187,7 @@ def _kind(name: str) -> str:
 
 
 def _schema(name: str) -> dict[str, Any]:
-    """The JSON schema of a setting's values, null aside."""
+    """The JSON schema of a setting's values, without null."""
     schema: dict[str, Any] = _schemas()[name]
     return next((part for part in schema.get("anyOf", ()) if part["type"] != "null"), schema)
 
@@ -208,7 +208,7 @@ def _default(name: str) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as it is given; empty for none."""
+    """A value in the form in which it is given; empty for none."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):

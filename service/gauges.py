@@ -1,4 +1,4 @@
-"""The present state of the service as metrics: what is read at each scrape, and not counted as it happens."""
+"""The present state of the service as metrics: values that are read at each scrape, unlike counts of events."""
 
 import math
 from collections.abc import Iterator

@@ -92,7 +92,7 @@ def memory_left_bytes() -> int | None:
 
 
 def _cgroup_left() -> Iterator[int]:
-    """What each control group above this process leaves, its page cache counted as free."""
+    """What each control group above this process leaves, counting its page cache as free."""
     for group in _cgroups():
         for limit, used, cache in (
             ("memory.max", "memory.current", "inactive_file"),
@@ -168,7 +168,7 @@ def process_tree(pid: int) -> list["psutil.Process"]:
 
 
 def process_tree_bytes(pid: int) -> int:
-    """Memory of a process and its descendants: PSS where the system reports it, else what is unique to each.
+    """Memory of a process and its descendants: PSS where the system reports it, else the memory unique to each (USS).
 
     Reading PSS costs some ten milliseconds per process. 0 if the process has ended. Needs psutil.
     """
@@ -189,10 +189,10 @@ def gpu_used_bytes(number: int) -> int:
 
 
 def gpu_process_bytes(pids: Iterable[int]) -> int | None:
-    """Memory that these processes hold on all NVIDIA GPUs; None without a GPU, or where they use none.
+    """Memory that these processes hold on all NVIDIA GPUs; None without a GPU, or if they use none.
 
-    NVML gives process ids as the host numbers them: in a container with ids of its own none of `pids` is found, and the
-    answer is None. Needs nvidia-ml-py. Not run on a GPU yet.
+    NVML reports the host's process ids: in a container with process ids of its own, none of `pids` is found, and the
+    answer is None. Needs nvidia-ml-py. Not yet run on a GPU.
     """
     from pynvml import NVMLError  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""How much work it will be to decode an image, by its header alone: known before a decoder is asked.
+"""How much work decoding an image will take, estimated from its header alone, before a decoder sees it.
 
     work = decoded pixels + bytes + 15,000
 
@@ -30,31 +30,31 @@ _MAX_SEGMENTS = 256
 """Segments and fill bytes of a JPEG to walk in search of its size: a 3 MB colour profile has 50."""
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""JPEG markers of a frame, which holds the size: all of 0xC0 to 0xCF but tables."""
+"""JPEG markers of a frame, which holds the size: all of 0xC0 to 0xCF except those of tables."""
 _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
 _PROGRESSIVE_FRAMES = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 
 
 def work_of_bytes(count: int) -> int:
-    """The least work that images of so many bytes can be."""
+    """The least work that images of `count` bytes can take."""
     return count + FIXED_WORK
 
 
 def least_works(count: int) -> list[int]:
-    """The same in pieces that each count as small: the bytes may be those of many images, or of one."""
+    """The same, split into pieces that each count as small: the bytes may be those of many images, or of one."""
     pieces, rest = divmod(work_of_bytes(count), LARGE_PIXELS)
     return [LARGE_PIXELS] * pieces + [rest]
 
 
 def work_of(data: bytes, preprocessing: Preprocessing, rules: ImageRules) -> int:
-    """Work of decoding an encoded image; that of its bytes alone if its size cannot be seen, or breaks the rules."""
+    """Work of decoding an encoded image; that of its bytes alone if its size cannot be read, or breaks the rules."""
     pixels = 0
     try:
         if data[:2] == b"\xff\xd8":
             width, height, progressive = _jpeg(data)
             pixels = width * height // draft_scale(width, height, preprocessing, rules) ** 2
             if progressive:
-                # Every scan is a pass over all pixels, also if few of them are decoded: encoders write about ten.
+                # Every scan is a pass over all pixels, even if few of them are decoded: encoders write about ten scans.
                 pixels += width * height
         else:
             width, height = _size(data)
@@ -69,7 +69,7 @@ def work_of(data: bytes, preprocessing: Preprocessing, rules: ImageRules) -> int
 
 
 def seconds_per_pixel(*, exact: bool = False) -> float:
-    """Seconds that this machine takes now for each pixel of work, measured on a picture of 0.3 megapixels.
+    """Seconds that this machine takes at present for each pixel of work, measured on a picture of 0.3 megapixels.
 
     `exact`: as in ImageRules.
     """

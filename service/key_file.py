@@ -21,7 +21,7 @@ from service.keys import SCOPES, KeyEntry, KeyRing
 log = structlog.get_logger()
 
 MAX_BYTES: Final = 4 * 1024 * 1024
-"""About 20,000 keys. A larger file is not one of keys."""
+"""Enough for about 20,000 keys: a larger file is hardly a file of keys."""
 
 _Version = tuple[int, int, int, int]
 
@@ -45,8 +45,8 @@ def entries_of_settings(api_key_hashes: Sequence[str], admin_key_hash: str | Non
 
 
 def read_keys(path: Path) -> tuple[tuple[KeyEntry, ...], _Version]:
-    """The entries of a file, and what tells this version of the file from the next. Raises ValueError or OSError."""
-    # A pipe without a writer would hold up an ordinary open.
+    """The entries of a file, and what distinguishes its present version from others. Raises ValueError or OSError."""
+    # A pipe without a writer would block an ordinary open.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123 (a descriptor is no path)
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -62,12 +62,12 @@ def read_keys(path: Path) -> tuple[tuple[KeyEntry, ...], _Version]:
 
 
 class KeyFile:
-    """Keeps a ring of keys as the file says, beside the keys of the settings."""
+    """Keeps a ring of keys in step with the file, in addition to the keys of the settings."""
 
     def __init__(self, path: Path, ring: KeyRing, *, fixed: Sequence[KeyEntry], poll_seconds: float) -> None:
-        """Reads the file. `poll_seconds`: how often it is looked at; 0: only when asked. Raises StartupError."""
+        """Reads the file. `poll_seconds`: how often it is checked; 0: only on request. Raises StartupError."""
         self._path, self._ring, self._fixed, self._poll_seconds = path, ring, fixed, poll_seconds
-        # Its `put` may be interrupted by itself, so that a signal's handler may call it.
+        # Its `put` is reentrant, so a signal handler may call it.
         self._wishes: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._watch, name="keys", daemon=True)
         try:
@@ -80,15 +80,15 @@ class KeyFile:
         self._thread.start()
 
     def reload(self) -> None:
-        """Read the file again, soon, whether it changed or not. A signal's handler may call it."""
+        """Read the file again soon, whether or not it has changed. A signal handler may call this."""
         self._wishes.put(True)
 
     def close(self) -> None:
-        """Watch no longer. It is not waited for: the file system may hang."""
+        """Stop watching, without waiting for the thread: the file system may hang."""
         self._wishes.put(False)
 
     def refresh(self, *, asked: bool) -> None:
-        """Read the file if it changed or somebody asked; if that fails, the old keys stay and the log says why."""
+        """Read the file if it has changed or is `asked` for; if that fails, the old keys stay and the log says why."""
         try:
             version = _version(self._path.stat())
             if version == self._seen and not asked:
@@ -110,7 +110,7 @@ class KeyFile:
         return version
 
     def _watch(self) -> None:
-        # At once too: models may have taken a while to load since it was read.
+        # Check at once, too: loading the models may have taken a while since the file was read.
         asked = False
         while True:
             try:

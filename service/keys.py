@@ -1,4 +1,4 @@
-"""API keys: what each may do, how much of it, and until when. Knows no HTTP.
+"""API keys: what each may do, how much of it, and until when. Independent of HTTP.
 
 The service knows only hashes of the keys, so that neither its settings nor its memory give a key away.
 """
@@ -19,12 +19,12 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 from service.errors import KeyLimited
 
 Scope = Literal["classify", "read", "admin"]
-"""`classify`: images; `read`: metrics and /docs; `admin`: loading and unloading; each of them: models' metadata."""
+"""`classify`: images; `read`: metrics and /docs; `admin`: loading and unloading; any of them: models' metadata."""
 SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}$"
 _UNKNOWN_SECONDS = 1.0
-"""How long requests of a key take, before one of them has ended."""
+"""Assumed duration of a key's requests until one of them has ended."""
 
 
 def key_hash(value: str) -> str:
@@ -47,9 +47,9 @@ class KeyEntry(BaseModel):
     requests_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Long-term rate of requests; unset: no limit."""
     burst: PositiveInt | None = None
-    """Requests at once within that rate; unset: those of one second, at least one."""
+    """Largest burst of requests within that rate; unset: those of one second, at least one."""
     max_concurrent: PositiveInt | None = None
-    """Requests in work at once; unset: no limit."""
+    """Requests in progress at once; unset: no limit."""
     expires: AwareDatetime | None = None
     """From then on the key is refused."""
 
@@ -72,10 +72,10 @@ class KeyEntry(BaseModel):
 
 
 class Usage:
-    """What was done with the key of one name. It outlives the entry, so that a reload resets no limit."""
+    """How the key of one name was used. It outlives the entry, so that a reload resets no limit."""
 
     elsewhere = 0
-    """Requests in work in other processes that share the limit."""
+    """Requests in progress in other processes that share the limit."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.in_work = 0
@@ -86,7 +86,7 @@ class Usage:
         self._mean_seconds: float | None = None
 
     def begin(self, entry: KeyEntry) -> float:
-        """Count one more request in work; `end` takes what this returns. Raises KeyLimited, then there is no end."""
+        """Count one more request in progress; `end` takes the result. Raises KeyLimited: then do not call `end`."""
         started = self._clock()
         if entry.max_concurrent is not None and self.in_work + self.elsewhere >= entry.max_concurrent:
             mean = _UNKNOWN_SECONDS if self._mean_seconds is None else self._mean_seconds
@@ -102,7 +102,7 @@ class Usage:
         return started
 
     def end(self, started: float) -> None:
-        """A request is no longer in work."""
+        """Count a request as ended."""
         self.in_work -= 1
         seconds = self._clock() - started
         mean = seconds if self._mean_seconds is None else self._mean_seconds
@@ -137,7 +137,7 @@ class Key:
         self._expires = entry.expires.timestamp() if entry.expires else None
 
     def expired(self, now: float) -> bool:
-        """Whether it is past its end at `now`, in seconds since the epoch."""
+        """Whether it has expired by `now`, in seconds since the epoch."""
         return self._expires is not None and now >= self._expires
 
     def __repr__(self) -> str:
@@ -157,8 +157,8 @@ class KeyRing(Collector):
         clock: Callable[[], float] = time.perf_counter,
         usage: Callable[[str], Usage] | None = None,
     ) -> None:
-        """`usage` makes what counts the use of the key of a name. Raises ValueError if two entries have the same name
-        or the same hash."""
+        """`usage` creates the Usage for the key of a name. Raises ValueError if two entries have the same name or the
+        same hash."""
         self._usage = usage or (lambda _: Usage(clock))
         self._by_digest: dict[bytes, Key] = {}
         self.replace(entries)
@@ -184,10 +184,10 @@ class KeyRing(Collector):
         return tuple(self._by_digest.values())
 
     def find(self, offered: str) -> Key | None:
-        """The key that was offered, in a time that reveals nothing of the others.
+        """The key that was offered, found in a time that reveals nothing about the others.
 
-        The place in the table depends on the hash of a hash, under a secret of this process, and whoever offers a key
-        cannot choose its SHA-256: so only the comparison at the end could tell how near it came.
+        The place in the table depends on a hash of the SHA-256, keyed with a secret of this process, and whoever offers
+        a key cannot choose its SHA-256: so only the final comparison could reveal how close an offered key came.
         """
         digest = digest_of(offered)
         key = self._by_digest.get(digest)

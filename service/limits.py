@@ -1,4 +1,4 @@
-"""The limits of requests, in one place for all who hold them."""
+"""The limits of requests, in one place for all that enforce them."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,8 +1,8 @@
 """Logging that neither blocks nor fails a request: a bounded queue of lines, and one thread that writes them.
 
 structlog, `logging` (uvicorn, warnings), exceptions of threads and what native libraries write to standard error all
-take this way. The queue listener of the standard library is no substitute: its handler prints a traceback to standard
-error when the queue is full, and its end waits without a limit for a reader that may never come.
+go this way. The queue listener of the standard library is no substitute: its handler prints a traceback to standard
+error when the queue is full, and stopping it waits without limit for a reader that may never come.
 """
 
 import itertools
@@ -24,13 +24,13 @@ from prometheus_client.registry import Collector
 
 STDERR: Final = 2
 _WRITE_BYTES = 64 * 1024
-"""Lines are joined up to this size, one system call for all of them."""
+"""Lines are joined up to this size and written in one system call."""
 _MAX_NATIVE_LINE_BYTES = 16 * 1024
-"""Longer lines of native libraries are split: without a line break they would be held without a bound."""
+"""Longer lines of native libraries are split: output without a line break would be buffered without bound."""
 
 
 class LineQueue:
-    """Lines on their way to a file descriptor. `put` neither blocks nor raises; what finds no room is counted."""
+    """Lines on their way to a file descriptor. `put` neither blocks nor raises; lines without room are counted."""
 
     def __init__(self, fd: int, *, max_bytes: int, report: Callable[[int], str]) -> None:
         """`report`: the line that says how many lines were dropped, written once the descriptor takes lines again."""
@@ -40,14 +40,14 @@ class LineQueue:
         self._pending_bytes = 0
         self._dropped = self._unreported = 0
         self._closed = self._in_mid_line = False
-        # Over a reentrant lock, as is the default: a signal's handler may log while its thread is in `put`.
+        # Its default lock is reentrant: a signal handler may log while its thread is in `put`.
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="logs", daemon=True)
         self._thread.start()
 
     @property
     def dropped(self) -> int:
-        """Lines that were not written so far: without room, or because writing failed."""
+        """Lines lost so far: for lack of room, or because writing failed."""
         return self._dropped
 
     def put(self, line: str) -> None:
@@ -62,12 +62,12 @@ class LineQueue:
             self._changed.notify_all()
 
     def flush(self, seconds: float) -> bool:
-        """Wait until all lines are written, no longer than that, and return whether they are."""
+        """Wait at most `seconds` until all lines are written, and return whether they are."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._pending_bytes, seconds)
 
     def close(self, seconds: float) -> bool:
-        """Take no more lines, write what there is in that time, and return whether that succeeded."""
+        """Take no more lines, write the remaining ones within `seconds`, and return whether that succeeded."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -103,7 +103,7 @@ class LineQueue:
 
     def _write(self, lines: list[bytes]) -> int:
         """Write the lines, and return how many of them were written whole."""
-        # What an earlier failure left of a line must not join the next one.
+        # A line that an earlier failure cut short must not run into the next one.
         separator = b"\n" if self._in_mid_line else b""
         data = memoryview(separator + b"".join(lines))
         written = 0
@@ -117,7 +117,7 @@ class LineQueue:
                     poll.register(self._fd, select.POLLOUT)
                     poll.poll()
         except OSError:
-            # A full disk, a reader that is gone: nobody can be told but by the metric, which counts it.
+            # The disk is full, or the reader is gone: only the metric can report it.
             self._in_mid_line = self._in_mid_line if written == 0 else data[written - 1] != ord("\n")
         else:
             self._in_mid_line = False
@@ -128,8 +128,8 @@ class LineQueue:
 class StderrTap:
     """Takes over file descriptor 2: each line that anything in this process writes there is passed on.
 
-    ONNX Runtime and image libraries write there from the threads that compute. Written straight to a pipe that nobody
-    reads, that would stop these threads.
+    ONNX Runtime and image libraries write there from the threads that compute. Writing straight to a pipe that nobody
+    reads would block these threads.
     """
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class StderrTap:
     def stop(self, seconds: float) -> None:
         """Pass on what was written so far. What is written later is lost, unless `restore` follows."""
         null = os.open(os.devnull, os.O_WRONLY)
-        # This closes the last end to write to, unless a child process has one.
+        # This closes the pipe's last write end, unless a child process has one.
         os.dup2(null, STDERR)
         os.close(null)
         if self._thread:
@@ -179,7 +179,7 @@ class Logs(Collector):
         self._renderers: list[Any] = []
 
     def adjust(self, *, level: str, buffer_bytes: int, flush_seconds: float) -> None:
-        """Change what the settings say once they are read. Loggers that were used before keep their level."""
+        """Apply the settings once they are read. Loggers that were used before keep their level."""
         self._level, self._buffer_bytes, self._flush_seconds = level, buffer_bytes, flush_seconds
         if self._queue:
             self._queue.max_bytes = buffer_bytes
@@ -218,7 +218,7 @@ class Logs(Collector):
         logging.captureWarnings(True)
         # Pillow warns about odd metadata in clients' files.
         warnings.filterwarnings("ignore", module="PIL")
-        # One warning for each malformed form would let clients write the log.
+        # One warning for each malformed form would let clients flood the log.
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
         threading.excepthook = _on_thread_exception
         sys.unraisablehook = _on_unraisable
@@ -242,7 +242,7 @@ class Logs(Collector):
 
     def _pass_on(self, text: str) -> None:
         if self._queue:
-            # A child process's line may be whole already.
+            # A line of a child process may be rendered already.
             self._queue.put(text if text.startswith("{") else self._line("warning", text, logger="stderr"))
 
     def _line(self, level: str, text: str, **values: Any) -> str:
@@ -282,18 +282,18 @@ class _QueueHandler(logging.Handler):
         """Render and queue a record."""
         try:
             line = self.format(record)
-        except Exception:  # noqa: BLE001 (of whoever logs: its arguments do not fit its text)
+        except Exception:  # noqa: BLE001 (the caller's: its arguments do not fit its text)
             place = record.pathname, record.lineno
             line = self.format(logging.LogRecord(record.name, logging.ERROR, *place, repr(record.msg), (), None))
         self._queue.put(line)
 
     def flush(self) -> None:
-        """Wait for the lines so far, within the limit: `logging.shutdown()` before a hard exit does so."""
+        """Wait for the lines so far, within the time limit; `logging.shutdown()` calls it before a hard exit."""
         self._queue.flush(self._flush_seconds)
 
 
 def leave_at_once(status: int) -> None:
-    """End the process whatever its threads do, once its log lines are out."""
+    """End the process whatever its threads do, once its log lines are written."""
     try:
         logging.shutdown()
     finally:
@@ -309,7 +309,7 @@ def open_standard_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            # The lowest free number is the next one given.
+            # The system gives out the lowest free number.
             os.open(os.devnull, os.O_RDWR)
 
 

@@ -32,7 +32,7 @@ class Preprocessing(_Part):
 
     @property
     def geometry(self) -> tuple[int, int, str]:
-        """All that the pixels of the input depend on: models that agree in it see the same picture."""
+        """All that the pixels of the input depend on: models with the same geometry see the same picture."""
         return self.resize, self.crop, self.interpolation
 
 
@@ -120,7 +120,7 @@ class Parity(_Part):
     max_abs_by_batch: NonNegativeFloat
     """Difference in a logit between an image alone and the same image in a batch."""
     top1_flips: NonNegativeInt
-    """Images with another top-1 than torch's, at the batch size with most; always 0 in fp32."""
+    """Images whose top-1 differs from torch's, at the batch size with the most of them; always 0 in fp32."""
 
 
 class Tolerance(_Part):

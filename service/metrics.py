@@ -26,12 +26,12 @@ class Metrics:
     """All metrics of one application: each is called with the values of its labels, then counts or observes."""
 
     def __init__(self) -> None:
-        # When a series was made is in none of the questions that are asked, and a third of all lines.
+        # Nobody needs to know when a series was created, which would take a third of all lines.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
         self._counters: dict[str, Counter] = {}
 
-        # Cached, because to find a metric by its labels takes longer than to count.
+        # Cached, because finding a metric by its labels takes longer than counting.
         def counter(name: str, text: str, *labels: str) -> Callable[..., Counter]:
             self._counters[name] = found = Counter(f"stridevit_{name}_total", text, labels, registry=registry)
             return cache(found.labels)
@@ -122,15 +122,15 @@ class Metrics:
         ProcessCollector(registry=registry)
 
     def totals(self, counter: str) -> Iterator[tuple[dict[str, str], float]]:
-        """The labels and the value of each series of a counter, by its name as an attribute."""
+        """The labels and the value of each series of a counter, by its name in `_counters`."""
         for metric in self._counters[counter].collect():
             for sample in metric.samples:
                 if sample.name.endswith("_total"):
                     yield sample.labels, sample.value
 
     def request_buckets(self, model: str) -> list[int]:
-        """How many requests of a model took at most each of SECONDS, and how many there were."""
-        # Read where they are counted: to write each bound as text, as `collect` does, takes twenty times as long.
+        """How many requests of a model took at most each of SECONDS, and at the end how many there were."""
+        # Read from the buckets themselves: `collect` writes each bound as text, which takes twenty times as long.
         return [
             int(count) for count in accumulate(bucket.get() for bucket in self.stage_seconds(model, "total")._buckets)
         ]

@@ -1,4 +1,4 @@
-"""A request's path through the service: select, admit, read, decode, batch, rank, account. Knows no HTTP."""
+"""A request's path through the service: select, admit, read, decode, batch, rank, account. Independent of HTTP."""
 
 import asyncio
 import time
@@ -36,25 +36,25 @@ T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
 
 _FEW_CLASSES = 200
-"""So few are sorted as fast without NumPy, which releases the GIL while it sorts: under load, taking it back costs more
+"""So few are sorted as fast without NumPy, which releases the GIL while it sorts: under load, reacquiring it costs more
 than the sort."""
 
 
 class RequestOptions(BaseModel, frozen=True, use_attribute_docstrings=True):
-    """What a request asks for, beside its images. The descriptions are shown in /docs."""
+    """What a request asks for, besides its images. The descriptions are shown in /docs."""
 
     model: Annotated[str | None, Field(max_length=100)] = None
-    """Name of a model, or of a family: then the most accurate model that can meet the deadline answers. Without it the
-    default model does."""
+    """Name of a model or of a family; of a family, the most accurate model that can meet the deadline answers. Without
+    a name, the default model answers."""
     version: Annotated[int | None, Field(ge=1)] = None
     """Version of the model; the newest by default."""
     min_top1: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Least top-1 accuracy of the model that answers: 422 if the one named, the default one, or each of the family is
-    below it."""
+    """Minimum top-1 accuracy of the model that answers: 422 if the named model, the default model, or every model of
+    the family is below it."""
     deadline_ms: Annotated[float | None, Field(gt=0, le=1e9)] = None
     """Answer within this many milliseconds of the request's arrival, or not at all."""
     priority: Priority = "interactive"
-    """`batch` work waits until no `interactive` work is left."""
+    """While `interactive` work waits, `batch` work gets only `batch_share` of the turns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +69,11 @@ class Inputs:
     """An earlier deadline, counted from the request's arrival."""
     priority: Priority | None = None
     options: RequestOptions | None = None
-    """What the request asks for if its body says more about it than its head; instead of the head's options."""
+    """What the request asks for if its body says more about that than its head; replaces the head's options."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all images, but for one that is shared: whoever shares it holds them."""
+        """Bytes of all images, except those of a shared one: whoever shares it accounts for them."""
         return self.images.nbytes if isinstance(self.images, np.ndarray) else sum(map(len, self.images))
 
     @property
@@ -92,7 +92,7 @@ class Answer:
     images: list[Output | RequestError]
     """An image that cannot be used has an error instead."""
     timings_ms: dict[str, float] = field(default_factory=dict)
-    """`read`, `decode`, `queue`, `inference` and `total`, once the answer is written; those of the slowest image."""
+    """`read`, `decode`, `queue`, `inference` and `total`, once the answer is written; the longest of all images."""
 
     @property
     def outputs(self) -> list[Output]:
@@ -110,7 +110,7 @@ def ranked(values: npt.NDArray[np.float32], count: int) -> list[tuple[int, float
 
 
 def _fits(inputs: Inputs, model: Model) -> bool:
-    """Whether a model can take what was made for the one that was found when the request came."""
+    """Whether a model can take inputs that were prepared for the model found when the request arrived."""
     if inputs.shared:
         return inputs.shared.preprocessing.geometry == model.manifest.preprocessing.geometry
     return not isinstance(inputs.images, np.ndarray) or inputs.images.shape[1:] == model.manifest.input.shape[1:]
@@ -189,16 +189,16 @@ class Pipeline:
         encoded_bytes: int | None = 0,
         partial: bool = False,
     ) -> tuple[T, Answer]:
-        """Answer a request whose head has arrived at `arrived_at`, on `time.perf_counter`'s clock.
+        """Answer a request whose head arrived at `arrived_at`, on `time.perf_counter`'s clock.
 
-        `read` reads the body once the head is admitted, and holds its bytes with the place that it gets; `write` writes
-        the answer; `watching` returns a context manager, entered after `read`: while it is active, its argument is
-        called when the client leaves. `encoded_bytes`: the least number of bytes of images to decode, as far as the
-        head tells; None if there may be none to decode. `partial`: images with an error fail the request only if all of
-        them have one.
+        `read` reads the body once the head is admitted, and accounts for its bytes with the place that it gets; `write`
+        writes the answer; `watching` takes a callback and returns a context manager, entered after `read`: while it is
+        active, the callback is called when the client leaves. `encoded_bytes`: the least number of bytes of images to
+        decode, as far as the head tells; None if there may be none to decode. `partial`: the request fails only if
+        every image has an error.
 
-        Returns what `write` returned, and the answer. Raises a RequestError, of the first image if images failed. The
-        deadline is kept by the event loop's clock: DeadlineExceeded is raised when it passes, whatever hangs.
+        Returns what `write` returned, and the answer. Raises a RequestError, that of the first failed image if images
+        failed. The event loop's clock enforces the deadline: DeadlineExceeded is raised when it passes, whatever hangs.
         """
         state = RequestState(seconds=self.seconds(options), priority=options.priority, arrived_at=arrived_at)
         part: Part | None = None
@@ -254,7 +254,7 @@ class Pipeline:
         part: Part | None,
         watching: Callable[[Callable[[], None]], AbstractContextManager[None]],
     ) -> tuple[Answer, float]:
-        """The answer of the model that is selected, or of a candidate, and when it was accepted."""
+        """The answer of the selected model, or of a candidate, and when the request was accepted."""
 
         async def infer(model: Model, decoding: Sequence[int]) -> list[Output | RequestError]:
             with model, watching(state.leave):
@@ -293,7 +293,7 @@ class Pipeline:
     def _select(
         self, options: RequestOptions, state: RequestState, inputs: Inputs
     ) -> tuple[Model, Choice | None, list[int]]:
-        """The model that answers, why if a family was asked for, and the work of decoding each image.
+        """The model that answers, the reason if a family was asked for, and the work of decoding each image.
 
         Raises UnknownModel or NoSuitableModel.
         """
@@ -329,7 +329,7 @@ class Pipeline:
     ) -> tuple[Model, Choice]:
         """Which of a family's members a request of `count` images gets now, and why. Raises NoSuitableModel.
 
-        Without effects: a request that takes the model lets its family `follow` it.
+        Without side effects: a request that takes the model makes its family `follow` it.
         """
         return family.decide(
             pareto_front(members),
@@ -348,7 +348,7 @@ class Pipeline:
         decoding: Sequence[int],
         entries: list[Entry] | None = None,
     ) -> list[Output | RequestError]:
-        """`entries` gets those of the images, which hold the pixels."""
+        """The outcome for each image; their queue entries, which hold the pixels, are added to `entries`."""
         images = [inputs.shared] if inputs.shared else inputs.images
         works = decoding or [0] * len(images)
         if len(images) == 1:
@@ -384,7 +384,7 @@ class Pipeline:
                 output = await self._outcome(model, entry)
         except RequestError as error:
             metrics.images(name, error.code).inc()
-            # The traceback would keep the image alive until the garbage collector comes.
+            # The traceback would keep the image alive until the garbage collector runs.
             return error.with_traceback(None)
         finally:
             if work and entry.pixels is not None:
@@ -402,9 +402,9 @@ class Pipeline:
             raise
         except Exception as error:
             if entry.pixels is None:
-                # It is not the model's.
+                # The error is not the model's.
                 raise
-            # Without the engine's own words, which are for those who made the model: the log has them.
+            # Without the engine's own message, which is for the authors of the model: the log has it.
             reason = f"{model.queue.title} failed on this image, and the service's log says why: use another model"
             raise ModelFault(reason, kind="exception") from error
 

@@ -1,4 +1,4 @@
-"""What a family would choose for a request now, and what each of its models would take, without sending one."""
+"""Which model a family would choose for a request now, and how long each would take, without sending a request."""
 
 from typing import Annotated, Literal
 
@@ -14,14 +14,15 @@ Why = Literal["chosen", "late", "headroom", "less_accurate", "no_faster"]
 
 
 class PlanOptions(BaseModel, frozen=True, use_attribute_docstrings=True):
-    """The request that is planned."""
+    """The request to plan for."""
 
     deadline_ms: Annotated[float | None, Field(gt=0, le=1e9)] = None
-    """As of a classification."""
+    """Deadline in milliseconds, as for a classification."""
     images: Annotated[int, Field(ge=1, le=1000)] = 1
     """How many images the request would have."""
     pixels: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
-    """Pixels of each image, as a JPEG; those of other formats count twice. By default very small images."""
+    """Pixels of each image if it is a JPEG; twice its pixels if it is of another format. By default, images are very
+    small."""
 
 
 class Rung(BaseModel):
@@ -32,31 +33,31 @@ class Rung(BaseModel):
     precision: str
     top1: float
     predicted_ms: float
-    """From now to the answer: the sum of the next two."""
+    """From now to the answer: the sum of `queue_ms` and `compute_ms`."""
     queue_ms: float
-    """Waiting for what other requests have in work, and for an event loop that is late."""
+    """Waiting for the work of other requests, and for an event loop that is late."""
     compute_ms: float
     """Decoding and inference, on a service without other requests."""
     in_time: bool
     chosen: bool
     why: Why
     """`late`: it would miss the deadline; `headroom`: it would be in time, but without enough headroom;
-    `less_accurate`: it would be in time, and so is a more accurate one; `no_faster`: it costs about as much as a more
-    accurate one, and is never chosen."""
+    `less_accurate`: it would be in time, but so would a more accurate one; `no_faster`: it costs about as much as a
+    more accurate one, and is never chosen."""
 
 
 class Plan(BaseModel):
-    """The choice that a request would get now. Other requests may change it before one comes."""
+    """The choice that a request would get now. Other requests may change it before that request arrives."""
 
     family: str
     deadline_ms: float
-    """That of the request, at most the longest of the service."""
+    """The request's deadline, at most the longest that the service allows."""
     images: int
     chosen: str
     reason: Reason
     """The same as in the `choice` of a classification."""
     in_time: bool
-    """Whether the chosen model would be: if not, the request would be refused with 429."""
+    """Whether the chosen model would be in time: if not, the request would be refused with 429."""
     rungs: list[Rung]
     """The most accurate first."""
 
@@ -76,7 +77,7 @@ def plan(pipeline: Pipeline, name: str, options: PlanOptions) -> Plan:
     known_ms = {chosen.name: choice["predicted_ms"], **{one["model"]: one["predicted_ms"] for one in choice["skipped"]}}
     front, rungs = pareto_front(members), []
     for model in members:
-        # Those that the choice has looked at are as it saw them.
+        # For models that the choice has looked at, the prediction that it saw.
         predicted_ms = known_ms.get(model.name)
         if predicted_ms is None:
             predicted_ms = 1000 * admission.predict(model.queue, state, options.images, decoding=decoding)

@@ -1,6 +1,6 @@
 """The service on Ray Serve: Ray places the replicas, scales them and sends them requests; each is the same application.
 
-`serve run deploy/ray.yaml` builds it with `build`; docs/ray.md explains the file. Nothing else here knows Ray.
+`serve run deploy/ray.yaml` builds it with `build`; docs/ray.md explains the file. No other module depends on Ray.
 """
 
 import asyncio
@@ -31,11 +31,11 @@ except ImportError as error:
 _SERVER: Final = {field.name for field in fields(ConnectionLimits)} | {
     "host", "port", "trusted_proxies", "shutdown_delay_seconds", "graceful_timeout_seconds"
 }  # fmt: skip
-"""Settings of our own server, in whose place Ray's HAProxy and the servers of its replicas take the connections."""
+"""Settings of our own server: Ray's HAProxy and the servers of its replicas take the connections in its place."""
 
 _PROXY: Final = "RAY_SERVE_ENABLE_HA_PROXY"
 _MOST_SECONDS: Final = 3600.0
-"""In place of an infinite time: averages over replicas stay finite."""
+"""Replaces an infinite time, so that averages over replicas stay finite."""
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -48,7 +48,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     # What the service needs of Ray; deploy/ray.yaml may override it.
     deployment = serve.deployment(Replica).options(
         name="StrideViT",
-        # Far above the service's own bound: else requests would wait in front of admission, which could not refuse.
+        # Far above the service's own bound: else requests would wait in front of admission, which could not refuse any.
         max_ongoing_requests=10_000,
         health_check_period_s=5,
         health_check_timeout_s=15,
@@ -64,7 +64,7 @@ def _settings(args: Mapping[str, Any], **defaults: Any) -> Settings:
         return Settings(**{**{n: v for n, v in defaults.items() if n not in settings.model_fields_set}, **args})
     except ValidationError as error:
         items = error.errors(include_input=False, include_url=False)
-        # Not the error itself: it cannot be pickled, and Ray would show that instead.
+        # Not the error itself: it cannot be pickled, and Ray would report that instead.
         text = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}" for item in items)
         raise ValueError(f"args: {text}") from None
 
@@ -87,45 +87,45 @@ class Replica:
         return self._app
 
     async def check_health(self) -> None:
-        """Asked by Ray; raises NotReady if the engine hangs or no model is left: only a restart may help.
+        """Called by Ray; raises NotReady if the engine hangs or no model is left: only a restart may help.
 
         As a coroutine it waits for its turn on the loop: if that does not come in time, the loop is stuck.
         """
         self._app.state.pipeline.require_ready()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Asked by Ray, for `ByDrain`: seconds until the accepted work is done, and the part of the device in use."""
+        """Called by Ray for `ByDrain`: seconds until the accepted work is done, and the share of the device in use."""
         pipeline, now, cpu_seconds = self._app.state.pipeline, time.monotonic(), time.process_time()
         cores = self._settings.threads or available_cores()
         cpu = (cpu_seconds - self._cpu_seconds) / max(1e-3, now - self._looked_at) / cores
         self._looked_at, self._cpu_seconds = now, cpu_seconds
-        # The CPU sees decoding too, the arrivals a GPU.
+        # CPU time covers decoding too; the arrivals cover a GPU.
         busy = max(min(1.0, cpu), pipeline.load.arrivals.value)
         return {"drain_seconds": min(predicted_drain_seconds(pipeline), _MOST_SECONDS), "busy": busy}
 
 
 class Context(Protocol):
-    """What `ByDrain` reads of Ray's AutoscalingContext."""
+    """What `ByDrain` reads from Ray's AutoscalingContext."""
 
     aggregated_metrics: Mapping[str, Mapping[Any, float]] | None
     target_num_replicas: int
 
 
 class ByDrain:
-    """Ray's autoscaling policy for the service: so many replicas that the accepted work of each is done in time.
+    """Ray's autoscaling policy for the service: enough replicas that the accepted work of each is done in time.
 
     Ray pickles it by value, so it uses nothing of this module.
     """
 
     def __init__(self, drain_seconds: float = 0.5, busy: float = 0.7) -> None:
-        """`drain_seconds`: that time for each replica; `busy`: the part of each that may be in use, which also keeps
-        replicas from being stopped that the load needs. Raises ValueError."""
+        """`drain_seconds`: that time for each replica; `busy`: the share of each that may be in use, which also keeps
+        replicas that the load needs from being stopped. Raises ValueError."""
         if not (drain_seconds > 0 and 0 < busy <= 1):
             raise ValueError("policy_kwargs: drain_seconds must be above 0, and busy above 0 and at most 1")
         self.limits = {"drain_seconds": drain_seconds, "busy": busy}
 
     def __call__(self, context: Context) -> tuple[int, dict[str, Any]]:
-        """Replicas wanted, which Ray keeps within its bounds and delays, and no state."""
+        """The number of replicas wanted, to which Ray applies its bounds and delays, and an empty state."""
         found = context.aggregated_metrics or {}
         if not any(found.get(name) for name in self.limits):
             return context.target_num_replicas, {}

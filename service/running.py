@@ -28,11 +28,11 @@ def run(
 ) -> None:
     """Serve until a signal ends it. Raises StartupError, or SystemExit with 1 if it could not listen.
 
-    `make` makes the application, with a `source` where the repository is a copy, and `listening` the sockets to listen
-    at, if these are not as the settings say.
+    `make` creates the application, with a `source` if the repository is copied, and `listening` the sockets to listen
+    on, where these are not as the settings say.
     """
     if settings.keys_file:
-        # By default it would end the process, until there is a file to read again.
+        # SIGHUP would end the process by default: ignored until there is a file to read again.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     source: Mirror | None = None
 
@@ -41,7 +41,7 @@ def run(
             source.close()  # it leaves nothing half written
         leave_at_once(128 + number)
 
-    # While models are loaded nothing was accepted. Without a handler, process 1 of a container would ignore SIGTERM.
+    # Nothing is accepted while models are loading. Without a handler, process 1 of a container would ignore SIGTERM.
     signal.signal(signal.SIGTERM, leave)
     source = make_source(settings)
     make = make or partial(create_app, settings)
@@ -61,8 +61,8 @@ def run(
         delay_seconds=settings.shutdown_delay_seconds,
         graceful_seconds=settings.graceful_timeout_seconds,
     )
-    # A signal before uvicorn listens to it ends the service as soon as it has started. After shutdown uvicorn
-    # raises the signal that stopped it again: all is done by then, so the exit status is 0.
+    # A signal that arrives before uvicorn handles signals ends the service as soon as it has started. After shutdown,
+    # uvicorn raises the signal that stopped it once more: all is done by then, so the exit status is 0.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     if application.state.key_file:

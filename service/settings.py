@@ -148,7 +148,7 @@ class Settings(BaseSettings):
     (see `repositories.md`)."""
     repository_cache: _Optional[Path] = None
     """Folder for the copy of a repository that is not a folder; unset: `stridevit` in the user's cache folder, or
-    `stridevit-UID` among the temporary files where that cannot be written to."""
+    `stridevit-UID` in the folder for temporary files if that cannot be written to."""
     repository_cache_bytes: PositiveInt = 16 * 1024**3
     """Largest size of that copy, in bytes: a version that does not fit is not fetched."""
     repository_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
@@ -158,29 +158,29 @@ class Settings(BaseSettings):
     default_model: _Optional[str] = None
     """Model for requests that name none; unset: the one with the highest top-1."""
     alias: _Optional[str] = None
-    """A further name of the model for requests that name none, unless a model or a family has that name: KServe asks by
-    the name of the InferenceService, whatever the bundle is called."""
+    """An additional name of the model for requests that name none, unless a model or a family has that name: KServe
+    requests a model by the name of the InferenceService, whatever the bundle is called."""
     versions_to_serve: PositiveInt = 1
     """Number of versions of each model to serve, the newest first."""
     canary: _List[str] = ()
     """Shares of traffic that a candidate answers instead of its primary, as `[PRIMARY:]CANDIDATE[@VERSION]=SHARE`, such
     as `cifar100-csra-r2@6=5%` or `cifar100:cifar100-csra-r4=0.1`. PRIMARY is a model or a family; without it, the
-    candidate's other version or its family. A candidate that cannot answer leaves the request to the primary."""
+    primary is the candidate's other version or its family. If a candidate cannot answer, the primary does."""
     shadow: _List[str] = ()
     """The same for a candidate that computes the images too, after the primary has answered them and only while no
-    answer waits: its answers are compared, and nobody gets them."""
+    answer waits: its answers are only compared, and never sent to clients."""
     shadow_pending_bytes: PositiveInt = 16 * 1024 * 1024
     """Largest size of the images that wait to be compared, for `shadow` and `canary`, in bytes; beyond it, or beyond
     `max_pending_images`, further ones are not compared."""
     poll_seconds: Annotated[float, Field(ge=0)] = 0.0
     """Interval in seconds at which the repository is scanned for new and removed versions; 0: no polling, only
-    requests to `/v2/repository` load and unload."""
+    requests to `/v2/repository` load and unload models."""
     memory_bytes: NonNegativeInt = 0
-    """Memory that the service may take in all, in bytes: a model that needs more than is left of it is refused; 0: what
-    the container's limit and the machine leave. It does not limit requests."""
+    """Memory that the service may take in total, in bytes: a model that needs more than is left of it is refused; 0:
+    what the container's limit and the machine leave. It does not limit requests."""
     load_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
-    """Seconds that a version may take to prove itself in a process of its own, before it is given up: a large model
-    takes some ten on idle cores and ten times that beside full traffic; TensorRT may take more."""
+    """Seconds that the proof of a version, in a process of its own, may take before the version is given up: that of a
+    large model takes about ten on idle cores and ten times that under full traffic; TensorRT may take more."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: all IPv4 addresses."""
@@ -188,14 +188,14 @@ class Settings(BaseSettings):
     """TCP port to listen on; 0: any free port."""
     trusted_proxies: _List[_Address] = ()
     """Addresses or networks of reverse proxies whose `X-Forwarded-For` and `X-Forwarded-Proto` are trusted; empty:
-    none; `*`: all, where only the proxy can reach the service."""
+    none; `*`: all, for a service that only the proxy can reach."""
     cors_origins: _List[_Origin] = ()
     """Origins whose pages may call the service from a browser, such as `https://example.com`; empty: CORS is off; `*`:
     all, which is safe with API keys too, because a browser sends a key, unlike a cookie, only if the page does."""
 
     max_connections: NonNegativeInt = 0
     """Largest number of open connections; one more replaces the oldest unused one, or gets 503 if all are in use.
-    0: as many as the limit of open files allows, up to 10,000. The start fails if they do not fit into that limit."""
+    0: as many as the limit of open files allows, up to 10,000. Startup fails if they do not fit into that limit."""
     max_head_bytes: Annotated[int, Field(ge=1024)] = 32 * 1024
     """Largest head of a request, in bytes; beyond it requests get 431. Ten times what browsers and proxies send."""
     max_url_bytes: Annotated[int, Field(ge=256)] = 8 * 1024
@@ -203,7 +203,8 @@ class Settings(BaseSettings):
     max_headers: Annotated[int, Field(ge=16)] = 100
     """Largest number of headers; beyond it requests get 431. Each costs far more memory than its bytes."""
     head_timeout_seconds: Annotated[float, Field(gt=0)] = 10.0
-    """Seconds that a request's head may take from its first byte, before it gets 408: so long it holds a connection."""
+    """Seconds that a request's head may take from its first byte before it gets 408; until then it holds a
+    connection."""
     keep_alive_seconds: Annotated[float, Field(gt=0)] = 75.0
     """Seconds after which an idle connection is closed. More than the 60 s after which nginx and many load balancers
     close theirs: the side that sends the next request should be the one that closes."""
@@ -214,19 +215,19 @@ class Settings(BaseSettings):
     """SHA-256 in hexadecimal of each accepted API key, with the scopes `classify` and `read`; empty, and without a
     `keys_file`: no key is needed. `stridevit key` generates a key and its hash."""
     admin_key_hash: _Optional[_Hash] = Field(default=None, repr=False)
-    """SHA-256 in hexadecimal of the key that may load and unload models, and do all else; unset, and without an admin
-    key in `keys_file`: nobody may."""
+    """SHA-256 in hexadecimal of the key that may load and unload models, and do everything else; unset, and without an
+    admin key in `keys_file`: nobody may load and unload."""
     keys_file: _Optional[Path] = None
-    """TOML file of API keys with names, scopes and limits, which `stridevit key --name` writes entries for; read again
-    on SIGHUP and when it changes; unset: only the keys above."""
+    """TOML file of API keys with names, scopes and limits, whose entries `stridevit key --name` writes; read again on
+    SIGHUP and when it changes; unset: only the keys above."""
     keys_poll_seconds: Annotated[float, Field(ge=0)] = 5.0
-    """Interval in seconds at which `keys_file` is looked at for changes; 0: only SIGHUP reads it again."""
+    """Interval in seconds at which `keys_file` is checked for changes; 0: it is read again only on SIGHUP."""
     guarded_pages: _List[Literal["metrics", "docs"]] = ()
     """Pages that need a key with the scope `read`: `metrics`, `docs` (`/docs` and `/openapi.json`) or both; empty: they
     are open to all who can reach the port."""
 
     device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:N` or `tensorrt`. The start fails if it is unavailable: no silent fallback."""
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `tensorrt`. Startup fails if it is unavailable: no silent fallback."""
     gpu_memory_bytes: NonNegativeInt = 0
     """Limit of the engine's GPU memory, in bytes; 0: no limit."""
     tf32: bool = False
@@ -245,27 +246,28 @@ class Settings(BaseSettings):
     decode_threads: NonNegativeInt = 0
     """Threads that decode and resize images; 0: as many as `threads`."""
     allow_spinning: bool = True
-    """Let threads that shared a batch spin for some milliseconds after it: lone images that follow each other are up to
-    a tenth faster; off: they take no CPU time between batches. Under full load a batch usually has one thread."""
+    """Let threads that shared a batch spin for some milliseconds after it: single images in succession are up to a
+    tenth faster; off: the threads take no CPU time between batches. Under full load a batch usually has one thread."""
     max_batch: PositiveInt = 16
     """Largest batch of the engine, in images; up to it, warm-up chooses the best size for each model."""
     hang_factor: Annotated[float, Field(gt=1)] = 20.0
     """A batch counts as hung after this many times its predicted duration, within `hang_min_seconds` and
-    `hang_max_seconds`: other processes may take the cores for a while, but hardly 19 parts of 20."""
+    `hang_max_seconds`: other processes may take the cores for a while, but hardly 19 twentieths of them."""
     hang_min_seconds: Annotated[float, Field(gt=0)] = 10.0
     """Seconds before which no batch counts as hung, so that a short stall of the machine stops nothing."""
     hang_max_seconds: Annotated[float, Field(gt=0)] = 120.0
-    """Seconds after which any run of the engine counts as hung, also the proof and the warm-up of a model, for which
-    there is no prediction. More than the slowest run takes: raise it where TensorRT builds engines while serving."""
+    """Seconds after which any run of the engine counts as hung, including the proof and the warm-up of a model, for
+    which there is no prediction. It must exceed the slowest run: raise it if TensorRT builds engines while serving."""
     hang_exit_seconds: Annotated[float, Field(ge=0)] = 30.0
-    """Seconds that an engine which hangs gets to come back, before the process ends with status 70 to be started
-    again: native code cannot be interrupted."""
+    """Seconds that a hung engine gets to recover before the process exits with status 70, to be restarted: native code
+    cannot be interrupted."""
     max_consecutive_faults: NonNegativeInt = 20
-    """Images in a row that a model fails to answer, without one success, after which it is taken out of service until
-    it is loaded again; more than one client's few odd images; 0: never."""
+    """Number of images in a row that a model fails to answer, without one success, after which it is taken out of
+    service until it is loaded again; more than a few odd images of one client; 0: never."""
     trim_memory_bytes: NonNegativeInt = 256 * 1024 * 1024
     """Growth of resident memory, in bytes, after which the engines' arenas are trimmed, because a run may need far more
-    memory than those of warm-up and would keep it; more than bodies and decoders take by turns; 0: never."""
+    memory than the runs of warm-up, and the arena would keep it; more than bodies and decoders take and free by turns;
+    0: never."""
 
     max_pending_images: PositiveInt = 256
     """Largest number of images accepted and not yet answered; beyond it requests get 429."""
@@ -274,14 +276,14 @@ class Settings(BaseSettings):
     work can fill the queue and leave the other with 429."""
     batch_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     """Fraction of the engine's batches and of the decoders' images that `batch` work gets while `interactive` work
-    waits, so that it moves on under any load."""
+    waits, so that it makes progress under any load."""
     max_pending_bytes: PositiveInt = 256 * 1024 * 1024
     """Largest size of all bodies accepted and not yet answered, in bytes; beyond it requests get 429."""
     large_body_bytes: PositiveInt = 1024 * 1024
     """Size in bytes above which a body is large."""
     large_bodies_fraction: _Fraction = 0.75
-    """Fraction of `max_pending_bytes` that large bodies may take together, so that a few large uploads, slow ones above
-    all, leave room for ordinary ones."""
+    """Fraction of `max_pending_bytes` that large bodies may take together, so that a few large uploads, especially slow
+    ones, leave room for ordinary ones."""
     max_body_bytes: PositiveInt = 32 * 1024 * 1024
     """Largest request body, in bytes; beyond it requests get 413."""
     max_images_per_request: PositiveInt = 32
@@ -289,20 +291,21 @@ class Settings(BaseSettings):
     max_pixels: Annotated[int, Field(ge=1, le=MAX_PIXELS)] = 50_000_000
     """Largest image, in pixels, checked before decoding. Pillow itself refuses more than 178,956,970."""
     max_decode_bytes: Annotated[int, Field(ge=64 * 1024 * 1024)] = 1024 * 1024 * 1024
-    """Memory that large images may take while they are decoded, all together, in bytes, as predicted from their
-    headers: further ones wait, and one that takes more alone gets 422. The default lets a single image of any format
-    have 40 megapixels."""
+    """Memory that all large images together may take while they are decoded, in bytes, as predicted from their headers:
+    further ones wait, and an image that would take more by itself gets 422. The default allows a single image of 40
+    megapixels in any format."""
     image_formats: Annotated[_List[_Format], Field(min_length=1)] = FORMATS
-    """Formats of images that are accepted: fewer mean fewer decoders that a hostile file can reach."""
+    """Image formats that are accepted: fewer formats mean fewer decoders that a hostile file can reach."""
     exact_preprocessing: bool = False
-    """Give the model torchvision's pixels (of very long images within 2 levels). Off, preprocessing takes less time: a
-    JPEG that is much larger than the model's input is decoded at 1/2, 1/4 or 1/8 of its size, which changes pixels
-    slightly; and only what the crop keeps is resized, which changes one value in thousands by one or two levels."""
+    """Give the model torchvision's pixels (for very long images, within 2 levels). If off, preprocessing takes less
+    time: a JPEG that is much larger than the model's input is decoded at 1/2, 1/4 or 1/8 of its size, which changes
+    pixels slightly; and only what the crop keeps is resized, which changes one value in thousands by one or two
+    levels."""
     body_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Seconds that a client may take to send its body, before it gets 408."""
     min_upload_rate: NonNegativeInt = 4096
-    """Bytes per second below which a client that still sends its body gets 408, measured over `upload_window_seconds`:
-    an upload that has stopped holds its memory no longer than that. Slow mobile networks reach ten times this rate."""
+    """Bytes per second below which a client that is sending its body gets 408, measured over `upload_window_seconds`: a
+    stalled upload holds its memory no longer than that. Slow mobile networks reach ten times this rate."""
     upload_window_seconds: Annotated[float, Field(gt=0)] = 5.0
     """Seconds over which `min_upload_rate` is measured, so that a short pause is no reason for 408."""
 
@@ -313,19 +316,20 @@ class Settings(BaseSettings):
     deadline_margin: _Fraction = 0.8
     """Fraction of its deadline within which a request must be predicted to finish; otherwise it is refused at once."""
     step_up_headroom: _Fraction = 0.5
-    """Fraction of the time left beside a more accurate model's own work, within which waiting must lie before a family
-    steps back up to that model; below 1, so that the choice does not oscillate. For ten seconds
-    after a refusal it holds for the most accurate model in any case, and more for the others, up to 1 for the
-    fastest."""
+    """A family steps back up to a more accurate model only if the predicted wait for it is within this fraction of the
+    time that the deadline leaves besides that model's own work; below 1, so that the choice does not oscillate. For ten
+    seconds after a refusal, this fraction applies to the most accurate model in any case, and larger ones to the
+    others, up to 1 for the fastest."""
 
     config: _Optional[Path] = None
     """TOML file of settings, one `name = value` per line, without tables; relative paths in it are relative to the
     current folder."""
     workers: Annotated[str, AfterValidator(_workers)] = "1"
-    """Processes that serve, behind one port: a number, or `auto` for one per GPU, or on the CPU one for every four
-    cores. More than one: see `docs/workers.md`."""
+    """Processes that serve behind one port: a number, or `auto` for one per GPU or, on the CPU, one for every four
+    cores. For more than one, see `docs/workers.md`."""
     shutdown_delay_seconds: Annotated[float, Field(ge=0)] = 0.0
-    """Seconds of serving after SIGTERM while `/readyz` answers 503, so that load balancers stop sending requests."""
+    """Seconds of further serving after SIGTERM while `/readyz` answers 503, so that load balancers stop sending
+    requests."""
     graceful_timeout_seconds: PositiveInt = 30
     """Seconds that accepted requests may take to finish, after SIGTERM and `shutdown_delay_seconds`."""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = "info"
@@ -336,8 +340,8 @@ class Settings(BaseSettings):
     """Largest size of the log lines that wait to be written, in bytes; beyond it lines are dropped and counted, because
     a reader that is slow or gone must not hold up the service."""
     log_flush_seconds: Annotated[float, Field(ge=0)] = 2.0
-    """Seconds that log lines may take to be written at the end, so that a reader that is gone cannot keep the process
-    from ending."""
+    """Seconds that log lines may take to be written at exit, so that a reader that is gone cannot keep the process from
+    ending."""
     otlp_endpoint: _Optional[_Url] = None
     """URL of a collector of OpenTelemetry traces (OTLP over HTTP), such as `http://collector:4318/v1/traces`; unset: no
     traces."""
@@ -380,7 +384,7 @@ class Settings(BaseSettings):
         return self.repository
 
     def splits(self) -> tuple[Split, ...]:
-        """What `shadow` and `canary` say."""
+        """The splits that `canary` and `shadow` describe."""
         return *parse_splits("canary", self.canary), *parse_splits("shadow", self.shadow)
 
     def engine_options(self) -> EngineOptions:

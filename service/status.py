@@ -1,7 +1,7 @@
-"""The state of the service in one small JSON object, for whoever looks at it every second.
+"""The state of the service in one small JSON object, for clients that poll it every second.
 
-Its counts are the very counters of /metrics. Rates and percentiles are those of the last ten seconds, as far as the
-status was asked for before: each answer leaves a snapshot for the later ones, and nothing is done in between.
+Its counts are the counters of /metrics. Rates and percentiles are those of the last ten seconds, as far as the status
+was requested before: each answer leaves a snapshot for the later ones, and nothing is done in between.
 """
 
 import math
@@ -26,7 +26,7 @@ from service.rollouts.rollout import RolloutStatus
 MAX_BYTES = 5000
 _WINDOW_SECONDS = 10.0
 _LEAST_SECONDS = 0.5
-"""Snapshots are at least so far apart, however many clients ask."""
+"""Shortest time between two snapshots, however many clients ask."""
 
 
 class ModelStatus(BaseModel):
@@ -40,13 +40,13 @@ class ModelStatus(BaseModel):
     """Answered since the start."""
     images_per_s: float
     p50_ms: float | None
-    """Of requests, from the arrival to the answer; null without any in the window."""
+    """Of requests, from arrival to answer; null if there were none in the window."""
     p95_ms: float | None
     p99_ms: float | None
     waiting: int
     """Images that wait for the engine."""
     memory_mb: float
-    """What it took to load it and to warm it up."""
+    """Memory that loading and warm-up took."""
 
 
 class QueueStatus(BaseModel):
@@ -63,7 +63,7 @@ class Status(BaseModel):
     """Unix time in seconds."""
     uptime_s: float
     window_s: float
-    """Over so many seconds are rates and percentiles: about ten, or fewer since the start or since someone asked."""
+    """Seconds that rates and percentiles cover: about ten, or the time since the start or the last call."""
     ready: bool
     images_per_s: float
     queue: QueueStatus
@@ -78,13 +78,13 @@ class Status(BaseModel):
     rollouts: list[RolloutStatus] = []
     """Shadows and canaries; left out if there are none."""
     refusals: dict[str, int]
-    """Requests refused or ended since the start, by the reason."""
+    """Requests refused or ended since the start, by reason."""
     models: list[ModelStatus]
     """The busiest first."""
     models_left_out: int
     """Models for which there was no room: the status is never longer than 5,000 bytes."""
     choices: dict[str, dict[str, int]]
-    """Requests for each family, by the model that was chosen; of the models that are listed."""
+    """Requests for each family, by the model that was chosen; only for models that are listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +93,17 @@ class _Snapshot:
     images: dict[str, int] = field(default_factory=dict)
     """Answered, by model."""
     seconds: dict[str, Sequence[int]] = field(default_factory=dict)
-    """Requests of at most the upper bound of each bucket, by model."""
+    """Requests that took at most the upper bound of each bucket, by model."""
 
 
 class Report(BaseModel):
-    """What a Status is written from, and several can be added up from."""
+    """What a Status is written from. Several reports can be added up."""
 
     members: dict[str, Any]
-    """Those of a Status but `models`, `models_left_out` and `choices`."""
+    """Those of a Status except `models`, `models_left_out` and `choices`."""
     models: list[dict[str, Any]]
-    """The members of each ModelStatus but percentiles; and `times`, how many requests of the window took at most each
-    of `SECONDS`, and how many there were."""
+    """The members of each ModelStatus except percentiles, and `times`: how many requests of the window took at most
+    each of `SECONDS`, and at the end how many there were."""
     choices: dict[str, dict[str, int]]
     """Requests by model and family."""
 
@@ -156,7 +156,7 @@ class StatusReport:
     def _snapshot(self) -> _Snapshot:
         metrics, now = self._pipeline.metrics, _Snapshot(self._clock())
         for labels, count in metrics.totals("images"):
-            # Of others there are no times, and to ask for them would make a series.
+            # Others have no times, and asking for them would create a series.
             if labels["outcome"] == "ok" and count:
                 name = labels["model"]
                 now.images[name] = int(count)
@@ -234,9 +234,9 @@ def _difference(now: dict[str, int], before: dict[str, int]) -> Iterable[int]:
 
 
 def _milliseconds(counts: Sequence[int], quantile: float) -> float | None:
-    """A quantile of the times in the buckets of /metrics, with as many of at most each bound.
+    """A quantile of the times, from the cumulative counts of the buckets of /metrics.
 
-    Between two bounds as Prometheus has it (`histogram_quantile`).
+    Interpolated between two bounds as in Prometheus (`histogram_quantile`).
     """
     if not counts or not counts[-1]:
         return None

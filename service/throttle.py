@@ -1,4 +1,4 @@
-"""Log lines about what may happen at the rate of requests: one of each kind now and then, for those before it too."""
+"""Log lines about events as frequent as requests: now and then one line of each kind, which covers those before it."""
 
 import math
 from collections import Counter
@@ -9,7 +9,7 @@ _SECONDS = 10.0
 
 
 class LogThrottle:
-    """Decides which events get a line. Not safe for threads."""
+    """Decides which events get a line. Not thread-safe."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

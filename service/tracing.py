@@ -1,7 +1,7 @@
 """OpenTelemetry traces, with the extra `tracing`: one span per request and one per stage, in the caller's trace.
 
-Names and attributes are those of the semantic conventions for HTTP servers. The variables OTEL_* of the SDK hold: name
-and attributes of the service, sampling, batches, and the exporter's headers and timeouts.
+Names and attributes are those of the semantic conventions for HTTP servers. The SDK's variables OTEL_* apply: name and
+attributes of the service, sampling, batches, and the exporter's headers and timeouts.
 
 Stages are recorded as durations and become spans after the request, so that tracing costs the hot path nothing: these
 spans are laid end to end, without the gaps between stages.

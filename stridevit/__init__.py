@@ -10,7 +10,7 @@ __all__ = ["AsyncClient", "Busy", "Client", "DeadlineExceeded", "Rejected", "Str
 
 
 def __getattr__(name: str) -> Any:
-    """Import the clients when one is asked for: the command does without httpx and pydantic."""
+    """Import the clients when one is first used: the command needs neither httpx nor pydantic."""
     if name not in __all__:
         raise AttributeError(f"module 'stridevit' has no attribute {name!r}")
     from stridevit import answers, client  # noqa: PLC0415 (lazily)

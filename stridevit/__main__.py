@@ -1,4 +1,4 @@
-"""`python -m stridevit`: the command `stridevit`, for where its script is not on the PATH."""
+"""`python -m stridevit`: the command `stridevit`, if its script is not on the PATH."""
 
 from stridevit.command import app
 

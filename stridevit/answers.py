@@ -4,7 +4,7 @@ StrideViTError
 ├── Unreachable         no connection, or it broke
 ├── DeadlineExceeded    the deadline passed first, by the service's clock (504) or by the client's
 ├── Busy                no room (429), or not ready (503), after all tries
-└── Rejected            anything else: it would be answered in the same way again
+└── Rejected            anything else: a retry would get the same answer
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ class Problem(_Answer):
     code: str
     """For programs, such as `overloaded`; docs/service.md lists them."""
     status: int | None = None
-    """Of HTTP; None if there was no answer."""
+    """The HTTP status; None if there was no answer."""
     request_id: str | None = None
     """The service's log has it too."""
     retry_after_ms: int | None = None
@@ -57,7 +57,7 @@ class Busy(StrideViTError):
 
 
 class Rejected(StrideViTError):
-    """The service rejects the call, or failed on it."""
+    """The service rejected the call, or failed on it."""
 
 
 class Prediction(_Answer):
@@ -76,7 +76,7 @@ class ImageResult(_Answer):
 
 
 class Skipped(_Answer):
-    """A more accurate model that would have been late."""
+    """A more accurate model that was not chosen."""
 
     model: str
     predicted_ms: float
@@ -104,13 +104,13 @@ class Classification(_Answer):
 
     @property
     def predictions(self) -> tuple[Prediction, ...]:
-        """Those of the only image, best first; of several, see `results`."""
+        """The predictions for the only image, best first; for several, see `results`."""
         (only,) = self.results
         return only.predictions or ()
 
 
 class Accuracy(_Answer):
-    """Of a model on a data set, as fractions of its `n` images."""
+    """The accuracy of a model on a data set, as fractions of its `n` images."""
 
     dataset: str
     split: str
@@ -120,7 +120,7 @@ class Accuracy(_Answer):
 
 
 class Model(_Answer):
-    """A model of the repository. What is None is not known, or not before the model is ready."""
+    """A model of the repository. A member that is None is unknown, or unknown until the model is ready."""
 
     name: str
     version: int | None = None
@@ -168,7 +168,7 @@ class ModelAnswer(_Answer):
 
 
 class Agreement(_Answer):
-    """Whether other models have the best class of `model`, the most accurate one that answered."""
+    """How many other models have the same best class as `model`, the most accurate one that answered."""
 
     model: str
     of: int
@@ -177,7 +177,7 @@ class Agreement(_Answer):
 
 
 class Comparison(_Answer):
-    """Every model's answer to one image, in the order in which they came."""
+    """Every model's answer to one image, in the order of arrival."""
 
     pictures: tuple[Picture, ...]
     answers: tuple[ModelAnswer, ...]

@@ -1,7 +1,7 @@
-"""What to send to a service, what its answers mean, and what may be tried again. Does no I/O.
+"""What to send to a service, what its answers mean, and what may be retried. Does no I/O.
 
-A call is a generator. It yields a request to send or seconds to wait, and is sent what came of it. The clients carry
-these out, each in its own way.
+A call is a generator. It yields a request to send or seconds to wait, and is sent the outcome. The clients carry these
+out, each in its own way.
 """
 
 import itertools
@@ -37,10 +37,10 @@ _POLL_SECONDS = 0.2
 
 
 class Deadline:
-    """When a call must have ended. In place of httpx's timeouts: each phase gets what is left when it begins."""
+    """When a call must end. It replaces httpx's timeouts: each phase gets what is left when it begins."""
 
     def __init__(self, seconds: float, clock: Callable[[], float], *, told: bool) -> None:
-        """`told`: whether the service is to keep it, too."""
+        """`told`: whether it is sent to the service, which then keeps it, too."""
         self._clock, self._ends, self.told, self.seconds = clock, clock() + seconds, told, seconds
 
     @property
@@ -107,7 +107,7 @@ class Calls:
     def _asking(
         self, method: str, path: str, deadline: Deadline, query: dict[str, Any], **body: Any
     ) -> Steps[httpx.Response]:
-        """The answer to a request, tried again where nothing was done and the deadline allows it."""
+        """The answer to a request, which is retried if nothing was done and the deadline allows it."""
         for attempt in itertools.count():
             if deadline.left <= 0:
                 raise self._error(TimeoutError(), deadline)
@@ -135,7 +135,7 @@ class Calls:
             return None
         if attempt >= (min(self._retries, _CONNECT_RETRIES) if connects else self._retries):
             return None
-        # Not all at the same moment who were refused at the same moment.
+        # Clients that were refused at the same moment should not all retry at the same moment.
         if error.retry_after_ms is not None:
             seconds = error.retry_after_ms / 1000 * random.uniform(1.0, 1.1)  # noqa: S311
         else:

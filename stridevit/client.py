@@ -1,4 +1,4 @@
-"""Clients of a service: `Client` for plain code, `AsyncClient` for asyncio. They do the I/O of `calls`."""
+"""Clients of a service: `Client` for synchronous code, `AsyncClient` for asyncio. They do the I/O of `calls`."""
 
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ _LIMITS: Final = httpx.Limits(max_connections=None, max_keepalive_connections=No
 
 
 class _Upload(httpx.SyncByteStream):
-    """A body that ends with the deadline: httpcore's own timeout begins anew with every part that is sent."""
+    """A body that ends with the deadline: httpcore's own timeout starts again with every part that is sent."""
 
     def __init__(self, body: bytes, deadline: Deadline) -> None:
         self._body, self._deadline = body, deadline
@@ -34,7 +34,7 @@ class _Upload(httpx.SyncByteStream):
 
 
 class Client:
-    """A client for plain code. Threads may share one. Use it in a `with` statement, or `close` it."""
+    """A client for synchronous code. Threads may share one. Use it in a `with` statement, or `close` it."""
 
     def __init__(
         self,
@@ -46,10 +46,10 @@ class Client:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`url`: where the service is, also under a path. `api_key`: by default that of STRIDEVIT_API_KEY.
+        """`url`: where the service is, perhaps under a path. `api_key`: by default that of STRIDEVIT_API_KEY.
 
-        `timeout`: seconds within which a call without a deadline ends. `retries`: how often what may be tried again is:
-        failed connections (twice at most), 429 and 503, after the time that the service names.
+        `timeout`: seconds within which a call without a deadline ends. `retries`: how often to retry failed connections
+        (twice at most), 429 and 503, after the time that the service names.
         """
         self._calls = Calls(url, api_key, timeout, retries, clock)
         self._http = httpx.Client(trust_env=self._calls.trust_env, limits=_LIMITS)
@@ -66,8 +66,8 @@ class Client:
     ) -> Classification:
         """Classify one or many images in one request: with several, a broken one has its error among the results.
 
-        `model`: a model or a family; of a family the most accurate model that is in time answers. `deadline_ms`: the
-        call ends within it, tries and pauses included; the service keeps what is left of it. Raises StrideViTError.
+        `model`: a model or a family; for a family, its most accurate model that is in time answers. `deadline_ms`: the
+        call ends within it, retries and pauses included; the service keeps what is left of it. Raises StrideViTError.
         """
         deadline = self._calls.deadline(deadline_ms)
         query = {"model": model, "top_k": top_k, "priority": priority}
@@ -81,7 +81,7 @@ class Client:
         deadline_ms: float | None = None,
         top_k: int | None = None,
     ) -> Comparison:
-        """Every model's answer to one image: of all ready models, or of `models` and families."""
+        """Several models' answers to one image: those of all ready models, or of `models`, which may name families."""
         deadline = self._calls.deadline(deadline_ms)
         query = {"models": ",".join(models) if models else None, "top_k": top_k}
         return self._run(self._calls.comparing(encoded(image), deadline, query))

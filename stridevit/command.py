@@ -24,11 +24,11 @@ _EXTRAS: Final = {
 """The optional dependencies that a package's commands need, as pyproject.toml names them."""
 
 _PRODUCTS: Final = {"torch": "PyTorch", "onnx": "ONNX", "onnxscript": "ONNX Script", "locust": "Locust"}
-"""What a missing module is called, where that is not its own name."""
+"""What a missing module is called, if not by its own name."""
 
 
 class PackageCommand(TyperCommand):
-    """Stands in the help for a command of a package; `load` imports the package and gives the command itself."""
+    """Stands in the help for a command of a package; `load` imports the package and returns the command itself."""
 
     def __init__(self, name: str, form: str, help: str, *, panel: str) -> None:  # noqa: A002 (the parent's name)
         super().__init__(name, short_help=help, rich_markup_mode="markdown", rich_help_panel=panel)
@@ -154,13 +154,13 @@ COMMANDS: Final = {
 
 
 class Commands(TyperGroup):
-    """The group of all commands. The help is shown from `COMMANDS` alone; what is called is loaded."""
+    """The group of all commands. The help comes from `COMMANDS` alone; only a command that is called is loaded."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{**settings, "commands": dict(COMMANDS)})
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """Find the command that `args` begin with, and import its package. Exits with 1 where that is impossible."""
+        """Find the command that `args` begin with, and import its package. Exits with 1 if that is impossible."""
         name, command, rest = super().resolve_command(ctx, args)
         return name, _load(command) if isinstance(command, PackageCommand) else command, rest
 

@@ -1,4 +1,4 @@
-"""Images as the clients take them, as the bytes that are sent."""
+"""Images in the forms that the clients take, turned into the bytes that are sent."""
 
 import io
 import os
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     import PIL.Image
 
 Image: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | PIL.Image.Image"
-"""A path, an encoded image's bytes, an open file, or an image of Pillow, which is sent as PNG."""
+"""A path, an encoded image's bytes, an open file, or a Pillow image, which is sent as PNG."""
 Images: TypeAlias = "Image | Iterable[Image]"
 
 _IN_PNG = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
 
 
 def encoded(image: Image) -> bytes:
-    """An image as a file's bytes. Raises OSError, or TypeError if it is none of `Image`."""
+    """An image as a file's bytes. Raises OSError, or TypeError if it is not an `Image`."""
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if isinstance(image, str | os.PathLike):

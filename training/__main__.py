@@ -62,7 +62,8 @@ app = typer.Typer(
     help="""Train Vision Transformers with compressed keys and values.
 
     A **recipe** sets the preset, the data and the schedule; a **variant** is the kind of attention: `mha`, `lsra-rR` or
-    `csra-rR`. All variants of a recipe start from equal weights outside attention and see equal data in equal order.
+    `csra-rR`. All variants of a recipe start from the same weights outside attention and see the same data in the same
+    order.
 
     **Your pictures**: `stridevit train --data photos/ --variant csra-r2`, with a folder per class in `photos/`. A tenth
     of each class is held out to test.
@@ -88,19 +89,19 @@ def train(
         Path | None, typer.Option(help="Folder of the run; its name becomes the model's. [default: runs/DATA-VARIANT]")
     ] = None,
     data: DataOption = None,
-    preset: Annotated[str | None, typer.Option(help=f"Another model size: {', '.join(PRESETS)}.")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Model size, if not the recipe's: {', '.join(PRESETS)}.")] = None,
     epochs: EpochsOption = None,
     init: Annotated[
         str | None,
         typer.Option(
             metavar="RUN|FILE|timm:NAME",
-            help="Begin with the weights of a run, of a safetensors file with timm's names, or of a model of timm's.",
+            help="Start from the weights of a run, of a safetensors file with timm's names, or of a timm model.",
         ),
     ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
-            metavar="RUN|timm:NAME", help="Also learn from this model: half of the loss, or as --set distill.* says."
+            metavar="RUN|timm:NAME", help="Also learn from this model: half of the loss, or as --set distill.* sets."
         ),
     ] = None,
     weights: WeightsOption = None,
@@ -115,11 +116,11 @@ def train(
     """Train one variant. The finished model is in the folder's `final/`, for `evaluate` and for export.
 
     Ctrl-C and SIGTERM save a checkpoint first; `--resume` continues with the next step. Under torchrun, and wherever
-    a failed command is repeated, use `--auto-resume`.
+    a failed command is restarted automatically, use `--auto-resume`.
 
-    With `--init` the sizes of the model and the normalisation of its images are those of the source, unless `--preset`
-    or `--set` changes them; every weight of equal name and shape is taken. For a compressed variant of a trained MHA
-    model use `retrofit`, which also fits its keys and values.
+    With `--init`, the model's sizes and its image normalisation are those of the source, unless `--preset` or `--set`
+    changes them; every weight whose name and shape match is copied. For a compressed variant of a trained MHA model,
+    use `retrofit`, which also fits its keys and values.
 
     Example: `stridevit train --recipe digits --variant csra-r2 --out runs/digits-csra-r2`
 
@@ -198,8 +199,8 @@ def study(
     recipe: RecipeOption,
     out: Annotated[Path, typer.Option(help="Folder for the runs, one folder each: RECIPE-VARIANT-sSEED.")],
     variants: VariantsOption = ALL_VARIANTS,
-    seeds: Annotated[str, typer.Option(help="Separated by commas; all variants of a seed before the next seed.")] = "0",
-    report: Annotated[Path | None, typer.Option(help="Folder for table and curves; `--out` by default.")] = None,
+    seeds: Annotated[str, typer.Option(help="Separated by commas; all variants of a seed run before the next.")] = "0",
+    report: Annotated[Path | None, typer.Option(help="Folder for the table and curves; `--out` by default.")] = None,
     data: DataOption = None,
     epochs: EpochsOption = None,
     teacher: Annotated[
@@ -213,8 +214,8 @@ def study(
 ) -> None:
     """Train several variants with several seeds; write a table of means ± standard deviations and learning curves.
 
-    Finished runs are kept and stopped ones continued: repeat the same command to go on. With `--teacher` each run is a
-    retrofit, and its folder RECIPE-retrofit-eEPOCHS-VARIANT-sSEED.
+    Finished runs are kept and stopped ones continued: repeat the same command to go on. With `--teacher`, each run is a
+    retrofit, and its folder is RECIPE-retrofit-eEPOCHS-VARIANT-sSEED.
 
     Example: `stridevit study --recipe digits --variants mha,csra-r2 --seeds 0,1,2 --out runs/digits`
 
@@ -256,7 +257,7 @@ def study(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     data: DataOption = None,
-    img_size: Annotated[int | None, typer.Option(help="Another image size than in training, such as 384.")] = None,
+    img_size: Annotated[int | None, typer.Option(help="Image size instead of the training size, such as 384.")] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Top-1 of every class, worst first.")] = False,
     confusions: Annotated[int, typer.Option(min=0, help="Number of most confused pairs of classes to show.")] = 5,
     record: Annotated[bool, typer.Option("--record", help="Store accuracy and correct images in model.json.")] = False,
@@ -277,7 +278,7 @@ def evaluate(
             )
         world = World(device=choose_device(device))
         if workers is None:
-            # Starting processes takes longer than decoding a small test split here.
+            # For a small test split, starting processes takes longer than decoding in this one.
             workers = default_workers() if len(dataset.test) > 20_000 else 0
         result = evaluate_model(
             model.to(world.device),
@@ -306,10 +307,10 @@ def evaluate(
 @app.command()
 def describe(
     preset: Annotated[str, typer.Option(help=f"One of: {', '.join(PRESETS)}.")],
-    img_size: Annotated[int | None, typer.Option(help="Another image size than the preset's.")] = None,
+    img_size: Annotated[int | None, typer.Option(help="Image size instead of the preset's.")] = None,
     variants: VariantsOption = ALL_VARIANTS,
-    num_classes: Annotated[int | None, typer.Option(min=1, help="Another number of classes than the preset's.")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Another rank of the latent than the preset's.")] = None,
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Number of classes instead of the preset's.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the latent instead of the preset's.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Costs of each variant of a preset for one image: parameters, multiply-accumulates, attention memory.
@@ -390,7 +391,7 @@ def _warn(on: Execution, dataset: Dataset) -> None:
 
 @contextlib.contextmanager
 def _errors(run: Path | None = None) -> Iterator[None]:
-    """Show what the user can fix as one line that says how; after an interruption, say how to continue."""
+    """Show errors that the user can fix in one line that says how; after an interruption, say how to continue."""
     process = os.environ.get("RANK")
     try:
         yield
@@ -408,7 +409,7 @@ def _errors(run: Path | None = None) -> Iterator[None]:
         origin = f" of process {process}" if process else ""
         console.print(f"[red]error{origin}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         if process:
-            # Other processes may be waiting for this one, and its clean-up for them; torchrun ends all of them.
+            # Others may be waiting for this process, and its clean-up would wait for them; torchrun ends all of them.
             sys.stderr.flush()
             os._exit(1)
         raise typer.Exit(1) from None

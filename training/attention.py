@@ -33,7 +33,7 @@ class CompressedAttention(nn.Module):
     rank: int
     reduction: int
     prefix: int = 0
-    """Class tokens, which lead the sequence."""
+    """Number of class tokens, which come first in the sequence."""
 
     def __init__(
         self,

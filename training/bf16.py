@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 
 _EMULATED = 3.0
-"""From here on a slowdown is that of emulation: with instructions bfloat16 is the faster one."""
+"""A larger slowdown means emulation: with instructions for it, bfloat16 is faster than float32."""
 
 
 def bf16_is_emulated(device: torch.device) -> bool:
@@ -16,7 +16,7 @@ def bf16_is_emulated(device: torch.device) -> bool:
 
 @lru_cache
 def bf16_slowdown(device: torch.device) -> float:
-    """Time of a bfloat16 product ÷ that of the same in float32, measured within 0.1 s or so; 0 for a GPU."""
+    """Time of a bfloat16 product ÷ that of the same product in float32, measured in 0.1 s or so; 0 for a GPU."""
     if device.type != "cpu":
         return 0.0
     return _seconds(torch.bfloat16) / _seconds(torch.float32)

@@ -1,4 +1,4 @@
-"""The state to resume from: `last.pt`, and `previous.pt` in case that one is damaged."""
+"""The state to resume from: `last.pt`, or `previous.pt` if `last.pt` is damaged."""
 
 import io
 import zipfile
@@ -17,7 +17,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
     Raises OSError if it cannot be written (disk full); then both files stay as they were.
     """
-    # In memory first: torch reports a full disk as "unexpected pos 704 vs 598".
+    # Serialise in memory first: torch itself reports a full disk as "unexpected pos 704 vs 598".
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(folder / LAST_FILE, buffer.getbuffer(), keep_old_as=folder / PREVIOUS_FILE)

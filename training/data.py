@@ -20,9 +20,9 @@ from training.images import Fit, decode, unchanged
 from training.readers import EVALUATION, HUB, TRAIN, DataError, Reader, open_split
 
 DIGITS = "digits"
-"""scikit-learn's, which need no folder."""
+"""scikit-learn's digits, which need no folder."""
 _SPLIT_SEED = 0
-"""Splits do not follow the seed of a run, so that runs of any seed hold out the same images."""
+"""Splits do not depend on the seed of a run, so that runs with any seed hold out the same images."""
 
 _WHERE_TO_GET = {
     "cifar100": "get the data set uoft-cs/cifar100 from the Hugging Face hub and name the folder that holds its "
@@ -48,7 +48,7 @@ class Split:
         return Split(images=self.images[index], labels=self.labels[index])
 
     def read(self, index: int, fit: Fit = unchanged) -> Image.Image:
-        """The image at `index`, through `fit`."""
+        """The image at `index`, with `fit` applied."""
         return fit(Image.fromarray(self.images[index]))
 
 
@@ -72,7 +72,7 @@ class Files:
         return Files(reader=self.reader, rows=self.rows[index])
 
     def read(self, index: int, fit: Fit = unchanged) -> Image.Image:
-        """The image at `index`, through `fit`, as RGB. Raises DataError with its name if it cannot be decoded."""
+        """The image at `index`, with `fit` applied, as RGB. Raises DataError with its name if it cannot be decoded."""
         return _decode(self.reader, int(self.rows[index]), fit)
 
 
@@ -92,7 +92,7 @@ class Dataset:
     mean: tuple[float, float, float] = IMAGENET_INCEPTION_MEAN
     std: tuple[float, float, float] = IMAGENET_INCEPTION_STD
     notes: tuple[str, ...] = ()
-    """What was left out of it, for the user."""
+    """What was left out, to tell the user."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -183,12 +183,12 @@ def split_val(train: Images, size: int) -> tuple[Images, Images]:
 
 
 def held_out_size(train: Images) -> int:
-    """Images of a tenth of every class, at least one."""
+    """Number of images in a tenth of every class, at least one per class."""
     return len(held_out(train.labels))
 
 
 def labels_as_bytes(labels: npt.NDArray[np.int64]) -> bytes:
-    """Class indices as little-endian int64: what the digests of labels are taken over."""
+    """Class indices as little-endian int64: the input of label digests."""
     return labels.astype("<i8").tobytes()
 
 

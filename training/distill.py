@@ -16,7 +16,7 @@ from training.models import NormalizedModel, StrideViT
 from training.recipes import Distill
 
 Outputs = tuple[Tensor, list[Tensor]]
-"""Logits (B,C), and the output (B,N,D) of each block where they are compared."""
+"""Logits (B,C), and the output (B,N,D) of each block if blocks are compared."""
 
 
 class Teacher:

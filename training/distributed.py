@@ -48,7 +48,7 @@ class World:
         return values
 
     def decide(self, question: Callable[[], T]) -> T:
-        """What `question()` returns or raises in the main process, in all processes."""
+        """Call `question()` in the main process, and return or raise its outcome in all processes."""
         if self.size == 1:
             return question()
         answer: list[Any] = [None, None]
@@ -80,7 +80,7 @@ def choose_device(name: str) -> torch.device:
 def join(device: torch.device) -> Iterator[World]:
     """The processes that torchrun started, each on the GPU of its local rank; without torchrun this process alone.
 
-    Raises ValueError if another launcher than torchrun started the processes, and if there are more of them than GPUs;
+    Raises ValueError if a launcher other than torchrun started the processes, or if there are more of them than GPUs;
     PeerLost if another process ends before this one.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -106,7 +106,7 @@ def join(device: torch.device) -> Iterator[World]:
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
-        # Without the place in gloo's code, and without its advice.
+        # Drop the location in gloo's code, and its advice.
         reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
         raise PeerLost(
             f"the connection to another process was lost ({reason}): see what ended that process or its machine, and "

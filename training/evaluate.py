@@ -68,7 +68,7 @@ class Evaluation:
         return [(*divmod(place, self.num_classes), int(wrong.flat[place])) for place in places if wrong.flat[place]]
 
     def accuracy(self, dataset: Dataset) -> Accuracy:
-        """What a model card says of an evaluation of `dataset.test`."""
+        """What a model card says about an evaluation on `dataset.test`."""
         return Accuracy(
             dataset=dataset.name,
             split=dataset.test_split,

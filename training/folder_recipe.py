@@ -1,10 +1,11 @@
-"""The recipe `folder`: every setting from the data, for pictures of one's own.
+"""The recipe `folder`: all settings derived from the data, for the user's own pictures.
 
 stridevit train --data photos/ --variant csra-r2
 
 Small pictures of one size (icons, CIFAR-like) are held in memory and cropped with padding; others are read from disk
 and cropped by area. The numbers are rules of thumb, not tuned on any data: about 50,000 pictures are seen, in at least
-10 and at most 100 epochs. A few hundred pictures teach little to a model that begins at random: use --init.
+10 and at most 100 epochs. A model that starts from random weights learns little from a few hundred pictures: use
+--init.
 """
 
 import io
@@ -25,12 +26,12 @@ SMALL = 64
 """Pixels: pictures whose shorter side is smaller get the small preset."""
 _PICTURES_SEEN, _FEWEST_EPOCHS, _MOST_EPOCHS = 50_000, 10, 100
 _FINE_TUNING = 0.1
-"""Learning rate that begins with trained weights, as a share of that from random ones."""
+"""Learning rate when starting from trained weights, as a share of that for random ones."""
 _MOST_READ = 20_000
 
 
 def dataset_name(source: str) -> str:
-    """The name of a data set, from that of its folder: `My Photos/` is my-photos."""
+    """The name of a data set, derived from that of its folder: `My Photos/` gives my-photos."""
     last = (
         source.removeprefix(HUB).rstrip("/").rpartition("/")[2]
         if source.startswith(HUB)
@@ -41,7 +42,7 @@ def dataset_name(source: str) -> str:
 
 
 def slug(text: str, *, otherwise: str) -> str:
-    """`text` in lower case, with a hyphen for everything that a name cannot hold; `otherwise` if nothing is left."""
+    """`text` in lower case, with hyphens for characters that a name cannot hold; `otherwise` if nothing is left."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or otherwise
 
 
@@ -55,8 +56,8 @@ def folder_recipe(
 ) -> Recipe:
     """Settings for `dataset`, whose images are on disk.
 
-    The size is that of the architecture `like`, else that of `preset`, else chosen by the pictures. `trained` if the
-    run begins with trained weights; `bf16` if the device gains by it. Raises ValueError for an unknown preset.
+    The size is that of the architecture `like`, else that of `preset`, else chosen to suit the pictures. `trained`: the
+    run starts from trained weights; `bf16`: the device benefits from it. Raises ValueError for an unknown preset.
     """
     if not isinstance(dataset.train, Files) or not isinstance(dataset.test, Files):
         raise TypeError("the images must be on disk")

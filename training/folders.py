@@ -1,8 +1,8 @@
 """A folder of pictures, one folder per class in it: DIR/CLASS/picture.jpg.
 
-There are no splits: a tenth of every class, at least one picture, is the test split. The same pictures for the same
-files, whatever the seed. Every picture is decoded once; those that cannot be are left out, as are files that are no
-pictures and classes without any, and named in `FolderReport`.
+There are no splits: a tenth of every class, at least one picture, is the test split. The same files always give the
+same test pictures, whatever the seed. Every picture is decoded once; those that cannot be decoded, files that are not
+pictures, and classes without pictures are left out and named in `FolderReport`.
 """
 
 import os
@@ -19,9 +19,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from training.readers import EVALUATION, TRAIN, DataError
 
 PICTURES = (*IMG_EXTENSIONS, ".gif", ".avif", ".jp2")
-"""Endings of pictures; others are left out."""
+"""File name extensions of pictures; other files are left out."""
 FEWEST = 3
-"""Pictures of a class: one each to train, to hold out and to test."""
+"""Fewest pictures of a class: one each to train on, to hold out and to test on."""
 _MOST_BROKEN = 0.1
 _SPLIT_SEED = 0
 
@@ -48,7 +48,7 @@ class FolderReport:
 
 @dataclass(kw_only=True)
 class FolderReader:
-    """One split of the folder, as training/readers.py wants it."""
+    """One split of the folder, as a `Reader` (training/readers.py)."""
 
     split: str
     classes: tuple[str, ...]
@@ -72,7 +72,8 @@ def is_class_folder(folder: Path) -> bool:
 def read_folder(folder: Path, decode: Decode) -> tuple[FolderReader, FolderReader, FolderReport]:
     """The train and the test split of `folder`, and what was found in it.
 
-    Raises DataError if there are fewer than two classes, too few pictures of one, or more than a tenth are broken.
+    Raises DataError if there are fewer than two classes or too few pictures of one, or if more than a tenth of the
+    pictures are broken.
     """
     files: list[Path] = []
     labels: list[int] = []

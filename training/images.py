@@ -1,6 +1,6 @@
-"""Encoded images to RGB pixels, by the service's rules: a model is trained and evaluated on what it will be served.
+"""Decode images to RGB by the service's rules, so that a model is trained and evaluated on what it will be served.
 
-EXIF orientation is applied, alpha blended over white, and 16-bit grey scaled; of an animation the first frame counts.
+EXIF orientation is applied, alpha blended over white, and 16-bit grey scaled; of an animation, the first frame is used.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Trained weights to begin with: of a finished run, of a file, or of a model of timm's.
+"""Trained weights to start from: of a finished run, of a file, or of a timm model.
 
     runs/x                     a finished run of ours
     model.safetensors          weights under timm's names, as timm saves them and the Hugging Face hub holds them
@@ -113,7 +113,7 @@ def timm_model(name: str, weights: Path | None = None, *, pretrained: bool = Tru
         model: nn.Module = timm.create_model(name, pretrained=pretrained and state is None, **known)
     except RuntimeError as error:
         raise SourceError(_timm_failure(name, error)) from error
-    except Exception as error:  # the hub's client has many, of several packages
+    except Exception as error:  # the hub's client raises many kinds, from several packages
         raise SourceError(
             f"the weights of timm:{name} cannot be fetched ({_first_line(error)}): check the connection, or download "
             "model.safetensors yourself and name it with --weights"
@@ -177,7 +177,7 @@ def as_architecture(model: nn.Module, name: str) -> Architecture:
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """Names of weights: taken from the source (as they are, or fitted), made anew, and left in the source."""
+    """Names of weights: taken from the source (as they are, or fitted), newly initialised, and left in the source."""
 
     taken: tuple[str, ...]
     fitted: tuple[str, ...]
@@ -191,9 +191,9 @@ class Taken:
 
 
 def adapted(recipe: Recipe, source: Source, given: Collection[str]) -> Recipe:
-    """`recipe` for a run that begins with `source`: with its sizes and preprocessing, but for the keys in `given`.
+    """`recipe` for a run that starts from `source`: with its sizes and preprocessing, except for the keys in `given`.
 
-    Of a bare file only the kind of positions and the class token are known.
+    For a bare file, only the kind of positions is known, and whether there is a class token.
     """
     spec, prepared = source.architecture, source.preprocessing
     known: dict[str, Any] = {
@@ -209,11 +209,11 @@ def adapted(recipe: Recipe, source: Source, given: Collection[str]) -> Recipe:
 
 
 def take(model: StrideViT, source: Source, labels: tuple[str, ...] = ()) -> Taken:
-    """Copy every weight of equal name and shape into `model`, and by rule what differs in size alone.
+    """Copy every weight of equal name and shape into `model`, and adapt those that differ only in size.
 
     Learned positions are resized to the model's grid; a class token's position goes with the class token; the norm
-    before the head is the same weight under two names, before or after pooling; a head for other classes, by number or
-    by `labels`, is made anew.
+    before the head counts as the same weight, although its name differs before and after pooling; a head for other
+    classes, by number or by `labels`, is newly initialised.
     Raises SourceError if no block takes anything.
     """
     own, given = model.state_dict(), dict(source.weights)
@@ -248,7 +248,7 @@ def take(model: StrideViT, source: Source, labels: tuple[str, ...] = ()) -> Take
 
 
 def as_stridevit(model: nn.Module, name: str) -> StrideViT:
-    """A timm model as one of ours, with equal outputs. Raises SourceError if it is no plain Vision Transformer."""
+    """Convert a timm model to ours, with equal outputs. Raises SourceError if it is no plain Vision Transformer."""
     ours = StrideViT(as_architecture(model, name))
     state = model.state_dict()
     if "cls_token" in state and state["pos_embed"].shape[1] == ours.spec.tokens - 1:
@@ -318,7 +318,7 @@ def _foreign_parts(model: nn.Module) -> str:
 
 
 _EPSILON = 1e-6
-"""Of the norms of timm's Vision Transformer."""
+"""Epsilon of the norms in timm's Vision Transformer."""
 
 
 def _preset(sizes: Mapping[str, Any]) -> str | None:
@@ -326,7 +326,7 @@ def _preset(sizes: Mapping[str, Any]) -> str | None:
 
 
 def _rank(sizes: Mapping[str, Any], width: int) -> int:
-    """The preset's, else a twenty-fourth of the width in multiples of 8, as in `vit-s16`."""
+    """The preset's rank, else a twenty-fourth of the width, rounded down to a multiple of 8, as in `vit-s16`."""
     name = _preset(sizes)
     preset: Preset | None = PRESETS[name] if name else None
     return preset.rank if preset else max(8, width // 24 // 8 * 8)

@@ -58,7 +58,7 @@ class Origin:
     """Trained models that a run begins with or learns from."""
 
     init: Source | None = None
-    """Its weights are the first ones. With `recipe.fit` its attention is compressed, and it is the teacher."""
+    """Its weights are the initial ones. With `recipe.fit`, its attention is compressed, and it is also the teacher."""
     teacher: Source | None = None
 
     @property
@@ -84,10 +84,10 @@ def train(
 ) -> runs.ModelCard:
     """Train one variant by `recipe` into the folder `out` and return the card of the finished model.
 
-    With `resume="auto"` the run continues from its last checkpoint if there is one, and else begins.
+    With `resume="auto"` the run continues from its last checkpoint if there is one, and otherwise starts.
 
     SIGTERM and Ctrl-C save a checkpoint and raise Stopped. Without `test` the test split is not read and the card has
-    no accuracy: for runs whose results decide something.
+    no accuracy: for runs whose results decisions are based on.
 
     Raises RunError if `out` already holds a run (unless `resume`), or a run of another recipe, and TrainingError if the
     loss is not finite, or if the processes were started with different settings or data.
@@ -116,7 +116,7 @@ def train(
 
 
 def _check_agreement(world: World, settings: dict[str, Any]) -> None:
-    """Else processes of different machines would wait for each other for ever, or train on different data."""
+    """Check that all processes agree; else they would wait for each other for ever, or train on different data."""
     first, *others = world.gather(settings)
     for rank, other in enumerate(others, start=1):
         if different := [name for name in first if first[name] != other.get(name)]:
@@ -151,7 +151,7 @@ def run_identity(recipe: Recipe, variant: str, dataset: Dataset, origin: Origin 
 
 
 def architecture_of(recipe: Recipe, variant: str, dataset: Dataset, origin: Origin) -> Architecture:
-    """The preset's with what `recipe` changes; where the recipe says that its preset is the source's, the source's."""
+    """The preset's architecture, or the source's if it has the recipe's preset, with the changes of `recipe`."""
     known = origin.init.architecture if origin.init else None
     if known is None or recipe.preset != known.preset:
         return architecture(
@@ -175,7 +175,7 @@ def architecture_of(recipe: Recipe, variant: str, dataset: Dataset, origin: Orig
 
 
 def same_run(identity: dict[str, Any]) -> dict[str, Any]:
-    """`identity` as it is compared: with the defaults of today for what its record does not know yet."""
+    """`identity` in the form that is compared: settings that an older record lacks get today's defaults."""
     recipe = Recipe.model_validate(identity["recipe"])
     spec = Architecture.model_validate(identity["architecture"])
     return {**identity, "recipe": recipe.model_dump(), "architecture": spec.model_dump()}
@@ -246,7 +246,7 @@ class _Run:
         self.epoch_loss = 0.0
         """Sum of the losses of this epoch's steps so far."""
         self.seconds = 0.0
-        """Time in training steps so far, including those before a resumption, without evaluation."""
+        """Time in training steps so far, including those before a resume, excluding evaluation."""
         self.started = datetime.now(UTC)
         self.commit = runs.git_commit()
         self.identity = run_identity(recipe, variant, dataset, origin)
@@ -264,7 +264,7 @@ class _Run:
                 )
 
     def _begin(self, source: Source) -> Taken:
-        """The first weights, from `source`: as they are, or fitted to compressed attention."""
+        """Set the initial weights from `source`: as they are, or fitted to compressed attention."""
         if self.recipe.fit is None:
             return take(self.model, source, self.dataset.classes)
         return retrofit(self.model, source, source.classifier(), self.recipe.fit, self.fit, self.preprocessing)
@@ -396,7 +396,7 @@ class _Run:
                     raise self._stopped(stop)
 
     def _steps_of(self, epoch: int) -> int:
-        """All steps of an epoch; the last epoch may be shorter."""
+        """Number of steps of an epoch; the last epoch may be shorter."""
         return min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
 
     def _batches(self, epoch: int, first: int) -> Iterator[Batch]:

@@ -97,7 +97,7 @@ class Architecture(Record):
 
 
 class Preset(NamedTuple):
-    """A size of model; its `img_size`, `rank` and `num_classes` are defaults. Names as in timm."""
+    """A model size; its `img_size`, `rank` and `num_classes` are defaults. Names as in timm."""
 
     img_size: int
     patch_size: int
@@ -127,7 +127,7 @@ def architecture(
     positions: Positions = "sincos",
     pool: Pool = "avg",
 ) -> Architecture:
-    """The architecture of a preset with one variant; what is left out is the preset's.
+    """The architecture of a preset with one variant; omitted arguments are the preset's.
 
     Raises ValueError for an unknown preset and for an image size that is not a multiple of the patch size.
     """
@@ -205,7 +205,7 @@ class StrideViT(VisionTransformer):
 def resized_positions(positions_1ND: Tensor, spec: Architecture, *, class_token: bool) -> Tensor:
     """Learned positions (1,N,D) for the grid of `spec`, with a first row for its class token.
 
-    `class_token`: whether the given ones are of a model with one. Raises ValueError if they are of no square grid.
+    `class_token`: whether they come from a model with one. Raises ValueError if they do not form a square grid.
     """
     count = positions_1ND.shape[1]
     first = int(class_token and math.isqrt(count - 1) ** 2 == count - 1)
@@ -219,7 +219,7 @@ def resized_positions(positions_1ND: Tensor, spec: Architecture, *, class_token:
 
 
 class NormalizedModel(nn.Module):
-    """A model that takes uint8 images and normalises them itself, so that it is neither forgotten nor done twice.
+    """A model that takes uint8 images and normalises them itself, so that this is neither forgotten nor done twice.
 
     `mean` and `std` are per channel, in units of the 0..1 range.
     """

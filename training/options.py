@@ -1,4 +1,4 @@
-"""Options that several commands of `python -m training` have."""
+"""Options shared by several commands of `python -m training`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -34,12 +34,12 @@ AutoResumeOption = Annotated[
     bool,
     typer.Option(
         "--auto-resume",
-        help="Continue from the last checkpoint if there is one, else begin: for torchrun's restarts, and for "
+        help="Continue from the last checkpoint if there is one, else start: for torchrun's restarts, and for "
         "schedulers that repeat a command.",
     ),
 ]
 TestOption = Annotated[
-    bool, typer.Option(help="Evaluate on the test split at the end; `--no-test` for runs that decide something.")
+    bool, typer.Option(help="Evaluate on the test split at the end; `--no-test` for runs that decisions are based on.")
 ]
 CheckpointOption = Annotated[int, typer.Option("--checkpoint-steps", min=1, help="Steps between checkpoints.")]
 WorkersOption = Annotated[int | None, typer.Option(min=0, help="Processes that decode images. [default: one per core]")]
@@ -47,7 +47,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto (a GPU if torch finds one)
 WeightsOption = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE.safetensors", help="With timm:NAME: its weights, instead of fetching them from the hub."
+        metavar="FILE.safetensors", help="With timm:NAME: weights to use, instead of fetching them from the hub."
     ),
 ]
 EpochsOption = Annotated[
@@ -55,7 +55,7 @@ EpochsOption = Annotated[
     typer.Option(
         min=0,
         max=MAX_EPOCHS,
-        help="Instead of the recipe's; 0.5 is half an epoch. The warm-up takes at most a tenth.",
+        help="Number of epochs instead of the recipe's; 0.5 is half an epoch. The warm-up takes at most a tenth.",
         show_default=False,
     ),
 ]

@@ -6,7 +6,7 @@
     hub:OWNER/NAME                          by its name on the Hugging Face hub     datasets
 
 All are read by index, so that order, resumption and any number of processes depend on the index alone. To that end
-`datasets` copies all but class folders into its cache once (HF_HOME names it).
+`datasets` copies all but class folders into its cache once (HF_HOME sets its location).
 """
 
 import errno
@@ -118,7 +118,7 @@ class _ClassFolders:
             raise DataError(f"{folder} is not laid out as CLASS/picture.jpg: {error}") from error
         self.classes = tuple(found.classes)
         self.labels = np.asarray(found.targets, dtype=np.int64)
-        # As bytes: a quarter of the memory of text, for a million paths.
+        # Bytes take a quarter of the memory of text, which matters for a million paths.
         self._files = np.array([os.fsencode(path) for path, _ in found.samples])
 
     def encoded(self, row: int) -> bytes:

@@ -43,7 +43,7 @@ class Schedule(Record):
     warmup_steps: NonNegativeInt | None = None
     """Replaces `warmup_epochs`."""
     cosine_after_warmup: bool = False
-    """Start the cosine after the warm-up, as big_vision does; else at step 0, under the warm-up, as timm does."""
+    """Start the cosine after the warm-up, as big_vision does; else at step 0, overlaid by the warm-up, as timm does."""
     min_lr: NonNegativeFloat = 1e-5
 
 
@@ -89,12 +89,12 @@ class Augment(Record):
 
 
 class Distill(Record):
-    """What a student learns from its teacher; all zero without a teacher."""
+    """What a student learns from its teacher; the weights are zero without a teacher."""
 
     logits: float = Field(default=0.0, ge=0, le=1)
     """Share of the classification loss that compares with the teacher's probabilities instead of the labels."""
     temperature: PositiveFloat = 1.0
-    """Logits are divided by it before they are compared; more than 1 stresses the less likely classes."""
+    """Logits are divided by it before they are compared; more than 1 emphasises the less likely classes."""
     blocks: NonNegativeFloat = 0.0
     """Weight of the squared difference from the outputs of the teacher's blocks, as a share of their variance."""
 
@@ -111,7 +111,7 @@ class Fit(Record):
     output: bool = True
     """Also fit the output projection, to what the teacher's attention adds to the tokens."""
     images: PositiveInt = 1024
-    """Train images to compute keys and values of."""
+    """Number of train images to compute keys and values on."""
 
 
 class Recipe(Record):
@@ -124,9 +124,9 @@ class Recipe(Record):
     val_images: NonNegativeInt
     """Train images held out for every decision, stratified by class; the test split is used once, at the end."""
     img_size: PositiveInt | None = None
-    """Another image size than the preset's."""
+    """Image size instead of the preset's."""
     rank: PositiveInt | None = None
-    """Another rank of the latent than the preset's."""
+    """Rank of the latent instead of the preset's."""
     positions: Positions = "sincos"
     pool: Pool = "avg"
     crop_pct: float = Field(default=1.0, gt=0, le=1)
@@ -222,7 +222,7 @@ RECIPES = {recipe.name: recipe for recipe in (CIFAR100_XS, CIFAR100_FULL, IMAGEN
 
 
 def retrofitted(recipe: Recipe, epochs: float) -> Recipe:
-    """`recipe`, with which a teacher was trained, as the recipe of a retrofit of `epochs` epochs."""
+    """The recipe for a retrofit of `epochs` epochs, made from the `recipe` that the teacher was trained with."""
     return recipe.model_copy(
         update={
             "name": f"{recipe.name}-retrofit",
@@ -271,7 +271,7 @@ def overridden(recipe: Recipe, overrides: list[str] | None) -> Recipe:
 
 
 def _parsed(value: str) -> Any:
-    """The value of JSON (numbers, true, null, [0.05, 1]), else the text itself."""
+    """`value` parsed as JSON (numbers, true, null, [0.05, 1]), else the text itself."""
     try:
         return json.loads(value)
     except json.JSONDecodeError:
@@ -279,7 +279,7 @@ def _parsed(value: str) -> Any:
 
 
 def _nearest(text: str, known: Iterable[str]) -> str:
-    """A hint at the known name whose last part is most like that of `text`."""
+    """A hint that names the known name whose last part is most similar to that of `text`."""
     by_leaf = {key.rpartition(".")[2]: key for key in known}
     close = difflib.get_close_matches(text.rpartition(".")[2], by_leaf, n=1)
     return f"; did you mean {by_leaf[close[0]]!r}?" if close else ""

@@ -14,7 +14,7 @@ from training.loop import Origin
 from training.recipes import Recipe, load_recipe, overridden, retrofitted
 
 DATA_VARIABLE = "STRIDEVIT_DATA"
-"""The environment variable in the place of `--data`."""
+"""The environment variable that can replace `--data`."""
 
 
 def prepare(
@@ -45,7 +45,7 @@ def prepare(
 
 
 def with_short_warmup(recipe: Recipe, epochs: float | None, changes: list[str]) -> Recipe:
-    """`recipe` with a warm-up that `--epochs` leaves room for, unless the user has set one."""
+    """`recipe` with a warm-up short enough for `--epochs`, unless the user has set one."""
     schedule = recipe.schedule
     if not epochs or schedule.warmup_steps is not None or "schedule.warmup_epochs" in _keys(changes):
         return recipe
@@ -81,7 +81,7 @@ def retrofit_origin(recipe: Recipe, source: Source) -> Origin:
 
 
 def load_for(recipe: Recipe, data: str | None, source: Source | None) -> Dataset:
-    """The data of a recipe, normalised as the model that a run begins with was trained."""
+    """The data of a recipe, with the normalisation of the model that the run starts from."""
     if recipe.dataset == "digits" and data != os.environ.get(DATA_VARIABLE):
         raise ValueError(
             f"the recipe {recipe.name} comes with its own data and would not use --data {data}: leave out one of the "

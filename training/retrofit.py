@@ -1,4 +1,4 @@
-"""Compressed attention fitted to trained multi-head attention, so that little training is left to do.
+"""Compressed attention fitted to trained multi-head attention, so that little training remains.
 
 Per block, from the teacher's inputs X to attention on some train images (docs/retrofit.md has the derivation):
 
@@ -35,7 +35,7 @@ from training.runs import Preprocessing
 
 _BATCH = 128
 _RIDGE = 1e-4
-"""Added to each normal equation, as a share of the mean of its diagonal."""
+"""Added to the diagonal of each normal equation, as a share of its mean."""
 
 
 def retrofit(
@@ -62,7 +62,7 @@ def retrofit(
 def _fit_blocks(student: StrideViT, teacher: nn.Module, h_BND: Tensor, fit: Fit) -> list[str]:
     """Fit block after block; returns the names of the fitted weights.
 
-    The student's block sees what its own earlier blocks make, and is fitted to what the teacher's block gives.
+    Each block gets the output of the student's own earlier blocks, and is fitted to the output of the teacher's block.
     """
     fitted = []
     was_training = student.training
@@ -83,8 +83,7 @@ def _fit_blocks(student: StrideViT, teacher: nn.Module, h_BND: Tensor, fit: Fit)
 
 @torch.no_grad()
 def fit_attention(student: CompressedAttention, teacher: Attention, own_BND: Tensor, x_BND: Tensor, fit: Fit) -> None:
-    """Set all weights of `student` so that for its inputs `own_BND` its keys and values are `teacher`'s for `x_BND`,
-    pooled."""
+    """Set all weights of `student`: its keys and values for `own_BND` become `teacher`'s pooled ones for `x_BND`."""
     D = x_BND.shape[-1]
     weight_3DD, bias_3D = teacher.qkv.weight.double(), teacher.qkv.bias.double()
     student.q.weight.copy_(weight_3DD[:D])
@@ -95,7 +94,7 @@ def fit_attention(student: CompressedAttention, teacher: Attention, own_BND: Ten
     nn.init.ones_(student.norm.get_parameter("weight"))
     nn.init.zeros_(student.norm.get_parameter("bias"))
     c_BMr = _batched(student.latents, own_BND).double()
-    # Pooling before the projection: they commute.
+    # Pool before projecting: the two commute.
     pooled_BM2D = (_pooling(student, fit) @ x_BND.double()) @ weight_3DD[D:].t() + bias_3D[D:]
     weight_r2D, bias_2D = _least_squares(c_BMr.flatten(0, 1), pooled_BM2D.flatten(0, 1))
     student.kv.weight.copy_(weight_r2D.t())
@@ -165,7 +164,7 @@ def _kernel(name: str) -> Tensor:
 
 
 def _pooling(student: CompressedAttention, fit: Fit) -> Tensor:
-    """(M,N): the mean that `reduce` takes for each pooled token, without what is padding; class tokens are kept."""
+    """(M,N): weights of the mean that `reduce` takes for each pooled token, without padding; class tokens are kept."""
     h, w = student.grid
     if isinstance(student, ConvolutionalSRA):
         places = torch.eye(h * w, dtype=torch.float64).view(h * w, 1, h, w)
@@ -201,7 +200,7 @@ def _zero_sum_basis(r: int) -> Tensor:
 
 @torch.no_grad()
 def _tokens(teacher: NormalizedModel, images: Images, fit: Fit, preprocessing: Preprocessing) -> Tensor:
-    """What the first block of `teacher` sees for some of `images`: (n,N,D)."""
+    """The inputs of `teacher`'s first block for some of `images`: (n,N,D)."""
     rows = _spread(len(images), fit.images)
     seen: list[Tensor] = []
     hook = teacher.model.blocks[0].register_forward_pre_hook(  # type: ignore[index,union-attr]
@@ -223,7 +222,7 @@ def _tokens(teacher: NormalizedModel, images: Images, fit: Fit, preprocessing: P
 
 
 def _spread(available: int, wanted: int) -> npt.NDArray[np.int64]:
-    """Rows of `wanted` images, spread evenly over those there are: class folders are sorted by class."""
+    """Rows of `wanted` images, spread evenly over all available ones, as class folders are sorted by class."""
     return np.unique(np.linspace(0, available - 1, min(wanted, available)).round().astype(np.int64))
 
 

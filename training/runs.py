@@ -1,8 +1,8 @@
-"""A run's folder: the artefacts of training and the seam to export.
+"""A run's folder: the artefacts of training and the interface to export.
 
     runs/<name>/run.json          resolved recipe, variant, git commit, library versions, data fingerprint
                 metrics.csv       one row per epoch, without times: equal runs write equal files
-                tensorboard/      the same, and the throughput, for TensorBoard
+                tensorboard/      the same plus the throughput, for TensorBoard
                 last.pt           the state to resume from; previous.pt is the one before
                 final/model.safetensors + model.json: the finished model; export and evaluate read nothing else
 
@@ -34,7 +34,7 @@ WEIGHTS_FILE = "final/model.safetensors"
 CARD_FILE = "final/model.json"
 
 SCHEMA_VERSION: Literal[2] = 2
-"""Version of run.json and model.json. Of version 1, model.json is converted when read, run.json is refused."""
+"""Version of run.json and model.json. A model.json of version 1 is converted when read; such a run.json is refused."""
 
 _VERSION_1_NAMES = {"image_size": "img_size", "width": "embed_dim", "heads": "num_heads", "classes": "num_classes"}
 
@@ -104,7 +104,7 @@ class RunError(Exception):
 
 
 def write_atomically(path: Path, data: bytes | memoryview, *, keep_old_as: Path | None = None) -> None:
-    """Replace `path` by a file with `data` that is on disk; the file that was there may be kept under another name."""
+    """Replace `path` with a file of `data`, synced to disk; the old file may be kept under another name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

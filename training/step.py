@@ -181,7 +181,7 @@ def total_steps(epochs: float, steps_per_epoch: int) -> int:
 
 
 def use_plain_attention(model: nn.Module) -> None:
-    """Replace fused attention by two matrix products and a softmax: its backward pass is slow on a CPU.
+    """Replace fused attention with two matrix products and a softmax: its backward pass is slow on a CPU.
 
     In `vit-xs` it took 38 % of a training step, two products take 10 % (docs/results.md).
     """

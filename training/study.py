@@ -51,7 +51,7 @@ def study(
     """Train each variant with each seed, all variants of a seed before the next seed, and return all finished runs.
 
     Finished runs are kept, stopped ones continued; one that fails is reported and left out. `origin_of` gives what the
-    runs of a seed begin with. Raises RunError if a folder holds a run of another recipe.
+    runs of a seed start from. Raises RunError if a folder holds a run of another recipe.
     """
     finished = []
     for seed, variant in product(seeds, variants):

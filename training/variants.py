@@ -1,6 +1,6 @@
 """The names of the attention variants: `mha`, `lsra-rR`, `csra-rR`.
 
-`R` counts per side of the grid for C-SRA and along the sequence for L-SRA, so equal `R` does not mean equal
+`R` applies per side of the grid for C-SRA and along the sequence for L-SRA, so equal `R` does not mean equal
 compression: compare variants by `kv_tokens`.
 """
 

@@ -15,7 +15,7 @@ _EXAMPLES = {name: sorted((ROOT / "deploy" / name).glob("*.yaml")) for name in (
 
 
 def drift() -> str:
-    """Whether what is generated is what the code makes."""
+    """Whether the generated files are what the code makes."""
     files = written()
     Fault.of(f"{file.relative_to(ROOT)} differs from the code: make monitoring" for file in stale(files))
     return f"{len(files)} files are as deploy/monitoring makes them"
@@ -53,7 +53,7 @@ def _in_each(rendered: dict[str, list[Document]], check: Callable[[list[Document
 
 
 def of_compose() -> str:
-    """Whether Compose takes the file."""
+    """Whether Compose accepts the file."""
     compose.check()
     return f"compose.yaml is valid, also with the profiles {' and '.join(compose.PROFILES)}"
 

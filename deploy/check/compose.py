@@ -1,4 +1,4 @@
-"""deploy/compose.yaml by `docker compose config`, with all profiles; no engine is needed."""
+"""Checks deploy/compose.yaml with `docker compose config`, with all profiles; no engine is needed."""
 
 import shutil
 import subprocess

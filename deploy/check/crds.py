@@ -1,9 +1,9 @@
-"""Custom resources against the schemas of their definitions, strictly: no unknown field.
+"""Checks custom resources against the schemas of their definitions, strictly: no unknown fields.
 
     python -m deploy.check.crds FILE...                  check manifests
     python -m deploy.check.crds --import DEFINITION...   write the schemas of definitions (YAML) to schemas/
 
-Rules in CEL (`x-kubernetes-validations`) are not evaluated: only an API server does.
+Rules in CEL (`x-kubernetes-validations`) are not evaluated: only an API server does that.
 """
 
 import json
@@ -36,7 +36,7 @@ _METADATA = {
 
 
 def is_custom(document: Document) -> bool:
-    """Whether a manifest is of a kind that Kubernetes does not have by itself."""
+    """Whether a manifest is of a kind that is not built into Kubernetes."""
     group = str(document["apiVersion"]).rpartition("/")[0]
     return group not in _GROUPS_OF_KUBERNETES and not group.endswith(".k8s.io")
 
@@ -90,7 +90,7 @@ _TEXT = {"description", "example", "title", "default", "x-kubernetes-validations
 
 
 def _without_text(schema: dict[str, Any]) -> dict[str, Any]:
-    """What validates; descriptions are nine tenths of a definition."""
+    """The part of a schema that validates; descriptions are nine tenths of a definition."""
     made = {key: value for key, value in schema.items() if key not in _TEXT}
     if "properties" in schema:
         made["properties"] = {name: _without_text(part) for name, part in schema["properties"].items()}

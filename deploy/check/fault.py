@@ -24,5 +24,5 @@ def documents(text: str) -> Iterator[Document]:
 
 
 def title(document: Document) -> str:
-    """A document in a message."""
+    """How a message names a document."""
     return f"{document.get('kind')}/{document.get('metadata', {}).get('name')}"

@@ -6,7 +6,7 @@ from typing import Any
 from deploy.check.fault import Document, title
 
 _THREADS_END_SECONDS = 10
-"""What the service may take for its threads after its own two times (docs/service.md, The end)."""
+"""Time that the service's threads may take to end, after its delay and its timeout (docs/service.md, The end)."""
 
 
 def findings(manifests: Sequence[Document]) -> Iterator[str]:

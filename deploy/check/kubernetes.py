@@ -1,4 +1,4 @@
-"""Manifests against the schemas of several versions of Kubernetes, strictly: no unknown field."""
+"""Checks manifests against the schemas of several versions of Kubernetes, strictly: no unknown fields."""
 
 from collections.abc import Iterable, Iterator
 

@@ -1,6 +1,6 @@
 """One error for each check, and more where a check has several ways to fail: each must be found.
 
-An error is a change of something that passes, and the words that must be in the finding.
+An error is a change to something that passes, and the words that must be in the finding.
 """
 
 import copy
@@ -29,7 +29,7 @@ _WRONG_VALUES = {
     "autoscaling.kind=vpa": "at '/autoscaling/kind': value must be one of 'none', 'hpa', 'keda'",
     "shutdown.delaySeconds=5s": "at '/shutdown/delaySeconds': got string, want integer",
 }
-"""Values of the chart, and the line that helm says."""
+"""Wrong values for the chart, and what helm must say about each in one line."""
 
 _Change = Callable[[dict[str, Document]], None]
 _Check = Callable[[Sequence[Document]], Iterator[str]]
@@ -114,7 +114,7 @@ def _missed(by_kind: dict[str, Document], errors: Iterable[tuple[_Change, str]],
 
 
 def _unraised(check: Callable[[], object], words: str) -> Iterator[str]:
-    """Also if it takes more than one line to say it."""
+    """What is missed by a check that must raise Fault with `words` in exactly one line."""
     try:
         check()
     except Fault as fault:

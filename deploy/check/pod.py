@@ -11,7 +11,7 @@ from deploy.check.fault import documents
 from deploy.check.helm import VALUES, template
 
 _MODELS = 'settings.models=["cifar100-csra-r2", "cifar100-csra-r4"]'
-"""To prove all of them takes minutes on a busy machine."""
+"""Proving all of them takes minutes on a busy machine."""
 
 
 def pod(image: str, port: int) -> str:

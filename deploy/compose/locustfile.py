@@ -27,6 +27,6 @@ class Visitor(FastHttpUser):
         picture = random.choice(_PICTURES)  # noqa: S311 (no secret)
         path = f"/v1/classify?model=cifar100&{options}"
         with self.client.post(path, data=picture, name=f"/v1/classify?{options}", catch_response=True) as answer:  # type: ignore[arg-type]
-            # Refused (429) or late (504) is what the service says under load, and no failure of it.
+            # Under load the service refuses (429) or is late (504), which is not a failure.
             if answer.status_code in {200, 429, 504}:
                 answer.success()

@@ -1,4 +1,4 @@
-"""Write dashboard.json, rules.yaml and the tables of docs/monitoring.md, where they are not what the code makes."""
+"""Write dashboard.json, rules.yaml and the tables of docs/monitoring.md, if they are not what the code makes."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def written() -> dict[Path, str]:
-    """Each file that is made from the code, and what it must hold."""
+    """Each file that is made from the code, and what it must contain."""
     docs = ROOT / "docs" / "monitoring.md"
     made = {"dashboard.json": dashboard(), "rules.yaml": rules()}
     # The chart can only read files of its own folder.
@@ -22,7 +22,7 @@ def written() -> dict[Path, str]:
 
 
 def stale(files: dict[Path, str]) -> list[Path]:
-    """Those that do not hold what they must."""
+    """Those that do not contain what they must."""
     return [file for file, text in files.items() if not file.exists() or file.read_text(encoding="utf-8") != text]
 
 

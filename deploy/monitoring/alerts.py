@@ -8,9 +8,9 @@ from deploy.monitoring.panels import JOB
 OBJECTIVE_SECONDS: Final = 0.25
 """A bound of the buckets of `stridevit_request_duration_seconds`."""
 OBJECTIVE_SHARE: Final = 0.99
-"""Of the requests for inference, how many are to be answered within OBJECTIVE_SECONDS, over 30 days."""
+"""The share of inference requests that are to be answered within OBJECTIVE_SECONDS, over 30 days."""
 WINDOWS: Final = ("5m", "30m", "1h", "6h")
-"""Over which the share of slow requests is recorded."""
+"""Windows over which the share of slow requests is recorded."""
 
 _SERVICE = f'job="{JOB}"'
 _ANSWERS = f'{_SERVICE},route=~"/v1/classify|/v2/.+/infer|/hf/.+"'
@@ -102,7 +102,7 @@ ALERTS: Final = (
         name="ModelFault",
         severity="ticket",
         expression=f"sum by (job, model, kind) (increase({_FAULTS}[10m])) > 0 "
-        # A model's first fault makes the series, and nothing increases; `up`: unless the instance is new itself.
+        # A model's first fault creates the series, so nothing increases; `up`: unless the instance itself is new.
         f"or sum by (job, model, kind) (({_FAULTS} unless {_FAULTS} offset 10m) "
         f"and on (job, instance) up{{{_SERVICE}}} offset 10m == 1) > 0",
         lasting="0s",

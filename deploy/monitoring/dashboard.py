@@ -1,4 +1,4 @@
-"""dashboard.json, by Grafana's own SDK, so that it has the form that Grafana reads."""
+"""dashboard.json, built with Grafana's own SDK, so that it has the form that Grafana reads."""
 
 from grafana_foundation_sdk.builders.common import VizLegendOptions
 from grafana_foundation_sdk.builders.dashboard import Dashboard, DatasourceVariable, QueryVariable
@@ -12,7 +12,7 @@ from deploy.monitoring.panels import PANELS, Panel
 
 _SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 _WIDTH, _HEIGHT = 8, 8
-"""Of Grafana's 24 columns: three panels in a row."""
+"""Out of Grafana's 24 columns: three panels in a row."""
 
 
 def dashboard() -> str:

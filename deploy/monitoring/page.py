@@ -8,7 +8,7 @@ from deploy.monitoring.panels import PANELS
 
 
 def page(text: str) -> str:
-    """The page with its generated parts renewed. Raises ValueError if a part is missing."""
+    """The page with its generated parts updated. Raises ValueError if a part is missing."""
     for name, part in (("panels", _panels()), ("alerts", _alerts())):
         start, end = re.search(rf"<!-- {name}:.*\n", text), f"<!-- end of {name} -->"
         if start is None or end not in text:

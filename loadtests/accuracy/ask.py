@@ -26,13 +26,13 @@ from service.manifest import Accuracy
 
 _ATTEMPTS = 8
 _MAX_RETRY_SECONDS = 60
-"""A server that asks for a longer pause is not waited for."""
+"""If a server asks for a longer pause, the request fails."""
 _MAX_FAILED_CONNECTIONS = 3
-"""That many failed connections in a row, per connection, mean that the server is gone."""
+"""After this many failed connections in a row, per connection, the server counts as gone."""
 
 
 class AccuracyError(LoadTestError):
-    """A model cannot be asked; the message says what to change."""
+    """A model cannot be queried; the message says what to change."""
 
 
 def choose_images(data: Path, limit: int | None, *, labelled: bool) -> tuple[Source, list[int]]:
@@ -48,7 +48,7 @@ def choose_images(data: Path, limit: int | None, *, labelled: bool) -> tuple[Sou
 
 
 def check_reference(run: AccuracyExperiment, bench: Bench) -> None:
-    """Find out before the model is asked whether the reference can be. Raises ServerError or AccuracyError."""
+    """Check that the reference can be queried, before the model is. Raises ServerError or AccuracyError."""
     for arm in run.plan.arms[1:]:
         with bench.serving(arm, "check") as server:
             _describe(run, arm, server)
@@ -99,7 +99,7 @@ def ask(run: AccuracyExperiment, arm: Arm, server: Server, info: dict[str, Any],
 
 
 def _describe(run: AccuracyExperiment, arm: Arm, server: Server) -> dict[str, Any]:
-    """What the model says of itself. Raises AccuracyError, also if it does not know a label of the images."""
+    """What the model says about itself. Raises AccuracyError, also if it does not know a label of the images."""
     try:
         detail = server.model(arm.model)
         manifest = detail["manifest"]
@@ -109,7 +109,7 @@ def _describe(run: AccuracyExperiment, arm: Arm, server: Server) -> dict[str, An
             "version": detail["version"],
             "classes": detail["labels"],
             "accuracy": accuracy,
-            # Another commit may speak version 1 of the schema.
+            # Another commit may use version 1 of the schema.
             "trained": not (manifest.get("random_weights") or manifest.get("weights") == "random"),
         }
     except HTTPError as error:

@@ -40,9 +40,9 @@ def accuracy(
     ] = None,
     url: cli.Url = None,
     reference: Annotated[
-        str | None, typer.Option(help="Another model, written alike, to compare with on the same images.")
+        str | None, typer.Option(help="Another model, written likewise, to compare with on the same images.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most that many images, from the first. [all]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of images, from the first. [all]")] = None,
     connections: Annotated[int, typer.Option(min=1, max=256, help="Concurrent requests.")] = 8,
     max_drop_points: Annotated[
         float,
@@ -60,7 +60,7 @@ def accuracy(
     """Send a whole labelled set to a served model, and report top-1 and top-5 as a client sees them.
 
     They are compared with the model's manifest and, with `--reference`, image by image with another model, which is
-    asked next. A request that fails counts as wrong. Exit code 1 if any request failed, or if a model misses its
+    queried next. A request that fails counts as wrong. Exit code 1 if any request failed, or if a model misses its
     manifest's accuracy on the same images. The same command resumes an interrupted measurement, model by model.
 
     Example: `stridevit loadtest accuracy --model cifar100-csra-r2 --reference cifar100-mha --data cifar100`

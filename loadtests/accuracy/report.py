@@ -42,7 +42,7 @@ def write(run: AccuracyExperiment, out: Path) -> Path:
         for block, answers in zip(run.blocks, run.answers, strict=True)
         for row in answers[answers["failure"] != ""]
     ]
-    # One of an earlier run must not pass for this one's.
+    # A file of an earlier run must not be mistaken for this one's.
     (out / "failures.csv").unlink(missing_ok=True)
     if failures:
         _write_csv(out / "failures.csv", ["name", "model", "failure"], failures)
@@ -69,7 +69,7 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 
 def _most_certain(run: AccuracyExperiment, differing: Sequence[int]) -> Table:
-    """The disagreements of which the models are most certain, with the label by name, as the answers are."""
+    """The disagreements about which the models are most certain, with the label by name, like the answers."""
     certainty = np.min([answers["probability"] for answers in run.answers], axis=0)
     rows = []
     for name, label, said in _images(run, sorted(differing, key=lambda row: -certainty[row])[:_SHOWN_DISAGREEMENTS]):

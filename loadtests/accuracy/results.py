@@ -1,4 +1,4 @@
-"""The answers of an accuracy run: top-1, top-5 and agreement, and how much chance lies in the choice of images."""
+"""The answers of an accuracy run: top-1, top-5 and agreement, and how much they depend on the choice of images."""
 
 import math
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ COLUMNS = np.dtype(
 
 @dataclass(frozen=True, kw_only=True)
 class AccuracyPlan(Plan):
-    """Which models are asked about which images: one arm, or a second one as the reference; one round."""
+    """Which models are asked about which images: one arm, or two with the second as the reference; one round."""
 
     rounds: int = 1
     seconds: float = 0.0
@@ -44,7 +44,7 @@ class AccuracyPlan(Plan):
     """Number of images, from the first; None for all."""
     connections: int
     max_drop_points: float
-    """Percentage points that top-1 may be off the manifest's on the same images."""
+    """Percentage points by which top-1 may differ from the manifest's on the same images."""
 
 
 @dataclass(kw_only=True)
@@ -53,7 +53,7 @@ class AccuracyExperiment(Experiment[AccuracyPlan]):
 
     source: Source
     positions: Sequence[int]
-    """Of the images in the source that are sent, ascending."""
+    """Positions in the source of the images that are sent, ascending."""
 
     @property
     def measured(self) -> bool:
@@ -67,13 +67,13 @@ class AccuracyExperiment(Experiment[AccuracyPlan]):
 
     @property
     def answers(self) -> list[Answers]:
-        """Those of each block."""
+        """The answers of each block."""
         return [np.array([tuple(row) for row in block.info["answers"]], dtype=COLUMNS) for block in self.blocks]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proportion:
-    """A share of the images, as a part of 1; nan if there are none."""
+    """A share of the images, as a fraction; nan if there are none."""
 
     hits: int
     of: int
@@ -88,7 +88,7 @@ class Proportion:
 
 
 def figures(run: AccuracyExperiment) -> dict[str, Any]:
-    """What results.json says beside the facts that all commands give."""
+    """What results.json says besides the facts that all commands give."""
     left_out = len(run.source.labels) - len(run.positions)
     beyond_limit = len(run.source.labels[run.plan.limit :]) if run.plan.limit else 0
     return {
@@ -105,7 +105,7 @@ def figures(run: AccuracyExperiment) -> dict[str, Any]:
 
 
 def fails(found: dict[str, Any]) -> bool:
-    """Whether a request failed, or a model is off its manifest on the same images, by the `figures`."""
+    """Whether a request failed, or a model misses its manifest on the same images, according to the `figures`."""
     return any(one["failed"] or (one["manifest"] and one["manifest"]["missed"]) for one in found["models"])
 
 
@@ -130,7 +130,7 @@ def _proportion(hits: Booleans) -> Proportion:
 
 
 def _check(accuracy: dict[str, Any], top1: Proportion, whole_set: bool, plan: AccuracyPlan) -> dict[str, Any]:
-    """Top-1 as served against the manifest's: of the same images it must be equal, else only lie in the interval."""
+    """Top-1 as served against the manifest's: hardly lower on the same images, else within its interval."""
     stated = Accuracy.model_validate(accuracy)
     same_images = whole_set and top1.of == stated.n
     points = 100 * (top1.share - stated.top1)
@@ -166,7 +166,7 @@ def _pair(run: AccuracyExperiment) -> dict[str, Any] | None:
 
 
 def disagreements(run: AccuracyExperiment) -> list[int]:
-    """Rows of the images on which the two models disagree; with one model, of those that it has wrong."""
+    """Rows of the images on which the two models disagree; with one model, of those that it gets wrong."""
     wrong = _differ(run) if len(run.blocks) > 1 else _labelled(run) & (run.answers[0]["rank"] != 1)
     rows: list[int] = np.flatnonzero(wrong & np.logical_and.reduce([one["name"] != "" for one in run.answers])).tolist()
     return rows

@@ -1,1 +1,1 @@
-"""Servers to measure the service against: scripts of their own, which no other module imports."""
+"""Servers to measure the service against: standalone scripts, which no other module imports."""

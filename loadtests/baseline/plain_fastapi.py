@@ -1,4 +1,4 @@
-"""A model behind FastAPI as one writes it on the first day: one thread per request, each calls `session.run` itself.
+"""A model behind FastAPI in its simplest form: one thread per request, each of which calls `session.run` itself.
 
     python -m loadtests.baseline.plain_fastapi models/cifar100-mha/4 --port 8001
 

@@ -1,8 +1,8 @@
-"""A server that answers 429 to everything: what refusing costs when nothing is decided.
+"""A server that answers 429 to everything, to measure what refusing costs when nothing has to be decided.
 
     python loadtests/baseline/refusing.py --port 8001
 
-Bare uvicorn without a framework. `stridevit loadtest overload` takes the CPU time of a refusal from it.
+Bare uvicorn without a framework. `stridevit loadtest overload` measures the CPU time of a refusal with it.
 """
 
 import argparse
@@ -14,7 +14,7 @@ _BODY = b'{"status":429,"detail":"busy"}'
 
 
 async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
-    """Answer `GET /readyz` with 200, and the rest with 429 once the body is there."""
+    """Answer `GET /readyz` with 200, and the rest with 429 once the body has arrived."""
     if scope["type"] != "http":
         return
     while scope["method"] == "POST" and (await receive()).get("more_body"):

@@ -24,7 +24,7 @@ def capacity(
     highest_load: Annotated[
         float, typer.Option(min=0.05, max=0.95, help="Part of the workers' cores that may be in use, whatever the p99.")
     ] = 0.8,
-    spare: Annotated[int, typer.Option(min=0, help="Machines that may fail.")] = 1,
+    spare: Annotated[int, typer.Option(min=0, help="Number of machines that may fail.")] = 1,
     cores: Annotated[int, typer.Option(min=1, help="Cores of a machine.")] = 32,
     memory_gb: Annotated[float, typer.Option("--memory-gb", min=0.1, help="Memory of a machine.")] = 128.0,
     network_gbits: Annotated[
@@ -38,9 +38,9 @@ def capacity(
 ) -> None:
     """Say how many workers, cores, machines and balancers a rate needs, from what `loadtest fronts` has measured.
 
-    Each worker is taken as an M/D/c queue that gets its requests at random: c cores, and the measured CPU time for each
-    request. The tail of the wait follows exactly from that. Everything beyond the measured machine is computed, not
-    measured.
+    Each worker is modelled as an M/D/c queue to which requests are assigned at random: c cores, and the measured CPU
+    time for each request. The tail of the wait follows exactly from that. Everything beyond the measured machine is
+    computed, not measured.
 
     Example: `stridevit loadtest capacity --rates 500,5000 --p99-ms 50 --cores 64`; for a model whose request takes
     40 ms: `stridevit loadtest capacity --figure worker_cpu_ms=40 --figure alone_ms=25`

@@ -1,7 +1,7 @@
 """The M/D/c queue: Poisson arrivals, c servers that each take the same time for a request, first come, first served.
 
-Exact, not simulated: `loadtests.limit.ideal_queue` simulates the same queue for given arrivals, and tests hold the two
-against each other. With one server it is M/D/1, whose mean wait is that of Pollaczek and Khinchine.
+Exact, not simulated: `loadtests.limit.ideal_queue` simulates the same queue for given arrivals, and tests compare the
+two. With one server it is M/D/1, whose mean wait is that of Pollaczek and Khinchine.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from scipy import optimize, stats
 
 HIGHEST_LOAD = 0.98
-"""Beyond it the queue is too long for the tables here, and its tail of no use to anybody."""
+"""At a higher load the queue is too long for the tables here, and its tail is of no practical use."""
 _NEGLIGIBLE = 1e-10
 
 
@@ -22,7 +22,7 @@ class DeterministicQueue:
 
     servers: int
     seconds: float
-    """That a server takes for a request."""
+    """Time that a server takes for a request."""
     rate: float
     """Arrivals per second."""
 
@@ -34,18 +34,18 @@ class DeterministicQueue:
 
     @property
     def load(self) -> float:
-        """The part of the servers' time that is used."""
+        """The utilisation of the servers."""
         return self.rate * self.seconds / self.servers
 
     @property
     def mean_wait_seconds(self) -> float:
-        """Before a request is begun, by Little's law."""
+        """Mean wait before a request is begun, by Little's law."""
         numbers = np.arange(len(self._in_system))
         waiting = float(np.maximum(numbers - self.servers, 0) @ self._in_system)
         return waiting / self.rate
 
     def waits_at_most(self, seconds: float) -> float:
-        """The probability that a request waits at most so long (Franx 2001, equation 1)."""
+        """The probability that a request waits at most `seconds` (Franx 2001, equation 1)."""
         if seconds < 0:
             return 0.0
         spans = int(seconds / self.seconds) + 1
@@ -56,7 +56,7 @@ class DeterministicQueue:
         return min(1.0, float(stats.poisson.pmf(arrivals, mean) @ self._at_most[most]))
 
     def wait_seconds(self, percentile: float) -> float:
-        """The wait that so many per cent of the requests do not exceed."""
+        """The wait that `percentile` per cent of the requests do not exceed."""
         wanted = percentile / 100
         if self.waits_at_most(0.0) >= wanted:
             return 0.0
@@ -69,7 +69,7 @@ class DeterministicQueue:
     def _in_system(self) -> npt.NDArray[np.float64]:
         """Probability of each number of requests in the system, in the steady state.
 
-        After the time of one service, whoever was in service is gone, and whoever arrived meanwhile is there:
+        After one service time, all that were in service are gone, and all that arrived meanwhile are in the system:
         N' = max(N - c, 0) + Poisson(rate · seconds) (Crommelin 1932).
         """
         size = self._size()
@@ -78,7 +78,7 @@ class DeterministicQueue:
         for number in range(size):
             left = max(number - self.servers, 0)
             moves[number, left:] = arrivals[: size - left]
-            # What the table cuts off stays at its end.
+            # Probability beyond the table is added to its last entry.
             moves[number, -1] += 1 - moves[number].sum()
         equations = np.vstack([(moves.T - np.eye(size))[:-1], np.ones(size)])
         found: npt.NDArray[np.float64] = np.maximum(np.linalg.solve(equations, np.eye(size)[-1]), 0)
@@ -90,7 +90,7 @@ class DeterministicQueue:
         return np.cumsum(self._in_system)
 
     def _size(self) -> int:
-        """So many numbers that the rest is negligible: the tail falls geometrically, by the root of e^λD(z-1) = z^c."""
+        """Table size that leaves a negligible rest: the tail falls geometrically, by the root of e^λD(z-1) = z^c."""
         offered = self.rate * self.seconds
         root = (
             optimize.brentq(

@@ -1,4 +1,4 @@
-"""The figures that a measurement of the fronts has left, and the table of what rates need."""
+"""The figures from a measurement of the fronts, and the table of what each rate needs."""
 
 import json
 import math
@@ -14,9 +14,9 @@ _NAMES = tuple(field.name for field in fields(Figures))
 
 
 def figures_of(results: Path, front: str, own: Sequence[str] = ()) -> Figures:
-    """Those of a front in a results.json of `loadtest fronts`, and `own` ones, NAME=VALUE, in their place.
+    """The figures of a front in a results.json of `loadtest fronts`, with `own` ones, NAME=VALUE, replacing them.
 
-    The file is not read if all are one's own. Raises SizingError.
+    The file is not read if `own` gives all of them. Raises SizingError.
     """
     mine = _own(own)
     values = {**(_measured(results, front) if set(_NAMES) - mine.keys() else {}), **mine}

@@ -1,9 +1,9 @@
 """What a rate of requests and a p99 need: workers, cores, memory, network, machines and balancers.
 
 A worker is an M/D/c queue: c is its number of cores, and a request takes the measured CPU time on one of them. Requests
-are taken as given to the workers at random. That is what several machines behind an ordinary balancer do at worst; a
-front that gives them to the least busy worker waits less. So the tail is, by this model, not longer than said.
-What the model leaves out: that requests differ, batches, and what the system does beside.
+are assumed to be assigned to workers at random. That is the worst case for several machines behind an ordinary
+balancer; with a front that picks the least busy worker, requests wait less. So, by this model, the tail is not longer
+than stated. The model leaves out differences between requests, batches, and whatever else the system does.
 """
 
 import math
@@ -14,13 +14,13 @@ from loadtests.capacity.queueing import DeterministicQueue
 from loadtests.errors import LoadTestError
 
 BALANCER_LOAD = 0.5
-"""Part of a balancer's cores that may be in use, so that one of two may fail."""
+"""Share of a balancer's cores that may be in use, so that one of two may fail."""
 NETWORK_LOAD = 0.7
-"""Part of a machine's network that may be in use."""
+"""Share of a machine's network that may be in use."""
 LOOP_LOAD = 0.7
-"""Part of the one thread of a worker's event loop that may be in use."""
+"""Share of the one thread of a worker's event loop that may be in use."""
 _STEPS = 200
-"""Fineness of the largest load of a worker."""
+"""Steps into which the loads of a worker are divided."""
 
 
 class SizingError(LoadTestError):
@@ -29,16 +29,16 @@ class SizingError(LoadTestError):
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Measured figures of a model behind a front, by `loadtest fronts`."""
+    """Figures of a model behind a front, measured by `loadtest fronts`."""
 
     worker_cpu_ms: float
     """CPU time of a worker for a request."""
     front_cpu_ms: float
-    """The same of the front."""
+    """The same for the front."""
     loop_cpu_ms: float
-    """Of `worker_cpu_ms`, what the thread of the event loop takes. It is one thread, however many cores there are."""
+    """The part of `worker_cpu_ms` in the thread of the event loop. It is one thread, however many cores there are."""
     alone_ms: float
-    """Median latency of a request that meets an idle service."""
+    """Median latency of a request to an idle service."""
     worker_bytes: float
     front_bytes: float
     request_bytes: float
@@ -65,25 +65,25 @@ class Target:
     """Requests per second."""
     p99_ms: float
     highest_load: float = 0.8
-    """Part of the workers' cores that may be in use, whatever the p99."""
+    """Share of the workers' cores that may be in use, whatever the p99."""
     spare: int = 1
-    """Machines that may fail."""
+    """Number of machines that may fail."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What it takes."""
+    """What a target needs."""
 
     rate: float
     load: float
-    """Of the workers' cores, without the spare machines."""
+    """Utilisation of the workers' cores, without the spare machines."""
     p99_ms: float
-    """By the model, at that load."""
+    """Predicted by the model at that load."""
     workers: int
     """Without those of spare machines."""
     worker_cores: int
     front_cores: float
-    """CPU of the fronts on the machines, part of what each has."""
+    """Cores that the fronts use, part of those of the machines."""
     machines: int
     """With the spare ones."""
     memory_bytes: float
@@ -94,7 +94,7 @@ class Needs:
     balancers: int
     """Processes of Envoy or HAProxy in front of the machines; none for one machine."""
     limits: tuple[str, ...] = field(default=())
-    """What decides: the p99, the load, the event loop; then cores, memory or network of a machine."""
+    """What is limiting: the p99, the load or the event loop; then cores, memory or network of a machine."""
 
 
 def needs(figures: Figures, machine: Machine, target: Target) -> Needs:
@@ -141,7 +141,7 @@ def _check(figures: Figures, machine: Machine, target: Target) -> None:
 
 @cache
 def _rate_per_worker(figures: Figures, cores: int, p99_ms: float, highest_load: float) -> tuple[float, str]:
-    """The largest rate at which a worker keeps the p99, and what limits it."""
+    """The largest rate at which a worker meets the p99, and what limits it."""
     capacity = cores * 1000 / figures.worker_cpu_ms
     most = min(highest_load, LOOP_LOAD * 1000 / figures.loop_cpu_ms / capacity) if figures.loop_cpu_ms else highest_load
     reason = "load" if most == highest_load else "event loop"

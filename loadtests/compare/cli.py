@@ -53,7 +53,7 @@ def compare(
         typer.Option(min=1, help="Measured seconds of each of a block's three loads. [fitted to the budget]"),
     ] = None,
     warmup: cli.Warmup = 1.0,
-    budget_minutes: Annotated[float, typer.Option(min=0.5, help="The plan is fitted to this time.")] = 30.0,
+    budget_minutes: Annotated[float, typer.Option(min=0.5, help="Time to which the plan is fitted.")] = 30.0,
     quick: Annotated[bool, typer.Option("--quick", help="A preview: 3 short rounds and no capacity search.")] = False,
     aa_run: Annotated[bool, typer.Option(help="Measure the baseline twice (A/A), to show the machine's noise.")] = True,
     objective_ms: Annotated[
@@ -61,12 +61,12 @@ def compare(
         typer.Option(min=0.1, help="Latency objective of the capacity search. [connections / slowest throughput]"),
     ] = None,
     objective_percentile: Annotated[
-        float, typer.Option(min=50, max=99.9, help="Percentage of the images that must keep the objective.")
+        float, typer.Option(min=50, max=99.9, help="Percentage of the images that must meet the objective.")
     ] = 99.0,
     capacity_searches: Annotated[
-        int, typer.Option(min=0, help="Searches, per arm, for the largest rate that keeps the objective; 0 for none.")
+        int, typer.Option(min=0, help="Searches, per arm, for the largest rate that meets the objective; 0 for none.")
     ] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of arrivals, order of blocks and order of images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for arrivals, order of blocks and order of images.")] = 0,
     against: Annotated[
         Path | None, typer.Option(help="An earlier results.json: exit with 3 if an arm has become worse since.")
     ] = None,

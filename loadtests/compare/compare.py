@@ -2,7 +2,7 @@
 
 First every arm is saturated once, briefly: that gives the rates of the open loops, which are the same for all arms,
 and the duration of a block, by which the plan is fitted to its budget. Then the blocks run; then, arm by arm, the
-searches for the largest rate that keeps the objective.
+searches for the largest rate that meets the objective.
 """
 
 import math
@@ -33,7 +33,7 @@ from loadtests.experiment.server import ServerError
 
 CALIBRATION_SECONDS = 3.0
 _OVERRUN = 1.1
-"""A round is not begun once it would end after this many budgets."""
+"""A round is not begun if it would end after this many times the budget."""
 
 
 def compare(bench: Bench, comparison: Comparison, progress: Progress, *, fresh: bool) -> None:
@@ -53,7 +53,7 @@ def compare(bench: Bench, comparison: Comparison, progress: Progress, *, fresh: 
 
 
 def _calibrate(bench: Bench, comparison: Comparison, progress: Progress) -> dict[str, Any]:
-    """Saturate every arm once, and decide by it what must be the same for all blocks."""
+    """Saturate every arm once, and derive from it what must be the same for all blocks."""
     plan = comparison.plan
     arms, saturate = without_repeats(plan), Load(name=SATURATED, connections=plan.connections)
     throughputs, serving_seconds, generator_seconds = [], [], []

@@ -1,4 +1,4 @@
-"""How arms are written, and what is known of their models.
+"""How arms are written, and what is known about their models.
 
 cifar100-mha                                    a model of the repository
 cifar100-mha?max_batch=1&intra_op_threads=2     the same, with settings of the service for this arm alone
@@ -75,11 +75,11 @@ def flags_of(arm: Arm) -> list[str]:
 def describe(arm: Arm, server: Server, repository: Path) -> dict[str, Any]:
     """Facts about the arm's model: fields of its manifest, version, batch_ms, and sha256 of the graph.
 
-    As far as a server at a URL gives them. Raises ServerError if our own service does not answer.
+    From a server at a URL, as many as it gives. Raises ServerError if our own service does not answer.
     """
     try:
         detail = server.model(arm.model)
-        # Another commit may speak version 1 of the schema, which is converted.
+        # Another commit may use version 1 of the schema, which is converted.
         manifest = Manifest.model_validate(detail["manifest"])
     except (OSError, ValueError, LookupError) as error:
         if arm.url is None:

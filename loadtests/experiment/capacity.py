@@ -1,4 +1,4 @@
-"""The largest rate of arrivals at which a server keeps a latency objective, by bisection."""
+"""The largest rate of arrivals at which a server meets a latency objective, by bisection."""
 
 from collections.abc import Callable
 
@@ -30,11 +30,11 @@ def find_capacity(
     saturated: float,
     probe: Callable[[float, float, int], npt.NDArray[np.float64]],
 ) -> CapacitySearch:
-    """Halve the interval between a rate that keeps the objective and one that does not, `PROBES` times.
+    """Halve the interval between a rate that meets the objective and one that does not, `PROBES` times.
 
-    A rate keeps it if `objective_percentile` % of the images, sent and answered, took at most `objective_ms`.
-    `probe(rate, seconds, number)` returns latencies in ms. The result kept the objective, so it may be too low by the
-    remaining interval, and by a probe that was slow by chance and is not repeated: more searches show how much that is.
+    A rate meets it if `objective_percentile` % of the images, sent and answered, took at most `objective_ms`.
+    `probe(rate, seconds, number)` returns latencies in ms. The result met the objective, so it may be too low: by the
+    remaining interval, and because a probe that was slow by chance is not repeated. More searches show by how much.
     """
     low, high = 0.0, _HIGHEST * saturated
     probes: list[tuple[float, float | None]] = []

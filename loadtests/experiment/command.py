@@ -1,7 +1,7 @@
 """What the commands share: options that mean the same everywhere, progress, interruption, exit codes, the report.
 
-A command turns its flags into a plan, hands `run_measurement` how to measure and how to report, and exits with the
-code that it returns.
+A command turns its flags into a plan, passes `run_measurement` the functions that measure and report, and exits with
+the code that it returns.
 """
 
 import signal
@@ -48,7 +48,7 @@ def run_rounds(
     report: Callable[[], Path],
     stop: Callable[[int], str | None] = lambda _: None,
 ) -> NoReturn:
-    """Measure a plan that is settled from the start, report, and exit: with 1 also if a block failed.
+    """Measure a plan that is fixed from the start, report, and exit, also with 1 if a block failed.
 
     `stop` as in `Bench.rounds`.
     """
@@ -68,11 +68,11 @@ def run_measurement(
     report: Callable[[], Path],
     store: Store | None = None,
 ) -> int:
-    """Measure, then report what there is, also after an interruption or an error; returns the exit code.
+    """Measure, then report what there is, even after an interruption or an error; returns the exit code.
 
     0 if the measurement finished, 1 after a LoadTestError, 130 after Ctrl-C or SIGTERM. `report` writes the report and
     returns its path; it is called only if `results.measured`. Sets `results.ended_early` and `results.finished`. A
-    `store` is kept to resume what did not finish, and else cleared.
+    `store` is kept to resume what did not finish, and otherwise cleared.
     """
     # A terminated measurement must stop its servers and report, just as an interrupted one.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

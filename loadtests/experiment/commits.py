@@ -21,7 +21,7 @@ _FORMER_NAMES = {
     "step_up_headroom": "recover_margin",
     "versions_to_serve": "keep_versions",
 }
-"""Settings that had other names once, for commits that know only those."""
+"""Former names of settings, for commits that know only those."""
 _FLAG = re.compile(r"^--(no-)?([\w-]+)(?:(?:=|\n(?!--))(.*))?$", re.MULTILINE)
 """`--name=VALUE`, `--name`, `--no-name`, or `--name` and VALUE on the next line."""
 
@@ -52,14 +52,14 @@ def checkout(digest: str, folder: Path) -> Path:
 
 
 def own_repository(repository: Path, source: Path) -> Path:
-    """The commit's own folder of bundles if `repository` lies in this project and the commit has it, else itself."""
+    """The commit's own `repository` if that lies in this project and the commit has one, else `repository` itself."""
     project, wanted = _project(), repository.resolve()
     own = source / wanted.relative_to(project) if wanted.is_relative_to(project) else repository
     return own if own.is_dir() else repository
 
 
 def environment_for(flags: Sequence[str]) -> dict[str, str]:
-    """Flags of the service as variables, which stop no commit that does not know them, by present and former names."""
+    """Flags as environment variables, by present and former names; a commit ignores those that it does not know."""
     variables = {**os.environ, **{_variable(name): value for name, value in parsed_flags(flags).items()}}
     for name, former in _FORMER_NAMES.items():
         if _variable(name) in variables:

@@ -11,7 +11,7 @@ from loadtests.experiment.process import start
 from loadtests.experiment.server import ServerError
 
 TRIALS_SECONDS = 20
-"""About how long it takes beside the measured seconds."""
+"""About how long it takes besides the measured seconds."""
 
 
 def engine_limit(model: str, repository: Path, images: Path, seconds: float, settings: Sequence[str]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         # Where several are on the path, the first is the one that is imported.
         **{name: found[0].version for name in _LIBRARIES if (found := list(distributions(name=name)))},
-        # They reach every service that is started. Keys and paths are left out.
+        # These settings reach every service that is started. Keys and paths are left out.
         **{
             name: value
             for name, value in sorted(os.environ.items())

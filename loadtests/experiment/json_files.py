@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def to_json(document: Any) -> bytes:
-    """As indented, strict JSON: it knows no infinity, so numbers that are not finite become null."""
+    """As indented, strict JSON, which has no infinity, so numbers that are not finite become null."""
     return msgspec.json.format(msgspec.json.encode(document, enc_hook=_plain), indent=1) + b"\n"
 
 
@@ -20,12 +20,12 @@ def from_json(document: Any, kind: type[T]) -> T:
 
 
 def pack(value: Any) -> bytes:
-    """As MessagePack, which knows infinity."""
+    """As MessagePack, which has infinity."""
     return msgspec.msgpack.encode(value, enc_hook=_plain)
 
 
 def unpack(packed: bytes, kind: type[T]) -> T:
-    """What was packed, as `kind` says; where that is Any, tuples are lists, paths text and arrays lists."""
+    """What was packed, as a `kind`; where that is Any, tuples and arrays become lists, and paths text."""
     return msgspec.msgpack.decode(packed, type=kind, dec_hook=_restored)
 
 

@@ -1,6 +1,6 @@
-"""Loads applied by a generator in a process of its own, with the CPU time of both and the server's memory.
+"""Loads applied by a generator in its own process, with the CPU time of generator and server, and server memory.
 
-Locust sends them, but those of several steps, whose rates go beyond what it can send from one core (open_loop.py).
+Locust sends them, except those of several steps, whose rates exceed what it can send from one core (open_loop.py).
 """
 
 import math
@@ -25,7 +25,7 @@ from service.host import gpu_process_bytes, process_tree, process_tree_bytes
 LOCUSTFILE = Path(__file__).parents[1] / "generator" / "locustfile.py"
 
 BEYOND_SECONDS = 1.0
-"""A generator sends this much longer than the window is, so that its last requests are sent like all others."""
+"""A generator sends for this much longer than the window, so that its last requests are sent like all others."""
 _JITTER_SECONDS = 1.0
 _READ_SECONDS = 0.05
 _PSS_SECONDS = 1.0
@@ -38,8 +38,8 @@ _FIRST_ARRIVAL = 5
 class Meter:
     """CPU time and memory over time, at a negligible cost.
 
-    For PSS the kernel walks over all pages, which takes some ten milliseconds: it is read once per second, and when
-    resident memory, which is free to read, has grown since. Of a server at a URL only the generator is known.
+    For PSS, the kernel walks over all pages, which takes some ten milliseconds. So it is read once per second, and when
+    resident memory, which costs nothing to read, has grown. For a server at a URL, only the generator is known.
     """
 
     def __init__(self, server: Server, generator: int) -> None:
@@ -72,13 +72,13 @@ class Meter:
             self._resident, self._read_at = max(resident, self._resident), now
 
     def cores(self, begin: float, seconds: float) -> tuple[float, float]:
-        """CPU time by wall time of server and generator, in a window that begins at a Unix time; 0 if unknown."""
+        """CPU time ÷ wall time of server and generator, in a window that begins at a Unix time; 0 if unknown."""
         used = self._cores(begin, seconds)[: len(self._processes)]
         generator, server = (*used, 0.0, 0.0)[:2]
         return server, generator
 
     def part_cores(self, begin: float, seconds: float) -> dict[str, float]:
-        """The same of the server's parts."""
+        """The same for the server's parts."""
         return dict(zip(self._parts, self._cores(begin, seconds)[len(self._processes) :], strict=False))
 
     def _cores(self, begin: float, seconds: float) -> list[float]:
@@ -110,7 +110,7 @@ def apply_load(
 ) -> LoadResult:
     """Put a server under a load of `requests_of`, and measure it for `seconds` (or all its steps). Raises ServerError.
 
-    A closed loop sends the next image of a connection when its last answer has come. In an open one arrivals are a
+    In a closed loop, a connection sends its next image when its last answer has come. In an open one, arrivals are a
     Poisson process, and latency counts from the scheduled moments.
     """
     arguments = [*requests, "--seed", str(seed), "--in-flight", str(load.in_flight)]
@@ -123,8 +123,8 @@ def apply_load(
         arguments += ["--rates", rates]
         run = run_open_loop
     elif load.connections is not None:
-        # A slow server answers in bursts, whose beat begins with the load. If every window began at the same moment of
-        # it, what the window cuts off would look like a difference between arms.
+        # A slow server answers in bursts, in a rhythm that begins with the load. If every window began at the same
+        # point of it, what the window cuts off would look like a difference between arms.
         warmup_seconds += _JITTER_SECONDS * float(np.random.default_rng(seed).random())
         arguments += ["--loop", "closed", "--users", str(load.connections), "--spawn-rate", str(load.connections)]
     elif load.rate is not None:
@@ -171,7 +171,7 @@ def run_open_loop(
 
 
 def _run(server: Server, module: Sequence[str], seconds: float, cores: Collection[int]) -> tuple[Samples, Meter]:
-    # Without the variables that would change what the generator does.
+    # Leave out the variables that would change what the generator does.
     foreign = ("STRIDEVIT_LOAD_", "LOCUST_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     with tempfile.TemporaryDirectory(prefix="stridevit-samples-") as folder, tempfile.TemporaryFile("w+") as errors:

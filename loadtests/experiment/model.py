@@ -24,7 +24,7 @@ engine limit, which serves no HTTP."""
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One of the things that are measured against each other."""
+    """One of the candidates that are measured against each other."""
 
     label: str
     """Unique in an experiment; as the user wrote it."""
@@ -80,9 +80,9 @@ class Block:
     after_bytes: int = 0
     """Memory after all loads."""
     loads: dict[str, LoadResult] = field(default_factory=dict)
-    """By the loads' names."""
+    """Results by the names of the loads."""
     info: dict[str, Any] = field(default_factory=dict, repr=False)
-    """Facts about the model (see `experiment.arms.describe`); of a block without loads, what it measured."""
+    """Facts about the model (see `experiment.arms.describe`); for a block without loads, what it measured."""
     failure: str | None = None
     """Why the block was not measured to its end; then its loads do not count."""
 
@@ -123,7 +123,7 @@ class ComparisonPlan(Plan):
     objective_ms: float
     objective_percentile: float
     capacity_searches: int
-    """Rounds of the bisection; 0 for none."""
+    """Searches per arm; 0 for none."""
     budget_minutes: float
 
 
@@ -131,18 +131,18 @@ P = TypeVar("P", bound=Plan)
 
 
 class Progress(Protocol):
-    """Where a measurement reports how far it is."""
+    """Where a measurement reports its progress."""
 
     def step(self, what: str, done: float, total: float) -> None:
-        """`what` begins now; `done` of `total` steps or seconds are over."""
+        """`what` begins now; `done` of `total` steps or seconds have passed."""
 
     def note(self, message: str) -> None:
-        """Show a line that stays."""
+        """Show a line that stays on the screen."""
 
 
 @dataclass(kw_only=True)
 class Measurement:
-    """What the results of every command hold beside their figures."""
+    """What the results of every command hold besides their figures."""
 
     command: str = field(default_factory=this_command)
     environment: dict[str, str] = field(default_factory=environment)
@@ -195,12 +195,12 @@ class Experiment(Measurement, Generic[P]):
 
 @dataclass(frozen=True, kw_only=True)
 class CapacitySearch:
-    """The largest rate of arrivals at which an arm keeps its latency objective, found by bisection."""
+    """The largest rate of arrivals at which an arm meets its latency objective, found by bisection."""
 
     arm: str
     round: int
     rate: float | None
-    """Images per second; 0 if not even the lowest rate tried kept it; None if it could not be found."""
+    """Images per second; 0 if not even the lowest rate tried met it; None if it could not be found."""
     probes: tuple[tuple[float, float | None], ...]
     """(rate, latency in ms at the objective's percentile, None where it was infinite or not reached)."""
     reason: str | None = None

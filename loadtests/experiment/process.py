@@ -14,8 +14,8 @@ from service.host import process_tree
 
 _STOP_SECONDS = 20
 
-# PR_SET_PDEATHSIG outlives exec. A service that outlives its measurement would share pages with the next one's and so
-# falsify its memory figures. The check of the parent covers a death before the call.
+# PR_SET_PDEATHSIG outlives exec. A service that outlives its measurement would share pages with that of the next one
+# and so falsify its memory figures. The check of the parent covers the case that it died before the call.
 _GUARD = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)

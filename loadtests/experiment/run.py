@@ -40,7 +40,7 @@ class Bench:
     """Runs the blocks of an experiment and keeps them in `out/blocks`, and the servers' logs in `out/logs`.
 
     `describe` gives a block's facts about the arm's model; a bench with `measure` applies no loads, and needs no
-    payloads. With `everything` each service serves all models. `serve` gives servers of another kind than the arms say.
+    payloads. With `everything` each service serves all models. `serve` gives servers of a kind other than the arms say.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class Bench:
 
     @contextmanager
     def opened(self, progress: Progress, *, fresh: bool, **chosen: Any) -> Iterator[dict[str, Any]]:
-        """Ready to measure; gives what the store has settled if the experiment is resumed.
+        """Prepare to measure; yields what the store has settled if the experiment is resumed.
 
-        It is resumed if it was interrupted, and plan, payloads, bundles, code, machine and what else was `chosen` are
-        the same; with `fresh`, never. Raises StoreError or CommitError.
+        It is resumed if it was interrupted, and plan, payloads, bundles, code, machine and whatever else was `chosen`
+        are the same; never with `fresh`. Raises StoreError or CommitError.
         """
         plan = self.experiment.plan
         settled = self.store.open({**self._fingerprint(), **chosen}, fresh=fresh)
@@ -103,8 +103,8 @@ class Bench:
     ) -> None:
         """Measure all blocks that the store does not hold in whole rounds, and fill `experiment.blocks`.
 
-        `stop(round)` may end the experiment before a round, with a reason for `ended_early`. `further_steps` follow,
-        for the progress. Raises ServerError if an arm cannot be started at all.
+        `stop(round)` may end the experiment before a round, with a reason for `ended_early`. `further_steps` follow
+        and count in the progress. Raises ServerError if an arm cannot be started at all.
         """
         experiment, plan = self.experiment, self.experiment.plan
         # What `measure` finds does not depend on when it is found.
@@ -128,7 +128,7 @@ class Bench:
             experiment.blocks.append(block)
 
     def _measured_block(self, arm: Arm, number: int, measure: Measure, progress: Progress) -> Block:
-        """What ends such a block early ends the experiment; what was found until then is reported, but not kept."""
+        """Whatever ends such a block early ends the experiment; what was found so far is reported, but not kept."""
         block = Block(arm=arm.label, round=number)
         try:
             with self.serving(arm, f"round{number + 1:02d}") as server:
@@ -144,7 +144,7 @@ class Bench:
         try:
             return self._engine_block(arm, number) if arm.kind == "engine" else self._server_block(arm, number, loads)
         except ServerError as error:
-            # What could never be started never will be.
+            # An arm that could never be started never will be.
             if arm.label not in self._started and (isinstance(error, ServerStartError) or arm.kind == "engine"):
                 raise
             return Block(arm=arm.label, round=number, failure=str(error))

@@ -17,7 +17,7 @@ FEWEST_ROUNDS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What a measurement takes beside its windows, in seconds; guesses until the arms have been tried."""
+    """What a measurement takes besides its windows, in seconds; guesses until the arms have been tried."""
 
     server: float = 8.0
     """To start a server until it is ready, and to stop it."""
@@ -53,7 +53,7 @@ def fitted(plan: ComparisonPlan, costs: Costs) -> ComparisonPlan:
     """The plan with windows as long as its budget allows, unless `seconds` is given (not 0); or with fewer rounds."""
     budget, fitting = plan.budget_minutes * 60, plan
     if not plan.seconds:
-        # The cost of one more second in every window tells how many there is room for.
+        # The cost of one more second in every window tells how many seconds fit.
         shortest = replace(plan, seconds=SHORTEST_SECONDS)
         at_least = costs.whole(shortest)
         each = costs.whole(replace(plan, seconds=SHORTEST_SECONDS + 1)) - at_least

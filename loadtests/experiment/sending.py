@@ -1,4 +1,4 @@
-"""Requests of which none may be left out, several at a time. Loads, whose timing counts, are Locust's."""
+"""Send requests of which none may be left out, several at a time. Loads, whose timing counts, are sent by Locust."""
 
 import asyncio
 import signal
@@ -18,7 +18,7 @@ _GRACE_SECONDS = 2.0
 def send_all(
     url: str, items: Iterable[T], send: Callable[[httpx.AsyncClient, T], Awaitable[None]], *, connections: int
 ) -> None:
-    """Await `send` for every item, `connections` of them at a time, each taken when it is its turn.
+    """Await `send` for every item, `connections` of them at a time, each taken only when it is its turn.
 
     After an exception those in flight have `_GRACE_SECONDS` to end; Ctrl-C and SIGTERM cancel them.
     """
@@ -33,7 +33,7 @@ def send_all(
 
     async def work_all() -> None:
         nonlocal failed
-        # A proxy of the environment must not come between.
+        # No proxy that the environment names may come between.
         async with httpx.AsyncClient(base_url=url, limits=limits, timeout=ANSWER_SECONDS, trust_env=False) as client:
             workers = [asyncio.create_task(work(client)) for _ in range(connections)]
             try:
@@ -55,7 +55,7 @@ def run_interruptibly(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end; Ctrl-C and SIGTERM cancel it, and raise KeyboardInterrupt."""
 
     async def guarded() -> T:
-        # asyncio turns Ctrl-C into a cancellation: a termination must do the same.
+        # asyncio turns Ctrl-C into a cancellation: SIGTERM must do the same.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
         return await work
 

@@ -48,14 +48,14 @@ class Server:
         self.parts: dict[str, Callable[[], float]] = {}
         """CPU seconds that its parts have used, by name, where it has several. They raise psutil.Error or OSError."""
         self.counts: Callable[[], dict[str, float]] = dict
-        """What it has counted of its parts since its start, by name. Raises OSError or ValueError."""
+        """What it has counted for its parts since its start, by name. Raises OSError or ValueError."""
 
     def ask(self, path: str) -> Any:
         """The JSON of `GET path`. Raises OSError or ValueError."""
         return get_json(self.url + path, timeout=10)
 
     def model(self, name: str) -> dict[str, Any]:
-        """What the service says of a model: manifest, version, labels, latency by batch size. Raises like `ask`."""
+        """What the service says about a model: manifest, version, labels, latency by batch size. Raises like `ask`."""
         return dict(self.ask(f"/v1/models/{quote(name)}"))
 
     def metric(self, name: str) -> list[Sample]:
@@ -64,7 +64,7 @@ class Server:
         return [sample for family in families if family.name == name for sample in family.samples]
 
     def stage_totals(self) -> StageTotals:
-        """Where its time went, as its histogram of stages says now; empty without one."""
+        """Where its time went, by the present state of its histogram of stages; empty without one."""
         try:
             samples = self.metric(_STAGES)
         except (OSError, ValueError):
@@ -115,8 +115,8 @@ def service_for(
 ) -> Iterator[Server]:
     """A fresh service for some models (separated by commas), or all; or the server that already runs at `url`.
 
-    `source` is a checkout of another commit: its service is run, with `arguments` as variables. `cores` as in `start`.
-    Raises ServerError.
+    `source` is a checkout of another commit: its service is run, with `arguments` as environment variables. `cores` as
+    in `start`. Raises ServerError.
     """
     if url is not None:
         server = Server(url.rstrip("/"), name=f"the server at {url}")
@@ -147,7 +147,7 @@ def running(
     folder: Path | None = None,
     cores: Collection[int] = (),
 ) -> Iterator[Server]:
-    """Run a command followed by a free port, until the block ends; begins when /readyz answers. Raises ServerError."""
+    """Run a command with a free port appended until the block ends; yields when /readyz answers. Raises ServerError."""
     port = free_port()
     # ONNX Runtime's wheels send usage data to their maker by default; the service turns that off by itself.
     variables = {**(os.environ if environment is None else environment), "ORT_DISABLE_TELEMETRY": "1"}
@@ -179,7 +179,7 @@ def wait_until_ready(server: Server) -> None:
 def free_port() -> int:
     """A port of this machine on which nothing listens.
 
-    It is likely to stay free until it is used, also while a process restarts: Linux takes the ports of outgoing
+    It is likely to stay free until it is used, even while a process restarts: Linux takes the ports of outgoing
     connections, and of sockets that ask for any port, from 32768 upwards.
     """
     while True:

@@ -22,10 +22,10 @@ class Store:
         self._folder = folder
 
     def open(self, fingerprint: dict[str, Any], *, fresh: bool) -> dict[str, Any]:
-        """Begin, or resume what has the same fingerprint: returns what `settle` has kept then. Raises StoreError."""
+        """Begin, or resume what has the same fingerprint and return what `settle` kept. Raises StoreError."""
         if fresh:
             self.clear()
-        # As it comes back: paths as text, tuples as lists.
+        # As it will be read back: paths as text, tuples as lists.
         fingerprint = unpack(pack(fingerprint), dict)
         if kept := self._read("fingerprint"):
             differing = sorted(name for name in fingerprint | kept if kept.get(name) != fingerprint.get(name))

@@ -1,6 +1,6 @@
 """`python -m loadtests.faults.attacks NAME PORT`: clients that behave badly, until the process is ended.
 
-They run apart from the steady load, so that its clock is not disturbed. What is printed at the end becomes a note.
+They run apart from the steady load, so that they do not disturb its timing. What is printed at the end becomes a note.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ _FOREVER = 3600.0
 _PATIENCE_SECONDS = 60.0
 _CHUNK = 1 << 16
 _LARGE_BODY = 32 * 2**20
-"""The service's own limit by default, and eight of them its budget."""
+"""The service's default limit of a body; eight of them are its budget."""
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -47,12 +47,12 @@ async def idle(port: int) -> None:
 
 
 async def slow_heads(port: int) -> None:
-    """300 heads, a byte a second."""
+    """300 heads, sent at a byte a second."""
     await _many(300, lambda: _drip(port, b"POST /v1/classify HTTP/1.1\r\nX-Slow: " + b"a" * 3600, begin=0))
 
 
 async def slow_bodies(port: int) -> None:
-    """Eight large bodies that stop before their end, and a hundred that come a byte a second."""
+    """Eight large bodies that stop before their end, and a hundred that come at a byte a second."""
     large = _head(_LARGE_BODY) + bytes(_LARGE_BODY - 1000)
     slow = _head(3600)
     await asyncio.gather(
@@ -136,7 +136,7 @@ async def hostile_images_sent(port: int) -> None:
 
 
 async def mixed(port: int) -> None:
-    """20 requests a second of every kind that is dear to read or to decode, in turn."""
+    """20 requests a second of every kind that is expensive to read or to decode, in turn."""
     images = [(name, _post(image)) for name, image in hostile_images().items()]
     numbers = b'{"inputs":[{"name":"image","shape":[1,1000000],"datatype":"UINT8","data":[' + b"1," * 10**6 + b"1]}]}"
     part = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\na\r\n'
@@ -151,7 +151,7 @@ async def mixed(port: int) -> None:
         ("64 MiB in a gzip of 64 kB", _post(bombs, "Content-Encoding: gzip")),
         ("500 query names", _post(b"", path="/v1/classify?" + "&".join(f"a{number}=1" for number in range(500)))),
     ]
-    # As many of the others as of images.
+    # As many of the other kinds as of images.
     pairs = zip(images, itertools.cycle(others), strict=False)
     await _post_all(port, [one for pair in pairs for one in pair], every_s=0.05)
 
@@ -204,7 +204,7 @@ def _post(body: bytes, *lines: str, path: str = "/v1/classify") -> bytes:
 
 
 async def _many(count: int, *clients: Callable[[], Awaitable[None]]) -> None:
-    """That many clients of the kinds in turn, each begun again when its connection ends, without end."""
+    """`count` clients of the kinds in turn; each begins again when its connection ends, without end."""
 
     async def again(client: Callable[[], Awaitable[None]]) -> None:
         while True:

@@ -10,6 +10,6 @@ from loadtests.faults.process_faults import process_faults
 
 
 def all_faults(scratch: Path) -> dict[str, Fault]:
-    """By name; `scratch` is a folder for files that they need."""
+    """All faults by name; `scratch` is a folder for files that they need."""
     found = [*process_faults(scratch), *model_faults(), *log_faults(), *client_faults()]
     return {fault.name: fault for fault in found}

@@ -18,7 +18,7 @@ from loadtests.faults.plan import FaultExperiment, FaultPlan
 from loadtests.faults.report import write
 
 _OVERHEAD_SECONDS = 12.0
-"""Of each fault: a start, a stop, and requests that wait."""
+"""For each fault: a start, a stop, and requests that wait."""
 
 
 def faults(
@@ -28,18 +28,18 @@ def faults(
     out: cli.Out = Path("results/faults"),
     rate: Annotated[float, typer.Option(min=1, help="Requests a second of the steady load.")] = 60.0,
     seconds: Annotated[
-        float, typer.Option(min=3, help="Seconds of load before and after each fault, and of a fault that lasts.")
+        float, typer.Option(min=3, help="Seconds of load before and after each fault, and of a lasting fault.")
     ] = 10.0,
     fresh: cli.Fresh = False,
     service_args: cli.ServiceArgs = "",
     command: cli.Command = None,
 ) -> None:
-    """Do one harm after the other to a real service process, and see what its clients notice.
+    """Subject a real service process to one fault after the other, and see what its clients notice.
 
-    Each fault has a fresh service with a small model that answers with the number in the image, under a steady open
+    Each fault gets a fresh service with a small model that answers with the number in the image, under a steady open
     loop through `/v1` and `/v2` on kept and new connections. The report counts what was answered, refused, failed, lost
-    and swapped, and says how long recovery took. Exit code 1 if an answer was swapped, or a request lost or the process
-    ended under a fault that must leave it alive. The same command resumes an interrupted measurement.
+    and swapped, and says how long recovery took. Exit code 1 if an answer was swapped, or if a request was lost or the
+    process ended under a fault that it must survive. The same command resumes an interrupted measurement.
 
     Example: `stridevit loadtest faults --faults sigkill,log-unread`
     """

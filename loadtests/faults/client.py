@@ -1,4 +1,4 @@
-"""A client that knows how far each request came: not connected, not wholly sent, or sent and not wholly answered."""
+"""A client that knows how far each request got: not connected, not wholly sent, or sent and not wholly answered."""
 
 import asyncio
 import time
@@ -11,7 +11,7 @@ import httptools
 from loadtests.faults.numbers import NumberedRequest, id_in, numbers_in
 
 KEEP_SECONDS = 3.0
-"""An idle connection is used again within this time: less than servers keep one, as a client's should be."""
+"""An idle connection is reused within this time, which should be less than servers keep one."""
 _IDLE_CONNECTIONS = 64
 
 
@@ -44,7 +44,7 @@ class Reply:
 
 
 class Unanswered(Exception):
-    """No whole answer came; `outcome` says how far the request had come."""
+    """No whole answer came; `outcome` says how far the request had got."""
 
     def __init__(self, outcome: Outcome, why: str) -> None:
         super().__init__(why)
@@ -52,10 +52,10 @@ class Unanswered(Exception):
 
 
 class Client:
-    """Sends requests to one address. Kept connections are used again, the last one first."""
+    """Sends requests to one address. Kept connections are reused, the last one first."""
 
     def __init__(self, host: str, port: int, *, answer_seconds: float) -> None:
-        """`answer_seconds`: what is not answered by then counts as not answered."""
+        """`answer_seconds`: a request without an answer after this time counts as not answered."""
         self._host, self._port, self._answer_seconds = host, port, answer_seconds
         self._idle: list[_Connection] = []
 
@@ -79,7 +79,7 @@ class Client:
         return reply
 
     def close(self) -> None:
-        """Close what is idle."""
+        """Close the idle connections."""
         while self._idle:
             self._idle.pop().abort()
 

@@ -1,4 +1,4 @@
-"""Faults of clients: they do not read, do not finish, flood, or send what is dear to decode."""
+"""Faults of clients: they do not read, do not finish, flood, or send what is expensive to decode."""
 
 from functools import partial
 

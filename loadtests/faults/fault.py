@@ -24,11 +24,11 @@ class World:
     service: Service
     load: Load
     seconds: float
-    """How long a fault lasts that lasts as long as one wants."""
+    """Duration of a fault that can last for any time."""
     notes: list[str] = field(default_factory=list)
     """Facts for the report."""
     unmet: list[str] = field(default_factory=list)
-    """What did not happen and should have."""
+    """What should have happened and did not."""
 
     async def guilty(self, every_s: float) -> None:
         """Send guilty images for as long as the fault lasts, and note the statuses of their answers."""
@@ -51,7 +51,7 @@ class World:
 
     @asynccontextmanager
     async def attacking(self, name: str) -> AsyncIterator[None]:
-        """The same until the block ends; then what it printed becomes notes."""
+        """Run it until the block ends; then what it printed becomes notes."""
         command = [sys.executable, "-m", "loadtests.faults.attacks", name, str(self.service.port)]
         with start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             try:
@@ -72,15 +72,15 @@ class Fault:
     what: str
     """What is done, in words."""
     act: Callable[[World], Awaitable[None]]
-    """Begin it, wait, and take it back. May raise `NotRun`."""
+    """Begin the fault, wait, and undo it. May raise `NotRun`."""
     elsewhere: Kind | None = None
-    """A model that is published before the load begins, beside the repository: making it here would delay the load."""
+    """A model that is published before the load begins, beside the repository: in `act` it would delay the load."""
     model: Kind = "numbered"
-    """What the load asks for."""
+    """The model that the load asks for."""
     launch: Launch = field(default_factory=Launch)
     survives: bool = True
-    """Whether the process must live on: then nothing may be lost."""
+    """Whether the process must survive: then nothing may be lost."""
     spares_others: bool = False
     """Whether only guilty images may fail."""
     impossible: str | None = None
-    """Why it cannot be made here, if that is known before."""
+    """Why it cannot be done on this machine, if that is known beforehand."""

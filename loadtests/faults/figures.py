@@ -16,10 +16,10 @@ from loadtests.statistics import percentile
 RECOVERED_SECONDS = 2.0
 RECOVERED_FACTOR = 1.5
 _LEAST_MS = 10.0
-"""A p99 below this, times `RECOVERED_FACTOR`, is as good as recovered: smaller differences are the machine's noise."""
+"""A p99 of at most this × `RECOVERED_FACTOR` counts as recovered: smaller differences are the machine's noise."""
 _BIN_SECONDS = 0.5
 _REAPED_SECONDS = 1.0
-"""So much later than the connection breaks, at most, is the end of its process seen."""
+"""The end of a process is noticed at most this long after its connections break."""
 
 
 def summarise(
@@ -31,8 +31,10 @@ def summarise(
     after_s: float,
     ends: Sequence[End],
 ) -> dict[str, object]:
-    """The fields of a result that follow from its load: the fault from `began_s` to `ended_s`, then the end at
-    `after_s`, from which on requests count as after it."""
+    """The fields of a result that follow from its load.
+
+    The fault lasted from `began_s` to `ended_s`; requests that were due from `after_s` on count as after it.
+    """
     counts = Counter(str(_outcome(sample, ends)) for sample in samples)
     failed = Counter(str(sample.status) for sample in samples if sample.outcome is Outcome.FAILED)
     before = [sample for sample in samples if sample.due_s < began_s]
@@ -55,7 +57,7 @@ def summarise(
 
 
 def moments(samples: Sequence[Sample]) -> Moments:
-    """Latencies of the answered ones."""
+    """Latencies of the answered requests."""
     answered = [sample.latency_ms for sample in samples if sample.outcome is Outcome.ANSWERED]
     return Moments(
         requests=len(samples),
@@ -66,8 +68,11 @@ def moments(samples: Sequence[Sample]) -> Moments:
 
 
 def recovery(samples: Sequence[Sample], ended_s: float, p99_ms: float | None) -> float | None:
-    """Seconds from the end of a fault until two seconds begin in which all requests due are answered, and their p99 is
-    at most 1.5 times the one before; None if they never do."""
+    """Seconds from the end of a fault to recovery; None if there is none.
+
+    Recovery begins with two seconds in which all requests due are answered, with a p99 of at most 1.5 times the one
+    before the fault, or times 10 ms if that was shorter.
+    """
     if p99_ms is None or not samples:
         return None
     limit = RECOVERED_FACTOR * max(p99_ms, _LEAST_MS)
@@ -79,14 +84,14 @@ def recovery(samples: Sequence[Sample], ended_s: float, p99_ms: float | None) ->
         if start + RECOVERED_SECONDS > due[-1]:
             return None
         window = latencies[(due >= start) & (due < start + RECOVERED_SECONDS)]
-        # With a hundred requests and less in two seconds, p99 is the slowest of them.
+        # With a hundred requests or fewer in two seconds, p99 is the slowest of them.
         if len(window) and np.percentile(window, 99, method="lower") <= limit and np.isfinite(window).all():
             return float(start - ended_s)
     return None
 
 
 def _outcome(sample: Sample, ends: Sequence[End]) -> str:
-    """A request is not lost, but cut, if its process was ended, or ended itself, without being asked to by SIGTERM."""
+    """A lost request counts as cut if its process ended, or was ended, without being asked to by SIGTERM."""
     if sample.outcome is not Outcome.LOST:
         return sample.outcome
     broke_s = sample.due_s + sample.latency_ms / 1000

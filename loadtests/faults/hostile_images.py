@@ -1,4 +1,4 @@
-"""Small files that are dear to decode: what one request can make large is in their metadata and headers."""
+"""Small files that are expensive to decode: what one request can make large is in their metadata and headers."""
 
 import io
 import struct
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from PIL import Image
 
 _BYTE, _SHORT, _LONG = 1, 3, 4
-"""Types of TIFF."""
+"""Field types of TIFF."""
 _ODD_TYPE = 99
 _LZW = 5
 _ORIENTATION = 0x0112
@@ -16,11 +16,11 @@ _TALL = 50_000_000
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 Entry = tuple[int, int, int, bytes]
-"""A tag of TIFF: number, type, count, and the four bytes of its value or offset."""
+"""A TIFF tag: number, type, count, and the four bytes of its value or offset."""
 
 
 def hostile_images() -> dict[str, bytes]:
-    """By what is odd in them."""
+    """The files by what is odd in them."""
     return {
         "PNG with 65,000 EXIF tags": png_with_exif(65_000),
         "PNG with 60 MB of compressed text": png_with_text(60),
@@ -35,7 +35,7 @@ def hostile_images() -> dict[str, bytes]:
 
 def png_with_exif(tags: int) -> bytes:
     """One pixel, and an eXIf chunk with that many tags."""
-    # Turned, so that the orientation is taken out of the EXIF and all of it written anew.
+    # Rotated, so that the orientation is removed from the EXIF and all of it is written anew.
     turned = struct.pack(">HH", 6, 0)
     entries = [(tag, _SHORT, 1, turned if tag == _ORIENTATION else bytes(4)) for tag in range(tags)]
     return png([(b"eXIf", b"".join(_directory(entries, b"MM", offset=8)))])
@@ -89,7 +89,7 @@ def tiff_with_strips(strips: int) -> bytes:
 
 
 def tiff(entries: Iterable[Entry]) -> bytes:
-    """A TIFF of one directory."""
+    """A TIFF with one directory."""
     return b"".join(_directory(list(entries), b"II", offset=8))
 
 
@@ -117,7 +117,7 @@ def _short(value: int) -> bytes:
 
 
 def _directory(entries: list[Entry], order: bytes, *, offset: int) -> list[bytes]:
-    """A TIFF's head, and its directory by ascending tags."""
+    """A TIFF's header, and its directory by ascending tags."""
     end = "<" if order == b"II" else ">"
     rows = [struct.pack(f"{end}HHI", tag, kind, count) + value for tag, kind, count, value in sorted(entries)]
     head = order + struct.pack(f"{end}HI", 42, offset)

@@ -11,7 +11,7 @@ from loadtests.faults.numbers import FORMS, GUILTY, LIMIT, Form, make_request
 from loadtests.generator.rates import poisson_arrivals
 
 IN_FLIGHT = 2000
-"""An open loop lets an arrival wait while so many requests are in flight, which then counts as part of its latency."""
+"""While this many requests are in flight, an arrival of an open loop waits, which counts as part of its latency."""
 
 
 class Sample(NamedTuple):
@@ -64,7 +64,7 @@ class Load:
             await asyncio.gather(*running, return_exceptions=True)
 
     async def closed_loop(self, connections: int, until: Callable[[], bool]) -> None:
-        """On each connection the next request follows the last answer, until told to stop."""
+        """On each connection the next request follows the last answer, until `until()` is true."""
 
         async def work() -> None:
             while not until():
@@ -77,7 +77,7 @@ class Load:
     async def send(self, due: float) -> Sample:
         """Send the next request, and see what becomes of it."""
         number = next(self._numbers)
-        # Each form meets each kind of connection.
+        # Each form is sent on each kind of connection.
         form, kept = FORMS[number % len(FORMS)], number // len(FORMS) % 2 == 0
         request = make_request(form, number % LIMIT, model=self._model, deadline_ms=self._deadline_ms)
         began, status = time.monotonic(), 0
@@ -92,7 +92,7 @@ class Load:
         return sample
 
     async def send_guilty(self) -> int:
-        """Send an image that makes a faulty model fail; the status of its answer, 0 without one. It is not sampled."""
+        """Send an image that makes a faulty model fail, unsampled; returns the status of its answer, 0 without one."""
         number = next(self._guilty)
         form = FORMS[number % len(FORMS)]
         request = make_request(form, number, model=self._model, deadline_ms=self._deadline_ms)

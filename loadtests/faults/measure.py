@@ -21,7 +21,7 @@ from loadtests.faults.plan import ANSWER_SECONDS, DEADLINE_MS, FaultPlan, FaultR
 from loadtests.faults.service import NotRun, Service
 
 WARMUP_SECONDS = 1.0
-"""Of the load, not sampled."""
+"""Warm-up of the load, not sampled."""
 _LONGEST_SECONDS = 180.0
 """A fault that is not over by then is given up."""
 

@@ -7,10 +7,10 @@ from loadtests.faults.service import Launch
 
 MILD = ("load-unload", "repository-away", "slow-heads", "connection-flood", "never-reads")
 MILD_LAUNCH = Launch(flags=(*POLLING_FLAGS, *ADMIN_FLAGS))
-"""With which all of them can be made."""
+"""The launch with which all of them can be done."""
 
 
 def mild_faults() -> list[Fault]:
-    """In the order of `MILD`."""
+    """All of them, in the order of `MILD`."""
     found = {fault.name: fault for fault in (*model_faults(), *client_faults())}
     return [found[name] for name in MILD]

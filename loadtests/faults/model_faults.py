@@ -17,7 +17,7 @@ from service.bundle import MODEL_FILE
 
 POLL_SECONDS = 0.5
 HANG_SECONDS = 60.0
-"""So long a hung engine may keep its process before the harness kills it."""
+"""How long a hung engine may keep its process before the harness kills it."""
 _TAKEN_SECONDS = 20.0
 _HALF_WRITTEN_SECONDS = 3.0
 _ADMIN_KEY = "the-key-of-this-harness"
@@ -46,7 +46,7 @@ async def _hang(world: World) -> None:
 
 
 async def _damage_served(world: World) -> None:
-    """The file of the version that serves is overwritten where it lies, and a new version is damaged too."""
+    """The model file of the version that serves is overwritten in place, and a new version is damaged too."""
     model = world.service.repository / _NUMBERED / "1" / MODEL_FILE
     whole = model.read_bytes()
     model.write_bytes(_damaged(whole))
@@ -146,7 +146,7 @@ def _admin(path: str) -> bytes:
 
 
 def _publish(world: World, change: Callable[[bytes], bytes]) -> Path:
-    """Publish a next version whose graph does not have its digest."""
+    """Publish a next version whose graph does not match its digest."""
     draft = publish_numbered(world.service.repository / ".elsewhere", _NUMBERED)
     model = draft / MODEL_FILE
     model.write_bytes(change(model.read_bytes()))

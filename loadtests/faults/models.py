@@ -1,8 +1,8 @@
 """The models that the faults are tried on: each answers with the colour of the image, some fail for a guilty one.
 
 A graph has one input `image`, uint8 [batch, SIDE, SIDE, 3]. `logits` are the three bytes of the first pixel, and 0;
-`probabilities` are the bytes divided by `SCALE`, and the rest to 1. What makes a guilty image fail adds zeros for every
-other one.
+`probabilities` are the bytes divided by `SCALE`, and the rest to 1. The nodes that make a guilty image fail add zeros
+for every other one.
 """
 
 import shutil
@@ -27,15 +27,18 @@ Kind = Literal[
     "numbered-nan",
     "numbered-short",
 ]
-"""Names of the models. For a guilty image: the first three answer, then the engine fails, computes for weeks, gives
-NaN, and gives a row less. The large one has the size of ViT-S/16 at 224 pixels, and its cost."""
+"""Names of the models.
+
+For a guilty image, the first three answer; with the others the engine fails, computes for weeks, gives NaN, or gives a
+row less. The large one has the size and the cost of ViT-S/16 at 224 pixels.
+"""
 
 _OPSET, _IR_VERSION = 18, 10
 _GOLDEN = (1, 70_000)
 _TOKENS, _WIDTH, _BLOCKS = 196, 384, 12
-"""Of ViT-S/16."""
+"""Sizes of ViT-S/16."""
 _WEEKS = 10**14
-"""Trips of a loop that does not end while anyone waits."""
+"""Iterations of a loop that does not end while anyone waits."""
 
 
 def make_models(repository: Path) -> None:
@@ -166,7 +169,7 @@ def _fault_of(kind: Kind) -> list[NodeProto]:
 
 
 def _large_stack() -> list[NodeProto]:
-    """The matrix products of ViT-S/16, of zeros for every image."""
+    """The matrix products of ViT-S/16, on zeros for every image."""
     node = helper.make_node
     nodes = [
         node("Mul", ["blue", "zero"], ["zeros"]),  # (batch, 1)

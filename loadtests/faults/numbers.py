@@ -17,9 +17,9 @@ from PIL import Image
 SIDE = 8
 """Pixels of a picture's side."""
 LABELS = ("red", "green", "blue", "rest")
-"""Classes of the model: three bytes of the number, and what is left to a sum of 1."""
+"""Classes of the model: three bytes of the number, and the remainder to a sum of 1."""
 SCALE = 1024
-"""A probability is a byte divided by it: exact in float32."""
+"""A probability is a byte divided by this, which is exact in float32."""
 GUILTY = 0xFF0000
 """Numbers from here on make a faulty model fail."""
 
@@ -28,9 +28,9 @@ FORMS: tuple[Form, ...] = ("v1", "v2-binary", "v2-json")
 """An encoded image, two images as a binary tensor, and one as JSON numbers."""
 
 _PARTNER = 0x400000
-"""What tells the second image of a request from the first: a row of the batch may be swapped too."""
+"""Difference of the second image of a request from the first: rows of a batch may be swapped too."""
 LIMIT = _PARTNER
-"""Numbers of requests are smaller."""
+"""The numbers of all requests are smaller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class NumberedRequest:
 
     form: Form
     numbers: tuple[int, ...]
-    """Of its images, in order."""
+    """Numbers of its images, in order."""
     head: str = field(repr=False)
     """Request line and headers, each with its line end, without the empty line."""
     body: bytes = field(repr=False)
@@ -103,7 +103,7 @@ def numbers_in(form: Form, headers: Mapping[str, str], body: bytes) -> tuple[int
 
 
 def id_in(form: Form, headers: Mapping[str, str], body: bytes) -> str | None:
-    """The id that an answer bears: of the request in /v2's own words, else of the header."""
+    """The request id in an answer: from the body for `v2-json`, else from the header."""
     if form == "v2-json":
         return str(json.loads(body).get("id"))
     return headers.get("x-request-id")

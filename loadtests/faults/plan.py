@@ -9,7 +9,7 @@ from loadtests.experiment.model import Experiment, Plan
 from loadtests.faults.client import Outcome
 
 CUT = "cut"
-"""Sent wholly to a process that then ended at once: nobody can answer that."""
+"""Sent wholly to a process that then ended at once: such a request cannot be answered."""
 DEADLINE_MS = 8000.0
 ANSWER_SECONDS = DEADLINE_MS / 1000 + 7
 """A request without an answer after its deadline and this much more counts as lost."""
@@ -24,7 +24,7 @@ class FaultPlan(Plan):
     """Requests a second."""
     deadline_ms: float | None = DEADLINE_MS
     not_run: tuple[tuple[str, str], ...] = ()
-    """Faults that cannot be made here, and why."""
+    """Faults that cannot be done on this machine, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Moments:
 
 @dataclass(frozen=True, kw_only=True)
 class Bin:
-    """What was due in a part of the time."""
+    """The requests that were due in one part of the time."""
 
     at_s: float
     """Its beginning, in seconds after the fault began."""
@@ -48,7 +48,7 @@ class Bin:
     refused: int
     others: int
     worst_ms: float | None
-    """Of the answered."""
+    """Of the answered requests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +58,15 @@ class FaultResult:
     fault: str
     what: str
     survives: bool
-    """Whether the process had to live on."""
+    """Whether the process had to survive."""
     spares_others: bool = False
     """Whether no request of the load may fail."""
     not_run: str | None = None
-    """Why the fault could not be made after all."""
+    """Why the fault could not be done after all."""
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*Outcome, CUT), 0))
     """Requests by outcome, and those that were `CUT`."""
     statuses: dict[str, int] = field(default_factory=dict)
-    """Of the failed: by HTTP status."""
+    """Failed requests by HTTP status."""
     before: Moments | None = None
     during: Moments | None = None
     after: Moments | None = None
@@ -76,7 +76,7 @@ class FaultResult:
     recovery_s: float | None = None
     """From the end of the fault; None if it did not recover."""
     exit_codes: tuple[int, ...] = ()
-    """Of the processes that ended under the load."""
+    """Exit codes of the processes that ended under the load."""
     peak_bytes: int = 0
     late_arrivals: int = 0
     notes: tuple[str, ...] = ()
@@ -109,12 +109,12 @@ class FaultExperiment(Experiment[FaultPlan]):
 
     @property
     def results(self) -> list[FaultResult]:
-        """Of the faults that were tried, in order."""
+        """Results of the faults that were tried, in order."""
         return [result_in(block.info) for block in self.blocks if "result" in block.info]
 
     @property
     def broken(self) -> Sequence[str]:
-        """What is not as promised, of all faults."""
+        """What is not as promised, over all faults."""
         return [f"{result.fault}: {text}" for result in self.results for text in result.broken]
 
 

@@ -16,7 +16,7 @@ OPEN_FILES = 128
 """Limit of open files; `attacks.idle` opens more connections than that."""
 _SPARE_BYTES = 64 * 2**20
 _CLOCK_STEPS = (3600, -3600, 0)
-"""Seconds beside the true time."""
+"""Offsets from the true time in seconds."""
 _CLOCK_VARIABLE = "FAULTS_CLOCK"
 """Read by clock.c."""
 
@@ -67,12 +67,12 @@ def _set_clock(clock: Path, seconds: int) -> None:
 
 
 def _make_clock(scratch: Path) -> tuple[Launch, str | None]:
-    """With what the wall clock of a service can be moved; or why it cannot."""
+    """A launch in which the wall clock of the service can be moved; or why it cannot."""
     if not (compiler := shutil.which("cc")):
         return Launch(), "needs a C compiler (cc), to build what moves a process's clock"
     library, clock = scratch / "clock.so", scratch / "clock"
     command = [compiler, "-shared", "-fPIC", "-o", str(library), str(Path(__file__).with_name("clock.c"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (no foreign words)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (no untrusted input)
     if done.returncode:
         return Launch(), f"what moves a process's clock cannot be built: {done.stderr.strip()}"
     _set_clock(clock, 0)

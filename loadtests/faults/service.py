@@ -1,4 +1,4 @@
-"""The service under faults: started as a fault needs it, restarted when it ends, its ends remembered."""
+"""The service under faults: started as a fault needs it, restarted when it ends, and its ends recorded."""
 
 import asyncio
 import fcntl
@@ -21,7 +21,7 @@ from loadtests.experiment.server import Server, free_port, wait_until_ready
 from service.host import process_tree, process_tree_bytes
 
 MEMORY_BYTES = 12 * 2**30
-"""Address space of every service: what a fault makes it take must not end the machine."""
+"""Limit of every service's address space: the memory that a fault makes it take must not take down the machine."""
 SMALL_DISK_BYTES = 2**20
 PIPE_BYTES = 4096
 
@@ -35,7 +35,7 @@ Log = Literal["file", "pipe", "full", "small disk"]
 
 
 class NotRun(Exception):
-    """A fault cannot be made on this machine; the message is the reason."""
+    """A fault cannot be done on this machine; the message is the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +89,13 @@ class Service(Server):
                     end(self._child)
 
     def start(self) -> None:
-        """Start a process; it is not waited for."""
+        """Start a process, without waiting for it."""
         command = [sys.executable, "-m", "service", "--repository", str(self.repository), "--port", str(self.port)]
         command.append("--log-level=warning")
         limits = [f"ulimit -v {MEMORY_BYTES // 1024}"]
         if self.launch.open_files:
             limits.append(f"ulimit -n {self.launch.open_files}")
-        # The shell becomes the service, so the process stays the one that was started.
+        # The shell becomes the service (exec), so the process stays the one that was started.
         shell = ["/bin/sh", "-c", " && ".join([*limits, 'exec "$@"']), "sh"]
         variables = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", **dict(self.launch.variables)}
         self._child = self._process = start(
@@ -124,7 +124,7 @@ class Service(Server):
             await asyncio.sleep(_POLL_SECONDS)
 
     async def watch_memory(self) -> None:
-        """Keep `peak_bytes`, until cancelled."""
+        """Keep `peak_bytes` up to date until cancelled."""
         while True:
             if self.pid is not None:
                 self.peak_bytes = max(self.peak_bytes, await asyncio.to_thread(_memory, self.pid))
@@ -161,7 +161,7 @@ class Service(Server):
             asyncio.get_running_loop().remove_reader(self._read_end)
 
     def read(self) -> None:
-        """Read the pipe of the log, as from the start of a fault's load."""
+        """Read the pipe of the log, as at the start of a fault's load."""
         if self._read_end is not None:
             asyncio.get_running_loop().add_reader(self._read_end, self._drain, self._read_end)
 
@@ -189,7 +189,7 @@ class Service(Server):
         if self.launch.log == "pipe":
             self._read_end, write_end = os.pipe()
             os.set_blocking(self._read_end, False)
-            # A page: an unread pipe is full after a few lines.
+            # One page, so that an unread pipe is full after a few lines.
             fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
             self._resources.callback(self._close_read_end)
             return self._keep(write_end)
@@ -222,7 +222,7 @@ def _mount_small_disk(folder: Path) -> None:
         raise NotRun("only root can mount a small disk (tmpfs)")
     folder.mkdir(parents=True, exist_ok=True)
     options = f"size={SMALL_DISK_BYTES}"
-    done = subprocess.run(  # noqa: S603 (no foreign words)
+    done = subprocess.run(  # noqa: S603 (no untrusted input)
         [mount, "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True, check=False
     )
     if done.returncode:

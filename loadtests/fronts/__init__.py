@@ -1,1 +1,1 @@
-"""What it costs to put a front before several workers, and how evenly it gives them requests."""
+"""What it costs to put a front before several workers, and how evenly it distributes requests to them."""

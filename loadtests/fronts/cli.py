@@ -31,13 +31,13 @@ def fronts_command(
         str | None, typer.Option(help=f"Sizes of generated JPEGs, with weights: '640x480:3,1920x1080:1'. [{_SIZES}]")
     ] = None,
     only: Annotated[
-        str | None, typer.Option(help="Fronts to measure beside `one process`, separated by commas. [all]")
+        str | None, typer.Option(help="Fronts to measure besides `one process`, separated by commas. [all]")
     ] = None,
     workers: Annotated[int, typer.Option(min=2, max=64, help="Workers behind each front.")] = 2,
     rounds: cli.Rounds = 6,
     seconds: cli.Seconds = 3.0,
     warmup: cli.Warmup = 0.5,
-    budget: Annotated[float, typer.Option(min=0.1, help="Minutes; no round is begun that would exceed them.")] = 10.0,
+    budget: Annotated[float, typer.Option(min=0.1, help="In minutes; no round is begun that would exceed it.")] = 10.0,
     load: Annotated[
         float,
         typer.Option(min=0.05, max=0.95, help="Rate of the open loop, as a fraction of the saturated throughput."),
@@ -46,18 +46,18 @@ def fronts_command(
         bool,
         typer.Option(
             "--start-once",
-            help="Start each front once, not for every block, for a slow machine; the others stay idle beside it.",
+            help="For a slow machine: start each front once, not for every block; the others stay idle meanwhile.",
         ),
     ] = False,
     fresh: cli.Fresh = False,
     service_args: cli.ServiceArgs = "",
     command: cli.Command = None,
 ) -> None:
-    """Measure what a front before several workers costs, and how evenly it gives them requests.
+    """Measure what a front before several workers costs, and how evenly it distributes requests to them.
 
     One process without a front, `--workers` with Envoy and without (SO_REUSEPORT), nginx and HAProxy, in interleaved
     rounds; each at 1 and at 16 connections. A front that is not installed is skipped, with the reason. An open loop at
-    a known load is held against the queueing model of `loadtest capacity`. The same command resumes an interrupted
+    a known load is compared with the queueing model of `loadtest capacity`. The same command resumes an interrupted
     measurement.
 
     Example: `stridevit loadtest fronts --only Envoy,HAProxy --rounds 10 --budget 20`

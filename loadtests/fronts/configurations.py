@@ -1,7 +1,8 @@
 """Configurations of nginx and HAProxy that do what the front of `--workers` does.
 
-Both run on one thread, and give a request to the worker with the fewest in work. One that could not be connected, got
-no answer, or was answered with 503, is sent once more, to another worker; bodies of up to 1 MiB are held for that.
+Both run on one thread, and send a request to the worker with the fewest in progress. A request that found no
+connection, got no answer, or was answered with 503, is sent once more, to another worker; bodies of up to 1 MiB are
+buffered for that.
 """
 
 from collections.abc import Sequence

@@ -24,7 +24,7 @@ class Figure:
 
     @property
     def mean(self) -> float:
-        """Over rounds."""
+        """Mean over rounds."""
         return float(np.mean(self.rounds))
 
     @property
@@ -70,7 +70,7 @@ def results(experiment: FrontsExperiment) -> list[FrontResult]:
 
 
 def unevenness(loads: LoadResult) -> float | None:
-    """How far the worker with the most or the fewest requests is from their mean, as a part of it."""
+    """How far the worker with the most or the fewest requests is from the mean of all, as a fraction of it."""
     parts = _of_workers(loads.counts, REQUESTS)
     mean = float(np.mean(parts)) if len(parts) > 1 else 0.0
     return max(abs(part - mean) for part in parts) / mean if mean else None

@@ -1,7 +1,7 @@
-"""What is measured of each front: closed loops, and for the check of the queueing model an open one.
+"""What is measured of each front: closed loops, and, to check the queueing model, an open one.
 
-The arms are the fronts, all before the same model and as many workers; the first is one process without a front, which
-has all cores. Every block has fresh processes, unless each front is started once.
+The arms are the fronts, all before the same model and the same number of workers; the first is one process without a
+front, which has all cores. Every block has fresh processes, unless each front is started once.
 """
 
 import http.client
@@ -61,7 +61,7 @@ FrontsExperiment = Experiment[FrontsPlan]
 
 
 class Budget:
-    """Ends a measurement before the round that would exceed its minutes, by what the longest round took."""
+    """Ends a measurement before the round that would exceed its minutes, judging by the longest round so far."""
 
     def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._minutes, self._clock = minutes, clock
@@ -69,7 +69,7 @@ class Budget:
         self._longest = 0.0
 
     def stop(self, _: int) -> str | None:
-        """Called before each round: why there is none."""
+        """Called before each round: why no further one is begun, or None."""
         now = self._clock()
         self._longest, self._last = max(self._longest, now - self._last), now
         if self._longest and now + self._longest > self._begin + self._minutes * 60:

@@ -1,7 +1,7 @@
 """The queueing model against a measured point: the open loop of `loadtest fronts`, at a known load.
 
-The same throughput and latency that a block found in its closed loops predict its open loop: a request takes c ÷ the
-saturated throughput on one of c servers, and one that does not wait takes the median of a lone connection.
+The throughput and latency that a block found in its closed loops predict its open loop: a request takes c ÷ the
+saturated throughput on one of c servers, and one that does not wait takes the median latency of a lone connection.
 """
 
 from collections.abc import Iterator
@@ -26,18 +26,18 @@ class Checked:
     front: str
     percentile: float
     load: Figure
-    """Arrivals as a part of the saturated throughput."""
+    """Arrivals as a fraction of the saturated throughput."""
     measured_ms: Figure
     one_queue_ms: Figure
-    """Predicted for one queue before all servers: the best that a front can do."""
+    """Predicted for one queue in front of all servers: the best that a front can do."""
     random_ms: Figure | None
     """Predicted for workers that get their requests at random; None for one process."""
     ratio: Figure
-    """Measured by predicted, for one queue."""
+    """Measured ÷ predicted, for one queue."""
 
 
 def checked(experiment: FrontsExperiment) -> list[Checked]:
-    """Every front with an open loop that has been measured to the percentile."""
+    """Every front with an open loop, and every percentile for which there are enough answers."""
     return [found for arm in experiment.plan.arms for rank in _RANKS for found in _checked(experiment, arm.label, rank)]
 
 
@@ -68,7 +68,7 @@ def _checked(experiment: FrontsExperiment, label: str, rank: float) -> Iterator[
 def _row(
     opened: LoadResult, busy: LoadResult, alone: LoadResult, rank: float, *, servers: int, workers: int
 ) -> tuple[float, float, float, float] | None:
-    """Load, and milliseconds measured, of one queue, and of workers at random; None where they are not known."""
+    """Load, and milliseconds: measured, for one queue, and for workers at random; None where they are not known."""
     measured, lone = percentile(opened.latencies_ms, rank), percentile(alone.latencies_ms, 50)
     rate = opened.arrivals and opened.offered_rate
     if measured is None or lone is None or not rate or not np.isfinite([measured, lone]).all():

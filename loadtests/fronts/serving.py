@@ -32,7 +32,7 @@ CLASSIFY = "/v1/classify"
 
 @dataclass(frozen=True)
 class Processes:
-    """Processes of a part: gives the CPU seconds that they have used. Raises OSError if one has ended."""
+    """Processes of a part; when called, gives the CPU seconds that they have used. Raises OSError if one has ended."""
 
     pids: tuple[int, ...]
 
@@ -42,7 +42,7 @@ class Processes:
 
 @dataclass(frozen=True)
 class FirstThread:
-    """The first thread of a process, in the same way."""
+    """The same for the first thread of a process."""
 
     pid: int
 
@@ -74,7 +74,7 @@ class Front:
 
 
 class Started:
-    """Servers that are started when they are first asked for, and end with a `with` of this."""
+    """Servers that are started on first use, and stopped at the end of a `with`."""
 
     def __init__(self, serve: Callable[[str, Path], AbstractContextManager[Server]]) -> None:
         self._serve, self._stack = serve, ExitStack()
@@ -127,7 +127,7 @@ def _no_ray() -> str | None:
 
 
 def _program(name: str) -> str | None:
-    """The path of a program; those of administrators are often not on PATH."""
+    """The path of a program; administrators' programs are often not on PATH."""
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
 
 
@@ -146,7 +146,7 @@ def _one_process(setting: Setting, log: Path) -> Iterator[Server]:
 def _envoy(setting: Setting, log: Path, environment: dict[str, str] | None = None) -> Iterator[Server]:
     command = _command(setting, "--workers", str(setting.workers))
     with running(command, name="the service of several workers", log=log, environment=environment) as server:
-        # By number: the first worker starts alone, and the others in their order.
+        # By number: the first worker starts alone, and the others in order.
         children = sorted(psutil.Process(_pid(server)).children(), key=psutil.Process.create_time)
         workers = [one.pid for one in children if "service.workers.worker" in one.cmdline()]
         front = [one.pid for one in children if "--config-path" in one.cmdline()]
@@ -177,7 +177,7 @@ def _shared_port(setting: Setting, log: Path) -> Iterator[Server]:
 def _nginx(setting: Setting, log: Path) -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix="stridevit-nginx-") as name:
         folder = Path(name)
-        # Its worker may run as another user than this one.
+        # nginx's worker may run as a different user.
         folder.chmod(0o755)
 
         def command(port: int, backends: Sequence[str]) -> list[str]:
@@ -206,7 +206,7 @@ def _haproxy(setting: Setting, log: Path) -> Iterator[Server]:
 def _fronted(
     name: str, command: Callable[[int, Sequence[str]], list[str]], setting: Setting, log: Path
 ) -> Iterator[Server]:
-    """A front before services of their own, which have the cores that the workers of `--workers` would have."""
+    """A front before separate services, which have the cores that the workers of `--workers` would have."""
     with ExitStack() as stack:
         backends: list[Server] = []
         for number, cores in enumerate(shares(sorted(os.sched_getaffinity(0)), setting.workers)):
@@ -228,7 +228,7 @@ def _fronted(
 
 
 def shares(cores: Sequence[int], count: int) -> list[list[int]]:
-    """The cores in `count` groups of neighbours; with fewer cores than groups they share."""
+    """The cores in `count` groups of neighbours; with fewer cores than groups, they share."""
     if count >= len(cores):
         return [[cores[number % len(cores)]] for number in range(count)]
     edges = [number * len(cores) // count for number in range(count + 1)]
@@ -243,7 +243,7 @@ def _with_parts(
     front: Sequence[int] = (),
     supervisor: Sequence[int] = (),
 ) -> Server:
-    """The server, which knows its parts from now on; `requests` counts those of each worker since its start."""
+    """The server, with its parts set; `requests` counts each worker's requests since its start."""
 
     server.counts = lambda: {REQUESTS.format(number): value for number, value in enumerate(requests())}
     server.parts = {WORKER.format(number): Processes((pid,)) for number, pid in enumerate(workers)}
@@ -263,5 +263,5 @@ def _classified(server: Server) -> float:
 
 
 def _thread_seconds(task: Path) -> float:
-    """CPU seconds of a thread, to the nanosecond: ticks of 10 ms are long beside a front's part of a short load."""
+    """CPU seconds of a thread, to the nanosecond: ticks of 10 ms are too coarse for a front's part in a short load."""
     return int((task / "schedstat").read_text(encoding="ascii").split()[0]) / 1e9

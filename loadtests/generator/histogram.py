@@ -1,7 +1,7 @@
 """Latencies as a histogram that can be merged: HDR, 1 µs to 1 hour, three significant digits.
 
-Locust rounds its own percentiles to two digits. A histogram costs the same for any number of requests, and those of
-several workers add up exactly.
+Locust rounds its own percentiles to two digits. A histogram costs the same for any number of requests, and the
+histograms of several workers add up exactly.
 """
 
 from typing import Any

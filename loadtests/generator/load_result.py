@@ -1,7 +1,7 @@
 """What a server did under one load.
 
 Failed and unsent requests stay among the latencies, as infinite ones: a server that answers its errors quickly does not
-look fast by them.
+look fast because of them.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from loadtests.generator.samples import LATE_MS, UNSENT, Samples
 
 Mode = Literal["open", "closed"]
-"""An open loop sends at scheduled moments, a closed one as soon as the last answer has come."""
+"""An open loop sends at scheduled moments, a closed one as soon as the last answer has arrived."""
 Protocol = Literal["v1", "v2"]
 """Image files to `/v1/classify`, or binary tensors to `/v2/models/NAME/infer`."""
 PROTOCOLS: tuple[Protocol, ...] = ("v1", "v2")
@@ -35,7 +35,7 @@ class RequestTrace:
     models: npt.NDArray[np.str_] = field(repr=False)
     """Name of the model that answered."""
     ended_ms: npt.NDArray[np.float64] = field(repr=False)
-    """Milliseconds after the scheduled moment at which the answer had come, whatever its status."""
+    """Milliseconds from the scheduled moment to the end of the answer, whatever its status."""
     behind_ms: npt.NDArray[np.float64] = field(repr=False)
     """Delay between the scheduled moment and sending."""
 
@@ -69,9 +69,9 @@ class LoadResult:
     """CPU time divided by wall time; 0 if unknown."""
     generator_cores: float = 0.0
     part_cores: dict[str, float] = field(default_factory=dict)
-    """The same of the server's parts (`Server.parts`)."""
+    """The same for the server's parts (`Server.parts`)."""
     counts: dict[str, float] = field(default_factory=dict)
-    """What the server counted of its parts (`Server.counts`) from the load's beginning to its end."""
+    """What the server counted for its parts (`Server.counts`) from the load's beginning to its end."""
     arrivals: int = 0
     """In an open loop: all requests due in the window, including those sent late or not at all."""
     device_bytes: int | None = None
@@ -81,7 +81,7 @@ class LoadResult:
     percentiles_ms: dict[str, float | None] = field(default_factory=dict)
     """`p50_ms`, `p95_ms`, `p99_ms` of a result that was read back from results.json, which keeps no latencies."""
     trace: RequestTrace | None = None
-    """Only where single requests matter."""
+    """Only where individual requests matter."""
 
     @property
     def answered(self) -> int:
@@ -92,7 +92,7 @@ class LoadResult:
 def window(
     samples: Samples, *, begin: float, seconds: float, connections: int | None, traced: bool = False, **others: Any
 ) -> LoadResult:
-    """The `seconds` after `begin`, a Unix time; `others` are the fields of which samples know nothing.
+    """The `seconds` after `begin`, a Unix time; `others` are the fields that do not follow from samples.
 
     Throughput counts the answers that *ended* in the window; latencies are of the requests that were *due* in it,
     whenever they ended. Requiring both would leave out the slowest, most of all those of a slow server.

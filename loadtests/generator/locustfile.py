@@ -82,7 +82,7 @@ class Run:
         self.finished_users = 0
         self.requests = Group()
         self.unix_offset = time.time() - time.perf_counter()
-        """Unix time minus the clock that nobody adjusts."""
+        """Unix time minus that of the clock that is never adjusted."""
         self._samples: TextIO | None = None
         if options.samples:
             path = Path(options.samples)
@@ -116,7 +116,7 @@ class _State:
     """Latencies of this process's requests; on a master, of all workers."""
     failed = False
     paths: dict[str, str]
-    """The command line's paths of images and samples: whoever can open the web page must not name a file."""
+    """The command line's paths of images and samples: whoever can open the web page must not be able to name a file."""
 
 
 _state = _State()
@@ -168,7 +168,7 @@ class Classify(FastHttpUser):
         self._run.finished_users += 1
         runner = self.environment.runner
         if isinstance(runner, LocalRunner) and self._run.finished_users >= runner.target_user_count:
-            # From a greenlet of its own: the runner waits for its users.
+            # In a greenlet of its own, because the runner waits for its users.
             gevent.spawn(runner.quit)
         raise StopUser
 
@@ -211,10 +211,10 @@ def _ms_since(moment: float) -> float:
 
 
 class Rates(LoadTestShape):
-    """The number of users that makes the rate of the moment."""
+    """The number of users that gives the current rate."""
 
     abstract = True
-    """Used with `--rates`, not because this file holds it."""
+    """Used with `--rates`, not merely because it is in this file."""
 
     def __init__(self, parts: tuple[Part, ...], environment: Environment) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ def _init(environment: Environment, **_: Any) -> None:
 
 
 def _end_without(environment: Environment, msg: Message, **_: Any) -> None:
-    """End the test of a worker that cannot send: what the others send is not the rate that was asked for."""
+    """End the test if a worker cannot send: the others alone do not send at the requested rate."""
     log.error("worker %s: %s", msg.node_id, msg.data["reason"])
     _state.failed = True
     runner, options = environment.runner, environment.parsed_options
@@ -293,7 +293,7 @@ def _begin(environment: Environment, **_: Any) -> None:
     if options is None:
         return
     if not isinstance(runner, WorkerRunner):
-        # The web form may hold any option. Workers get theirs from the master.
+        # The web form may set any option. Workers get theirs from the master.
         vars(options).update(_state.paths)
     if isinstance(runner, MasterRunner):
         return
@@ -337,5 +337,5 @@ def _merge(data: dict[str, Any], **_: Any) -> None:
 def _quit(environment: Environment, **_: Any) -> None:
     if not isinstance(environment.runner, WorkerRunner):
         log.info(_state.latencies.summary())
-    # Failed requests are for the report to tell: Locust itself did its work.
+    # Failed requests are a matter for the report: Locust itself did its work.
     environment.process_exit_code = int(_state.failed)

@@ -1,10 +1,11 @@
-"""An open loop for rates that Locust cannot send from one core: Poisson arrivals, at a tenth of its CPU time for each.
+"""An open loop for rates that Locust cannot send from one core: Poisson arrivals, each at a tenth of its CPU time.
 
     python -m loadtests.generator.open_loop --host http://127.0.0.1:8000 --data photos --rates 400:10,4000:10
 
-One thread, one selector, no task or greenlet for a request. What a sample means is as with Locust (locustfile.py):
-latency counts from the moment at which the request was due, and an arrival is not sent while `--in-flight` are in
-flight. A request takes the kept connection that was used last, or else opens one; with `--new-connections`, always.
+One thread, one selector, no task or greenlet for a request. A sample means the same as with Locust (locustfile.py):
+latency counts from the moment at which the request was due, and an arrival is not sent while `--in-flight` requests are
+in flight. A request takes the kept connection that was used last, or opens one if there is none; with
+`--new-connections`, it always opens one.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from loadtests.generator.request_encoder import target
 from loadtests.generator.samples import UNSENT, Sample
 
 KEEP_SECONDS = 3.0
-"""An idle connection is used again within this time: less than servers keep one."""
+"""An idle connection is reused within this time, which is less than servers keep one."""
 _READ_BYTES = 64 * 1024
 _SWEEP_SECONDS = 1.0
 
@@ -103,7 +104,7 @@ class OpenLoop:
         keep: bool,
         keep_refusals: bool = False,
     ) -> None:
-        """`keep` connections; `keep_refusals`: the bodies of answers with 429, too."""
+        """`keep`: reuse connections; `keep_refusals`: also keep the bodies of answers with 429."""
         self._address, self._requests, self._most, self._keep = address, requests, in_flight, keep
         self._family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
         self._selector = selectors.DefaultSelector()
@@ -114,7 +115,7 @@ class OpenLoop:
         self._keep_refusals = keep_refusals
         self.samples: list[Sample] = []
         self.refusals: list[bytes] = []
-        """For each sample, the body of an answer with 429; otherwise empty, like all unless they are kept."""
+        """For each sample, the body of an answer with 429, if it is kept; otherwise empty."""
 
     def stop(self) -> None:
         """Send no more, and wait no longer."""
@@ -178,7 +179,7 @@ class OpenLoop:
         except BlockingIOError:
             return
         except OSError:
-            # The server may have answered before it closed: what it said is read.
+            # The server may have answered before it closed the connection: that answer is still read.
             connection.left = memoryview(b"")
 
     def _read(self, connection: Connection) -> None:
@@ -216,7 +217,7 @@ class OpenLoop:
         connection.socket.close()
 
     def _sweep(self, now: float) -> None:
-        """Close what was idle, and give up what was unanswered, for too long."""
+        """Close connections that were idle for too long, and give up requests unanswered for too long."""
         while self._idle and now - self._idle[0].used_at > KEEP_SECONDS:
             self._close(self._idle.popleft())
         for connection in [one for one in self._flying if now - one.due > ANSWER_SECONDS]:
@@ -232,7 +233,7 @@ class OpenLoop:
 
 
 def main() -> None:
-    """Send, then write the samples; SIGTERM and Ctrl-C write those until then."""
+    """Send, then write the samples; after SIGTERM or Ctrl-C, those until then."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", required=True, help="URL of the server")
     parser.add_argument("--model", default="", help="name of a model or a family [the server's default]")
@@ -272,7 +273,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, stop)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard) if hard != resource.RLIM_INFINITY else (soft, hard))
-    # What is prepared stays: no collection has to look at it in the middle of the load.
+    # What is prepared stays: garbage collection need not scan it in the middle of the load.
     gc.freeze()
     loop.run(arrivals(parts, seed=str(asked.seed)))
     with asked.samples.open("w", newline="", encoding="utf-8") as file:

@@ -54,7 +54,7 @@ def read_payloads(
 def describe(payloads: Sequence[Payload], data: Path | None) -> str:
     """How many images of what kind, their sizes in pixels and kB, and how many are labelled.
 
-    `data` as given to `read_payloads`; a median of two middle sizes is the larger one.
+    `data` as given to `read_payloads`; of two middle sizes, the median is the larger one.
     """
     what = open_source(data).description if data else "generated JPEGs"
     kilobytes = sorted(len(payload.data) / 1000 for payload in payloads)
@@ -119,7 +119,7 @@ def generated(sizes: Sequence[tuple[int, int]], seed: int) -> Source:
 def _pixel_sizes(payloads: Sequence[Payload]) -> list[str]:
     sizes: Counter[tuple[int, int]] = Counter()
     for payload in payloads:
-        # A hostile header may raise anything, and how large an image may be is the server's decision: it is sent.
+        # A hostile header may raise anything, and how large an image may be is the server's decision: so it is sent.
         with suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(payload.data)) as image:

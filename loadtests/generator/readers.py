@@ -51,7 +51,7 @@ class Source:
     """Images that can be read one at a time."""
 
     description: str
-    """What they are, to follow their number: `files of photos/`."""
+    """What they are, as text to follow their number: `files of photos/`."""
     labels: Sequence[Label] = field(repr=False)
     """One per image."""
     read: Callable[[Sequence[int]], Iterator[Payload]] = field(repr=False)
@@ -90,7 +90,7 @@ def open_source(folder: Path) -> Source:
 
 
 def state(folder: Path) -> str:
-    """A digest of names, sizes and times of change of a folder's files: the same while nobody changes them."""
+    """A digest of names, sizes and modification times of a folder's files: the same while they are unchanged."""
     digest = hashlib.sha256()
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         about = file.stat()

@@ -81,7 +81,7 @@ def target(
 
 
 def _input(host: str, model: str) -> tuple[str, Preprocessing]:
-    """Name of the input tensor, and how images become it: as the service says, else the largest centred square."""
+    """Name of the input tensor, and the preprocessing for it: as the service says, else the largest centred square."""
     url = f"{host}/v2/models/{model}"
     try:
         tensor: dict[str, Any] = get_json(url, timeout=30)["inputs"][0]

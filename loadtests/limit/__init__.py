@@ -1,1 +1,1 @@
-"""The service against its engine's limit and a plain server, and over many requests."""
+"""The service against its engine's limit and a plain server."""

@@ -21,7 +21,7 @@ def limit(
         str,
         typer.Option(
             help="Models to measure, separated by commas, written as for `compare`: NAME, NAME?max_batch=1, "
-            "NAME@git:COMMIT. Each is set against its engine limit, and the first of each model against the others."
+            "NAME@git:COMMIT. Each is compared with its engine limit, and the first of each model with the others."
         ),
     ],
     repository: cli.Repository = Path("models"),
@@ -31,7 +31,7 @@ def limit(
     seconds: cli.Seconds = 10.0,
     warmup: cli.Warmup = 2.0,
     connections: Annotated[
-        str, typer.Option(help="Connections of the closed loops, separated by commas; the most is saturation.")
+        str, typer.Option(help="Connections of the closed loops, separated by commas; the largest is saturation.")
     ] = "1,32",
     load: Annotated[
         float, typer.Option(min=0.05, max=1, help="Rate of the open loop, as a fraction of the saturated throughput.")
@@ -43,8 +43,8 @@ def limit(
     """Measure the service against the engine limit and a plain FastAPI server: speed, tail latency and memory.
 
     The engine limit is what `stridevit engine-limit` reaches with the same images and settings but no HTTP.
-    `--service-args`, and settings in the environment (`STRIDEVIT_*`), reach the service and the engine limit alike. The
-    same command resumes an interrupted measurement.
+    `--service-args`, and settings in the environment (`STRIDEVIT_*`), apply to the service and the engine limit alike.
+    The same command resumes an interrupted measurement.
 
     Example: `stridevit loadtest limit --models cifar100-csra-r2 --data photos`; whether the service has become faster:
     `stridevit loadtest limit --models cifar100-csra-r2,cifar100-csra-r2@git:v0.1 --rounds 10`

@@ -3,7 +3,7 @@
 A server of the same throughput can only be better if it computes a lone image with more threads than one of many.
 
 Of the M/D/c family: with Poisson arrivals and one lane it is M/D/1. Latencies follow from the arrivals by the recursion
-of Kiefer and Wolfowitz (1955), so that a server can be compared with the ideal of the very arrivals that it got.
+of Kiefer and Wolfowitz (1955), so that a server can be compared with the ideal for the very arrivals that it got.
 """
 
 import heapq
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from loadtests.statistics import percentile
 
 _OTHERS = 200
-"""Other sets of arrivals by which the scatter is found."""
+"""Other sets of arrivals from which the scatter is found."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class IdealQueue:
 
     lanes: int
     seconds: float
-    """That a lane takes for an image."""
+    """Time that a lane takes for an image."""
 
     def latencies_ms(self, due_s: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """From arrival to answer, for each arrival; they must be in ascending order."""

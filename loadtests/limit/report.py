@@ -74,7 +74,7 @@ def figures(experiment: LimitExperiment, arm: Arm, load: str) -> dict[str, ByRou
 
 
 def engine_figures(experiment: LimitExperiment, model: str) -> dict[str, ByRound]:
-    """Those of a model's engine limit by round, where they are known."""
+    """The columns of a model's engine limit by round, where they are known."""
     arm = next(arm for arm in experiment.plan.arms if arm.kind == "engine" and arm.model == model)
     blocks = experiment.blocks_of(arm.label)
     keys = {"images/s": ("images_per_second", 1.0), "idle MB": ("baseline_pss_bytes", 1e6)}
@@ -85,7 +85,7 @@ def engine_figures(experiment: LimitExperiment, model: str) -> dict[str, ByRound
 
 
 def ratio(above: ByRound, below: ByRound) -> ByRound:
-    """Divided round by round, without infinite values; median by median if one is pooled, or they share no round."""
+    """Divide round by round, without infinite values; median by median if one is pooled, or they share no round."""
     above, below = ({n: value for n, value in values.items() if math.isfinite(value)} for values in (above, below))
     if shared := verdicts.ratio(above, below):
         return shared
@@ -126,16 +126,16 @@ def _ratios(experiment: LimitExperiment, model: str) -> Iterator[Ratio]:
 
 @dataclass(frozen=True, kw_only=True)
 class AgainstIdeal:
-    """A service in the open loop, and an ideal queue of its own throughput that got the same arrivals."""
+    """A service in the open loop, and an ideal queue of the same throughput that got the same arrivals."""
 
     arm: str
     answers: int
     queue: IdealQueue
-    """Of the last round."""
+    """The ideal queue of the last round."""
     p99_ms: float
     ideal_p99_ms: float
     scatter_ms: tuple[float, float] | None
-    """5th and 95th percentile of the ideal p99 over other arrivals, as many in all."""
+    """5th and 95th percentile of the ideal p99 over other arrivals, of the same total number."""
 
 
 def against_ideal(experiment: LimitExperiment) -> list[AgainstIdeal]:

@@ -28,7 +28,7 @@ def mlperf(
     ] = Path("results/mlperf"),
     data: cli.Data = None,
     scenarios: Annotated[
-        str, typer.Option(help="Some of these, separated by commas; they run in this order.")
+        str, typer.Option(help="Which to run, separated by commas; they run in this order.")
     ] = ",".join(SCENARIOS),
     full: Annotated[
         bool, typer.Option("--full", help="MLPerf's own minimum durations (600 s) and counts, instead of --seconds.")
@@ -49,7 +49,7 @@ def mlperf(
     latency_ms: Annotated[
         float | None,
         typer.Option(
-            min=0.1, help="Latency that 99 % of the Server scenario's queries must keep. [100; with --full 15]"
+            min=0.1, help="Latency that 99 % of the Server scenario's queries must meet. [100; with --full 15]"
         ),
     ] = None,
     connections: Annotated[

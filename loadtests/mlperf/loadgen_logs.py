@@ -1,4 +1,4 @@
-"""What LoadGen wrote: its summary with the verdict, word by word, and its log of answers."""
+"""What LoadGen wrote: its summary with the verdict, verbatim, and its log of answers."""
 
 import json
 import re
@@ -23,7 +23,7 @@ _PERCENTILES = {f"p{rank}_ms": f"{rank}.00 percentile latency (ns)" for rank in 
 
 _TITLE = re.compile(r"^=+\n(.*)\n=+\n", re.MULTILINE)
 _VERDICT = re.compile(r"^Result is *: *(.*)\n((?:(?!=).*\n)*)", re.MULTILINE)
-"""With all lines below it, until the next title."""
+"""The verdict, with all lines below it until the next title."""
 _VALUE = re.compile(r"^(\S.*?) *: *(\S.*)$", re.MULTILINE)
 
 
@@ -77,7 +77,7 @@ def unmet(scenario: Scenario, summary: Summary, rules: dict[str, float]) -> list
 
 
 def top1(log: Path | None, labels: Sequence[Label], classes: Sequence[str]) -> dict[str, Any]:
-    """How many of the answers in `mlperf_log_accuracy.json` are `correct`, of how many to `labelled` images; `top1`.
+    """Counts of `correct` answers and of answers to `labelled` images in `mlperf_log_accuracy.json`, and `top1`.
 
     Labels are indices or names; `classes` are the model's names. Not counted are images that failed (logged without an
     answer), have no label, or whose label is a name while the model's names are unknown (a family has none).

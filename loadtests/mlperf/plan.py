@@ -11,7 +11,7 @@ SCENARIOS: tuple[Scenario, ...] = ("SingleStream", "Offline", "Server")
 _FULL_SECONDS = 600.0
 """MLPerf's minimum duration of a scenario, for the estimate; LoadGen itself knows it."""
 _OFFLINE_LONGER = 1.5
-"""LoadGen's one query is made larger than the rate demands."""
+"""LoadGen's one query is made larger than the rate requires."""
 _START_STOP_SECONDS = 8.0
 
 
@@ -71,7 +71,7 @@ class Task:
     out: Path
     """Folder for LoadGen's logs and `sut.json`."""
     target_qps: float | None = None
-    """Rate of the Server scenario; None for `Plan.load` of the warm-up's."""
+    """Rate of the Server scenario; None for `Plan.load` × the rate of the warm-up."""
 
     @property
     def connections(self) -> int:

@@ -52,7 +52,7 @@ class MlperfRun(Measurement):
 
     @property
     def failed(self) -> int:
-        """Requests not answered with 200, in all scenarios. LoadGen takes them for answered."""
+        """Requests not answered with 200, in all scenarios. LoadGen counts them as answered."""
         return sum(run["failed"] for run in self.runs)
 
 
@@ -82,7 +82,7 @@ def _run(
 ) -> dict[str, Any]:
     plan, log = results.plan, out / "server.log"
     out.mkdir(parents=True, exist_ok=True)
-    # What an earlier run has left must not be taken for this one's.
+    # Files of an earlier run must not be mistaken for this one's.
     for old in (*out.glob("mlperf_log_*"), *out.glob("sut.*"), *out.glob("server.log")):
         old.unlink()
     progress.step(f"{scenario}, seconds", 0, plan.estimated_seconds(scenario))
@@ -139,7 +139,7 @@ def _drive(task: Task, server: Server, progress: Progress) -> dict[str, Any]:
 
 
 def _describe(server: Server, name: str) -> dict[str, Any]:
-    """What the service says about a model; nothing if it knows none of this name, which may be a family's."""
+    """What the service says about a model; empty if it knows no model of this name, which may be a family's."""
     try:
         return server.model(name)
     except HTTPError:

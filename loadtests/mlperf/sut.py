@@ -1,9 +1,9 @@
 """MLPerf LoadGen drives a service over HTTP: its system under test (SUT) and its sample library (QSL).
 
 A process of its own without Locust: LoadGen calls back from its own threads, which gevent's patches would break.
-LoadGen makes the queries, takes the times and gives the verdict; here images are posted and answers handed back, by one
-thread per connection. LoadGen knows no failed query: one that fails is completed, or the run would wait for ever, and
-counted in `sut.json`.
+LoadGen makes the queries, measures the times and gives the verdict; here images are posted and answers handed back, by
+one thread per connection. LoadGen has no notion of a failed query: one that fails is reported as completed, or the run
+would wait for ever, and counted in `sut.json`.
 """
 
 import json
@@ -57,7 +57,7 @@ class Sut:
         self._failed_in_a_row, self._answered_at = 0, 0.0
         self.answered = 0
         self.failures: Counter[str] = Counter()
-        """By the message of the server or the connection."""
+        """Number of failures by the message of the server or the connection."""
         for _ in range(connections):
             threading.Thread(target=self._work, daemon=True).start()
 
@@ -72,7 +72,7 @@ class Sut:
         return response.data
 
     def warm_up(self, seconds: float) -> float:
-        """Keep all connections busy; images per second in the second half, or over all of it if that has none."""
+        """Keep all connections busy; returns images/s in the second half, or over the whole time if that has none."""
         begin = time.perf_counter()
         self.post(self._images[0])
         middle = time.perf_counter() + seconds / 2
@@ -154,7 +154,7 @@ def settings_for(task: Task, *, rate: float, images: int) -> tuple[Any, dict[str
 def drive(task: Task) -> dict[str, Any]:
     """Warm up, let LoadGen run, and return what LoadGen cannot know. Raises RequestFailed if the warm-up fails.
 
-    Among it the `failures` by message, which LoadGen takes for answered; `generator_cores`, CPU time by wall time of
+    It includes the `failures` by message, which LoadGen counts as answered; `generator_cores`, CPU time ÷ wall time of
     this process; and the `rules`, MLPerf's minimums.
     """
     images = [file.read_bytes() for file in sorted(task.images.iterdir())]
@@ -168,7 +168,7 @@ def drive(task: Task) -> dict[str, Any]:
     library = loadgen.ConstructQSL(len(images), len(images), lambda _: None, lambda _: None)
     handle = loadgen.ConstructSUT(sut.issue, lambda: None)
     began, spent = time.perf_counter(), time.process_time()
-    # LoadGen would obey an audit.config of the current folder.
+    # LoadGen would obey an audit.config in the current folder.
     loadgen.StartTestWithLogSettings(handle, library, settings, logs, str(task.out / "no-audit.config"))
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - spent
     loadgen.DestroyQSL(library)
@@ -190,7 +190,7 @@ def main() -> None:
     """Drive as the command line says, and write `sut.json` beside LoadGen's logs."""
     if foreign := [name for name in _FOREIGN if name in sys.modules]:
         raise SystemExit(f"{', '.join(foreign)} must not be loaded beside LoadGen")
-    # LoadGen occupies the main thread, so that Python's own handler would not be reached.
+    # LoadGen occupies the main thread, so that Python's own handler would never run.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     task = msgspec.json.decode(sys.argv[1], type=Task, dec_hook=lambda _, text: Path(text))
     try:
@@ -208,7 +208,7 @@ def _class_index(body: bytes) -> int:
 
 
 def _message(body: bytes) -> str:
-    """The part of an error answer that is the same in all of its kind, so that they are counted together."""
+    """The part of an error answer that all errors of a kind share, so that they are counted together."""
     try:
         return str(json.loads(body)["detail"])
     except (ValueError, LookupError, TypeError):

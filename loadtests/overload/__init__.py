@@ -1,1 +1,1 @@
-"""More than a model can answer."""
+"""More requests than a model can answer."""

@@ -22,7 +22,7 @@ from loadtests.overload.report import write
 
 _BARE = Arm(label="bare 429", model="", kind="refusing")
 _LOADS = 3
-"""Of a block, for the estimate of the time."""
+"""Loads of a block, for the estimate of the time."""
 
 
 def overload(
@@ -48,7 +48,7 @@ def overload(
         typer.Option(help="Give the generator a core of its own, and the service the others; not with one core."),
     ] = True,
     bursts: Annotated[
-        int, typer.Option(min=0, help="Bursts before the levels, which show how well Retry-After is foretold.")
+        int, typer.Option(min=0, help="Bursts before the levels, which show how well Retry-After is predicted.")
     ] = 5,
     rounds: cli.Rounds = 3,
     fresh: cli.Fresh = False,

@@ -1,9 +1,9 @@
-"""What the service foretells, against what happens: when an accepted request is answered, and when to come back.
+"""What the service predicts, against what happens: when an accepted request is answered, and when to retry.
 
 An idle service gets twice the requests that it can answer within the deadline, in half of that time, and then one such
 request every few milliseconds. A refusal says after how long such a request would be accepted (`retry_after_ms`); the
-first one that is accepted later says what was true. Refusals before the end of the wave are left out: what comes after
-them takes the places that they are told of. When accepted requests are answered, against their prediction, is
+first one that is accepted later shows the true time. Refusals before the end of the burst are left out: the requests
+after them take the places that they were promised. How long accepted requests take, against the prediction, comes from
 the service's own metric.
 """
 
@@ -26,7 +26,7 @@ from loadtests.report.rendering import median
 _PAUSE_SECONDS = 1.0
 _PROBE_SECONDS = 0.01
 _LEAST_SECONDS = 0.03
-"""Shorter times to come back are not judged: the probes do not tell them apart."""
+"""Shorter times until a retry are not judged: the probes do not tell them apart."""
 _MOST_REQUESTS = 1000
 _RATIO = "stridevit_predicted_finish_ratio"
 
@@ -40,7 +40,7 @@ def estimates(
     bursts: int,
     cores: Collection[int] = (),
 ) -> dict[str, Any]:
-    """Send the bursts, from some cores.
+    """Send the bursts, from the given cores.
 
     Returns the number of refusals that can be judged, the median relative error of their `Retry-After`, and the median
     of predicted ÷ actual finish.
@@ -70,7 +70,7 @@ def estimates(
 
 
 def _image_ms(server: Server, model: str) -> float:
-    """What an image costs at best; of a family, with its fastest member."""
+    """What an image costs at best; for a family, with its fastest member."""
     models = server.ask("/v1/models")
     names = models["families"].get(model, [model])
     costs = [server.model(name)["batch_ms"] for name in names]
@@ -78,7 +78,7 @@ def _image_ms(server: Server, model: str) -> float:
 
 
 def errors_of(loop: OpenLoop, burst: int) -> list[float]:
-    """Of each later refusal, how far its time to come back is from the true one, as a fraction of the latter."""
+    """For each later refusal, how far its time until a retry is from the true one, as a fraction of the latter."""
     # In the order in which they were sent: the burst first.
     sent = sorted(zip(loop.samples, loop.refusals, strict=True), key=lambda pair: pair[0].due_s)
     accepted = np.array([sample.due_s for sample, _ in sent[burst:] if sample.status == 200])

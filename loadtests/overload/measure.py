@@ -31,9 +31,9 @@ SATURATING_CONNECTIONS = 8
 """Of the closed loop: enough to keep every core busy, and so few that no answer misses its deadline."""
 
 _CHANGE_SECONDS = 1.5
-"""Dropped at the start of each step: what was accepted in the step before is answered meanwhile."""
+"""Dropped at the start of each step, while what was accepted in the step before is answered."""
 _IN_FLIGHT = 2000
-"""So many arrivals wait in a server that answers neither in time nor with a refusal."""
+"""Most requests in flight: so many wait in a server that answers neither in time nor with a refusal."""
 _REST_LEVEL, _REST_SECONDS = 0.5, 10.0
 _RECOVERED, _RECOVERY_BIN_SECONDS = 2.0, 0.5
 """A service has recovered once the median latency of every later half second is at most this many times the first
@@ -54,7 +54,7 @@ class OverloadPlan(Plan):
     """Some of `CONNECTIONS`, for levels."""
     deadline_ms: float
     bursts: int = 0
-    """Before the levels, to see what the service foretells; see `estimates`."""
+    """Bursts before the levels, to see what the service predicts; see `estimates`."""
 
     def loads(self, arm: Arm) -> list[Load]:
         """What each block applies."""
@@ -96,7 +96,7 @@ class StepResult:
     level: float | None
     """Arrivals as a multiple of the saturated throughput; None if the rate was given."""
     rate: float
-    """Arrivals per second that were asked for."""
+    """Arrivals per second as planned."""
     offered_rate: float
     """Requests per second that were due."""
     sent: bool
@@ -254,7 +254,7 @@ def _ceilings(experiment: OverloadExperiment, blocks: list[Block], load: str) ->
     full = [block.loads[SATURATED] for block in blocks]
     answer = float(np.median([one.server_cores / one.throughput for one in full]))
     capacity = float(np.mean([one.throughput for one in full]))
-    # What the closed loop has shown to be usable; a few per cent of a core are idle even there.
+    # The cores that the closed loop has shown to be usable; a few per cent of a core are idle even there.
     cores = capacity * answer
     rates = np.mean([[rate for rate, _ in plan.rates(block)] for block in blocks], axis=0)
     return [min(capacity, max(0.0, cores - rate * refusal) / (answer - refusal)) for rate in rates.tolist()]
@@ -262,12 +262,12 @@ def _ceilings(experiment: OverloadExperiment, blocks: list[Block], load: str) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Foretold:
-    """What the service foretold before the loads, against what happened; medians over the rounds."""
+    """What the service predicted before the loads, against what happened; medians over the rounds."""
 
     arm: str
     refusals: int
     retry_after_error: float | None
-    """Relative error of the time to come back; None without refusals."""
+    """Relative error of the time until a retry; None without refusals."""
     predicted_finish: float | None
     """Predicted divided by actual time of accepted requests; None without any."""
 

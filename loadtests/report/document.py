@@ -1,4 +1,4 @@
-"""results.json with every block: of a comparison, read back for `--against`; of `limit`, `overload` and `soak`."""
+"""results.json with every block: of a comparison, read back for `--against`; of the other experiments."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from loadtests.statistics import MIN_BEYOND, percentile
 SCHEMA_VERSION = 3
 """Version 2 had other names, version 1 a single closed loop."""
 _EXPERIMENT_VERSION = 2
-"""Of `limit`, `overload` and `soak`."""
+"""Version of the results of experiments other than comparisons."""
 _PERCENTILES = {"p50_ms": 50, "p95_ms": 95, "p99_ms": 99}
 _NOT_KEPT = {"latencies_ms", "percentiles_ms", "trace"}
 
@@ -31,7 +31,8 @@ class ResultsError(LoadTestError):
 def as_document(comparison: Comparison, findings: Findings, caveats: list[str]) -> dict[str, Any]:
     """All that is known: `rows` has one entry for each arm, load and metric.
 
-    In the file what is infinite is null: a row says so by `unanswered: true`, a load by the share of its requests.
+    Infinite values are null in the file: a row says so by `unanswered: true`, a load by its share of `unanswered`
+    requests.
     """
     arms = comparison.plan.arms
     return {
@@ -74,7 +75,7 @@ def _load(load: LoadResult) -> dict[str, Any]:
 
 
 def conditions(experiment: Experiment[Any], what: str) -> str:
-    """What the figures hold for, in one sentence or two."""
+    """The conditions for which the figures hold, in one sentence or two."""
     early = f" Ended early: {experiment.ended_early}." if experiment.ended_early else ""
     rounds = f"{experiment.plan.rounds} round{'s' * (experiment.plan.rounds > 1)}"
     return f"{what}; {rounds}; {experiment.payloads}.{early}"
@@ -137,6 +138,6 @@ def from_document(document: dict[str, Any]) -> Comparison:
 
 
 def _percentiles(load: dict[str, Any]) -> dict[str, float | None]:
-    """Those of a load; null is infinite unless too few samples lie beyond."""
+    """The percentiles of a load; null is infinite unless too few samples lie beyond."""
     enough = {name: load["requests"] * (100 - rank) / 100 >= MIN_BEYOND for name, rank in _PERCENTILES.items()}
     return {name: math.inf if load[name] is None and enough[name] else load[name] for name in _PERCENTILES}

@@ -92,18 +92,18 @@ class Row:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Of a whisker: the smallest and the largest block, or the value where they are unknown."""
+        """Ends of a whisker: the smallest and the largest block, or the value where they are unknown."""
         value = self.value or 0.0
         return value if self.smallest is None else self.smallest, value if self.largest is None else self.largest
 
     @property
     def verdict(self) -> Verdict | None:
-        """That of the change; None without one."""
+        """The verdict on the change; None without one."""
         return self.change.verdict if self.change else None
 
     @property
     def span(self) -> str:
-        """The smallest and the largest block as text, once where they are the same."""
+        """The smallest and the largest block as text, only once if they are the same."""
         ends = [self.metric.text(end) for end in (self.smallest, self.largest) if end is not None]
         return "–".join(dict.fromkeys(ends)) or UNKNOWN
 
@@ -151,6 +151,6 @@ class Findings:
         return next((row for row in self.rows if (row.arm, row.metric) == (arm, metric)), None)
 
     def value(self, arm: str, metric: Metric) -> float | None:
-        """Its value alone."""
+        """The value of a metric of one arm."""
         row = self.row(arm, metric)
         return row.value if row else None

@@ -19,11 +19,11 @@ from loadtests.report.verdicts import load_name, model_info, tokens_text
 from loadtests.statistics import wilson
 
 _LARGEST, _PLAIN = 900.0, 120.0
-"""Square points of the largest marker, and of all where there is nothing to be shown by area."""
+"""Area in square points of the largest marker, and of all markers if their area shows nothing."""
 _LIGHT = 0.4
 """Opacity of the bar that stands for a p99, or for the memory that load adds."""
 _LABEL, _LINE = 24, 125
-"""Letters in a line beside the bars, and in one of the small print."""
+"""Characters in a line beside the bars, and in one of the small print."""
 
 _Floats = npt.NDArray[np.float64]
 
@@ -78,7 +78,7 @@ def pareto(comparison: Comparison, findings: Findings) -> Figure:
         text = look.name + (f"\n{area} {number(sizes[at])} {unit}" if sizes[at] else "")
         box = {"facecolor": "white", "edgecolor": look.colour, "linewidth": 0.8, "alpha": 0.85, "pad": 2}
         labels.append(axes.text(x[at], y[at], text, fontsize=SMALL, bbox=box, zorder=5))
-    # Where things lie is known only after the layout. A limit of steps, not of time, gives the same picture each time.
+    # Positions are known only after the layout. A limit on steps instead of time gives the same picture each time.
     figure.draw_without_rendering()
     line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.8}
     adjust_text(labels, objects=markers, ax=axes, expand=(1.1, 1.3), iter_lim=300, arrowprops=line)
@@ -121,7 +121,7 @@ class _Bar(NamedTuple):
     colour: str
     opacity: float = 1.0
     before: str = ""
-    """Before the number at its end."""
+    """Text before the number at its end."""
 
 
 def variants(comparison: Comparison, findings: Findings) -> Figure:
@@ -161,7 +161,7 @@ def variants(comparison: Comparison, findings: Findings) -> Figure:
 
 
 def _facts(info: dict[str, Any], top1: float | None) -> str:
-    """A line of its own, if there is any."""
+    """The facts, in a line of their own if there are any."""
     tokens = tokens_text(info)
     facts = [f"K/V {tokens}" if tokens else "", "" if top1 is None else f"top-1 {top1:.1f}%"]
     return "\n" * any(facts) + ", ".join(filter(None, facts))

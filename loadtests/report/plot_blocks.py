@@ -51,7 +51,7 @@ def _spectrum(axes: Axes, comparison: Comparison, by_arm: _Latencies, highest: f
     for label, style in styles(plan).items():
         latencies = by_arm.get(label, np.empty(0))
         last = max([last, *(rank for rank in _RANKS if percentile(latencies, rank) is not None)])
-        # From the middle on, without the last samples, which say nothing reliable.
+        # From the middle on, without the last samples, which are not reliable.
         places = np.arange(len(latencies) // 2, len(latencies) - MIN_BEYOND)
         if not len(places):
             continue

@@ -1,4 +1,4 @@
-"""What all plots of a comparison share: the look of an arm, the typeface, the legend, and SVG that stands alone."""
+"""What all plots of a comparison share: the look of an arm, the typeface, the legend, and standalone SVG."""
 
 import io
 import itertools
@@ -57,18 +57,18 @@ def legend_below(figure: Figure, axes: Axes) -> None:
     """One legend for the whole figure, with what `axes` shows, in as many columns as there is room for."""
     handles, names = axes.get_legend_handles_labels()
     if handles:
-        # About 125 letters fit, of which the line before a name takes 7.
+        # About 125 characters fit, of which the line before a name takes 7.
         columns = max(1, 125 // (7 + max(map(len, names))))
         figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), columns))
 
 
 def small_print(figure: Figure, text: str) -> None:
-    """Below the whole figure."""
+    """Write text below the whole figure."""
     figure.supxlabel(text, x=0.01, ha="left", fontsize=SMALLER, color=FAINT)
 
 
 def as_svg(figure: Figure, name: str) -> str:
-    """From `<svg` on; ids begin with `name`, so that several plots can stand in one page."""
+    """The figure as SVG, from `<svg` on; ids begin with `name`, so that one page can hold several plots."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()

@@ -6,7 +6,7 @@ by more than its blocks do within one.
 
 On the same kind of machine (CPU model and number of cores) the values themselves are compared, so that a slow-down of
 the whole service is seen. On another one they would say nothing; there each arm's ratio to the baseline is compared,
-round by round, if both runs have the same baseline: what made all arms slower is then not seen.
+round by round, if both runs have the same baseline: whatever made all arms slower is then not seen.
 """
 
 import math
@@ -25,7 +25,7 @@ from loadtests.statistics import MIN_ROUNDS, Effect, unpaired_ratio
 _SAME_RATE = 0.05
 """Latencies under loads whose rates differ by a larger share are not compared."""
 _UNANSWERED = 2
-"""Times the largest finite value of the arms in both runs: what stands in for an infinite percentile."""
+"""An infinite percentile counts as this many times the largest finite value of the arms in both runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Outcome:
     tests: int
     """Metrics of arms that could be compared; with none, nothing is known."""
     worse: list[Row]
-    """The largest change first. Values are medians of the blocks, on another machine of ratios to the baseline's."""
+    """The largest change first. Values are medians of the blocks, or of ratios to the baseline's on another machine."""
 
 
 def find_regressions(old: Comparison, new: Comparison, *, tolerance: float = 0.05, alpha: float = 0.05) -> Outcome:
@@ -76,7 +76,7 @@ def notes(old: Comparison, new: Comparison) -> list[str]:
 
 
 class _Runs:
-    """Two runs and what they have in common; a server that lived and answered nothing failed as well."""
+    """Two runs and what they have in common; a server that stayed alive but answered nothing counts as failed, too."""
 
     def __init__(self, old: Comparison, new: Comparison) -> None:
         self.old, self.new = _answering(old), _answering(new)
@@ -86,12 +86,12 @@ class _Runs:
         self.machines = "; ".join(f"{name}: {was} and {now}" for name, was, now in facts if was != now)
         self.same_baseline = self.olds[0] == self.news[0]
         self.relative = bool(self.machines) and self.same_baseline
-        """Ratios to the baseline are compared."""
+        """Whether ratios to the baseline are compared."""
         factors = {load: new.rates[load] / rate for load, rate in old.rates.items() if load in new.rates}
         self.loads = {load for load, factor in factors.items() if abs(math.log(factor)) <= math.log1p(_SAME_RATE)}
         """Open loops under which latencies are compared."""
         self.throughputs = [_throughput(run, self.news[0]) for run in (self.old, self.new)]
-        """Of the new baseline."""
+        """Throughputs of the new baseline in both runs."""
 
 
 def _answering(run: Comparison) -> Comparison:

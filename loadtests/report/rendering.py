@@ -1,4 +1,4 @@
-"""How every command writes its report: tables of text, one Jinja template a format, strict JSON, and the terminal.
+"""How every command writes its report: tables of text, one Jinja template per format, strict JSON, and the terminal.
 
 A command makes `Table`s of text, puts them into a template of `templates/` with `write_report`, and prints those that
 belong in the terminal (`print_tables`); `loadtests/overload/report.py` is a short example. Tables may themselves stand
@@ -36,7 +36,7 @@ Tone = Literal["better", "worse", "faint"]
 _COLOURS: dict[Tone, str] = {"better": "blue", "worse": "red", "faint": "dim"}
 
 _LABEL = 24
-"""Letters of a label of usual length."""
+"""Characters in a label of usual length."""
 
 _NEWLINE = "\u2028"
 """Stands for a newline within a sentence while a text template is rendered."""
@@ -111,8 +111,8 @@ def sentences(template: str, **context: Any) -> list[str]:
 def tables(template: str, **context: Any) -> list[Table]:
     """The tables of a text template: for each a line `# title`, a line `heading: cell` for every cell, and its `note:`.
 
-    A `<` before the heading makes the column one of text. The table's first heading begins the next row; a column
-    whose heading another one has already takes its place. Tables without a row are left out.
+    A `<` before the heading makes it a column of text. The table's first heading begins the next row; a column whose
+    heading already exists replaces that one. Tables without a row are left out.
     """
     found: dict[str, list[dict[str, str]]] = {}
     notes: dict[str, str] = {}
@@ -164,7 +164,7 @@ def number(value: float | None) -> str:
 
 
 def millions(value: float | None) -> str:
-    """In millions, as bytes in megabytes; unknown for None and 0."""
+    """In millions, such as bytes in megabytes; unknown for None and 0."""
     return number(value / 1e6) if value else UNKNOWN
 
 
@@ -174,7 +174,7 @@ def span(values: Sequence[float]) -> str:
 
 
 def print_tables(*shown: Table, width: int) -> None:
-    """To standard output, which counts as at least `width` columns wide."""
+    """Print to standard output, which counts as at least `width` columns wide."""
     console = Console(width=max(width, Console().width))
     for table in shown:
         console.print(rich_table(table))
@@ -197,7 +197,7 @@ def rich_table(table: Table) -> RichTable:
             Text(heading),
             justify="left" if table.is_text(column) else "right",
             overflow="fold",
-            # Labels of usual length stay in one line; paths and reasons do not.
+            # Labels of usual length stay on one line; paths and reasons do not.
             no_wrap=table.is_text(column) and max(map(len, lines), default=0) <= _LABEL,
         )
     for row in table.rows:
@@ -235,7 +235,7 @@ def _environment(kind: str) -> jinja2.Environment:
 
 
 def escaped(value: object) -> Markup:
-    """A value as Markdown that shows its very text, in one line; Markup stays as it is."""
+    """A value as Markdown that shows exactly its text, in one line; Markup stays as it is."""
     if isinstance(value, Markup):
         return value
     text = " ".join(str(value).split("\n"))

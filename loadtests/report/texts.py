@@ -1,4 +1,4 @@
-"""The sentences and tables of a comparison: the facts for the text templates (`*.txt.j2`) that word them."""
+"""The sentences and tables of a comparison: the facts for the text templates (`*.txt.j2`) that phrase them."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from loadtests.statistics import MIN_ROUNDS
 _VERDICTS: dict[Verdict, str] = {"better": "✓ better", "worse": "✗ worse", "no difference seen": "○ no diff."}
 _TONES: dict[Verdict, Tone] = {"better": "better", "worse": "worse", "no difference seen": "faint"}
 _KEEPING_UP = 0.95
-"""Answered by offered rate: with less, the queue grows for as long as the load lasts."""
+"""Answered ÷ offered rate: below it, the queue grows for as long as the load lasts."""
 
 
 def caveats(comparison: Comparison, findings: Findings) -> list[str]:
@@ -45,8 +45,8 @@ def caveats(comparison: Comparison, findings: Findings) -> list[str]:
 
 
 def _limits(loads: list[LoadResult], seconds: float) -> dict[str, Any]:
-    """What other than the server may have limited an arm under a load: medians of the blocks; `late` over all."""
-    # Chance makes the arrivals of a short window fewer than the rate says.
+    """What, other than the server, may have limited an arm under a load: medians of the blocks; `late` over all."""
+    # By chance, a short window may have fewer arrivals than its rate implies.
     due = [min(load.offered_rate or 0, len(load.latencies_ms) / seconds) for load in loads]
     ahead = [load.throughput - _KEEPING_UP * rate for load, rate in zip(loads, due, strict=True)]
     # A closed loop has no arrivals that could be late.
@@ -90,7 +90,7 @@ def _phrases(findings: Findings, label: str) -> list[str]:
 
 
 def _noise_floors(comparison: Comparison, findings: Findings) -> dict[str, list[Row]]:
-    """What was tested, by arm that was measured twice; its top-1 is the same by nature."""
+    """What was tested, by arm that was measured twice; its top-1 is necessarily the same."""
     return {
         arm.repeat_of: [row for row in findings.rows if row.arm == arm.label and row.change and row.metric != TOP1]
         for arm in comparison.plan.arms
@@ -99,7 +99,7 @@ def _noise_floors(comparison: Comparison, findings: Findings) -> dict[str, list[
 
 
 def top1_note(comparison: Comparison) -> str:
-    """On which images top-1 was taken, how it is compared, and what it does not say."""
+    """On which images top-1 was measured, how it is compared, and what it does not say."""
     arms = without_repeats(comparison.plan)
     infos = {arm.label: model_info(comparison, arm.label) for arm in arms}
     known = [info["accuracy"] for info in infos.values() if info.get("accuracy")]
@@ -149,7 +149,7 @@ def _verdict(comparison: Comparison, findings: Findings, label: str, metric: Met
 
 
 def detail_tables(comparison: Comparison, findings: Findings) -> list[Table]:
-    """All others, as `compare_tables.txt.j2` lays them out."""
+    """All other tables, as `compare_tables.txt.j2` lays them out."""
     blocks = {arm.label: comparison.blocks_of(arm.label) for arm in comparison.plan.arms}
     return tables(
         "compare_tables.txt.j2",

@@ -37,7 +37,7 @@ from loadtests.statistics import (
 from service.manifest import Accuracy
 
 Pairing = Literal["paired", "independent"]
-"""Top-1 judged on the same images one by one, or as if each model had been asked other images."""
+"""Top-1 judged on the same images one by one, or as if each model had been given different images."""
 
 
 def judge(comparison: Comparison, *, alpha: float = 0.05) -> Findings:
@@ -69,7 +69,7 @@ def _change(metric: Metric, effect: Effect, test: Holm) -> Change:
     estimate, low, high = effect.at(test.level)
     none = 1.0 if metric.kind == "ratio" else 0.0
     verdict: Verdict = "no difference seen"
-    # An exact test and its interval may disagree by a hair: then no difference is seen.
+    # An exact test and its interval may disagree marginally: then no difference is seen.
     if test.rejected and not low <= none <= high:
         verdict = "better" if (low > none) == (metric.better == "higher") else "worse"
     return Change(estimate, low, high, level=test.level, p_value=test.p_value, verdict=verdict)
@@ -158,7 +158,7 @@ def model_info(comparison: Comparison, label: str) -> dict[str, Any]:
 
 
 def tokens_text(info: dict[str, Any]) -> str:
-    """`16 of 64`: on how many of its tokens a model attends; empty if that is unknown."""
+    """`16 of 64`: to how many of its tokens a model attends; empty if that is unknown."""
     known = info.get("kv_tokens") and info.get("tokens")
     return f"{info['kv_tokens']} of {info['tokens']}" if known else ""
 

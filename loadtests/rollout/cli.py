@@ -17,10 +17,10 @@ def rollout(
     url: Annotated[str, typer.Option(help="The running service.")] = "http://127.0.0.1:8000",
     seconds: Annotated[float, typer.Option(min=1, help="How long to read its counters, at most.")] = 60.0,
     images: Annotated[
-        int | None, typer.Option(min=1, help="End as soon as so many images are compared. [only --seconds]")
+        int | None, typer.Option(min=1, help="End as soon as this many images are compared. [only --seconds]")
     ] = None,
     rounds: Annotated[
-        int, typer.Option(min=1, help="Equal parts of the time, over which the interval of the latency is taken.")
+        int, typer.Option(min=1, help="Equal parts of the time, from which the interval of the latency is computed.")
     ] = 10,
     out: Annotated[Path, typer.Option(help="Folder for report.md and results.json.")] = Path("results/rollout"),
     key: Annotated[
@@ -29,10 +29,10 @@ def rollout(
     ] = None,
     command: cli.Command = None,
 ) -> None:
-    """Report what a shadow or a canary shows: agreement, latency and refusals beside the primary, with intervals.
+    """Report what a shadow or a canary shows: agreement, latency and refusals against the primary, with intervals.
 
-    Sends nothing: the traffic is that of the service's clients. The service was started with `--shadow` or `--canary`.
-    Exit code 1 if it has neither, or cannot be read.
+    Sends nothing: the traffic is that of the service's clients. The service must have been started with `--shadow` or
+    `--canary`. Exit code 1 if it has neither, or cannot be read.
 
     Example: `stridevit loadtest rollout --url http://127.0.0.1:8000 --seconds 600 --images 2000`
     """

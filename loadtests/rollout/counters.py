@@ -11,7 +11,7 @@ from loadtests.errors import LoadTestError
 ARMS = PRIMARY, CANDIDATE = ("primary", "candidate")
 _PREFIX = "stridevit_rollout_"
 _SECONDS = 30.0
-"""For an answer of a busy service."""
+"""Time for an answer of a busy service."""
 
 
 @dataclass(kw_only=True)
@@ -21,11 +21,11 @@ class Duration:
     count: int = 0
     seconds: float = 0.0
     buckets: dict[float, int] = field(default_factory=dict)
-    """How many took at most so many seconds."""
+    """How many took at most each number of seconds."""
 
     @property
     def mean_ms(self) -> float | None:
-        """None without any."""
+        """Mean in milliseconds; None without any."""
         return 1000 * self.seconds / self.count if self.count else None
 
     def quantile_ms(self, fraction: float) -> float | None:
@@ -53,7 +53,7 @@ class Counts:
     durations: dict[str, Duration] = field(default_factory=lambda: {arm: Duration() for arm in ARMS})
 
     def since(self, before: "Counts") -> "Counts":
-        """What has been counted since an earlier moment. Raises LoadTestError if the service began anew since then."""
+        """What has been counted since an earlier moment. Raises LoadTestError if the service was restarted since."""
         if self.compared.total() < before.compared.total() or any(
             self.durations[arm].count < before.durations[arm].count for arm in ARMS
         ):

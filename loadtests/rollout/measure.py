@@ -23,9 +23,9 @@ class RolloutPlan:
 
     url: str
     seconds: float
-    """At most."""
+    """Time to read, at most."""
     images: int | None
-    """Images to compare, of the rollout that has compared the fewest; None: as many as there are in the time."""
+    """Images to compare, of the rollout that has compared the fewest; None for as many as there are in the time."""
     rounds: int
 
 
@@ -46,7 +46,7 @@ class RolloutReading(Measurement):
         return sorted(name for name in self.rounds[0] if all(name in counts for counts in self.rounds))
 
     def of(self, name: Name) -> list[Counts]:
-        """One rollout, by rounds."""
+        """The counts of one rollout, by rounds."""
         return [counts[name] for counts in self.rounds]
 
 
@@ -58,7 +58,7 @@ def measure(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Fill the rounds. Raises LoadTestError if there is no rollout, or the service begins anew."""
+    """Fill the rounds. Raises LoadTestError if there is no rollout, or the service is restarted."""
     plan, began = reading.plan, clock()
     first = before = read()
     if not first:

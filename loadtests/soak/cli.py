@@ -35,7 +35,7 @@ def soak(
     requests: Annotated[
         int | None, typer.Option(min=100, help=f"Number of requests to send. [{_REQUESTS} without --minutes]")
     ] = None,
-    minutes: Annotated[float | None, typer.Option(min=0.1, help="Instead, how long to send.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="How long to send, instead of --requests.")] = None,
     rate: Annotated[
         float | None,
         typer.Option(
@@ -48,11 +48,11 @@ def soak(
     service_args: cli.ServiceArgs = "",
     command: cli.Command = None,
 ) -> None:
-    """Send requests to one service process for long, and see whether it stays as it is.
+    """Send requests to one service process for a long time, and see whether it stays as it is.
 
     The report has the memory (PSS) during the first and the last tenth of the requests, and the slopes of memory,
     descriptors, threads and latency. With --model, images of mixed sizes are sent; without, numbered ones through `/v1`
-    and `/v2`, each of whose answers is held against its request. Exit code 1 if the service dies, or an answer was
+    and `/v2`, and each answer is checked against its request. Exit code 1 if the service dies, or an answer was
     swapped or lost.
 
     Examples: `stridevit loadtest soak --model cifar100-csra-r2 --requests 100000`,

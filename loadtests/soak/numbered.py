@@ -1,4 +1,4 @@
-"""A long run with numbered images: every answer is held against its request, while models and clients come and go."""
+"""A long run with numbered images: each answer is checked against its request, while models and clients come and go."""
 
 import asyncio
 import itertools
@@ -128,7 +128,7 @@ class NumberedRun:
 
 
 class _Calm:
-    """Whether no fault is on, or just over."""
+    """Whether no fault is active or has just ended."""
 
     def __init__(self) -> None:
         self._fault, self._ended_at = False, -SETTLING_SECONDS
@@ -154,7 +154,7 @@ async def _faults(world: World, calm: _Calm) -> None:
 
 
 def _condensed(notes: list[str]) -> list[str]:
-    """Equal notes once, with their number."""
+    """Equal notes only once, with their count."""
     return [f"{count} × {note}" for note, count in Counter(notes).items()]
 
 

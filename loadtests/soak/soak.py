@@ -94,7 +94,7 @@ class SoakExperiment(Experiment[SoakPlan]):
 
 
 def figures(samples: list[dict[str, Any]]) -> dict[str, float]:
-    """Medians of memory over the first and the last tenth of the requests sent, and what lies between."""
+    """Medians of memory over the first and the last tenth of the requests sent, growth, and the peak."""
     numbers, used = np.array([(sample["requests"], sample["pss_bytes"]) for sample in samples]).T
     tenth = numbers[-1] / 10
     early, late = used[(numbers > 0) & (numbers <= tenth)], used[numbers > 9 * tenth]

@@ -1,4 +1,4 @@
-"""What is read from a process all along: memory, descriptors, threads, and the latency of its answers."""
+"""What is read from a process throughout a run: memory, descriptors, threads, and the latency of its answers."""
 
 import time
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Reading:
     latency_ms: float | None
     """Median of the answers since the last reading; None without one."""
     calm: bool
-    """Whether no fault was on, or just over."""
+    """Whether no fault was active or had just ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ QUANTITIES = {
 
 
 def trends(readings: Sequence[dict[str, Any]]) -> list[Trend]:
-    """Of all quantities, over the calm readings, without the first tenth of the time, in which caches fill."""
+    """Trends of all quantities, over the calm readings, without the first tenth of the time, in which caches fill."""
     whole = readings[-1]["seconds"]
     return [_trend(name, field, factor, readings, whole) for name, (field, factor) in QUANTITIES.items()]
 

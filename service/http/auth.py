@@ -12,10 +12,10 @@ from service.keys import Key, KeyRing
 from service.metrics import Metrics
 
 _OPEN = ("/v2/health/live", "/v2/health/ready")
-"""Probes have no key."""
+"""Probes need no key."""
 _GUARDED = ("/v1", "/v2", "/hf/")
 _ADMIN = "/v2/repository/models/"
-"""By prefix: the router may match a path that a pattern does not, such as one that ends in a newline."""
+"""Compared as a prefix: the router may match a path that a pattern does not, such as one that ends in a newline."""
 _INDEX = "/v2/repository/index"
 
 PAGES = {"metrics": ("/metrics",), "docs": ("/docs", "/openapi.json")}
@@ -46,7 +46,7 @@ class KeyGate:
         day."""
         self._app, self._ring, self._metrics, self._clock = app, ring, metrics, clock
         self._pages = tuple(path for page in guarded_pages for path in PAGES[page])
-        # First of all for speed: every request passes here.
+        # Compared before all else, for speed: every request passes here.
         self._prefixes = (*_GUARDED, *self._pages) if required else (_ADMIN, *self._pages)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

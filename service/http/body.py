@@ -16,11 +16,11 @@ from service.scheduling.admission import Place
 T = TypeVar("T")
 
 _CLOCKS_DIFFER_SECONDS = 0.002
-"""A loop's timer may be early by so much on the clock of deadlines."""
+"""By how much a timer of the event loop may be early on the clock of deadlines."""
 
 
 class Pace:
-    """Whether a body arrives fast enough: `rate` bytes per second or more in each window of so many seconds.
+    """Whether a body arrives fast enough: `rate` bytes per second or more in each window of `window_seconds`.
 
     So a client that sends fast and then stops is noticed as soon as one that is slow from the start.
     """
@@ -35,7 +35,7 @@ class Pace:
         self._received += count
 
     def too_slow(self) -> bool:
-        """Whether the window that has ended brought too little; the next one begins. False while one lasts."""
+        """Whether too little arrived in the window that has ended; starts the next one. False while a window lasts."""
         now = self._clock()
         if now < self._ends:
             return False
@@ -51,12 +51,12 @@ class Pace:
 
     @property
     def text(self) -> str:
-        """What is asked of a client."""
+        """What is required of a client."""
         return f"{self._rate:g} bytes per second, measured over {self._window:g} s"
 
 
 async def read_body(request: Request, limits: Limits, place: Place) -> bytes:
-    """The whole body, whatever Content-Type says. Its bytes are held with `place`.
+    """The whole body, whatever Content-Type says. `place` accounts for its bytes.
 
     Raises BodyTooLarge before more than `max_body_bytes` are held, BodyTooSlow if they arrive too slowly,
     DeadlineExceeded if they have not arrived by the deadline, and Overloaded if all bodies together are too large.
@@ -75,7 +75,7 @@ async def read_small_body(request: Request, *, max_bytes: int, timeout_seconds: 
 
 
 class _Reading:
-    """The reading of one body, which ends when it takes too long."""
+    """Reads one body, and gives up when that takes too long."""
 
     def __init__(self, request: Request, limits: Limits, place: Place) -> None:
         self._request, self._place, self._max_bytes = request, place, limits.max_body_bytes
@@ -137,7 +137,7 @@ async def _chunks(request: Request, max_bytes: int, place: Place | None = None) 
         if declared > max_bytes:
             raise BodyTooLarge(f"the body has {declared:,} bytes; the limit is {max_bytes:,}")
         if place:
-            # Rather now than after most of it was sent.
+            # Better now than after most of it was sent.
             place.expect_bytes(declared)
     received = 0
     try:

@@ -14,7 +14,7 @@ class Client:
         self._on_leaving: Callable[[], None] | None = None
 
     def leave(self) -> None:
-        """It has left: nobody will read the answer."""
+        """Note that the client has left: nobody will read the answer."""
         if self.left:
             return
         self.left = True

@@ -1,4 +1,4 @@
-"""Content encodings of HTTP bodies: gzip and deflate, both ways, within a byte limit. Knows no HTTP framework."""
+"""Content encodings of HTTP bodies: gzip and deflate, both ways, within a byte limit. Needs no HTTP framework."""
 
 import re
 import zlib
@@ -14,7 +14,7 @@ _ACCEPTED = re.compile(
 
 
 def decompress(body: bytes, encoding: str, *, max_bytes: int) -> bytes:
-    """Undo a Content-Encoding: gzip, or deflate with or without zlib's frame.
+    """Undo a Content-Encoding: gzip, or deflate with or without zlib's wrapper.
 
     Raises BodyTooLarge before more than `max_bytes` are held, and BadRequest for anything that is not one whole stream.
     """
@@ -27,7 +27,7 @@ def decompress(body: bytes, encoding: str, *, max_bytes: int) -> bytes:
         return _inflate(body, _WINDOW[name], name, max_bytes)
     except zlib.error as error:
         if name == "deflate":
-            # Browsers and old clients send what RFC 1951 calls deflate, RFC 9110 means RFC 1950.
+            # Browsers and old clients send what RFC 1951 calls deflate, while RFC 9110 means RFC 1950.
             try:
                 return _inflate(body, -zlib.MAX_WBITS, name, max_bytes)
             except zlib.error:
@@ -36,22 +36,22 @@ def decompress(body: bytes, encoding: str, *, max_bytes: int) -> bytes:
 
 
 def compress(body: bytes, accept_encoding: str | None) -> tuple[bytes, str | None]:
-    """The body in the encoding that an Accept-Encoding likes best, and its name; small bodies stay as they are."""
+    """The body in the encoding that an Accept-Encoding prefers, and its name; small bodies stay as they are."""
     if len(body) < _MIN_COMPRESSED_BYTES or (name := _preferred(accept_encoding)) is None:
         return body, None
-    # Level 1: the time is the caller's latency, and float32 outputs shrink little at any level.
+    # Level 1: compressing adds to the caller's latency, and float32 outputs shrink little at any level.
     packer = zlib.compressobj(level=1, wbits=_WINDOW[name])
     packed = packer.compress(body) + packer.flush()
     return (packed, name) if len(packed) < len(body) else (body, None)
 
 
 def accepts_gzip(accept_encoding: str | None) -> bool:
-    """Whether what is stored as gzip may be sent so."""
+    """Whether what is stored as gzip may be sent as it is."""
     return _preferred(accept_encoding, among=("gzip",)) == "gzip"
 
 
 def _preferred(accept_encoding: str | None, *, among: Sequence[str] = ("gzip", "deflate")) -> str | None:
-    """The encoding that an Accept-Encoding likes best, or None if it prefers none."""
+    """The encoding that an Accept-Encoding prefers, or None if it prefers no encoding."""
     weights: dict[str, float] = {}
     for item in (accept_encoding or "").split(","):
         if match := _ACCEPTED.fullmatch(item.strip()):
@@ -64,7 +64,7 @@ def _preferred(accept_encoding: str | None, *, among: Sequence[str] = ("gzip", "
 
 def _inflate(body: bytes, wbits: int, name: str, max_bytes: int) -> bytes:
     unpacker = zlib.decompressobj(wbits)
-    # One byte more than is allowed tells a full body from one that goes on.
+    # One byte beyond the limit tells a body that just fits from one that goes on.
     unpacked = unpacker.decompress(body, max_bytes + 1)
     if len(unpacked) > max_bytes:
         raise BodyTooLarge(f"the body exceeds the limit of {max_bytes:,} bytes when {name} is undone")

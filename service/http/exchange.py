@@ -67,7 +67,7 @@ def known_query(*known: str) -> Callable[[Request], Coroutine[Any, Any, None]]:
 
 
 def watching(request: Request, on_leaving: Callable[[], None]) -> AbstractContextManager[None]:
-    """A context in which `on_leaving` is called once the client has left. Only after the body is read."""
+    """A context in which `on_leaving` is called once the client has left. Use it only after the body is read."""
     client = request.scope["state"].get("client")
     return client.watched(on_leaving) if isinstance(client, Client) else _watching_by_task(request, on_leaving)
 
@@ -101,7 +101,7 @@ def report(request: Request, answer: Answer) -> dict[str, str]:
 
 
 def with_headers(request: Request, options: RequestOptions) -> RequestOptions:
-    """`options` of the query, and what the headers say: the query's priority and the earlier deadline count.
+    """`options` of the query, combined with the headers: the query's priority and the earlier deadline take precedence.
 
     Raises InvalidParameter.
     """

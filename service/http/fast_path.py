@@ -1,8 +1,8 @@
 """What comes before FastAPI's router.
 
-Fast routes, which it documents and does not serve: its layers cost more than a small model's batch. HEAD, which it does
-not answer where GET is. And a slash at the end of a path, which it answers with a redirect that clients do not follow
-with a body.
+Fast routes, which it documents but does not serve: its layers cost more than a small model's batch. HEAD, which it does
+not answer on routes that offer GET. And a slash at the end of a path, which it answers with a redirect that clients do
+not follow with a body.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Multipart forms: their files are images, their fields are options. Knows no HTTP framework."""
+"""Multipart forms: their files are images, their fields are options. Independent of any HTTP framework."""
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -84,7 +84,7 @@ class _Parts:
         if name == b"content-disposition":
             self._disposition = self._header_value
         elif name == b"content-transfer-encoding" and value not in (b"binary", b"8bit", b"7bit"):
-            # RFC 7578 takes it out of HTTP.
+            # RFC 7578 deprecates it for HTTP.
             raise BadRequest("a part has a Content-Transfer-Encoding: send an image's bytes as they are")
 
     def end_head(self) -> None:

@@ -1,4 +1,4 @@
-"""/hf: Hugging Face's API for image classification, so that its clients work with no more than another URL.
+"""/hf: Hugging Face's API for image classification, so that its clients need only another URL.
 
 https://huggingface.co/docs/inference-providers/tasks/image-classification; `huggingface_hub.InferenceClient` sends an
 image's bytes, or JSON as soon as it has parameters.
@@ -33,7 +33,7 @@ class HfQuery(RequestOptions):
     top_k: Annotated[int, Field(ge=1, le=1000)] = 5
     """How many classes to return, best first."""
     function_to_apply: Function = "softmax"
-    """What makes scores of the logits: `softmax`, `sigmoid`, or `none`."""
+    """What turns the logits into scores: `softmax`, `sigmoid`, or `none`."""
 
 
 class Score(BaseModel):
@@ -61,8 +61,8 @@ def router(pipeline: Pipeline) -> APIRouter:
     async def hf(request: Request) -> Response:
         """Classify one image, for `huggingface_hub.InferenceClient(model="http://HOST:PORT/hf/NAME")`.
 
-        The answer is a list, best class first. The path names a model, or a family: then the most accurate model that
-        can meet the deadline answers, and the header `X-StrideViT-Model` says which one it was.
+        The answer is a list, best class first. The path names a model or a family; of a family, the most accurate model
+        that can meet the deadline answers, and the header `X-StrideViT-Model` says which one it was.
         """
         named = {"model": request.path_params["name"]}
         query = exchange.query_values(request.scope["query_string"], OPTIONS)

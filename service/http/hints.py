@@ -1,6 +1,6 @@
 """Hints for what people try first: a name that is nearly right, a path of another server, a body in the wrong form.
 
-Knows no HTTP framework.
+Independent of any HTTP framework.
 """
 
 import difflib
@@ -108,7 +108,7 @@ def for_path(path: str) -> str:
 
 
 def for_path_of_others(path: str) -> str | None:
-    """Where a request should go that means another server's path; None if it means none that is known here."""
+    """Where a request to another server's path should go; None if no such path is known here."""
     for pattern, hint in _HINTS:
         if found := pattern.fullmatch(path[:_PATH].rstrip("/")):
             return hint.format(**found.groupdict())
@@ -116,7 +116,7 @@ def for_path_of_others(path: str) -> str | None:
 
 
 def for_body(body: bytes) -> str | None:
-    """What a body is that is surely no image, and what to send instead; None if it may be an image."""
+    """What a body that is surely not an image is, and what to send instead; None if it may be an image."""
     for signature, kind, advice in _SIGNATURES:
         if body.startswith(signature):
             return _sentence(kind, advice)
@@ -151,7 +151,7 @@ def shown(text: str) -> str:
 
 def _about_text(start: bytes, lower: bytes) -> str | None:
     if start.startswith((b"GIF8", b"RIFF")):
-        # An image, cut before its first byte that is no text.
+        # An image, cut before its first byte that is not text.
         return None
     if is_url(lower):
         return f"the body is a URL: {NO_URL}"

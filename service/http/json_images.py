@@ -20,7 +20,7 @@ _MARKS_AN_IMAGE = 24
 """Quotes, commas and brackets that one image may need; a data URL has five, TF Serving's longest form sixteen."""
 _OTHER_MARKS = 200
 _DECODED_CHARACTERS = 1024 * 1024
-"""Characters of base64 decoded at once, a multiple of four: it holds the interpreter's lock."""
+"""Characters of base64 decoded at once, a multiple of four: decoding holds the interpreter's lock."""
 _DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(;[\w.+-]+=[^;,]{0,100})*;base64,", re.ASCII | re.IGNORECASE)
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
@@ -74,7 +74,7 @@ def _options(members: dict[str, msgspec.Raw], options: Sequence[str]) -> dict[st
     for name in given:
         if name not in options:
             raise InvalidParameter(f"JSON: {hints.unknown_name('member', name, [*options, 'image', 'images'])}")
-    # As in a query, what is null is not given.
+    # null counts as not given.
     return {name: _decoded(_ANY, value, name) for name, value in given.items() if value != b"null"}
 
 
@@ -105,7 +105,7 @@ def _image(value: bytes, place: str, nesting: int) -> bytes:
 
 
 def _from_base64(text: str, place: str) -> bytes:
-    """Base64 with or without padding, line ends and a data URL's head, in the standard or the URL-safe alphabet."""
+    """Base64 with or without padding, line ends and a data URL's prefix, in the standard or the URL-safe alphabet."""
     if hints.is_url(text):
         raise UnsupportedImage(f"JSON: {place}: {hints.NO_URL}")
     if text[:5].lower() == "data:":
@@ -143,6 +143,6 @@ def _decoded(decoder: "msgspec.json.Decoder[Any]", text: bytes, place: str) -> A
 
 
 def _require_few_marks(text: bytes, limit: int) -> None:
-    """Refuse a text of more values than images and options need: each costs an object, and parsing is not divisible."""
+    """Refuse a text of more values than images and options need: each costs an object, and parsing cannot be split."""
     if count_up_to(text, b'",[{', limit) > limit:
         raise BadRequest(f"JSON: too many values for the images of a request: {FORM}")

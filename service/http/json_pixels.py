@@ -21,14 +21,14 @@ _DATA = re.compile(rb'"data"\s*:\s*(?=\[)')
 _NO_NUMBERS = re.compile(rb"[^0-9.,eE+\-\[\]\s]")
 _MISPLACED_BRACKET = re.compile(rb"\]\s*[^\s,\]]|[^\s,\[]\s*\[")
 PLACEHOLDER = b"7.01701411834604692e-77"
-"""Stands for the pixels in the text that is left without them."""
+"""Stands for the pixels in the text that remains without them."""
 _ALL_BUT_STRUCTURE = bytes(set(range(256)) - set(b"[],"))
 
 
 def without_pixels(text: bytes) -> tuple[bytes, bytes | None]:
-    """A JSON text with PLACEHOLDER in place of its one `"data": [...]` of numbers, and those numbers; else itself.
+    """A JSON text with PLACEHOLDER in place of its one `"data": [...]` of numbers, and those; else the text and None.
 
-    Parsing cannot be divided, and all other threads wait for it: the numbers are left to `read_pixels`.
+    Parsing cannot be split, and all other threads wait for it: the numbers are left to `read_pixels`.
     """
     found = list(itertools.islice(_DATA.finditer(text), 2))
     if len(found) != 1 or PLACEHOLDER in text:
@@ -48,7 +48,7 @@ def without_pixels(text: bytes) -> tuple[bytes, bytes | None]:
 
 
 def count_up_to(text: bytes, marks: bytes, limit: int) -> int:
-    """How often a text holds one of some bytes; it stops counting once there are more than `limit`."""
+    """How often a text holds any of the bytes `marks`; stops counting once there are more than `limit`."""
     count = 0
     for start in range(0, len(text), _CHUNK_BYTES):
         count += sum(text.count(mark, start, start + _CHUNK_BYTES) for mark in marks)
@@ -63,8 +63,8 @@ def read_pixels(array: bytes, shape: tuple[int, ...], place: str) -> npt.NDArray
     Raises BadRequest that begins with `place` for a wrong count, ragged lists, anything but whole numbers in range, and
     what is not JSON.
 
-    msgspec makes a list of shared integers of it. simdjson would be two to three times as fast, but had no release for
-    over a year, lacks wheels for Python 3.14, and holds the interpreter's lock for as long as a whole body takes.
+    msgspec makes a list of shared integers of them. simdjson would be two to three times as fast, but had no release
+    for over a year, lacks wheels for Python 3.14, and holds the interpreter's lock for as long as a whole body takes.
     """
     wanted = math.prod(shape)
     expected = f"{place}: must be {wanted} whole numbers from 0 to 255, flat or nested in row-major order"

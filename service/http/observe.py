@@ -17,7 +17,7 @@ log = structlog.get_logger()
 
 
 class Observe:
-    """ASGI middleware, outside of all but shedding. It leaves `request_id` and `started` in the state of the scope."""
+    """ASGI middleware, outside all but shedding. It leaves `request_id` and `started` in the state of the scope."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Observe:
         headers, path = Headers(scope=scope), scope["path"]
         request_id = self._ids.choose(headers.get("x-request-id", ""))
         state.update(request_id=request_id, started=started)
-        # Probes and scrapes come every few seconds, and nobody asks about one of them.
+        # Probes and scrapes come every few seconds, and nobody looks for a single one of them.
         tracing = None if path in PROBES else self._tracing
         span = tracing.begin(scope["method"], headers) if tracing else None
         status = 500

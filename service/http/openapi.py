@@ -1,4 +1,4 @@
-"""What /docs and /openapi.json say beside FastAPI's own: parameters, bodies, examples, errors and security schemes."""
+"""What /docs and /openapi.json say beyond FastAPI's own: parameters, bodies, examples, errors and security schemes."""
 
 import inspect
 import itertools
@@ -57,11 +57,11 @@ def query_parameters(query: type[BaseModel], *, headers: dict[str, tuple[str, di
     """The fields of a pydantic model as query parameters, and headers by name, with their texts and schemas."""
     fields = query.model_json_schema()["properties"]
     for schema in fields.values():
-        # A query cannot say null: what is not given is.
+        # A query cannot say null: a parameter that is left out is null.
         for kind in schema.pop("anyOf", ()):
             if kind != {"type": "null"}:
                 schema.update(kind)
-        # Generated clients and /docs send a default, and it would contradict what the body asks for.
+        # Generated clients and /docs would send a default, which might contradict what the body asks for.
         if (default := schema.pop("default", None)) is not None:
             schema["description"] = f"{schema.get('description', '')} Default: {default}."
     texts = {name: " ".join(schema.pop("description", "").split()) for name, schema in fields.items()}
@@ -74,13 +74,13 @@ def query_parameters(query: type[BaseModel], *, headers: dict[str, tuple[str, di
 
 
 def described_by(path: str, **more: Any) -> dict[str, Any]:
-    """The `openapi_extra` of a route that reads its path itself: the path's parameters, and more of it."""
+    """The `openapi_extra` of a route that reads its path itself: the path's parameters, and `more`."""
     known = fixed_part("path_parameters")
     return {**more, "parameters": [*map(known.get, re.findall(r"{(\w+)}", path)), *more.get("parameters", [])]}
 
 
 def v2_responses(*errors: type[RequestError], success: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
-    """The errors that a route of /v2 or /hf may answer with, by status, and its 200 if it is no plain JSON object."""
+    """The errors that a route of /v2 or /hf may answer with, by status, and its 200 unless that is a JSON object."""
     described: dict[int | str, dict[str, Any]] = {200: success} if success else {}
     for kind in errors:
         text = inspect.getdoc(kind) or ""
@@ -91,7 +91,7 @@ def v2_responses(*errors: type[RequestError], success: dict[str, Any] | None = N
 
 
 def install(app: FastAPI, *, keys_needed: bool) -> None:
-    """Complete what FastAPI generates. Unless `keys_needed`, only loading and unloading need one."""
+    """Complete what FastAPI generates. Unless `keys_needed`, only loading and unloading need a key."""
     generate, completed = app.openapi, None
 
     def openapi() -> dict[str, Any]:
@@ -106,7 +106,7 @@ def install(app: FastAPI, *, keys_needed: bool) -> None:
 
 
 def _complete(schema: dict[str, Any], *, keys_needed: bool) -> None:
-    """Every operation has an answer for every error, and none in a form that is never sent."""
+    """Give every operation an answer for any other error, and remove those that are never sent."""
     schemas = schema["components"]["schemas"]
     schemas.update(fixed_part("schemas"))
     for path, operations in schema["paths"].items():
@@ -127,7 +127,7 @@ def responses(
 ) -> dict[int | str, dict[str, Any]]:
     """The errors that a route may answer with, by status and each with an example.
 
-    `example` is the one of its 200, by name as in `fixed_part`; or `success` describes the whole of it.
+    `example` names the example of its 200, as in `fixed_part`; or `success` describes its whole 200.
     """
     content = {"application/json": {"example": fixed_part(example)}} if example else {}
     described: dict[int | str, dict[str, Any]] = {200: success or {"content": content}}

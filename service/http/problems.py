@@ -1,4 +1,4 @@
-"""Errors as HTTP answers: problem+json (RFC 9457), but `{"error": "..."}` where the clients of others read that."""
+"""Errors as HTTP answers: problem+json (RFC 9457), but `{"error": "..."}` where clients of other APIs expect that."""
 
 import math
 from http import HTTPStatus
@@ -29,10 +29,10 @@ class Problem(BaseModel):
     status: int
     detail: str
     code: str
-    """Name of the error for programs, such as `overloaded`."""
+    """Machine-readable name of the error, such as `overloaded`."""
     request_id: str | None = None
     retry_after_ms: int | None = None
-    """With status 429: when there should be room again, by the cost model."""
+    """With status 429: after how long a retry should succeed."""
 
 
 def problem_members(status: int, code: str, detail: str) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def error_response(request: Request, error: RequestError) -> JSONResponse:
     """The whole answer to a request that failed with `error`."""
     headers: dict[str, str] = {}
     if isinstance(error, Overloaded):
-        # The header knows whole seconds only.
+        # The header takes whole seconds only.
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
@@ -94,7 +94,7 @@ def install(app: FastAPI) -> None:
         }
         return _response(request, problem_members(500, "internal-server-error", detail), headers)
 
-    # Starlette's type of a handler takes any exception.
+    # Starlette's type of a handler accepts any exception.
     app.add_exception_handler(RequestError, on_request_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, on_http_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, on_invalid)  # type: ignore[arg-type]

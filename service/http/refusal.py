@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from starlette.types import Scope
 
 CLOSE: Final = b"connection: close\r\n\r\n"
-"""The end of a head after whose answer the connection is closed."""
+"""The end of the head of an answer after which the connection is closed."""
 
 
 def header_lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
@@ -24,11 +24,11 @@ def status_line(status: int) -> bytes:
 
 
 class Refusal(NamedTuple):
-    """An answer that is known from a request's head."""
+    """An answer that depends on a request's head alone."""
 
     status: int
     lines: bytes
-    """Of its head, each with its end; without those that say how the connection goes on."""
+    """The lines of its head, each with its line end; without those that say whether the connection stays open."""
     body: bytes
 
     def bytes(self, default_headers: bytes, ending: bytes) -> bytes:
@@ -37,4 +37,4 @@ class Refusal(NamedTuple):
 
 
 Refuse = Callable[[Scope], Refusal | None]
-"""Gives the answer to a request that is refused by its head, None for all others."""
+"""Gives the answer to a request that is refused on its head alone, None for all others."""

@@ -1,4 +1,4 @@
-"""Headers that tell browsers what they may do with an answer: nothing, but for the pages that are made for them."""
+"""Headers that tell browsers what they may do with an answer: nothing, except with the pages made for them."""
 
 import base64
 import hashlib
@@ -11,7 +11,7 @@ Headers = tuple[tuple[bytes, bytes], ...]
 _EVERYWHERE: Final[Headers] = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
-    # Pages of other origins may read an answer by CORS alone, where the settings allow it.
+    # Pages of other origins may read an answer only through CORS, where the settings allow it.
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"x-frame-options", b"DENY"),
 )
@@ -20,7 +20,7 @@ _CLOSED: Final = "default-src 'none'; base-uri 'none'; form-action 'none'; frame
 API: Final[Headers] = (
     *_EVERYWHERE,
     (b"content-security-policy", _CLOSED.encode()),
-    # What was seen in a picture is nobody else's business, and an error must not outlive its reason.
+    # Predictions are private, and an error must not outlive its cause.
     (b"cache-control", b"no-store"),
 )
 """For every answer but the pages and their parts; errors too."""
@@ -31,9 +31,9 @@ _PARTS: Final[Headers] = (*_EVERYWHERE, (b"content-security-policy", _CLOSED.enc
 def page_headers(
     html: str, *, allowed: Sequence[str], scripts: Sequence[str] = (), styles: Sequence[str] = ()
 ) -> Headers:
-    """The headers of a page: it may run the scripts that it has inline, and those from `scripts`.
+    """The headers of a page: it may run its inline scripts, and those from `scripts`.
 
-    `styles`: where styles may come from; by default only those inline. `allowed`: other directives of the policy.
+    `styles`: where styles may come from; by default only inline ones. `allowed`: other directives of the policy.
     """
     directives = (
         _CLOSED,

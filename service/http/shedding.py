@@ -1,10 +1,10 @@
-"""Overload: requests that have no chance are refused first of all, at the least cost.
+"""Overload: requests that have no chance are refused before anything else is done, at the least cost.
 
 Refusing inference in the ordinary way would take the time that accepted requests need, and when the event loop itself
-is late, work queues in sockets and in the loop, in front of admission. So the server shows each head to a `Judge`
-before anything is made of it. It refuses what the loop's lag, a full queue or the work ahead leaves no chance. A
-request that may have one goes on, also to be refused by admission, which knows more. Under another server, the
-middleware does the same, at a higher price.
+is late, work queues up in sockets and in the loop, in front of admission. So the server passes each request's head to a
+`Judge` before it does anything else with it. The judge refuses requests that have no chance because of the loop's lag,
+a full queue or the work ahead. All others go on to admission, which knows more and may still refuse them. Under another
+server, the middleware does the same at a higher cost.
 """
 
 import math
@@ -32,13 +32,14 @@ log = structlog.get_logger()
 
 _V1_ROUTE, _HF, _HF_ROUTE = "/v1/classify", "/hf/", "/hf/{name}"
 _ROUTES = {"/classify": _V1_ROUTE, "/compare": "/v1/compare", "/infer": "/v2/models/{name}/infer"}
-"""The ends of the paths of inference, and their routes in metrics; those of /hf end in a model's name."""
+"""The last parts of the paths of inference, and their routes in metrics; paths under /hf end in a model's name."""
 
 _PAGES = ("/", "/docs/")
-"""A slash at the end belongs to the first; the second would show a page whose relative links are wrong."""
+"""Paths that keep their slash at the end: the first is nothing else, and without it the second would show a page whose
+relative links are wrong."""
 
 _CALM_SECONDS = 0.025
-"""A delay by the loop's lag that leaves every request its chance: nothing more is looked at."""
+"""Delay by the loop's lag below which every request has a chance: nothing more is checked."""
 
 _DEADLINE, _PRIORITY, _REQUEST_ID = DEADLINE_HEADER.lower().encode(), PRIORITY_HEADER.lower().encode(), b"x-request-id"
 _DEADLINE_IN_QUERY = re.compile(rb"(?:^|&)deadline_ms=([^&]*)")
@@ -67,7 +68,7 @@ Reason = Literal["lag", "images", "deadline"]
 
 
 class Judge:
-    """Knows from a request's head alone whether it has no chance."""
+    """Decides from a request's head alone whether it has no chance."""
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class Judge:
         has_key: Callable[[Scope], bool] = lambda _: True,
     ) -> None:
         """`cors_origins`: those whose pages may read a refusal, or `*`. `has_key`: whether a request has a key, if it
-        needs one: only then does it learn what lies ahead of it, and count as coming."""
+        needs one: only such a request is told about the work ahead, and counts as coming."""
         self._has_key = has_key
         self._metrics, self._registry = metrics, pipeline.registry
         self._admission, self._lag = pipeline.admission, pipeline.lag
@@ -89,11 +90,11 @@ class Judge:
         self._ids, self._throttle = RequestIds(), LogThrottle(time.perf_counter)
 
     def pressed(self) -> bool:
-        """Whether some requests are without a chance now."""
+        """Whether some requests may have no chance at present."""
         return self._admission.pressed or self._admission.room.crowded or self._lag.delay_seconds >= _CALM_SECONDS
 
     def refusal(self, scope: Scope) -> Refusal | None:
-        """The answer to a request without a chance, which is counted as refused; None if it may have one."""
+        """The answer to a request that has no chance, which is counted as refused; None if it may have one."""
         delay, room, pressed = self._lag.delay_seconds, self._admission.room, self._admission.pressed
         if (delay < _CALM_SECONDS and not (pressed or room.crowded)) or scope["method"] != "POST":
             return None
@@ -107,7 +108,7 @@ class Judge:
         priority = _PRIORITY_IN_QUERY.search(query)
         batch = priority is not None and priority[1] == b"batch"
         if encoded := _ENCODED.search(query) is not None:
-            # What it says is not seen here.
+            # What an encoded query says is not known here.
             deadline_ms = deadline_ms or math.inf
         seen: set[bytes] = set()
         for name, value in scope["headers"]:
@@ -134,7 +135,7 @@ class Judge:
         return None
 
     def _queue(self, path: str, query: bytes) -> Queue | None:
-        """That of the fastest model that may answer; None where more than the head's first look is needed to know."""
+        """The queue of the fastest model that may answer; None where a first look at the head does not tell."""
         if path == _V1_ROUTE:
             named = _MODEL_IN_QUERY.search(query)
             name, plain = named[1].decode("latin-1") if named else None, b"version=" not in query
@@ -166,7 +167,7 @@ class Judge:
         return Refusal(Overloaded.status, lines, body)
 
     def _cors(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        """What the CORS middleware, which a refusal does not reach, would add."""
+        """The headers that the CORS middleware would add: a refusal does not pass through it."""
         allowed = b"*"
         if allowed not in self._origins:
             allowed = next((value for name, value in scope["headers"] if name == b"origin"), b"")
@@ -185,7 +186,7 @@ class Judge:
 
 
 class Shedding:
-    """ASGI middleware, outside of all others: lets a `Judge` see what the server has not shown it yet."""
+    """ASGI middleware, outside all others: passes to a `Judge` what the server has not passed to it yet."""
 
     def __init__(self, app: ASGIApp, *, judge: Judge) -> None:
         self._app, self._judge = app, judge
@@ -194,7 +195,7 @@ class Shedding:
         if scope["type"] == "http":
             path: str = scope["path"]
             if path[-1:] == "/" and path not in _PAGES:
-                # Here, so that all who judge a path see the same one.
+                # Here, so that all code that checks the path sees the same one.
                 scope["path"] = path[:-1]
             elif scope.get("state", {}).get("judged"):
                 await self._app(scope, receive, send)
@@ -209,7 +210,7 @@ class Shedding:
 
 
 def _milliseconds(text: bytes) -> float:
-    """A deadline, or infinity for anything odd, which is judged elsewhere."""
+    """A deadline, or infinity for anything invalid, which is handled elsewhere."""
     try:
         found = float(text) if len(text) <= _LONGEST_NUMBER else math.inf
     except ValueError:

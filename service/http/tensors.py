@@ -1,6 +1,6 @@
 """The wire format of /v2: the Open Inference Protocol's tensors, in JSON and in Triton's binary form.
 
-Knows no HTTP framework and no model. https://github.com/kserve/open-inference-protocol, and the extensions
+Independent of any HTTP framework or model. https://github.com/kserve/open-inference-protocol, and the extensions
 binary_tensor_data, classification, schedule_policy and parameters of
 https://github.com/triton-inference-server/server/tree/main/docs/protocol.
 """
@@ -106,7 +106,7 @@ def answer(
     labels: Sequence[str],
     parameters: dict[str, Any] | None = None,
 ) -> tuple[bytes, int | None]:
-    """The body of a response to (n, classes) `logits` and `probabilities`, and the length of its JSON if binary data
+    """The body of a response with (n, classes) `logits` and `probabilities`, and the length of its JSON if binary data
     follows, else None.
     """
     tensors: list[dict[str, Any]] = []
@@ -142,7 +142,7 @@ _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class _Parameters(msgspec.Struct):
-    """Parameters of a request, an input or an output. Others, such as those of sequences, mean nothing here."""
+    """Parameters of a request, an input or an output. Others, such as those of sequences, are ignored."""
 
     timeout: _Count | None = None
     """Microseconds."""
@@ -176,7 +176,7 @@ class _Request(msgspec.Struct):
 
 _REQUEST = msgspec.json.Decoder(_Request)
 _SHAPE = msgspec.json.Decoder(list[_Count])
-# Decoding from base64 too.
+# These decode the base64 too.
 _STRINGS = msgspec.json.Decoder(list[bytes])
 _NESTED_STRINGS = msgspec.json.Decoder(list[tuple[bytes]])
 
@@ -184,7 +184,7 @@ _NESTED_STRINGS = msgspec.json.Decoder(list[tuple[bytes]])
 def _parse_json(text: bytes) -> _Request:
     if not text or text.isspace():
         raise BadRequest("malformed inference request: the body is empty")
-    # Each value may cost an object, and parsing is not divisible. Of the pixels only their place is left.
+    # Each value may cost an object, and parsing cannot be split. Only a placeholder is left of the pixels.
     if count_up_to(text, b'",[{', 3 * _MAX_STRINGS) > 3 * _MAX_STRINGS:
         raise BadRequest(
             f"malformed inference request: over {_MAX_STRINGS:,} strings or other values beside the pixels"

@@ -37,7 +37,7 @@ def router(pipeline: Pipeline) -> APIRouter:
     async def classify(request: Request) -> Response:
         """Classify one or many images.
 
-        A request fails only if every image of it fails. It is rejected at once if it cannot finish before its deadline.
+        A request fails only if all of its images fail. It is rejected at once if it cannot finish before its deadline.
         """
         query: bytes = request.scope["query_string"]
         options = (_parsed_cached if len(query) <= _MAX_CACHED else _parsed)(query)
@@ -63,7 +63,7 @@ def router(pipeline: Pipeline) -> APIRouter:
                 partial=True,
             )
         except errors.UnsupportedImage as error:
-            # Every image failed, and this is the error of the first; without images it is one of the JSON around them.
+            # Every image failed, and this is the error of the first; without images, it is about the JSON around them.
             if hint := images and hints.for_body(images[0]):
                 raise errors.UnsupportedImage(hint) from error
             raise
@@ -129,7 +129,7 @@ def router(pipeline: Pipeline) -> APIRouter:
         ),
     )
     async def model(name: str, version: int | None = None) -> ModelDetail:
-        """One model: its manifest, its labels, and what its batches cost."""
+        """One model: its manifest, its labels, and how long its batches take."""
         found = registry.find(name, version)
         return ModelDetail(
             name=found.name,

@@ -1,4 +1,4 @@
-"""The body of a classification: an image's bytes, a multipart form, or JSON with base64; any of them compressed."""
+"""The body of a classification: an image's bytes, a multipart form, or JSON with base64; each may be compressed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,12 +32,12 @@ class Sent:
 
 
 def least_image_bytes(request: Request) -> int:
-    """The least number of bytes of images in a body: base64 makes them a third more."""
+    """The least number of bytes of images in a body: base64 makes them a third larger."""
     return 3 * (content_length(request) or 0) // 4
 
 
 def explained(error: RequestError, image: bytes) -> RequestError:
-    """The error of an image, which says what was sent in place of one."""
+    """The error of an image, with a hint at what was sent in place of one."""
     hint = hints.for_body(image) if isinstance(error, UnsupportedImage) else None
     return UnsupportedImage(hint) if hint else error
 
@@ -45,7 +45,7 @@ def explained(error: RequestError, image: bytes) -> RequestError:
 async def read_sent(
     request: Request, place: Place, limits: Limits, decoders: DecodePool, option_names: Sequence[str]
 ) -> Sent:
-    """Read the body of a classification. Bodies of many parts are taken apart in the decode pool.
+    """Read the body of a classification. Compressed and large bodies are parsed in the decode pool.
 
     Raises what `read_body` raises, BadRequest for a malformed or empty body, and InvalidParameter for a form field or a
     JSON member that is not among `option_names`.

@@ -1,4 +1,4 @@
-"""POST /v1/compare: one image, many models, answered line by line as each is done."""
+"""POST /v1/compare: one image, many models, each answered by a line as soon as it is done."""
 
 import base64
 from collections.abc import AsyncGenerator, Callable
@@ -30,14 +30,14 @@ class CompareQuery(BaseModel, frozen=True, use_attribute_docstrings=True):
     """The query of a comparison. The descriptions are shown in /docs."""
 
     models: Annotated[str | None, Field(min_length=1, max_length=2000)] = None
-    """Names of models, or of families, which stand for all their ready members, with commas between them: at most 16
-    models. Without it all that are ready, or the 16 most accurate."""
+    """Comma-separated names of models, or of families, which stand for all their ready members: at most 16 models.
+    Without names, all models that are ready, or the 16 most accurate of them."""
     top_k: Annotated[int, Field(ge=1, le=1000)] = 5
-    """How many classes of each model to return, best first."""
+    """How many classes to return for each model, best first."""
     deadline_ms: Annotated[float | None, Field(gt=0, le=1e9)] = None
     """Each model answers within this many milliseconds of the request's arrival, or not at all."""
     priority: Priority = "interactive"
-    """`batch` work waits until no `interactive` work is left."""
+    """While `interactive` work waits, `batch` work gets only `batch_share` of the turns."""
 
     @property
     def names(self) -> list[str]:
@@ -53,11 +53,11 @@ def router(pipeline: Pipeline) -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["v1"], dependencies=openapi.SECURITY)
 
     async def compare_models(request: Request) -> Response:
-        """Classify one image with many models: decoded once, and one line of JSON for each answer as it comes.
+        """Classify one image with many models: it is decoded once, and each answer is a line of JSON, sent when ready.
 
-        Each line has an `event`: first `picture`, the image as some models see it; then `answer` or `error` of each
-        model; `end` at last. A model that fails ends no other. An error of the whole request, or of all models, is
-        answered as everywhere, by its status.
+        Each line has an `event`: first `picture`, the image as some models see it; then `answer` or `error` for each
+        model; finally `end`. If one model fails, the others still answer. If the whole request or all models fail, the
+        response has the status of the error, as on other routes.
         """
         query = exchange.validated(CompareQuery, exchange.query_values(request.scope["query_string"], _OPTIONS))
         # Before anything of the image is read.
@@ -109,7 +109,7 @@ def router(pipeline: Pipeline) -> APIRouter:
 
 
 class _Stream(Response):
-    """The events as lines, each sent as it comes; or one problem in place of all."""
+    """The events as lines, each sent as it comes; or one problem in place of them all."""
 
     media_type = "application/x-ndjson"
 
@@ -130,7 +130,7 @@ class _Stream(Response):
             except errors.RequestError as error:
                 await error_response(self._request, self._explained(error))(scope, receive, send)
                 return
-            # A proxy that waited for the end would take the point from it.
+            # A proxy that buffered the whole answer would defeat the purpose.
             head = [*self.raw_headers, (b"x-accel-buffering", b"no")]
             await send({"type": "http.response.start", "status": self.status_code, "headers": head})
             await self._line(send, event)

@@ -28,7 +28,7 @@ def router(pipeline: Pipeline, report: StatusReport) -> APIRouter:
         openapi_extra={"parameters": openapi.query_parameters(PlanOptions, headers={})},
     )
     async def plan_request(name: str, request: Request) -> Plan:
-        """Which model of a family a request would get now, and what each would take. Nothing is done or counted."""
+        """Which model of a family a request would get now, and how long each would take. Nothing is run or counted."""
         values = exchange.query_values(request.scope["query_string"], _OPTIONS)
         return plan(pipeline, name, exchange.validated(PlanOptions, values))
 

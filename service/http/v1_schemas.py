@@ -44,9 +44,9 @@ class Classification(BaseModel):
     requested: str | None
     results: list[ImageResult]
     choice: Choice | None
-    """Null if a model was named."""
+    """Null unless a family answered or the request belongs to a canary's share."""
     timings_ms: dict[Literal["read", "decode", "queue", "inference", "total"], float]
-    """With several images, `decode`, `queue` and `inference` are those of the slowest."""
+    """With several images, `decode`, `queue` and `inference` are the longest of all images."""
     request_id: str
 
 
@@ -69,7 +69,7 @@ class ModelSummary(BaseModel):
     img_size: int | None = None
     num_classes: int | None = None
     accuracy: AccuracySummary | None = None
-    """Without the bits of `manifest.accuracy.correct`, which the detail has."""
+    """Without the bits of `manifest.accuracy.correct`, which GET /v1/models/NAME has."""
 
 
 class ModelList(BaseModel):
@@ -80,7 +80,7 @@ class ModelList(BaseModel):
 
 
 class ModelDetail(BaseModel):
-    """A model that takes traffic: its manifest, and what the service has measured of it."""
+    """A model that takes traffic: its manifest, and what the service has measured."""
 
     name: str
     versions: list[int]

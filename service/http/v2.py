@@ -70,12 +70,12 @@ _TAG: str | Enum = "v2: Open Inference Protocol"
 
 
 class InferQuery(BaseModel, frozen=True, use_attribute_docstrings=True):
-    """The query of an inference. The protocol knows none, so an unknown name is taken for one of these misspelt."""
+    """The query of an inference. The protocol has none, so an unknown name is taken for one of these, misspelt."""
 
     deadline_ms: Annotated[float | None, Field(gt=0, le=1e9)] = None
     """Answer within this many milliseconds of the request's arrival, or not at all."""
     priority: Priority = "interactive"
-    """`batch` work waits until no `interactive` work is left."""
+    """While `interactive` work waits, `batch` work gets only `batch_share` of the turns."""
 
 
 class RepositoryRequest(BaseModel, strict=True):
@@ -113,12 +113,12 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
 
     @routes.get("", responses=v2_responses(Unauthorized, KeyLimited))
     async def server() -> dict[str, Any]:
-        """What this server is."""
+        """The name, version and extensions of this server."""
         return {"name": "stridevit", "version": version, "extensions": list(EXTENSIONS)}
 
     @routes.get("/models/stats", responses=v2_responses(Unauthorized, KeyLimited))
     async def all_statistics() -> dict[str, Any]:
-        """What every model has done so far."""
+        """Statistics of every model."""
         return {"model_stats": [v2_metadata.statistics(model) for model in registry.ready]}
 
     def candidates(request: Request) -> tuple[str, list[Model]]:
@@ -148,16 +148,16 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
         )
 
     async def statistics(request: Request) -> dict[str, Any]:
-        """What a model has done so far: each version that serves, or the one in the path."""
+        """Statistics of a model: of each version that serves, or of the one in the path."""
         models = registry.serving(*_addressed(request))
         return {"model_stats": [v2_metadata.statistics(model) for model in models]}
 
     async def infer(request: Request) -> Response:
-        """Answer a batch: the input `image` as UINT8 `[n,H,W,3]` pixels, or as BYTES `[n]` or `[n,1]` encoded images.
+        """Classify a batch: the input `image` is UINT8 `[n,H,W,3]` pixels, or BYTES `[n]` or `[n,1]` encoded images.
 
-        Tensors come as JSON or, with `Inference-Header-Content-Length`, as binary data behind it; a length of 0 means
-        raw pixels alone. Outputs `logits` and `probabilities` are FP32, or BYTES `value:index:label` with the parameter
-        `classification`. The parameters `timeout` (µs) and `priority` (2 and more: batch) count too.
+        Tensors are sent as JSON or, with `Inference-Header-Content-Length`, as binary data after the JSON; a length of
+        0 means raw pixels alone. The outputs `logits` and `probabilities` are FP32, or BYTES `value:index:label` with
+        the parameter `classification`. The parameters `timeout` (µs) and `priority` (2 or more: batch) apply too.
         """
         name, version = _addressed(request)
         query = exchange.query_values(request.scope["query_string"], tuple(InferQuery.model_fields))
@@ -184,7 +184,7 @@ def router(pipeline: Pipeline, *, version: str) -> APIRouter:
             )
         except UnsupportedImage as error:
             images = parsed.inputs.images
-            # Of several images it is not known here which one it was.
+            # With several images, it is not known here which one it was.
             if len(images) == 1 and (hint := hints.for_body(bytes(images[0]))):
                 raise UnsupportedImage(hint) from error
             raise
@@ -240,7 +240,7 @@ def repository(pipeline: Pipeline) -> APIRouter:
         openapi_extra={"requestBody": fixed_part("index_request_body")},
     )
     async def index(request: Request) -> list[dict[str, str]]:
-        """Every version that is or could be served, and its state; `{"ready": true}` asks for those ready."""
+        """Every version that is or could be served, and its state; `{"ready": true}` asks for ready ones only."""
         only_ready = (await repository_request(request)).ready
         return [
             {
@@ -257,7 +257,7 @@ def repository(pipeline: Pipeline) -> APIRouter:
         "/models/{name}/load", responses=changing, openapi_extra={"requestBody": fixed_part("load_request_body")}
     )
     async def load(name: str, request: Request) -> dict[str, str]:
-        """Load a model's newest version again; what serves goes on if that fails. Needs the admin key."""
+        """Load a model's newest version again; if that fails, what serves keeps serving. Needs the admin key."""
         if (await repository_request(request)).parameters:
             raise BadRequest("a bundle is loaded as it was published: no configuration or files come with the request")
         try:

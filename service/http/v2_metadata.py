@@ -10,7 +10,7 @@ _DATA_TYPES = {"UINT8": "TYPE_UINT8", "FP32": "TYPE_FP32"}
 
 
 def metadata(name: str, model: Model, *, versions: list[int]) -> dict[str, Any]:
-    """A model's versions, inputs and outputs, under the name by which the request knows it."""
+    """A model's versions, inputs and outputs, under the name that the request uses for it."""
 
     def described(tensor: Tensor) -> dict[str, Any]:
         return {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
@@ -44,7 +44,7 @@ def config(name: str, model: Model, *, max_images_per_request: int, versions_to_
 
 
 def statistics(model: Model) -> dict[str, Any]:
-    """What a model has done so far, as the statistics extension has it."""
+    """What a model has done so far, in the form of the statistics extension."""
     done, nothing = model.statistics, asdict(Sum())
     return {
         "name": model.name,

@@ -1,7 +1,7 @@
 """Preprocessing: from an encoded image to the model's pixels. All limits are checked before anything is decoded.
 
 `decode` does it in one call. `open_image` and `OpenedImage.render` are its two steps, for callers that must know the
-amount of work first. Everything that needs the served pixels calls these, also the load tests.
+amount of work first. Everything that needs the served pixels calls these, including the load tests.
 
 - `scan` finds format, size and cost in a file's structure, with a module for each format, and refuses what costs too
   much.

@@ -20,7 +20,7 @@ class Coded(NamedTuple):
 
 
 class _Bits:
-    """Reads numbers bit by bit; zeros behind the end."""
+    """Reads numbers bit by bit; zeros past the end."""
 
     def __init__(self, data: bytes) -> None:
         self._value, self._left = int.from_bytes(data), 8 * len(data)
@@ -37,7 +37,7 @@ class _Bits:
 
 
 def scan(data: bytes, max_units: int) -> Coded:
-    """Zero sizes if there is no sequence header. Raises BadImage."""
+    """Scan a bitstream; sizes are zero if there is no sequence header. Raises BadImage."""
     width = height = frames = at = 0
     for units in range(max_units + 1):
         if at >= len(data):
@@ -53,7 +53,7 @@ def scan(data: bytes, max_units: int) -> Coded:
                 if byte < 128:
                     break
         if kind == _SEQUENCE:
-            # The fields in front of the size take up to 350 bytes.
+            # The fields before the size take up to 350 bytes.
             wide, high = _frame_size(_Bits(data[at : at + min(size, 512)]))
             if wide * high > width * height:
                 width, height = wide, high

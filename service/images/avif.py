@@ -13,21 +13,22 @@ from service.images.header import MAX_PARTS, ImageHeader, Scan, check_size, dama
 
 _MAX_BOXES = 4_000
 _MAX_EXTENTS = 4_000
-"""Extents of all items: a table can claim 65,535 for each of them without holding any."""
+"""Extents of all items: a table can claim 65,535 for each item without holding any."""
 _MAX_TABLE = 32 * 1024
 """Bytes of a table of items or frames: libavif searches some of them once for each of their entries."""
 _TABLES = frozenset(
     {b"iinf", b"iloc", b"ipma", b"iref", b"grpl", b"stsz", b"stsc", b"stco", b"co64", b"stts", b"stss", b"elst"}
 )
 _HEADER_BYTES = {b"meta": 4, b"iprp": 0, b"ipco": 0, b"moov": 0, b"trak": 0, b"mdia": 0, b"minf": 0, b"stbl": 0}
-"""Boxes that hold boxes, and the bytes in front of these."""
+"""Boxes that hold boxes, and the bytes before these."""
 
 _WORK = 4
 """Cost of a pixel of a frame, in pixels of a JPEG: measured 2 to 4."""
 _WORK_BYTE = 8
 """Cost of a byte of the picture."""
 _BYTES, _FRAME_BYTES, _MAX_REFERENCES = 24, 6, 9
-"""Bytes of a pixel: planes, two copies in RGBA and as in a PNG with alpha; of each frame that the decoder keeps."""
+"""Bytes of a pixel: planes, two copies in RGBA and as in a PNG with alpha; bytes of a pixel in each frame that the
+decoder keeps; and the largest number of these frames."""
 
 
 @dataclass(slots=True)
@@ -45,9 +46,9 @@ class _Container:
     """Items whose extents count from the start of `idat`."""
     idat: int | None = None
     frames: list[tuple[int, int]] = field(default_factory=list)
-    """Where the first frame of a track is."""
+    """Where the first frame of each track is."""
     exif_at: list[int] = field(default_factory=list)
-    """Offsets of the types of items of EXIF."""
+    """Offsets of the type fields of EXIF items."""
 
 
 def scan(data: bytes, max_pixels: int) -> Scan:
@@ -80,7 +81,7 @@ def scan(data: bytes, max_pixels: int) -> Scan:
         return Scan(header, (data,), None)
     cleaned = bytearray(data)
     for at in found.exif_at:
-        # An unknown type: the decoder leaves such an item alone.
+        # An unknown type: the decoder ignores such an item.
         cleaned[at : at + 4] = b"skip"
     return Scan(header, (bytes(cleaned),), None)
 
@@ -101,7 +102,7 @@ def _boxes(
         if stop > end or stop < start + header:
             if not outermost:
                 raise damaged("its boxes are cut off")
-            # Bytes behind the last box, as of a video.
+            # Bytes after the last box, such as those of a video.
             stop = end
         yield kind, start + header, stop
         start = stop

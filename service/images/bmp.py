@@ -11,7 +11,7 @@ _BYTES = 16
 """Bytes of a pixel, as in a PNG with alpha."""
 _RUN_LENGTHS = (1, 2)
 _MAX_RUNS_BYTES = 2_000_000
-"""Pillow unpacks run lengths in Python: 0.3 µs for a byte, thirty pixels of a JPEG."""
+"""Pillow unpacks run lengths in Python: 0.3 µs per byte, as long as thirty pixels of a JPEG."""
 _WORK_RUN_BYTE = 30
 
 
@@ -25,7 +25,7 @@ def scan(data: bytes, max_pixels: int) -> Scan:
         else:
             width, height, _, _, compression = struct.unpack_from("<IIHHI", data, 18)
             if height >> 24 == 0xFF:
-                # From top to bottom.
+                # A negative height: from top to bottom.
                 height = 2**32 - height
     except struct.error as error:
         raise damaged("its header is cut off") from error

@@ -1,4 +1,4 @@
-"""The orientation from EXIF and XMP metadata, and nothing else of them. Anything odd means upright: 1."""
+"""The orientation from EXIF and XMP metadata, and nothing else from them. Anything odd means upright: 1."""
 
 import re
 import struct
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
     @property
     def inline_bytes(self) -> int:
-        """Values of at most so many bytes stand in the entry itself."""
+        """Values of at most this many bytes are stored in the entry itself."""
         return 8 if self.big else 4
 
 
@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 
 
 def layout(data: Bytes) -> Layout | None:
-    """Of a TIFF, or of EXIF, which has the same structure. None: it is neither."""
+    """That of a TIFF, or of EXIF, which has the same structure. None: it is neither."""
     prefix = bytes(memoryview(data)[:4])
     endian = _PREFIXES.get(prefix)
     return None if endian is None else Layout(endian, b"+" in prefix)

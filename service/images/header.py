@@ -16,7 +16,7 @@ MAX_SIDE = 65_535
 MAX_PARTS = 20_000
 """Most segments, chunks or blocks that are looked at in one file: 20 MB of a PNG in chunks of a kilobyte.
 
-A file of more takes more time to read than to decode.
+A file with more of them takes longer to read than to decode.
 """
 
 
@@ -32,7 +32,7 @@ class ImageHeader:
     work_pixels: int
     """Work of decoding it whole, in pixels of a baseline JPEG: 10 ms of CPU for a million of them on a 2-core machine.
 
-    An upper bound: what drafting saves is not subtracted, and hostile files are charged for their worst.
+    An upper bound: what drafting saves is not subtracted, and hostile files are charged for their worst case.
     """
     decoded_bytes: int
     """Upper bound of the memory that decoding and resizing take at their peak, without the file itself."""
@@ -54,7 +54,7 @@ class Scan:
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Raise BadImage or TooManyPixels if no image of this size is decoded."""
+    """Raise BadImage or TooManyPixels if images of this size are not decoded."""
     if width <= 0 or height <= 0:
         raise BadImage(f"the image is damaged: it claims to be {width} × {height}")
     if width * height > max_pixels:

@@ -22,7 +22,7 @@ MAX_SCANS = 100
 _SCANS_A_PIXEL = 10
 """A further scan costs a tenth of decoding the picture: 0.5 to 1.1 ms of CPU per megapixel against 10."""
 _ARITHMETIC = 5
-"""Cost of arithmetic coding, in that of Huffman coding, for each scan."""
+"""Cost of arithmetic coding relative to Huffman coding, for each scan."""
 
 _MARKER = re.compile(rb"\xff([^\0\xff])", re.DOTALL)
 _NOT_STUFFING = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])", re.DOTALL)
@@ -34,14 +34,14 @@ _ARITHMETIC_FRAMES = frozenset(range(0xC9, 0xD0))
 _TABLES = frozenset({0xC4, 0xCC, 0xDB, 0xDD})
 """Huffman tables, arithmetic conditioning, quantisation, restart interval."""
 _ALONE = frozenset({0x01, *range(0xD0, 0xD9), *range(0xF0, 0xFE), 0xC8})
-"""Markers without a length, among them those that Pillow reads so."""
+"""Markers without a length, including those that Pillow reads as such."""
 _APP0, _APP1, _APP14, _END, _START_OF_SCAN = 0xE0, 0xE1, 0xEE, 0xD9, 0xDA
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 
 
 @dataclass(slots=True)
 class _Segments:
-    """The segments in front of the compressed data that matter."""
+    """The segments before the compressed data that matter."""
 
     data: bytes
     tables: list[memoryview] = field(default_factory=list)
@@ -133,7 +133,7 @@ def _header(data: bytes, scan_at: int, code: int, frame: bytes, *, max_pixels: i
     check_size(width, height, max_pixels)
     pixels = width * height
     arithmetic = _ARITHMETIC if code in _ARITHMETIC_FRAMES else 1
-    # Four bytes of a decoded pixel, four while it is turned, four more while CMYK becomes RGB.
+    # Four bytes per decoded pixel, four while it is turned, four more while CMYK becomes RGB.
     decoded = pixels * (12 if components == 4 else 8)
     if code not in _SEVERAL_SCANS and data[scan_at + 2 : scan_at + 3] == bytes([components]):
         return ImageHeader("JPEG", width, height, pixels * arithmetic, decoded)
@@ -146,7 +146,7 @@ def _header(data: bytes, scan_at: int, code: int, frame: bytes, *, max_pixels: i
 
 def count_scans(data: bytes, scan_at: int) -> int:
     """Scans of the picture whose first scan's length is at this offset: an upper bound while it is within the limit."""
-    # Compressed data never contains this marker, but segments between scans, or a video behind the picture, may.
+    # Compressed data never contains this marker, but segments between scans, or a video after the picture, may.
     scans = 1 + count_scan_markers(data, scan_at)
     if scans <= MAX_SCANS:
         return scans
@@ -163,7 +163,7 @@ def count_scans(data: bytes, scan_at: int) -> int:
 
 
 def count_scan_markers(data: bytes, start: int = 0) -> int:
-    """Starts of scans behind this offset, whatever they are part of."""
+    """Start-of-scan markers from this offset on, whatever they are part of."""
     # Several times faster than bytes.count.
     view = np.frombuffer(data, np.uint8, offset=start)
     places = np.flatnonzero(view[1:] == _START_OF_SCAN)
@@ -171,7 +171,7 @@ def count_scan_markers(data: bytes, start: int = 0) -> int:
 
 
 def _coefficient_bytes(width: int, height: int, frame: bytes) -> int:
-    """All coefficients, which the decoder keeps until the last scan: two bytes each."""
+    """Bytes of all coefficients, which the decoder keeps until the last scan: two for each."""
     factors = [(factor >> 4 or 1, factor & 15 or 1) for factor in frame[7 : 6 + 3 * frame[5] : 3]]
     most_x, most_y = max(x for x, _ in factors), max(y for _, y in factors)
     across, down = -(-width // (8 * most_x)), -(-height // (8 * most_y))

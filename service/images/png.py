@@ -1,4 +1,4 @@
-"""Scan of a PNG: from chunk to chunk. The decoder gets those that make the pixels, and the picture in a single one."""
+"""Scan of a PNG: from chunk to chunk. The decoder gets those that define the pixels, the picture as a single one."""
 
 import struct
 import zlib
@@ -15,10 +15,10 @@ _CHUNK = struct.Struct(">I4s")
 _XMP, _EXIF = b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"
 """Keywords of texts that may hold an orientation."""
 _MAX_TEXT = 1 << 20
-"""Most of a text that is unpacked to find the orientation."""
+"""Most bytes of a text that are unpacked to find the orientation."""
 _TEXTS = frozenset({b"tEXt", b"zTXt", b"iTXt"})
 _LARGEST = {b"IHDR": 64, b"PLTE": 3 * 256, b"tRNS": 256}
-"""Bytes of the chunks that are kept, by the specification."""
+"""Most bytes of the chunks that are kept: at least what the specification allows."""
 
 _WORK = 2
 """Cost of a pixel, in pixels of a JPEG, unless it has alpha: measured 1.5 to 2."""
@@ -95,7 +95,7 @@ def _header(chunk: bytes, transparent: bool, max_pixels: int) -> ImageHeader:
     width, height, colour = struct.unpack_from(">IIxB", chunk, 8)
     check_size(width, height, max_pixels)
     alpha = transparent or colour in (4, 6)
-    # Pillow has four bytes for a pixel, and copies the picture to turn it, to convert it, and to weigh it by alpha.
+    # Pillow takes four bytes per pixel, and copies the picture to turn it, to convert it, and to weight it by alpha.
     copies, work = (4, _WORK_ALPHA) if alpha else (3, _WORK)
     pixels = width * height
     return ImageHeader("PNG", width, height, work * pixels, 4 * copies * pixels)

@@ -46,7 +46,7 @@ At 10 ms of CPU per megapixel smaller images take about 20 ms, at worst 40; docs
 """
 
 SMALL_BYTES = 32 * LARGE_PIXELS
-"""Images that take less memory do not wait for it."""
+"""Images that take no more memory than this do not wait for it."""
 
 _DRAFT_MARGIN = 3
 """A JPEG is decoded at 1/2, 1/4 or 1/8 if its shorter side is then still this many times `resize`.
@@ -66,7 +66,7 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image of an EXIF orientation upright."""
+"""What turns an image upright, by its EXIF orientation."""
 
 _Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
@@ -84,7 +84,7 @@ class ImageRules:
     """Give torchvision's pixels. By default a JPEG that is much too large is decoded at a fraction of its size, and of
     images without alpha only the region that the crop keeps is resized."""
     memory: MemoryBudget | None = None
-    """What all images that are decoded at once may take; none: no limit."""
+    """Memory that all images decoded at once may take; None: no limit."""
 
     def open(self, data: bytes, preprocessing: Preprocessing) -> "OpenedImage":
         """Scan the file and check all limits, without decoding. Raises UnsupportedImage, TooManyPixels or BadImage."""
@@ -152,7 +152,7 @@ class OpenedImage:
         """Upper bound of the memory that `render` takes at its peak, without the file itself."""
         header, scale = self.scan.header, self.draft_scale
         drafted = -(-header.width // scale) * -(-header.height // scale)
-        # Of each pixel that is left out, the decoded bytes and those of the turned copy.
+        # For each pixel that is left out: its decoded bytes and those of the turned copy.
         return header.decoded_bytes - 8 * (header.width * header.height - drafted)
 
     def render(self) -> npt.NDArray[np.uint8]:
@@ -189,7 +189,7 @@ class OpenedImage:
         image.load()
         if orientation in _TRANSPOSE:
             upright = image.transpose(_TRANSPOSE[orientation])
-            # Not both at once.
+            # Do not hold both at once.
             image.close()
             return self._to_rgb_crop(upright, box)
         return self._to_rgb_crop(image, box)
@@ -222,7 +222,7 @@ class OpenedImage:
         return self._resize_and_crop(image if image.mode == "RGB" else image.convert("RGB"), box)
 
     def _over_background(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        # Pillow weighs colours by alpha when it resizes RGBA, so invisible colours do not bleed into visible ones.
+        # Pillow weights colours by alpha when it resizes RGBA, so invisible colours do not bleed into visible ones.
         layer = Image.fromarray(self._resize_and_crop(image.convert("RGBA")))
         background = Image.new("RGBA", layer.size, (*_BACKGROUND, 255))
         return np.asarray(Image.alpha_composite(background, layer).convert("RGB"))
@@ -236,7 +236,7 @@ class OpenedImage:
         width, height = (int(resize * side / shorter) for side in sides)
         left, top = round((width - crop) / 2), round((height - crop) / 2)
         filter_ = Image.Resampling[self.preprocessing.interpolation.upper()]
-        # What the crop keeps. Pillow takes it as 32-bit floats, whose rounding is all that makes a region differ.
+        # What the crop keeps. Pillow takes it as 32-bit floats, and only their rounding makes a region differ.
         x, y = sides[0] / width, sides[1] / height
         columns = x0 + left * x, x0 + (left + crop) * x
         rows = y0 + top * y, y0 + (top + crop) * y
@@ -260,18 +260,18 @@ def _open(scanned: Scan) -> ImageFile.ImageFile:
     if kind == "TIFF":
         _silence_libtiff()
     elif kind == "AVIF":
-        # One thread for an image: the pool of decoders uses the others.
+        # One thread per image: the pool of decoders uses the others.
         AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     data = scanned.rewritten()
     image = Image.open(io.BytesIO(data), formats=[kind])
-    # In blocks of 64 KiB, a decoder that needs more starts again with each: quadratic for hostile files.
+    # With blocks of 64 KiB, a decoder that needs more starts over with each block: quadratic for hostile files.
     image.decodermaxblock = len(data)
     return image
 
 
 @cache
 def _silence_libtiff() -> None:
-    """libtiff writes a line to stderr for each fault of a file, with text of the file: for its sender to choose."""
+    """Silence libtiff, which writes a line to stderr for each fault of a file, with text that the sender can choose."""
     # Pillow's own module; the linker finds the library that it uses.
     library = ctypes.CDLL(_imaging.__file__)
     if hasattr(library, "TIFFSetErrorHandler"):

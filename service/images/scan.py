@@ -14,9 +14,9 @@ from service.images.header import Scan
 from service.images.sniff import FORMATS, image_format, what_else
 
 _MAX_WORK = 12
-"""Work of an image, in that of a JPEG of `max_pixels`: 6 s of CPU for 50 megapixels.
+"""Most work of an image, in multiples of that of a JPEG of `max_pixels`: 6 s of CPU for 50 megapixels.
 
-A PNG with alpha costs six, a progressive JPEG two, at most eleven, a TIFF of LZMA eight.
+A PNG with alpha costs six, a progressive JPEG two and at most eleven, a TIFF with LZMA eight.
 """
 
 _SCANS: dict[str, Callable[[bytes, int], Scan]] = {

@@ -17,7 +17,7 @@ _MAGIC = tuple(
         ("GIF", rb"GIF8[79]a"),
         ("BMP", rb"BM"),
         ("TIFF", rb"II[*+]\0|II\0\*|MM\0[*+]|MM\*\0"),
-        # The last two are of any HEIF: what is in them, its items say.
+        # The last two are those of any HEIF: its items say what is in it.
         ("AVIF", rb"....ftyp(?:avif|avis|mif1|msf1)"),
     )
 )
@@ -62,6 +62,6 @@ def image_format(data: bytes) -> str | None:
 
 
 def what_else(data: bytes) -> tuple[str, str] | None:
-    """What a file seems to be that is none of FORMATS, and what to do about it."""
+    """What a file in none of FORMATS seems to be, and what to do about it."""
     head = data[:256]
     return next(((name, advice) for pattern, name, advice in _OTHERS if pattern.match(head)), None)

@@ -1,4 +1,4 @@
-"""Scan of a TIFF: its first directory. The decoder gets a directory of the tags that make the pixels, and no other.
+"""Scan of a TIFF: its first directory. The decoder gets a directory of the tags that define the pixels, and no other.
 
 So neither Pillow nor libtiff sees metadata, tags of odd types or further pictures, and strips and tiles are counted.
 """
@@ -36,7 +36,7 @@ _LARGEST = {
     320: 3 << 16,  # palette
     347: 1 << 16,  # JPEG tables
 }
-"""The tags that make the pixels, and how many values they may have."""
+"""The tags that define the pixels, and how many values they may have."""
 _KINDS = frozenset({*INTEGERS, 5, 7})
 """Whole numbers, ratios and bytes without a type."""
 
@@ -73,7 +73,7 @@ def scan(data: bytes, max_pixels: int) -> Scan:
 
 
 def _tags(data: bytes, form: Layout) -> dict[int, Entry]:
-    """The first of each tag of the first directory whose values are within the file."""
+    """The first entry of each tag in the first directory whose values are within the file."""
     at, count = exif.first_directory(data, form)
     if count > _MAX_TAGS:
         raise BadImage(f"the image has {count:,} tags; the limit is {_MAX_TAGS:,}: remove its metadata")
@@ -128,7 +128,7 @@ def _header(
     if compression not in _UNCOMPRESSED:
         _check_overlap(data, form, tags.get(_TILE_BYTES) or tags.get(_STRIP_BYTES), what)
     if compression in _JPEG:
-        # Every strip and tile is a JPEG, and libtiff gives up a strip of too many scans.
+        # Every strip and tile is a JPEG, and libtiff gives up on a strip with too many scans.
         scans = min(jpeg.count_scan_markers(data), jpeg.MAX_SCANS * blocks)
         work += across_px * down_px * scans // 10
     block_bytes = across_px * down_px * max(4, -(-samples * bits // 8))
@@ -136,7 +136,7 @@ def _header(
 
 
 def _check_overlap(data: bytes, form: Layout, lengths: Entry | None, what: str) -> None:
-    """Strips that share their bytes would make a small file as much work as a large one."""
+    """Refuse strips that share their bytes: they would make a small file as much work as a large one."""
     if lengths is None or lengths.kind not in INTEGERS:
         return
     letter = form.endian + INTEGERS[lengths.kind].lower().replace("b", "u1").replace("h", "u2")

@@ -50,7 +50,7 @@ def scan(data: bytes, max_pixels: int) -> Scan:
 
 
 def _chunks(view: memoryview, flags: int) -> tuple[list[Bytes], Bytes | None, Bytes | None]:
-    """Of the first frame; EXIF; XMP."""
+    """The chunks of the first frame, EXIF, and XMP."""
     picture: list[Bytes] = []
     exif: Bytes | None = None
     xmp: Bytes | None = None

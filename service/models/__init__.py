@@ -1,1 +1,1 @@
-"""Models that take traffic: loaded, verified, exchanged, chosen."""
+"""Models that take traffic: loaded, verified, replaced, chosen."""

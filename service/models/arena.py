@@ -2,8 +2,8 @@
 
 The inputs of a model have a fixed size, and its batches were all run at warm-up. But a graph may allocate by the
 content of an image, and then one image makes the arena grow by gigabytes. ONNX Runtime can free what an arena holds
-beyond the needs of one run (`memory.enable_memory_arena_shrinkage`); it says nothing about an arena's size, so the
-resident memory of the process, read once a second, tells when that is worth a run.
+beyond the needs of one run (`memory.enable_memory_arena_shrinkage`); it does not report an arena's size, so the
+resident memory of the process, read once a second, decides when that is worth a run.
 """
 
 import asyncio
@@ -33,8 +33,8 @@ class ArenaTrimmer:
         transient: Callable[[], int] = lambda: 0,
         resident: Callable[[], int] = resident_bytes,
     ) -> None:
-        """`slack_bytes`: growth since the least that the process had after the last trim; 0: never trim. `transient`:
-        upper bound of what bodies and decoders take now, which no arena holds."""
+        """`slack_bytes`: trim after this much growth over the lowest memory since the last trim; 0: never trim.
+        `transient`: upper bound of the memory that request bodies and decoders use now, outside the arenas."""
         self._registry, self._scheduler = registry, scheduler
         self._slack_bytes, self._transient, self._resident = slack_bytes, transient, resident
         self._least = resident()
@@ -47,25 +47,25 @@ class ArenaTrimmer:
             self._task = asyncio.create_task(self._watch())
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         if self._task:
             self._task.cancel()
 
     async def check(self) -> bool:
-        """Trim if memory has grown by more than the slack. Whether it did so."""
+        """Trim if memory has grown by more than the slack; returns whether it did."""
         transient, before = self._transient(), self._resident()
-        # With what is transient in it: the bound may be too high, and would make a later growth of nothing.
+        # Including transient memory: its bound may be too high, and subtracting it would later look like growth.
         self._least = min(self._least, before)
-        # A trim leaves what one lane needs; what the others need comes back with them, which is no growth.
+        # A trim leaves what one lane needs; the other lanes allocate theirs again, which does not count as growth.
         known = sum(model.arena_bytes * (1 - 1 / model.queue.cost.lanes) for model in self._registry.ready)
         if before - transient - self._least <= self._slack_bytes + known:
             return False
         for model in self._registry.ready:
             if model.engines.device == "cpu":
-                # It stays open until it is trimmed.
+                # Keeps the model open until it is trimmed.
                 with model:
                     await asyncio.to_thread(self._scheduler.on_engine, model.trim)
-        # What is left is no arena's: only more than that is worth another trim.
+        # What is left is not in the arenas: only growth beyond it is worth another trim.
         self._least = self._resident()
         log.info("arenas trimmed", resident_bytes_before=before, resident_bytes=self._least)
         return True
@@ -78,5 +78,5 @@ class ArenaTrimmer:
             except ServiceError as error:  # the engine hangs, or the model fails: the next check may succeed
                 log.warning("arenas could not be trimmed", reason=str(error))
             except Exception:
-                # Without the watch memory would grow unnoticed for ever.
+                # If this task ended, memory would grow unnoticed.
                 log.exception("arenas could not be trimmed")

@@ -10,7 +10,7 @@ from service.scheduling.outputs import Outputs, Pixels
 
 
 class Engines:
-    """An engine for each layout, by its number of threads. To be closed."""
+    """An engine for each layout, by its number of threads; must be closed."""
 
     def __init__(self, bundle: Bundle, engines: dict[int, Engine]) -> None:
         self._bundle, self._engines = bundle, engines

@@ -1,7 +1,7 @@
 """Which versions could not be loaded, and when it is worth trying them again.
 
-A bundle never changes once it is published, but its folder may be found half-written, or without the rights to read it,
-and the machine may have lacked something for a moment.
+A bundle never changes once it is published, but its folder may be found half-written, or without permission to read it,
+and the machine may have lacked a resource for a moment.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Key = tuple[str, int]
 """Name and version."""
 
 _MAX_PAUSE = 63
-"""Polls between two attempts at most: an attempt may take minutes of a core."""
+"""Most polls between two attempts: an attempt may take minutes of CPU time."""
 
 
 @dataclass(slots=True)
@@ -24,11 +24,11 @@ class _Failure:
     seen: Signature | None
     reason: str
     needed_bytes: int | None
-    """Memory without which there is no use in trying again, 0 if unknown; None if it is not a matter of the moment."""
+    """Memory without which another attempt is pointless, 0 if unknown; None if the failure is not temporary."""
     attempts: int
     """How often it failed with the folder as it is."""
     pause: int
-    """Polls to let pass before the next attempt, where no need of memory says when to make it."""
+    """Polls to skip before the next attempt, unless the memory needed decides when to make it."""
 
 
 class Failures:
@@ -39,7 +39,7 @@ class Failures:
         self._known: dict[Key, _Failure] = {}
 
     def worth_trying(self, key: Key, folder: Path) -> bool:
-        """Whether a version did not fail before, or what made it fail may be over."""
+        """Whether a version has not failed before, or the cause of its failure may be gone."""
         failure = self._known.get(key)
         if failure is None or signature(folder) != failure.seen:
             return True
@@ -58,7 +58,7 @@ class Failures:
         known, reason = self._known.get(key), str(error)
         needed = error.needed_bytes if isinstance(error, NotNow) else 0 if is_of_the_moment(error) else None
         attempts = known.attempts + 1 if known and known.seen == seen else 1
-        # None after the first attempt, then 1, 3, 7 and so on.
+        # 0 after the first attempt, then 1, 3, 7 and so on.
         pause = min(2 ** (attempts - 1) - 1, _MAX_PAUSE)
         self._known[key] = _Failure(seen, reason, needed, attempts, pause)
         return known is None or known.reason != reason

@@ -4,9 +4,9 @@ A request takes the family's most accurate model whose predicted finish fits its
 less accurate model at once; stepping back up needs more headroom than staying would, so that the choice does not
 oscillate while the load is near a limit.
 
-If accurate models fill the time up to the deadline, the next request is late with the fastest one too, and refused. So
-while requests are refused, a model may be waited for the shorter the more accurate it is: the work ahead then settles
-where the models chosen are as fast as requests arrive, if the fastest is.
+If accurate models fill the time up to the deadline, the next request is late even with the fastest one, and refused. So
+while requests are refused, the more accurate a model is, the shorter a request may wait for it: the backlog then
+settles where the chosen models keep up with the requests that arrive, if the fastest can.
 
 Research systems choose in this way: INFaaS (ATC'21), Proteus (ASPLOS'24), SuperServe (NSDI'25).
 """
@@ -32,10 +32,10 @@ class Skipped(TypedDict):
 
 
 class Choice(TypedDict):
-    """Why a family chose its model, as /v1 answers it."""
+    """Why a family chose its model, as /v1 returns it."""
 
     family: str
-    """Or, of a canary, the model that the request is for."""
+    """For a canary, the model that the request is for."""
     reason: Reason
     """`most_accurate`: no model that the request allows is more accurate; `deadline`: more accurate ones would be late;
     `headroom`: a more accurate one would be in time, but without enough headroom; `canary`: the request belongs to the
@@ -59,7 +59,7 @@ def pareto_front(members: Sequence[Model]) -> list[Model]:
 
 def require_top1(model: Model, min_top1: float) -> None:
     """Raise NoSuitableModel if a model that is not chosen by its family is below the accuracy that a request needs."""
-    # Without such a wish, models of unknown accuracy answer too.
+    # Without a minimum, models of unknown accuracy answer too.
     if min_top1 > 0 and model.top1 < min_top1:
         has = f"it has {model.top1:.4f}" if model.top1 >= 0 else "its accuracy is unknown"
         raise NoSuitableModel(
@@ -72,9 +72,9 @@ class Family:
     """Chooses among the models of a family, and remembers which it chose last."""
 
     def __init__(self, name: str, *, step_up_headroom: float) -> None:
-        """`step_up_headroom`: fraction of the deadline left beside a more accurate model's own work, within which its
-        waiting must lie before the family steps back up to it; and, while requests are refused, within which waiting
-        for the most accurate model must lie."""
+        """`step_up_headroom`: fraction of the time that a more accurate model's own run leaves until the deadline; the
+        wait for the model must be within it before the family steps back up to it, and, for the most accurate model,
+        while requests are refused."""
         self.name = name
         self._step_up_headroom = step_up_headroom
         self._last_top1 = 1.0
@@ -89,7 +89,7 @@ class Family:
         min_top1: float = 0.0,
         refusing: bool = False,
     ) -> tuple[Model, Choice]:
-        """The most accurate of `members` (most accurate first) that fits `allowed_seconds`, and why. Without effects.
+        """The most accurate of `members` (most accurate first) that fits `allowed_seconds`, and why. No side effects.
 
         `predict` gives a model's predicted finish in seconds, `predict_idle` what it would be on an idle service. If
         none fits, the one with the earliest predicted finish, for admission to judge. `refusing`: requests have been
@@ -116,14 +116,14 @@ class Family:
             lacks_headroom = predicted <= allowed_seconds
             skipped.append({"model": model.name, "predicted_ms": _rounded_ms(predicted)})
         else:
-            # None fits, or the one that does has to wait for more headroom.
+            # None fits, or none with enough headroom.
             model, predicted = min(((model, predict(model)) for model in candidates), key=lambda pair: pair[1])
             reason = "deadline"
             skipped = [other for other in skipped if other["model"] != model.name]
         return model, Choice(family=self.name, reason=reason, predicted_ms=_rounded_ms(predicted), skipped=skipped)
 
     def follow(self, model: Model) -> None:
-        """Remember that a request took the model: to step back up from it needs headroom."""
+        """Remember that a request took the model: stepping back up from it needs headroom."""
         self._last_top1 = model.top1
 
 

@@ -17,7 +17,7 @@ log = structlog.get_logger()
 
 
 class Faults:
-    """What batches say about the health of their models. On the event loop."""
+    """Tracks the health of models by the outcomes of their batches. On the event loop."""
 
     def __init__(
         self, registry: Registry, metrics: Metrics, *, max_consecutive: int, clock: Callable[[], float]
@@ -32,7 +32,7 @@ class Faults:
         self._withdrawals: dict[Model, asyncio.Task[None]] = {}
 
     def record(self, batch: Batch, model: Model | None) -> None:
-        """Account for a batch of `model`, which is None if it is not served any more."""
+        """Account for a batch of `model`, which is None if it is no longer served."""
         name = batch.queue.name
         if batch.failed:
             self._metrics.batch_errors(name).inc()

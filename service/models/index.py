@@ -16,7 +16,7 @@ class Entry:
 
     name: str
     version: int | None
-    """None where not even that is known."""
+    """None if even that is unknown."""
     state: State
     reason: str = ""
 
@@ -33,7 +33,7 @@ class Index:
         return sorted(self._entries.values(), key=lambda entry: (entry.name, entry.version or 0))
 
     def entries_during(self, hang: str | None) -> list[Entry]:
-        """All of them; while the engine hangs, which all models share, none is ready. `hang`: why it does."""
+        """All of them; none is ready while the engine hangs, which all models share. `hang`: why it hangs."""
         if hang is None:
             return self.entries
         return [
@@ -47,11 +47,11 @@ class Index:
         return entry.state if entry else None
 
     def note(self, name: str, version: int, state: State, reason: str = "") -> None:
-        """A version is in this state from now on."""
+        """Set the state of a version."""
         self._entries[name, version] = Entry(name=name, version=version, state=state, reason=reason)
 
     def note_unlisted(self, name: str, reason: str) -> None:
-        """The versions of a model are not known; logged if that is news."""
+        """Note that the versions of a model are not known; logged if that is new."""
         entry = Entry(name=name, version=None, state="unavailable", reason=reason)
         if self._entries.get((name, None)) != entry:
             log.error("model unavailable", model=name, reason=reason)
@@ -59,11 +59,11 @@ class Index:
 
     @property
     def names(self) -> set[str]:
-        """The models that it has entries of."""
+        """The models with entries."""
         return {name for name, _ in list(self._entries)}
 
     def note_listed(self, name: str, published: list[int], *, expected: bool) -> list[int]:
-        """The versions of a model are known: those that were unavailable and are gone are forgotten, and returned.
+        """Note the versions of a model: unavailable ones that are gone are forgotten, and returned.
 
         `expected`: whether a model without versions is to stay in the index.
         """

@@ -2,11 +2,11 @@
 
     read, digests → memory that it needs → proof in a process of its own → engine here → one golden image → warm-up
 
-Nothing is loaded into this process before another one has loaded it, and whatever fails leaves nothing behind. Each run
-here is a job of its own on a lane of the engine: live traffic waits for one at most.
+Nothing is loaded into this process before another one has loaded it, and a failure leaves nothing behind. Each run here
+is a separate job on a lane of the engine: live traffic waits for one at most.
 
-Where several layouts of a model pay, their sessions share its weights: they map a file that only this process knows and
-that is removed once they are open, see `service.engine.pack`.
+Where several layouts of a model pay off, their sessions share its weights: they map a file that only this process knows
+and that is removed once they are open, see `service.engine.pack`.
 """
 
 import threading
@@ -36,8 +36,8 @@ from service.scheduling.scheduler import Queue, Scheduler
 log = structlog.get_logger()
 
 _MEMORY_PER_GRAPH_BYTE = 2.0
-"""Memory that a model takes per byte of its graph, where the manifest does not say: the weights once as they are read
-and once as they are used."""
+"""Memory that a model takes per byte of its graph, if the manifest does not give it: the weights once as read and once
+as used."""
 
 _SHORT_SECONDS = 0.02
 """A batch that takes less is run a second time at warm-up, as its first run is not typical."""
@@ -56,8 +56,8 @@ class Loader:
         timeout_seconds: float = 300.0,
         packed: Path | None = None,
     ) -> None:
-        """`memory_bytes`: what this process may take in all, 0 for all that there is; `timeout_seconds`: of a proof;
-        `packed`: a folder in which several processes share packed weights."""
+        """`memory_bytes`: what this process may take in total, 0 for all that there is; `timeout_seconds`: time limit
+        of a proof; `packed`: a folder in which several processes share packed weights."""
         self._scheduler, self._load, self._options = scheduler, load, options
         self._memory_bytes, self._packed = memory_bytes, packed
         self._prover = Prover(self._options, seconds=timeout_seconds)
@@ -65,7 +65,7 @@ class Loader:
         """The last proof of each version: what has been proven here once is not proven again."""
         self._one = threading.Lock()
         self._beside_traffic = False
-        """From the end of the first loads on: before, nobody waits for an answer, but for the service to start."""
+        """True after the first loads: before that, clients wait only for the service to start, not for answers."""
 
     def load(self, folder: Path) -> Model:
         """Load the bundle in `folder`. Raises BundleError or EngineError."""
@@ -108,8 +108,8 @@ class Loader:
 
     @property
     def _job_cores(self) -> int:
-        """Cores that a run for a model that is being loaded takes from the batches of others: on a CPU none, whatever
-        its threads, because nobody waits for it. A GPU's buffers belong to the thread of a lane."""
+        """Cores that a run for a model being loaded takes from other models' batches: on a CPU none, whatever its
+        threads, because no client waits for it. A GPU's buffers belong to the thread of a lane."""
         return 0 if self._options.device == "cpu" else 1
 
     def memory_left(self) -> int | None:
@@ -121,7 +121,7 @@ class Loader:
         return own if left is None else min(own, left)
 
     def rest(self) -> None:
-        """Free what proofs need. To be called after the last of some loads."""
+        """Free what proofs hold. To be called after the last of a series of loads."""
         self._prover.rest()
         self._beside_traffic = True
 
@@ -153,7 +153,7 @@ class Loader:
             if proof.digest != digest:
                 raise NotNow(f"{bundle.folder}: was changed while it was loaded")
         if not proof.note:
-            # Else there may be more room the next time.
+            # Otherwise there may be more room next time.
             self._proofs[key] = proof
         return proof
 
@@ -186,26 +186,26 @@ class Loader:
         def run(pixels: Pixels) -> Outputs:
             return on_engine(partial(engines.run, pixels, layout.threads))
 
-        # The rest of them were run by the process that proved it.
+        # The process that proved it has run the other golden images.
         verify_golden(bundle, engines.engine(layout.threads), first=1, run=run)
         on_engine(partial(engines.shrink, layout))
 
     def _timed(self, bundle: Bundle, engines: Engines, layout: Layout) -> Layout:
         """Warm up all batch sizes of a layout. The faster timing counts: interference only makes a run longer, and the
-        cost model follows it."""
+        cost model adapts to it."""
         seconds = dict(layout.seconds)
         for size in layout.sizes:
             run = partial(engines.run, blank(bundle, size), layout.threads)
             on_engine = partial(self._scheduler.on_engine, cores=self._job_cores)
             runs = time_runs(run, seconds=_SHORT_SECONDS, max_runs=2, warm_up_runs=0, on_thread=on_engine)
             if layout.lanes == 1:
-                # Else the lanes have to be timed together.
+                # Otherwise the lanes would have to be timed together.
                 seconds[size] = min(seconds[size], *runs)
         return replace(layout, seconds=seconds)
 
 
 def _expected_bytes(bundle: Bundle) -> tuple[int, str]:
-    """Memory that a model will take, and where that is known from."""
+    """Memory that a model is expected to take, and the source of that number."""
     if memory := bundle.manifest.memory:
         return memory.weights_bytes + memory.arena_bytes, "by its manifest"
     size = bundle.model_path.stat().st_size

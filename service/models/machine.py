@@ -1,4 +1,4 @@
-"""Errors that say something about the machine at this moment, and nothing about the model."""
+"""Errors caused by the machine's state at the moment, and not by the model."""
 
 import errno
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ _OF_THE_MOMENT = frozenset(
         *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTUNREACH),
     }
 )
-"""Resources that have run out, and disks and file servers that do not answer. Not among them: missing files or rights,
-which show in the folder once they are there."""
+"""Resources that have run out, and disks and file servers that do not answer. Not included: missing files or
+permissions, as the folder changes once they are there."""
 
 
 def is_out_of_memory(error: BaseException | str) -> bool:
@@ -29,7 +29,7 @@ def is_out_of_memory(error: BaseException | str) -> bool:
 
 
 def is_of_the_moment(error: BaseException) -> bool:
-    """Whether the same may work later: the engine hung, memory or descriptors ran out, a file server was away."""
+    """Whether a later attempt may succeed: the engine hung, memory or descriptors ran out, a file server was away."""
     return is_out_of_memory(error) or any(
         isinstance(one, NotReady) or (isinstance(one, OSError) and one.errno in _OF_THE_MOMENT) for one in _chain(error)
     )

@@ -31,7 +31,7 @@ class Sum:
 class Statistics:
     """What the statistics extension of the Open Inference Protocol reports.
 
-    A request is counted once, in all stages at the same moment: perf_analyzer stops where the counts differ.
+    A request is counted once, in all stages at the same moment: perf_analyzer stops if the counts differ.
     """
 
     last_inference_ms: int = 0
@@ -48,7 +48,7 @@ class Statistics:
     """By number of images in the batch."""
 
     def succeeded(self, *, total: float, queue: float, decode: float, inference: float, answer: float) -> None:
-        """Count an answered request by its seconds; with several images, those of the slowest."""
+        """Count an answered request with its times in seconds; with several images, those of the slowest."""
         self.success.add(total)
         self.queue.add(queue)
         self.decode.add(decode)
@@ -63,7 +63,7 @@ class Statistics:
 
 
 class Model:
-    """Engines that stay open as long as requests use it: each request enters the model as a context."""
+    """A model whose engines stay open as long as requests use it: each request enters the model as a context."""
 
     def __init__(
         self, bundle: Bundle, engines: Engines, queue: Queue, *, model_bytes: int = 0, arena_bytes: int = 0
@@ -76,7 +76,7 @@ class Model:
         """Growth of resident memory while the model was loaded, and while it was warmed up."""
         self.statistics = Statistics()
         self.consecutive_faults = 0
-        """Images that the model could not answer since it last answered one."""
+        """Images that the model has failed on since it last answered one."""
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
@@ -92,7 +92,7 @@ class Model:
             self._unused.set()
 
     def trim(self) -> None:
-        """Free what the engines' arenas hold beyond a run of the largest batch. On a lane of the engine."""
+        """Free what the engines' arenas hold beyond the needs of the largest batch. On a lane of the engine."""
         for layout in self.queue.cost.layouts:
             self.engines.shrink(layout)
 

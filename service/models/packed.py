@@ -1,7 +1,7 @@
 """Packed weights that several processes share: one file for all, found by its content.
 
-Each process packs for itself, as it proves for itself. What they get is mostly the same, byte by byte, and then the
-first one's files serve all: the system keeps their pages once.
+Each process packs for itself, as it proves for itself. The results are mostly identical, byte for byte; then the first
+process's files serve all, and the system keeps their pages once.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 def shared(packed: Path, folder: Path) -> Path:
     """The same model in `folder`, where others may have it already; `packed` itself if there is no room for it.
 
-    What is there already is only taken if it is the same, since its name is a digest of its content.
+    A model that is there already is used only if it is identical: its name is a digest of its content.
     """
     files = sorted(packed.parent.glob("packed.*"))
     target = folder / _digest(files)
@@ -37,7 +37,7 @@ def shared(packed: Path, folder: Path) -> Path:
 
 
 def clear(folder: Path, pids: Iterable[int]) -> None:
-    """Remove what none of these processes maps. Nobody may be loading meanwhile."""
+    """Remove what none of these processes maps. No process may be loading meanwhile."""
     maps = ""
     for pid in pids:
         with contextlib.suppress(OSError):

@@ -1,6 +1,6 @@
-"""The proof of a bundle: it gives its golden outputs here, in which layouts, at which speed, and with how much memory.
+"""The proof of a bundle: that it gives its golden outputs here, in which layouts, how fast, and in how much memory.
 
-It runs in a process of its own (`service.models.trial`), and its result is what the serving process goes by.
+It runs in a process of its own (`service.models.trial`), and the serving process relies on its result.
 """
 
 import time
@@ -18,7 +18,7 @@ from service.models.verify import verify_golden
 from service.scheduling.layouts import Layout, candidate_layouts, worthwhile_layouts
 
 _MAX_TRIAL_SECONDS = 30.0
-"""After this time no further layouts are tried. They come in the order of their threads, all cores first."""
+"""After this time no further layouts are tried. They are ordered by their threads, all cores first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class EngineOptions:
         """Options for a device as the settings name it. Raises EngineError if it is unavailable."""
         kind, number = resolve_device(device)
         if tuning.tensorrt_cache is not None:
-            # The process that proves a bundle has another current folder.
+            # The process that proves a bundle has another working directory.
             tuning = replace(tuning, tensorrt_cache=tuning.tensorrt_cache.absolute())
         if tuning.cuda_graphs:
             # A graph that is replayed twice at once would write into the same buffers.
@@ -92,13 +92,13 @@ class Proof:
     digest: str
     """`service.bundle.content_digest` of what was proven."""
     layouts: tuple[Layout, ...]
-    """Those that pay, the one for full load first, with the fastest run of each batch size that pays."""
+    """Those that pay off, the one for full load first, with the fastest run of each batch size that pays off."""
     weights_bytes: int
-    """Growth of memory by the loaded model."""
+    """Memory growth from loading the model."""
     arena_bytes: int
-    """Growth beyond that by the largest batches of all lanes."""
+    """Further growth from the largest batches of all lanes."""
     peak_bytes: int
-    """Largest growth at any moment, while it was loaded included."""
+    """Largest growth at any moment, including while it was loaded."""
     note: str = ""
     """Why only one layout was tried, if others could have been."""
 
@@ -106,8 +106,8 @@ class Proof:
 def prove(folder: Path, options: EngineOptions, scratch: Path | None, *, known: Proof | None = None) -> Proof:
     """Read, load, verify and time the bundle in `folder`. Raises BundleError or EngineError.
 
-    If more than one layout pays, their common weights are in `scratch` afterwards, packed. Without such a folder, or
-    without room in it, only one layout is tried. `known`: an earlier proof of the same content, of which only the
+    If more than one layout pays off, their common weights are in `scratch` afterwards, packed. Without such a folder,
+    or without room in it, only one layout is tried. `known`: an earlier proof of the same content, of which only the
     packed weights are missing.
     """
     bundle = read_bundle(folder)
@@ -148,10 +148,10 @@ def _packed(bundle: Bundle, options: EngineOptions, scratch: Path | None) -> Pat
 
 
 def _layouts(bundle: Bundle, model: Path, options: EngineOptions, *, packed: bool) -> tuple[tuple[Layout, ...], int]:
-    """The layouts that pay, each tried with a session of its own, one after the other; and the growth of memory by the
-    first of these sessions: the others find memory that it has freed, or the same packed weights."""
+    """The layouts that pay off, each tried with a session of its own, one after the other; and the memory growth from
+    the first of these sessions: the others reuse memory that it has freed, or the same packed weights."""
     measured: list[Layout] = []
-    # Of the first session nothing is mapped twice, and resident memory does not change with processes that come and go.
+    # The first session maps nothing twice, and resident memory does not change as other processes come and go.
     before, weights = resident_bytes(), 0
     limit = min(options.max_batch, bundle.manifest.max_batch or options.max_batch)
     end = time.monotonic() + _MAX_TRIAL_SECONDS
@@ -172,7 +172,7 @@ def _layouts(bundle: Bundle, model: Path, options: EngineOptions, *, packed: boo
 def _arena_bytes(
     bundle: Bundle, model: Path, layouts: Sequence[Layout], options: EngineOptions, *, packed: bool
 ) -> int:
-    """Growth of memory by the largest batches of all lanes, in sessions that are open."""
+    """Memory growth from the largest batches of all lanes, in sessions that are open."""
     opened = dict[int, Engine]()
     engines = Engines(bundle, opened)
     try:
@@ -188,7 +188,7 @@ def _arena_bytes(
 
 
 def _memory_bytes() -> int:
-    """Memory of this process, in which what several sessions map counts once, where the system tells that."""
+    """Memory of this process; what several sessions map counts once, if the system reports that."""
     return pss_bytes() or resident_bytes()
 
 

@@ -1,4 +1,4 @@
-"""Has bundles proven by a process of its own (`service.models.trial`), and says what became of it."""
+"""Has bundles proven by a separate process (`service.models.trial`), and reports the outcome."""
 
 import contextlib
 import os
@@ -17,17 +17,16 @@ from service.models.proof import EngineOptions, Proof
 from service.models.trial import REQUESTS, RESULTS, Request, Result
 
 _GRACE_SECONDS = 5
-"""What the process gets beyond the time limit before its own timer ends it: this one should, and say why."""
+"""Time beyond the limit until the process's own timer ends it: normally this process ends it first, and says why."""
 
 _END_SECONDS = 5
-"""What an idle process gets to end before it is killed."""
+"""Time that an idle process has to end before it is killed."""
 
 _MORE_MEMORY = 1.25
-"""A version that ran out of memory is proven again once there is more by this factor: what is left varies all the time.
-"""
+"""A version that ran out of memory is proven again once this many times the memory is left: what is left fluctuates."""
 
 _TAIL_BYTES = 2000
-"""Of what the process wrote to standard error, enough for its last words."""
+"""How much of the end of the process's standard error is kept: enough for its last message."""
 
 
 class Prover:
@@ -49,11 +48,11 @@ class Prover:
         known: Proof | None = None,
         background: bool = False,
     ) -> Proof:
-        """The proof of a bundle within `memory_bytes`, or any memory for None. Blocks; for one thread at a time.
+        """Prove a bundle within `memory_bytes`, or without a limit for None. Blocks; for one thread at a time.
 
         Packed weights are left in `scratch`; with a `known` proof there is nothing else to do: see
-        `service.models.proof.prove`. In the `background` it leaves the cores to whoever wants them.
-        Raises BundleError with the reason why there is none, or NotNow if it is not the bundle's fault.
+        `service.models.proof.prove`. In the `background`, it yields the cores to all other work.
+        Raises BundleError with the reason why there is no proof, or NotNow if it is not the bundle's fault.
         """
         request = Request(
             folder=folder.absolute(),
@@ -73,7 +72,7 @@ class Prover:
             proven = result.proof is not None
         finally:
             if not proven:
-                # It may be in any state, and hold any memory.
+                # It may be in any state, and hold any amount of memory.
                 self.rest()
         if result.proof is None:
             if result.out_of_memory:
@@ -83,7 +82,7 @@ class Prover:
         return result.proof
 
     def rest(self) -> None:
-        """End the process, and with it what it holds; the next proof starts another one."""
+        """End the process, which frees what it holds; the next proof starts another one."""
         with self._change:
             process, self._process = self._process, None
         if process is not None:
@@ -94,7 +93,7 @@ class Prover:
                 process.kill()
                 process.wait()
             for stream in (process.stdin, process.stdout, process.stderr):
-                # Closing the input would write to the process what was left to write.
+                # Closing the input would flush to the process what was left to write.
                 with contextlib.suppress(BrokenPipeError):
                     _present(stream).close()
 
@@ -111,11 +110,11 @@ class Prover:
                 raise NotNow("the service is shutting down")
             if self._process is None:
                 try:
-                    # In a session of its own: Ctrl-C is for this process, which ends that one.
+                    # In a session of its own: Ctrl-C reaches only this process, which then ends that one.
                     self._process = subprocess.Popen(
                         [sys.executable, "-m", "service.models.trial"],
                         cwd=Path(__file__).parents[2],
-                        # Other threads of libraries would only take memory: a model has the engine's.
+                        # Threads of other libraries would only take memory: a model uses the engine's.
                         env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
@@ -162,7 +161,7 @@ class Prover:
             return Result(error=words, out_of_memory=True)
         name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         if name == "SIGKILL":
-            # Nobody else kills it.
+            # Nothing else kills it.
             return Result(error="it was killed by the system", out_of_memory=True)
         return Result(error=f"{folder}: the process that loaded it ended with {name}{words and ': ' + words}")
 

@@ -1,8 +1,8 @@
-"""The models that are served: found in the repository, loaded, and exchanged while serving.
+"""The models that are served: found in the repository, loaded, and replaced while serving.
 
 A version takes traffic only once it is verified and warmed up (`service.models.loading`). A broken version leaves the
-old one serving, and the index gives the reason. An unloaded model first answers what it has accepted. A repository or a
-folder that cannot be listed for a while takes nothing away that serves.
+old one serving, and the index gives the reason. An unloaded model first answers what it has accepted. While a
+repository or a folder cannot be listed, what serves goes on serving.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ class Registry:
         on_trial: Collection[tuple[str, int]] = (),
     ) -> None:
         """`names`: the models to serve, empty for all in the repository. `source`: what `repository` is a copy of.
-        `on_trial`: versions to serve besides, which answer only those who ask for them by number, as long as another
+        `on_trial`: further versions to serve, which answer only requests for that version number as long as another
         version serves. The rest as in `service.settings`."""
         self._loader, self._scheduler, self._source = loader, scheduler, source
         self._missing: Mapping[tuple[str, int], str] = {}
@@ -68,12 +68,12 @@ class Registry:
         self._default_model, self._alias = default_model, alias
         self.versions_to_serve, self._step_up_headroom = versions_to_serve, step_up_headroom
         self.loads: Counter[Literal["ready", "failed"]] = Counter()
-        """Versions that were loaded, and that could not be, since the start."""
+        """Versions that were loaded, and that could not be loaded, since the start."""
         self.readable = True
         """Whether the repository could be listed when it was last scanned, and all folders in it."""
         self._on_trial = frozenset(on_trial)
         self._apart: set[tuple[str, str]] = set()
-        """Families, and models that take no part in them."""
+        """Pairs of a family and a model that takes no part in it."""
         self._models: dict[str, dict[int, Model]] = {}
         self._index = Index()
         self._unloaded: set[str] = set()
@@ -82,9 +82,9 @@ class Registry:
         """Versions that kept failing: polling does not load them again either."""
         self._failures = Failures(loader.memory_left)
         self._exchange: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        """By name: a model that takes long to load keeps no other from being unloaded."""
+        """By name: a model that takes long to load does not keep others from being unloaded."""
         self._loading = asyncio.Lock()
-        """Taken before the lock of a name: loads wait for each other here, and not in threads, which others need."""
+        """Taken before the lock of a name: loads wait here, and not in threads, which other work needs."""
         self._closed = False
         self._choosers: dict[str, Family] = {}
         self._families: dict[str, list[Model]] | None = None
@@ -148,7 +148,7 @@ class Registry:
         return self._families
 
     def is_family(self, name: str) -> bool:
-        """Whether a name stands for a family: a model goes before a family of the same name."""
+        """Whether a name stands for a family: a model takes precedence over a family of the same name."""
         return name not in self._models and name in self.families
 
     def keep_apart(self, family: str, name: str) -> None:
@@ -157,7 +157,7 @@ class Registry:
         self._families = None
 
     def get(self, name: str, version: int | None = None) -> Model | None:
-        """A model that takes traffic, or None: `find` without its reasons."""
+        """A model that takes traffic, or None; unlike `find`, without the reason."""
         ready = self._models.get(name)
         if not ready:
             return None
@@ -183,9 +183,10 @@ class Registry:
         return self.candidates(name, version)[1]
 
     def load_all(self) -> None:
-        """Load all models to serve. Blocks; the loader is then to `rest`.
+        """Load all models to serve. Blocks; call the loader's `rest` afterwards.
 
-        A broken bundle is logged and left out. Raises StartupError if it is served by name, or if no model is left.
+        A broken bundle is logged and left out. Raises StartupError if its model is named in the settings, or if no
+        model is left.
         """
         try:
             self._fetch_or_go_on()
@@ -224,7 +225,7 @@ class Registry:
     async def restore(self, name: str, versions: Collection[int], *, withdraw: bool = False) -> None:
         """Serve these versions of a model and no others, as before a change that failed in another process.
 
-        `withdraw`: polling does not load the others again, until it is asked for. Raises BundleError if a version
+        `withdraw`: polling does not load the others again, until a request does. Raises BundleError if a version
         cannot be loaded or is gone; then what served before goes on serving.
         """
         if not versions:
@@ -252,7 +253,7 @@ class Registry:
             await self._retire(list(self._models.get(name, {}).values()), reason="unloaded", keep=True)
 
     async def withdraw(self, model: Model, reason: str) -> None:
-        """Take a version out of service that keeps failing, until it is loaded by request. Its family goes on."""
+        """Take a version that keeps failing out of service, until it is loaded by request; its family goes on."""
         async with self._exchange[model.name]:
             if self._models.get(model.name, {}).get(model.version) is model:
                 log.error("model taken out of service", model=model.name, version=model.version, reason=reason)
@@ -283,7 +284,7 @@ class Registry:
                 await asyncio.to_thread(self._loader.rest)
 
     def close(self) -> None:
-        """End what is being loaded, and load nothing more; what serves goes on serving. From any thread."""
+        """Abort loads in progress, and load nothing more; what serves goes on serving. From any thread."""
         self._closed = True
         if self._source:
             self._source.close()
@@ -298,7 +299,7 @@ class Registry:
             raise UnknownModel(f"no model {name!r} in the repository")
 
     def _known(self, listing: Listing, *, listed_only: bool = False) -> list[str]:
-        """Models in the repository, also those of which no version could be fetched, and those known from before."""
+        """Models in the repository, including those without a fetched version, and those known from before."""
         before = () if listed_only else (*list(self._models), *self._index.names)
         return sorted({*listing.names, *(name for name, _ in self._missing), *before})
 
@@ -309,7 +310,7 @@ class Registry:
             self._missing = self._source.update(serving, force=force)
 
     def _fetch_or_go_on(self, *, force: bool = False) -> None:
-        """The same; where that is impossible, go on with what was fetched before, if that is anything."""
+        """Like `_fetch`; if that fails, go on with what was fetched before, if there is anything."""
         try:
             self._fetch(force=force)
         except RepositoryError as error:
@@ -319,10 +320,10 @@ class Registry:
             self.readable = False
 
     def _list(self) -> Listing:
-        """Raises BundleError also for a repository that is empty while something serves."""
+        """List the repository. Raises BundleError also if it is empty while something serves."""
         listing = list_repository(self._repository)
         if self._models and not listing.names:
-            # What is left of a network mount is an empty folder.
+            # A network mount that is gone leaves an empty folder.
             raise BundleError(f"the model repository {self._repository} is empty: what serves goes on serving")
         return listing
 
@@ -381,7 +382,7 @@ class Registry:
         return scan
 
     def _note_missing(self, scan: _Scan, name: str, missing: Mapping[int, str]) -> None:
-        """Let the index say why versions could not be fetched; a load fails for those that are newer than all here."""
+        """Note in the index why versions could not be fetched; a load fails if one is newer than all that are here."""
         for version in sorted(set(missing) - set(scan.published)):
             self._index.note(name, version, "unavailable", missing[version])
             if version > max(scan.published, default=0):
@@ -419,7 +420,7 @@ class Registry:
         self._families = None
 
     async def _retire(self, models: list[Model], *, reason: str = "", keep: bool = False) -> None:
-        """Let models answer what they accepted, then free their memory. `keep`: the index goes on to say why."""
+        """Let models answer what they accepted, then free their memory. `keep`: the index keeps the reason."""
         for model in models:
             serving = self._models.get(model.name, {})
             if serving.get(model.version) is model:

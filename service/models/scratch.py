@@ -1,7 +1,7 @@
-"""Folders for the time of a load, and the end of those that killed processes have left.
+"""Temporary folders for loads, and the removal of those that killed processes have left.
 
 Each has a lock file whose lock ends with its process, however that ends. So a folder without an owner can be told from
-one that another process uses, also where process ids say nothing, as in containers that share a folder.
+one that another process uses, even where process ids mean nothing, as in containers that share a folder.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ _PREFIX, _LOCK = "stridevit-load-", "lock"
 
 @contextmanager
 def scratch_folder() -> Iterator[Path | None]:
-    """A new folder for temporary files, removed afterwards; None where there can be none.
+    """A new folder for temporary files, removed afterwards; None if none can be created.
 
     First it removes those of processes that were killed.
     """
@@ -34,7 +34,7 @@ def scratch_folder() -> Iterator[Path | None]:
     # Where files cannot be locked, the folder of a killed process stays.
     with contextlib.suppress(OSError):
         lock = _locked(folder / f".{_LOCK}")
-        # It has its name once it is locked, so that nobody finds one that is not.
+        # It gets its name once it is locked, so that no process finds one that is not.
         (folder / f".{_LOCK}").rename(folder / _LOCK)
     try:
         yield folder
@@ -58,7 +58,7 @@ def _locked(path: Path) -> int:
 
 def _remove_abandoned(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
-        # It is another process's, or just being made or removed.
+        # Another process may own it, or be creating or removing it.
         with contextlib.suppress(OSError):
             status = folder.lstat()
             if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and (folder / _LOCK).exists():
@@ -68,7 +68,7 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """The lock last: without it, nobody would remove what is left if this process is killed here."""
+    """Remove a folder, its lock last: without it, what is left would stay if this process is killed here."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if path.name != _LOCK:

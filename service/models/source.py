@@ -15,7 +15,7 @@ class Source(Protocol):
     ) -> Mapping[tuple[str, int], str]:
         """Bring the folder up to date; returns why versions that it should hold are not there.
 
-        `serving`: versions that stay in it although there are newer ones; `force`: try again at once what failed.
+        `serving`: versions that stay in it although there are newer ones; `force`: retry at once what failed.
         Raises RepositoryError, and NotReady once it is closed.
         """
 

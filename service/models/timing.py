@@ -16,14 +16,14 @@ from service.scheduling.cost import candidate_sizes, worthwhile_sizes
 from service.scheduling.outputs import Pixels
 
 _MAX_RUNS, _MAX_SECONDS = 5, 0.5
-"""Timed runs of each batch size: so many, or fewer once they have taken this long together."""
+"""Timed runs of each batch size: this many, or fewer once they have taken this long in total."""
 
 _ROUND_SECONDS = 0.02
 """Least time for which lanes are timed together, so that their start does not count."""
 
 _LONG_SECONDS, _WAITING = 0.01, 1.1
-"""Threads that share a batch of over this time wait for each other for some of it: on idle cores it takes up to this
-factor of their CPU time, divided among them. If it took longer, it was disturbed."""
+"""Threads that share a batch longer than this wait for each other for some of the time: on idle cores it takes up to
+this factor times their CPU time divided by their number. If it took longer, it was disturbed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +31,15 @@ class _Timing:
     """Runs of one batch size."""
 
     fastest: float
-    """Seconds of the fastest one: interference only makes a run longer, and the cost model follows it by live timings.
-    """
+    """Seconds of the fastest one: interference only makes a run longer, and live timings adapt the cost model to it."""
     cpu: float
-    """Least CPU seconds of one, all threads together."""
+    """Least CPU seconds of one run, over all threads."""
     total: float
-    """Seconds of all."""
+    """Total seconds of all runs."""
 
     def undisturbed(self, threads: int) -> float:
-        """Seconds that one takes on idle cores."""
-        # Of a single thread, CPU time is the duration on an idle core.
+        """Seconds that one run takes on idle cores."""
+        # For a single thread, CPU time is the duration on an idle core.
         if threads == 1:
             return self.cpu
         shared = self.cpu / threads
@@ -48,10 +47,10 @@ class _Timing:
 
 
 def time_sizes(bundle: Bundle, engine: Engine, *, threads: int, lanes: int, max_batch: int) -> dict[int, float]:
-    """Time the batch sizes that a model may run, in all lanes at once: seconds by size, of those that pay.
+    """Time the batch sizes that a model may run, in all lanes at once: seconds by size, of those that pay off.
 
-    On the CPU that is judged by CPU time: beside traffic, at low priority, a long run is interrupted more often than a
-    short one, and every larger batch would seem not to pay.
+    On the CPU, CPU time decides which do: next to traffic, at low priority, a long run is interrupted more often than a
+    short one, and no larger batch would seem to pay off.
     """
     on_cpu = engine.device == "cpu"
     seconds: dict[int, float] = {}
@@ -60,7 +59,7 @@ def time_sizes(bundle: Bundle, engine: Engine, *, threads: int, lanes: int, max_
         timing = _time(engine, blank(bundle, size), lanes=lanes)
         costs[size] = timing.cpu if on_cpu else timing.fastest
         seconds[size] = timing.undisturbed(threads) if on_cpu else timing.fastest
-        # Two sizes in a row do not pay and a run takes long: the next size would only cost time and memory.
+        # Two sizes in a row do not pay off and a run takes long: the next size would only cost time and memory.
         if timing.total > _MAX_SECONDS and len(costs) >= len(worthwhile_sizes(costs)) + 2:
             break
     for larger, smaller in pairwise(sorted(seconds, reverse=True)):
@@ -86,7 +85,7 @@ def _time(engine: Engine, images: Pixels, *, lanes: int) -> _Timing:
 
 
 def together(engine: Engine, images: Pixels, *, lanes: int, repeats: int = 1) -> Callable[[], None]:
-    """A function that runs the images in all lanes at once, so many times each."""
+    """A function that runs the images in all lanes at once, `repeats` times each."""
 
     barrier = Barrier(lanes)
 
@@ -101,7 +100,7 @@ def together(engine: Engine, images: Pixels, *, lanes: int, repeats: int = 1) ->
                 for lane in [pool.submit(run) for _ in range(lanes)]:
                     lane.result()
             except BaseException:
-                # Those that have come wait for the others, which may never have been started.
+                # The lanes at the barrier wait for the others, which may never have been started.
                 barrier.abort()
                 raise
 

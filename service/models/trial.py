@@ -1,9 +1,9 @@
-"""`python -m service.models.trial`: the process that proves bundles, so that one that cannot be loaded harms no other.
+"""`python -m service.models.trial`: the process that proves bundles, so that a bad one does not harm the others.
 
-A graph may loop, or take all memory, or end the process in native code; whatever it does, it does it here, within
-limits of memory and time, and beside traffic at low priority. Requests come as JSON lines on standard input
-(`Request`), answers go as JSON lines to standard output (`Result`). The process ends when its input does: with the one
-that started it.
+A graph may loop, or take all memory, or crash the process in native code; whatever it does, it does it here, within
+limits of memory and time, and next to traffic at low priority. Requests come as JSON lines on standard input
+(`Request`), answers go as JSON lines to standard output (`Result`). The process ends when its input does, so it ends
+with the one that started it.
 """
 
 import os
@@ -23,14 +23,14 @@ from service.models.machine import is_out_of_memory
 from service.models.proof import EngineOptions, Proof, prove
 
 _NICE = 10
-"""A tenth of a core where the service keeps all of them busy, and all that it leaves free. Lower, and a busy service
-could load nothing within the time limit."""
+"""A tenth of a core where the service keeps all of them busy, and all that it leaves free. With an even lower priority,
+a busy service could load nothing within the time limit."""
 
 _SLACK_BYTES, _STACK_BYTES = 64 * 1024 * 1024, 8 * 1024 * 1024
-"""What counts as private memory and is not taken: reserved by the C library, and the stack of each thread."""
+"""What counts as private memory but is not used: reserved by the C library, and the stack of each thread."""
 
 _THREADS_PER_CORE = 3
-"""Those of all layouts that pay, each with half the threads of the one before it, and a lane for each core."""
+"""Those of all layouts that pay off, each with half the threads of the one before it, and a lane for each core."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,13 +65,13 @@ REQUESTS, RESULTS = TypeAdapter(Request), TypeAdapter(Result)
 
 def main() -> None:
     """Answer requests until standard input ends."""
-    # What libraries print goes to standard error: answers only to the output.
+    # What libraries print goes to standard error: only answers go to the output.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     if sys.platform != "win32":
-        # The first to go if memory runs out: rather this process than the one that serves.
+        # If memory runs out, the system is to kill this process rather than the one that serves.
         _write("/proc/self/oom_score_adj", "1000")
-    # Loads ONNX Runtime, whose own memory is not that of a model.
+    # Loads ONNX Runtime, whose own memory does not count as a model's.
     resolve_device("cpu")
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(requests,), daemon=True).start()
@@ -89,15 +89,15 @@ def main() -> None:
 
 
 def _stand_back() -> None:
-    """For good: a process may not raise its own priority."""
+    """Lower the priority, for good: a process may not raise its own."""
     if sys.platform != "win32":
         os.nice(_NICE)
-        # Linux may share the cores among sessions first, and this one has its own.
+        # Linux may divide the cores among sessions first, and this process has its own.
         _write("/proc/self/autogroup", str(_NICE))
 
 
 def _read(requests: "queue.SimpleQueue[bytes]") -> None:
-    """In a thread of its own, so that the end of the input ends the process whatever the other one does."""
+    """Runs in a thread of its own, so that the end of the input ends the process whatever the main thread does."""
     for line in sys.stdin.buffer:
         requests.put(line)
     os._exit(0)

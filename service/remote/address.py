@@ -1,4 +1,4 @@
-"""The address of a repository that is no folder. Its text never shows credentials."""
+"""The address of a repository that is not a folder. Its text never shows credentials."""
 
 import hashlib
 import ipaddress
@@ -34,7 +34,7 @@ class Address:
 
     @property
     def folder_name(self) -> str:
-        """A name for its folder in the cache, which no other address has."""
+        """A name for its folder in the cache, unique to this address."""
         readable = re.sub(r"[^A-Za-z0-9.-]", "-", self.place)[:60]
         return f"{self.scheme}-{readable}-{hashlib.sha256(self.url.encode()).hexdigest()[:16]}"
 
@@ -45,7 +45,7 @@ def is_address(text: str) -> bool:
 
 
 def parse_address(text: str) -> Address:
-    """Raises ValueError, whose message repeats nothing that may be a secret."""
+    """Parse an address. Raises ValueError, whose message repeats nothing that may be a secret."""
     parts = urlsplit(text)
     scheme = parts.scheme.lower()
     if scheme not in (*SCHEMES, "http"):

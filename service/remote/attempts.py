@@ -1,4 +1,4 @@
-"""What failed at a store, and when it is worth asking again: after pauses that double."""
+"""Failed requests to a store, and when to retry them: after pauses that double."""
 
 from collections.abc import Callable, Container, Hashable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class _Failure:
 
 
 class Attempts:
-    """Failures by what was asked for. Something new (another tag) is worth an attempt at once."""
+    """Failures by what was requested. Something new (another tag) may be requested at once."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -37,14 +37,14 @@ class Attempts:
         return known is None or str(known.error) != str(error)
 
     def forget(self, key: Hashable) -> None:
-        """It succeeded, or is gone."""
+        """Forget a failure: the request succeeded, or its object is gone."""
         self._failures.pop(key, None)
 
     def forget_others(self, known: Container[Hashable]) -> None:
-        """Whatever else was asked for is gone."""
+        """Forget the failures of anything else: it is gone."""
         self._failures = {key: failure for key, failure in self._failures.items() if key in known}
 
     def clear(self) -> None:
-        """Everything is worth an attempt now."""
+        """Allow everything to be retried now."""
         for failure in self._failures.values():
             failure.again_at = self._clock()

@@ -1,6 +1,6 @@
 """Buckets, `s3://` and `gs://`, through fsspec's interface for asynchronous file systems.
 
-`gs://` was not run against Google's service.
+`gs://` has not been run against Google's service.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from service.remote.address import Address
 from service.remote.store import BLOCK_BYTES, FILES, Interrupted, Listing, RemoteVersion
 
 MAX_OBJECTS: Final = 100_000
-"""A repository of 20,000 bundles: what holds more is none."""
+"""Those of 20,000 bundles: a folder with more is not a repository."""
 
 _PACKAGES: Final = {"s3": "s3fs", "gs": "gcsfs"}
 _CREDENTIALS: Final = {
@@ -35,7 +35,7 @@ class BucketStore:
         self._files: Any = None
         self._session: Any = None
         for name in ("botocore", "aiobotocore", "s3fs", "gcsfs", "fsspec"):
-            # Their debugging output has headers of requests.
+            # Their debugging output contains request headers.
             logging.getLogger(name).setLevel(logging.WARNING)
 
     async def list(self) -> Listing:
@@ -57,7 +57,7 @@ class BucketStore:
 
     async def read(self, path: str, size: int | None, take: Callable[[bytes], None]) -> None:
         """See Store."""
-        assert size is not None  # noqa: S101 (every listing of a bucket says)
+        assert size is not None  # noqa: S101 (every listing of a bucket gives it)
         for start in range(0, size, BLOCK_BYTES):
             end = min(start + BLOCK_BYTES, size)
             try:
@@ -110,7 +110,7 @@ class BucketStore:
         }
 
     def _why(self, error: Exception) -> str:
-        """What happened, in words of ours: theirs may repeat what was sent. Clients see it, so it names no bucket."""
+        """What happened, in our own words: theirs may repeat what was sent. Clients see it, so it names no bucket."""
         names = {kind.__name__ for kind in type(error).__mro__}
         if isinstance(error, FileNotFoundError):
             return "it has gone"

@@ -29,14 +29,14 @@ _NO_LINKS: Final = (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EMLINK, errno
 
 
 class Blob:
-    """A file that is being written; it has its name once it is whole and right."""
+    """A file that is being written; it gets its name once it is complete and correct."""
 
     def __init__(self, stream: BinaryIO, *, label: str, room: int) -> None:
         self._stream, self._label, self._room = stream, label, room
         self._sum, self.size = hashlib.sha256(), 0
 
     def take(self, piece: bytes) -> None:
-        """Write a piece. Raises BundleError beyond the room that there is."""
+        """Write a piece. Raises BundleError if there is no room for it."""
         self.size += len(piece)
         if self.size > self._room:
             raise BundleError(f"{self._label}: exceeds {self._room} bytes, its limit or what the cache has left")
@@ -72,7 +72,7 @@ class Cache:
 
     @contextmanager
     def locked(self) -> Iterator[bool]:
-        """Try to take the lock, once: whether this process has it. It ends with the process, however that ends."""
+        """Try once to take the lock; yields whether this process has it. The lock ends with the process in any case."""
         descriptor = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             try:
@@ -85,7 +85,7 @@ class Cache:
             os.close(descriptor)
 
     def clear_partial(self) -> None:
-        """Remove what a process has left that was killed."""
+        """Remove what a killed process has left."""
         for path in self._partial.iterdir():
             _remove(path)
 
@@ -94,7 +94,7 @@ class Cache:
         return [(name, version) for name, some in list_repository(self.folder).versions.items() for version in some]
 
     def holds(self, key: Key, sums: bytes) -> bool:
-        """Whether a version is there with this `SHA256SUMS`, and every file of it is right."""
+        """Whether a version is there with this `SHA256SUMS`, and all its files match."""
         folder = self._version(key)
         try:
             if (folder / SUMS_FILE).read_bytes() != sums:
@@ -133,7 +133,7 @@ class Cache:
             Path(name).unlink(missing_ok=True)
 
     def publish(self, key: Key, sums: bytes, digests: Mapping[str, str]) -> None:
-        """Let a version appear whose files are all there, in the place of another one of the same number."""
+        """Make a version appear whose files are all there, in place of any other one of the same number."""
         target = self._version(key)
         staging = Path(tempfile.mkdtemp(dir=self._partial))
         try:
@@ -150,13 +150,13 @@ class Cache:
             self.clear_partial()
 
     def remove(self, key: Key) -> None:
-        """Take a version away."""
+        """Remove a version."""
         target = self._version(key)
         aside = Path(tempfile.mkdtemp(dir=self._partial)) / "removed"
         with contextlib.suppress(FileNotFoundError):
             target.rename(aside)
         _remove(aside.parent)
-        with contextlib.suppress(OSError):  # others are left in it
+        with contextlib.suppress(OSError):  # it holds other versions
             target.parent.rmdir()
 
     def sweep(self) -> None:
@@ -193,7 +193,7 @@ class Cache:
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
-    """Not the time of the inode's last change: every new link changes that."""
+    """Identifies a file's content. Not by the inode's ctime: every new link changes that."""
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise BundleError(f"{path}: not a file")
@@ -225,9 +225,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def default_cache() -> Path:
-    """The user's cache folder, or one for this user among the temporary files where that cannot be written to.
+    """The user's cache folder, or one for this user among the temporary files if that cannot be written to.
 
-    Raises RepositoryError if another user has made that one.
+    Raises RepositoryError if that one cannot be made, or if other users own it or can write to it.
     """
     with contextlib.suppress(OSError, RuntimeError):  # no such home
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())

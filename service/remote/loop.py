@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 _END_SECONDS = 10.0
-"""So long `close` waits for what was cancelled to clean up."""
+"""How long `close` waits for cancelled work to clean up."""
 _LOOK_SECONDS = 1.0
 
 

@@ -1,8 +1,8 @@
-"""Keeps a local repository folder as a store has it: new versions in, removed ones out, wrong ones never.
+"""Keeps a local repository folder in sync with a store: adds new versions, drops removed ones, never takes wrong ones.
 
 Of each model the newest versions are copied: as many as serve, one more to fall back on if the newest cannot be loaded,
-and those that are named, however old they are. One file after the other is read, into a cache that several processes
-may share: one of them fetches, the others wait and find it there.
+and those that are named, however old they are. Files are read one at a time, into a cache that several processes
+may share: one of them fetches, the others wait and find them there.
 """
 
 import asyncio
@@ -26,11 +26,11 @@ from service.remote.store import FILES, Interrupted, Key, Listing, RemoteVersion
 log = structlog.get_logger()
 
 _READS: Final = 3
-"""Attempts to read a file at once; polling makes later ones."""
+"""Immediate attempts to read a file; polling makes later ones."""
 _READ_PAUSE_SECONDS: Final = 0.2
 _LOCK_PAUSE_SECONDS: Final = 0.1
 _LOCK_SECONDS: Final = 600.0
-"""So long another process may fetch before this one gives up: longer than that, it hangs."""
+"""How long another process may fetch before this one gives up: if it takes longer, it hangs."""
 
 
 class Mirror:
@@ -46,8 +46,8 @@ class Mirror:
         on_trial: Collection[Key] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`names`: the models to copy, empty for all. `on_trial`: versions to copy besides the newest. `cache` and
-        `store` are its own from now on."""
+        """`names`: the models to copy, empty for all. `on_trial`: versions to copy besides the newest. The
+        mirror owns `cache` and `store` from now on."""
         self._store, self._cache, self._names = store, cache, frozenset(names)
         self._to_keep, self._on_trial = versions_to_serve + 1, frozenset(on_trial)
         self._clock = clock
@@ -63,7 +63,7 @@ class Mirror:
         return self._cache.folder
 
     def update(self, serving: Collection[Key] = (), *, force: bool = False) -> Mapping[Key, str]:
-        """Bring the folder up to date, and return why versions that it should hold are not there.
+        """Bring the folder up to date, and return why versions that it should hold are missing.
 
         `serving`: versions that stay although there are newer ones. Unless `force`, what failed is not tried again
         before a pause. Raises RepositoryError if the store cannot be listed; NotReady once it is closed.
@@ -111,7 +111,7 @@ class Mirror:
             await asyncio.sleep(_LOCK_PAUSE_SECONDS)
 
     async def _bring(self, wanted: Listing, listing: Listing, serving: frozenset[Key]) -> dict[Key, str]:
-        """Models that are gone first, which makes room; versions that are gone or superseded once others are there."""
+        """Remove models that are gone first, which makes room; gone or superseded versions once others are there."""
         self._attempts.forget_others({"store", *wanted})
         listed = {name for name, _ in listing}
         ours = [key for key in self._cache.present() if not self._names or key[0] in self._names]
@@ -143,7 +143,7 @@ class Mirror:
         self._attempts.forget(key)
 
     async def _ensure(self, key: Key, remote: RemoteVersion) -> str | None:
-        """Let a version be there; why not, if that is impossible. Raises RepositoryError if the store has gone."""
+        """Make sure that a version is there; returns why it is not. Raises RepositoryError if the store is gone."""
         if self._here.get(key) == remote.tag and (self.folder / key[0] / str(key[1])).is_dir():
             return None
         if error := self._attempts.pending(key, remote.tag):
@@ -157,7 +157,7 @@ class Mirror:
             if self._attempts.failed(key, BundleError(reason), remote.tag):
                 log.error("version not fetched", model=key[0], version=key[1], reason=reason)
             if isinstance(error, Interrupted):
-                # Every other version would take as long to fail.
+                # Raises if the store is gone: every other version would take as long to fail.
                 await self._store.list()
             return reason
         self._attempts.forget(key)
@@ -220,7 +220,7 @@ class Mirror:
 
 
 async def _again(read: Callable[[], Awaitable[None]]) -> None:
-    """Read, and again if that was interrupted."""
+    """Read, and retry if interrupted."""
     for _ in range(_READS - 1):
         with suppress(Interrupted):
             return await read()

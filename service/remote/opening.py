@@ -1,4 +1,4 @@
-"""A mirror from its address; nothing else of a kind of store is imported before."""
+"""Opens a mirror from its address; the code for a kind of store is imported only then."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a mirror asks of the place where a repository is."""
+"""The interface to the place where a repository is, as a mirror uses it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from service.errors import BundleError
 
 FILES: Final = (SUMS_FILE, *CONTENT_FILES)
 BLOCK_BYTES: Final = 4 * 1024 * 1024
-"""So much of a file is asked for, and held in memory, at once; each has the store's time limit for itself."""
+"""The most of a file that is requested, and held in memory, at once; the store's time limit is for each block."""
 
 Key = tuple[str, int]
 """Name and version."""
 
 
 class Interrupted(BundleError):
-    """A file could not be read to its end, perhaps only for the moment."""
+    """A file could not be read to its end, perhaps only temporarily."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,11 @@ class RemoteVersion:
     """A version as a store lists it."""
 
     tag: str
-    """Another one whenever anything in the version changes."""
+    """Changes whenever anything in the version changes."""
     sizes: Mapping[str, int | None]
-    """By the name of the file, in bytes; None where the listing does not say. Files of a bundle only."""
+    """By file name, in bytes; None if the listing does not give it. Files of a bundle only."""
     sums_digest: str | None = None
-    """SHA-256 of `SHA256SUMS`, where the listing says."""
+    """SHA-256 of `SHA256SUMS`, if the listing gives it."""
 
 
 Listing = dict[Key, RemoteVersion]
@@ -43,7 +43,7 @@ class Store(Protocol):
     async def read(self, path: str, size: int | None, take: Callable[[bytes], None]) -> None:
         """Give `take` the bytes of a file, in pieces of at most a block. `size` as listed.
 
-        Raises Interrupted, another BundleError if there is no use in trying again, and what `take` raises.
+        Raises Interrupted, another BundleError if trying again is pointless, and what `take` raises.
         """
 
     async def close(self) -> None:

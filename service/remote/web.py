@@ -21,7 +21,7 @@ class WebStore:
     """A folder of a web server. Proxies and certificates come from the environment, as for every client of httpx."""
 
     def __init__(self, address: Address, *, timeout_seconds: float) -> None:
-        """`timeout_seconds`: of an answer, of the index, and of each block of a file."""
+        """`timeout_seconds`: time limit for an answer, for the index, and for each block of a file."""
         self._address, self._timeout = address, timeout_seconds
         self._headers = {"Accept-Encoding": "identity", "User-Agent": "stridevit"}
         if address.user:
@@ -92,7 +92,7 @@ class WebStore:
                 if answer.next_request is None:
                     yield answer
                     return
-                # httpx leaves the credentials out where it leads to another host.
+                # httpx drops the credentials if it leads to another host.
                 request = answer.next_request
                 if request.url.scheme != "https":
                     raise BundleError("is redirected to an address that is not https://")
@@ -101,7 +101,7 @@ class WebStore:
         raise BundleError(f"is redirected more than {_MAX_REDIRECTS} times")
 
     def _require_ok(self, answer: httpx.Response) -> None:
-        """Raises BundleError, which is Interrupted if it may pass."""
+        """Raises BundleError, as Interrupted if the error may be temporary."""
         status = answer.status_code
         if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
             raise BundleError(f"access denied ({status}): give https://USER:PASSWORD@HOST in STRIDEVIT_REPOSITORY")

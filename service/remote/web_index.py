@@ -1,8 +1,8 @@
-"""`index.json` of a repository on a web server, which cannot be asked for what it holds.
+"""`index.json` of a repository on a web server, which cannot list what it holds.
 
     {"schema_version": 1, "models": {"<name>": {"<version>": "<SHA-256 of its SHA256SUMS>"}}}
 
-The digests make every file of the repository known by one small file: who guards that one guards all.
+Through the digests, one small file vouches for every file of the repository: whoever protects it protects all.
 """
 
 import json

@@ -1,1 +1,1 @@
-"""From one model to the next: a share of the traffic is also (shadow) or instead (canary) answered by a candidate."""
+"""Moving from one model to the next: a candidate answers a share of the traffic too (shadow) or instead (canary)."""

@@ -1,4 +1,4 @@
-"""A request of a canary's share: the candidate answers it if it can, and else nothing has happened to the request."""
+"""A request in a canary's share: the candidate answers it if it can; otherwise the primary does, as for any request."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,11 +17,11 @@ from service.scheduling.outputs import Output
 
 Answers = list[Output | RequestError]
 Infer = Callable[[Model, Sequence[int]], Awaitable[Answers]]
-"""Has a model answer the images of the request, whose work of decoding is given."""
+"""Has a model answer the images of the request, given the decoding work of each."""
 
 
 class CanaryRequests:
-    """Stateless, but for the counts of the rollouts."""
+    """Answers canary requests; stateless except for the counts of the rollouts."""
 
     def __init__(self, registry: Registry, admission: Admission, decoders: DecodePool) -> None:
         self._registry, self._admission, self._decoders = registry, admission, decoders
@@ -38,8 +38,8 @@ class CanaryRequests:
     ) -> tuple[Model, Choice, Answers] | None:
         """The candidate's answers, and why it gave them; None if the primary is to answer, which is counted.
 
-        The candidate is given up when half of the time is over that neither it nor the primary is predicted to need.
-        Raises ClientDisconnected.
+        The candidate is given up after its predicted time and half of the time that neither it nor the primary is
+        predicted to need. Raises ClientDisconnected.
         """
         fastest = pareto_front(self._registry.candidates(canary.primary)[1])[-1]
         candidate = canary.candidate
@@ -63,7 +63,7 @@ class CanaryRequests:
     async def _infer(
         self, candidate: Model, primary: Model, part: Part, place: Place, infer: Infer
     ) -> tuple[Answers, float] | Fallback:
-        """The answers and the predicted seconds, or why there are none: then the request has no place any more."""
+        """The answers and the predicted seconds, or why there are none: then the request no longer holds a place."""
         admission, state, images = self._admission, place.state, part.images
         decoding: list[int] = []
         if not isinstance(images, np.ndarray):
@@ -92,7 +92,7 @@ class CanaryRequests:
 def _unsuitable(
     canary: Rollout, candidate: Model, primary: Model, *, min_top1: float, fits: Callable[[Model], bool]
 ) -> Fallback | None:
-    """Why a candidate that serves cannot answer a request, if it cannot."""
+    """Why a candidate that serves cannot answer a request; None if it can."""
     if not fits(candidate):
         return "input"
     if not canary.alike(candidate, primary):
@@ -101,7 +101,7 @@ def _unsuitable(
 
 
 def _reason(images: Answers) -> Fallback | None:
-    """Why the primary is to answer images, of which the candidate has answered some. Raises ClientDisconnected."""
+    """Why the primary must answer, even if the candidate answered some; None if not. Raises ClientDisconnected."""
     for error in images:
         if isinstance(error, ClientDisconnected):
             raise error

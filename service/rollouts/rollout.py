@@ -1,4 +1,4 @@
-"""One candidate beside its primary: what both did, counted in /metrics, and what is left of the share's traffic."""
+"""One candidate and its primary: what both did, counted in /metrics, and the status of the rollout."""
 
 from typing import Literal, get_args
 
@@ -47,14 +47,14 @@ class RolloutStatus(BaseModel):
 
 
 class Rollout:
-    """Counts in `metrics` alone: the status reads from there."""
+    """Keeps its counts only in `metrics`, from where the status reads them."""
 
     def __init__(self, split: Split, registry: Registry, metrics: Metrics) -> None:
         self.split, self.primary = split, split.primary or split.candidate
         self._registry, self._metrics = registry, metrics
         self._labels = split.kind, f"{split.primary}:{split.title}"
         self._compared: tuple[Model, Model, bool] | None = None
-        # A series that begins with its first event has lost that event for whoever takes differences.
+        # If a series begins with its first event, rates over it miss that event.
         arms: tuple[Arm, Arm] = "primary", "candidate"
         for arm in arms:
             metrics.rollout_images(*self._labels, arm, "ok")
@@ -72,7 +72,7 @@ class Rollout:
 
     @property
     def primary_model(self) -> Model | None:
-        """What the candidate is held against: the primary, or the most accurate other member of a family."""
+        """What the candidate is compared with: the primary, or the most accurate other member of a family."""
         try:
             members = self._registry.candidates(self.primary)[1]
         except (UnknownModel, NotReady):
@@ -95,7 +95,7 @@ class Rollout:
         self._metrics.rollout_dropped(*self._labels, reason).inc()
 
     def failed(self, arm: Arm, error: RequestError, images: int) -> None:
-        """Count images that an arm could not answer, through no fault of theirs."""
+        """Count images that an arm could not answer, through no fault of the images or the client."""
         if not isinstance(error, ImageError | ClientDisconnected):
             self._metrics.rollout_images(*self._labels, arm, error.code).inc(images)
 
@@ -113,7 +113,7 @@ class Rollout:
         self._metrics.rollout_compared(*self._labels, "agree" if same else "differ").inc()
 
     def status(self) -> RolloutStatus:
-        """What /v1/status says."""
+        """The rollout's part of /v1/status."""
         compared = self._counts("rollout_compared", "top1")
         images = self._counts("rollout_images", "arm", "outcome")
         errors = sum(count for (arm, outcome), count in images.items() if arm == "candidate" and outcome != "ok")
@@ -155,4 +155,4 @@ class Rollout:
 
 
 _STATE = 100
-"""Letters: the status is small."""
+"""Most characters of a state: the status is small."""

@@ -1,8 +1,8 @@
-"""What a service does for its candidates: which requests they share, and the work beside the answers.
+"""What a service does for its candidates: which requests they share, and the work besides the answers.
 
-An image that was answered is computed by the other model too, as spare work (`service.scheduling.spare`): a shadow's by
-the candidate, a canary's by the primary. It is put there once the answer is written, with the pixels that were decoded
-for the answer where both models take the same.
+An answered image is also computed by the other model, as spare work (`service.scheduling.spare`): a shadow's by the
+candidate, a canary's by the primary. It is queued once the answer is written, with the pixels that were decoded for the
+answer if both models take the same.
 """
 
 import itertools
@@ -24,9 +24,9 @@ from service.scheduling.scheduler import Scheduler
 from service.scheduling.spare import Outcome, Spare
 
 _TIMED_EVERY = 4
-"""Of so many images of a shadow one is computed by both models beside the answers, in turn A B and B A: the primary's
-time under traffic, among decoders and other batches, cannot be held against that of a candidate which has the engine to
-itself."""
+"""One in this many images of a shadow is computed by both models besides the answers, alternately as A B and B A: the
+primary's time under traffic, next to decoders and other batches, cannot be compared with that of a candidate that has
+the engine to itself."""
 
 Images = Sequence[bytes] | npt.NDArray[np.uint8]
 
@@ -36,12 +36,12 @@ class Part:
     """A request that names a primary: the rollouts that it is a part of."""
 
     canary: Rollout | None
-    """Takes the request."""
+    """The one that takes the request."""
     others: list[Rollout]
     """Shadows, and a canary that leaves it to the primary."""
     images: Images
     entries: list[Entry] = field(default_factory=list)
-    """Of each image, with its pixels; filled by those who answer."""
+    """One for each image, with its pixels; filled by the code that answers."""
 
     @property
     def count(self) -> int:
@@ -61,14 +61,14 @@ class Part:
 
 
 class _Pair:
-    """The engine's times of both models for one image, one right after the other, with nothing beside them."""
+    """The engine times of both models for one image, run one right after the other with nothing else running."""
 
     def __init__(self, rollout: Rollout) -> None:
         self._rollout = rollout
         self._seconds: dict[Arm, float] = {}
 
     def add(self, arm: Arm, outcome: Outcome) -> None:
-        """What became of the image in one model. Both count, or neither."""
+        """Add the outcome of the image in one model. Both count, or neither."""
         if isinstance(outcome, Output):
             self._seconds[arm] = outcome.inference_ms / 1000
         if len(self._seconds) == 2:
@@ -88,7 +88,7 @@ class Rollouts:
         max_images: int,
         max_bytes: int,
     ) -> None:
-        """`max_images`, `max_bytes`: what may be held beside the answers."""
+        """`max_images`, `max_bytes`: limits of what is held for spare work."""
         self.all = list(rollouts)
         self._scheduler, self._decoders = scheduler, decoders
         self.spare = scheduler.spare = Spare(max_images=max_images, max_bytes=max_bytes)
@@ -107,7 +107,7 @@ class Rollouts:
         return Part(canary=canary, others=[one for one in found if one is not canary], images=images)
 
     def answered(self, part: Part, images: Sequence[Output | RequestError], seconds: float) -> None:
-        """Count a request that was answered within so many seconds."""
+        """Count a request that was answered in `seconds`."""
         outputs = sum(isinstance(image, Output) for image in images)
         if part.canary:
             part.canary.answered("candidate", outputs)
@@ -124,7 +124,7 @@ class Rollouts:
     def afterwards(
         self, part: Part | None = None, model: Model | None = None, images: Sequence[Output | RequestError] = ()
     ) -> None:
-        """An answer is written: its images go to the other models, and waiting ones may have their turn."""
+        """An answer is written: its images go to the other models, and waiting images may get their turn."""
         if part and model:
             for rollout in [part.canary] if part.canary else part.others:
                 self._compare_all(rollout, part, model, images)
@@ -180,7 +180,7 @@ class Rollouts:
             again()
         same = not isinstance(image, bytes) or preprocessing.geometry == model.manifest.preprocessing.geometry
         if pixels is not None and pixels.shape == shape and same:
-            # A copy: a tensor's rows would keep the whole body.
+            # A copy: a tensor's rows would keep the whole body in memory.
             put(pixels=pixels.copy, nbytes=pixels.nbytes)
         elif not isinstance(image, bytes):
             rollout.dropped("input")

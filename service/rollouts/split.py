@@ -3,8 +3,8 @@
     [PRIMARY:]CANDIDATE=SHARE        cifar100-csra-r2@6=5%, cifar100:cifar100-csra-r4=0.1
 
 CANDIDATE is a model, or with `@` one version of it. PRIMARY is the model or the family whose traffic is split: requests
-that name it, or that name nothing where it is the default. Without PRIMARY it is the candidate's model for a version,
-and the candidate's family for a model. Requests that name a version are never split.
+that name it, or that name no model if it is the default. If omitted, it is the candidate's model for a version, and the
+candidate's family for a model. Requests that name a version are never split.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from service.manifest import NAME_PATTERN
 Kind = Literal["shadow", "canary"]
 
 MAX_ROLLOUTS = 4
-"""Of a kind: each has a line in the status, which is small."""
+"""Most rollouts of a kind: each has a line in the status, which is small."""
 
 _FORM = "write [PRIMARY:]CANDIDATE[@VERSION]=SHARE, such as cifar100-csra-r2@6=5% or cifar100:cifar100-csra-r4=0.1"
 _SPLIT = re.compile(rf"(?:({NAME_PATTERN}):)?({NAME_PATTERN})(?:@([0-9]{{1,9}}))?=([^=]+)")
@@ -49,8 +49,8 @@ class Split:
     def takes(self, images: Iterable[bytes | npt.NDArray[np.uint8]]) -> bool:
         """Whether a request with these images, or an image alone, belongs to the share.
 
-        It depends on the images and on nothing else, so that a retry gets the same arm, from every process alike. What
-        a small share takes a larger one takes too.
+        It depends on the images only, so that a retry gets the same arm, in every process. What a small share takes, a
+        larger one takes too.
         """
         if self.share >= 1:
             return True
@@ -62,7 +62,7 @@ class Split:
 
 
 def parse_split(kind: Kind, text: str) -> Split:
-    """What a flag or a setting says. Raises ValueError that names the fix."""
+    """The split that a flag or a setting describes. Raises ValueError that names the fix."""
     found = _SPLIT.fullmatch(text)
     if found is None:
         raise ValueError(f"{text!r} is no share of a model: {_FORM}")

@@ -1,4 +1,4 @@
-"""Holds the shares that the settings name against the models that were loaded, before anything is served."""
+"""Checks the shares in the settings against the models that were loaded, before anything is served."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,9 +14,9 @@ log = structlog.get_logger()
 
 
 def settled(splits: Sequence[Split], registry: Registry) -> list[Split]:
-    """The same with a primary each, after all models are loaded. Raises StartupError.
+    """The same splits, each with its primary, after all models are loaded. Raises StartupError.
 
-    A candidate that exists and cannot be loaded does not stop the start: its share waits for it.
+    A candidate that exists but cannot be loaded does not prevent the start: its share waits for it.
     """
     found: list[Split] = []
     for split in splits:
@@ -63,7 +63,7 @@ def _settled(split: Split, registry: Registry) -> Split:
 
 
 def _candidate(split: Split, registry: Registry, where: str) -> Model | None:
-    """The model, or None if it exists and cannot be loaded. Raises StartupError if there is none."""
+    """The model, or None if it exists but cannot be loaded. Raises StartupError if there is none."""
     if candidate := registry.get(split.candidate, split.version):
         return candidate
     known = [e for e in registry.index if e.name == split.candidate and split.version in (None, e.version)]

@@ -1,10 +1,10 @@
-"""Admission: a request is taken only if there is room for it and it can finish in time; else it gets 429 at once.
+"""Admission: a request is taken only if there is room for it and it can finish in time; otherwise it gets 429 at once.
 
-Two bounds, on the images and on the bytes of all requests, keep memory flat (`service.scheduling.room`). The predicted
-finish of a request, by the cost model, the work ahead of it in the order of its `Key` and the lag of the event loop, is
-compared with its deadline: once by its head, before anything is read, and again by the headers of its images, before
-anything is decoded. A request is also rejected if it would make one of its class that was accepted earlier miss its
-deadline.
+Two bounds, on the images and on the bytes of all requests, keep memory flat (`service.scheduling.room`). The finish
+of a request is predicted from the cost model, the work ahead of it in the order of its `Key` and the lag of the event
+loop, and compared with its deadline twice: when the request's headers arrive, before its body is read, and by the
+headers of its images, before anything is decoded. A request is also rejected if it would make one of its class that was
+accepted earlier miss its deadline.
 """
 
 import math
@@ -22,13 +22,13 @@ from service.scheduling.room import Room
 from service.scheduling.scheduler import Queue, Scheduler
 
 _PRESSED_SECONDS = 1.0
-"""After a refusal, so long is every request's head compared with the work ahead before anything else is done."""
+"""For this long after a refusal, each request is compared with the work ahead as soon as its headers arrive."""
 
 _REFUSING_SECONDS = 10.0
-"""After a refusal, so long do families keep time free for the next requests."""
+"""For this long after a refusal, families keep time free for the next requests."""
 
 _COMING_SECONDS = 0.1
-"""So long does a head count whose images do not follow: a slow sender takes nobody's place."""
+"""How long a request counts whose headers are here, but not its images: a slow sender does not hold up others."""
 
 
 @dataclass(slots=True)
@@ -36,12 +36,12 @@ class _Ahead:
     """Work of one priority class that comes before a request."""
 
     engine: dict[Queue, int] = field(default_factory=dict)
-    """Images that the engine has yet to answer, without those that the large lane has yet to decode."""
+    """Images that the engine has yet to answer, excluding those that the large lane has yet to decode."""
     undecoded: dict[Queue, int] = field(default_factory=dict)
-    """The latter, of the same queues: small images do not wait for them."""
+    """The latter, for the same queues: small images do not wait for them."""
     small: int = 0
     large: int = 0
-    """Work of decoding in each lane, in pixels."""
+    """Decoding work in each lane, in pixels."""
 
     def add(self, queue: Queue, work: Work) -> None:
         self.engine[queue] = self.engine.get(queue, 0) + work.waiting - work.large_images
@@ -50,7 +50,7 @@ class _Ahead:
         self.large += work.large
 
     def seconds(self, queue: Queue | None = None, images: int = 0, *, large: bool = True) -> float:
-        """Seconds of the engine, with so many images more; `large`: also for what the large lane has yet to decode."""
+        """Engine seconds, with `images` more of `queue`; `large`: including what the large lane has yet to decode."""
         seconds = 0.0
         for other, count in self.engine.items():
             waiting = count + self.undecoded[other] if large else count
@@ -61,7 +61,7 @@ class _Ahead:
         return seconds if queue is None else seconds + queue.cost.total(images)
 
     def tail(self) -> float:
-        """By how much the last of their batches takes longer than its part in `seconds`."""
+        """By how much the last of the batches takes longer than its share of `seconds`."""
         return max((queue.cost.tail(count) for queue, count in self.engine.items() if count > 0), default=0.0)
 
 
@@ -76,11 +76,11 @@ class Admission:
         self._scheduler, self._load, self._clock, self._lag = scheduler, load, load.clock, lag
         self._margin = margin
         self._overtaking = batch_share / (1 - batch_share)
-        """Batch images that are done before an interactive one although they come after it, for each before it."""
+        """Batch images that are done before an interactive one although they come after it, per image ahead of it."""
         self.room = room
         self._accepted: dict[RequestState, tuple[Queue, Work]] = {}
         self._last: list[Key | None] = [None, None]
-        """No accepted request of the class comes after this one, which may have been answered in the meantime."""
+        """By class, a key that no accepted request comes after; its own may have been answered in the meantime."""
         self._pressed_at = -math.inf
         self._version = 0
         """Changes with the accepted work."""
@@ -108,14 +108,14 @@ class Admission:
         return self._clock() < self._pressed_at + _REFUSING_SECONDS
 
     def press(self) -> None:
-        """A request is too late."""
+        """Record that a request is too late."""
         self._pressed_at = self._clock()
 
     def late_by_head(self, queue: Queue, state: RequestState) -> float:
-        """By how many seconds a request whose head has just arrived would be late; if it is not, it counts as coming.
+        """Seconds by which a request whose headers have just arrived would be late; if it is not, it counts as coming.
 
-        Between its head and its images others arrive, which must not be promised the same place. Only those of its own
-        model and priority count.
+        Other requests arrive between its headers and its images, and must not be promised the same place. Only those of
+        its own model and priority count.
         """
         now, coming = self._clock(), queue.backlog.coming[state.key.batch]
         while coming and now - coming[0] > _COMING_SECONDS:
@@ -128,9 +128,9 @@ class Admission:
     def admit(self, state: RequestState, queue: Queue, *, decoding: Sequence[int] = ()) -> "Place":
         """Room for a request whose body is not yet read: enter it as a context, and leave it when all is answered.
 
-        `queue` is that of the fastest model that may answer; `decoding` is the least work of decoding that there will
-        be, as far as the head tells. Raises Overloaded if it could not finish in time, or if there is no room for one
-        image. Images take up room only once they are accepted: a slow sender takes up bytes, but nobody else's room.
+        `queue` is that of the fastest model that may answer; `decoding` is the least decoding work that there will be,
+        as far as the headers tell. Raises Overloaded if it could not finish in time, or if there is no room for one
+        image. Images take up room only once they are accepted: a slow sender takes up only room for bytes.
         """
         self.require_in_time(state, self.predict(queue, state, decoding=decoding))
         self.room.require(1, batch=state.key.batch, drain_seconds=self.drain_seconds)
@@ -139,7 +139,7 @@ class Admission:
     def accept(self, place: "Place", queue: Queue, images: int, *, decoding: Sequence[int] = ()) -> None:
         """Accept a request's images. Raises Overloaded if they cannot finish in time or there is no room for them.
 
-        `decoding`: the work of decoding each, empty if they are pixels.
+        `decoding`: the decoding work of each, empty if they are pixels.
         """
         state = place.state
         if coming := queue.backlog.coming[state.key.batch]:
@@ -181,9 +181,9 @@ class Admission:
             )
 
     def retry_seconds(self, state: RequestState, late: float) -> float:
-        """After how many seconds a request such as one that would be `late` now could finish in time.
+        """Seconds after which a request like one that would be `late` now could finish in time.
 
-        It will have no age then, and the event loop will not be late for long.
+        A new request has no age, and the event loop will not be late for long.
         """
         return max(self._lag.seconds, late - (self._clock() - state.arrived_at) - self._lag.delay_seconds)
 
@@ -194,7 +194,7 @@ class Admission:
     def predict(self, queue: Queue, state: RequestState, images: int = 1, *, decoding: Sequence[int] = ()) -> float:
         """Predicted seconds from now until a request of `images` for `queue` is answered."""
         own, other = self._work_ahead(state), self._all_work(batch=not state.key.batch)
-        # What the other class gets done in the meantime: of its work, for each second of one's own.
+        # Seconds of the other class's work that are done for each second of this class's work.
         ratio = 1 / self._overtaking if state.key.batch else self._overtaking
         runs = self._scheduler.lanes.runs
         large = any(work > LARGE_WORK for work in decoding)
@@ -202,7 +202,7 @@ class Admission:
         if other.engine:
             work += min(other.seconds(large=large), ratio * work)
         cost, idle = queue.cost, not (any(run.cores for run in runs) or own.engine or other.engine)
-        # What runs is finished first, also if the request overtakes everything else.
+        # What runs is finished first, even if the request overtakes everything else.
         engine = self._wait_seconds(runs, queue) + cost.finish(images, idle=idle)
         if not idle:
             tail = max(cost.tail(images), own.tail(), other.tail())
@@ -242,7 +242,7 @@ class Admission:
         return last is None or state.key > last
 
     def _work_ahead(self, state: RequestState) -> _Ahead:
-        """What is done before the request's images, of its class."""
+        """The work of the request's class that is done before its images."""
         if self._is_last(state):
             return self._all_work(batch=state.key.batch)
         if self._ahead is None or self._ahead[:2] != (state.key, self._version):
@@ -261,7 +261,7 @@ class Admission:
         return ahead
 
     def _seconds_late(self, state: RequestState, queue: Queue, images: int) -> float:
-        """By how much the request would make an accepted one of its class late that is otherwise in time; 0 if none."""
+        """By how much an accepted request of the class that is now in time would be late because of this one, or 0."""
         batch = state.key.batch
         later = [other for other in self._accepted if other.key.batch == batch and other.key > state.key]
         later.sort(key=lambda other: other.key)
@@ -294,7 +294,7 @@ class Admission:
         return 0.0
 
     def _done_seconds(self, runs: Sequence[Running]) -> float:
-        """Seconds of the device for what has been done of the batches that run."""
+        """Device seconds of what is already done of the running batches."""
         now = self._clock()
         return sum(run.device_seconds * min(1.0, (now - run.started) / run.predicted) for run in runs if run.predicted)
 
@@ -309,7 +309,7 @@ class Admission:
         if large:
             ahead = own.large + large
             work = max(work, (ahead + min(other.large, ratio * ahead)) / load.large_threads)
-        # An image has one thread.
+        # An image is decoded by one thread.
         return load.seconds_per_pixel * max(work, max(decoding, default=0))
 
 

@@ -10,16 +10,16 @@ from service.scheduling.request import RequestState
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """What is left to do: of one request, or of all requests of a priority class. Its backlog alone changes it."""
+    """What is left to do: of one request, or of all requests of a priority class. Only its backlog changes it."""
 
     waiting: int = 0
     """Images that the engine has not answered yet."""
     undecoded: int = 0
     """Those of them that are not pixels yet."""
     small: int = 0
-    """Work of decoding in the lane for small images, in pixels."""
+    """Decoding work in the lane for small images, in pixels."""
     large: int = 0
-    """Work of decoding in the lane for large ones."""
+    """Decoding work in the lane for large ones."""
     large_images: int = 0
     """Images in that lane, or waiting for it."""
 
@@ -33,7 +33,7 @@ class Work:
 
 
 def work_of(images: int, decoding: Sequence[int]) -> Work:
-    """The work of so many images; `decoding` has the work of each in pixels, and is empty if they need none."""
+    """The work of `images` images; `decoding` has the work of decoding each, in pixels; empty if there is none."""
     large = [work for work in decoding if work > LARGE_WORK]
     return Work(
         waiting=images,
@@ -45,16 +45,16 @@ def work_of(images: int, decoding: Sequence[int]) -> Work:
 
 
 class Backlog:
-    """The counters of one queue. Changed on the event loop only, but for `decoding`."""
+    """The counters of one queue. Changed on the event loop only, except for `decoding`."""
 
     def __init__(self) -> None:
         self.of_class = Work(), Work()
         """All interactive work, and all batch work."""
         self.decoding = {False: 0, True: 0}
-        """Images in the decode pool, without those in its lane for large ones, by whether they are batch work. The
+        """Images in the decode pool, excluding those in its lane for large ones, by whether they are batch work. The
         scheduler's lock guards it."""
         self.coming: tuple[deque[float], deque[float]] = deque(), deque()
-        """When the heads came that may have their chance, and whose images are not known yet: interactive and batch."""
+        """Arrival times of requests that may be in time, and whose images are not known yet: interactive and batch."""
         self._works: dict[RequestState, Work] = {}
 
     @property
@@ -69,17 +69,17 @@ class Backlog:
 
     @property
     def in_decoding(self) -> int:
-        """Images in the decode pool, without those in its lane for large ones."""
+        """Images in the decode pool, excluding those in its lane for large ones."""
         return self.decoding[False] + self.decoding[True]
 
     def accept(self, state: RequestState, work: Work) -> Work:
-        """Add a request's work, which is the backlog's from now on."""
+        """Add a request's work, which the backlog owns from now on."""
         self._works[state] = work
         self.of_class[state.key.batch].add(work)
         return work
 
     def decoded(self, state: RequestState, work: int) -> None:
-        """One image of the request, of so much work, is pixels now or has failed to be."""
+        """One image of the request, with this decoding work, has been decoded, or has failed to be."""
         if left := self._works.get(state):
             for each in (left, self.of_class[state.key.batch]):
                 each.undecoded -= 1
@@ -96,6 +96,6 @@ class Backlog:
             self.of_class[state.key.batch].waiting -= 1
 
     def release(self, state: RequestState) -> None:
-        """The request is answered: what is left of its work counts no longer."""
+        """The request is answered: what is left of its work no longer counts."""
         if left := self._works.pop(state, None):
             self.of_class[state.key.batch].add(left, -1)

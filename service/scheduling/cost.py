@@ -4,8 +4,8 @@
 
 Warm-up measures the baselines on an idle device, for each layout of lanes and threads (`service.scheduling.layouts`).
 Under traffic, decoding and other processes take their share of the cores. That slows all models alike, so one
-fast-moving factor of the device follows it, and models that have not run for a while are predicted well too. A slower
-factor for each layout and batch size follows what the first does not explain. Both decay.
+fast-moving factor of the device tracks it, and models that have not run for a while are predicted well too. A slower
+factor for each layout and batch size tracks what the first does not explain. Both decay.
 
 Decoding is predicted in the same way, from the work of each image in pixels: see `service.image_work`.
 """
@@ -23,31 +23,31 @@ _FAST_WEIGHT, _SLOW_WEIGHT = 0.2, 0.02
 """Weights of a new timing: in the device's slowdown, and in the drift of its own batch size."""
 
 _GOOD_ENOUGH = 1.1
-"""A larger batch pays only if the smaller one takes over this factor longer per image; less is noise."""
+"""A larger batch pays off only if the smaller one takes more than this factor longer per image; less is noise."""
 
 _HALF_LIFE_SECONDS, _DRIFT_HALF_LIFE_SECONDS = 5.0, 60.0
 
 _SECONDS_PER_PIXEL = 1e-8
-"""Decoding a pixel of a JPEG, where it was not measured."""
+"""Time to decode a pixel of a JPEG, if it was not measured."""
 
 _OUTLIER = 4.0
 """A decoding that took longer than predicted counts as this many times longer at most; likewise if it was faster."""
 
 LARGE_WORK = LARGE_PIXELS
-"""Work of decoding, in pixels, above which an image goes to a lane of its own, so that small ones need not wait for it.
+"""Decoding work, in pixels, above which an image goes to a lane of its own, so that small ones need not wait for it.
 
-At 10 ms of CPU per megapixel smaller images take at most 20 ms; docs/images.md has times of larger ones.
+At 10 ms of CPU per megapixel, smaller images take at most 20 ms; docs/images.md has times of larger ones.
 """
 
 _BUSY = 0.9
-"""A layout that would be busy for more than this part of the time is left to lower rates of arrivals."""
+"""A layout that would be busy for more than this part of the time is used only at lower arrival rates."""
 
 _RECENT_SECONDS, _LEAST_BUSY_SECONDS = 2.0, 0.02
-"""Of the rate of arrivals: the time in which an arrival's weight falls to 1/e, and what is added to the time that the
+"""For the arrival rate: the time in which an arrival's weight falls to 1/e, and what is added to the time that the
 engine was busy, so that a single arrival weighs little."""
 
 _HANDOVER_SECONDS = 0.0003
-"""Cost of a batch beside the engine: two changes of thread. Measured; it matters to the smallest models only."""
+"""Cost of a batch besides the engine's: two thread switches. Measured; it matters to the smallest models only."""
 
 
 class Load:
@@ -64,7 +64,7 @@ class Load:
         seconds_per_pixel: float = _SECONDS_PER_PIXEL,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`seconds_per_pixel`: the time of decoding on an idle machine, for each pixel of work."""
+        """`seconds_per_pixel`: the decoding time on an idle machine, for each pixel of work."""
         self.decode_threads = decode_threads
         self.large_threads = max(1, decode_threads // 2)
         """Threads of the lane for images of more than LARGE_WORK."""
@@ -101,17 +101,17 @@ class Load:
 class Arrivals:
     """The work that arrives while batches run: seconds of the device under full load, per second.
 
-    What arrives in the pauses does not count. A client that asks again once it is answered never has two images to be
-    computed at once, however often it asks; of arrivals that do not wait for answers as many come in either time.
+    What arrives while nothing runs does not count. A client that waits for each answer never has two images to be
+    computed at once, however often it asks; arrivals that do not wait for answers are as frequent at either time.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        """The event loop adds, and the engine's lanes begin and end."""
+        """The event loop calls `add`, and the engine's lanes call `busy`."""
         self._busy = False
         self._work = self._busy_seconds = 0.0
-        """Recent ones, by `_RECENT_SECONDS`."""
+        """Recent ones: both decay by `_RECENT_SECONDS`."""
         self._since = clock()
 
     @property
@@ -154,7 +154,7 @@ class Decaying:
 
     @property
     def value(self) -> float:
-        """The value by now."""
+        """The current value."""
         return self._rest + (self._last - self._rest) * self._freshness()
 
     @value.setter
@@ -172,7 +172,7 @@ class Decaying:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run next: a batch of so many images, computed by so many threads."""
+    """What to run next: the images of a batch, and the threads that compute it."""
 
     images: int
     threads: int
@@ -183,7 +183,7 @@ class Cost:
 
     def __init__(self, layouts: Sequence[Layout] | Mapping[int, float], load: Load) -> None:
         """`layouts`: those in use, the one for full load first; or the seconds of a batch on an idle device, by its
-        size, of a model that runs one batch at a time on one core."""
+        size, for a model that runs one batch at a time on one core."""
         self.layouts = single(layouts) if isinstance(layouts, Mapping) else tuple(layouts)
         if not self.layouts or any(not layout.seconds or min(layout.seconds) < 1 for layout in self.layouts):
             raise ValueError("a cost model needs the time of at least one batch size")
@@ -210,12 +210,12 @@ class Cost:
         return min(self.seconds(layout.sizes[0], layout.threads) for layout in self.layouts)
 
     def plan(self, waiting: int, *, free: int, elsewhere: int = 0, decoding: int = 0) -> Plan | None:
-        """The next batch for one of the waiting images or more, on `free` cores; None if they are too few for any.
+        """The next batch for one or more of the waiting images, on `free` cores; None if those are too few for any.
 
-        The layout is the one with which all waiting images are answered first, those of other models (`elsewhere`)
-        and those that come in the meantime included, as if they were of this one. Layouts that could not keep up with
-        the recent arrivals are left out. The waiting images are shared among the lanes whose cores are not busy
-        `decoding`: where every core is, one batch of all costs least.
+        The layout is the one that answers all waiting images first, including those of other models (`elsewhere`) and
+        those that arrive in the meantime, as if they were of this one. Layouts that could not keep up with the recent
+        arrivals are left out. The waiting images are shared among the lanes whose cores are not busy `decoding`: if
+        every core is, one batch of all costs least.
         """
         lanes = {layout: min(layout.lanes, free // layout.threads) for layout in self.layouts}
         fitting = [layout for layout in self.layouts if lanes[layout]]
@@ -259,20 +259,20 @@ class Cost:
     def total(self, images: int) -> float:
         """Predicted seconds of the device for `images` under full load, in batches as they would be formed.
 
-        While several lanes work, a batch costs the device its part of them.
+        While several lanes work, a batch costs the device only its lane's share.
         """
         return self._in_turn(self._loaded, images) / self._loaded.lanes
 
     def finish(self, images: int, *, idle: bool) -> float:
-        """Predicted seconds until so many images are answered, with nothing else ahead of them.
+        """Predicted seconds until `images` are answered, with nothing else ahead of them.
 
-        `idle`: whether all cores are free, so that a few images get more than one lane's.
+        `idle`: whether all cores are free, so that a few images get more cores than those of one lane.
         """
         layouts = self._able(self.layouts) if idle else self.layouts[:1]
         return min(self._in_turn(layout, -(-images // layout.lanes)) for layout in layouts)
 
     def tail(self, images: int) -> float:
-        """By how much the last batch of many takes longer than its part in `total`: the other lanes do not help it."""
+        """By how much the last batch of many takes longer than its share of `total`: the other lanes do not help it."""
         if self._loaded.lanes == 1:
             return 0.0
         share = -(-images // self._loaded.lanes)
@@ -291,7 +291,7 @@ class Cost:
         return [layout for layout in layouts if rate * self._per_image(layout) <= layout.lanes * _BUSY] or layouts[:1]
 
     def _cleared(self, layout: Layout, lanes: int, images: int, rate: float) -> float:
-        """Seconds until so many images, and those that arrive during the first batch, are answered in so many lanes."""
+        """Seconds until `images`, and those that arrive during the first batch, are answered in `lanes` lanes."""
         first = self.seconds(layout.sizes[0], layout.threads)
         return max(first, (images + rate * first) * self._per_image(layout) / lanes)
 
@@ -303,7 +303,7 @@ class Cost:
         return self._loaded if threads is None else self._by_threads[threads]
 
     def _in_turn(self, layout: Layout, images: int) -> float:
-        """Predicted seconds of one lane for so many images."""
+        """Predicted seconds of one lane for `images`."""
         full, rest = divmod(images, layout.sizes[-1])
         seconds = full * self.seconds(layout.sizes[-1], layout.threads)
         while rest:

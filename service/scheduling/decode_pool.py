@@ -1,7 +1,7 @@
 """The decode pool: the most urgent image first, and images that take long in a lane of their own.
 
-Without the second lane a few large photos would occupy every decoder, and small images would wait behind them. In each
-lane batch work gets its share of the turns.
+Without the second lane, a few large photos would occupy every decoder, and small images would wait behind them. In each
+lane, batch work gets its share of the turns.
 """
 
 import asyncio
@@ -34,12 +34,12 @@ _Done = Callable[[Any, float, BaseException | None], None]
 
 
 class _Call(NamedTuple):
-    """Work of a thread, which holds an image."""
+    """Work for a thread; it holds an image."""
 
     work: Callable[[], Any]
     done: _Done
     answer: "asyncio.Future[Any]"
-    """Once it is done, nobody wants the work."""
+    """Once it is done, the work is no longer needed."""
 
 
 _Box = list[_Call]
@@ -75,7 +75,7 @@ class DecodePool:
         return small + (budget.taken_bytes if budget else 0)
 
     def work_of(self, images: Sequence[bytes], preprocessing: Preprocessing) -> list[int]:
-        """Work of decoding each of them in pixels, by their headers, for admission and for `decoding`."""
+        """The decoding work of each in pixels, by its header, for admission and for `decoding`."""
         return [work_of(image, preprocessing, self._rules) for image in images]
 
     @contextmanager
@@ -103,7 +103,7 @@ class DecodePool:
     async def pixels(
         self, image: bytes, preprocessing: Preprocessing, state: RequestState, work: int
     ) -> tuple[Pixels, float]:
-        """Decode an encoded image for whoever will offer its pixels: these, and the seconds that it took.
+        """Decode an encoded image for a caller that offers its pixels itself; returns them and the seconds it took.
 
         `work`: as `work_of` says. Raises ImageError, or the request's error.
         """
@@ -172,10 +172,10 @@ class Lane:
             return self._idle > 0 and not len(self)
 
     def put(self, state: RequestState, call: _Call, *, needs: float = 0.0) -> _Box:
-        """Have `call.work` called in a thread, and then `call.done`, there too.
+        """Have `call.work` called in a thread, and then `call.done` in the same one.
 
         The error is ClientDisconnected or DeadlineExceeded, and the work is not done, if the request is over by then,
-        or would be in `needs` seconds. Who empties the box that is returned takes the job back, unless it has begun.
+        or would be in `needs` seconds. Emptying the returned box takes the job back, unless it has begun.
         """
         box = [call]
         with self._change:
@@ -184,14 +184,14 @@ class Lane:
         return box
 
     async def run(self, state: RequestState, work: Callable[[], T], *, needs: float = 0.0) -> tuple[T, float]:
-        """Call `work` in a thread: its result and its seconds. Raises what `put` says."""
+        """Call `work` in a thread; returns its result and the seconds it took. Raises what `put` says."""
         answer: asyncio.Future[tuple[T, float]] = asyncio.get_running_loop().create_future()
         box = self.put(state, _Call(work, partial(_call_back, answer), answer), needs=needs)
         try:
             return await state.wait(answer)
         finally:
-            # The job of a request that is over stays in the queue until a thread is free: without its image, which the
-            # error in the answer refers to as well, by its traceback.
+            # The job of a request that is over stays in the queue until a thread is free, but without its image. The
+            # error in the answer refers to the image as well, through its traceback.
             box.clear()
             del work, answer
 
@@ -211,11 +211,11 @@ class Lane:
             try:
                 going_on = self._turn()
             except Exception:
-                # One job fails, by its deadline; without the thread all would.
+                # One job fails, at its deadline; without the thread, all would.
                 log.exception("a decoder failed beside its work")
 
     def _turn(self) -> bool:
-        """Wait for a job and do it. False if there will be no more."""
+        """Wait for a job and do it; returns False if there will be no more."""
         with self._change:
             while not (len(self) or self._closing):
                 self._idle += 1
@@ -243,7 +243,7 @@ class Lane:
         except BaseException as error:  # noqa: BLE001 (it is raised in the caller)
             failure = error
         done(outcome, self._clock() - started, failure)
-        # The failure refers to this frame by its traceback: neither may keep the image alive.
+        # The failure refers to this frame through its traceback: neither may keep the image alive.
         del taken, work, done, answer, outcome, failure
         return True
 
@@ -286,7 +286,7 @@ class _Decoding:
         self._is_small = work <= LARGE_WORK
 
     def begin(self, small: Lane, large: Lane) -> None:
-        """Into the lane for its work; from there it may go on to the one for large images."""
+        """Put the image into the lane for its work; from there it may go on to the one for large images."""
         self._small, self._large = small, large
         state, queue = self._entry.state, self._queue
         needs = _LEAST * (self._work * self._load.seconds_per_pixel + queue.cost.least)
@@ -301,7 +301,7 @@ class _Decoding:
         """Count its work as done."""
         if not self._ended:
             self._ended = True
-            # The job of a request that is over stays in its lane until a thread is free: without its image.
+            # The job of a request that is over stays in its lane until a thread is free, but without its image.
             self._box.clear()
             self._queue.backlog.decoded(self._entry.state, self._work)
 
@@ -318,7 +318,7 @@ class _Decoding:
             call_on_loop(self._loop, self._go_on, outcome)
         else:
             call_on_loop(self._loop, self._decoded, seconds)
-            # Beside a large image's decoding, two changes of thread are nothing, and the next one may wait for it.
+            # After decoding a large image, two thread switches are nothing, and the next one may need this thread.
             here = self._is_small and self._small.spares_a_thread()
             self._scheduler.offer(self._queue, self._entry, outcome, here=here)
 
@@ -331,7 +331,7 @@ class _Decoding:
             self.end()
 
     def _go_on(self, opened: OpenedImage) -> None:
-        """Its header hid how large it is."""
+        """The image is larger than its header said: move it to the lane for large images."""
         if not self._ended:
             self._is_small = self._as_predicted = False
             self._scheduler.postpone(self._queue, self._entry)

@@ -9,10 +9,10 @@ from service.scheduling.turns import Turns
 
 
 class BatchFormer:
-    """Takes batches out of queues. Not safe for threads: the lock that guards the queues guards it."""
+    """Takes batches out of queues. Not thread-safe: the lock that guards the queues guards it."""
 
     def __init__(self, load: Load, *, batch_share: float, drop: Callable[[list[Entry]], None]) -> None:
-        """`drop` gets images that nobody waits for any more, or that are too late."""
+        """`drop` gets images that nobody waits for, or that are too late."""
         self._load, self._turns, self._drop = load, Turns(batch_share), drop
 
     def next(self, queues: Sequence[Queue], free: int) -> Running | None:
@@ -26,7 +26,7 @@ class BatchFormer:
         interactive, batch_work = (any(queue.waits(batch=kind) for queue in ready) for kind in (False, True))
         # A turn that is due stays so until a batch is formed: images that need more cores than are free wait for them.
         batch_first = self._turns.due(interactive_waits=interactive, batch_waits=batch_work)
-        # Those that will be decoded soon want cores too, as if they waited already.
+        # Images that will be decoded soon need cores too, as if they were already waiting.
         coming = sum(queue.backlog.in_decoding for queue in queues)
         waiting, decoding = sum(len(queue) for queue in ready) + coming, min(coming, self._load.decode_threads)
         for queue in sorted(ready, key=lambda queue: queue.rank(batch_first=batch_first)):

@@ -18,12 +18,12 @@ from service.scheduling.watchdog import Run
 log = structlog.get_logger()
 
 _ELSEWHERE = -1
-"""Stands for a thread that is no lane, on which a lone batch is computed."""
+"""Stands for a thread that is not a lane, on which a lone batch is computed."""
 
 _BESIDE_NICE = 10
-"""By how much the thread for jobs beside the lanes is nicer: it gets a tenth of a core that both want."""
+"""Niceness added to the thread for jobs beside the lanes: it gets a tenth of a core that both want."""
 _BESIDE_SLOWED = 12.0
-"""So many times as long may a job take beside the lanes, before it counts as hung."""
+"""How many times as long a job may take beside the lanes before it counts as hung."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -33,7 +33,7 @@ class Running(Run):
     cores: int = 1
     """Taken until it ends."""
     device_seconds: float = 0.0
-    """What it was predicted to cost the device, of which it is a part while other lanes work."""
+    """Its predicted cost to the device, of which it uses only a part while other lanes work."""
     queue: Queue | None = None
     entries: Sequence[Entry] = ()
     job: "Job | None" = None
@@ -41,7 +41,7 @@ class Running(Run):
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """Work for the engine that is no batch."""
+    """Work for the engine that is not a batch."""
 
     work: Callable[[], Any]
     cores: int
@@ -77,9 +77,9 @@ class Lanes:
         busy: Callable[[bool], None] = lambda _: None,
         failed: Callable[[Running, Exception], None] = lambda *_: None,
     ) -> None:
-        """`find` gives the next batch for so many free cores, if there is one, and is called while `change` is held.
+        """`find` gives the next batch for a number of free cores, or None, and is called while `change` is held.
 
-        `run_batch` runs one on the lane of the number, and must not raise. `busy` is called with whether batches run,
+        `run_batch` runs one on the lane of that number, and must not raise. `busy` is called with whether batches run,
         `failed` with a batch on another thread if `run_batch` raises nevertheless.
         """
         self.cores, self._clock = cores, clock
@@ -88,7 +88,7 @@ class Lanes:
         self.change = threading.Condition(lock)
         """Guards whatever `find` reads, the jobs and `runs`; lanes without work sleep on it."""
         self._change_beside = threading.Condition(lock)
-        """On this one the thread beside the lanes sleeps."""
+        """The thread beside the lanes sleeps on this one."""
         self.runs: tuple[Running, ...] = ()
         """What the lanes are doing; replaced by them, and read anywhere."""
         self._jobs: deque[Job] = deque()
@@ -97,7 +97,7 @@ class Lanes:
         self._threads: list[threading.Thread] = []
         self._closing = False
         self._missed = False
-        """Whether a lane has found nothing to do while something ran: it may have lacked the cores of that."""
+        """Whether a lane has found nothing to do while something ran: it may have needed the cores of that."""
         self.add(1)
 
     @property
@@ -111,7 +111,7 @@ class Lanes:
         return self.cores - sum(run.cores for run in self.runs)
 
     def add(self, number: int) -> None:
-        """Start as many lanes as are missing to the number, or to the number of cores."""
+        """Start lanes until there are `number`, or one for each core."""
         with self.change:
             while self._lanes < min(number, self.cores):
                 arguments = self._lanes, self._next
@@ -121,10 +121,10 @@ class Lanes:
                 thread.start()
 
     def submit(self, work: Callable[[], Any], cores: int) -> "Future[Any]":
-        """The result of `work`, which is called on a lane once so many cores are free.
+        """The result of `work`, which is called on a lane once `cores` cores are free.
 
         With 0 cores it is called beside the lanes, one job at a time, on a thread of low priority: no batch waits for
-        it. Threads that the work itself uses have their own. Raises RuntimeError once the lanes have ended.
+        it. Threads that the work itself uses keep their priority. Raises RuntimeError once the lanes have ended.
         """
         job = Job(work, min(cores, self.cores))
         with self.change:
@@ -150,11 +150,11 @@ class Lanes:
         return run
 
     def run_here(self, run: Running) -> None:
-        """Do what `begin_here` has begun, without `change`."""
+        """Do what `begin_here` has begun, without holding `change`."""
         try:
             self._do(run, _ELSEWHERE)
         except Exception as error:
-            # A lane that fails so is noticed by the watchdog; here nobody would know.
+            # The watchdog notices a lane that fails like this; here nothing would.
             log.exception("a lone batch has failed beside its computing")
             self._failed(run, error)
         finally:
@@ -178,7 +178,7 @@ class Lanes:
             self._change_beside.notify_all()
 
     def join(self, timeout_seconds: float) -> bool:
-        """Wait until all lanes have ended, and a batch on another thread; whether they did in time. Blocks."""
+        """Wait until all lanes and any batch on another thread have ended; returns whether they did in time. Blocks."""
         end = time.monotonic() + timeout_seconds
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
@@ -196,7 +196,7 @@ class Lanes:
             thread.start()
 
     def _work_beside(self) -> None:
-        # Linux has a priority for each thread; where there is none, the job has that of the lanes.
+        # Linux has a priority for each thread; elsewhere the job has that of the lanes.
         with contextlib.suppress(OSError, AttributeError):
             own = threading.get_native_id()
             os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + _BESIDE_NICE)
@@ -207,10 +207,10 @@ class Lanes:
         try:
             while run := find():
                 self._do(run, lane)
-                # Waiting for the next one, it would keep the images of this one alive.
+                # Otherwise it would keep the images of this run alive while it waits for the next one.
                 del run
         except BaseException:
-            # For the watchdog this is a lane that does not come back.
+            # To the watchdog, this is a lane that does not come back.
             with self.change:
                 what, cores = "nothing, because a lane has failed", int(lane != _ELSEWHERE)
                 self.runs += (Running(what=what, started=self._clock(), predicted=0.0, cores=cores),)
@@ -256,7 +256,7 @@ class Lanes:
             return run
 
     def _next_job(self) -> Running | None:
-        # Until there are cores for it, no batch begins: it would never have its turn.
+        # No batch begins until there are cores for the job: otherwise it would never get its turn.
         if self._jobs[0].cores > self.free_cores:
             return None
         return self._running(self._jobs.popleft())

@@ -1,7 +1,7 @@
 """How a model uses the cores: as lanes, each of which computes one batch at a time with some threads.
 
 All threads on one batch give a single image the shortest time. They wait for each other at every operator, though, so
-that many narrow lanes get more images done. Both ways are measured for each model, and those that pay are kept.
+many narrow lanes get more images done. Both ways are measured for each model, and those that pay off are kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,9 @@ _SAME_THROUGHPUT = 1.02
 """Of layouts whose throughput is within this factor of the best one, the one with the most threads is used."""
 
 _MIN_SPEEDUP, _MIN_SAVED_SECONDS = 1.2, 0.001
-"""More threads must make a single image faster by this factor and by so much: else they only wait for each other, and
-take cores from the decoders and from the next image. They also go on to look for work for some milliseconds after it.
-"""
+"""More threads must make a single image faster by this factor and by this much: otherwise they only wait for each
+other, and take cores from the decoders and from the next image. They also go on looking for work for some milliseconds
+after it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,7 +26,7 @@ class Layout:
     lanes: int
     """Batches that are computed at once."""
     seconds: dict[int, float]
-    """Of a batch by its size, while all lanes work."""
+    """Duration of a batch by its size, while all lanes work."""
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:

@@ -8,6 +8,6 @@ from typing import Any
 
 def call_on_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:
     """Have `function` called on the event loop, soon; from any thread."""
-    # A closed loop has nobody left who waits.
+    # On a closed loop, nobody waits any longer.
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *arguments)

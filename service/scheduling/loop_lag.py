@@ -1,4 +1,4 @@
-"""How late the event loop is: what queues in front of it is seen by nothing else."""
+"""How late the event loop is: nothing else sees what queues in front of it."""
 
 import asyncio
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 _INTERVAL_SECONDS = 0.02
 _TURNS = 6
-"""Turns of the loop that a request takes: in its socket, its head, its body, decoded, from the engine, written."""
+"""Turns of the loop that a request takes: in its socket, its headers, its body, decoded, from the engine, written."""
 
 _WINDOW_SECONDS = 15.0
 
@@ -29,7 +29,7 @@ class LoopLag:
         self._schedule(self._clock())
 
     def stop(self) -> None:
-        """Measure no longer."""
+        """Stop measuring."""
         if self._timer:
             self._timer.cancel()
         self._last, self._due = 0.0, float("inf")
@@ -53,7 +53,7 @@ class LoopLag:
     def observe(self, late: float, now: float) -> None:
         """Record one lag."""
         late = min(late, _MOST_SECONDS)
-        # It falls by half a turn, so that one short turn does not end the shedding.
+        # It at most halves in a turn, so that one short turn does not end the load shedding.
         self._last = max(late, self._last / 2)
         if now > self._window_ends:
             self._worst_before, self._worst, self._window_ends = self._worst, 0.0, now + _WINDOW_SECONDS

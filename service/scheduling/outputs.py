@@ -1,4 +1,4 @@
-"""What an engine gives for a batch, and what each image of the batch gets of it."""
+"""What an engine returns for a batch, and what each image of the batch gets from it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from service.errors import ModelFault
 Pixels = npt.NDArray[np.uint8]
 Outputs = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 RunBatch = Callable[[Pixels, int], Outputs]
-"""Computes a batch with so many threads."""
+"""Computes a batch with a number of threads."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -23,7 +23,7 @@ class Output:
     queue_ms: float
     inference_ms: float
     decode_ms: float = 0.0
-    """Set by those who decoded it."""
+    """Set by the code that decoded it."""
     threads: int = 1
     """Threads that computed it."""
 

@@ -26,14 +26,14 @@ class Entry:
     """When it was decoded, and could be computed."""
     decode_seconds: float = 0.0
     soon: bool = False
-    """Whether it counts as one that is about to come, while it is not decoded. For the scheduler, under its lock."""
+    """Whether it counts as about to come, while it is not decoded. For the scheduler, under its lock."""
     queued: bool = False
     """Whether it is in its queue. Changed by the queue, under the scheduler's lock."""
     alone: bool = False
     """Whether it is to be run in a batch of its own, because the batch that it was in has failed."""
 
     def over(self, now: float) -> bool:
-        """Whether nobody waits for it any more."""
+        """Whether nobody waits for it any longer."""
         return self.answer.done() or self.state.over(now)
 
     def settle(self, result: Output | BaseException) -> None:
@@ -68,7 +68,7 @@ class Queue:
         with `any_thread` also on a decoder's thread. It must give outputs of `classes` (None: of any number)."""
         self.name, self.classes, self.any_thread = name, classes, any_thread
         self.title = f"model {name!r}" + (f" version {version}" if version else "")
-        """For people."""
+        """For messages."""
         self.run = run
         self.cost = cost
         self.backlog = Backlog()
@@ -129,7 +129,7 @@ class Queue:
         return entries
 
     def pop(self, images: int, now: float, *, batch_first: bool = False) -> tuple[list[Entry], list[Entry]]:
-        """Take out the next batch of at most so many images, the most urgent first, and the expired ones found on the
+        """Take out the next batch of at most `images` images, the most urgent first, and the expired ones found on the
         way."""
         batch: list[Entry] = []
         over: list[Entry] = []

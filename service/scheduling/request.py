@@ -25,8 +25,8 @@ class Key(NamedTuple):
 class RequestState:
     """Read wherever work for a request may begin: nothing is done once it is `over`.
 
-    Entered as a context on the event loop, it ends the request at its deadline by the loop's own timer: whoever awaits
-    other threads with `wait` gets the error at that moment, also while those threads hang.
+    Entered as a context on the event loop, it ends the request at its deadline by the loop's own timer: a task that
+    awaits other threads with `wait` gets the error at that moment, even while those threads hang.
     """
 
     __slots__ = ("_awaited", "_clock", "_expired", "_timer", "arrived_at", "deadline", "disconnected", "key")
@@ -66,7 +66,7 @@ class RequestState:
         self.key = Key(batch, self.deadline, self.key.number)
 
     def replace(self, *, seconds: float, priority: Priority) -> None:
-        """Another deadline, also a later one, and another priority than the head said. Only before it is accepted."""
+        """Set another deadline, even a later one, and another priority than the headers. Only before it is accepted."""
         self._set_deadline(seconds)
         self.key = Key(priority == "batch", self.deadline, self.key.number)
 
@@ -83,7 +83,7 @@ class RequestState:
         )
 
     async def wait(self, result: "asyncio.Future[T]") -> T:
-        """What another thread gives the request; on the event loop. Raises the request's error once it is over."""
+        """Wait for another thread's result; on the event loop. Raises the request's error once it is over."""
         if self._expired or self.disconnected:
             result.cancel()
             raise self._over_error()
@@ -92,10 +92,10 @@ class RequestState:
             return await result
         finally:
             self._awaited.discard(result)
-            # A caller may be cancelled at the moment that its result is an error, which nobody else would look at.
+            # A caller may be cancelled just when its result becomes an error, which nobody else would retrieve.
             if result.done() and not result.cancelled():
                 result.exception()
-            # Its error refers to this frame, by the traceback: the cycle would keep what the callers hold, images.
+            # Its error refers to this frame through the traceback: the cycle would keep the callers' images alive.
             del result
 
     def leave(self) -> None:
@@ -110,7 +110,7 @@ class RequestState:
 
     def _set_deadline(self, seconds: float) -> None:
         self.deadline = self.arrived_at + seconds
-        # The timer of the deadline that the head said may have been called already.
+        # The timer of the deadline from the headers may have been called already.
         self._expired = False
         if self._timer is not None:
             self._timer.cancel()

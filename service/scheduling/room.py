@@ -1,7 +1,7 @@
 """The room for requests: bounds on images and bytes that keep memory flat, with a part for each kind of client.
 
-A kind of client that fills its part cannot take what is kept for the others: batch work not that of interactive work,
-nor the reverse; large uploads not that of small ones.
+A kind of client that fills its part cannot take what is kept for the others: neither batch nor interactive work can
+take the other's part, and large uploads cannot take that of small ones.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class Room:
         return self.images >= self._max_images or self._images_of_class[batch] >= self._max_of_class
 
     def require(self, images: int, *, batch: bool, drain_seconds: Callable[[], float]) -> None:
-        """Raise Overloaded unless there is room for so many images of the priority class."""
+        """Raise Overloaded unless there is room for `images` more of the priority class."""
         of_class = self._images_of_class[batch]
         if self.images + images > self._max_images:
             held = f"{self.images} images are pending and {self._max_images} are allowed"
@@ -98,5 +98,5 @@ class Room:
         self._large_bytes -= self._large(count)
 
     def _large(self, count: int) -> int:
-        """What a body of `count` bytes counts as a large one."""
+        """How many bytes a body of `count` bytes takes of the room for large ones."""
         return count if count > self._large_body else 0

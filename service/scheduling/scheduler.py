@@ -1,20 +1,20 @@
 """Dynamic batching: the images waiting when the engine has free cores are the next batches.
 
 There is one queue per model, and the engine has lanes, which are threads that take batches from all queues. Each batch
-takes as many cores as threads compute it, and no more are taken than there are, so that two models never compete for
-the same cores. How many threads that is, the model's layouts say (`service.scheduling.layouts`): all of them for a
-single image, few for each of many. The lanes take their batches themselves: a free one does not wait for the event
-loop's next turn. There is no timer and no polling: a single image starts at once, and batches form while the engine is
-busy. Decoders give their images to the queues directly, and a lone image is computed by the thread that decoded it:
-on an idle machine each change of thread costs a wake-up. The order is priority, then deadline, then arrival; batch work
-keeps a share of the turns. If the most urgent images need more cores than are free, they are waited for: nothing
-overtakes. Requests whose client has left or whose deadline has passed are dropped before a batch is formed.
+takes one core for each thread that computes it, and no more cores are taken than there are, so two models never compete
+for the same cores. The model's layouts decide how many threads that is (`service.scheduling.layouts`): one on each core
+for a single image, few for each of many. The lanes take their batches themselves: a free one does not wait for the
+event loop's next turn. There is no timer and no polling: a single image starts at once, and batches form while the
+engine is busy. Decoders give their images to the queues directly, and a lone image is computed by the thread that
+decoded it: on an idle machine, each thread switch costs a wake-up. The order is priority, then deadline, then arrival;
+batch work keeps a share of the turns. If the most urgent images need more cores than are free, nothing overtakes them
+while they wait. Requests whose client has left or whose deadline has passed are dropped before a batch is formed.
 
 A free engine waits for one thing only: images that wait for a decoder. Then every core is busy, a batch of one would
-take a decoder's core at the highest cost per image, and the next image is about to be decoded. See `Queue.holds`.
+take a core from a decoder at the highest cost per image, and the next image is about to be decoded. See `Queue.holds`.
 
 A batch that fails is taken apart: its images are run again, each alone, and only those that fail again are at fault.
-Whatever the engine does, each caller of `outcome` gets one: of its own image, its deadline, or the watchdog.
+Whatever the engine does, each caller of `outcome` gets one: from its own image, its deadline, or the watchdog.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 _JOIN_SECONDS = 5.0
-"""How long `close` waits for the engine. By then all requests are answered: what still runs is for nobody."""
+"""How long `close` waits for the engine. By then all requests are answered: nobody waits for what still runs."""
 
 
 class Scheduler:
@@ -66,7 +66,7 @@ class Scheduler:
         patience: Patience | None = None,
         leave: Callable[[str], None] = end_process,
     ) -> None:
-        """`load`: that of the machine which decoders and engines share; `cores`: those for the engines.
+        """`load`: that of the machine that decoders and engines share; `cores`: those for the engines.
 
         `patience` says when the engine counts as hung. If it does not come back, `leave` is called with the reason.
         """
@@ -75,10 +75,10 @@ class Scheduler:
         self._expected: set[Entry] = set()
         """Images that are not decoded yet."""
         self.abandoned = False
-        """Whether `close` gave up waiting for the engine, of which a lane still runs."""
+        """Whether `close` gave up waiting for the engine, which still has a running lane."""
         self._clock = load.clock
         self.spare: Spare | None = None
-        """What may be computed while nothing else is to do, if there is such work."""
+        """What may be computed while there is nothing else to do, if there is such work."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_batch: Callable[[Batch], None] = lambda _: None
         self.lanes = Lanes(
@@ -155,12 +155,12 @@ class Scheduler:
             entry.answer.cancel()
 
     def look_for_spare(self) -> None:
-        """Have a lane look for spare work: nobody else tells it that the last answer is written. On the event loop."""
+        """Have a lane look for spare work: nothing else tells it that the last answer is written. On the event loop."""
         with self._change:
             self._change.notify()
 
     def on_engine(self, work: Callable[[], T], *, cores: int | None = None) -> T:
-        """Call `work` on one of the engine's lanes, on so many cores (None: all), and wait for its result.
+        """Call `work` on one of the engine's lanes, on `cores` cores (None: all), and wait for its result.
 
         It goes before all batches; with 0 cores it goes beside them, at low priority. Not from the event loop. Raises
         NotReady if the engine hangs, or if `work` does.
@@ -170,13 +170,13 @@ class Scheduler:
         return result
 
     def entry(self, state: RequestState) -> Entry:
-        """The place of an image of the request, whose outcome `outcome` awaits. On the event loop."""
+        """An entry for an image of the request; `outcome` awaits its outcome. On the event loop."""
         return Entry(state=state, answer=asyncio.get_running_loop().create_future())
 
     def expect(self, queue: Queue, entry: Entry, *, soon: bool = True) -> None:
-        """Know of an image that is about to be decoded, until it is offered or has its outcome.
+        """Expect an image that is about to be decoded, until it is offered or has its outcome.
 
-        `soon`: batches take into account that it comes.
+        `soon`: batches take its arrival into account.
         """
         with self._change:
             self._expected.add(entry)
@@ -184,7 +184,7 @@ class Scheduler:
             queue.backlog.decoding[entry.state.key.batch] += soon
 
     def postpone(self, queue: Queue, entry: Entry) -> None:
-        """An image that was to come soon takes longer: batches need not wait for it."""
+        """An image that was expected soon takes longer: batches need not wait for it."""
         with self._change:
             if entry in self._expected and entry.soon:
                 entry.soon = False
@@ -194,8 +194,8 @@ class Scheduler:
     def offer(self, queue: Queue, entry: Entry, pixels: Pixels, *, here: bool = False) -> None:
         """Have an image computed; from any thread.
 
-        `here`: a lone image may be computed by the calling thread, before this returns: that saves two changes of
-        thread.
+        `here`: a lone image may be computed by the calling thread, before this returns: that saves two thread
+        switches.
         """
         if reason := self._not_ready():
             self._on_loop(entry.settle, NotReady(reason))
@@ -220,23 +220,23 @@ class Scheduler:
         """The outputs for an image that was offered, or will be.
 
         Raises DeadlineExceeded or ClientDisconnected as soon as the request is over, NotReady if the engine hangs,
-        ModelFault for outputs that are none, or the decoder's or the engine's error for this image.
+        ModelFault for invalid outputs, or the decoder's or the engine's error for this image.
         A cancelled caller takes its own image out of the queue and no other.
         """
         try:
-            # A hang that was noticed before this image was expected has told its caller nothing.
+            # If a hang was noticed before this image was expected, its caller has not been told.
             self.require_engine()
             return await entry.state.wait(entry.answer)
         finally:
             # However it ends, the engine has nothing more to do for this image.
             queue.backlog.answered(entry.state)
             self.forget(queue, entry)
-            # Its error refers to this frame, by the traceback: the cycle would keep the image alive.
+            # Its error refers to this frame through the traceback: the cycle would keep the image alive.
             del entry
 
     def forget(self, queue: Queue, entry: Entry) -> None:
-        """Have nothing more done for an image, whether it is expected, waits, or neither. On the event loop."""
-        # Whoever decodes it now must not offer it any more.
+        """Stop all work for an image, whether it is expected, waiting, or neither. On the event loop."""
+        # A thread that is decoding it must not offer it any longer.
         entry.answer.cancel()
         if entry.queued or entry in self._expected:
             with self._change:
@@ -305,7 +305,7 @@ class Scheduler:
                     queue.push(entry)
 
     def _deliver(self, batch: Sequence[Entry], results: list[Output | Exception], report: Batch) -> None:
-        # The callers first: whatever happens in accounting concerns none of them.
+        # The callers first: whatever happens in accounting must not affect them.
         for entry, result in zip(batch, results, strict=True):
             entry.settle(result)
         if faults := [result for result in results if isinstance(result, Exception)]:
@@ -345,9 +345,9 @@ class Scheduler:
             call_on_loop(self._loop, function, *arguments)
 
     def _give_up(self, reason: str) -> None:
-        """Give all who wait for the engine NotReady: images in decoding, waiting and running, and jobs.
+        """Give NotReady to all that wait for the engine: images being decoded, waiting and running, and jobs.
 
-        On the event loop. What hangs may be on a decoder's thread, for which images in decoding would wait.
+        On the event loop. What hangs may be on a decoder's thread, which the images being decoded would wait for.
         """
         with self._change:
             entries = [*self._expected, *(entry for queue in self.queues for entry in queue.clear())]

@@ -21,7 +21,7 @@ class SharedImage:
         self._seconds = 0.0
         self._begun: asyncio.Task[None] | None = None
         self.outcome: asyncio.Future[Pixels | RequestError] = asyncio.get_running_loop().create_future()
-        """The pixels, or why there are none; never, if no model is accepted."""
+        """The pixels, or why there are none; never done if no model is accepted."""
 
     @property
     def decoding(self) -> list[int]:
@@ -29,7 +29,7 @@ class SharedImage:
         return [] if self._begun else self._work
 
     async def pixels(self, queue: Queue, entry: Entry, work: int) -> Pixels:
-        """What the model of `queue` sees. `work`: what was accepted for this model as `decoding`, or 0.
+        """The pixels for the model of `queue`. `work`: what was accepted for this model as `decoding`, or 0.
 
         Raises ImageError, or the request's error.
         """
@@ -46,11 +46,11 @@ class SharedImage:
         return outcome
 
     def close(self) -> None:
-        """Decode it no longer."""
+        """Stop decoding it."""
         if self._begun:
             self._begun.cancel()
         if not self.outcome.cancel() and not self.outcome.cancelled():
-            # Nobody else may have looked at it.
+            # Nobody else may have retrieved it.
             self.outcome.exception()
 
     async def _decode(self) -> None:

@@ -1,11 +1,11 @@
-"""Work for nobody's answer: images that the engine computes only while no accepted image is unanswered.
+"""Work that no answer waits for: images that the engine computes only while no accepted image is unanswered.
 
 The scheduler asks for it when it has found nothing else to do: no image waits, is decoded, or is computed, and no core
 is taken. Then one image is computed, alone, or decoded if it is not pixels yet. So an answer waits for at most one such
 step, the one that had begun when its request came.
 
 What waits here is bounded in images and bytes, and what does not fit is dropped. Whatever becomes of an image, its
-future is done in the end, and that alone frees what it holds.
+future is done in the end, and only that frees what it holds.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class _Image:
 
 
 class Spare:
-    """Waiting images. `put` and what it promises is on the event loop; `take` is called by lanes under their lock."""
+    """Waiting images. `put` and its callbacks run on the event loop; `take` is called by lanes under their lock."""
 
     def __init__(self, *, max_images: int, max_bytes: int) -> None:
         self._max_images, self._max_bytes = max_images, max_bytes
@@ -71,7 +71,7 @@ class Spare:
         decode: Callable[[], Pixels] | None = None,
         decode_seconds: float = 0.0,
     ) -> None:
-        """Have an image computed with so many threads, when there is nothing else to do.
+        """Have an image computed with `threads` threads, when there is nothing else to do.
 
         `pixels` gives a copy of its pixels and is called only if there is room for `nbytes`; instead, `decode` makes
         them of bytes that it holds, on a lane. `done` is called once, on the event loop: with the output, the error, or
@@ -137,7 +137,7 @@ class Spare:
         return None
 
     def clear(self, reason: Dropped = "ended", *, queue: Queue | None = None) -> None:
-        """Drop what waits, or that of one queue alone; what runs ends by itself. Under the scheduler's lock."""
+        """Drop what waits, or only that of one queue; what runs ends by itself. Under the scheduler's lock."""
         dropped = [image for image in self._waiting if queue in (None, image.queue)]
         self._waiting = deque(image for image in self._waiting if image not in dropped)
         for image in dropped:

@@ -1,11 +1,11 @@
-"""The watchdog over the engine's lanes: what runs there longer than it can need counts as hung.
+"""The watchdog over the engine's lanes: a run that takes longer than it can need counts as hung.
 
 While a run hangs, whoever waits for the engine gets NotReady, and so does every new request. If it comes back, the
-service goes on. If it does not, the process ends with an exit status of its own, so that a supervisor starts it again:
+service goes on. If it does not, the process ends with a distinct exit status, so that a supervisor starts it again:
 native code cannot be interrupted, and its thread would hold its cores for ever. One lane that hangs is enough: it may
 hold what the others wait for.
 
-Only time counts in which this process ran. A process that was stopped (SIGSTOP, a suspended machine, a paused
+Only time in which this process ran counts. A process that was stopped (SIGSTOP, a suspended machine, a paused
 container) finds its engine where it left it.
 """
 
@@ -47,13 +47,13 @@ class Run:
     """What a lane of the engine is doing."""
 
     what: str
-    """For people."""
+    """For messages."""
     started: float
     """On the scheduler's clock."""
     predicted: float | None
-    """Seconds, by the cost model; None where nothing is known."""
+    """Seconds, by the cost model; None if nothing is known."""
     slowed: float = 1.0
-    """By how much others may slow it down, because it lets them go first."""
+    """Factor by which others may slow it down, because it lets them go first."""
 
 
 def end_process(reason: str) -> None:
@@ -90,7 +90,7 @@ class Watchdog:
     @property
     def hang(self) -> str | None:
         """Why the engine counts as hung; None once it has come back."""
-        # Read once: it is asked from several threads, and the event loop sets it. The lane may have gone on since then.
+        # Read once: several threads ask for it, and the event loop sets it. The lane may have gone on since then.
         hung = self._hung
         return next((hung[run] for run in self._current() if run in hung), None) if hung else None
 
@@ -100,7 +100,7 @@ class Watchdog:
         self._again()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop looking."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -108,8 +108,8 @@ class Watchdog:
     def look(self) -> None:
         """Look once."""
         now, runs = self._clock(), self._current()
-        # After a pause of the whole process the engine's part of it is unknown: count one interval, twice as long as
-        # it should be.
+        # After a pause of the whole process, the time that the engine has run in it is unknown: count two intervals at
+        # most.
         lived = min(now - self._looked_at, 2 * self._interval)
         self._looked_at = now
         before = self._seconds

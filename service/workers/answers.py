@@ -1,4 +1,4 @@
-"""What is said of all workers together: metrics and status."""
+"""The answers for all workers together: metrics and status."""
 
 import asyncio
 import time
@@ -21,7 +21,7 @@ class Answers:
     """The answers for all workers."""
 
     def __init__(self, members: Sequence[Member], totals: Totals, front: Front | None, settings: Settings) -> None:
-        """`totals`: of the workers that are no more."""
+        """`totals`: the counts of the workers that have ended."""
         self._members, self._totals, self._front, self._settings = members, totals, front, settings
         self._of_front = CollectorRegistry()
         if front:
@@ -32,7 +32,7 @@ class Answers:
         """The metrics of all workers, the supervisor and the front."""
         await asyncio.gather(*(member.read_metrics() for member in self._members))
         more = await self._front_metrics()
-        # Nothing is awaited from here on: a worker is either among these, or among what was kept of it.
+        # Nothing is awaited from here on: a worker's counts are either among these or among the totals.
         found = {str(member.number): member.metrics for member in self._members if not member.settled}
         found["supervisor"] = generate_latest(own).decode()
         if self._front:

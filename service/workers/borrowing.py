@@ -1,4 +1,4 @@
-"""The front's listening sockets, borrowed: what is done to them before they are closed, Envoy cannot do."""
+"""The front's listening sockets, borrowed to do what Envoy cannot do before they are closed."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ _LISTEN: Final = "0A"
 
 @contextmanager
 def listening_sockets(pid: int, port: int) -> Iterator[list[socket.socket]]:
-    """Those of a child process at a TCP port; none where the system does not lend them (Linux 5.6, not traced)."""
+    """Those of a child process at a TCP port; none if the system does not lend them (Linux 5.6, not traced)."""
     found: list[socket.socket] = []
     with suppress(OSError, AttributeError):
         inodes = _inodes(pid, port)
@@ -35,7 +35,7 @@ def listening_sockets(pid: int, port: int) -> Iterator[list[socket.socket]]:
 
 
 def _inodes(pid: int, port: int) -> set[str]:
-    """Of the sockets that listen at a port, as links to them are written."""
+    """The inodes of the sockets that listen at a port, in the form of links to them."""
     found: set[str] = set()
     for table in ("tcp", "tcp6"):
         with suppress(OSError):

@@ -27,7 +27,7 @@ _BACKLOG: Final = 512
 
 
 class Supervised(Protocol):
-    """What the application asks of the supervisor."""
+    """What the application needs from the supervisor."""
 
     repository: Repository
     answers: Answers
@@ -118,7 +118,7 @@ def _add_repository(app: FastAPI, models: Repository) -> None:
 
 
 class _WithoutSlash:
-    """A slash at the end of a path changes nothing."""
+    """Ignores a slash at the end of a path."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -155,5 +155,5 @@ class ControlServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """None of them."""
+        """Capture none of them."""
         yield

@@ -1,13 +1,13 @@
 """The front: Envoy, its configuration and its process.
 
-What it does beside passing requests on is here, and nothing is left to its defaults that could lose a request:
+What it does besides passing requests on is here, and nothing that could lose a request is left to its defaults:
 
-- A request goes to the worker with the fewest in work. One whose worker dies, resets or answers 503 goes once more, to
-  another worker.
+- A request goes to the worker with the fewest in work. If that worker dies, resets the connection or answers 503, the
+  request is sent once more, to another worker.
 - Bodies of up to BUFFERED_BYTES are read before they are passed on, which spares the workers slow uploads, and sent
-  again as a whole. Those of unknown length are passed on as they come, and sent again as far as they have come; larger
-  ones are not sent again.
-- By default only three requests may be sent again at once, and a dead worker, having none in work, attracts the others.
+  again as a whole. Those of unknown length are passed on as they arrive, and sent again as far as they have arrived;
+  larger ones are not sent again.
+- By default, only three requests may be sent again at once, and a dead worker attracts requests, having none in work.
 """
 
 import json
@@ -27,16 +27,16 @@ WORKERS: Final = "workers"
 _TYPE: Final = "type.googleapis.com/"
 _NO_LIMIT: Final = 1_000_000_000
 _CORES_OF_A_THREAD: Final = 12
-"""Cores of workers that one thread of Envoy can feed: at 0.3 ms a request, and 3 ms or more in a worker."""
+"""Cores of workers that one thread of Envoy can feed: it takes 0.3 ms for a request, and a worker 3 ms or more."""
 
 OF_ALL_EXACT: Final = ("/metrics", "/readyz", "/healthz", "/v1/status", "/v2/health/live", "/v2/health/ready")
 OF_ALL_PREFIX: Final = "/v2/repository/"
-"""Paths whose answers are those of all workers."""
+"""Paths that are answered for all workers together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
-    """What the front reads and whom it talks to, in the private folder of the supervisor."""
+    """The files and sockets of the front, in the private folder of the supervisor."""
 
     folder: Path
 
@@ -71,12 +71,12 @@ def find_envoy() -> Path | None:
 
 
 def threads_for(cores: int) -> int:
-    """Threads of Envoy that can feed workers on so many cores."""
+    """Threads of Envoy that it takes to feed workers on this many cores."""
     return max(1, -(-cores // _CORES_OF_A_THREAD))
 
 
 def endpoints(sockets: Sequence[Path], *, version: int) -> dict[str, Any]:
-    """The workers that take traffic, as Envoy reads it again whenever the file is replaced."""
+    """The workers that take traffic: the content of a file that Envoy reads again whenever it is replaced."""
     return {
         "version_info": str(version),
         "resources": [
@@ -90,7 +90,7 @@ def endpoints(sockets: Sequence[Path], *, version: int) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replace a file as a whole."""
+    """Replace a file atomically."""
     new = path.with_suffix(".new")
     new.write_text(json.dumps(value), encoding="utf-8")
     new.replace(path)
@@ -99,7 +99,7 @@ def write_json(path: Path, value: object) -> None:
 def configuration(
     settings: Settings, files: Files, *, workers: int, token: str, max_connections: int
 ) -> dict[str, Any]:
-    """The whole configuration. `token`: by which a worker knows that the front asks for its own readiness."""
+    """The whole configuration. `token`: tells a worker that the front asks for that worker's own readiness."""
     return {
         "node": {"id": "stridevit", "cluster": "stridevit"},
         "admin": {"address": _pipe(files.admin)},
@@ -130,7 +130,7 @@ def _listener(settings: Settings) -> dict[str, Any]:
     return {
         "name": "front",
         "address": {"socket_address": {"address": settings.host, "port_value": settings.port}},
-        # Else another front could silently share the port.
+        # Otherwise another front could silently share the port.
         "enable_reuse_port": False,
         "per_connection_buffer_limit_bytes": BUFFERED_BYTES,
         "filter_chains": [
@@ -159,10 +159,10 @@ def _http(settings: Settings) -> dict[str, Any]:
         },
         "max_request_headers_kb": min(8192, max(1, settings.max_head_bytes // 1024)),
         "request_headers_timeout": _seconds(settings.head_timeout_seconds),
-        # The workers bound what is passed on as it comes, and say why.
+        # The workers themselves limit bodies that are passed on as they arrive, and say why.
         "request_timeout": _seconds(settings.body_timeout_seconds + 1),
         "stream_idle_timeout": _seconds(settings.max_deadline_ms / 1000 + settings.body_timeout_seconds),
-        # The address of the client is the last one of X-Forwarded-For, or that before the proxies that are trusted.
+        # The client's address is the last one of X-Forwarded-For, or the one before the trusted proxies.
         "use_remote_address": True,
         "xff_num_trusted_hops": 1 if trusted else 0,
         "generate_request_id": False,
@@ -222,15 +222,15 @@ _LOCAL_REPLIES: Final = {
         },
     },
 }
-"""Answers of Envoy itself: members that both /v1 and /v2 have."""
+"""Envoy's own answers, with the members that both /v1 and /v2 have."""
 
 
 def _routes(settings: Settings) -> dict[str, Any]:
-    # Loading takes its time in one worker after the other; a bound of its own holds in each.
+    # Loading takes time, in one worker and then in all others; each of them has its own limit.
     supervised = {"cluster": "supervisor", "timeout": "0s", "idle_timeout": "0s"}
     passed_on = {
         "cluster": WORKERS,
-        # After the end of a request: every deadline is over by then.
+        # Longer than any request takes: every deadline is over by then.
         "timeout": _seconds(settings.max_deadline_ms / 1000 + 10),
         "retry_policy": {
             "retry_on": "connect-failure,refused-stream,reset,retriable-status-codes",
@@ -242,7 +242,7 @@ def _routes(settings: Settings) -> dict[str, Any]:
                     "envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate",
                 )
             ],
-            # A choice is random, and the worker that died is the least busy one.
+            # Each choice is random, and the worker that died is the least busy one.
             "host_selection_retry_max_attempts": 200,
             "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.025s"},
         },
@@ -285,17 +285,17 @@ def _workers(settings: Settings, files: Files, *, workers: int, token: str) -> d
         },
         "connect_timeout": "5s",
         "lb_policy": "LEAST_REQUEST",
-        # The least busy of so many, chosen at random: all of them, but for one in seven, each time.
+        # The least busy of this many random picks: each time, all workers but one in seven.
         # Not FULL_SCAN: a retry would choose the worker that just died each time, as the least busy one.
         "least_request_lb_config": {"choice_count": max(4, 2 * workers)},
         "common_lb_config": {
-            # Better one worker than one of those that do not work.
+            # Better only one worker than any of those that do not work.
             "healthy_panic_threshold": {"value": 0},
             # At once: by default a new worker that is found ready gets its first request up to a second later, and if
             # the others are gone by then, all requests fail.
             "update_merge_window": "0s",
         },
-        # The supervisor says so first.
+        # The supervisor is the first to know.
         "ignore_health_on_host_removal": True,
         "circuit_breakers": {
             "thresholds": [
@@ -312,7 +312,7 @@ def _workers(settings: Settings, files: Files, *, workers: int, token: str) -> d
                 "interval": "1s",
                 "no_traffic_interval": "1s",
                 "timeout": "2s",
-                # An answer with 503 counts at once. A worker that is late for once is not a dead one.
+                # An answer with 503 counts at once. A worker that is late once is not dead.
                 "unhealthy_threshold": 3,
                 "healthy_threshold": 1,
                 "http_health_check": {

@@ -29,7 +29,7 @@ log = structlog.get_logger()
 _START_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 5.0
 _QUIET_SECONDS: Final = 1.0
-"""Without a request for so long, the connections that are left are taken as unused."""
+"""After this long without a request, the connections that are left count as unused."""
 
 # PR_SET_PDEATHSIG outlives exec; the check of the parent covers a death before the call.
 _GUARD: Final = """
@@ -60,17 +60,17 @@ class Front:
 
     @property
     def pid(self) -> int:
-        """Of its process; 0 before it runs."""
+        """The id of its process; 0 before it runs."""
         return self._process.pid if self._process else 0
 
     def publish(self, sockets: Sequence[Path]) -> None:
-        """These workers take traffic from now on."""
+        """Send traffic to these workers from now on."""
         self._version += 1
         self._files.endpoints.parent.mkdir(exist_ok=True)
         write_json(self._files.endpoints, endpoints(sockets, version=self._version))
 
     def check(self) -> None:
-        """Raise StartupError unless the program runs and takes its configuration."""
+        """Raise StartupError unless the program runs and accepts its configuration."""
         self.publish(())
         write_json(self._files.configuration, self._configuration)
         command = (self._program, "--mode", "validate", "--log-level", "error", "--log-format", "%v")
@@ -96,7 +96,7 @@ class Front:
             *guard,
             *(str(self._program), "--config-path", str(self._files.configuration), "--disable-hot-restart"),
             *("--concurrency", str(self._threads), "--log-level", "error", "--log-format", "%v"),
-            # Every answer is the last one of its connection from the first moment of the end.
+            # From the first moment of the end, every answer is the last one of its connection.
             *("--drain-strategy", "immediate", "--drain-time-s", "1"),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
@@ -118,7 +118,7 @@ class Front:
         raise StartupError(f"the front (Envoy, {self._program}) was not ready after {_START_SECONDS:g} s")
 
     async def ended(self) -> int:
-        """Wait for the end of its process; the exit status."""
+        """Wait for the end of its process; returns the exit status."""
         return await self._process.wait() if self._process else 0
 
     async def say_goodbye(self) -> None:
@@ -126,7 +126,7 @@ class Front:
         await self._admin("POST", "/healthcheck/fail")
 
     async def finish(self, seconds: float) -> bool:
-        """Accept no more connections, and wait until all requests are answered; whether they were in time."""
+        """Accept no more connections, and wait until all requests are answered; returns whether they were in time."""
         with listening_sockets(self.pid, self._settings.port) as listening:
             await last_handshakes(listening)
             await self._admin("POST", "/drain_listeners")
@@ -162,7 +162,7 @@ class Front:
                 self._process.kill()
 
     async def healthy(self) -> set[Path]:
-        """Where the workers listen that it sends requests to: it asks a new one itself first. Empty if it is silent."""
+        """Sockets of the workers that it sends requests to: it checks new ones itself. Empty if it does not answer."""
         found = await self._admin("GET", "/clusters?format=json")
         try:
             clusters = json.loads(found or "{}").get("cluster_statuses", [])
@@ -177,7 +177,7 @@ class Front:
         }
 
     async def counters(self) -> dict[str, int]:
-        """What it counted of requests that were sent again; empty if it does not answer."""
+        """Its counters of requests that were sent again; empty if it does not answer."""
         found = await self._admin("GET", "/stats?filter=upstream_rq_retry")
         pairs = (line.rpartition(": ") for line in (found or "").splitlines())
         return {name.rpartition(".")[2]: int(value) for name, _, value in pairs if value.isdecimal()}
@@ -203,7 +203,7 @@ class Front:
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Raise StartupError if somebody listens at the port, or the host is not one of this machine."""
+    """Raise StartupError if the port is in use, or the host is not an address of this machine."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as trial:

@@ -1,8 +1,8 @@
 """A worker's side: what the supervisor asks of it, and what it passes on to the supervisor.
 
-Requests under /internal/ hold for this process alone, and need the supervisor's token. Those whose answers are of all
-workers belong to the supervisor. The front sends them there; what comes here all the same, because there is no front
-or a path was written in an odd way, is passed on.
+Requests under /internal/ concern only this process, and need the supervisor's token. Those that are answered for all
+workers belong to the supervisor. The front sends them there; those that arrive here all the same, because there is no
+front or the path is written in an odd way, are passed on.
 """
 
 import hmac
@@ -46,7 +46,7 @@ _Handler = Callable[[dict[str, str], Request], Awaitable[Response]]
 
 
 class Inside:
-    """ASGI middleware, outside of all others."""
+    """ASGI middleware, outside all others."""
 
     def __init__(self, app: ASGIApp, *, of: FastAPI, supervisor: Path, token: str) -> None:
         """`of`: the application, whose state has the pipeline and the report; `supervisor`: its socket."""

@@ -38,12 +38,12 @@ class Household:
 
     @property
     def counts(self) -> Path:
-        """Where workers count, in files that outlive them."""
+        """Where workers keep their counts, in files that outlive them."""
         return self.folder / "counts"
 
     @property
     def sums(self) -> Path:
-        """Of what all workers hold."""
+        """The file with what all workers hold."""
         return self.folder / "sums"
 
     @property
@@ -74,7 +74,7 @@ class Member:
         self.failures = 0
         """Such ends in a row."""
         self.metrics = ""
-        """As its process gave them last; empty once they are settled."""
+        """As its process last gave them; empty once they are settled."""
         self.settled = True
         """Whether the process has ended, and what it counted is kept elsewhere."""
         self._process: asyncio.subprocess.Process | None = None
@@ -82,7 +82,7 @@ class Member:
 
     @property
     def pid(self) -> int:
-        """Of its process; 0 before the first."""
+        """The id of its process; 0 before the first."""
         return self._process.pid if self._process else 0
 
     @property
@@ -92,7 +92,7 @@ class Member:
 
     @property
     def socket(self) -> Path:
-        """Where its process listens. Each has one of its own, so that nobody takes it for the one before."""
+        """Where its process listens. Each process has its own, so that none is mistaken for the one before."""
         return self._household.folder / f"w{self.number}-{self.starts}.sock"
 
     async def start(self) -> None:
@@ -103,14 +103,14 @@ class Member:
         file = self._household.folder / f"w{self.number}.json"
         # The folder is private: the file holds the hashes of keys.
         file.write_text(orders.model_dump_json(), encoding="utf-8")
-        # In a session of its own: Ctrl-C is for the supervisor.
+        # In a session of its own: Ctrl-C reaches only the supervisor.
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "service.workers.worker", str(file)),
             env={
                 **os.environ,
                 **self.place.environment,
                 "PROMETHEUS_MULTIPROC_DIR": str(self._household.counts),
-                # The package that runs here, from wherever the service was started.
+                # The package that runs here, wherever the service was started.
                 "PYTHONPATH": os.pathsep.join(filter(None, (_HOME, os.environ.get("PYTHONPATH")))),
             },
             stdin=asyncio.subprocess.DEVNULL,
@@ -145,7 +145,7 @@ class Member:
         )
 
     async def until_ready(self) -> bool:
-        """Wait until its models are loaded; whether they were, before it ended."""
+        """Wait until its models are loaded; returns False if it ended before."""
         while self.alive:
             with contextlib.suppress(httpx.TransportError):
                 if (await self._ask("GET", "ready")).status_code == 200:
@@ -154,7 +154,7 @@ class Member:
         return False
 
     async def ended(self) -> int:
-        """Wait for the end of its process; the exit status, as a shell has it."""
+        """Wait for the end of its process; returns the exit status, as a shell gives it."""
         if self._process is None:
             return 0
         status = await self._process.wait()
@@ -180,7 +180,7 @@ class Member:
         self.signal(signal.SIGTERM)
 
     async def read_metrics(self) -> None:
-        """Read its metrics; if it does not answer, those of the last time stay."""
+        """Read its metrics; if it does not answer, the last ones stay."""
         starts = self.starts
         with contextlib.suppress(httpx.TransportError):
             answer = await self._ask("GET", "metrics")
@@ -189,7 +189,7 @@ class Member:
                 self.metrics = answer.text
 
     def settle(self) -> str:
-        """The last metrics of a process that has ended, which are its no more."""
+        """The last metrics of a process that has ended; they are cleared here."""
         last, self.metrics, self.settled = self.metrics, "", True
         return last
 
@@ -202,23 +202,23 @@ class Member:
         return None
 
     async def index(self) -> Index:
-        """Its index of models. Raises httpx.TransportError or RequestError, like the following."""
+        """Its index of models. Raises httpx.TransportError or RequestError, like the methods below."""
         return await self._change("index", method="GET", seconds=_ASK_SECONDS)
 
     async def load(self, name: str) -> Index:
-        """Load a model there; the index then."""
+        """Load a model there; returns the index afterwards."""
         return await self._change("load", name=name)
 
     async def unload(self, name: str) -> Index:
-        """Take a model out of service there; the index then."""
+        """Take a model out of service there; returns the index afterwards."""
         return await self._change("unload", name=name)
 
     async def refresh(self) -> Index:
-        """Scan the repository there; the index then."""
+        """Scan the repository there; returns the index afterwards."""
         return await self._change("refresh")
 
     async def restore(self, wishes: list[Restore]) -> Index:
-        """Serve these versions there; the index then."""
+        """Serve these versions there; returns the index afterwards."""
         return await self._change("restore", content=dumps(wishes))
 
     async def _change(

@@ -15,13 +15,13 @@ class Taken:
 
     resident: int
     proportional: int
-    """Resident, where what several processes map counts for each in part (PSS)."""
+    """Resident, with what several processes map divided among them (PSS)."""
     shareable: int
-    """Of the resident memory, pages of files that other processes can map, too: libraries and weights."""
+    """The part of the resident memory that other processes can map as well: pages of libraries and weights."""
 
     @property
     def own(self) -> int:
-        """What one process more takes."""
+        """What one more process takes."""
         return self.resident - self.shareable
 
 
@@ -36,7 +36,7 @@ def taken_by(pid: int, *, proc: Path = _PROC) -> Taken | None:
     for line in lines:
         name, *values = line.split()
         if not name.endswith(":"):
-            # The head of a mapping: address, rights, offset, device, inode and path.
+            # The first line of a mapping: address, permissions, offset, device, inode and path.
             of_file = len(values) > 4 and values[4].startswith("/") and not line.endswith("(deleted)")
         elif name == "Rss:":
             resident += int(values[0])
@@ -50,9 +50,9 @@ def taken_by(pid: int, *, proc: Path = _PROC) -> Taken | None:
 
 
 def require_room(workers: int, one: Taken, left: int | None) -> None:
-    """Raise StartupError unless there is room for the other workers beside the first.
+    """Raise StartupError unless there is room for the other workers besides the first.
 
-    `one`: what the first has taken, `left`: what is left beside it; None if that is not known.
+    `one`: what the first has taken, `left`: what is left besides; None if that is not known.
     """
     if left is None or (workers - 1) * one.own <= left:
         return
@@ -64,7 +64,7 @@ def require_room(workers: int, one: Taken, left: int | None) -> None:
 
 
 def described(workers: int, one: Taken) -> dict[str, int]:
-    """What so many workers will take, for the log, in MiB."""
+    """What all workers will take, for the log, in MiB."""
     return {
         "workers": workers,
         "of_each_mib": one.own // _MIB,

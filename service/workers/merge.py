@@ -1,7 +1,7 @@
-"""What several workers say, as one: their metrics and their status, added up.
+"""The metrics and the status of several workers, merged into one.
 
-A counter never goes backwards when a worker dies: what it had counted is kept. Prometheus adds up counters and
-histograms as it likes, so they have no label for the worker; a gauge has one, unless only its sum says something.
+A counter never goes backwards when a worker dies: what it had counted is kept. Counters and histograms are always added
+up, so they have no label for the worker; a gauge has one, unless only its sum is meaningful.
 """
 
 from collections import defaultdict
@@ -23,11 +23,11 @@ _ADDED: Final = frozenset(
     f"stridevit_{name}"
     for name in ("pending_images", "pending_bytes", "queue_depth", "open_connections", "key_requests_in_work")
 )
-"""Gauges of which the sum is what one asks for."""
+"""Gauges of which only the sum is of interest."""
 _SAME: Final = frozenset({"stridevit_model_info"})
-"""Gauges that say the same in each worker."""
+"""Gauges that are the same in each worker."""
 _OF_PROCESS: Final = "process_"
-"""Counters of a process are those of a worker, too: a sum over restarts would say nothing."""
+"""Counters of a process have a label for the worker, too: a sum over restarts would be meaningless."""
 
 _Key = tuple[str, tuple[tuple[str, str], ...]]
 
@@ -40,14 +40,14 @@ class Family:
         self.values: defaultdict[_Key, float] = defaultdict(float)
 
     def metric(self) -> Metric:
-        """As prometheus_client has it."""
+        """The metric as prometheus_client represents it."""
         found = Metric(self.name, self.text, self.kind)
         found.samples = [Sample(name, dict(labels), value) for (name, labels), value in self.values.items()]
         return found
 
 
 class Totals:
-    """The metrics of workers that are no more, which go on counting."""
+    """The metrics of workers that have ended, which still count."""
 
     def __init__(self) -> None:
         self._families: dict[str, Family] = {}
@@ -69,7 +69,7 @@ class Totals:
                     into.values[key] += value
 
     def value(self, sample: str, **labels: str) -> float:
-        """What was counted with these labels, whatever the others."""
+        """What was counted with these labels, whatever the other labels."""
         return sum(value for found, value in self.values(sample) if labels.items() <= found.items())
 
     def values(self, sample: str) -> Iterator[tuple[dict[str, str], float]]:
@@ -80,7 +80,7 @@ class Totals:
                     yield dict(labels), value
 
     def merged(self, texts: Mapping[str, str], more: Iterable[Metric] = ()) -> bytes:
-        """One exposition of all: `texts` of the workers that live, by name, and `more` as it is."""
+        """One exposition of all: the `texts` of live workers, by name, and `more` as it is."""
         families = {name: Family(name, family.text, family.kind) for name, family in self._families.items()}
         for name, kept in self._families.items():
             families[name].values.update(kept.values)
@@ -124,7 +124,7 @@ def add(families: dict[str, Family], metrics: Iterable[Metric], worker: str) -> 
 
 
 def merged_status(reports: Sequence[Report], totals: Totals, *, limit: int, uptime_s: float) -> Report:
-    """The state of all workers, as one. `limit`: of images that may be pending."""
+    """The state of all workers, as one. `limit`: how many images may be pending."""
     parts = [report.members for report in reports]
     drains = [part["drain_s"] for part in parts if part["drain_s"] is not None]
     refusals: defaultdict[str, int] = defaultdict(int)

@@ -4,7 +4,7 @@ from typing import Final
 
 _FIRST, _MOST = 0.25, 30.0
 _STABLE_SECONDS: Final = 60.0
-"""What ran for so long begins anew with the shortest pause."""
+"""What ran for this long begins again with the shortest pause."""
 
 
 class Pause:
@@ -14,7 +14,7 @@ class Pause:
         self._next = _FIRST
 
     def after(self, ran_seconds: float) -> float:
-        """The pause in seconds, after something that ran for so long."""
+        """The pause in seconds, after something that ran for `ran_seconds`."""
         if ran_seconds >= _STABLE_SECONDS:
             self._next = _FIRST
         pause, self._next = self._next, min(_MOST, 2 * self._next)

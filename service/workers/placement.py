@@ -18,12 +18,12 @@ _CPUS = Path("/sys/devices/system/cpu")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What there is to be shared."""
+    """The resources to share."""
 
     cores: tuple[int, ...]
     """Numbers of the cores that this process may use; neighbours share a core, a cache or a socket."""
     quota: int | None
-    """Cores' worth of time that the container grants; None without a limit."""
+    """CPU time that the container grants, in cores; None without a limit."""
     gpus: int
 
     @property
@@ -67,7 +67,7 @@ def places(asked: str, machine: Machine, *, device: str, threads: int) -> list[P
     else:
         count = max(1, usable // CORES_OF_A_WORKER) if asked == "auto" else int(asked)
         kind = device
-    # Within a quota, or with fewer threads than cores, it is the system's choice which cores are used.
+    # Within a quota, or with fewer threads than cores, the system chooses which cores are used.
     pinned = usable == len(machine.cores)
     return [
         Place(

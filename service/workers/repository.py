@@ -26,10 +26,10 @@ class Repository:
         is called after each change."""
         self._members, self._polls, self._changed = members, polls, changed
         self._wanted: dict[str, list[int]] = {}
-        """The versions that serve, by model, as they were changed last."""
+        """The versions that serve, by model, since the last change."""
         self._unloaded: set[str] = set()
         self.changing = asyncio.Lock()
-        """Whoever holds it may let a worker begin."""
+        """Must be held to let a worker begin."""
 
     async def load(self, name: str) -> None:
         """Load a model's newest version in all workers. Raises RequestError; then each serves what it served."""
@@ -46,7 +46,7 @@ class Repository:
             self._changed()
 
     async def refresh(self) -> None:
-        """Scan the repository, in all workers at the same time: so they differ no longer than a load takes."""
+        """Scan the repository in all workers at the same time, so that they differ no longer than a load takes."""
         async with self.changing:
             members = self._members()
             found = await asyncio.gather(*(member.refresh() for member in members), return_exceptions=True)
@@ -59,7 +59,7 @@ class Repository:
             self._changed()
 
     async def index(self) -> list[dict[str, Any]]:
-        """Every version, in the state that it has in all workers; the reason says where it has another one.
+        """Every version, in the state that it has in all workers; if they differ, the reason gives each one's state.
 
         Raises NotReady if no worker answers.
         """
@@ -83,7 +83,7 @@ class Repository:
         serves = ready_versions(index)
         wanted: dict[str, list[int]] = {name: [] for name in self._unloaded}
         if not self._polls:
-            # Else it may be the others that have not seen yet what it has loaded.
+            # Otherwise the others may not have seen yet what it has loaded.
             wanted = {**{name: [] for name in serves}, **self._wanted}
         wishes = [
             Restore(name=name, versions=list(versions))
@@ -103,7 +103,7 @@ class Repository:
         first, *others = members
         try:
             before = {member: ready_versions(await member.index()).get(name, []) for member in members}
-            # A bundle that is broken fails here, and no other worker has to go back.
+            # A broken bundle fails here, and no other worker has to go back.
             index = await change(first)
         except httpx.TransportError as error:
             raise NotReady("a worker ended, or did not answer in time: nothing has changed, retry") from error
@@ -111,7 +111,7 @@ class Repository:
         failed = [
             (member, outcome)
             for member, outcome in zip(others, outcomes, strict=True)
-            # One that died meanwhile begins again with what the others serve.
+            # A worker that died meanwhile starts again with what the others serve.
             if isinstance(outcome, BaseException)
             and not (isinstance(outcome, httpx.TransportError) and not member.alive)
         ]

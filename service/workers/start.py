@@ -22,11 +22,11 @@ _LONGEST_SOCKET: Final = 107
 
 
 def supervise(settings: Settings, logs: Logs) -> bool:
-    """Serve with several workers until the end; False if one process is enough here.
+    """Serve with several workers until the end; returns False if one process is enough here.
 
     Raises StartupError, or SystemExit with the exit status unless it is 0.
     """
-    # A line for each question to a worker would drown all others.
+    # A line for each request to a worker would drown all others.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     machine = this_machine()
     found = places(settings.workers, machine, device=settings.device, threads=settings.threads)

@@ -1,11 +1,11 @@
 """Limits that hold for the sum of several processes, in a small file that all of them map.
 
-Each process writes what it holds into a row of its own, and reads those of the others; nobody waits for anybody. It
-first announces what it wants and then looks whether the sum is within the limit, so that two that want the last room at
-once may both be refused, but not both be served. The row of a process that has died is cleared by the supervisor.
+Each process writes what it holds into a row of its own, and reads those of the others; no process waits for another. It
+first announces what it wants and then checks whether the sum is within the limit, so two that want the last room at the
+same time may both be refused, but not both be served. The supervisor clears the row of a process that has died.
 
-Only the rate of a key is one value for all. It is changed under a lock of the file, which the system frees when its
-owner dies.
+Only the rate of a key is a single value for all. It is changed under a lock of the file, which the system frees when
+its owner dies.
 """
 
 import contextlib
@@ -30,17 +30,17 @@ _WORD: Final = 8
 _ROOM: Final = 4
 """Words of a row: images of each priority class, bytes, and bytes of large bodies."""
 KEYS: Final = 32_768
-"""Names of keys with limits: a file of keys has at most some 20,000."""
+"""Keys with limits that there is room for: a key file has at most some 20,000."""
 _DIGEST: Final = 16
 _LOCK_SECONDS: Final = 0.05
-"""A process that was stopped while it had the lock holds up nobody for longer: the others then do without."""
+"""A process that was stopped while it had the lock holds up the others no longer than this: they go on without it."""
 
 
 class Sums:
     """The file, as one process maps it."""
 
     def __init__(self, path: Path, *, rows: int, row: int) -> None:
-        """`row`: that of this process, of `rows`. Makes the file if there is none."""
+        """`row`: that of this process, out of `rows`. Creates the file if there is none."""
         self.row, self._rows = row, rows
         room, names = rows * _ROOM * _WORD, KEYS * _DIGEST
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -58,7 +58,7 @@ class Sums:
         self._due, self._in_work = parts[2].cast("d"), parts[3].cast("q")
 
     def hold(self, at: int, value: int) -> None:
-        """This process holds so much of a word of its room."""
+        """Set one word of this process's room: how much it holds."""
         self._room[self.row * _ROOM + at] = value
 
     def others(self) -> tuple[int, int, int, int]:
@@ -83,15 +83,15 @@ class Sums:
         return None
 
     def work(self, key: int, value: int) -> None:
-        """This process has so many requests of a key in work."""
+        """Set how many requests of a key this process has in work."""
         self._in_work[self.row * KEYS + key] = value
 
     def work_of_others(self, key: int) -> int:
-        """How many all others have."""
+        """How many requests of a key all other processes have in work."""
         return sum(self._in_work[row * KEYS + key] for row in range(self._rows) if row != self.row)
 
     def take_token(self, key: int, *, rate: float, burst: float, now: float) -> float:
-        """Take one of a key's tokens. 0 if there was one, else the seconds until there is.
+        """Take one of a key's tokens; returns 0 if there was one, otherwise the seconds until there is.
 
         `now` is of `time.perf_counter`, which is the same for all processes of a machine (Linux).
         """
@@ -105,7 +105,7 @@ class Sums:
             return 0.0
 
     def clear(self, row: int) -> None:
-        """The process of a row has died, and holds nothing."""
+        """Clear the row of a process that has died: it holds nothing."""
         for at in range(_ROOM):
             self._room[row * _ROOM + at] = 0
         mine = self._in_work[row * KEYS : (row + 1) * KEYS]
@@ -113,7 +113,7 @@ class Sums:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone with the values that all processes write."""
+        """Exclusive access to the values that all processes write."""
         until = time.monotonic() + _LOCK_SECONDS
         owned = False
         while not owned and time.monotonic() < until:
@@ -142,7 +142,7 @@ class Sums:
 
 
 class SharedRoom(Room):
-    """The room of a process, of which the others have taken a part."""
+    """The room of a process, less what the others have taken."""
 
     def __init__(self, sums: Sums, **bounds: Any) -> None:
         super().__init__(**bounds)
@@ -163,7 +163,7 @@ class SharedRoom(Room):
         return self.images >= self._max_images or self._images_of_class[batch] >= most
 
     def require(self, images: int, *, batch: bool, drain_seconds: Callable[[], float]) -> None:
-        """Raise Overloaded unless there is room for so many images of the priority class."""
+        """Raise Overloaded unless there is room for `images` more of the priority class."""
         self._look()
         self._max_of_class -= self._others[batch]
         super().require(images, batch=batch, drain_seconds=drain_seconds)
@@ -197,7 +197,7 @@ class SharedRoom(Room):
         self._sums.hold(3, self._large_bytes)
 
     def _look(self) -> None:
-        """What the others hold is not here to be held."""
+        """Subtract what the others hold from the limits."""
         *images, size, large = self._sums.others()
         self._others = images[0], images[1]
         most_images, self._max_of_class, most_bytes, most_large = self._all

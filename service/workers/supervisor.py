@@ -1,8 +1,8 @@
 """The supervisor: starts the workers and the front, keeps them running, and ends them. It does no inference.
 
-start     the first worker alone: what it says is why the service does not start, what it takes is measured
+start     the first worker alone: if the service does not start, its log says why; what it takes is measured
           -> memory for the others? -> the others -> the front listens
-running   a worker that ends is out of the front's list at once, and started again after a pause that doubles
+running   a worker that ends leaves the front's list at once, and is started again after a pause that doubles
 SIGHUP    one worker after the other finishes and is replaced
 SIGTERM   not ready -> `shutdown_delay_seconds` -> no new connections -> all answered -> workers end -> front ends
 """
@@ -43,11 +43,11 @@ from service.workers.sums import SharedUsage, Sums
 log = structlog.get_logger()
 
 _END_SECONDS: Final = 12.0
-"""What a worker's threads may take, beyond `graceful_timeout_seconds`."""
+"""Time that a worker's threads may take to end, beyond `graceful_timeout_seconds`."""
 _TRIES: Final = 2
 """Failed starts of a worker after which a rolling restart goes no further."""
 _NOTICE_SECONDS: Final = 0.2
-"""Until the front has read that a worker takes no more traffic: it sees the file change at once."""
+"""Time until the front has read that a worker takes no more traffic: it sees the file change at once."""
 
 
 class Supervisor:
@@ -94,7 +94,7 @@ class Supervisor:
         self._rolling: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
-        """Serve until a signal; the exit status."""
+        """Serve until a signal; returns the exit status."""
         loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -131,7 +131,7 @@ class Supervisor:
             self._sums.close()
 
     async def _start(self) -> int:
-        """Start everything; the exit status if that failed. Raises StartupError."""
+        """Start everything; returns the exit status if that failed. Raises StartupError."""
         first, *others = self.members
         if status := await self._bring_up(first):
             log.error("the first worker did not start: what it says is above", exit_status=status)
@@ -162,14 +162,14 @@ class Supervisor:
         }
 
     async def _bring_up(self, member: Member) -> int:
-        """Start a worker's process, and let it take traffic once it is ready; the exit status if it ended before."""
+        """Start a worker's process, and let it take traffic once ready; returns the exit status if it ended before."""
         await member.start()
         if not await member.until_ready():
             return await self._after(member) or 1
         while not member.ready:
             if not member.alive:
                 return await self._after(member) or 1
-            # On a busy machine an answer may come too late once.
+            # On a busy machine, a single answer may come too late.
             with contextlib.suppress(httpx.TransportError):
                 async with self.repository.changing:
                     await self.repository.adopt(member)
@@ -206,7 +206,7 @@ class Supervisor:
                 log.error("worker did not start", worker=member.number, exit_status=status)
 
     async def _after(self, member: Member) -> int:
-        """Wait for the end of a worker's process, and settle its accounts; the exit status."""
+        """Wait for the end of a worker's process, and settle its accounts; returns the exit status."""
         pid = member.pid
         status = await member.ended()
         member.ready = False
@@ -220,7 +220,7 @@ class Supervisor:
         return status
 
     def _clear_packed(self) -> None:
-        """Remove weights that no worker maps any more, unless one is being started: it may be about to."""
+        """Remove weights that no worker maps any longer, unless one is being started: it may be about to map them."""
         if all(member.ready for member in self.members):
             clear(self._house.packed, [member.pid for member in self.members])
 
@@ -253,7 +253,7 @@ class Supervisor:
                 log.exception("scanning the repository failed")
 
     def _on_fault(self, task: asyncio.Task[None]) -> None:
-        """A fault in one of the own tasks: better a new supervisor than one that does not look after everything."""
+        """A fault in one of its own tasks: better a new supervisor than one that does not look after everything."""
         if not task.cancelled() and (error := task.exception()):
             log.critical("a fault ends the service", exc_info=error)
             self._faulty = self.draining = True
@@ -281,7 +281,7 @@ class Supervisor:
             log.info("rolling restart done")
 
     async def _all_ready(self) -> bool:
-        """Wait until all workers take traffic; False if one does not come back, or the service ends."""
+        """Wait until all workers take traffic; returns False if one does not come back, or the service ends."""
         failures = [member.deaths for member in self.members]
         while not await self._all_serve():
             await asyncio.sleep(0.05)
@@ -293,7 +293,7 @@ class Supervisor:
         return True
 
     async def _all_serve(self) -> bool:
-        """Whether all workers take traffic, also by the word of the front."""
+        """Whether all workers take traffic, and the front confirms it."""
         if not all(member.ready for member in self.members):
             return False
         return self._front is None or {member.socket for member in self.members} <= await self._front.healthy()
@@ -328,7 +328,7 @@ class Supervisor:
         leave_at_once(128 + number)
 
     async def _end(self) -> int:
-        """Answer what was accepted, then end everything; the exit status."""
+        """Answer what was accepted, then end everything; returns the exit status."""
         settings = self._settings
         log.info("draining", seconds=settings.shutdown_delay_seconds)
         finished = True
@@ -360,7 +360,7 @@ class Supervisor:
     # What the control application asks.
 
     def require_alive(self) -> None:
-        """Always: the supervisor starts again what does not work."""
+        """Never raises: the supervisor starts again what does not work."""
 
     def require_ready(self) -> None:
         """Raise NotReady unless a worker takes traffic."""

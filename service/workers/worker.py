@@ -1,7 +1,7 @@
-"""`python -m service.workers.worker FOLDER NUMBER`: one worker, as the supervisor starts it.
+"""`python -m service.workers.worker ORDERS`: one worker, as the supervisor starts it.
 
 It is the service of one process, at a UNIX socket, with limits that it shares with the other workers. Its orders are a
-file in the supervisor's private folder: the settings with which that one was started, and a secret.
+file in the supervisor's private folder: the settings with which the supervisor was started, and a secret.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ class Orders(BaseModel):
     number: int
     workers: int
     supervisor: int
-    """Its process."""
+    """The id of its process."""
     socket: Path
     supervisor_socket: Path
     sums: Path
@@ -34,12 +34,12 @@ class Orders(BaseModel):
     token: str
     cores: tuple[int, ...]
     reuse_port: bool
-    """Listen at the host and port, too, as all other workers do."""
+    """Whether to listen at the host and port as well, as all other workers do."""
     settings: dict[str, Any]
 
 
 def end_with(parent: int) -> None:
-    """Let the system kill this process when `parent` dies, also if it has died already."""
+    """Let the system kill this process when `parent` dies; exit if it has died already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
@@ -52,7 +52,7 @@ def main(file: Path) -> None:
     end_with(orders.supervisor)
     if orders.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, orders.cores)
-    # After the cores are known, as libraries make their threads by them.
+    # After the cores are set, as libraries start threads according to them.
     from service.errors import ServiceError  # noqa: PLC0415
     from service.logs import Logs  # noqa: PLC0415
     from service.settings import Settings  # noqa: PLC0415

@@ -1,1 +1,1 @@
-"""The command `stridevit classify`: from files on disk to lines or a table, by a service."""
+"""The command `stridevit classify`: files on disk, classified by a service, to lines or a table."""

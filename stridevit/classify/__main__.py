@@ -27,7 +27,7 @@ FAILED, INTERRUPTED = 1, 130
 SUFFIXES: Final = frozenset(
     {".avif", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 )
-"""What a file in a folder must end with to be sent."""
+"""Suffixes of the files in a folder that are sent."""
 
 
 @app.callback()
@@ -39,36 +39,36 @@ def stridevit_classify() -> None:
 def classify(
     images: Annotated[
         list[str],
-        typer.Argument(help="Files, folders (all below them), and `-` for standard input.", metavar="IMAGES"),
+        typer.Argument(help="Files, folders (with all below them), and `-` for standard input.", metavar="IMAGES"),
     ],
-    url: Annotated[str, typer.Option(help="Where the service is.")] = DEFAULT_URL,
+    url: Annotated[str, typer.Option(help="Address of the service.")] = DEFAULT_URL,
     model: Annotated[
         str | None,
         typer.Option(
-            help="A model, or a family: its most accurate model that is in time.", show_default="the service's"
+            help="A model, or a family: its most accurate model in time answers.", show_default="the service's"
         ),
     ] = None,
     deadline_ms: Annotated[
-        float | None, typer.Option(min=0.001, help="For the answer to each image.", show_default="the service's")
+        float | None, typer.Option(min=0.001, help="Deadline for each answer.", show_default="the service's")
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, max=1000, help="Classes for each image, best first.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
     out: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Write a CSV table, or continue it.", show_default="print lines")
     ] = None,
     priority: Annotated[
         Literal["interactive", "batch"] | None,
-        typer.Option(help="`batch` goes behind others' requests.", show_default="batch with --out, else interactive"),
+        typer.Option(help="`batch` lets other requests go first.", show_default="batch with --out, else interactive"),
     ] = None,
     at_once: Annotated[int, typer.Option(min=1, max=1000, help="Most requests at once; fewer while it is busy.")] = 64,
 ) -> None:
     """Classify images with a service that runs: a few, or a folder into a table.
 
     `stridevit classify photo.jpg` prints one line for each image. `stridevit classify photos/ --out results.csv` sends
-    as many at once as the service takes, and writes each row as it is known. The same command goes on where it was
-    stopped and keeps all rows. A file that is no image has its error as its row: delete that, and it is tried again.
+    as many at once as the service takes, and writes each row as it is known. The same command continues where it was
+    stopped and keeps all rows. A file that is not an image gets a row with its error: delete it to try again.
 
-    The key is read from the variable `STRIDEVIT_API_KEY`.
+    The key is read from the environment variable `STRIDEVIT_API_KEY`.
 
     Exit code: **0** each image was classified · **1** not all were, or the service is not there or rejects the call ·
     **2** wrong arguments · **130** interrupted.
@@ -102,7 +102,7 @@ def classify(
 def _run(
     client: AsyncClient, sources: Sequence[Source], wishes: Wishes, at_once: int, report: Callable[[Outcome], None]
 ) -> int:
-    """Classify all; the exit code as far as it does not depend on the images."""
+    """Classify all; returns the exit code as far as it does not depend on the images."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     hidden = len(sources) < 2 or not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
@@ -128,7 +128,7 @@ def _run(
 
 
 class _Tally:
-    """How many images came to what."""
+    """Counts the images by their outcome."""
 
     def __init__(self) -> None:
         self.classified = self.failed = self.left = 0
@@ -187,7 +187,7 @@ def _as_json(outcome: Outcome) -> str:
 
 
 def _sources(arguments: Sequence[str]) -> list[Source]:
-    """What the arguments name, each once and in order. Raises BadParameter."""
+    """The images that the arguments name, each once and in order. Raises BadParameter."""
     found: dict[str, Source] = {}
     for argument in arguments:
         path = Path(argument)
@@ -215,7 +215,7 @@ def _images_in(folder: Path) -> Iterator[Path]:
 
 
 def _shown(path: Path) -> str:
-    """A path as one line of text, whatever its name is made of."""
+    """A path as one line of text, whatever characters it has."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in str(path)
     )

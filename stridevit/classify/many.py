@@ -13,9 +13,9 @@ from stridevit.client import AsyncClient, Priority
 OF_THE_IMAGE: Final = frozenset(
     {"bad-request", "bad-image", "unsupported-image", "too-many-pixels", "body-too-large", "model-fault"}
 )
-"""Codes of errors that another try would bring again, and that say nothing about the other images."""
+"""Codes of errors that a retry would repeat, and that say nothing about the other images."""
 _PATIENCE_SECONDS = 30.0
-"""How long an image is refused before the run ends."""
+"""How long an image may be refused before the run ends."""
 _PAUSE_SECONDS = 0.5
 
 
@@ -39,7 +39,7 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of an image: an answer, or a problem."""
+    """The outcome of an image: an answer, or a problem."""
 
     source: Source
     answer: Classification | None = None
@@ -47,21 +47,21 @@ class Outcome:
 
     @property
     def final(self) -> bool:
-        """Whether another run would bring nothing else."""
+        """Whether another run would give the same outcome."""
         return self.problem is None or self.problem.code in OF_THE_IMAGE or self.problem.code == "unreadable"
 
 
 class Window:
-    """How many requests may be in work, found as TCP finds it: more as long as they are answered, half when refused."""
+    """How many requests may be in work, found as TCP does: more while they are answered, half when one is refused."""
 
     def __init__(self, most: int) -> None:
         self._most, self._size, self._doubling = most, float(min(2, most)), True
         self.epoch = 0
-        """Changes when the window shrinks: requests sent before that say nothing new by being refused."""
+        """Changes when the window shrinks: refusals of requests sent before that say nothing new."""
         self.places = anyio.CapacityLimiter(int(self._size))
 
     def answered(self) -> None:
-        """One more request of the window was answered; a whole window of them widens it by one, at first twofold."""
+        """A request was answered; a whole window of answers widens the window by one, or at first doubles it."""
         self._resize(self._size + (1.0 if self._doubling else 1.0 / self._size))
 
     def refused(self, epoch: int) -> None:
@@ -80,7 +80,7 @@ async def classify_all(
 ) -> None:
     """Classify all `sources`, at most `most` at once, and `report` each as it is done.
 
-    `client` must not retry by itself. Raises StrideViTError for what concerns all images: nobody there, a wrong key, an
+    `client` must not retry by itself. Raises StrideViTError for what concerns all images: no service, a wrong key, an
     unknown model, or a service that refuses an image for half a minute.
     """
     window = Window(most)

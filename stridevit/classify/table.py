@@ -13,7 +13,7 @@ class Table:
     """A CSV file with a row for each image, written as soon as it is known."""
 
     def __init__(self, path: Path, *, top_k: int) -> None:
-        """Open the file, or begin it. Raises ValueError if it holds something else, and OSError."""
+        """Open the file, or create it. Raises ValueError if it holds something else, and OSError."""
         ranks = [f"{member}_{rank}" for rank in range(1, top_k + 1) for member in ("label", "probability")]
         columns = ["image", *ranks, "model", "version", "error"]
         rows = _rows(path)
@@ -27,7 +27,7 @@ class Table:
             self._rows.writeheader()
 
     def add(self, outcome: Outcome) -> None:
-        """Write the row of an image, unless another run may bring something else."""
+        """Write the row of an image, unless another run may give another outcome."""
         if not outcome.final:
             return
         row: dict[str, str | int] = {"image": outcome.source.name}
@@ -48,7 +48,7 @@ class Table:
 
 
 def _rows(path: Path) -> list[list[str]]:
-    """The rows of a file, which loses one that a killed run left unfinished."""
+    """The rows of a file; one that a killed run left unfinished is removed."""
     if not path.exists():
         return []
     data = path.read_bytes()

@@ -1,1 +1,1 @@
-"""The whole way in one command, on digits or on your own pictures."""
+"""The whole workflow in one command, on digits or on your own pictures."""

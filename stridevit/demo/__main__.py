@@ -1,4 +1,4 @@
-"""`stridevit demo`: train, export, serve and compare three variants, by the commands that a user would type."""
+"""`stridevit demo`: train, export, serve and compare three variants, with the commands that a user would type."""
 
 import os
 import re
@@ -16,7 +16,7 @@ console = Console(stderr=True)
 
 @app.callback()
 def stridevit_demo() -> None:
-    """The whole way in one command."""
+    """The whole workflow in one command."""
 
 
 @app.command()
@@ -34,8 +34,8 @@ def demo(
 ) -> None:
     """Train variants on digits or on your pictures, export them, serve them and compare them under load.
 
-    Each step is a command that is shown before it runs. The same command goes on where it was stopped: finished runs
-    and exported models are kept. On 2 cores the digits take about 5 minutes.
+    Each step is a command that is shown before it runs. The same command continues where it was stopped: finished runs
+    and exported models are kept. On 2 cores, the digits take about 5 minutes.
 
     Example: `stridevit demo --data photos/`
     """

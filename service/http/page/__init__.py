@@ -1,6 +1,6 @@
 """The page at /: one picture through every model, what each answers and what that costs, in the browser over /v1.
 
-Plain ES modules, styles and pictures lie beside this file. They are read once at start and served from memory.
+Plain ES modules, styles and pictures are next to this file. They are read once at start and served from memory.
 """
 
 import gzip
@@ -18,7 +18,7 @@ from service.http.security_headers import Headers, page_headers
 
 PATH = "/"
 PARTS = "/page"
-"""Where the scripts, styles and pictures of the page are; relative to it, so that any prefix of a proxy will do."""
+"""Where the scripts, styles and pictures of the page are; relative to it, so that it works behind any proxy prefix."""
 
 _TYPES: Final = {
     ".html": "text/html; charset=utf-8",
@@ -92,7 +92,7 @@ def _answer(request: Request, file: File) -> Response:
     packed = file.gzipped is not None and accepts_gzip(request.headers.get("accept-encoding"))
     etag = f'"{file.etag}-gzip"' if packed else f'"{file.etag}"'
     headers = {"ETag": etag, "Vary": "Accept-Encoding"}
-    # The sender of a weak tag was a proxy that compressed the file itself: the same file for all that.
+    # A weak tag comes from a proxy that compressed the file itself: it is the same file all the same.
     offered = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
     if etag in offered:
         return Response(status_code=304, headers=headers)

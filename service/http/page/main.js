@@ -33,7 +33,7 @@ async function route() {
   if (tab === shown) return;
   const before = shown;
   shown = tab;
-  // What went wrong on another tab is none of this one's.
+  // What went wrong on another tab does not concern this one.
   if (before) settle();
   for (const other of TABS) byId(other).hidden = other !== tab;
   document.title = `${tab.charAt(0).toUpperCase()}${tab.slice(1)} · StrideViT`;
@@ -42,12 +42,12 @@ async function route() {
   if (next && shown === tab) await next.show();
 }
 
-/** A tab's module, or null if it could not be loaded, which the page then says. @param {import("./parts/state.js").Tab} tab */
+/** A tab's module, or null if it could not be loaded, which the page then reports. @param {import("./parts/state.js").Tab} tab */
 async function module(tab) {
   try {
     return await (loaded[tab] ??= LOADERS[tab]());
   } catch (error) {
-    // Forgotten, so that the next look at the tab loads it anew.
+    // Forgotten, so that the next visit to the tab loads it again.
     delete loaded[tab];
     if (shown === tab) {
       complain(new Unreachable(`the tab ${tab} could not be loaded`, { cause: error }), () => {

@@ -17,15 +17,15 @@ from service.throttle import LogThrottle
 log = structlog.get_logger()
 
 RESERVED_FOR_PROBES: Final = 16
-"""Connections beyond the limit in which probes and /metrics are answered, and 503 to all else."""
+"""Connections beyond the limit, on which only probes and /metrics are answered; all else gets 503."""
 LINGER_SECONDS: Final = 10.0
-"""Seconds in which a client may read its last answer while it still sends: closing at once would destroy the answer."""
+"""Seconds that a client has to read its last answer while it still sends: closing at once would destroy the answer."""
 _BEYOND_SECONDS: Final = 2.0
-"""Seconds in which a connection beyond the limit has to ask."""
+"""Seconds that a connection beyond the limit has to send its request."""
 _HINT_MARGIN_SECONDS: Final = 2
-"""A connection is kept for longer than `Keep-Alive` says, so that a request sent in its last moment is still read."""
+"""How much longer than `Keep-Alive` says a connection is kept, so that a request sent at the last moment is read."""
 _QUIET_SECONDS: Final = 1.0
-"""Seconds without a byte after which a connection is taken as unused: a request may be on its way on younger ones."""
+"""Seconds without a byte after which a connection counts as unused: sooner, a request may still be on its way."""
 _SWEEP_SECONDS: Final = 0.25
 
 
@@ -43,7 +43,7 @@ class ConnectionLimits:
 
 
 class Connection(Protocol):
-    """What the room for all connections needs of one."""
+    """What `Connections` needs from a connection."""
 
     def expire(self, reason: str) -> None:
         """It has waited too long."""
@@ -62,16 +62,16 @@ class Connection(Protocol):
 
 
 class Wait(OrderedDict[Connection, float]):
-    """The connections that wait for one thing, the longest first, each with the time since when."""
+    """The connections that wait for one thing, longest wait first, each with the time at which its wait began."""
 
     def __init__(self, reason: str, seconds: float) -> None:
-        """`reason`: of the closing of a connection that waits for longer than `seconds`."""
+        """`reason`: why a connection that waits for longer than `seconds` is closed."""
         super().__init__()
         self.reason, self.seconds = reason, seconds
 
 
 class Connections:
-    """All connections of a server. Each is in the one of the waits that it is in, and leaves it by itself."""
+    """All connections of a server. Each enters and leaves the waits itself, and is in one of them at most."""
 
     def __init__(
         self, limits: ConnectionLimits, metrics: Metrics, *, clock: Callable[[], float] = time.monotonic
@@ -100,7 +100,7 @@ class Connections:
         loop = asyncio.get_running_loop()
 
         def tick() -> None:
-            # Before the sweep: a failure in one must not be the last of them.
+            # Before the sweep: a sweep that fails must not be the last one.
             loop.call_later(_SWEEP_SECONDS, tick)
             self.sweep()
 
@@ -111,9 +111,9 @@ class Connections:
         return self.limits.max_connections - len(self.open)
 
     def add(self, connection: Connection) -> bool:
-        """Take a new connection, in the place of an unused one if there are too many.
+        """Take a new connection, replacing an unused one if there are too many.
 
-        Returns whether it may ask for everything: without room only probes are answered.
+        Returns whether it may send any request: without room, only probes are answered.
         """
         self.open.add(connection)
         if len(self.open) <= self.limits.max_connections or self._make_room():
@@ -125,23 +125,23 @@ class Connections:
         return False
 
     def remove(self, connection: Connection, reason: str) -> None:
-        """It is closed."""
+        """Remove a connection that is closed."""
         if connection in self.open:
             self.open.remove(connection)
             self._metrics.connections_closed(reason).inc()
 
     def lines_of(self, headers: list[tuple[bytes, bytes]]) -> bytes:
-        """The headers of every answer as lines. uvicorn makes a new list of them once in a second."""
+        """The headers of every answer as lines. uvicorn makes a new list of them every second."""
         if self._headers is not headers:
             self._headers, self._lines = headers, header_lines(headers)
         return self._lines
 
     def count_refused(self) -> None:
-        """One was closed at the door, before it was a connection here."""
+        """Count a connection that the door has closed, before it was added here."""
         self._metrics.connections_closed("refused").inc()
 
     def say(self, event: str, reason: str) -> None:
-        """Log an event of a connection, and not each of a flood."""
+        """Log an event of a connection, but not every one of a flood."""
         if self._throttle.passed_over(reason) is not None:
             log.warning(event, reason=reason, open_connections=len(self.open))
 
@@ -191,5 +191,5 @@ class Connections:
 
 
 def _first(wait: Wait, before: float) -> Iterator[tuple[Connection, float]]:
-    """Those that wait since `before` or longer."""
+    """Those that have waited since `before` or longer."""
     return itertools.takewhile(lambda item: item[1] <= before, wait.items())

@@ -19,14 +19,14 @@ _BUFFERED_BYTES: Final = 64 * 1024
 _WITHOUT_BODY: Final = (204, 304)
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 SECURITY_LINES: Final = header_lines(security_headers.API)
-"""Of the answers that are not the application's: it adds them to its own."""
+"""For answers that are not the application's, which adds them to its own."""
 
 
 class Wire(Protocol):
-    """What a request needs of its connection."""
+    """What a request needs from its connection."""
 
     write_blocked: bool
-    """Whether the client has not read what was written."""
+    """Whether the client has yet to read what was written."""
 
     @property
     def default_headers(self) -> bytes:
@@ -34,7 +34,7 @@ class Wire(Protocol):
 
     @property
     def kept_headers(self) -> bytes:
-        """The last lines of a head after whose answer the connection stays open."""
+        """The last lines of the head of an answer after which the connection stays open."""
 
     def write(self, data: bytes) -> None:
         """Send bytes."""
@@ -52,14 +52,14 @@ class Wire(Protocol):
         """Close the connection at once."""
 
     def pause_reading(self) -> None:
-        """Let the client wait with its body."""
+        """Make the client wait with its body."""
 
     def resume_reading(self) -> None:
         """Take more of the body."""
 
 
 class Cycle:
-    """`receive` and `send` of one request; its connection feeds it the body, of which 64 KiB and one read may wait."""
+    """`receive` and `send` of one request; its connection feeds it the body, buffering at most 64 KiB and one read."""
 
     __slots__ = (
         "_bodiless",
@@ -101,14 +101,14 @@ class Cycle:
 
     @property
     def probe(self) -> bytes:
-        """Bytes that mean nothing to a client that reads its answer, to be sent once at most; none if there are not."""
+        """Bytes that mean nothing to a client reading its answer, to be sent at most once; empty if there are none."""
         if not self.sent:
             return CONTINUE if self.scope["http_version"] == "1.1" else b""
-        # The size of the next chunk may begin with a zero, also that of the last.
+        # The size of the next chunk may begin with a zero, even that of the last.
         return b"0" if self._chunked and not self.complete else b""
 
     async def run(self, app: ASGIApp) -> None:
-        """Let the application answer. Its last resort is a bare 500."""
+        """Let the application answer; a bare 500 is the last resort."""
         try:
             await app(self.scope, self.receive, self.send)
         except Exception:
@@ -134,7 +134,7 @@ class Cycle:
         self._started = self.complete = True
         wire.answered(self)
 
-    # What the connection tells.
+    # Called by the connection.
 
     def feed(self, body: bytes) -> None:
         """A piece of the body has arrived."""
@@ -164,7 +164,7 @@ class Cycle:
     # ASGI.
 
     async def receive(self) -> Message:
-        """The next piece of the body; after its end `http.disconnect`, once the client left or has its answer."""
+        """The next piece of the body; after its end `http.disconnect`, once the client has left or has its answer."""
         if self.expects_continue:
             self.expects_continue = False
             if not (self._chunks or self._started or self.client.left):
@@ -211,7 +211,7 @@ class Cycle:
             if key == b"content-length":
                 length = int(value)
             elif key == b"connection":
-                # Others than `close` are the connection's own matter.
+                # Values other than `close` are up to the connection.
                 self.keep_alive = self.keep_alive and b"close" not in value.lower()
                 continue
             elif key == b"transfer-encoding":

@@ -1,8 +1,8 @@
-"""Under pressure, a new connection's request is refused before anything is made of the connection.
+"""Under pressure, a new connection's request may be refused before the connection gets a transport.
 
-A transport and its protocol cost more than all the rest of a refusal. So while the service is pressed, what a client
-has sent by the time that its connection is accepted is read first. If that is one whole request, and refused by its
-head, it is answered, and the connection closed. Everything else takes the ordinary way.
+A transport and its protocol cost more than all the rest of a refusal. So while the service is under pressure, whatever
+a client has sent by the time its connection is accepted is read first. If that is one whole request, and its head alone
+is reason to refuse it, it is answered, and the connection closed. Everything else takes the ordinary path.
 """
 
 import socket
@@ -23,7 +23,7 @@ _READ_BYTES: Final = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What was read of a connection that takes the ordinary way."""
+    """What was read from a connection that takes the ordinary path."""
 
     data: bytes = b""
     judged: bool = False
@@ -42,7 +42,7 @@ class Door:
         self._connections, self._server_state, self._refuse, self._pressed = connections, server_state, refuse, pressed
 
     def take(self, connection: socket.socket) -> Taken | None:
-        """What is read of the connection; None if it is answered and closed."""
+        """What was read from the connection; None if it was answered and closed."""
         if not self._pressed():
             return NOTHING
         try:
@@ -64,7 +64,7 @@ class Door:
 
 
 def _head_of(data: bytes, limits: ConnectionLimits) -> Head | None:
-    """The head of a request that `data` holds as a whole, and nothing else."""
+    """The head of the request if `data` is exactly one whole request, else None."""
     request = _Request()
     parser = Parser(limits, request)
     try:
@@ -77,7 +77,7 @@ def _head_of(data: bytes, limits: ConnectionLimits) -> Head | None:
 
 
 class _Request:
-    """Of a parser, one request."""
+    """Takes one request from a parser."""
 
     def __init__(self) -> None:
         self.found: Head | None = None

@@ -19,7 +19,7 @@ from service.errors import StartupError
 log = structlog.get_logger()
 
 MOST_CONNECTIONS: Final = 10_000
-"""Limit where the limit of descriptors allows as many: idle, they hold about 80 MB."""
+"""Limit where the limit of descriptors allows so many: idle, they take about 80 MB."""
 _RESERVED_FILES: Final = 80
 """Descriptors left for all but connections: bundles that are loaded, pipes, the log, and connections of probes."""
 _FEWEST_CONNECTIONS: Final = 16
@@ -29,11 +29,11 @@ _ACCEPTED_AT_ONCE: Final = 256
 _PAUSE_SECONDS: Final = 1.0
 
 _HANDSHAKE_SECONDS: Final = 0.1
-"""Seconds in which handshakes that have begun may end, before the listening sockets are closed."""
+"""Seconds in which handshakes that have begun may complete, before the listening sockets are closed."""
 _ACCEPT_SECONDS: Final = 1.0
-"""Seconds in which what waits may be accepted: without the filter, or without descriptors, it might never end."""
+"""Seconds in which waiting connections may be accepted: without the filter, or descriptors, that might never end."""
 _BACKLOG_OFFSET: Final = 24
-"""Of `tcpi_unacked` in Linux' struct tcp_info: for a listening socket, the connections that wait to be accepted."""
+"""Of `tcpi_unacked` in Linux's struct tcp_info: for a listening socket, the connections that wait to be accepted."""
 _SO_ATTACH_FILTER: Final = 26
 _DROP_SYN: Final = (
     (0x30, 0, 0, 13),  # load the byte of the TCP flags
@@ -45,9 +45,9 @@ _DROP_SYN: Final = (
 
 
 def connections_within_file_limit(wanted: int) -> int:
-    """How many connections may be open: `wanted`, or as many as the limit of file descriptors allows if that is 0.
+    """How many connections may be open: `wanted`, or, if that is 0, as many as the limit of file descriptors allows.
 
-    Raises the soft limit to the hard one, as far as that is of use. Raises StartupError if there is no room.
+    Raises the soft limit towards the hard one, as far as needed. Raises StartupError if there is no room.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").is_dir() else 64
@@ -80,10 +80,11 @@ class Listener:
         *,
         room: Callable[[], int] = lambda: _ACCEPTED_AT_ONCE,
     ) -> None:
-        """On the event loop; takes over the socket, which listens already.
+        """Call on the event loop; takes over the socket, which listens already.
 
-        `protocol` gives that of a connection, or None if it has closed it. `room`: for how many there are descriptors.
-        Without room one is accepted at a time, which makes room, or is refused, before the next.
+        `protocol` gives a connection's protocol, or None if it has closed the connection. `room`: for how many
+        connections there are descriptors. Without room, one is accepted at a time, and makes room or is refused before
+        the next.
         """
         self.socket, self.protocol, self._room = listening, protocol, room
         self.loop = asyncio.get_running_loop()
@@ -125,11 +126,11 @@ class Listener:
                 raise
             if protocol:
                 opening = self.loop.connect_accepted_socket(functools.partial(_same, protocol), connection)
-                # Not a task, which would begin, and so read the first request, one turn later.
+                # Not a task: that would begin, and so read the first request, one turn later.
                 self._open(opening, connection)
 
     def _open(self, opening: Coroutine[Any, Any, Any], connection: socket.socket, _: object = None) -> None:
-        """Run `opening` on, until it waits."""
+        """Run `opening` until it waits."""
         try:
             waits_for = opening.send(None)
         except StopIteration:
@@ -145,7 +146,7 @@ def _same(protocol: asyncio.Protocol) -> asyncio.Protocol:
 
 
 async def stop_listening(listeners: Sequence[Listener]) -> None:
-    """Close the listening sockets, and lose none of the connections that clients take for open.
+    """Close the listening sockets without losing any of the connections that clients consider open.
 
     The system resets what waits to be accepted when a listening socket is closed. So new handshakes are ignored first:
     their clients try again after a second, and are refused then.
@@ -158,7 +159,7 @@ async def stop_listening(listeners: Sequence[Listener]) -> None:
 
 
 async def last_handshakes(listening: Sequence[socket.socket]) -> None:
-    """Ignore new handshakes, and wait until all connections are accepted that clients take for open."""
+    """Ignore new handshakes, and wait until all connections that clients consider open are accepted."""
     for one in listening:
         _ignore_handshakes(one)
     await asyncio.sleep(_HANDSHAKE_SECONDS)

@@ -1,11 +1,12 @@
-"""Bytes of a connection to heads and bodies of requests, by httptools (llhttp in its strict mode), within bounds.
+"""Parses the bytes of a connection into requests with httptools (llhttp in its strict mode), within bounds.
 
-- A head is bounded by `max_head_bytes`, `max_url_bytes` and `max_headers`, and by two pieces of _PIECE_BYTES beyond
-  them: a read of the socket may be of 256 kB.
-- What frames a chunked body (sizes, extensions, trailers) is bounded by `max_head_bytes` from one piece to the next.
+- A head is bounded by `max_head_bytes`, `max_url_bytes` and `max_headers`, which it may exceed by two pieces of
+  _PIECE_BYTES at most, although one read of the socket may return 256 kB.
+- The framing of a chunked body (sizes, extensions, trailers) is bounded by `max_head_bytes` from one piece of the body
+  to the next.
 - What could be read in two ways is refused, so that no proxy can have read it differently. llhttp refuses
-  Content-Length with Transfer-Encoding, either of them twice, bare line feeds, folded lines; this parser other codings
-  than `chunked`, Transfer-Encoding in HTTP/1.0, and a missing or second Host.
+  Content-Length with Transfer-Encoding, either of them twice, bare line feeds, folded lines; this parser refuses
+  codings other than `chunked`, Transfer-Encoding in HTTP/1.0, and a missing or second Host.
 - `Upgrade` is ignored, as RFC 9110 allows: by itself, llhttp would take the body for another protocol.
 """
 
@@ -24,7 +25,7 @@ _NOTED: Final = frozenset((b"host", b"expect", b"content-length", b"transfer-enc
 
 
 class Refused(Exception):
-    """These bytes are not read on. `error` is the answer; None ends the connection without one."""
+    """No more bytes are read. `error` is the answer; None ends the connection without one."""
 
     def __init__(self, error: RequestError | None) -> None:
         super().__init__()
@@ -36,11 +37,11 @@ class Head:
     """The head of one request."""
 
     scope: dict[str, Any]
-    """What ASGI wants to know of it, its connection and state aside."""
+    """Its ASGI scope, without what belongs to the connection and without the state."""
     keep_alive: bool
     expects_continue: bool
     content_length: int | None
-    """None with a chunked body, 0 without one."""
+    """None with a chunked body, 0 without a body."""
 
 
 class Sink(Protocol):
@@ -70,20 +71,20 @@ class Parser:
         self._noted: list[tuple[bytes, bytes]] = []
         self._upgrading = False
         self.in_head = self._in_body = False
-        # Of a body with a Content-Length, what has not arrived.
+        # What has yet to arrive of a body with a Content-Length.
         self._body_left = 0
-        # Bytes of the present piece, and of the earlier ones with a part of the head in them.
+        # Bytes of the present piece, and of the earlier ones that hold a part of the head.
         self._read = self._head_read = 0
-        # Bytes since the piece in which the head began or ended, or in which something of the body was.
+        # Bytes since the piece in which the head began or ended, or which held a part of the body.
         self._overhead = 0
 
     @property
     def path(self) -> bytes:
-        """Of the last request, as far as it was read."""
+        """That of the last request, as far as it was read."""
         return self._url
 
     def close(self) -> None:
-        """Parse no more: nothing is to be fed."""
+        """Parse no more: `feed` must not be called again."""
         del self._parser, self._sink
 
     def feed(self, data: bytes) -> None:
@@ -170,7 +171,7 @@ class Parser:
             elif name == b"content-length":
                 length = int(value)
             elif name == b"expect":
-                # HTTP/1.0 knows no 100: RFC 9110 has it ignored there.
+                # HTTP/1.0 has no status 100: RFC 9110 has `Expect` ignored there.
                 expects_continue = version == "1.1" and value.lower() == b"100-continue"
             else:
                 length = None

@@ -8,7 +8,7 @@ What a client can make the service hold, and for how long, is bounded:
 - a body that nobody reads any more by DISCARDED_BYTES, and LINGER_SECONDS in time;
 - the number of connections by `max_connections` (503).
 
-The body and the answer of a request are bounded by the application, and by `cycle` as they pass.
+The body and the answer of a request are bounded by the application, and by `cycle` as they pass through it.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ UNIX_PEER: Final = "unix"
 MAX_PIPELINED: Final = 32
 """Requests that may wait for the answer to an earlier one of their connection; what follows them is not read."""
 DISCARDED_BYTES: Final = 1024 * 1024
-"""Rest of a body that is read for nothing to keep the connection; with a longer one it is closed."""
+"""Longest rest of a body that is read and discarded to keep the connection; with a longer one it is closed."""
 
 
 class HttpProtocol(asyncio.Protocol):
@@ -63,14 +63,14 @@ class HttpProtocol(asyncio.Protocol):
         self._refusal_of, self._taken = refuse, taken
         self._loop = _loop or asyncio.get_running_loop()
         self._parser = Parser(connections.limits, self)
-        # The request whose bytes arrive, the one that the application answers, and those that wait for that.
+        # The request being received, the one being answered by the application, and those waiting for that one.
         self._reading: Cycle | None = None
         self._answering: Cycle | None = None
         self._pipelined: deque[Cycle] = deque()
         self._content_length: int | None = 0
         self._refusal: RequestError | None = None
         self._refused: Refusal | None = None
-        """The answer to `_answering`, if it is refused by its head."""
+        """The answer to `_answering` if that is refused on its head alone."""
         # No more requests are taken; no more are answered; the client has closed its side.
         self._input_ended = self._output_ended = self._at_eof = False
         self._serves_all = self._reads = True
@@ -95,7 +95,7 @@ class HttpProtocol(asyncio.Protocol):
         self._serves_all = self._connections.add(self)
         self._settle()
         if self._taken.data:
-            # Once the transport reads, as it cannot be paused before. What it reads may be there first.
+            # Once the transport reads, as it cannot be paused before. What it reads may arrive first.
             self._loop.call_soon(self.data_received, b"")
 
     def data_received(self, data: bytes) -> None:
@@ -110,7 +110,7 @@ class HttpProtocol(asyncio.Protocol):
             if not self._input_ended:  # what follows `Connection: close` is not looked at
                 self._refuse(refused.error)
         if self._refused and self._answering:
-            # Not before, as its body is mostly there by now: then nothing has to be waited for.
+            # Only now, as by now its body has usually arrived: then there is nothing to wait for.
             refusal, self._refused = self._refused, None
             self._answering.refuse(refusal)
         self._settle()
@@ -122,7 +122,7 @@ class HttpProtocol(asyncio.Protocol):
         self._at_eof = self._input_ended = True
         if self._output_ended or self._reading or not self._answering or self._transport.is_closing():
             return False
-        # The client has closed its side, or all. In the latter case its system refuses the next bytes: send some.
+        # The client has closed its side, or both. In the latter case its system rejects the next bytes: send some.
         if probe := self._answering.probe:
             self._transport.write(probe)
         self._settle()
@@ -136,7 +136,7 @@ class HttpProtocol(asyncio.Protocol):
             if cycle and not cycle.complete:
                 cycle.disconnect()
         self._pipelined.clear()
-        # The parser refers to this object: without the cycle, both are freed at once.
+        # The parser refers to this object: without the reference cycle, both are freed at once.
         self._reading = self._answering = None
         self._parser.close()
         self.resume_writing()
@@ -212,7 +212,7 @@ class HttpProtocol(asyncio.Protocol):
             return False
         if cycle.body_complete:
             return True
-        # Nobody may read the rest of the body: wait for it only if it surely comes, and is short.
+        # The application may never read the rest of the body: wait for it only if it is sure to come, and short.
         length = self._content_length
         return not cycle.expects_continue and length is not None and length - cycle.received <= DISCARDED_BYTES
 
@@ -246,11 +246,11 @@ class HttpProtocol(asyncio.Protocol):
         task.add_done_callback(self._server_state.tasks.discard)
 
     def _refuse(self, error: RequestError | None) -> None:
-        """Read no more, and end with the answer to `error`, if any, after those to earlier requests."""
+        """Read no more, and after the answers to earlier requests end with that to `error`, if any."""
         self._input_ended = True
         broken, self._reading = self._reading, None
         if broken and broken is self._answering:
-            # Its body is damaged: the application is told that nothing will follow.
+            # Its body is damaged: let the application know that nothing will follow.
             self._answering = None
             broken.disconnect()
             if broken.sent:
@@ -276,10 +276,10 @@ class HttpProtocol(asyncio.Protocol):
         self._transport.write(refusal.bytes(self.default_headers, CLOSE))
         self.end(error.code)
 
-    # The side of all connections: `Connections` says when.
+    # The side of `Connections`, which calls these.
 
     def expire(self, reason: str) -> None:
-        """It has waited too long in the state that it is in."""
+        """The connection has waited too long in its present state."""
         if reason == "slow-head":
             seconds = self._connections.limits.head_timeout_seconds
             self._refuse(HeadTooSlow(f"the request's head did not arrive within {seconds:g} s: send it again"))
@@ -296,14 +296,14 @@ class HttpProtocol(asyncio.Protocol):
         elif self.unused() or self._spared:
             self.end(reason)
         else:
-            # A request has arrived that the event loop has not read yet. One sweep later it has.
+            # A request has arrived that the event loop has not read yet. By the next sweep it will have.
             self._spared = True
 
     def unused(self) -> bool:
         return not self._taken.data and sockets.nothing_to_read(self._socket)
 
     def end(self, reason: str) -> None:
-        """Answer no more. The client may still send: the connection is closed once it has closed its side, too."""
+        """Answer no more. The client may still send: the connection is closed once the client has closed its side."""
         if self._transport.is_closing() or self._output_ended:
             return
         nothing_follows = self._at_eof or (self._reading is None and self._input_ended and reason == "answered")
@@ -312,7 +312,7 @@ class HttpProtocol(asyncio.Protocol):
         if nothing_follows:
             self.close(reason)
         else:
-            # A client that has reset the connection has no side to close; the loop reports it next.
+            # If the client has reset the connection, there is nothing to close; the loop reports that next.
             with suppress(OSError):
                 self._transport.write_eof()
             self.resume_reading()
@@ -329,7 +329,7 @@ class HttpProtocol(asyncio.Protocol):
         self._transport.abort()
 
     def _settle(self) -> None:
-        """Be in the wait that belongs to the present state."""
+        """Enter the wait that belongs to the present state."""
         connections = self._connections
         wait: Wait | None
         if self.write_blocked:

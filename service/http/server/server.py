@@ -31,12 +31,12 @@ _CLOSE_SECONDS: Final = 10.0
 
 
 class Server(uvicorn.Server):
-    """uvicorn with our connections, and an end of our own.
+    """uvicorn with our own connections and our own shutdown.
 
-    SIGTERM or SIGINT: not ready, and every answer is the last one of its connection; after `delay_seconds`, listening
-    ends without losing a connection that was made; each connection is closed once it is answered and unused; the
-    threads end; exit 0. What is left after `graceful_seconds` is aborted, with EXIT_ABORTED. A second signal ends the
-    process at once, with 128 and the signal's number.
+    On SIGTERM or SIGINT: the service is not ready, and every answer is the last one of its connection; after
+    `delay_seconds`, listening ends without losing an established connection; each connection is closed once it is
+    answered and unused; the threads end; exit status 0. What is left after `graceful_seconds` is aborted, with
+    EXIT_ABORTED. A second signal ends the process at once, with 128 plus the signal's number.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Server(uvicorn.Server):
         graceful_seconds: float,
         leave: Callable[[int], object] = leave_at_once,
     ) -> None:
-        """`refuse` may answer a request by its head, in place of the application; `pressed` says whether it is likely
-        to. `leave` ends the process with a status, whatever its threads do."""
+        """`refuse` may answer a request on its head alone, in place of the application; `pressed` says whether it is
+        likely to. `leave` ends the process with a status, whatever its threads do."""
         self.connections = Connections(limits, pipeline.metrics)
         protocol: Any = functools.partial(HttpProtocol, connections=self.connections, refuse=refuse)
         super().__init__(
@@ -64,7 +64,7 @@ class Server(uvicorn.Server):
                 host=host,
                 port=port,
                 http=protocol,
-                # There are none here. uvicorn's own would take over whatever connection asks for them.
+                # There are no WebSockets here. uvicorn's own would take over any connection that asks for one.
                 ws="none",
                 log_config=None,
                 access_log=False,
@@ -78,15 +78,15 @@ class Server(uvicorn.Server):
         self.listeners: list[Listener] = []
         self._pipeline, self._leave = pipeline, leave
         self._delay_seconds, self._graceful_seconds = delay_seconds, graceful_seconds
-        # A thread of its own: asyncio and the interpreter join all others without limit after `shutdown`.
+        # A thread of its own: after `shutdown`, asyncio and the interpreter join all others without a time limit.
         self.fuse = threading.Timer(_CLOSE_SECONDS, self._leave_threads)
-        """Ends the process if its threads do not. Cancel it where the process is to outlive the server."""
+        """Ends the process if its threads do not end. Cancel it if the process is to outlive the server."""
         self.fuse.daemon = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen: at `sockets`, which listen already, or else at the host and port."""
+        """Begin to listen: on `sockets`, which listen already, or else on the host and port."""
         self.connections.start()
-        # What is loaded stays: the collector would look at all of it again and again, each time for some 0.2 s.
+        # What is loaded stays: the collector would traverse all of it again and again, each time for some 0.2 s.
         gc.collect()
         gc.freeze()
         await super().startup(sockets)
@@ -105,10 +105,10 @@ class Server(uvicorn.Server):
         return made
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Answer what was accepted, then end. `sockets` is uvicorn's, and not used."""
+        """Answer what was accepted, then end. uvicorn passes `sockets`, which is not used."""
         del sockets
         self._pipeline.ready = False
-        # Nobody waits for a model that is only being loaded.
+        # Nobody waits for a model that is still being loaded.
         self._pipeline.registry.close()
         self.connections.draining = True
         log.info("draining", seconds=self._delay_seconds, open_connections=len(self.connections.open))
@@ -125,7 +125,7 @@ class Server(uvicorn.Server):
         self.fuse.start()
         await self.lifespan.shutdown()
         if self._pipeline.scheduler.abandoned:
-            # Native code still runs: to end in the usual way would take its libraries from under it.
+            # Native code is still running: an ordinary exit would unload its libraries under it.
             log.critical("the engine did not end its work: aborted", exit_status=watchdog.EXIT_STATUS)
             self._leave(watchdog.EXIT_STATUS)
         if not finished:

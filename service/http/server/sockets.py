@@ -1,4 +1,4 @@
-"""What the system knows of a connection."""
+"""What the system knows about a connection."""
 
 import fcntl
 import socket
@@ -16,8 +16,8 @@ def nothing_to_read(connection: socket.socket) -> bool:
 
 
 def peer_listens(connection: socket.socket) -> bool:
-    """At the end of what a client sends: whether it has closed its side only."""
+    """Whether a client that sends no more has closed only its own side."""
     if connection.family == socket.AF_UNIX:
-        # Only the front comes this way, and it closes both sides.
+        # Only the front connects this way, and it closes both sides.
         return False
     return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == _HALF_CLOSED

@@ -18,14 +18,14 @@ export const MAX_RATE = 200;
 /**
  * @typedef {object} Options
  * @property {Blob} picture
- * @property {number} rate images a second
+ * @property {number} rate images per second
  * @property {number} deadlineMs
  * @property {Record<Arm, string>} names what each arm asks for
  * @property {(sample: Sample) => void} onSample
  * @property {() => void} onEnd
  */
 
-/** Whose second it is. @param {number} seconds @returns {Arm} */
+/** The arm to which a second belongs. @param {number} seconds @returns {Arm} */
 export function armAt(seconds) {
   return Math.floor(seconds) % 2 === 0 ? "family" : "fixed";
 }
@@ -47,12 +47,12 @@ export class Load {
     this.#send();
   }
 
-  /** Seconds since the start, at most its length. */
+  /** Seconds since the start, at most the length of the load. */
   get seconds() {
     return Math.min(SECONDS, (performance.now() - this.#startedAt) / 1000);
   }
 
-  /** End it now; what is under way is cancelled and not counted. */
+  /** End it now; requests in progress are cancelled and not counted. */
   stop() {
     if (!this.running) return;
     this.running = false;
@@ -114,7 +114,7 @@ export class Load {
  * @property {number} late
  * @property {number} refused
  * @property {number} failed
- * @property {number} goodput answers in time, a second of this arm's seconds
+ * @property {number} goodput answers in time per second of this arm
  * @property {number | null} top1 mean of the models that answered, late or not
  * @property {number | null} medianMs
  */

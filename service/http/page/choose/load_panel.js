@@ -1,4 +1,4 @@
-// The load's controls, its dots, and what came of it for both.
+// The load's controls, its dots, and the results of both arms.
 
 import { picture, sample } from "../compare/picture.js";
 import { axis, chart, colour } from "../parts/chart.js";
@@ -126,7 +126,7 @@ function table() {
       h("tbody", {}, row("family", `Family ${family}`), row("fixed", `Always ${kindAndPrecision(members.find((model) => model.name === (fixed || select.value)))}`))));
 }
 
-/** One series for each model, and one for what was refused; in the order of due times. @returns {Data} */
+/** One series for each model, and one for refused requests; in the order of due times. @returns {Data} */
 function data() {
   const sorted = [...samples].sort((one, other) => one.dueS - other.dueS);
   const clamp = (/** @type {number} */ value) => Math.min(LATENCY.max, Math.max(LATENCY.min, value));

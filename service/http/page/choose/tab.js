@@ -18,7 +18,7 @@ const STEPS = 1000;
 
 /** Where a time is on the axis, which is logarithmic. @param {number} value */
 const at = (value) => Math.min(1, Math.max(0, Math.log(value / AXIS.min) / Math.log(AXIS.max / AXIS.min)));
-/** @param {number} share of the slider's way */
+/** @param {number} share of the slider's range */
 const deadlineAt = (share) => {
   const exact = DEADLINE.min * (DEADLINE.max / DEADLINE.min) ** share;
   const unit = 10 ** Math.max(0, Math.floor(Math.log10(exact)) - 1);
@@ -128,7 +128,7 @@ function draw(answer) {
   const name = chosen ? kindAndPrecision(known.get(chosen.model)) : answer.chosen;
   const text = `${ms(answer.deadline_ms)}: ${title(answer)} ${name}, ${becauseOf(answer)}`;
   const line = byId("chosen");
-  // It is read out when it changes, and once a second it does not.
+  // Screen readers read out each update: not every second, but only when the text has changed.
   if (line.dataset.text !== text) {
     line.dataset.text = text;
     const within = ["Within ", h("strong", {}, ms(answer.deadline_ms)), " the family ", h("code", {}, answer.family)];

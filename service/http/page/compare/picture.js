@@ -27,7 +27,7 @@ export function onPicture(listener) {
   listeners.add(listener);
 }
 
-/** A new picture: nothing that was seen of the one before stays. @param {Picture | null} picture */
+/** Choose a new picture, and forget how the models saw the one before. @param {Picture | null} picture */
 export function choose(picture) {
   chosen = picture;
   seen.clear();
@@ -51,7 +51,7 @@ export async function sample(name) {
 }
 
 /**
- * Call with every picture that is dropped on the page or pasted into it; with null for something that is no picture.
+ * Call `take` with every picture that is dropped on the page or pasted into it; with null for anything else.
  *
  * @param {(picture: Picture | null) => void} take
  */
@@ -76,7 +76,7 @@ export function listen(take) {
     take(file ? { file, name: file.name, sample: null } : null);
   });
   addEventListener("paste", (event) => {
-    // Text that is pasted into a field is no picture, and none is missed.
+    // Text that is pasted into a field is not meant as a picture.
     if (event.target instanceof HTMLInputElement) return;
     const files = [...(event.clipboardData?.files ?? [])];
     const file = files.find((other) => other.type.startsWith("image/")) ?? files[0];

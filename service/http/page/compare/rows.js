@@ -48,7 +48,7 @@ export class Row {
     return this.model.state === "ready";
   }
 
-  /** Nothing is known yet of this picture. @param {boolean} pending whether an answer is on its way */
+  /** Show that nothing is known about this picture yet. @param {boolean} pending whether an answer is on its way */
   clear(pending) {
     this.answer = null;
     this.moreElement.hidden = true;
@@ -80,7 +80,7 @@ export class Row {
     fill(this.answerCell, h("span", { class: "error" }, `${problem.detail}.${wait}`));
   }
 
-  /** Whether it says the same as the most accurate model that answered. @param {Row} reference */
+  /** Show whether it says the same as the most accurate model that answered. @param {Row} reference */
   agree(reference) {
     const own = this.answer?.predictions[0], other = reference.answer?.predictions[0];
     if (!own || !other) return;
@@ -91,7 +91,7 @@ export class Row {
     this.answerCell.append(h("span", { class: "agreement" }, text));
   }
 
-  /** The stages of its time on the scale of all rows. @param {number} scaleMs @param {number | null} chosenMs */
+  /** Show the stages of its time, on the scale of all rows. @param {number} scaleMs @param {number | null} chosenMs */
   time(scaleMs, chosenMs) {
     if (!this.answer) return;
     const { total } = this.answer.timings_ms;
@@ -100,7 +100,7 @@ export class Row {
       h("span", { class: "total" }, ms(total), delta && h("small", {}, delta))));
   }
 
-  /** Measured top-1, and its distance from the chosen model's. @param {number | null} chosenTop1 */
+  /** Show the measured top-1, and its difference from the chosen model's. @param {number | null} chosenTop1 */
   accuracy(chosenTop1) {
     const own = top1(this.model);
     if (own < 0) return fill(this.top1Cell, "–");

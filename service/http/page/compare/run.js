@@ -1,4 +1,4 @@
-// One comparison at a time: a new one cancels the one before, and nothing of that one is shown any more.
+// One comparison at a time: a new one cancels the one before, whose events are no longer shown.
 
 import { Problem, lines, request } from "../parts/api.js";
 
@@ -15,7 +15,7 @@ import { Problem, lines, request } from "../parts/api.js";
 let generation = 0;
 let controller = new AbortController();
 
-/** End what is under way; what it still brings is dropped. */
+/** Cancel the comparison that is running; events that still arrive are dropped. */
 export function cancel() {
   controller.abort();
   generation += 1;
@@ -37,7 +37,7 @@ export async function compare(file, shown) {
     const response = await request("v1/compare?top_k=5", { method: "POST", body: file, signal });
     let ended = false;
     for await (const event of lines(response)) {
-      // An abort ends the stream, but not lines that were read already.
+      // An abort ends the stream, but lines that were read before may still come.
       if (mine !== generation) return false;
       show(shown, event);
       ended ||= event.event === "end";

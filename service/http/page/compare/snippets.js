@@ -29,7 +29,7 @@ export function asPython(name) {
   ].join("\n");
 }
 
-/** Buttons that copy the request, and show it where the clipboard is closed. @param {() => string} name */
+/** Buttons that copy the request, and show it in case the clipboard is unavailable. @param {() => string} name */
 export function copyButtons(name) {
   const shown = h("pre", { class: "snippet", tabindex: "0", hidden: true, "aria-label": "The request" });
   const said = h("span", { class: "said", role: "status" });
@@ -40,7 +40,7 @@ export function copyButtons(name) {
       await navigator.clipboard.writeText(text);
       fill(said, "copied");
     } catch {
-      // Browsers open the clipboard for https: and localhost only.
+      // Browsers allow the clipboard on https: and localhost only.
       getSelection()?.selectAllChildren(shown);
       fill(said, "selected: copy it from here");
     }

@@ -23,7 +23,7 @@ let family = null;
 /** @type {Plan | null} */
 let plan = null;
 const SETTLING_MS = 1500;
-/** How often it is asked whether a service that refuses still does. */
+/** How often to ask whether a service that refuses still does. */
 const SETTLING_TRIES = 3;
 /** @type {ReturnType<typeof setTimeout> | undefined} */
 let settled;
@@ -152,7 +152,7 @@ function finish(end) {
   askWhenSettled();
 }
 
-/** Ask for the choice once the service no longer feels what this page has just asked of it. */
+/** Ask for the choice once the load of this page's own requests has passed. */
 function askWhenSettled(tries = SETTLING_TRIES) {
   clearTimeout(settled);
   if (byId("compare").hidden) return;
@@ -192,7 +192,7 @@ function choiceLine() {
       ` (predicted ${ms(rung?.predicted_ms)}).`);
 }
 
-/** One scale for the times of all rows, and distances from the chosen model. */
+/** Show the times of all rows on one scale, and differences from the chosen model. */
 function scale() {
   const totals = rows.flatMap((row) => (row.answer ? [row.answer.timings_ms.total] : []));
   const scaleMs = roundScale(totals);
@@ -211,7 +211,7 @@ async function memory() {
     const known = new Map(status.models.map((model) => [model.name, model.memory_mb]));
     for (const row of rows) showMemory(row, known.get(row.model.name));
   } catch (error) {
-    // A column of dashes says it.
+    // A column of dashes says so.
     console.info("no memory figures", error);
   }
 }

@@ -10,7 +10,7 @@ import { hue } from "../parts/models.js";
 const SECONDS = 300;
 const LEAST_SECONDS = 60;
 
-/** A moment before now, in words. @param {number} seconds that it is off, 0 or less */
+/** A moment before now, in words. @param {number} seconds from now, 0 or less */
 function ago(seconds) {
   if (seconds === 0) return "now";
   return seconds % 60 === 0 ? `−${-seconds / 60} min` : `−${-seconds} s`;
@@ -33,7 +33,7 @@ export class History {
     this.#places = places;
   }
 
-  /** A second without an answer: the lines break. */
+  /** Break the lines: there was a second without an answer. */
   gap() {
     const last = this.#entries.at(-1);
     if (last?.status) this.#entries.push({ time: last.time + 0.5, status: null });
@@ -74,7 +74,7 @@ export class History {
     ];
   }
 
-  /** From the first minute on the charts grow until they reach five minutes back. @returns {[number, number]} */
+  /** The charts begin with one minute and grow until they reach five minutes back. @returns {[number, number]} */
   #range() {
     const age = this.#now - (this.#entries[0]?.time ?? this.#now);
     return [-Math.min(SECONDS, Math.max(LEAST_SECONDS, 60 * Math.ceil(age / 60))), 0];

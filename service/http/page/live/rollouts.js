@@ -5,7 +5,7 @@ import { ms, percent, whole } from "../parts/format.js";
 
 /** @import {Rollout} from "../types.js" */
 
-/** Nothing, where the service has none. @param {Rollout[]} rollouts */
+/** The table of the rollouts; empty if the service has none. @param {Rollout[]} rollouts */
 export function onTrial(rollouts) {
   if (!rollouts.length) return [];
   const heads = ["share", "answered", "same top-1", "time", "of the primary", "errors", "left to the primary", "state"];

@@ -1,4 +1,4 @@
-// Live: what the service is doing, once a second, five minutes back. Nothing is asked while the page is hidden.
+// Live: what the service is doing, once a second, five minutes back. Nothing is requested while the page is hidden.
 
 import { getJson, isCancelled } from "../parts/api.js";
 import { byId, fill, h } from "../parts/dom.js";
@@ -78,7 +78,7 @@ async function poll() {
     await history?.add(status, known);
   } catch (error) {
     if (isCancelled(error)) return;
-    // Said once; the next second tries again.
+    // Reported once; the next second tries again.
     if (!failing) complain(error);
     failing = true;
     history?.gap();

@@ -4,7 +4,7 @@ import { askForKey, storedKey } from "./key.js";
 
 /** @import {ProblemMembers} from "../types.js" */
 
-/** What the service refused, in its own words. */
+/** A refusal of the service, in its own words. */
 export class Problem extends Error {
   /** @param {ProblemMembers} members @param {number | null} retryAfterMs */
   constructor(members, retryAfterMs = members.retry_after_ms ?? null) {
@@ -47,7 +47,7 @@ export async function getJson(path, signal) {
 }
 
 /**
- * The values of a body that is one JSON value a line, as they come.
+ * The values of a body with one JSON value per line, as they arrive.
  *
  * @param {Response} response
  * @returns {AsyncGenerator<any>}

@@ -30,7 +30,7 @@ export function colour(name) {
 }
 
 /**
- * A chart that fills `place` and follows its width and the colour scheme. `alter` is given the options that all charts share.
+ * A chart that fills `place` and follows its width and the colour scheme. `alter` receives the options that all charts share.
  *
  * @param {HTMLElement} place
  * @param {Data} data

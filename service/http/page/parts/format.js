@@ -65,8 +65,8 @@ export function ownName(model) {
 }
 
 /**
- * What kind of attention a model has, in a few words; its own name says it for architectures without variants. A model
- * that is not called by its variant has another size than those that are.
+ * What kind of attention a model has, in a few words; for architectures without variants, their own name. A model that is
+ * not named after its variant differs in size from those that are.
  *
  * @param {Model | undefined} model
  */

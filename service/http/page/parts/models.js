@@ -17,7 +17,7 @@ export function models({ again = false } = {}) {
   if (again || !list) {
     const asked = getJson("v1/models");
     list = asked;
-    // What failed is asked for again next time.
+    // A request that failed is repeated next time.
     asked.catch(() => {
       if (list === asked) list = null;
     });
@@ -66,7 +66,7 @@ export function groups(sorted) {
     .map((base) => ({ base, others: sorted.filter((model) => baseOf(model) === base) }));
 }
 
-/** A model that does not serve says its precision by its name only. @param {Model} model */
+/** The precision of a model: that of one that does not serve is known only from its name. @param {Model} model */
 export function precisionOf(model) {
   return model.precision ?? /-(int8|fp16)$/.exec(model.name)?.[1] ?? "fp32";
 }

@@ -7,7 +7,7 @@ import { byId, fill, h } from "./dom.js";
 let ticking;
 
 /**
- * Say it once, whatever was said before.
+ * Show an error, in place of what was shown before.
  *
  * @param {unknown} error
  * @param {(() => void) | null} again what a press of "Try again" does
@@ -19,7 +19,7 @@ export function complain(error, again = null) {
   fill(byId("notice"), h("p", {}, h("strong", {}, headline(error)), " ", sentence(error)), button);
   byId("notice").hidden = false;
   if (retryAfterMs === null || !button) return;
-  // Nobody should have to count: the button opens when there should be room again.
+  // Nobody should have to count: the button is enabled when there should be room again.
   const ready = performance.now() + retryAfterMs;
   const tick = () => {
     const left = Math.ceil((ready - performance.now()) / 1000);
@@ -36,14 +36,14 @@ function mayHelp(error) {
   return !(error instanceof Problem) || error.status === 408 || error.status === 429 || error.status >= 500;
 }
 
-/** Nothing is wrong any more. */
+/** Remove the notice: nothing is wrong any more. */
 export function settle() {
   clearInterval(ticking);
   byId("notice").hidden = true;
   fill(byId("notice"));
 }
 
-/** Tell those who listen rather than look. @param {string} text */
+/** Have screen readers read out a text. @param {string} text */
 export function announce(text) {
   byId("announcer").textContent = text;
 }

@@ -26,7 +26,7 @@ export class Drawing {
     this.#layout = layout;
     this.#onSelect = onSelect;
     const { rows, columns } = layout;
-    // A window at the edge reaches beyond the picture by a patch.
+    // A window at the edge reaches beyond the picture by one patch.
     const margin = layout.kind === "csra" ? UNIT : 2;
     this.viewBox = `${-margin} ${-margin} ${columns * UNIT + 2 * margin} ${rows * UNIT + 2 * margin}`;
     this.patches = this.#drawPatches(image, hue, margin);
@@ -67,7 +67,7 @@ export class Drawing {
       const column = Math.floor(((event.clientX - box.left) * scale - margin) / UNIT);
       const row = Math.floor(((event.clientY - box.top) * scale - margin) / UNIT);
       if (row < 0 || column < 0 || row >= rows || column >= columns) return;
-      // Of the windows that overlap here the one whose middle is nearest.
+      // Of the windows that overlap here, take the one whose centre is nearest.
       const [nearest] = windows
         .map((window, number) => ({ number, window }))
         .filter(({ window }) => window.patches.includes(row * columns + column))

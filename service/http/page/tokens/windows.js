@@ -1,4 +1,4 @@
-// Which patches each key and value is made from: geometry alone, from what a model's manifest says.
+// Which patches each key and value is made from: pure geometry, from what a model's manifest says.
 
 /** @import {Attention} from "../types.js" */
 
