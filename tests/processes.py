@@ -19,6 +19,16 @@ from loadtests.experiment.server import free_port
 ROOT = Path(__file__).parents[1]
 PATIENCE_SECONDS = 400
 """How long a test waits for another process: longer than anything takes on a busy machine, shorter than its timeout."""
+PATIENT_SERVICE = {
+    "STRIDEVIT_DEFAULT_DEADLINE_MS": "400000",
+    "STRIDEVIT_MAX_DEADLINE_MS": "400000",
+    "STRIDEVIT_MIN_UPLOAD_RATE": "0",
+    "STRIDEVIT_BODY_TIMEOUT_SECONDS": "400",
+    "STRIDEVIT_HEAD_TIMEOUT_SECONDS": "400",
+    "STRIDEVIT_HANG_MIN_SECONDS": "400",
+    "STRIDEVIT_HANG_MAX_SECONDS": "400",
+}
+"""The environment of a service that refuses and ends nothing because a busy machine, or a client on it, is slow."""
 in_a_checkout = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git checkout of this project")
 
 

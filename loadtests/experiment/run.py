@@ -175,21 +175,27 @@ class Bench:
         )
 
     def apply(self, arm: Arm, server: Server, load: Load, *, seconds: float, seed: int) -> LoadResult:
-        """Put an arm's server under a load. Raises ServerError, also if a closed loop gets no answer."""
+        """Put an arm's server under a load. Raises ServerError, also if a closed loop gets no answer.
+
+        A closed loop without answers or failures is repeated once: the machine may have stood still for its seconds.
+        """
         plan = self.experiment.plan
         requests = requests_of(self._folder, plan, arm.model)
-        result = apply_load(
-            server,
-            requests,
-            load,
-            warmup_seconds=plan.warmup_seconds,
-            seconds=seconds,
-            seed=plan.seed + seed,
-            cores=plan.generator_cores,
-        )
-        if load.connections is not None and arm.kind != "refusing" and not result.throughput:
-            raise ServerError(f"{server.name} answered nothing with 200:\n{server.log_tail()}\n(log: {server.log})")
-        return result
+        for _ in range(2):
+            result = apply_load(
+                server,
+                requests,
+                load,
+                warmup_seconds=plan.warmup_seconds,
+                seconds=seconds,
+                seed=plan.seed + seed,
+                cores=plan.generator_cores,
+            )
+            if load.connections is None or arm.kind == "refusing" or result.throughput:
+                return result
+            if result.errors:
+                break
+        raise ServerError(f"{server.name} answered nothing with 200:\n{server.log_tail()}\n(log: {server.log})")
 
     @contextmanager
     def serving(self, arm: Arm, purpose: str) -> Iterator[Server]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.processes import ROOT, get, post, serving
+from tests.processes import PATIENT_SERVICE, ROOT, get, post, serving
 from tests.service.identity import publish_identity
 
 KSERVE = ROOT / "deploy" / "kserve"
@@ -35,7 +35,8 @@ def _infer(url: str, name: str) -> Any:
 def test_an_inferenceservice_is_asked_by_its_name_whatever_the_bundle_is_called(tmp_path: Path) -> None:
     publish_identity(tmp_path, "identity-a")
     name = _document("inferenceservice.yaml")["metadata"]["name"]
-    with serving(tmp_path, command=[sys.executable, "-m", "service", *_arguments(name)]) as (url, _):
+    command = [sys.executable, "-m", "service", *_arguments(name)]
+    with serving(tmp_path, command=command, environment=PATIENT_SERVICE) as (url, _):
         assert get(f"{url}/v2/models/{name}/ready").json() == {"name": name, "ready": True}
         assert get(f"{url}/v2/models/{name}").json()["name"] == name
         answer = _infer(url, name)

@@ -18,7 +18,7 @@ from deploy.monitoring.rules import rules
 from loadtests.faults.models import publish_numbered
 from loadtests.faults.numbers import GUILTY, picture
 from tests.deploy.prometheus import metric_names, needs_prometheus, scraping, selectors
-from tests.processes import PATIENCE_SECONDS, ROOT, post, serving
+from tests.processes import PATIENCE_SECONDS, PATIENT_SERVICE, ROOT, post, serving
 
 MONITORING = ROOT / "deploy" / "monitoring"
 RULES = MONITORING / "rules.yaml"
@@ -118,7 +118,10 @@ def test_every_selector_matches_a_series_and_every_panel_has_data(tmp_path: Path
     wanted = {selector for one in (*panels.values(), *_rule_expressions().values()) for selector in selectors(one)}
     with (
         # A model of faults must go on serving, to fail again.
-        serving(repository, environment={"STRIDEVIT_MAX_CONSECUTIVE_FAULTS": "0", **ON_TRIAL}) as (url, _),
+        serving(repository, environment={**PATIENT_SERVICE, "STRIDEVIT_MAX_CONSECUTIVE_FAULTS": "0", **ON_TRIAL}) as (
+            url,
+            _,
+        ),
         scraping(url.removeprefix("http://"), RULES, tmp_path) as prometheus,
     ):
 

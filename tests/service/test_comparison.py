@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from service.metrics import Metrics
 from service.pipeline import Answer, Pipeline, RequestOptions
 from service.scheduling.admission import Place
 from service.settings import Settings
+from tests.processes import PATIENCE_SECONDS
 from tests.service.identity import number_in, picture, publish_identity
 
 World = tuple[asyncio.Runner, Pipeline]
@@ -31,7 +33,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     repository = tmp_path_factory.mktemp("models")
     for name in ("identity-a", "identity-b", "identity-c"):
         publish_identity(repository, name)
-    pipeline = make_pipeline(Settings(repository=repository, threads=1, max_batch=4), Metrics())
+    deadlines: dict[str, Any] = {
+        "default_deadline_ms": 1000 * PATIENCE_SECONDS,
+        "max_deadline_ms": 1000 * PATIENCE_SECONDS,
+    }
+    pipeline = make_pipeline(Settings(repository=repository, threads=1, max_batch=4, **deadlines), Metrics())
 
     async def start() -> None:
         pipeline.start()
@@ -124,14 +130,14 @@ def test_nothing_stays_behind_wherever_a_comparison_fails(world: World, plan: li
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ImageRules, "open", faulty)
-        runner.run(asyncio.wait_for(scenario(), 60))
+        runner.run(asyncio.wait_for(scenario(), PATIENCE_SECONDS))
     assert (pipeline.admission.images, pipeline.admission.bytes) == (0, 0)
     for model in pipeline.registry.ready:
         backlog = model.queue.backlog
         assert (len(model.queue), backlog.waiting, backlog.undecoded) == (0, 0, 0)
         assert [(work.small, work.large) for work in backlog.of_class] == [(0, 0), (0, 0)]
         # Nobody holds the model any more, so that it could be unloaded.
-        runner.run(asyncio.wait_for(model.unused(), 60))
+        runner.run(asyncio.wait_for(model.unused(), PATIENCE_SECONDS))
 
 
 def test_if_the_first_model_is_refused_the_next_accounts_for_the_decoding(world: World) -> None:

@@ -22,6 +22,7 @@ from service.scheduling.backlog import work_of
 from service.scheduling.request import RequestState
 from service.scheduling.scheduler import Batch, Output, Pixels
 from service.settings import Settings
+from tests.processes import PATIENCE_SECONDS
 from tests.service.identity import number_in, picture, publish_identity
 
 World = tuple[asyncio.Runner, Pipeline]
@@ -34,7 +35,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A started pipeline, and the event loop that it runs on."""
     repository = tmp_path_factory.mktemp("models")
     publish_identity(repository)
-    options = Settings(repository=repository, threads=1, max_batch=4, max_consecutive_faults=0)
+    deadlines: dict[str, Any] = {
+        "default_deadline_ms": 1000 * PATIENCE_SECONDS,
+        "max_deadline_ms": 1000 * PATIENCE_SECONDS,
+    }
+    options = Settings(repository=repository, threads=1, max_batch=4, max_consecutive_faults=0, **deadlines)
     pipeline = make_pipeline(options, Metrics())
 
     async def start() -> None:
@@ -120,14 +125,14 @@ def test_nothing_stays_behind_wherever_a_request_fails(world: World, plan: list[
             else:
                 assert outcome == numbers or isinstance(outcome, ClientDisconnected | asyncio.CancelledError)
 
-    runner.run(asyncio.wait_for(scenario(), 60))
+    runner.run(asyncio.wait_for(scenario(), PATIENCE_SECONDS))
     admission, (model,) = pipeline.admission, pipeline.registry.ready
     backlog = model.queue.backlog
     assert (admission.images, admission.bytes, backlog.waiting, backlog.undecoded) == (0, 0, 0, 0)
     assert backlog.decoding == {False: 0, True: 0}
     assert [(work.small, work.large) for work in backlog.of_class] == [(0, 0), (0, 0)]
     # Nobody holds the model any more, so that it could be unloaded.
-    runner.run(asyncio.wait_for(model.unused(), 60))
+    runner.run(asyncio.wait_for(model.unused(), PATIENCE_SECONDS))
 
 
 ENGINE = ("right", "right", "raises", "nan", "fewer rows", "nothing")
@@ -206,11 +211,11 @@ def test_nothing_stays_behind_whatever_fails_beneath(
         patch.setattr(model.queue, "run", faulty_run)
         patch.setattr(ImageRules, "open", faulty_open)
         patch.setattr(pipeline.scheduler, "_on_batch", observe)
-        runner.run(asyncio.wait_for(scenario(), 60))
+        runner.run(asyncio.wait_for(scenario(), PATIENCE_SECONDS))
     admission, backlog = pipeline.admission, model.queue.backlog
     assert (admission.images, admission.bytes, backlog.waiting, backlog.undecoded) == (0, 0, 0, 0)
     assert (backlog.decoding, len(model.queue)) == ({False: 0, True: 0}, 0)
-    runner.run(asyncio.wait_for(model.unused(), 60))
+    runner.run(asyncio.wait_for(model.unused(), PATIENCE_SECONDS))
 
 
 def test_pixels_of_another_size_than_the_replaced_model_s_are_refused(world: World) -> None:

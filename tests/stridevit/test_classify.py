@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from loadtests.experiment.server import free_port
 from stridevit.classify.many import Window
 from stridevit.command import app
-from tests.processes import PATIENCE_SECONDS, ROOT, get, interruptible, serving, wait_until
+from tests.processes import PATIENCE_SECONDS, PATIENT_SERVICE, ROOT, get, interruptible, serving, wait_until
 from tests.service.identity import LABELS, picture, publish_identity
 from tests.stridevit.stub import CLASSIFICATION, Reply, Stub, problem, stub_server
 
@@ -30,7 +30,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real service that takes few images at once, and some time for each."""
     folder = tmp_path_factory.mktemp("models")
     publish_identity(folder, work=400)
-    environment = {
+    environment = PATIENT_SERVICE | {
         "STRIDEVIT_MAX_PENDING_IMAGES": "4",
         "STRIDEVIT_MAX_IMAGES_PER_REQUEST": "1",
         "STRIDEVIT_LOG_REQUESTS": "none",
@@ -84,7 +84,7 @@ def test_json_has_one_object_a_line_also_for_an_error(url: str, tmp_path: Path) 
     good, bad = tmp_path / "good.png", tmp_path / "bad.pdf"
     good.write_bytes(picture(7))
     bad.write_bytes(b"%PDF-1.7")
-    ended = run(good, bad, "--url", url, "--json", "--model", "identity", "--deadline-ms", 60_000)
+    ended = run(good, bad, "--url", url, "--json", "--model", "identity", "--deadline-ms", 120_000)
     first, second = map(json.loads, ended.stdout.splitlines())
     assert (first["image"], first["predictions"][0]["label"], first["model"]) == (str(good), LABELS[0], "identity-a")
     assert first["choice"]["reason"] == "most_accurate"
@@ -223,10 +223,10 @@ def test_names_of_any_bytes_are_one_line_each(stub: Stub, tmp_path: Path) -> Non
 
 def test_ctrl_c_keeps_what_is_there(stub: Stub, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.csv"
-    stub.replies = [*[Reply(body=CLASSIFICATION)] * 5, problem(429, "overloaded", retry_after_ms=20_000)]
+    stub.replies = [*[Reply(body=CLASSIFICATION)] * 5, problem(429, "overloaded", retry_after_ms=15_000)]
     words = ("-m", "stridevit", "classify", str(photos), "--url", stub.url, "--out", str(out))
     with interruptible(sys.executable, *words) as process:
-        # Rows are in the file while the run goes on.
+        # Rows are in the file while the run goes on. It ends when an image is refused for half a minute.
         wait_until(lambda: len(stub.asked) >= 7 and len(rows(out)) == 5, process)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=PATIENCE_SECONDS)

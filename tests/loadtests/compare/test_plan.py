@@ -1,5 +1,7 @@
 """What a comparison decides when every arm has been tried, on servers that are made up."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,9 @@ from loadtests.compare.compare import compare
 from loadtests.experiment import run
 from loadtests.experiment.arms import repeated
 from loadtests.experiment.model import HIGH, MODERATE, SATURATED, Arm, Comparison, Load
-from loadtests.experiment.server import ServerError
+from loadtests.experiment.server import Server, ServerError
 from loadtests.generator.load_result import LoadResult
-from tests.loadtests.experiment.benches import FakeBench, Notes, comparison_plan, result
+from tests.loadtests.experiment.benches import PAYLOADS, FakeBench, Notes, comparison_plan, result
 
 SPEED = {"fast": 200.0, "slow": 100.0}
 
@@ -82,6 +84,24 @@ def test_a_spent_budget_ends_the_comparison_after_two_rounds(tmp_path: Path, mon
     assert found.ended_early == "the budget of 10 minutes was spent after 2 of 10 rounds"
     assert len(found.blocks) == 6
     assert found.capacity_searches == []
+
+
+@pytest.mark.parametrize(
+    ("found", "applied", "fails"),
+    [([(0, 0), (9, 0)], 2, False), ([(0, 0), (0, 0)], 2, True), ([(0, 4)], 1, True), ([(9, 4)], 1, False)],
+)
+def test_a_closed_loop_in_which_nothing_happened_is_repeated_once(
+    found: list[tuple[float, int]], applied: int, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saturate = Load(name=SATURATED, connections=16)
+    results = [replace(result(saturate, throughput=rate), errors=errors) for rate, errors in found]
+    left = iter(results)
+    monkeypatch.setattr(run, "apply_load", lambda *_, **__: next(left))
+    bench = run.Bench(comparison(), PAYLOADS, tmp_path)
+    server = Server("http://nowhere", name="the server")
+    with pytest.raises(ServerError, match="answered nothing") if fails else nullcontext():
+        assert bench.apply(Arm(label="a", model="a"), server, saturate, seconds=1, seed=0) is results[-1]
+    assert len(list(left)) == len(found) - applied
 
 
 def test_a_search_whose_server_fails_has_no_rate(tmp_path: Path) -> None:

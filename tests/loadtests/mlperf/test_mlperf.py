@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -26,6 +27,7 @@ from sklearn.datasets import load_digits
 from typer.testing import CliRunner, Result
 
 from loadtests.generator.readers import Label
+from loadtests.mlperf import sut
 from loadtests.mlperf.cli import mlperf
 from loadtests.mlperf.loadgen_logs import Summary, figures, parse_summary, top1, unmet
 from loadtests.mlperf.plan import Plan, Task
@@ -34,6 +36,7 @@ from loadtests.mlperf.run import MlperfRun
 from loadtests.mlperf.sut import RequestFailed, Sut
 from tests.loadtests.servers import fake_server
 from tests.processes import PATIENCE_SECONDS, ROOT, interruptible, post, serving, still_running
+from tests.service.conftest import Clock
 
 app = typer.Typer()
 app.command()(mlperf)
@@ -397,12 +400,17 @@ def test_a_connection_that_was_closed_while_idle_is_opened_anew_but_one_that_bre
         thread.join()
 
 
-def test_a_warm_up_whose_second_half_stalls_is_rated_as_a_whole() -> None:
-    with fake_server(lambda number: 4.5 if number == 3 else 0.0) as fake:
+def test_a_warm_up_whose_second_half_stalls_is_rated_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(sut, "time", SimpleNamespace(perf_counter=clock, monotonic=clock))
+
+    def stall(number: int) -> float:
+        clock.now += 4.5 if number == 3 else 0.0
+        return 0.0
+
+    with fake_server(stall) as fake:
         service = Sut(f"{fake.url}/v1/classify?model=m", [b"image"], connections=1)
-        begin = time.perf_counter()
-        rate = service.warm_up(4.0)
-        assert rate >= 4 / (time.perf_counter() - begin)
+        assert service.warm_up(4.0) == pytest.approx(4 / 4.5)
 
 
 def test_loadgens_process_loads_neither_locust_nor_gevent() -> None:

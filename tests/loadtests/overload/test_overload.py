@@ -177,7 +177,7 @@ def test_malformed_steps_are_refused(text: str, reason: str) -> None:
 
 def test_overload_measures_and_reports(repository: Path, tmp_path: Path) -> None:
     asked = ["--models", "digits", "--steps", "20:2,60:2", "--rounds", "1", "--out", str(tmp_path)]
-    ended = CliRunner().invoke(app, ["overload", "--repository", str(repository), *asked, "--deadline-ms", "20000"])
+    ended = CliRunner().invoke(app, ["overload", "--repository", str(repository), *asked, "--deadline-ms", "120000"])
     assert ended.exit_code == 0, ended.output
     document = json.loads((tmp_path / "results.json").read_text())
     assert [step["arm"] for step in document["steps"]] == ["digits"] * 2

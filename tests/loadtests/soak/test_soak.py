@@ -19,6 +19,7 @@ from loadtests.soak import numbered
 from loadtests.soak.report import broken, write
 from loadtests.soak.soak import LONGER_SIDES, SoakExperiment, SoakPlan, figures, mixed_sizes
 from loadtests.soak.watch import QUANTITIES, trends
+from tests.processes import still_running, wait_until
 
 
 def test_the_first_tenth_of_the_requests_is_compared_with_the_last() -> None:
@@ -87,9 +88,12 @@ def test_a_service_that_dies_ends_the_run_and_what_was_measured_is_reported(repo
     class Deadly:
         def step(self, what: str, done: float, total: float) -> None:
             if done == 60:
-                for child in psutil.Process().children(recursive=True):
-                    if "--port" in child.cmdline():
-                        child.kill()
+                family = psutil.Process().children(recursive=True)
+                services = [child for child in family if "--port" in child.cmdline()]
+                for child in services:
+                    child.kill()
+                # Until it is known to be gone, requests only fail.
+                wait_until(lambda: not still_running(services))
 
         def note(self, message: str) -> None: ...
 

@@ -21,7 +21,9 @@ from tests.service.identity import picture, publish_identity
 def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
     repository = tmp_path_factory.mktemp("models")
     publish_identity(repository)
-    settings = Settings(repository=repository, threads=1, max_pending_images=4, max_images_per_request=1)
+    settings = Settings(
+        repository=repository, threads=1, max_pending_images=4, max_images_per_request=1, default_deadline_ms=120_000
+    )
     return create_app(settings.model_copy(update={"cors_origins": ("https://example.com",)}))
 
 
@@ -58,7 +60,7 @@ def test_a_late_loop_refuses_near_deadlines_and_answers_the_others(client: TestC
     for path in ("/v2/models/identity-a/infer", "/hf/identity-a"):
         assert client.post(f"{path}?deadline_ms=250", content=b"never read").status_code == 429
     assert client.post("/v1/classify", content=picture(1)).status_code == 200
-    assert client.post("/v1/classify?deadline_ms=20000", content=picture(1)).status_code == 200
+    assert client.post("/v1/classify?deadline_ms=120000", content=picture(1)).status_code == 200
 
 
 def test_pages_of_other_origins_cannot_read_a_refusal(client: TestClient, pipeline: Pipeline) -> None:
@@ -211,7 +213,7 @@ def test_under_pressure_what_the_head_s_first_look_does_not_know_goes_on(
     client: TestClient, pipeline: Pipeline, query: str
 ) -> None:
     pipeline.admission.press()
-    answer = client.post(f"/v1/classify?deadline_ms=60000&{query}", content=picture(1))
+    answer = client.post(f"/v1/classify?deadline_ms=120000&{query}", content=picture(1))
     assert answer.status_code in (200, 404)
 
 
@@ -219,8 +221,8 @@ def test_under_pressure_what_the_head_s_first_look_does_not_know_goes_on(
     ("query", "headers"),
     [
         ("?priority=interactive", {"X-Priority": "batch"}),
-        ("?deadline_ms=0000000000000000000000000000000000020000", {}),
-        ("?deadline%5Fms=20000", {}),
+        ("?deadline_ms=0000000000000000000000000000000000120000", {}),
+        ("?deadline%5Fms=120000", {}),
     ],
 )
 def test_a_head_is_read_as_the_application_reads_it(
@@ -238,12 +240,12 @@ def test_a_head_is_read_as_the_application_reads_it(
 
 
 def test_without_a_key_that_is_needed_nobody_learns_what_lies_ahead(
-    session: TestClient, pipeline: Pipeline, app: FastAPI
+    client: TestClient, pipeline: Pipeline, app: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = app.state.judge
     scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/classify", "headers": [], "state": {}}
     scope["query_string"] = b"deadline_ms=0.001"
-    pipeline.admission.press()
+    monkeypatch.setattr(pipeline.admission, "_pressed_at", math.inf)
     assert judge.refusal(dict(scope)) is not None
     judge._has_key = lambda _: False
     try:

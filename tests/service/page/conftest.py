@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -58,7 +59,7 @@ def browser() -> Iterator["Browser"]:
 
     expect.set_options(timeout=WAIT_MS)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS, timeout=WAIT_MS)
         yield browser
         browser.close()
 
@@ -91,6 +92,14 @@ def opened(browser: "Browser", url: str, *, tolerated: str = EXPECTED_ERRORS, **
         assert faults == []
     finally:
         context.close()
+
+
+def leave_time(page: "Page") -> None:
+    """Plans are those for a deadline that no stall comes near, whatever deadline the page asks for."""
+    page.route(
+        "**/plan?*",
+        lambda route: route.continue_(url=re.sub(r"deadline_ms=[\d.]+", "deadline_ms=120000", route.request.url)),
+    )
 
 
 def until(page: "Page", condition: str) -> None:

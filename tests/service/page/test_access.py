@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.processes import PATIENCE_SECONDS, ROOT, serving
-from tests.service.page.conftest import Opener, opened, until
+from tests.service.page.conftest import WAIT_MS, Opener, opened, until
 
 pytest.importorskip("playwright", reason="needs Playwright (pip install playwright)")
 
@@ -36,7 +36,7 @@ def guarded(browser: "Browser", tmp_path_factory: pytest.TempPathFactory) -> Ite
         "".join(
             f'[[keys]]\nname = "{name}"\nsha256 = "{hashlib.sha256(key.encode()).hexdigest()}"\n'
             f'scopes = ["classify", "read"]\n{limit}\n'
-            for name, key, limit in (("usual", KEY, ""), ("rare", RARE_KEY, "requests_per_second = 0.2\nburst = 6"))
+            for name, key, limit in (("usual", KEY, ""), ("rare", RARE_KEY, "requests_per_second = 0.001\nburst = 6"))
         )
     )
     environment = {"STRIDEVIT_KEYS_FILE": str(keys), "STRIDEVIT_MODELS": "cifar100-mha,cifar100-csra-r2"}
@@ -68,6 +68,7 @@ def test_a_key_is_asked_for_and_a_wrong_one_again(browser: "Browser", guarded: s
 
 def test_a_limit_says_how_long_to_wait(browser: "Browser", guarded: str) -> None:
     with opened(browser, f"{guarded}/#compare") as page:
+        page.clock.install()
         page.fill("#key", RARE_KEY)
         page.press("#key", "Enter")
         expect(page.locator("tr[data-model=cifar100-mha]")).to_be_visible()
@@ -79,6 +80,7 @@ def test_a_limit_says_how_long_to_wait(browser: "Browser", guarded: str) -> None
         button = notice.locator("button")
         expect(button).to_have_text(re.compile(r"Try again in \d+ s"))
         expect(button).to_be_disabled()
+        page.clock.fast_forward("02:00:00")
         expect(button).to_be_enabled()
         expect(button).to_have_text("Try again")
 
@@ -157,6 +159,7 @@ def test_the_camera_gives_a_picture(browser: "Browser", service: str) -> None:
     fake = browser.browser_type.launch(
         executable_path=shutil.which("chromium"),
         args=["--headless", "--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"],
+        timeout=WAIT_MS,
     )
     try:
         with opened(fake, f"{service}/", permissions=["camera"]) as page:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.processes import ROOT, get, post, serving
-from tests.service.page.conftest import SAMPLES, Opener, opened, until
+from tests.service.page.conftest import SAMPLES, WAIT_MS, Opener, opened, until
 
 pytest.importorskip("playwright", reason="needs Playwright (pip install playwright)")
 pytest.importorskip("axe_playwright_python", reason="needs axe (pip install axe-playwright-python)")
@@ -67,6 +67,7 @@ def test_windows_follow_from_the_manifest(variant: str, rate: int, side: int, ge
 @pytest.fixture(scope="module")
 def geometry(browser: Any, service: str) -> Any:
     context = browser.new_context()
+    context.set_default_timeout(WAIT_MS)
     page = context.new_page()
     page.goto(service)
     yield page

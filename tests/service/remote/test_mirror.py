@@ -8,6 +8,7 @@ import pytest
 from service.bundle import MAX_FILE_BYTES
 from service.errors import NotReady, RepositoryError
 from service.remote import mirror as mirror_module
+from tests.processes import PATIENCE_SECONDS
 from tests.service.remote.conftest import SECRET, Bucket, FaultyServer, World, bundle_files, contents, put_bundle
 
 
@@ -275,11 +276,11 @@ def test_closing_ends_a_download_and_leaves_nothing(bucket: Bucket, world: World
 
     def hang(content: bytes) -> Iterable[bytes]:
         reading.set()
-        gone_on.wait(60)
+        gone_on.wait(PATIENCE_SECONDS)
         return [content]
 
     bucket.faults["model.onnx"] = hang
-    mirror, ended = world.mirror(bucket.url), []
+    mirror, ended = world.mirror(bucket.url, timeout=PATIENCE_SECONDS), []
 
     def update() -> None:
         with pytest.raises(NotReady, match="shutting down"):
@@ -289,9 +290,9 @@ def test_closing_ends_a_download_and_leaves_nothing(bucket: Bucket, world: World
     thread = threading.Thread(target=update)
     thread.start()
     try:
-        assert reading.wait(60)
+        assert reading.wait(PATIENCE_SECONDS)
         mirror.close()
-        thread.join(60)
+        thread.join(PATIENCE_SECONDS)
     finally:
         gone_on.set()
     assert ended == [True]

@@ -63,7 +63,7 @@ def test_polling_takes_new_versions_and_a_wrong_one_never_replaces_what_serves(b
         await registry.refresh()
         assert states(classifier) == {("identity-b", 1): "ready"}
 
-    drive(bucket.url, scenario, repository_cache=tmp_path / "cache")  # type: ignore[arg-type]
+    drive(bucket.url, scenario, limit=PATIENCE_SECONDS, repository_cache=tmp_path / "cache")  # type: ignore[arg-type]
 
 
 def test_an_outage_takes_nothing_away(bucket: Bucket, server: FaultyServer, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_an_outage_takes_nothing_away(bucket: Bucket, server: FaultyServer, tmp_
         await registry.refresh()
         assert registry.readable
 
-    drive(bucket.url, scenario, repository_cache=tmp_path / "cache")  # type: ignore[arg-type]
+    drive(bucket.url, scenario, limit=PATIENCE_SECONDS, repository_cache=tmp_path / "cache")  # type: ignore[arg-type]
 
 
 def test_a_start_during_an_outage_serves_what_was_fetched(bucket: Bucket, server: FaultyServer, tmp_path: Path) -> None:
@@ -238,6 +238,6 @@ def test_the_event_loop_goes_on_while_something_is_fetched(bucket: Bucket, tmp_p
         assert states(classifier) == {("identity-a", 2): "ready"}
 
     try:
-        drive(bucket.url, scenario, repository_cache=tmp_path / "cache")  # type: ignore[arg-type]
+        drive(bucket.url, scenario, limit=PATIENCE_SECONDS, repository_cache=tmp_path / "cache")  # type: ignore[arg-type]
     finally:
         gone_on.set()

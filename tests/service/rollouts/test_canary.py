@@ -2,16 +2,18 @@
 
 import asyncio
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from service.errors import NoSuitableModel, StartupError
+from service.rollouts import canary
 from service.rollouts.split import parse_split
 from service.rollouts.start import settled
 from tests.service.faulty import guilty_picture
 from tests.service.identity import SIDE
-from tests.service.rollouts.conftest import World, pictures
+from tests.service.rollouts.conftest import DEADLINE_SECONDS, World, pictures
 from tests.service.rollouts.test_shadow import counts, more
 
 
@@ -95,7 +97,7 @@ def test_whatever_keeps_the_candidate_from_answering_the_primary_does(world: Wor
         layouts = third.queue.cost.layouts
         for layout in layouts:
             layout.seconds.update(dict.fromkeys(layout.seconds, 1000.0))
-        assert (await world.ask(pictures(1), deadline_ms=20_000))[1].model.name == "first"
+        assert (await world.ask(pictures(1)))[1].model.name == "first"
         with pytest.raises(NoSuitableModel):
             await world.ask(pictures(1), min_top1=0.55)  # the primary has 0.5
         await registry.unload("third")
@@ -113,10 +115,20 @@ def test_whatever_keeps_the_candidate_from_answering_the_primary_does(world: Wor
     }
 
 
-def test_a_candidate_that_hangs_on_longer_than_predicted_leaves_time_for_the_primary(world: World) -> None:
+def test_a_candidate_that_hangs_on_longer_than_predicted_leaves_time_for_the_primary(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (rollout,) = world.roll("canary", "first:second=100%")
     before, pipeline = counts(rollout), world.pipeline
     infer_one, second = pipeline._infer_one, pipeline.registry.find("second")
+    waits: list[float] = []
+
+    def at_once(seconds: float) -> asyncio.Timeout:
+        """Note how long the candidate may take, and do not wait for it."""
+        waits.append(seconds)
+        return asyncio.timeout(0)
+
+    monkeypatch.setattr(canary, "asyncio", SimpleNamespace(timeout=at_once))
 
     async def scenario() -> None:
         async def slow(model: object, *arguments: object) -> object:
@@ -130,7 +142,7 @@ def test_a_candidate_that_hangs_on_longer_than_predicted_leaves_time_for_the_pri
 
         pipeline._infer_one = slow  # type: ignore[method-assign, assignment]
         try:
-            written, answer = await world.ask(pictures(8), deadline_ms=4000)
+            written, answer = await world.ask(pictures(8))
         finally:
             del pipeline._infer_one
         assert (written, answer.model.name) == ([8], "first")
@@ -138,6 +150,9 @@ def test_a_candidate_that_hangs_on_longer_than_predicted_leaves_time_for_the_pri
     world.runner.run(scenario())
     world.done()
     assert more(before, counts(rollout)) == {"fallbacks late": 1}
+    # About half of what the deadline allows is the primary's.
+    (wait,) = waits
+    assert 0 < wait < 0.6 * pipeline.limits.deadline_margin * DEADLINE_SECONDS
 
 
 def test_a_family_is_split_and_its_candidate_takes_no_part_in_its_choice(world: World) -> None:

@@ -14,7 +14,7 @@ from service.settings import Settings
 from service.status import MAX_BYTES, Status
 from tests.processes import wait_until
 from tests.service.identity import picture, publish_identity
-from tests.service.rollouts.conftest import negated_graph
+from tests.service.rollouts.conftest import DEADLINE_SECONDS, negated_graph
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,12 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(repository: Path) -> Iterator[TestClient]:
     options = Settings(
-        repository=repository, threads=1, canary=("first@2=50%",), shadow=("identity:second=100%", "first@3=100%")
+        repository=repository,
+        threads=1,
+        canary=("first@2=50%",),
+        shadow=("identity:second=100%", "first@3=100%"),
+        default_deadline_ms=DEADLINE_SECONDS * 1000,
+        max_deadline_ms=DEADLINE_SECONDS * 1000,
     )
     with TestClient(create_app(options)) as session:
         yield session
@@ -83,6 +88,8 @@ def test_status_and_metrics_say_the_same_in_few_bytes(client: TestClient) -> Non
         assert client.post("/v1/classify?model=first", content=picture(number)).status_code == 200
     spare = pipeline_of(client).scheduler.spare
     assert spare is not None
+    # What is compared is put there after an answer; by the next answer it has been.
+    client.get("/healthz")
     wait_until(lambda: not spare.images)
     answer = client.get("/v1/status")
     assert len(answer.content) <= MAX_BYTES

@@ -22,7 +22,7 @@ class StandIn:
     """Answers the front's question whether it is ready."""
 
     def __init__(self, socket: Path, *, ready: bool) -> None:
-        self.socket, self.ready = socket, ready
+        self.socket, self.ready, self.asked = socket, ready, 0
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def start(self) -> None:
@@ -38,6 +38,7 @@ class StandIn:
         self._writers.add(writer)
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):  # the front closes the connection
             while head := await reader.readuntil(b"\r\n\r\n"):
+                self.asked += 1
                 if b"content-length: 7" in head.lower():
                     await reader.readexactly(7)
                 status = b"200 OK" if self.ready else b"503 Service Unavailable"
@@ -80,8 +81,12 @@ def scenario(tmp_path: Path, play: Callable[[Front, StandIn, StandIn, str], Awai
 def test_a_worker_is_healthy_once_it_has_told_the_front_that_it_is_ready(tmp_path: Path) -> None:
     async def play(front: Front, one: StandIn, other: StandIn, _: str) -> None:
         front.publish([one.socket, other.socket])
-        await asyncio.sleep(1.5)  # longer than between two of its questions
-        assert await front.healthy() == {one.socket}
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while other.asked < 3:
+                assert other.socket not in await front.healthy()
+                await asyncio.sleep(0.02)
+        assert other.socket not in await front.healthy()
+        await until_healthy(front, one)
         other.ready = True
         await until_healthy(front, one, other)
         front.publish([other.socket])

@@ -124,6 +124,7 @@ def serving(**limits: Any) -> Iterator[Bench]:
     loop = limits.pop("loop", "auto")
     refuse, pressed = limits.pop("refuse", lambda _: None), limits.pop("pressed", lambda: False)
     delay, graceful = limits.pop("delay_seconds", 0.0), limits.pop("graceful_seconds", 1000.0)
+    close = limits.pop("close_seconds", 1000.0)
     server = Server(
         app,
         pipeline,
@@ -137,8 +138,9 @@ def serving(**limits: Any) -> Iterator[Bench]:
         leave=left.append,
     )
     server.config.loop = loop
-    # The real limit is meant for misbehaving clients, not for tests on a busy machine.
+    # The real limits are meant for misbehaving clients and threads, not for tests on a busy machine.
     server.connections.lingering.seconds = 1000.0
+    server.fuse.interval = close
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -286,6 +286,9 @@ def test_connections_made_until_listening_ends_are_answered_or_refused() -> None
     """Clients connect all the time; none that got a connection may be left without an answer."""
     with serving() as bench:
         port, unanswered, answered, refused = bench.port, [0], [0], threading.Event()
+        # None of them is quiet for too long because its thread had to wait for a core.
+        now = time.monotonic()
+        bench.server.connections.clock = lambda: now
 
         def ask() -> None:
             while not refused.is_set():
@@ -356,10 +359,9 @@ def test_at_the_end_of_the_time_a_connection_with_bytes_to_read_is_not_taken_for
     assert with_a_request.done == []
 
 
-def test_a_thread_that_hangs_does_not_keep_the_process_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_hangs_does_not_keep_the_process_from_ending() -> None:
     """asyncio waits for the threads of its executor after all else has ended."""
-    monkeypatch.setattr(server, "_CLOSE_SECONDS", 0.1)
-    with serving() as bench:
+    with serving(close_seconds=0.1) as bench:
         assert bench.ask(b"GET /thread HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")[0][0] == 200
         bench.server.should_exit = True
         wait_until(lambda: bench.left == [server.EXIT_ABORTED])
