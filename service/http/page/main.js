@@ -47,13 +47,11 @@ async function module(tab) {
   try {
     return await (loaded[tab] ??= LOADERS[tab]());
   } catch (error) {
-    // Forgotten, so that the next visit to the tab loads it again.
+    // Forgotten, so that the next visit to the tab tries again. By the HTML standard a module that could not be fetched
+    // stays failed for the life of the document, and some browsers keep to it: then only loading the page anew helps.
     delete loaded[tab];
     if (shown === tab) {
-      complain(new Unreachable(`the tab ${tab} could not be loaded`, { cause: error }), () => {
-        shown = null;
-        void route();
-      });
+      complain(new Unreachable(`the tab ${tab} could not be loaded`, { cause: error }), () => location.reload());
     }
     return null;
   }
