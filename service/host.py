@@ -58,6 +58,13 @@ def cpu_features() -> str:
     return f"{cpu_model()} ({' '.join(vector)})" if vector else cpu_model()
 
 
+def bytes_saturate() -> bool:
+    """Whether ONNX Runtime's 8-bit kernels may saturate: on an x86 processor known to have no VNNI."""
+    # Only x86 processors have a field of this name.
+    flags = _cpuinfo().get("flags", "")
+    return bool(flags) and "vnni" not in flags
+
+
 def _cpuinfo() -> dict[str, str]:
     """Fields of the last core that the system lists; empty where there is no list."""
     try:

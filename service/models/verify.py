@@ -9,7 +9,7 @@ import numpy.typing as npt
 from service.bundle import GOLDEN_FILE, Bundle, Golden
 from service.engine import Engine
 from service.errors import BundleError, ImageError
-from service.host import cpu_features
+from service.host import bytes_saturate, cpu_features
 from service.images import decode
 from service.manifest import Manifest
 
@@ -61,5 +61,12 @@ def check_golden(golden: Golden, manifest: Manifest, engine: Engine, *, path: Pa
             f"{path}: the model's outputs differ from the golden ones by {logit_error:.3g} in a logit "
             f"(allowed {manifest.tolerance.max_abs_logit:g}), {probability_error:.3g} in a probability "
             f"(allowed {manifest.tolerance.max_abs_probability:g}), and in {flips} top-1 of {len(logits)}; "
-            f"engine {engine.device}, CPU {cpu_features()}"
+            f"engine {engine.device}, CPU {cpu_features()}{_hint(manifest)}"
         )
+
+
+def _hint(manifest: Manifest) -> str:
+    """The most likely reason and what to do, where both are known."""
+    if manifest.precision.startswith("int8") and bytes_saturate():
+        return "; 8-bit products saturate on x86 processors without VNNI: serve the fp32 model here"
+    return ""

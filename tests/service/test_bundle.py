@@ -1,6 +1,7 @@
 """Bundles on disk: errors are found and name the file."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -27,7 +28,8 @@ from service.bundle import (
 )
 from service.engine import Engine
 from service.errors import BundleError
-from service.models.verify import verify_golden
+from service.models import verify
+from service.models.verify import check_golden, verify_golden
 from tests.service.conftest import resum
 
 
@@ -100,6 +102,20 @@ def test_golden_outputs_beyond_the_tolerance_are_refused_with_the_difference(bun
     resum(bundle)
     with pytest.raises(BundleError, match=r"golden\.npz: .* differ .* by 0\.25 in a logit .*CPU"):
         verify_golden(read_bundle(bundle), engine)
+
+
+@pytest.mark.parametrize("saturate", [True, False])
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_a_processor_that_cannot_run_int8_exactly_is_named_as_the_reason(
+    precision: str, saturate: bool, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "bytes_saturate", lambda: saturate)
+    loaded = read_bundle(bundle)
+    manifest = loaded.manifest.model_copy(update={"precision": precision})
+    golden = dataclasses.replace(loaded.golden(), logits=loaded.golden().logits + np.float32(9))
+    with pytest.raises(BundleError, match="differ from the golden ones") as raised:
+        check_golden(golden, manifest, Engine(loaded.model_path), path=bundle / "golden.npz")
+    assert ("serve the fp32 model" in str(raised.value)) is (precision == "int8" and saturate)
 
 
 def test_golden_files_are_never_unpickled(bundle: Path) -> None:

@@ -39,6 +39,24 @@ def test_the_cpu_is_named_with_its_vector_extensions(tmp_path: Path, monkeypatch
     assert host.cpu_features() == "Example 9000 @ 2.00GHz (sse4_1 avx avx2 fma)"
 
 
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("flags : fma avx2", True),
+        ("flags : fma avx2 avx_vnni", False),
+        ("flags : avx512f avx512_vnni", False),
+        ("Features : asimd i8mm", False),
+    ],
+)
+def test_bytes_saturate_on_x86_without_vnni(
+    listed: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "_CPUINFO", tmp_path / "cpuinfo")
+    assert not host.bytes_saturate(), "nothing is known"
+    (tmp_path / "cpuinfo").write_text(listed)
+    assert host.bytes_saturate() is expected
+
+
 def test_the_peak_stays_when_memory_is_freed_until_it_is_reset() -> None:
     before = host.peak_bytes()
     held = np.ones(64_000_000, dtype=np.uint8)

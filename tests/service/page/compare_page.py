@@ -15,7 +15,7 @@ def choose(page: "Page", *, name: str, content: bytes, kind: str = "image/jpeg")
 
 def answered(page: "Page") -> dict[str, str]:
     """The first answer of each model, once all have answered."""
-    expect(page.locator("#timing")).to_contain_text("First answer after")
+    expect(page.locator("#timing")).to_contain_text("first answer after")
     rows: list[list[str]] = page.evaluate(
         "[...document.querySelectorAll('tr[data-model]')].map(row =>"
         " [row.dataset.model, row.querySelector('.top .label')?.textContent ?? ''])"

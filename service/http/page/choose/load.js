@@ -1,16 +1,18 @@
-// An open loop: pictures are sent when they are due, whether or not the ones before were answered.
+// An open loop: pictures are due at a constant rate, whether or not the ones before were answered.
 
 import { Problem, isCancelled, request } from "../parts/api.js";
 
 export const SECONDS = 20;
 export const MAX_RATE = 200;
+/** Requests in progress at once: one fewer than browsers open to a host over HTTP/1.1, which leaves one for the plan. */
+export const MAX_OPEN = 5;
 
 /** @typedef {"family" | "fixed"} Arm */
 /**
  * @typedef {object} Sample
  * @property {Arm} arm
  * @property {number} dueS since the start
- * @property {"answered" | "late" | "refused" | "failed"} outcome
+ * @property {"answered" | "late" | "refused" | "failed"} outcome late: also if it was never sent, as no connection was free in time
  * @property {number} latencyMs from the moment it was due
  * @property {string | null} model that answered
  */
@@ -37,14 +39,16 @@ export class Load {
   #startedAt = performance.now();
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #timer;
-  #sent = 0;
+  #due = 0;
+  /** @type {number[]} Due, and waiting for a free connection: the moments when they were due. */
+  #waiting = [];
   #open = 0;
   running = true;
 
   /** @param {Options} options */
   constructor(options) {
     this.#options = options;
-    this.#send();
+    this.#schedule();
   }
 
   /** Seconds since the start, at most the length of the load. */
@@ -61,28 +65,39 @@ export class Load {
     this.#options.onEnd();
   }
 
-  #send() {
+  #schedule() {
     const { rate } = this.#options;
     const total = rate * SECONDS;
     const elapsed = (performance.now() - this.#startedAt) / 1000;
-    while (this.#sent < total && this.#sent / rate <= elapsed) {
-      void this.#ask(this.#sent / rate);
-      this.#sent += 1;
+    for (; this.#due < total && this.#due / rate <= elapsed; this.#due += 1) this.#waiting.push(this.#due / rate);
+    this.#send();
+    if (this.running && (this.#due < total || this.#waiting.length > 0)) {
+      this.#timer = setTimeout(() => this.#schedule(), Math.max(1000 / MAX_RATE, 1000 * (this.#due / rate - elapsed)));
     }
-    if (this.#sent < total) {
-      this.#timer = setTimeout(() => this.#send(), Math.max(0, 1000 * (this.#sent / rate - elapsed)));
-    } else this.#finish();
   }
 
-  #finish() {
-    if (this.#sent >= this.#options.rate * SECONDS && this.#open === 0 && this.running) {
+  /** Send what waits while connections are free. What has waited for longer than its deadline is late, and not sent. */
+  #send() {
+    const { rate, deadlineMs, onSample } = this.#options;
+    for (let dueS; this.running && (dueS = this.#waiting[0]) !== undefined; this.#waiting.shift()) {
+      const latencyMs = this.#sinceMs(dueS);
+      if (latencyMs > deadlineMs - 1) onSample({ arm: armAt(dueS), dueS, outcome: "late", latencyMs, model: null });
+      else if (this.#open < MAX_OPEN) void this.#ask(dueS, deadlineMs - latencyMs);
+      else break;
+    }
+    if (this.running && this.#due >= rate * SECONDS && this.#open === 0 && this.#waiting.length === 0) {
       this.running = false;
       this.#options.onEnd();
     }
   }
 
   /** @param {number} dueS */
-  async #ask(dueS) {
+  #sinceMs(dueS) {
+    return performance.now() - this.#startedAt - 1000 * dueS;
+  }
+
+  /** @param {number} dueS @param {number} leftMs of its deadline */
+  async #ask(dueS, leftMs) {
     const { names, picture, deadlineMs, onSample } = this.#options;
     const arm = armAt(dueS);
     this.#open += 1;
@@ -90,7 +105,7 @@ export class Load {
     let outcome = "failed";
     let model = null;
     try {
-      const query = `model=${encodeURIComponent(names[arm])}&deadline_ms=${deadlineMs}&top_k=1`;
+      const query = `model=${encodeURIComponent(names[arm])}&deadline_ms=${leftMs.toFixed(1)}&top_k=1`;
       const response = await request(`v1/classify?${query}`, { method: "POST", body: picture, signal: this.#controller.signal });
       model = /** @type {{model: string}} */ (await response.json()).model;
       outcome = "answered";
@@ -100,10 +115,10 @@ export class Load {
     } finally {
       this.#open -= 1;
     }
-    const latencyMs = performance.now() - this.#startedAt - 1000 * dueS;
+    const latencyMs = this.#sinceMs(dueS);
     if (outcome === "answered" && latencyMs > deadlineMs) outcome = "late";
     onSample({ arm, dueS, outcome, latencyMs, model });
-    this.#finish();
+    this.#send();
   }
 }
 

@@ -14,6 +14,8 @@ import { Load, MAX_RATE, SECONDS, armAt, summary } from "./load.js";
 /** @import {Chart, Data} from "../parts/chart.js" */
 
 const REDRAW_MS = 150;
+/** More than the most accurate model manages on two cores, so that there is something to choose. */
+const DEFAULT_RATE = 150;
 const LATENCY = { min: 1, max: 5000 };
 
 /** @type {Load | null} */
@@ -33,7 +35,7 @@ const button = h("button", { type: "button", class: "primary", id: "load-start",
 const rate = h("input", { type: "number", id: "rate", min: 1, max: MAX_RATE, step: 1 });
 const select = h("select", { id: "fixed" });
 const state = h("span", { class: "hint", role: "status" });
-const dots = h("div", { class: "chart", role: "img", "aria-label": "Every answer as a dot: when it was asked for, and how long it took. The table has the totals." });
+const dots = h("div", { class: "chart", role: "img", "aria-label": "Every answer as a dot: when it was due, and how long it took. The table has the totals." });
 const legend = h("p", { class: "hint keys" });
 const outcome = h("div", { id: "outcome" });
 
@@ -44,13 +46,13 @@ export async function installLoad(place, all, name) {
   family = name;
   members = ready(all).filter((model) => names.includes(model.name));
   if (place.firstChild && !changed) return;
-  rate.value = String(number("rate", { min: 1, max: MAX_RATE, otherwise: 50 }));
+  rate.value = String(number("rate", { min: 1, max: MAX_RATE, otherwise: DEFAULT_RATE }));
   fill(select, ...members.map((model) => h("option", { value: model.name }, kindAndPrecision(model))));
-  select.value = members.at(-1)?.variant === "mha" ? (members.at(-1)?.name ?? "") : (members[0]?.name ?? "");
+  select.value = members[0]?.name ?? "";
   fill(place,
-    h("p", { class: "hint" }, `In even seconds pictures go to the family, in odd ones to a fixed model, all with the deadline above. Each is sent when it is due, whether or not earlier ones have been answered; its time counts from then.`),
+    h("p", { class: "hint" }, `The family and the fixed model take turns, one second each, with the deadline above. Pictures are due at a constant rate, whether or not earlier ones have been answered, and latency counts from then. A browser has few connections: a picture that none takes before its deadline counts as late.`),
     h("div", { class: "controls" },
-      h("label", { for: "rate" }, "Send "), rate, h("span", {}, "images a second for ", `${SECONDS} s; the family `, h("code", {}, family)),
+      h("label", { for: "rate" }, "Send "), rate, h("span", {}, "images per second for ", `${SECONDS} s; the family `, h("code", {}, family)),
       h("label", { for: "fixed" }, " against "), select, button, state),
     dots, legend, outcome);
   samples = [];
@@ -106,34 +108,40 @@ async function redraw() {
   }
   const used = new Set(samples.map((one) => one.model));
   fill(legend, ...members.filter((model) => used.has(model.name)).map((model) => h("span", { class: `key model m${hue(model)}` }, kindAndPrecision(model))),
-    samples.some((one) => one.outcome === "refused") && h("span", { class: "key refused" }, "refused (at the bottom)"),
-    h("span", {}, "Shaded: the seconds of the fixed model. Line: the deadline."));
+    samples.some(isLost) && h("span", { class: "key refused" }, "no answer: refused, late or failed"),
+    h("span", {}, "Shaded: the fixed model’s seconds. Dashed: the deadline."));
   fill(outcome, samples.length > 0 && table());
 }
 
 function table() {
   const seconds = load?.seconds ?? 0;
   const top1Of = (/** @type {string} */ name) => top1(members.find((model) => model.name === name));
+  const hasFailed = samples.some((one) => one.outcome === "failed");
   const row = (/** @type {Arm} */ arm, /** @type {string} */ title) => {
     const sum = summary(samples, arm, seconds, top1Of);
     return h("tr", {}, h("th", { scope: "row" }, title),
-      ...[whole(sum.sent), whole(sum.inTime), whole(sum.late), whole(sum.refused), sum.goodput.toFixed(1), ms(sum.medianMs), sum.top1 === null ? "–" : percent(sum.top1)].map((value) => h("td", {}, value)));
+      ...[whole(sum.sent), whole(sum.inTime), whole(sum.late), whole(sum.refused), ...(hasFailed ? [whole(sum.failed)] : []), sum.goodput.toFixed(1), ms(sum.medianMs), sum.top1 === null ? "–" : percent(sum.top1)].map((value) => h("td", {}, value)));
   };
-  const heads = ["asked", "in time", "late", "refused", "in time a second", "median", "mean test top-1"];
-  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "What came of it" },
+  const heads = ["due", "in time", "late", "refused", ...(hasFailed ? ["failed"] : []), "in time per s", "median", "mean test top-1"];
+  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Results of the load" },
     h("table", { class: "numbers" },
       h("thead", {}, h("tr", {}, h("td", {}), ...heads.map((head) => h("th", { scope: "col" }, head)))),
       h("tbody", {}, row("family", `Family ${family}`), row("fixed", `Always ${kindAndPrecision(members.find((model) => model.name === (fixed || select.value)))}`))));
 }
 
-/** One series for each model, and one for refused requests; in the order of due times. @returns {Data} */
+/** @param {Sample} one */
+function isLost(one) {
+  return one.model === null;
+}
+
+/** One series for each model, and one for what got no answer; in the order of due times. @returns {Data} */
 function data() {
   const sorted = [...samples].sort((one, other) => one.dueS - other.dueS);
   const clamp = (/** @type {number} */ value) => Math.min(LATENCY.max, Math.max(LATENCY.min, value));
   return [
     sorted.map((one) => one.dueS),
     ...members.map((model) => sorted.map((one) => (one.model === model.name ? clamp(one.latencyMs) : null))),
-    sorted.map((one) => (one.model === null ? LATENCY.min : null)),
+    sorted.map((one) => (isLost(one) ? clamp(one.latencyMs) : null)),
   ];
 }
 

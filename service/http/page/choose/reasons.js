@@ -4,9 +4,9 @@
 
 /** @type {Record<string, string>} */
 const REASONS = {
-  most_accurate: "its most accurate model, and that is in time",
-  deadline: "the most accurate of those that are in time",
-  headroom: "a more accurate one would just be in time, but without enough to spare",
+  most_accurate: "its most accurate model meets the deadline",
+  deadline: "the most accurate of those that meet the deadline",
+  headroom: "a more accurate one would meet the deadline only just",
 };
 
 /** Why the chosen model, if it is in time. @param {Plan} plan */

@@ -2,7 +2,7 @@
 
 import { getJson, isCancelled } from "../parts/api.js";
 import { byId, fill, h } from "../parts/dom.js";
-import { kindAndPrecision, ms, percent, signed, signedMs } from "../parts/format.js";
+import { kindAndPrecision, ms, percent, points, signedMs } from "../parts/format.js";
 import { choosingFamilies, hue, models, precisionOf } from "../parts/models.js";
 import { complain } from "../parts/notice.js";
 import { DEADLINE, current, deadlineMs, update } from "../parts/state.js";
@@ -96,15 +96,15 @@ function build() {
     h("p", { id: "chosen", class: "chosen-line", role: "status" }),
     h("div", { id: "ladder", class: "ladder", role: "table", "aria-label": "The models of the family, the most accurate first" },
       h("div", { class: "rung head", role: "row" },
-        h("span", { role: "columnheader", class: "who" }, "Model", h("small", {}, "right on test pictures")),
+        h("span", { role: "columnheader", class: "who" }, "Model", h("small", {}, "test top-1")),
         h("span", { role: "columnheader", class: "bar" },
           h("span", { class: "asked" }, h("label", { for: "deadline" }, "Answer within "), value),
           h("span", { class: "slider" }, slider),
           h("span", { class: "ticks" }, ...TICKS.map((tick) => h("span", { "--at": at(tick) }, tick < 1000 ? tick : `${tick / 1000}\u00a0s`)))),
-        h("span", { role: "columnheader", class: "why" }, "Why", h("small", {}, "instead of the chosen one: points, time"))),
+        h("span", { role: "columnheader", class: "why" }, "Why", h("small", {}, "top-1 and time against the chosen model"))),
       h("div", { id: "rungs", role: "rowgroup" })),
-    h("p", { class: "hint keys" }, h("span", { class: "key inference" }, "decoding and computing"), h("span", { class: "key queue" }, "waiting for others’ work"),
-      "Predicted finish in milliseconds, now and for one small picture; the scale is logarithmic."));
+    h("p", { class: "hint keys" }, h("span", { class: "key inference" }, "decoding and computing"), h("span", { class: "key queue" }, "waiting: other requests, or busy processors"),
+      "Predicted for one small picture sent now, in milliseconds on a logarithmic scale."));
   showValue();
 }
 
@@ -133,7 +133,7 @@ function draw(answer) {
     line.dataset.text = text;
     const within = ["Within ", h("strong", {}, ms(answer.deadline_ms)), " the family ", h("code", {}, answer.family)];
     if (answer.in_time) fill(line, ...within, " answers with ", h("strong", {}, name), `: ${becauseOf(answer)}.`);
-    else fill(line, ...within, " refuses at once: no model is sure to be in time. The nearest is ", h("strong", {}, name), ".");
+    else fill(line, ...within, " refuses at once: no model can meet the deadline. The nearest is ", h("strong", {}, name), ".");
   }
   fill(byId("rungs"), ...answer.rungs.map((rung) => rungRow(rung, chosen, title(answer))));
 }
@@ -144,11 +144,11 @@ function rungRow(rung, chosen, called) {
   const why = {
     chosen: called,
     late: "too late",
-    headroom: "in time, but without enough to spare",
+    headroom: "in time, but only just",
     less_accurate: "in time, but less accurate",
     no_faster: "no faster than a more accurate one",
   }[rung.why];
-  const cost = chosen && !rung.chosen ? `${signed(100 * (rung.top1 - chosen.top1))} pt, ${signedMs(rung.predicted_ms - chosen.predicted_ms)}` : null;
+  const cost = chosen && !rung.chosen ? `${points(rung.top1 - chosen.top1)}, ${signedMs(rung.predicted_ms - chosen.predicted_ms)}` : null;
   const took = `${ms(rung.compute_ms)} to decode and compute, ${ms(rung.queue_ms)} to wait`;
   return h("div", { class: `rung ${rung.chosen ? "chosen" : rung.in_time ? "" : "late"}${rung.why === "late" ? " wrong" : ""}`, role: "row", "data-model": rung.model },
     h("span", { role: "rowheader", class: "who" }, h("span", { class: `dot m${hue(model)}${precisionOf(model ?? { name: rung.model, version: 0, state: "" }) === "fp32" ? "" : " hollow"}` }),

@@ -1,9 +1,9 @@
 // One row per model; other precisions are folded under the model they were made from.
 
 import { h, fill } from "../parts/dom.js";
-import { kind, label, megabytes, millions, ms, percent, signed, signedMs } from "../parts/format.js";
+import { kind, label, megabytes, millions, ms, percent, points, signedMs } from "../parts/format.js";
 import { hue, precisionOf, top1 } from "../parts/models.js";
-import { stageBar, stageKeys } from "./stages.js";
+import { stageBar, work } from "./stages.js";
 
 /** @import {AnswerEvent, ErrorEvent, Model, Prediction} from "../types.js" */
 /** @import {Group} from "../parts/models.js" */
@@ -52,7 +52,7 @@ export class Row {
   clear(pending) {
     this.answer = null;
     this.moreElement.hidden = true;
-    if (this.ready) fill(this.answerCell, pending && h("span", { class: "pending" }, "asked …"));
+    if (this.ready) fill(this.answerCell, pending && h("span", { class: "pending" }, "waiting …"));
     else fill(this.answerCell, h("details", { class: "hint" }, h("summary", {}, this.model.state), this.model.reason));
     fill(this.timeCell);
     this.element.classList.remove("differs", "failed");
@@ -91,20 +91,20 @@ export class Row {
     this.answerCell.append(h("span", { class: "agreement" }, text));
   }
 
-  /** Show the stages of its time, on the scale of all rows. @param {number} scaleMs @param {number | null} chosenMs */
+  /** Show the stages of its time, on the scale of all rows, and its work. @param {number} scaleMs @param {number | null} chosenMs */
   time(scaleMs, chosenMs) {
     if (!this.answer) return;
-    const { total } = this.answer.timings_ms;
-    const delta = chosenMs === null || !this.badge.hidden ? null : signedMs(total - chosenMs);
+    const own = work(this.answer.timings_ms);
+    const delta = chosenMs === null || !this.badge.hidden ? null : signedMs(own - chosenMs);
     fill(this.timeCell, h("div", { class: "timed" }, stageBar(this.answer.timings_ms, scaleMs),
-      h("span", { class: "total" }, ms(total), delta && h("small", {}, delta))));
+      h("span", { class: "total" }, ms(own), delta && h("small", {}, delta))));
   }
 
   /** Show the measured top-1, and its difference from the chosen model's. @param {number | null} chosenTop1 */
   accuracy(chosenTop1) {
     const own = top1(this.model);
     if (own < 0) return fill(this.top1Cell, "–");
-    const delta = chosenTop1 === null || !this.badge.hidden ? null : `${signed(100 * (own - chosenTop1))} pt`;
+    const delta = chosenTop1 === null || !this.badge.hidden ? null : points(own - chosenTop1);
     fill(this.top1Cell, percent(own), delta && h("small", {}, delta));
   }
 
@@ -153,8 +153,8 @@ export function emptyTable() {
     h("thead", { role: "rowgroup" },
       h("tr", { role: "row" },
         head("model", "Model"),
-        head("answer", "Answer", h("small", {}, "open for the best five")),
-        head("time", "Time in the service", h("small", { id: "scale" }, "all on one scale"), h("small", {}, ...stageKeys())),
+        head("answer", "Answer", h("small", {}, "click for the top five")),
+        head("time", "Time without waiting", h("small", { id: "scale" }, "bars on one scale")),
         head("figure", "K/V tokens", h("small", {}, "of all patches")),
         head("figure", "Parameters", h("small", {}, "and memory")),
         head("figure", "Test top-1", h("small", {}, "measured")))),

@@ -8,8 +8,8 @@ import { ms } from "../parts/format.js";
 export const STAGES = /** @type {const} */ ([
   { name: "read", title: "read", hint: "receiving the picture" },
   { name: "decode", title: "decode", hint: "from JPEG, PNG … to pixels, and resizing" },
-  { name: "queue", title: "wait", hint: "until the engine is free" },
   { name: "inference", title: "compute", hint: "the model itself" },
+  { name: "queue", title: "wait", hint: "until the engine is free: here mostly for the other models" },
   { name: "rest", title: "rest", hint: "between the stages, and writing the answer" },
 ]);
 
@@ -18,6 +18,11 @@ function durations(timings) {
   const { total, ...stages } = timings;
   const sum = stages.read + stages.decode + stages.queue + stages.inference;
   return { ...stages, rest: Math.max(0, total - sum) };
+}
+
+/** What the answer costs if nothing else is in the way, in milliseconds. @param {Timings} timings */
+export function work(timings) {
+  return timings.read + timings.decode + timings.inference;
 }
 
 /** A bar of all stages; its full width is `scaleMs`. @param {Timings} timings @param {number} scaleMs */

@@ -11,7 +11,7 @@ import { SAMPLES, choose, fromCamera, listen, picture, remember, sample } from "
 import { Row, emptyTable, groupBody, showMemory } from "./rows.js";
 import { cancel, compare } from "./run.js";
 import { copyButtons } from "./snippets.js";
-import { roundScale, stageKeys } from "./stages.js";
+import { roundScale, stageKeys, work } from "./stages.js";
 
 /** @import {EndEvent, Plan} from "../types.js" */
 /** @import {Picture} from "./picture.js" */
@@ -70,7 +70,7 @@ async function list() {
     rows = bodies.flatMap((body) => body.rows);
     const table = emptyTable();
     table.append(...bodies.map(({ body }) => body));
-    fill(byId("table"), table, h("p", { class: "hint keys narrow" }, "Time: ", ...stageKeys()));
+    fill(byId("table"), table, h("p", { class: "hint keys" }, "Time: ", ...stageKeys()));
     void memory();
   } catch (error) {
     complain(error, () => void showCompare());
@@ -96,7 +96,7 @@ async function run(chosen) {
   update({ sample: chosen.sample });
   if (!rows.length) await list();
   for (const row of rows) row.clear(true);
-  fill(byId("seen"), h("span", { class: "hint" }, "on its way …"));
+  fill(byId("seen"), h("span", { class: "hint" }, "sending …"));
   fill(byId("verdict"), h("p", { class: "hint" }, `Asking ${counted(rows.filter((row) => row.ready).length, "model")} …`));
   fill(byId("timing"));
   try {
@@ -141,7 +141,7 @@ function finish(end) {
   const answered = rows.filter((row) => row.answer);
   const reference = rows.find((row) => row.model.name === end.agreement?.model) ?? answered[0];
   for (const row of answered) if (reference) row.agree(reference);
-  fill(byId("timing"), `First answer after ${ms(firstMs)}, all ${answered.length} after ${ms(lastMs)}, seen from this browser.`);
+  fill(byId("timing"), `Measured in this browser: first answer after ${ms(firstMs)}, all ${answered.length} after ${ms(lastMs)}.`);
   Object.assign(byId("timing").dataset, { firstMs: firstMs.toFixed(1), lastMs: lastMs.toFixed(1) });
   const best = reference?.answer?.predictions[0];
   if (!best || !reference) return fill(byId("verdict"), h("p", { class: "answer" }, "No model answered."));
@@ -183,12 +183,12 @@ function choiceLine() {
   const chosen = rows.find((row) => row.model.name === plan?.chosen);
   if (!plan || !chosen) return h("p", { class: "choice" });
   const rung = plan.rungs.find((other) => other.chosen);
-  const asked = ["Asked for the family ", h("code", {}, plan.family), " with ", h("a", { href: href("choose") }, `${ms(plan.deadline_ms)} to answer`)];
+  const asked = ["With a deadline of ", h("a", { href: href("choose") }, ms(plan.deadline_ms)), ", the family ", h("code", {}, plan.family)];
   const name = h("strong", {}, kindAndPrecision(chosen.model));
   return plan.in_time
-    ? h("p", { class: "choice" }, ...asked, ", the service chooses ", name, `: ${becauseOf(plan)} (predicted ${ms(rung?.predicted_ms)}; `,
-      `right on ${percent(top1(chosen.model))} of the test pictures).`)
-    : h("p", { class: "choice" }, ...asked, ", the service refuses now: no model is sure to be in time. The nearest is ", name,
+    ? h("p", { class: "choice" }, ...asked, " chooses ", name, `: ${becauseOf(plan)} (predicted ${ms(rung?.predicted_ms)}, `,
+      `test top-1 ${percent(top1(chosen.model))}).`)
+    : h("p", { class: "choice" }, ...asked, " refuses at once: no model can meet it. The nearest is ", name,
       ` (predicted ${ms(rung?.predicted_ms)}).`);
 }
 
@@ -197,9 +197,9 @@ function scale() {
   const totals = rows.flatMap((row) => (row.answer ? [row.answer.timings_ms.total] : []));
   const scaleMs = roundScale(totals);
   const chosen = rows.find((row) => !row.badge.hidden);
-  if (totals.length) fill(byId("scale"), `all on one scale, 0 to ${ms(scaleMs).replace(".0", "")}`);
+  if (totals.length) fill(byId("scale"), `bars: 0 to ${ms(scaleMs).replace(".0", "")}`);
   for (const row of rows) {
-    row.time(scaleMs, chosen?.answer?.timings_ms.total ?? null);
+    row.time(scaleMs, chosen?.answer ? work(chosen.answer.timings_ms) : null);
     row.accuracy(chosen ? top1(chosen.model) : null);
   }
 }

@@ -39,8 +39,8 @@ async function show() {
     fill(byId("live-content"),
       h("div", { id: "tiles", class: "tiles" }),
       h("div", { class: "charts" },
-        figure("Images a second", "by model, over about ten seconds", charts[0]),
-        figure("95th percentile of latency", "19 of 20 answers were faster", charts[1]),
+        figure("Images per second", "by model, mean of about ten seconds", charts[0]),
+        figure("Latency, 95th percentile", "19 of 20 answers were faster", charts[1]),
         figure("Waiting", "images in all queues", charts[2])),
       h("div", { id: "live-models" }),
       h("div", { id: "live-rollouts" }),
@@ -90,9 +90,9 @@ async function poll() {
 function draw(status) {
   const refused = Object.values(status.refusals).reduce((sum, count) => sum + count, 0);
   fill(byId("tiles"),
-    tile("images a second", status.images_per_s.toFixed(1)),
-    tile("waiting", whole(status.queue.waiting), `of ${whole(status.queue.limit)} places`),
-    tile("until all are done", ms(status.drain_s === null ? null : 1000 * status.drain_s), "predicted"),
+    tile("images per second", status.images_per_s.toFixed(1)),
+    tile("images waiting", whole(status.queue.waiting), `at most ${whole(status.queue.limit)}`),
+    tile("to finish all work", ms(status.drain_s === null ? null : 1000 * status.drain_s), "predicted"),
     tile("refused", whole(refused), "since the start"),
     tile("memory", megabytes(status.memory_mb)),
     tile("ready", status.ready ? "yes" : "no", `on ${status.device}, ${counted(status.lanes, "lane")} × ${counted(status.threads, "thread")}`),
@@ -116,7 +116,7 @@ function figure(title, hint, content) {
 /** @param {Status} status */
 function table(status) {
   const serving = status.models.filter((model) => model.state === "ready"), out = status.models.filter((model) => model.state !== "ready");
-  const heads = ["answered", "a second", "median", "95 %", "99 %", "waiting", "memory"];
+  const heads = ["answered", "per second", "p50", "p95", "p99", "waiting", "memory"];
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Models" },
     h("table", { class: "numbers" },
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Model"), ...heads.map((head) => h("th", { scope: "col" }, head)))),
@@ -137,14 +137,14 @@ function modelRow(model) {
 
 /** @type {Record<string, string>} */
 const REASONS = {
-  lag: "the service was behind",
-  "deadline-exceeded": "the deadline passed meanwhile",
+  lag: "event loop behind",
+  "deadline-exceeded": "deadline passed while waiting",
   "not-ready": "not ready",
-  images: "no room for more images",
-  bytes: "no room for more bytes",
-  deadline: "could not be in time",
-  "key-rate": "a key’s requests a second",
-  "key-concurrency": "a key’s requests at once",
+  images: "image limit reached",
+  bytes: "byte limit reached",
+  deadline: "deadline could not be met",
+  "key-rate": "key over its request rate",
+  "key-concurrency": "key over its concurrency",
 };
 
 /** @param {Status} status */
@@ -158,7 +158,7 @@ function refusals(status) {
 /** @param {Status} status */
 function choices(status) {
   const families = Object.entries(status.choices).map(([name, counts]) => ({ name, counts: Object.entries(counts).filter(([, count]) => count > 0) })).filter(({ counts }) => counts.length);
-  if (!families.length) return [h("p", { class: "hint" }, "No request has asked a family yet.")];
+  if (!families.length) return [h("p", { class: "hint" }, "No request to a family yet.")];
   return families.flatMap(({ name, counts }) => {
     const all = counts.reduce((sum, [, count]) => sum + count, 0);
     const sorted = counts.sort((one, other) => other[1] - one[1]);

@@ -20,6 +20,12 @@ export function signed(value, digits = 1) {
   return Number(text) === 0 ? `±${text}` : `${value < 0 ? "−" : "+"}${text}`;
 }
 
+/** A difference of shares in percentage points, with the digits that it takes to see one. @param {number} share */
+export function points(share) {
+  const value = 100 * share;
+  return `${signed(value, value !== 0 && Math.abs(value) < 0.05 ? 2 : 1)} pt`;
+}
+
 /** A difference of times. @param {number} value */
 export function signedMs(value) {
   return `${signed(value, Math.abs(value) < 10 ? 1 : 0)} ms`;

@@ -30,12 +30,12 @@ async function show() {
   try {
     const all = ready(await models()).filter((model) => model.kv_tokens && precisionOf(model) === "fp32");
     const first = all[0];
-    if (!first) return fill(byId("tokens-content"), h("p", {}, "No model that serves says how its attention works."));
+    if (!first) return fill(byId("tokens-content"), h("p", {}, "No ready model describes its attention in its manifest."));
     const named = current().values.get("model");
     const model = all.find((other) => other.name === named) ?? all.find((other) => other.variant?.startsWith("csra")) ?? first;
     const found = await detail(model.name);
     const { attention, input } = found.manifest;
-    if (!attention) throw new Error(`the manifest of ${model.name} says nothing about its attention`);
+    if (!attention) throw new Error(`the manifest of ${model.name} does not describe its attention`);
     const [, height = 0, width = 0] = input.shape;
     made = layout(attention, height, width);
     selected = Math.min(made.windows.length - 1, Math.max(0, Math.floor(Number(current().values.get("token")) || Math.floor(made.windows.length / 2 + made.keyColumns / 2))));
@@ -54,12 +54,12 @@ function build(all, model, layout) {
   fill(byId("tokens-content"),
     h("fieldset", { class: "choice-of-model" }, h("legend", {}, "Model"), ...all.map((other) => option(other, other === model))),
     h("div", { class: "tokens" },
-      h("figure", {}, h("figcaption", {}, h("strong", {}, `${counted(layout.rows * layout.columns, "patch", "patches")} ask`),
-        h("span", { class: "hint" }, `the queries: ${layout.rows} × ${layout.columns}, all of them`)), drawing.patches,
+      h("figure", {}, h("figcaption", {}, h("strong", {}, `Queries: ${counted(layout.rows * layout.columns, "patch", "patches")}`),
+        h("span", { class: "hint" }, `${layout.rows} × ${layout.columns}, for every model`)), drawing.patches,
         !seen && h("p", { class: "hint" }, "A sample. ", h("a", { href: href("compare") }, "Compare a picture"), " to see it here, as the models see it.")),
-      h("figure", {}, h("figcaption", {}, h("strong", {}, `${counted(layout.windows.length, "token")} answer`),
-        h("span", { class: "hint" }, "the keys and values, in the mean colour of their patches")), drawing.keys,
-        h("p", { class: "hint" }, "Point at one, or use the arrow keys.")),
+      h("figure", {}, h("figcaption", {}, h("strong", {}, `Keys and values: ${counted(layout.windows.length, "token")}`),
+        h("span", { class: "hint" }, "each in the mean colour of its patches")), drawing.keys,
+        h("p", { class: "hint" }, "Point at a token, or use the arrow keys, to see its patches.")),
       h("div", { class: "explained" }, ...explanation(model, layout))));
   select(selected, false);
   if (hadFocus) document.getElementById(hadFocus)?.focus();
@@ -100,9 +100,9 @@ export function describe(layout, index) {
 function explanation(model, layout) {
   const patches = layout.rows * layout.columns, tokens = layout.windows.length, left = unseen(layout).length;
   const how = {
-    mha: "Every patch is a key and a value of its own. Each of the patches looks at all of them.",
-    csra: `A small filter over 3 × 3 patches makes one key and value, and moves on by ${layout.rate} patches: across, then down. Neighbours above and below stay together.`,
-    lsra: `${layout.rate} patches in a row, in reading order, are blended into one key and value, by weights that the model learned. At the end of a row it goes on in the next one.`,
+    mha: "Every patch has a key and a value of its own, and every query attends to all of them.",
+    csra: `A 3 × 3 convolution over the grid of patches, with stride ${layout.rate}, makes one key and value per window: neighbours in both directions are merged.`,
+    lsra: `Each run of ${layout.rate} patches, in reading order, is pooled into one key and value, weighted by what the patches contain. A run may continue on the next row.`,
   }[layout.kind];
   return [
     h("h3", {}, kind(model)),
@@ -110,12 +110,12 @@ function explanation(model, layout) {
     h("p", { id: "selected-window", class: "selected", role: "status" }),
     h("table", { class: "facts" },
       h("tbody", {},
-        fact("Looks in each layer", `${patches} × ${tokens} = ${whole(patches * tokens)}`),
-        fact("Of full attention’s", percent(tokens / patches, tokens / patches < 0.1 ? 1 : 0)),
-        fact("Right on test pictures", model.accuracy ? percent(model.accuracy.top1) : "not measured"),
+        fact("Query–key pairs per layer", `${patches} × ${tokens} = ${whole(patches * tokens)}`),
+        fact("Compared with full attention", percent(tokens / patches, tokens / patches < 0.1 ? 1 : 0)),
+        fact("Test top-1", model.accuracy ? percent(model.accuracy.top1) : "not measured"),
         left > 0 && fact("In no window (hatched)", `${left} of ${patches}`))),
-    left > 0 && h("p", { class: "hint" }, "What is in a hatched patch still counts: it asks as a query, and its own answer is part of the result."),
-    h("p", { class: "hint" }, "Drawn from the model’s manifest alone, which states the grid and the stride."),
+    left > 0 && h("p", { class: "hint" }, "A hatched patch has no key or value, but it keeps its query, and its output is part of the result."),
+    h("p", { class: "hint" }, "Drawn from the model’s manifest alone, which states grid and compression."),
   ];
 }
 
