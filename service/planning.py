@@ -56,6 +56,8 @@ class Plan(BaseModel):
     chosen: str
     reason: Reason
     """The same as in the `choice` of a classification."""
+    allowed_ms: float
+    """Models that are predicted to finish later than this are late: `deadline_margin` of the deadline."""
     in_time: bool
     """Whether the chosen model would be in time: if not, the request would be refused with 429."""
     rungs: list[Rung]
@@ -112,6 +114,7 @@ def plan(pipeline: Pipeline, name: str, options: PlanOptions) -> Plan:
         images=options.images,
         chosen=chosen.name,
         reason=choice["reason"],
+        allowed_ms=round(1000 * allowed, 3),
         in_time=next(rung.in_time for rung in rungs if rung.chosen),
         rungs=rungs,
     )

@@ -99,6 +99,15 @@ def test_each_rung_says_what_it_would_take_and_why_it_is_not_chosen(client: Test
         assert rung["in_time"] == (SECONDS[rung["model"]] <= 150)
 
 
+def test_what_is_in_time_is_a_share_of_the_deadline(
+    client: TestClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.admission, "_margin", 0.5)
+    plan = planned(client, 300)
+    assert plan["allowed_ms"] == pytest.approx(150_000, rel=1e-3)
+    assert plan["chosen"] == planned(client, 300)["chosen"] == "middle"
+
+
 @pytest.mark.parametrize("seconds", [1000, 300, 50])
 @pytest.mark.parametrize("ahead", [None, "slow", "fast"])
 def test_a_request_gets_what_was_planned(

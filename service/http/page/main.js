@@ -7,7 +7,7 @@ import { installKeyForm } from "./parts/key.js";
 import { complain, settle } from "./parts/notice.js";
 import { TABS, current, href, onChange } from "./parts/state.js";
 
-/** @typedef {{show: () => unknown, hide?: () => void}} Shown */
+/** @typedef {{show: () => unknown, hide?: () => void}} Shown What a tab does when it appears or its hash has changed, and when it goes. */
 
 /** Loaded when they are first shown. @type {Record<import("./parts/state.js").Tab, () => Promise<Shown>>} */
 const LOADERS = {
@@ -22,15 +22,21 @@ const loaded = {};
 /** @type {import("./parts/state.js").Tab | null} */
 let shown = null;
 
+/** Links to tabs keep what is shown. @param {import("./parts/state.js").Tab} tab the current one */
+function relink(tab) {
+  for (const link of /** @type {NodeListOf<HTMLAnchorElement>} */ (document.querySelectorAll("a[href^='#']"))) {
+    const own = TABS.find((name) => name === link.hash.slice(1).split("?")[0]);
+    if (!own) continue;
+    link.href = href(own);
+    if (own !== tab) link.removeAttribute("aria-current");
+    else if (link.closest("#tabs")) link.setAttribute("aria-current", "page");
+  }
+}
+
 async function route() {
   const { tab } = current();
-  for (const link of byId("tabs").querySelectorAll("a")) {
-    const own = /** @type {import("./parts/state.js").Tab} */ ((link.getAttribute("href") ?? "").slice(1).split("?")[0]);
-    link.href = href(own);
-    if (own === tab) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
-  }
-  if (tab === shown) return;
+  relink(tab);
+  if (tab === shown) return (await loaded[tab]?.catch(() => null))?.show();
   const before = shown;
   shown = tab;
   // What went wrong on another tab does not concern this one.
@@ -59,5 +65,11 @@ async function module(tab) {
 
 installKeyForm();
 installCompare();
-onChange(() => void route());
+// A hash would lead to another tab.
+byId("skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  byId("main").focus();
+});
+onChange(() => relink(current().tab));
+addEventListener("hashchange", () => void route());
 void route();

@@ -46,7 +46,7 @@
  * @property {boolean} chosen
  * @property {"chosen" | "late" | "headroom" | "less_accurate" | "no_faster"} why
  */
-/** @typedef {{family: string, deadline_ms: number, images: number, chosen: string, reason: string, in_time: boolean, rungs: Rung[]}} Plan */
+/** @typedef {{family: string, deadline_ms: number, images: number, chosen: string, reason: string, allowed_ms: number, in_time: boolean, rungs: Rung[]}} Plan */
 
 /**
  * @typedef {object} ModelStatus

@@ -15,7 +15,7 @@ import pytest
 from tests.processes import ROOT, serving
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Route
 
 FLAGS = [
     "--headless",
@@ -100,6 +100,17 @@ def leave_time(page: "Page") -> None:
         "**/plan?*",
         lambda route: route.continue_(url=re.sub(r"deadline_ms=[\d.]+", "deadline_ms=120000", route.request.url)),
     )
+
+
+def hold(page: "Page", pattern: str) -> list["Route"]:
+    """Keep requests back, from now on: those that the page has sent, for the test to let go."""
+    held: list[Route] = []
+
+    def keep(route: "Route") -> None:
+        held.append(route)
+
+    page.route(pattern, keep)
+    return held
 
 
 def until(page: "Page", condition: str) -> None:

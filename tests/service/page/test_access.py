@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 KEY, RARE_KEY = "a-key-of-32-characters-for-a-test", "a-key-that-may-ask-once-an-hour-x"
+READING_KEY = "a-key-that-may-only-read-not-classify"
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,12 @@ def guarded(browser: "Browser", tmp_path_factory: pytest.TempPathFactory) -> Ite
     keys.write_text(
         "".join(
             f'[[keys]]\nname = "{name}"\nsha256 = "{hashlib.sha256(key.encode()).hexdigest()}"\n'
-            f'scopes = ["classify", "read"]\n{limit}\n'
-            for name, key, limit in (("usual", KEY, ""), ("rare", RARE_KEY, "requests_per_second = 0.001\nburst = 6"))
+            f"scopes = {scopes}\n{limit}\n"
+            for name, key, scopes, limit in (
+                ("usual", KEY, ["classify", "read"], ""),
+                ("rare", RARE_KEY, ["classify", "read"], "requests_per_second = 0.001\nburst = 6"),
+                ("reading", READING_KEY, ["read"], ""),
+            )
         )
     )
     environment = {"STRIDEVIT_KEYS_FILE": str(keys), "STRIDEVIT_MODELS": "cifar100-mha,cifar100-csra-r2"}
@@ -66,6 +71,28 @@ def test_a_key_is_asked_for_and_a_wrong_one_again(browser: "Browser", guarded: s
         answered(page)
 
 
+def test_a_key_that_no_header_can_carry_is_asked_for_again(browser: "Browser", guarded: str) -> None:
+    with opened(browser, f"{guarded}/#compare?sample=rocket") as page:
+        page.fill("#key", f"{KEY}\u200b")
+        page.press("#key", "Enter")
+        expect(page.locator("#key-form")).to_contain_text("a character that no API key has")
+        page.fill("#key", KEY)
+        page.press("#key", "Enter")
+        answered(page)
+
+
+def test_a_key_that_may_not_can_be_replaced(browser: "Browser", guarded: str) -> None:
+    with opened(browser, f"{guarded}/#compare?sample=rocket") as page:
+        page.fill("#key", READING_KEY)
+        page.press("#key", "Enter")
+        expect(page.locator("#notice")).to_contain_text("Not allowed.")
+        page.get_by_role("button", name="Use another key").click()
+        page.fill("#key", KEY)
+        page.press("#key", "Enter")
+        answered(page)
+        expect(page.locator("#notice")).to_be_hidden()
+
+
 def test_a_limit_says_how_long_to_wait(browser: "Browser", guarded: str) -> None:
     with opened(browser, f"{guarded}/#compare") as page:
         page.clock.install()
@@ -77,7 +104,7 @@ def test_a_limit_says_how_long_to_wait(browser: "Browser", guarded: str) -> None
             page.click("[data-sample=rocket]")
             until(page, "!document.querySelector('#notice').hidden || document.querySelector('#timing').textContent")
         expect(notice).to_contain_text("The service is busy.")
-        button = notice.locator("button")
+        button = notice.get_by_role("button", name=re.compile("Try again"))
         expect(button).to_have_text(re.compile(r"Try again in \d+ s"))
         expect(button).to_be_disabled()
         page.clock.fast_forward("02:00:00")

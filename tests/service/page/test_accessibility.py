@@ -50,7 +50,7 @@ def broken(page: "Page") -> None:
 
 def wants_key(page: "Page") -> None:
     """The form, as the service's 401 brings it up."""
-    page.evaluate("async () => { void (await import('./page/parts/key.js')).askForKey(null, '', null); }")
+    page.evaluate("async () => { void (await import('./page/parts/key.js')).askForKey(null, null); }")
     expect(page.locator("#key-form")).to_be_visible()
 
 

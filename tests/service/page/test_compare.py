@@ -1,12 +1,16 @@
 """Compare in a browser: every way to give a picture, and everything that may go wrong with it."""
 
+import os
+import shutil
 import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
 
-from tests.processes import ROOT, get, post, serving
+from tests.processes import ROOT, get, serving
 from tests.service.conftest import encoded
 from tests.service.page.conftest import SAMPLES, Opener, leave_time, opened, until
 
@@ -191,29 +195,29 @@ def test_a_service_that_is_gone_is_said_once(browser: "Browser") -> None:
         expect(page.locator("#seen")).to_have_text("no picture")
         expect(notice).to_contain_text("The service does not answer.")
         expect(notice.locator("p")).to_have_count(1)
-        expect(page.locator("#notice button")).to_have_text("Try again")
+        expect(page.get_by_role("button", name="Try again")).to_be_visible()
         expect(page.locator(".top")).to_have_count(0)
 
 
-def test_copied_as_curl_it_is_the_same_request(service: str, open_page: Opener) -> None:
+@pytest.mark.parametrize("is_sample", [True, False])
+def test_what_is_copied_runs_as_it_is(is_sample: bool, service: str, open_page: Opener, tmp_path: Path) -> None:
+    name = "it's mine.jpg"
+    shutil.copy(SAMPLES / "rocket.jpg", tmp_path / name)
     with open_page("#compare?sample=rocket") as page:
         answered(page)
+        if not is_sample:
+            choose(page, name=name, content=(SAMPLES / "rocket.jpg").read_bytes())
+            answered(page)
         page.click("text=Copy as curl")
         command = page.locator(".snippet").inner_text()
-        said = subprocess.run(
-            ["sh", "-c", command.replace("curl ", "curl --silent --noproxy '*' ", 1)],
-            cwd=SAMPLES,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
         page.click("text=Copy as Python")
         script = page.locator(".snippet").inner_text()
-    assert said.count('"event":"answer"') == len(ready_models(service))
-    compile(script, "copied", "exec")
-    assert "v1/compare" in script
-    direct = post(f"{service}/v1/compare?top_k=5", (SAMPLES / "rocket.jpg").read_bytes()).text
-    assert direct.count('"event":"answer"') == said.count('"event":"answer"')
+        page.click("[data-sample=raccoon]")
+        expect(page.locator(".snippet")).to_be_hidden()
+    for run in (["sh", "-c", command], [sys.executable, "-c", script]):
+        environment = {**os.environ, "no_proxy": "*", "NO_PROXY": "*"}
+        done = subprocess.run(run, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+        assert done.stdout.count('"event":"answer"') == len(ready_models(service)), done
 
 
 def verdict_when_answered(page: object) -> str:

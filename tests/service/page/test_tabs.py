@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.processes import ROOT, get, post, serving
-from tests.service.page.conftest import SAMPLES, WAIT_MS, Opener, opened, until
+from tests.service.page.conftest import SAMPLES, WAIT_MS, Opener, hold, opened, until
 
 pytest.importorskip("playwright", reason="needs Playwright (pip install playwright)")
 pytest.importorskip("axe_playwright_python", reason="needs axe (pip install axe-playwright-python)")
@@ -19,7 +19,7 @@ from playwright.sync_api import expect
 from tests.service.page.compare_page import answered
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page, Route
+    from playwright.sync_api import Browser, Page
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
@@ -75,13 +75,13 @@ def geometry(browser: Any, service: str) -> Any:
 
 
 def test_tokens_are_gone_through_with_arrow_keys(open_page: Opener) -> None:
-    with open_page("#tokens?model=cifar100-csra-r2&token=5") as page:
+    with open_page("#tokens?model=cifar100-csra-r2&token=6") as page:
         keys = page.get_by_role("slider", name="Key and value")
         expect(keys).to_have_attribute("aria-valuenow", "6")
         for key, expected in (("ArrowDown", "10"), ("ArrowLeft", "9"), ("Home", "1"), ("ArrowUp", "1"), ("End", "16")):
             keys.press(key)
             expect(keys).to_have_attribute("aria-valuenow", expected)
-        assert page.url.endswith("token=15")
+        assert page.url.endswith("token=16")
         expect(page.locator("#selected-window")).to_contain_text("Token 16 of 16 is made from 9 patches")
         expect(page.locator(".patches .patch")).to_have_count(9)
         keys.press("Home")
@@ -152,8 +152,7 @@ def test_a_load_asks_both_and_counts_every_answer(open_page: Opener) -> None:
 
 def test_a_load_keeps_few_requests_open_and_what_waits_too_long_is_late(open_page: Opener) -> None:
     with open_page("#choose?rate=50&deadline=100") as page:
-        held: list[Route] = []
-        page.route("**/v1/classify*", held.append)
+        held = hold(page, "**/v1/classify*")
         page.click("#load-start")
         expect(page.locator("#outcome tbody tr").first.locator("td").nth(2)).not_to_have_text("0")
         deadlines = [float(re.findall(r"deadline_ms=([\d.]+)", route.request.url)[0]) for route in held]

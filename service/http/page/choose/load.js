@@ -24,7 +24,7 @@ export const MAX_OPEN = 5;
  * @property {number} deadlineMs
  * @property {Record<Arm, string>} names what each arm asks for
  * @property {(sample: Sample) => void} onSample
- * @property {() => void} onEnd
+ * @property {(error: unknown) => void} onEnd error: what every further request would get too, or null
  */
 
 /** The arm to which a second belongs. @param {number} seconds @returns {Arm} */
@@ -56,13 +56,13 @@ export class Load {
     return Math.min(SECONDS, (performance.now() - this.#startedAt) / 1000);
   }
 
-  /** End it now; requests in progress are cancelled and not counted. */
-  stop() {
+  /** End it now; requests in progress are cancelled and not counted. @param {unknown} [error] */
+  stop(error = null) {
     if (!this.running) return;
     this.running = false;
     clearTimeout(this.#timer);
     this.#controller.abort();
-    this.#options.onEnd();
+    this.#options.onEnd(error);
   }
 
   #schedule() {
@@ -87,7 +87,7 @@ export class Load {
     }
     if (this.running && this.#due >= rate * SECONDS && this.#open === 0 && this.#waiting.length === 0) {
       this.running = false;
-      this.#options.onEnd();
+      this.#options.onEnd(null);
     }
   }
 
@@ -111,7 +111,10 @@ export class Load {
       outcome = "answered";
     } catch (error) {
       if (isCancelled(error) || !this.running) return;
-      if (error instanceof Problem && (error.status === 429 || error.status === 504)) outcome = "refused";
+      if (error instanceof Problem) {
+        if (error.status === 429 || error.status === 504) outcome = "refused";
+        else if (error.status < 500) return this.stop(error);
+      }
     } finally {
       this.#open -= 1;
     }

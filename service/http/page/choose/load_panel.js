@@ -1,12 +1,12 @@
 // The load's controls, its dots, and the results of both arms.
 
-import { picture, sample } from "../compare/picture.js";
+import { readable, sample } from "../compare/picture.js";
 import { axis, chart, colour } from "../parts/chart.js";
 import { fill, h } from "../parts/dom.js";
 import { kindAndPrecision, ms, percent, whole } from "../parts/format.js";
 import { hue, ready, top1 } from "../parts/models.js";
 import { complain } from "../parts/notice.js";
-import { deadlineMs, number, update } from "../parts/state.js";
+import { current, deadlineMs, number, update } from "../parts/state.js";
 import { Load, MAX_RATE, SECONDS, armAt, summary } from "./load.js";
 
 /** @import {Model, ModelList} from "../types.js" */
@@ -30,10 +30,12 @@ let deadline = deadlineMs();
 let family = "";
 let fixed = "";
 let drawnAt = 0;
+let starting = false;
 
 const button = h("button", { type: "button", class: "primary", id: "load-start", onclick: () => (load?.running ? stopLoad() : void start()) }, "Start");
-const rate = h("input", { type: "number", id: "rate", min: 1, max: MAX_RATE, step: 1 });
-const select = h("select", { id: "fixed" });
+const rate = h("input", { type: "number", id: "rate", min: 1, max: MAX_RATE, step: 1, onchange: () => update({ rate: wantedRate() }) });
+rate.addEventListener("keydown", (event) => event.key === "Enter" && !load?.running && void start());
+const select = h("select", { id: "fixed", onchange: () => update({ fixed: select.value }) });
 const state = h("span", { class: "hint", role: "status" });
 const dots = h("div", { class: "chart", role: "img", "aria-label": "Every answer as a dot: when it was due, and how long it took. The table has the totals." });
 const legend = h("p", { class: "hint keys" });
@@ -42,13 +44,16 @@ const outcome = h("div", { id: "outcome" });
 /** Put the panel in its place. @param {HTMLElement} place @param {ModelList} all @param {string} name of the family */
 export async function installLoad(place, all, name) {
   const names = all.families[name] ?? [];
-  const changed = name !== family;
+  const served = ready(all).filter((model) => names.includes(model.name));
+  const same = name === family && served.map((model) => model.name).join() === members.map((model) => model.name).join();
   family = name;
-  members = ready(all).filter((model) => names.includes(model.name));
-  if (place.firstChild && !changed) return;
+  if (place.firstChild && same) return;
+  stopLoad();
+  members = served;
   rate.value = String(number("rate", { min: 1, max: MAX_RATE, otherwise: DEFAULT_RATE }));
   fill(select, ...members.map((model) => h("option", { value: model.name }, kindAndPrecision(model))));
-  select.value = members[0]?.name ?? "";
+  const named = current().values.get("fixed");
+  select.value = (members.find((model) => model.name === named) ?? members[0])?.name ?? "";
   fill(place,
     h("p", { class: "hint" }, `The family and the fixed model take turns, one second each, with the deadline above. Pictures are due at a constant rate, whether or not earlier ones have been answered, and latency counts from then. A browser has few connections: a picture that none takes before its deadline counts as late.`),
     h("div", { class: "controls" },
@@ -66,12 +71,23 @@ export function stopLoad() {
   load?.stop();
 }
 
+/** Draw the line of the deadline where it is now, unless it belongs to results. */
+export function drawDeadline() {
+  if (!samples.length) drawn?.redraw();
+}
+
+const wantedRate = () => Math.min(MAX_RATE, Math.max(1, Math.round(Number(rate.value) || 1)));
+
 async function start() {
-  const wanted = Math.min(MAX_RATE, Math.max(1, Math.round(Number(rate.value) || 1)));
+  if (starting) return;
+  starting = true;
+  const wanted = wantedRate();
   rate.value = String(wanted);
   update({ rate: wanted });
   try {
-    const file = picture()?.file ?? (await sample("raccoon")).file;
+    const { file, name } = readable() ?? (await sample("raccoon"));
+    // Meanwhile another tab may be shown.
+    if (!button.isConnected || !button.checkVisibility()) return;
     samples = [];
     drawnAt = 0;
     deadline = deadlineMs();
@@ -86,15 +102,19 @@ async function start() {
         samples.push(one);
         if (performance.now() - drawnAt > REDRAW_MS) void redraw();
       },
-      onEnd: () => {
+      onEnd: (error) => {
         button.textContent = "Start";
-        state.textContent = `${document.hidden ? "stopped: the tab was hidden" : "ended"} after ${(load?.seconds ?? 0).toFixed(0)} s`;
+        const how = error ? "stopped by an error" : document.hidden ? "stopped: the tab was hidden" : "ended";
+        state.textContent = `${how} after ${(load?.seconds ?? 0).toFixed(0)} s: ${name}, ${wanted} per second, deadline ${ms(deadline)}`;
+        if (error) complain(error);
         void redraw();
       },
     });
-    state.textContent = "sending …";
+    state.textContent = `sending ${name} …`;
   } catch (error) {
     complain(error);
+  } finally {
+    starting = false;
   }
 }
 

@@ -6,7 +6,7 @@
 const REASONS = {
   most_accurate: "its most accurate model meets the deadline",
   deadline: "the most accurate of those that meet the deadline",
-  headroom: "a more accurate one would meet the deadline only just",
+  headroom: "a more accurate one would meet it, but with too little headroom",
 };
 
 /** Why the chosen model, if it is in time. @param {Plan} plan */
@@ -16,5 +16,5 @@ export function becauseOf(plan) {
 
 /** What the chosen model is called: a request that no model can answer in time is refused. @param {Plan} plan */
 export function title(plan) {
-  return plan.in_time ? "chosen" : "nearest";
+  return plan.in_time ? "chosen" : "closest";
 }

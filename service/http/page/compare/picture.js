@@ -19,6 +19,8 @@ const seen = new Map();
 const listeners = new Set();
 
 export const picture = () => chosen;
+/** The picture, unless no model could read it. */
+export const readable = () => (seen.size ? chosen : null);
 /** @param {string} model */
 export const asSeenBy = (model) => seen.get(model) ?? null;
 
@@ -51,37 +53,37 @@ export async function sample(name) {
 }
 
 /**
- * Call `take` with every picture that is dropped on the page or pasted into it; with null for anything else.
+ * Call `take` with every picture that is dropped on the page or pasted into it, and `fail` if a drop holds none.
  *
- * @param {(picture: Picture | null) => void} take
+ * @param {(picture: Picture) => void} take
+ * @param {(error: Error) => void} fail
  */
-export function listen(take) {
-  let depth = 0;
+export function listen(take, fail) {
   const over = (/** @type {boolean} */ on) => document.documentElement.classList.toggle("dropping", on);
-  addEventListener("dragenter", (event) => {
-    event.preventDefault();
-    depth += 1;
-    over(true);
-  });
-  addEventListener("dragleave", () => {
-    depth = Math.max(0, depth - 1);
-    over(depth > 0);
-  });
-  addEventListener("dragover", (event) => event.preventDefault());
+  const hasFiles = (/** @type {DragEvent} */ event) => Boolean(event.dataTransfer?.types.includes("Files"));
+  addEventListener("dragenter", (event) => over(hasFiles(event)));
+  // Without a related target it has left the window.
+  addEventListener("dragleave", (event) => event.relatedTarget === null && over(false));
+  addEventListener("dragover", (event) => hasFiles(event) && event.preventDefault());
   addEventListener("drop", (event) => {
-    event.preventDefault();
-    depth = 0;
     over(false);
-    const file = event.dataTransfer?.files[0];
-    take(file ? { file, name: file.name, sample: null } : null);
+    if (!hasFiles(event)) return;
+    event.preventDefault();
+    const isFolder = [...(event.dataTransfer?.items ?? [])].every((item) => item.webkitGetAsEntry?.()?.isDirectory);
+    const file = firstImage(event.dataTransfer);
+    if (!file || isFolder) fail(new Error(isFolder ? "this is a folder: drop one picture" : "there is no file in it: drop a picture"));
+    else take({ file, name: file.name, sample: null });
   });
   addEventListener("paste", (event) => {
-    // Text that is pasted into a field is not meant as a picture.
-    if (event.target instanceof HTMLInputElement) return;
-    const files = [...(event.clipboardData?.files ?? [])];
-    const file = files.find((other) => other.type.startsWith("image/")) ?? files[0];
-    take(file ? { file, name: file.name || "pasted.png", sample: null } : null);
+    const file = firstImage(event.clipboardData);
+    if (file) take({ file, name: file.name || "pasted.png", sample: null });
   });
+}
+
+/** The first file that says it is a picture, or else the first. @param {DataTransfer | null} transfer */
+function firstImage(transfer) {
+  const files = [...(transfer?.files ?? [])];
+  return files.find((file) => file.type.startsWith("image/")) ?? files[0];
 }
 
 /**

@@ -73,6 +73,12 @@ export class Row {
     fill(this.more, topFive(answer.predictions, this.hue));
   }
 
+  /** There will be no more events: what has none is not asked any more. */
+  end() {
+    const isPending = this.answerCell.querySelector(".pending") !== null;
+    if (isPending) fill(this.answerCell, h("span", { class: "hint" }, "not asked: it no longer serves"));
+  }
+
   /** @param {ErrorEvent} event */
   fail({ problem }) {
     this.element.classList.add("failed");
@@ -128,7 +134,8 @@ export function groupBody({ base, others }) {
   }
   if (folded.length) {
     const names = folded.map((row) => precisionOf(row.model)).join(", ");
-    const button = h("button", { type: "button", class: "unfold", "aria-expanded": "false" }, names);
+    const state = folded.some((row) => row.ready) ? "" : ` (${folded[0]?.model.state})`;
+    const button = h("button", { type: "button", class: "unfold", "aria-expanded": "false" }, names, state);
     button.setAttribute("aria-label", `${names} of ${base.name}`);
     button.addEventListener("click", () => {
       const open = button.getAttribute("aria-expanded") !== "true";
@@ -153,7 +160,7 @@ export function emptyTable() {
     h("thead", { role: "rowgroup" },
       h("tr", { role: "row" },
         head("model", "Model"),
-        head("answer", "Answer", h("small", {}, "click for the top five")),
+        head("answer", "Answer", h("small", {}, "open for the top 5")),
         head("time", "Time without waiting", h("small", { id: "scale" }, "bars on one scale")),
         head("figure", "K/V tokens", h("small", {}, "of all patches")),
         head("figure", "Parameters", h("small", {}, "and memory")),

@@ -7,17 +7,19 @@ import { choosingFamilies, groups, models, newest, top1 } from "../parts/models.
 import { announce, complain, settle } from "../parts/notice.js";
 import { current, deadlineMs, href, update } from "../parts/state.js";
 import { becauseOf, title } from "../choose/reasons.js";
-import { SAMPLES, choose, fromCamera, listen, picture, remember, sample } from "./picture.js";
+import { SAMPLES, choose, fromCamera, listen, onPicture, picture, remember, sample } from "./picture.js";
 import { Row, emptyTable, groupBody, showMemory } from "./rows.js";
 import { cancel, compare } from "./run.js";
 import { copyButtons } from "./snippets.js";
 import { roundScale, stageKeys, work } from "./stages.js";
 
-/** @import {EndEvent, Plan} from "../types.js" */
+/** @import {EndEvent, ModelList, Plan} from "../types.js" */
 /** @import {Picture} from "./picture.js" */
 
 /** @type {Row[]} */
 let rows = [];
+/** The models that the rows are of. @type {ModelList | null} */
+let listed = null;
 /** @type {string | null} */
 let family = null;
 /** @type {Plan | null} */
@@ -29,6 +31,8 @@ const SETTLING_TRIES = 3;
 let settled;
 let startedAt = 0;
 let firstMs = 0;
+/** Counts what was asked for: what is ready later than something newer is dropped. */
+let latest = 0;
 
 /** Build the tab; once, at start. */
 export function installCompare() {
@@ -39,12 +43,23 @@ export function installCompare() {
     // The same file may be chosen again.
     file.value = "";
   });
-  byId("camera").addEventListener("click", () => fromCamera().then((shot) => shot && run(shot), complain));
+  const camera = /** @type {HTMLButtonElement} */ (byId("camera"));
+  camera.addEventListener("click", async () => {
+    camera.disabled = true;
+    try {
+      const shot = await fromCamera();
+      if (shot) void run(shot);
+    } catch (error) {
+      complain(error);
+    } finally {
+      camera.disabled = false;
+    }
+  });
   fill(byId("samples"), ...SAMPLES.map(({ name, title }) =>
     h("button", { type: "button", class: "sample", "data-sample": name, "aria-label": `Use the sample: ${title}`, onclick: () => runSample(name) },
       h("img", { src: `page/samples/${name}.jpg`, alt: "", width: 64, height: 64 }))));
-  listen((dropped) => (dropped ? run(dropped) : complain(new Error("there is no picture in it: drop or paste a file"))));
-  byId("copy").append(copyButtons(() => picture()?.name ?? "picture.jpg"));
+  listen((dropped) => void run(dropped), complain);
+  byId("copy").append(copyButtons(picture, onPicture));
 }
 
 /** Show the models, and the sample that the address names. */
@@ -53,7 +68,7 @@ export async function showCompare() {
   const named = current().values.get("sample");
   await choice();
   if (plan && !plan.in_time) askWhenSettled();
-  if (named && SAMPLES.some(({ name }) => name === named) && !picture()) await runSample(named);
+  if (named && SAMPLES.some(({ name }) => name === named) && picture()?.sample !== named) await runSample(named);
 }
 
 /** Another tab is shown: answers still come in, and nothing more is asked for. */
@@ -64,7 +79,8 @@ export function hideCompare() {
 async function list() {
   try {
     const all = await models();
-    if (rows.length) return;
+    if (rows.length && all === listed) return;
+    listed = all;
     family = choosingFamilies(all)[0] ?? null;
     const bodies = groups(newest(all)).map(groupBody);
     rows = bodies.flatMap((body) => body.rows);
@@ -79,15 +95,19 @@ async function list() {
 
 /** @param {string} name */
 async function runSample(name) {
+  latest += 1;
+  const mine = latest;
   try {
-    await run(await sample(name));
+    const read = await sample(name);
+    if (mine === latest) await run(read);
   } catch (error) {
-    complain(error, () => void runSample(name));
+    if (mine === latest) complain(error, () => void runSample(name));
   }
 }
 
 /** Send a picture to all models. @param {Picture} chosen */
 async function run(chosen) {
+  latest += 1;
   startedAt = performance.now();
   firstMs = 0;
   cancel();
@@ -119,10 +139,10 @@ async function run(chosen) {
   } catch (error) {
     if (isCancelled(error)) return;
     for (const row of rows) if (!row.answer) row.clear(false);
+    fill(byId("verdict"));
     if (!rows.some((row) => row.answer)) {
       fill(byId("seen"), h("span", { class: "hint" }, "no picture"));
       fill(byId("seen-caption"), chosen.name);
-      fill(byId("verdict"));
     }
     complain(error, () => void run(chosen));
   }
@@ -139,14 +159,17 @@ function show({ url, width, height }, name) {
 function finish(end) {
   const lastMs = performance.now() - startedAt;
   const answered = rows.filter((row) => row.answer);
+  for (const row of rows) row.end();
   const reference = rows.find((row) => row.model.name === end.agreement?.model) ?? answered[0];
-  for (const row of answered) if (reference) row.agree(reference);
-  fill(byId("timing"), `Measured in this browser: first answer after ${ms(firstMs)}, all ${answered.length} after ${ms(lastMs)}.`);
+  if (reference && answered.length > 1) for (const row of answered) row.agree(reference);
+  fill(byId("timing"), `Measured in this browser: first answer after ${ms(firstMs)}, ${counted(answered.length, "answer")} after ${ms(lastMs)}.`);
   Object.assign(byId("timing").dataset, { firstMs: firstMs.toFixed(1), lastMs: lastMs.toFixed(1) });
   const best = reference?.answer?.predictions[0];
   if (!best || !reference) return fill(byId("verdict"), h("p", { class: "answer" }, "No model answered."));
-  const agree = answered.filter((row) => row.answer?.predictions[0]?.index === best.index).length;
-  const others = answered.length === 1 ? "" : agree === answered.length ? `all ${agree} models agree` : `${agree} of ${answered.length} models agree`;
+  const agree = answered.filter((row) => row.answer?.predictions[0]?.index === best.index).length - 1;
+  const asked = answered.length - 1;
+  const others = agree === asked ? (asked ? `all ${asked + 1} models agree` : "") :
+    `says ${kindAndPrecision(reference.model)}, the most accurate; ${agree || "none"} of ${asked} others ${agree === 1 ? "agrees" : "agree"}`;
   fill(byId("verdict"), h("p", { class: "answer" }, h("strong", {}, label(best.label)), h("span", {}, others)), choiceLine());
   announce(`${label(best.label)}; ${others}`);
   askWhenSettled();
@@ -188,7 +211,7 @@ function choiceLine() {
   return plan.in_time
     ? h("p", { class: "choice" }, ...asked, " chooses ", name, `: ${becauseOf(plan)} (predicted ${ms(rung?.predicted_ms)}, `,
       `test top-1 ${percent(top1(chosen.model))}).`)
-    : h("p", { class: "choice" }, ...asked, " refuses at once: no model can meet it. The nearest is ", name,
+    : h("p", { class: "choice" }, ...asked, " refuses at once: no model is predicted to meet it. The closest is ", name,
       ` (predicted ${ms(rung?.predicted_ms)}).`);
 }
 

@@ -8,7 +8,7 @@ import { ms, percent, whole } from "../parts/format.js";
 /** The table of the rollouts; empty if the service has none. @param {Rollout[]} rollouts */
 export function onTrial(rollouts) {
   if (!rollouts.length) return [];
-  const heads = ["share", "answered", "same top-1", "time", "of the primary", "errors", "left to the primary", "state"];
+  const heads = ["share", "answered", "same top-1", "time", "of the primary", "errors", "fell back to the primary", "state"];
   return [
     h("h3", {}, "On trial"),
     h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "On trial" },

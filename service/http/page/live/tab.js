@@ -11,6 +11,8 @@ import { onTrial } from "./rollouts.js";
 /** @import {Model, ModelStatus, Status} from "../types.js" */
 
 const EVERY_MS = 1000;
+/** With fewer answers the highest percentiles say nothing. */
+const ENOUGH_ANSWERS = 20;
 
 /** @type {ReturnType<typeof setTimeout> | undefined} */
 let timer;
@@ -96,7 +98,7 @@ function draw(status) {
     tile("refused", whole(refused), "since the start"),
     tile("memory", megabytes(status.memory_mb)),
     tile("ready", status.ready ? "yes" : "no", `on ${status.device}, ${counted(status.lanes, "lane")} × ${counted(status.threads, "thread")}`),
-    tile("up", duration(status.uptime_s)));
+    tile("uptime", duration(status.uptime_s)));
   fill(byId("live-models"), table(status));
   fill(byId("live-rollouts"), ...onTrial(status.rollouts ?? []));
   fill(byId("refusals"), h("h3", {}, "Refused, by reason"), refusals(status));
@@ -120,16 +122,18 @@ function table(status) {
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Models" },
     h("table", { class: "numbers" },
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Model"), ...heads.map((head) => h("th", { scope: "col" }, head)))),
-      h("tbody", {}, ...serving.map(modelRow))),
+      h("tbody", {}, ...serving.map((model) => modelRow(model, status.window_s)))),
+    h("p", { class: "hint" }, `Percentiles of the last ${status.window_s.toFixed(0)} s, interpolated between the buckets of /metrics; p95 and p99 from ${ENOUGH_ANSWERS} answers on.`),
     out.length > 0 && h("p", { class: "hint" }, `${counted(out.length, "model")} not serving: `, out.map((model) => `${model.name} (${model.state})`).join(", "), "."),
     status.models_left_out ? h("p", { class: "hint" }, `${counted(status.models_left_out, "model")} with less work are not shown.`) : null);
 }
 
-/** @param {ModelStatus} model */
-function modelRow(model) {
+/** @param {ModelStatus} model @param {number} seconds of its rates and percentiles */
+function modelRow(model, seconds) {
   const about = known.get(model.name);
+  const isEnough = model.images_per_s * seconds >= ENOUGH_ANSWERS - 0.5;
   const hollow = precisionOf(about ?? model) === "fp32" ? "" : " hollow";
-  const values = [whole(model.images), model.images_per_s.toFixed(1), ms(model.p50_ms), ms(model.p95_ms), ms(model.p99_ms), whole(model.waiting), megabytes(model.memory_mb)];
+  const values = [whole(model.images), model.images_per_s.toFixed(1), ms(model.p50_ms), ...[model.p95_ms, model.p99_ms].map((value) => ms(isEnough ? value : null)), whole(model.waiting), megabytes(model.memory_mb)];
   return h("tr", {},
     h("th", { scope: "row" }, h("span", { class: `dot m${hue(about)}${hollow}` }), " ", about?.variant ? kindAndPrecision(about) : h("code", {}, model.name)),
     ...values.map((value) => h("td", {}, value)));
@@ -137,8 +141,8 @@ function modelRow(model) {
 
 /** @type {Record<string, string>} */
 const REASONS = {
-  lag: "event loop behind",
-  "deadline-exceeded": "deadline passed while waiting",
+  lag: "event loop lag",
+  "deadline-exceeded": "deadline expired in the queue",
   "not-ready": "not ready",
   images: "image limit reached",
   bytes: "byte limit reached",

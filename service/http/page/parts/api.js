@@ -37,7 +37,7 @@ export async function request(path, init = {}) {
     if (response.ok) return response;
     const problem = await problemOf(response);
     if (problem.status !== 401) throw problem;
-    await askForKey(key, problem.message, init.signal ?? null);
+    await askForKey(key, init.signal ?? null);
   }
 }
 

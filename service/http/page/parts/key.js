@@ -16,13 +16,12 @@ export function storedKey() {
  * Wait until there is a key other than the one that was refused. All requests that need one wait for the same form.
  *
  * @param {string | null} refused
- * @param {string} detail the service's words
  * @param {AbortSignal | null} signal
  * @returns {Promise<void>}
  */
-export function askForKey(refused, detail, signal) {
+export function askForKey(refused, signal) {
   if (storedKey() !== refused) return Promise.resolve();
-  show(refused === null ? "This service needs an API key." : `This key was not accepted: ${detail}.`);
+  show(refused === null ? "This service needs an API key." : "This key was not accepted.");
   return new Promise((resolve, reject) => {
     const entry = { key: refused, resolve };
     waiting.add(entry);
@@ -39,13 +38,22 @@ export function installKeyForm() {
     event.preventDefault();
     const key = field().value.trim();
     if (!key) return;
+    // What a header cannot carry would fail like a service that is not there.
+    if (/[^\x21-\x7e]/.test(key)) return show("This key has a character that no API key has, perhaps an invisible one: copy it again.");
     sessionStorage.setItem(NAME, key);
     field().value = "";
     form().hidden = true;
     const entries = [...waiting];
     waiting.clear();
     for (const entry of entries) entry.resolve();
+    byId("main").focus();
   });
+}
+
+/** Ask for another key in place of one that is valid but not allowed to do something, then call `again`. @param {() => void} again */
+export function changeKey(again) {
+  sessionStorage.removeItem(NAME);
+  void askForKey(null, null).then(again);
 }
 
 /** @param {string} message */

@@ -2,6 +2,7 @@
 
 import { Problem, Unreachable } from "./api.js";
 import { byId, fill, h } from "./dom.js";
+import { changeKey, storedKey } from "./key.js";
 
 /** @type {ReturnType<typeof setInterval> | undefined} */
 let ticking;
@@ -16,7 +17,10 @@ export function complain(error, again = null) {
   clearInterval(ticking);
   const retryAfterMs = error instanceof Problem ? error.retryAfterMs : null;
   const button = again && mayHelp(error) && h("button", { type: "button", onclick: () => { settle(); again(); } }, "Try again");
-  fill(byId("notice"), h("p", {}, h("strong", {}, headline(error)), " ", sentence(error)), button);
+  const otherKey = again && error instanceof Problem && error.status === 403 && storedKey() !== null &&
+    h("button", { type: "button", onclick: () => { settle(); changeKey(again); } }, "Use another key");
+  const close = h("button", { type: "button", class: "close", "aria-label": "Close this message", onclick: settle }, "×");
+  fill(byId("notice"), h("p", {}, h("strong", {}, headline(error)), " ", sentence(error)), button, otherKey, close);
   byId("notice").hidden = false;
   if (retryAfterMs === null || !button) return;
   // Nobody should have to count: the button is enabled when there should be room again.
@@ -51,13 +55,13 @@ export function announce(text) {
 /** @param {unknown} error */
 function headline(error) {
   if (error instanceof Unreachable) return "The service does not answer.";
-  if (!(error instanceof Problem)) return "That did not work.";
+  if (!(error instanceof Problem)) return "This did not work.";
   /** @type {Record<number, string>} */
   const known = {
     400: "This file cannot be read.",
     403: "Not allowed.",
     413: "This file is too large.",
-    415: "This is no picture that can be read here.",
+    415: "This is no picture of a supported type.",
     422: "This cannot be used.",
     429: "The service is busy.",
     503: "The service is not ready.",
@@ -68,6 +72,7 @@ function headline(error) {
 
 /** @param {unknown} error */
 function sentence(error) {
-  const text = error instanceof Error ? error.message : String(error);
+  // Advice on how to send a file with curl is for other clients.
+  const text = (error instanceof Error ? error.message : String(error)).replace(/[:;,]? (for example )?with curl.*$/, "");
   return `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
 }

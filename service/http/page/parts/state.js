@@ -47,14 +47,10 @@ export function update(changes) {
   for (const listener of listeners) listener();
 }
 
-/** Call when the hash changes, by a link, the history or `update`. @param {() => void} listener */
+/** Call after each `update`, which no event of the browser follows. @param {() => void} listener */
 export function onChange(listener) {
   listeners.add(listener);
 }
-
-addEventListener("hashchange", () => {
-  for (const listener of listeners) listener();
-});
 
 export const DEADLINE = { min: 5, max: 2000, otherwise: 50 };
 /** The deadline of the tabs Compare and Choose, in milliseconds. */

@@ -62,7 +62,7 @@ export class Drawing {
       ...unseen(this.#layout).map((patch) => square(patch % columns, Math.floor(patch / columns), { fill: "url(#hatch)" })),
       grid(rows, columns),
       this.#marks);
-    drawn.addEventListener("pointermove", (event) => {
+    const pointAt = (/** @type {PointerEvent} */ event) => {
       const box = drawn.getBoundingClientRect(), scale = (width + 2 * margin) / box.width;
       const column = Math.floor(((event.clientX - box.left) * scale - margin) / UNIT);
       const row = Math.floor(((event.clientY - box.top) * scale - margin) / UNIT);
@@ -73,7 +73,10 @@ export class Drawing {
         .filter(({ window }) => window.patches.includes(row * columns + column))
         .sort((one, other) => this.#distance(one.number, row, column) - this.#distance(other.number, row, column));
       if (nearest && nearest.number !== this.#selected) this.#onSelect(nearest.number);
-    });
+    };
+    drawn.addEventListener("pointermove", pointAt);
+    // A tap does not move.
+    drawn.addEventListener("pointerdown", pointAt);
     return drawn;
   }
 

@@ -1,11 +1,11 @@
 // Tokens: the grid of patches over the picture, and what each key and value is made from.
 
-import { asSeenBy, onPicture } from "../compare/picture.js";
+import { SAMPLES, asSeenBy, onPicture } from "../compare/picture.js";
 import { byId, fill, h } from "../parts/dom.js";
 import { counted, kind, percent, whole } from "../parts/format.js";
 import { detail, hue, models, precisionOf, ready } from "../parts/models.js";
 import { complain } from "../parts/notice.js";
-import { current, href, update } from "../parts/state.js";
+import { current, href, number, update } from "../parts/state.js";
 import { Drawing } from "./drawing.js";
 import { layout, unseen } from "./windows.js";
 
@@ -17,6 +17,8 @@ let made = null;
 /** @type {Drawing | null} */
 let drawing = null;
 let selected = 0;
+/** Counts the views asked for: what is ready later than a newer one is dropped. */
+let latest = 0;
 
 /** The tab's view. */
 export function tokensTab() {
@@ -27,6 +29,8 @@ export function tokensTab() {
 }
 
 async function show() {
+  latest += 1;
+  const mine = latest;
   try {
     const all = ready(await models()).filter((model) => model.kv_tokens && precisionOf(model) === "fp32");
     const first = all[0];
@@ -34,11 +38,13 @@ async function show() {
     const named = current().values.get("model");
     const model = all.find((other) => other.name === named) ?? all.find((other) => other.variant?.startsWith("csra")) ?? first;
     const found = await detail(model.name);
+    if (mine !== latest) return;
     const { attention, input } = found.manifest;
     if (!attention) throw new Error(`the manifest of ${model.name} does not describe its attention`);
     const [, height = 0, width = 0] = input.shape;
     made = layout(attention, height, width);
-    selected = Math.min(made.windows.length - 1, Math.max(0, Math.floor(Number(current().values.get("token")) || Math.floor(made.windows.length / 2 + made.keyColumns / 2))));
+    const count = made.windows.length;
+    selected = Math.floor(number("token", { min: 1, max: count, otherwise: Math.floor(count / 2 + made.keyColumns / 2) + 1 })) - 1;
     build(all, model, made);
   } catch (error) {
     complain(error, () => void show());
@@ -49,7 +55,8 @@ async function show() {
 function build(all, model, layout) {
   const hadFocus = document.activeElement?.id ?? "";
   const seen = asSeenBy(model.name);
-  const image = seen ? { url: seen.url, pixelated: seen.width < 160 } : { url: "page/samples/raccoon.jpg", pixelated: false };
+  const named = SAMPLES.find(({ name }) => name === current().values.get("sample"))?.name ?? "raccoon";
+  const image = seen ? { url: seen.url, pixelated: seen.width < 160 } : { url: `page/samples/${named}.jpg`, pixelated: false };
   drawing = new Drawing(layout, image, hue(model), select);
   fill(byId("tokens-content"),
     h("fieldset", { class: "choice-of-model" }, h("legend", {}, "Model"), ...all.map((other) => option(other, other === model))),
@@ -82,7 +89,7 @@ function select(index, remembered = true) {
   selected = index;
   drawing.select(index);
   fill(byId("selected-window"), describe(made, index));
-  if (remembered) update({ token: index });
+  if (remembered) update({ token: index + 1 });
 }
 
 /** @param {Layout} layout @param {number} index */
@@ -111,7 +118,7 @@ function explanation(model, layout) {
     h("table", { class: "facts" },
       h("tbody", {},
         fact("Query–key pairs per layer", `${patches} × ${tokens} = ${whole(patches * tokens)}`),
-        fact("Compared with full attention", percent(tokens / patches, tokens / patches < 0.1 ? 1 : 0)),
+        fact("Share of full attention", percent(tokens / patches, tokens / patches < 0.1 ? 1 : 0)),
         fact("Test top-1", model.accuracy ? percent(model.accuracy.top1) : "not measured"),
         left > 0 && fact("In no window (hatched)", `${left} of ${patches}`))),
     left > 0 && h("p", { class: "hint" }, "A hatched patch has no key or value, but it keeps its query, and its output is part of the result."),
