@@ -25,7 +25,7 @@ help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 serve: $(SERVE)/.$(ENGINE) ## Serve models/ on http://127.0.0.1:8000 (no torch; takes a GPU where there is one)
-	@echo "serving models/ on http://127.0.0.1:8000: page at /, API at /docs; Ctrl-C stops"
+	@echo "loading models/, then serving on http://127.0.0.1:8000: page at /, API at /docs; Ctrl-C stops"
 	@exec $(SERVE)/bin/stridevit serve --repository models
 
 demo: $(DEV)/.installed ## Train three variants on digits, export, serve and compare them (about 5 minutes on 2 cores)

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from service.app import create_app, make_source
 from service.http.server.connections import ConnectionLimits
-from service.http.server.listening import connections_within_file_limit
+from service.http.server.listening import connections_within_file_limit, require_free_address
 from service.http.server.server import Server
 from service.logs import Logs, leave_at_once
 from service.remote.mirror import Mirror
@@ -41,6 +41,8 @@ def run(
             source.close()  # it leaves nothing half written
         leave_at_once(128 + number)
 
+    if not listening:
+        require_free_address(settings.host, settings.port)
     # Nothing is accepted while models are loading. Without a handler, process 1 of a container would ignore SIGTERM.
     signal.signal(signal.SIGTERM, leave)
     source = make_source(settings)

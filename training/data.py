@@ -30,7 +30,10 @@ _WHERE_TO_GET = {
     "imagenet": "name a folder with train/ and val/ and one folder per class in them (image-net.org's val archive is "
     "flat: sort it by its labels first), or write --data hub:ILSVRC/imagenet-1k after `hf auth login`",
 }
-_ANY_LAYOUT = "stridevit train --help lists the layouts"
+_ANY_LAYOUT = (
+    "name a folder with one folder per class, with such folders under train/ and val/, or with train-*.parquet or "
+    "train-*.tar files and others for the test, or write --data hub:OWNER/NAME"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +122,8 @@ def load_dataset(name: str, source: str | Path | None = None, *, in_memory: bool
     if source is None:
         raise DataError(f"data set {name!r} needs --data DIR (or STRIDEVIT_DATA): {hint}")
     place = str(source)
+    if not place.startswith(HUB) and not Path(place).is_dir():
+        raise DataError(f"there is no folder {place}: {hint}")
     own = Path(place) / name
     if not place.startswith(HUB) and own.is_dir() and (_has_splits(own) or not _is_class_folder(Path(place))):
         place = str(own)

@@ -11,7 +11,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -135,7 +143,10 @@ def architecture(
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
     chosen = {"num_classes": num_classes, "img_size": img_size, "rank": rank}
     sizes = PRESETS[preset]._asdict() | {name: value for name, value in chosen.items() if value is not None}
-    return Architecture(preset=preset, variant=variant, positions=positions, pool=pool, **sizes)
+    try:
+        return Architecture(preset=preset, variant=variant, positions=positions, pool=pool, **sizes)
+    except ValidationError as error:
+        raise ValueError("; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())) from None
 
 
 class StrideViT(VisionTransformer):

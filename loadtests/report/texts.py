@@ -70,10 +70,14 @@ def conclusion(comparison: Comparison, findings: Findings) -> list[str]:
         differs = " and ".join(sorted(seen - {"no difference seen"}))
         if label in failed or seen:
             kinds["failed" if label in failed else differs or "alike"].append(label)
+    rows = [row for row in findings.rows if row.arm in compared and row.value is not None and row.base is not None]
+    judged = {row.metric for row in rows if row.verdict}
+    unjudged = [metric.label for metric in findings.headline if metric in {row.metric for row in rows} - judged]
     return sentences(
         "conclusion.txt.j2",
         baseline=baseline,
         kinds=kinds,
+        unjudged=unjudged if judged else [],
         arms={label: _phrases(findings, label) for label in compared},
         noise_floors=_noise_floors(comparison, findings),
     )

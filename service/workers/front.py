@@ -2,11 +2,9 @@
 
 import asyncio
 import contextlib
-import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -200,21 +198,3 @@ class Front:
             if text := line.decode("utf-8", "replace").strip():
                 self._said = [*self._said[-9:], text]
                 log.warning(text, logger="envoy")
-
-
-def require_free_port(host: str, port: int) -> None:
-    """Raise StartupError if the port is in use, or the host is not an address of this machine."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind(address)
-            trial.listen(1)
-    except socket.gaierror as error:
-        raise StartupError(f"--host {host}: {error.strerror}") from error
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise StartupError(
-                f"port {port} of {host} is in use: end what listens there, or choose another one with --port"
-            ) from error
-        raise StartupError(f"cannot listen at {host}, port {port}: {error.strerror}") from error

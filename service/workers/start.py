@@ -7,11 +7,11 @@ from typing import Final
 import structlog
 
 from service.errors import StartupError
+from service.http.server.listening import require_free_address
 from service.logs import Logs
 from service.models.scratch import scratch_folder
 from service.settings import Settings
 from service.workers.envoy import find_envoy
-from service.workers.front import require_free_port
 from service.workers.placement import places, this_machine
 from service.workers.supervisor import Supervisor
 
@@ -35,7 +35,7 @@ def supervise(settings: Settings, logs: Logs) -> bool:
         return False
     if len(found) > machine.usable and found[0].device == "cpu":
         log.warning(f"{len(found)} workers share {machine.usable} cores: more than one for each core only takes memory")
-    require_free_port(settings.host, settings.port)
+    require_free_address(settings.host, settings.port)
     program = find_envoy()
     if program is None:
         log.warning(

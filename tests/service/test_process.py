@@ -166,6 +166,26 @@ def test_idle_connections_leave_descriptors_for_others(repository: Path) -> None
         assert process.poll() is None
 
 
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", "port {port} of 127.0.0.1 is in use: end what listens there, or choose another"),
+        ("no.such.host.invalid", "--host no.such.host.invalid: "),
+        ("192.0.2.1", "cannot listen on 192.0.2.1, port {port}: "),
+    ],
+)
+def test_an_address_in_use_or_unknown_is_an_error_before_models_are_loaded(
+    host: str, expected: str, repository: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "service", "--repository", str(repository), "--host", host, "--port", port]
+        ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert ended.returncode == 1
+    assert expected.format(port=port) in ended.stderr
+    assert "model ready" not in ended.stdout + ended.stderr
+
+
 def test_more_connections_than_descriptors_are_an_error_at_start(repository: Path) -> None:
     command = [*FEW_FILES, "--repository", str(repository), "--port", "0", "--max-connections", "500"]
     ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS)

@@ -88,7 +88,10 @@ def test_conclusion_holds_gains_then_losses_then_what_shows_no_difference(pair: 
         },
     )
     summary, sentence = conclusion(pair, changed)
-    assert summary == f"The baseline is {BASELINE}. Better in some respects, worse in others: {CSRA}."
+    assert summary == (
+        f"The baseline is {BASELINE}. Better in some respects, worse in others: {CSRA}. "
+        "Not judged, for lack of rounds: peak memory."
+    )
     assert sentence == (
         f"{CSRA}: answers ×1.08 (1.04–1.12) as many images at saturation; p99 at 289/s is 12.3 ms lower (9.00–15.1); "
         "but top-1 is 1.71 points lower (0.40–3.00); no difference seen in p50 at 170/s; "

@@ -53,7 +53,7 @@ def test_a_port_in_use_is_named_before_anything_is_loaded() -> None:
 def test_a_host_that_is_not_this_machine_s_is_named() -> None:
     status, errors = ended(command(Path("models"), free_port(), "--host", "192.0.2.1"))
     assert status == 1
-    assert "cannot listen at 192.0.2.1" in errors[0]
+    assert "cannot listen on 192.0.2.1" in errors[0]
 
 
 def test_gpus_that_are_not_there_are_named() -> None:
