@@ -3,7 +3,7 @@
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Final, Literal, Self, TypeVar
+from typing import Final, Literal, Self, TypeVar, cast
 
 import anyio
 import anyio.to_thread
@@ -31,6 +31,22 @@ class _Upload(httpx.SyncByteStream):
             if self._deadline.left <= 0:
                 raise httpx.WriteTimeout("the deadline passed while the body was sent")
             yield self._body[start : start + _PIECE_BYTES]
+
+
+class _Download(httpx.SyncByteStream):
+    """An answer that ends with the deadline: httpcore's own timeout starts again with every part that arrives."""
+
+    def __init__(self, answer: httpx.SyncByteStream | httpx.AsyncByteStream, deadline: Deadline) -> None:
+        self._answer, self._deadline = cast(httpx.SyncByteStream, answer), deadline
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self._answer:
+            if self._deadline.left <= 0:
+                raise httpx.ReadTimeout("the deadline passed while the answer arrived")
+            yield piece
+
+    def close(self) -> None:
+        self._answer.close()
 
 
 class Client:
@@ -116,13 +132,22 @@ class Client:
                 return done.value  # type: ignore[no-any-return]
             reply = None
             if isinstance(step, httpx.Request):
-                step.stream = _Upload(step.read(), step.extensions["timeout"])
                 try:
-                    reply = self._http.send(step)
+                    reply = self._answer(step, step.extensions["timeout"])
                 except httpx.TransportError as error:
                     reply = error
             else:
                 self._sleep(step)
+
+    def _answer(self, request: httpx.Request, deadline: Deadline) -> httpx.Response:
+        request.stream = _Upload(request.read(), deadline)
+        response = self._http.send(request, stream=True)
+        try:
+            response.stream = _Download(response.stream, deadline)
+            response.read()
+        finally:
+            response.close()
+        return response
 
 
 class AsyncClient:

@@ -1,11 +1,12 @@
 """Images in the forms that the clients take, turned into the bytes that are sent."""
 
+import errno
 import io
 import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeAlias, TypeGuard
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -14,15 +15,21 @@ Image: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Bi
 """A path, an encoded image's bytes, an open file, or a Pillow image, which is sent as PNG."""
 Images: TypeAlias = "Image | Iterable[Image]"
 
+MOST_BYTES: Final = 256 * 1024**2
+"""Largest file that is read: eight times what a service takes as it is delivered."""
+
 _IN_PNG = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
 
 
 def encoded(image: Image) -> bytes:
-    """An image as a file's bytes. Raises OSError, or TypeError if it is not an `Image`."""
+    """An image as a file's bytes. Raises OSError, also for a file beyond MOST_BYTES; TypeError if it is no `Image`."""
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if isinstance(image, str | os.PathLike):
-        return Path(image).read_bytes()
+        path = Path(image)
+        if path.stat().st_size > MOST_BYTES:
+            raise OSError(errno.EFBIG, f"larger than {MOST_BYTES // 1024**2} MiB, too large to be sent", str(path))
+        return path.read_bytes()
     if _is_of_pillow(image):
         buffer = io.BytesIO()
         lossless: Any = image if image.mode in _IN_PNG else image.convert("RGB")

@@ -1,12 +1,11 @@
 """`stridevit classify`: send images to a service; print the answers, or write them to a table."""
 
+import errno
 import json
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 import anyio
 import typer
@@ -15,8 +14,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stridevit.answers import StrideViTError
-from stridevit.calls import DEFAULT_URL
+from stridevit.calls import DEFAULT_URL, LONGEST_DEADLINE_SECONDS
 from stridevit.classify.many import Outcome, Source, Wishes, classify_all
+from stridevit.classify.sources import named
 from stridevit.classify.table import Table
 from stridevit.client import AsyncClient
 
@@ -24,10 +24,6 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 console = Console(stderr=True)
 
 FAILED, INTERRUPTED = 1, 130
-SUFFIXES: Final = frozenset(
-    {".avif", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-)
-"""Suffixes of the files in a folder that are sent."""
 
 
 @app.callback()
@@ -49,7 +45,13 @@ def classify(
         ),
     ] = None,
     deadline_ms: Annotated[
-        float | None, typer.Option(min=0.001, help="Deadline for each answer.", show_default="the service's")
+        float | None,
+        typer.Option(
+            min=0.001,
+            max=1000 * LONGEST_DEADLINE_SECONDS,
+            help="Deadline for each image, with all its tries; with --out, for each try.",
+            show_default="the service's",
+        ),
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, max=1000, help="Classes for each image, best first.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
@@ -66,43 +68,66 @@ def classify(
 
     `stridevit classify photo.jpg` prints one line for each image. `stridevit classify photos/ --out results.csv` sends
     as many at once as the service takes, and writes each row as it is known. The same command continues where it was
-    stopped and keeps all rows. A file that is not an image gets a row with its error: delete it to try again.
+    stopped and keeps all rows. A file that is not an image gets a row with its error: delete the row to try again.
 
     The key is read from the environment variable `STRIDEVIT_API_KEY`.
 
-    Exit code: **0** each image was classified · **1** not all were, or the service is not there or rejects the call ·
-    **2** wrong arguments · **130** interrupted.
+    Exit code: **0** each image was classified, now or in a row from before · **1** not all were, or the service is not
+    there or rejects the call · **2** wrong arguments · **130** interrupted.
     """
     if as_json and out:
         raise typer.BadParameter("lines of JSON are printed: leave out --json or --out", param_hint="--json")
-    sources = _sources(images)
-    wishes = Wishes(model, deadline_ms, top_k, priority or ("batch" if out else None))
+    sources = named(images)
+    wishes = Wishes(
+        model=model,
+        deadline_ms=deadline_ms,
+        whole=out is None,
+        top_k=top_k,
+        priority=priority or ("batch" if out else None),
+    )
     try:
         client = AsyncClient(url, retries=0)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--url") from error
+        raise typer.BadParameter(str(error)) from error  # it says whether the address or the key is wrong
+    tally = _Tally()
     with ExitStack() as stack:
-        table = None
+        lines = None
         if out:
-            try:
-                table = stack.enter_context(Table(out, top_k=top_k))
-            except (OSError, ValueError) as error:
-                raise typer.BadParameter(str(error), param_hint="--out") from error
+            table = stack.enter_context(_table(out, wishes))
+            tally.before = sum(source.name in table.done for source in sources)
+            tally.failed_before = sum(source.name in table.failed for source in sources)
             sources = [source for source in sources if source.name not in table.done]
-        tally = _Tally()
-        write = table.add if table else _Lines(sources, as_json=as_json).add
-        code = _run(client, sources, wishes, at_once, lambda outcome: tally.add(outcome, write))
+            write = table.add
+        else:
+            lines = _Lines(sources, as_json=as_json)
+            write = lines.add
+        code = _run(client, sources, wishes, at_once, lambda outcome: tally.add(outcome, write), lines)
     if (out or len(sources) > 1) and (tally.classified or code != FAILED):
-        where = f" in {out}" if out else ""
-        before = f", {len(table.done)} from before" if table and table.done else ""
-        console.print(f"{tally.text}{before}{where}", highlight=False, soft_wrap=True, markup=False)
-    raise typer.Exit(code or (FAILED if tally.failed or tally.left else 0))
+        _say(f"{tally.text} in {out}" if out else tally.text)
+    if out and (tally.failed or tally.failed_before):
+        _say(f"to try images with an error again, delete their rows from {out} and give the same command")
+    raise typer.Exit(code or (FAILED if tally.failed or tally.failed_before or tally.left else 0))
+
+
+def _table(out: Path, wishes: Wishes) -> Table:
+    try:
+        return Table(out, model=wishes.model, top_k=wishes.top_k)
+    except FileNotFoundError as error:
+        reason = f"there is no folder {out.parent}: create it first"
+        raise typer.BadParameter(reason, param_hint="--out") from error
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from error
 
 
 def _run(
-    client: AsyncClient, sources: Sequence[Source], wishes: Wishes, at_once: int, report: Callable[[Outcome], None]
+    client: AsyncClient,
+    sources: Sequence[Source],
+    wishes: Wishes,
+    at_once: int,
+    report: Callable[[Outcome], None],
+    lines: "_Lines | None",
 ) -> int:
-    """Classify all; returns the exit code as far as it does not depend on the images."""
+    """Classify all, without `lines` into a table; returns the exit code as far as it does not depend on the images."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     hidden = len(sources) < 2 or not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
@@ -117,14 +142,30 @@ def _run(
                 await classify_all(client, sources, wishes, most=at_once, report=reported)
 
         try:
-            anyio.run(run)
+            try:
+                anyio.run(run)
+            finally:
+                if lines:
+                    lines.finish()
         except StrideViTError as error:
             console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             return FAILED
+        except BrokenPipeError:  # `| head` has enough; typer ends quietly
+            raise
+        except OSError as error:
+            fix = "" if lines else ". Once that is mended, the same command goes on from here"
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                fix = ". Raise the limit with ulimit -n, or lower --at-once"
+            console.print(f"[red]error:[/] {escape(str(error))}{fix}", highlight=False, soft_wrap=True)
+            return FAILED
         except KeyboardInterrupt:
-            console.print("interrupted: the same command goes on from here", highlight=False)
+            _say("interrupted" if lines else "interrupted: the same command goes on from here")
             return INTERRUPTED
     return 0
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 class _Tally:
@@ -132,29 +173,33 @@ class _Tally:
 
     def __init__(self) -> None:
         self.classified = self.failed = self.left = 0
+        self.before = self.failed_before = 0
+        """Images that the table had, and those of them with an error."""
 
     def add(self, outcome: Outcome, write: Callable[[Outcome], None]) -> None:
-        """Count an image, and write it if it is done."""
+        """Write an image if it is done, and count it."""
+        write(outcome)
         if outcome.problem is None:
             self.classified += 1
         elif outcome.final:
             self.failed += 1
         else:
             self.left += 1
-        write(outcome)
 
     @property
     def text(self) -> str:
         """The counts, in words."""
         left = f", {self.left} not in time" if self.left else ""
-        return f"{self.classified} classified, {self.failed} with an error{left}"
+        before = f", {self.before} from before" if self.before else ""
+        failed = f", {self.failed_before} of them with an error" if self.failed_before else ""
+        return f"{self.classified} classified, {self.failed} with an error{left}{before}{failed}"
 
 
 class _Lines:
     """Prints outcomes in the order of the images."""
 
     def __init__(self, sources: Sequence[Source], *, as_json: bool) -> None:
-        self._order, self._as_json = iter(sources), as_json
+        self._sources, self._order, self._as_json = sources, iter(sources), as_json
         self._next = next(self._order, None)
         self._waiting: dict[Source, Outcome] = {}
 
@@ -162,9 +207,18 @@ class _Lines:
         """Print an outcome, or keep it until those before it are there."""
         self._waiting[outcome.source] = outcome
         while self._next and (ready := self._waiting.pop(self._next, None)):
-            text = _as_json(ready) if self._as_json else _as_text(ready)
-            typer.echo(text, err=ready.answer is None and not self._as_json)
+            self._print(ready)
             self._next = next(self._order, None)
+
+    def finish(self) -> None:
+        """Print what waits for images that a run left without an outcome."""
+        for source in self._sources:
+            if ready := self._waiting.pop(source, None):
+                self._print(ready)
+
+    def _print(self, outcome: Outcome) -> None:
+        text = _as_json(outcome) if self._as_json else _as_text(outcome)
+        typer.echo(text, err=outcome.answer is None and not self._as_json)
 
 
 def _as_text(outcome: Outcome) -> str:
@@ -184,41 +238,6 @@ def _as_json(outcome: Outcome) -> str:
         members |= outcome.answer.model_dump(exclude={"results"})
         members["predictions"] = [best.model_dump() for best in outcome.answer.predictions]
     return json.dumps(members, ensure_ascii=False)
-
-
-def _sources(arguments: Sequence[str]) -> list[Source]:
-    """The images that the arguments name, each once and in order. Raises BadParameter."""
-    found: dict[str, Source] = {}
-    for argument in arguments:
-        path = Path(argument)
-        if argument == "-":
-            found[argument] = Source(argument, sys.stdin.buffer.read())
-        elif path.is_dir():
-            before = len(found)
-            found |= {_shown(file): Source(_shown(file), file) for file in _images_in(path)}
-            if len(found) == before:
-                raise typer.BadParameter(f"no images in {path}: their names end with {', '.join(sorted(SUFFIXES))}")
-        elif path.exists():
-            found[_shown(path)] = Source(_shown(path), path)
-        else:
-            raise typer.BadParameter(f"there is no {path}")
-    return list(found.values())
-
-
-def _images_in(folder: Path) -> Iterator[Path]:
-    """Image files in a folder and below, in order; not those that are hidden."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                yield Path(parent, name)
-
-
-def _shown(path: Path) -> str:
-    """A path as one line of text, whatever characters it has."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in str(path)
-    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Many images, each in a request of its own, as many at once as the service takes."""
 
-from collections.abc import Callable, Sequence
+import errno
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -8,6 +9,7 @@ from typing import Final
 import anyio
 
 from stridevit.answers import Busy, Classification, DeadlineExceeded, Problem, StrideViTError
+from stridevit.calls import pause_as_told
 from stridevit.client import AsyncClient, Priority
 
 OF_THE_IMAGE: Final = frozenset(
@@ -15,8 +17,10 @@ OF_THE_IMAGE: Final = frozenset(
 )
 """Codes of errors that a retry would repeat, and that say nothing about the other images."""
 _PATIENCE_SECONDS = 30.0
-"""How long an image may be refused before the run ends."""
-_PAUSE_SECONDS = 0.5
+"""How long an image may be refused before the run ends, if no deadline says it."""
+_PAUSE_MS = 500.0
+_OF_THIS_PROCESS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Errors in reading a file that say nothing about the file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,15 +28,18 @@ class Source:
     """An image to classify."""
 
     name: str
-    content: Path | bytes
+    content: Path | bytes | OSError
+    """An error if it could not even be looked for."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Wishes:
     """What is asked for each image."""
 
     model: str | None
     deadline_ms: float | None
+    whole: bool
+    """Whether the deadline holds for an image with all its tries and pauses, or for each try."""
     top_k: int
     priority: Priority | None
 
@@ -76,18 +83,29 @@ class Window:
 
 
 async def classify_all(
-    client: AsyncClient, sources: Sequence[Source], wishes: Wishes, *, most: int, report: Callable[[Outcome], None]
+    client: AsyncClient,
+    sources: Sequence[Source],
+    wishes: Wishes,
+    *,
+    most: int,
+    report: Callable[[Outcome], None],
+    clock: Callable[[], float] = anyio.current_time,
+    sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
 ) -> None:
     """Classify all `sources`, at most `most` at once, and `report` each as it is done.
 
     `client` must not retry by itself. Raises StrideViTError for what concerns all images: no service, a wrong key, an
-    unknown model, or a service that refuses an image for half a minute.
+    unknown model, or a service that refuses an image for half a minute; it names the image. Raises OSError if this
+    process has no files or memory left, and what `report` raises.
     """
     window = Window(most)
 
     async def one(source: Source) -> None:
         try:
-            report(await _classified(client, source, wishes, window))
+            report(await _classified(client, source, wishes, window, clock, sleep))
+        except StrideViTError as error:
+            detail = f"{source.name}: {error.detail}"
+            raise type(error)(error.problem.model_copy(update={"detail": detail})) from error
         finally:
             window.places.release_on_behalf_of(source)
 
@@ -96,33 +114,47 @@ async def classify_all(
             for source in sources:
                 await window.places.acquire_on_behalf_of(source)
                 group.start_soon(one, source)
-    except* StrideViTError as errors:
-        first = errors.exceptions[0]
+    except* (StrideViTError, OSError) as errors:
+        first: BaseException = errors
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         raise first from None
 
 
-async def _classified(client: AsyncClient, source: Source, wishes: Wishes, window: Window) -> Outcome:
-    ends = anyio.current_time() + _PATIENCE_SECONDS
+async def _classified(
+    client: AsyncClient,
+    source: Source,
+    wishes: Wishes,
+    window: Window,
+    clock: Callable[[], float],
+    sleep: Callable[[float], Awaitable[None]],
+) -> Outcome:
+    if isinstance(source.content, OSError):
+        return _unreadable(source, source.content)
+    whole_ms = wishes.deadline_ms if wishes.whole else None
+    ends = clock() + (_PATIENCE_SECONDS if whole_ms is None else whole_ms / 1000)
     while True:
         epoch = window.epoch
         try:
             answer = await client.classify(
                 source.content,
                 model=wishes.model,
-                deadline_ms=wishes.deadline_ms,
+                deadline_ms=wishes.deadline_ms if whole_ms is None else round(1000 * (ends - clock()), 1),
                 top_k=wishes.top_k,
                 priority=wishes.priority,
             )
         except OSError as error:
-            return Outcome(source, problem=Problem(detail=f"{error.strerror or error}", code="unreadable"))
+            if error.errno in _OF_THIS_PROCESS:
+                raise
+            return _unreadable(source, error)
         except Busy as error:
             window.refused(epoch)
-            seconds = _PAUSE_SECONDS if error.retry_after_ms is None else error.retry_after_ms / 1000
-            if anyio.current_time() + seconds > ends:
-                raise
-            await anyio.sleep(seconds)
+            seconds = pause_as_told(_PAUSE_MS if error.retry_after_ms is None else error.retry_after_ms)
+            if clock() + seconds >= ends:
+                if whole_ms is None:
+                    raise
+                return Outcome(source, problem=error.problem)
+            await sleep(seconds)
         except DeadlineExceeded as error:
             window.refused(epoch)
             return Outcome(source, problem=error.problem)
@@ -134,3 +166,7 @@ async def _classified(client: AsyncClient, source: Source, wishes: Wishes, windo
         else:
             window.answered()
             return Outcome(source, answer=answer)
+
+
+def _unreadable(source: Source, error: OSError) -> Outcome:
+    return Outcome(source, problem=Problem(detail=f"{error.strerror or error}", code="unreadable"))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl
 
+import anyio.to_thread
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
@@ -43,6 +44,8 @@ class Reply:
     status: int = 200
     body: Any = None
     headers: dict[str, str] = field(default_factory=dict)
+    between: Callable[[], object] | None = None
+    """Called before each byte of the body but the first, each of which is sent by itself."""
 
 
 def problem(status: int, code: str, **more: Any) -> Reply:
@@ -75,6 +78,11 @@ class Stub:
         content = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
         head = [(name.encode(), value.encode()) for name, value in reply.headers.items()]
         await send({"type": "http.response.start", "status": reply.status, "headers": head})
+        if reply.between:
+            for byte in content[:-1]:
+                await send({"type": "http.response.body", "body": bytes([byte]), "more_body": True})
+                await anyio.to_thread.run_sync(reply.between)
+            content = content[-1:]
         await send({"type": "http.response.body", "body": content})
 
 
@@ -82,7 +90,9 @@ class Stub:
 def stub_server() -> Iterator[Stub]:
     """A stub on a socket of its own until the block ends."""
     stub = Stub()
-    config = uvicorn.Config(stub, port=0, lifespan="off", log_config=None, ws="none", http="h11", loop="asyncio")
+    config = uvicorn.Config(
+        stub, port=0, lifespan="off", log_config=None, ws="none", http="h11", loop="asyncio", date_header=False
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -20,7 +20,7 @@ from stridevit.classify.many import Window
 from stridevit.command import app
 from tests.processes import PATIENCE_SECONDS, PATIENT_SERVICE, ROOT, get, interruptible, serving, wait_until
 from tests.service.identity import LABELS, picture, publish_identity
-from tests.stridevit.stub import CLASSIFICATION, Reply, Stub, problem, stub_server
+from tests.stridevit.stub import CLASSIFICATION, Reply, Stub, problem
 
 COUNT = 60
 
@@ -40,12 +40,6 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def stub() -> Iterator[Stub]:
-    with stub_server() as server:
-        yield server
-
-
-@pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """A folder of images, two of them broken, and of other things."""
     folder = tmp_path / "photos"
@@ -61,6 +55,11 @@ def photos(tmp_path: Path) -> Path:
 
 def run(*words: str | float | Path, **more: Any) -> Result:
     return CliRunner().invoke(app, ["classify", *map(str, words)], prog_name="stridevit", **more)
+
+
+def plain(ended: Result) -> str:
+    """What was said, without the frame and the line ends of a message on arguments."""
+    return " ".join(ended.output.replace("│", "").split())
 
 
 def rows(file: Path) -> list[dict[str, str]]:
@@ -112,7 +111,7 @@ def test_a_folder_becomes_a_table_although_the_service_refuses_some(
     assert found["empty.JPG"]["error"].startswith("bad-request: the body is empty")
     assert found["001.png"] | {"image": "", "probability_1": "", "probability_2": ""} == {
         **dict.fromkeys(found["001.png"], ""),
-        **{"label_1": LABELS[0], "label_2": LABELS[1], "model": "identity-a", "version": "1"},
+        **{"label_1": LABELS[0], "label_2": LABELS[1], "requested": "", "model": "identity-a", "version": "1"},
     }
     assert f"{COUNT} classified, 2 with an error in {out}" in ended.stderr
     refused = re.search(r'^stridevit_rejections_total{reason="images"} (\S+)', get(f"{url}/metrics").text, re.MULTILINE)
@@ -131,16 +130,20 @@ def test_a_second_run_sends_only_what_has_no_row(url: str, photos: Path, tmp_pat
     assert sorted(out.read_bytes().splitlines()) == sorted(b"".join(lines).splitlines())
     assert "39 from before" in ended.stderr
     again = run(photos, "--url", stub.url, "--out", out)
-    assert (again.exit_code, stub.asked) == (0, [])
-    assert f"0 classified, 0 with an error, {COUNT + 2} from before" in again.stderr
+    assert (again.exit_code, stub.asked) == (1, [])
+    counts = f"0 classified, 0 with an error, {COUNT + 2} from before, 2 of them with an error in {out}"
+    assert again.stderr.splitlines()[0] == counts
+    assert f"delete their rows from {out}" in again.stderr
+    out.write_bytes(b"".join(line for line in lines if b"bad-request" not in line and b"unsupported" not in line))
+    assert run(photos / "more", "--url", stub.url, "--out", out).exit_code == 0
 
 
-def test_a_table_of_other_columns_is_left_alone(tmp_path: Path, photos: Path) -> None:
+def test_a_file_that_is_no_table_is_left_alone(tmp_path: Path, photos: Path) -> None:
     out = tmp_path / "results.csv"
     out.write_text("a,b\n1,2\n")
     ended = run(photos, "--out", out)
     assert (ended.exit_code, out.read_text()) == (2, "a,b\n1,2\n")
-    assert "has other columns" in " ".join(ended.stderr.split())
+    assert "is no table of this command" in plain(ended)
 
 
 def test_what_is_late_gets_no_row_and_is_sent_again(stub: Stub, tmp_path: Path) -> None:
@@ -169,7 +172,7 @@ def test_what_concerns_all_images_ends_the_run_with_one_message(
     stub.replies = [reply]
     ended = run(photos, "--url", stub.url, "--out", tmp_path / "results.csv")
     assert (ended.exit_code, ended.stderr.count("error: ")) == (1, 1)
-    assert said in ended.stderr
+    assert re.search(rf"error: {photos}/\S+: {said}", ended.stderr)
     assert len(stub.asked) <= 4
 
 
@@ -187,6 +190,11 @@ def test_nobody_there_is_one_line_that_names_the_fix(photos: Path) -> None:
         ([str(ROOT / "README.md"), "--url", "localhost:8000"], "must be like http://127.0.0.1:8000"),
         ([str(ROOT / "README.md"), "--json", "--out", "x.csv"], "leave out --json or --out"),
         ([str(ROOT / "README.md"), "--top-k", "0"], "--top-k"),
+        ([str(ROOT / "README.md"), "--url", "http://127.0.0.1:port"], "must be like http://127.0.0.1:8000"),
+        ([str(ROOT / "README.md"), "--deadline-ms", "nan"], "--deadline-ms"),
+        ([str(ROOT / "README.md"), "--deadline-ms", "inf"], "--deadline-ms"),
+        ([str(ROOT / "README.md"), "--out", "nodir/x.csv"], "there is no folder nodir: create it first"),
+        (["-", "-"], "standard input can be read only once"),
         ([], "images"),
     ],
 )
@@ -196,7 +204,15 @@ def test_wrong_arguments_end_with_2(
     monkeypatch.chdir(tmp_path)
     ended = run(*words)
     assert ended.exit_code == 2
-    assert said.lower() in " ".join(ended.output.lower().replace("│", "").split())
+    assert said.lower() in plain(ended).lower()
+
+
+def test_a_wrong_key_is_not_blamed_on_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STRIDEVIT_API_KEY", "a key")
+    ended = run(ROOT / "README.md")
+    assert ended.exit_code == 2
+    assert "the API key (STRIDEVIT_API_KEY or api_key) has characters" in plain(ended)
+    assert "--url" not in plain(ended)
 
 
 def test_a_file_that_cannot_be_read_is_an_error_of_its_own(stub: Stub, tmp_path: Path) -> None:
@@ -212,13 +228,13 @@ def test_a_file_that_cannot_be_read_is_an_error_of_its_own(stub: Stub, tmp_path:
 def test_names_of_any_bytes_are_one_line_each(stub: Stub, tmp_path: Path) -> None:
     folder, out = tmp_path / "photos", tmp_path / "results.csv"
     folder.mkdir()
-    for name in (b"a\nb.png", b"\xff.png", 'é,\u2028".png'.encode()):
+    for name in (b"a\nb.png", rb"a\nb.png", b"\xff.png", 'é,\u2028".png'.encode()):
         Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(picture(1))
     for _ in range(2):
         assert run(folder, "--url", stub.url, "--out", out).exit_code == 0
-    assert len(stub.asked) == 3
+    assert len(stub.asked) == 4
     names = {row["image"].rpartition("/")[2] for row in rows(out)}
-    assert names == {"a\\nb.png", "\\udcff.png", 'é,\\u2028".png'}
+    assert names == {"a\\nb.png", "a\\\\nb.png", "\\udcff.png", 'é,\\u2028".png'}
 
 
 def test_ctrl_c_keeps_what_is_there(stub: Stub, photos: Path, tmp_path: Path) -> None:
@@ -233,6 +249,72 @@ def test_ctrl_c_keeps_what_is_there(stub: Stub, photos: Path, tmp_path: Path) ->
     assert (process.returncode, len(rows(out))) == (130, 5)
     assert "interrupted: the same command goes on from here" in said
     assert "Traceback" not in said
+
+
+def test_ctrl_c_without_a_table_promises_nothing(stub: Stub, photos: Path) -> None:
+    stub.replies = [problem(429, "overloaded", retry_after_ms=15_000)]
+    with interruptible(sys.executable, "-m", "stridevit", "classify", str(photos), "--url", stub.url) as process:
+        wait_until(lambda: len(stub.asked) >= 2, process)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, said.splitlines()[0]) == (130, "interrupted")
+    assert "goes on" not in said
+
+
+def test_a_deadline_without_a_table_is_an_image_s_own(stub: Stub, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.png", "b.png")]
+    for file in files:
+        file.write_bytes(picture(1))
+    stub.replies = [problem(429, "overloaded", retry_after_ms=3_600_000)]
+    ended = run(*files, "--url", stub.url, "--deadline-ms", 400_000)
+    assert (ended.exit_code, len(stub.asked)) == (1, 2)
+    assert "0 classified, 0 with an error, 2 not in time" in ended.stderr
+
+
+def test_what_was_answered_is_printed_although_the_run_ends(stub: Stub, tmp_path: Path) -> None:
+    first, second = tmp_path / "1.png", tmp_path / "2.png"
+    first.write_bytes(picture(1))
+    second.write_bytes(picture(2))
+
+    def choose() -> None:
+        of_second = [asked.body == picture(2) for asked in stub.asked]
+        if of_second[-1]:
+            stub.replies = [Reply(body=CLASSIFICATION)]
+        elif any(of_second):
+            stub.replies = [problem(401, "unauthorized")]
+        else:
+            stub.replies = [problem(429, "overloaded", retry_after_ms=1)]
+
+    stub.before = choose
+    ended = run(first, second, "--url", stub.url)
+    assert ended.exit_code == 1
+    assert [line.partition(": ")[0] for line in ended.stdout.splitlines()] == [str(second)]
+    assert ended.stderr.splitlines()[-1] == "1 classified, 0 with an error"
+
+
+def test_whoever_reads_the_lines_may_have_enough(stub: Stub, photos: Path) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    try:
+        command = [sys.executable, "-m", "stridevit", "classify", str(photos), "--url", stub.url]
+        ended = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, check=False, cwd=ROOT)
+    finally:
+        os.close(writes)
+    assert (ended.returncode, ended.stderr) == (1, b"")
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(stub: Stub, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.csv"
+    command = [sys.executable, "-m", "stridevit", "classify", str(photos), "--url", stub.url, "--out", str(out)]
+    limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", *command]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    ended = subprocess.run(limited, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert (ended.returncode, "Traceback" in ended.stderr, ended.stderr.count("error: ")) == (1, False, 1)
+    assert f"'{out}'. Once that is mended, the same command goes on from here" in ended.stderr
+    written = len(rows(out))
+    assert 0 < written < COUNT + 2
+    assert f"{written} from before" in run(photos, "--url", stub.url, "--out", out).stderr
+    assert len(rows(out)) == COUNT + 2
 
 
 def test_help_states_the_exit_codes() -> None:

@@ -23,7 +23,7 @@ from stridevit import AsyncClient, Busy, Client, DeadlineExceeded, Rejected, Str
 from tests.processes import PATIENT_SERVICE, get, serving
 from tests.service.conftest import Clock
 from tests.service.identity import LABELS, picture, publish_identity
-from tests.stridevit.stub import CLASSIFICATION, Reply, Stub, problem, stub_server
+from tests.stridevit.stub import CLASSIFICATION, Reply, Stub, problem
 
 KEY = "a-secret-key-of-a-client"
 IMAGE = picture(3 | 1 << 8 | 2 << 16)
@@ -76,12 +76,6 @@ def url(repository: Path) -> Iterator[str]:
     }
     with serving(repository, environment=environment) as (address, _):
         yield address
-
-
-@pytest.fixture
-def stub() -> Iterator[Stub]:
-    with stub_server() as server:
-        yield server
 
 
 def classified(client: Any, *, image: Any) -> Any:
