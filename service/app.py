@@ -17,13 +17,14 @@ from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse
 from fastapi_offline import FastAPIOffline
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, gzip_accepted
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from service.errors import NotReady, RepositoryError, StartupError
 from service.gauges import Gauges
 from service.host import available_cores
-from service.http import docs, hf, openapi, page, problems, v1, v1_compare, v1_live, v2
+from service.http import docs, hf, openapi, page, problems, v1, v1_compare, v1_live, v1_schemas, v2
 from service.http.auth import KeyGate, offered
+from service.http.compression import accepts_gzip
 from service.http.fast_path import FastPath
 from service.http.observe import Observe
 from service.http.security_headers import SecurityHeaders
@@ -49,7 +50,7 @@ from service.scheduling.scheduler import Scheduler
 from service.scheduling.watchdog import Patience
 from service.settings import Settings
 from service.status import StatusReport
-from service.tracing import Tracing
+from service.tracing import open_tracing
 
 log = structlog.get_logger()
 
@@ -69,7 +70,7 @@ def create_app(
     `room`, `usage` (see `KeyRing`) and `packed` (see `Loader`): what several processes share.
     """
     release = version("stridevit")
-    tracing = Tracing(settings.otlp_endpoint, version=release) if settings.otlp_endpoint else None
+    tracing = open_tracing(settings.otlp_endpoint, version=release)
     metrics = Metrics()
     ring = KeyRing(fixed := entries_of_settings(settings.api_key_hashes, settings.admin_key_hash), usage=usage)
     metrics.registry.register(ring)
@@ -112,7 +113,7 @@ def create_app(
     app.state.pipeline, app.state.key_file = pipeline, key_file
     problems.install(app)
     keys_needed = bool(settings.api_key_hashes or settings.keys_file)
-    openapi.install(app, keys_needed=keys_needed)
+    openapi.install(app, keys_needed=keys_needed, streamed=[v1_schemas.ComparisonEvent])
     v2_routers = [v2.probes(pipeline), v2.router(pipeline, version=release), v2.repository(pipeline)]
     docs_page = docs.DocsPage(app.title)
     routers = [
@@ -193,7 +194,7 @@ def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
 def metrics_answer(text: bytes, *, accepted: str) -> Response:
     """The answer to a scrape, gzipped if the scraper accepts that."""
     headers = {"Vary": "Accept-Encoding"}
-    if gzip_accepted(accepted):
+    if accepts_gzip(accepted):
         # The fastest level takes a fifth of the default's time; it shrinks the text to a sixteenth, not a twentieth.
         text, headers["Content-Encoding"] = gzip.compress(text, compresslevel=1), "gzip"
     return Response(text, media_type=CONTENT_TYPE_LATEST, headers=headers)

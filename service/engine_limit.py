@@ -94,7 +94,7 @@ def read_images(data: Path | None) -> list[bytes]:
     except OSError as error:
         raise StartupError(f"--data {data}: cannot be read ({error.strerror})") from error
     if not images:
-        raise StartupError(f"--data {data}: there is no image in it")
+        raise StartupError(f"--data {data}: no image found there")
     return images
 
 

@@ -20,37 +20,41 @@ class Gauges(Collector):
         """One family for each gauge."""
         admission, load = self._pipeline.admission, self._pipeline.load
         yield _gauge("pending_images", "Images accepted and not yet answered.", admission.images)
-        yield _gauge("pending_bytes", "Bodies accepted and not yet answered.", admission.bytes)
+        yield _gauge("pending_bytes", "Bytes of the bodies of requests accepted and not yet answered.", admission.bytes)
         scheduler = self._pipeline.scheduler
         drain = "Predicted time until all accepted work is done, by the cost model; infinite while the engine hangs."
         yield _gauge("predicted_drain_seconds", drain, predicted_drain_seconds(self._pipeline))
-        yield _gauge("engine_hung", "1 while the engine hangs, so that nothing can be computed.", bool(scheduler.hang))
+        yield _gauge(
+            "engine_hung", "1 while the engine hangs and nothing can be computed, otherwise 0.", bool(scheduler.hang)
+        )
         lag = "Largest delay of the event loop in the last 15 to 30 seconds."
         yield _gauge("event_loop_lag_seconds", lag, self._pipeline.lag.worst_seconds)
-        megapixel = "Predicted time of decoding a JPEG of a megapixel, without opening it."
+        megapixel = "Predicted time to decode one megapixel of a JPEG, not counting the time to open it."
         yield _gauge("predicted_megapixel_seconds", megapixel, load.seconds_per_pixel * 1e6)
         slowdown = "Recent duration of batches divided by their duration at warm-up."
         yield _gauge("device_slowdown_ratio", slowdown, load.slowdown.value)
         registry = self._pipeline.registry
         loads = CounterMetricFamily(
             "stridevit_model_loads",
-            "Versions that were loaded (outcome=ready), and that could not be (outcome=failed).",
+            "Attempts to load a version of a model: successful (outcome=ready) or not (outcome=failed).",
             labels=["outcome"],
         )
         for outcome in ("ready", "failed"):
             loads.add_metric([outcome], registry.loads[outcome])
         yield loads
-        readable = "Whether the repository and every folder in it could be listed when it was last scanned: 1 or 0."
+        readable = "1 if the last scan could list the repository and every folder in it, otherwise 0."
         yield _gauge("repository_readable", readable, registry.readable)
         held = self._pipeline.rollouts.spare if self._pipeline.rollouts else None
-        waiting = "Images that wait to be compared for a shadow or a canary, or are being computed for that."
+        waiting = "Images waiting to be compared for a shadow or a canary, or being computed for it."
         yield _gauge("rollout_pending_images", waiting, held.images if held else 0)
-        yield _gauge("rollout_pending_bytes", "Bytes that these images hold.", held.bytes if held else 0)
+        yield _gauge(
+            "rollout_pending_bytes", "Bytes held by the images in rollout_pending_images.", held.bytes if held else 0
+        )
         depth = _model_gauge("queue_depth", "Images waiting for the engine.")
         info = _model_gauge("model_info", "Models that take traffic; the value is always 1.", "variant")
         memory = _model_gauge(
             "model_memory_bytes",
-            "Growth of resident memory as the model was proven: by loading it (kind=model), by warm-up (kind=arena).",
+            "Growth of resident memory in the proof of the model: from loading (kind=model) or warm-up (kind=arena).",
             "kind",
         )
         batch = _model_gauge(

@@ -91,7 +91,7 @@ class Usage:
         if entry.max_concurrent is not None and self.in_work + self.elsewhere >= entry.max_concurrent:
             mean = _UNKNOWN_SECONDS if self._mean_seconds is None else self._mean_seconds
             raise KeyLimited(
-                f"key {entry.name} may have {entry.max_concurrent} requests in work at once: retry when one has ended",
+                f"key {entry.name} may have {entry.max_concurrent} requests in progress at once: retry when one ends",
                 reason="key-concurrency",
                 # One of them ends in each such interval, on average.
                 retry_after_s=mean / entry.max_concurrent,
@@ -196,10 +196,10 @@ class KeyRing(Collector):
     def collect(self) -> Iterator[Metric]:
         """The metrics of each key."""
         answered = CounterMetricFamily(
-            "stridevit_key_requests", "Requests answered, by the name of their key.", labels=["key", "status"]
+            "stridevit_key_requests", "Requests answered, by name of the key and status.", labels=["key", "status"]
         )
         in_work = GaugeMetricFamily(
-            "stridevit_key_requests_in_work", "Requests in work, by the name of their key.", labels=["key"]
+            "stridevit_key_requests_in_work", "Requests in progress, by name of the key.", labels=["key"]
         )
         for key in self.keys:
             in_work.add_metric([key.name], key.usage.in_work)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import accumulate
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -59,11 +60,11 @@ class Metrics:
             "Rows computed by the engine: images, and the padding that fills a batch up to a warmed-up size.",
             *("model", "kind"),
         )
-        self.batch_errors = counter("batch_errors", "Batches of which nothing could be answered.", "model")
+        self.batch_errors = counter("batch_errors", "Batches in which no image could be answered.", "model")
         self.model_faults = counter(
             "model_faults",
-            "Images that a model could not answer: the engine failed (exception), or its outputs are of a wrong shape "
-            "(shape), NaN or infinite (not-finite).",
+            "Images on which a model failed: the engine raised an error (exception), or its outputs have the wrong "
+            "shape (shape) or are NaN or infinite (not-finite).",
             *("model", "kind"),
         )
         self.rejections = counter(
@@ -74,7 +75,7 @@ class Metrics:
         )
         self.predicted_ratio = Histogram(
             "stridevit_predicted_finish_ratio",
-            "Predicted time from acceptance to the answer, divided by the time that it took.",
+            "Predicted time from acceptance to answer, divided by the actual time.",
             buckets=_RATIOS,
             registry=registry,
         )
@@ -88,26 +89,29 @@ class Metrics:
             *(*rollout, "arm", "outcome"),
         )
         self.rollout_compared = counter(
-            "rollout_compared", "Images that both models have answered, by top-1: agree or differ.", *rollout, "top1"
+            "rollout_compared",
+            "Images answered by both models, by whether their top-1 classes agree or differ.",
+            *rollout,
+            "top1",
         )
         self.rollout_dropped = counter(
             "rollout_dropped",
-            "Images not compared: no room (full, bytes), the other model did not serve (not-ready, unloaded), "
-            "failed (fault) or was the same (same-model), other labels or input (labels, input), too much to decode "
-            "(large, decode), or the engine hung or ended (ended).",
+            "Images not compared: there was no room (full, bytes); the other model was not serving (not-ready, "
+            "unloaded), failed (fault), was the same model (same-model) or has different labels or input (labels, "
+            "input); decoding would take too long (large, decode); or the engine hung or stopped (ended).",
             *(*rollout, "reason"),
         )
         self.rollout_fallbacks = counter(
             "rollout_fallbacks",
-            "Images of a canary's share that the primary answered: the candidate did not serve (not-ready), would be "
-            "late or was (late), had no room (refused), failed (model-fault), or cannot take the request (labels, "
-            "input, top1).",
+            "Images of a canary's share that the primary answered because the candidate was not serving (not-ready), "
+            "was late or would have been (late), had no room (refused), failed (model-fault), or cannot take the "
+            "request (labels, input, top1).",
             *(*rollout, "reason"),
         )
         self.rollout_seconds = histogram(
             "rollout_duration_seconds",
-            "Time by arm: of whole requests (canary), or of the engine for every fourth image (shadow), which both "
-            "models compute one after the other.",
+            "Time by arm: of whole requests (canary), or of the engine for every fourth image, which both models "
+            "compute in turn (shadow).",
             *(*rollout, "arm"),
             buckets=SECONDS,
         )
@@ -116,24 +120,29 @@ class Metrics:
             "Connections closed, by reason: client, answered (Connection: close), a limit, or the error's code.",
             "reason",
         )
-        self.open_connections = Gauge("stridevit_open_connections", "Connections that are open.", registry=registry)
+        self.open_connections = Gauge("stridevit_open_connections", "Open connections.", registry=registry)
         peak = Gauge("stridevit_peak_memory_bytes", "Largest resident memory so far.", registry=registry)
         peak.set_function(peak_bytes)
         ProcessCollector(registry=registry)
 
     def totals(self, counter: str) -> Iterator[tuple[dict[str, str], float]]:
         """The labels and the value of each series of a counter, by its name in `_counters`."""
-        for metric in self._counters[counter].collect():
-            for sample in metric.samples:
-                if sample.name.endswith("_total"):
-                    yield sample.labels, sample.value
+        # Read from the series themselves: `collect` makes samples with all that a scrape needs.
+        found = self._counters[counter]
+        series: Any = dict(found._metrics)
+        for values, one in series.items():
+            yield dict(zip(found._labelnames, values, strict=True)), one._value.get()
 
     def request_buckets(self, model: str) -> list[int]:
         """How many requests of a model took at most each of SECONDS, and at the end how many there were."""
-        # Read from the buckets themselves: `collect` writes each bound as text, which takes twenty times as long.
+        # As in `totals`: `collect` writes each bound as text, which takes twenty times as long.
         return [
             int(count) for count in accumulate(bucket.get() for bucket in self.stage_seconds(model, "total")._buckets)
         ]
+
+    def request_seconds_sum(self, model: str) -> float:
+        """The time that all requests of a model took; it grows with every request."""
+        return float(self.stage_seconds(model, "total")._sum.get())
 
     def rollout_duration(self, kind: str, rollout: str, arm: str) -> tuple[int, float]:
         """How many durations of an arm there were, and their sum."""

@@ -69,7 +69,7 @@ def plan(pipeline: Pipeline, name: str, options: PlanOptions) -> Plan:
     pipeline.scheduler.require_engine()
     family, members = pipeline.registry.candidates(name)
     if family is None:
-        raise UnknownModel(f"{name!r} is a model and no family: a request for it has no choice")
+        raise UnknownModel(f"{name!r} is a model, not a family: GET /v1/models lists the families")
     admission = pipeline.admission
     seconds = pipeline.seconds(RequestOptions(deadline_ms=options.deadline_ms))
     state = RequestState(seconds=seconds, arrived_at=pipeline.load.clock())

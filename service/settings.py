@@ -343,8 +343,8 @@ class Settings(BaseSettings):
     """Seconds that log lines may take to be written at exit, so that a reader that is gone cannot keep the process from
     ending."""
     otlp_endpoint: _Optional[_Url] = None
-    """URL of a collector of OpenTelemetry traces (OTLP over HTTP), such as `http://collector:4318/v1/traces`; unset: no
-    traces."""
+    """URL of a collector of OpenTelemetry traces (OTLP over HTTP), such as `http://collector:4318/v1/traces`; unset:
+    that of `OTEL_EXPORTER_OTLP_ENDPOINT`, else no traces."""
 
     @field_validator("canary", "shadow")
     @classmethod

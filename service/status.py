@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import sub
 from typing import Any
 
 from pydantic import BaseModel
@@ -92,6 +93,8 @@ class _Snapshot:
     at: float
     images: dict[str, int] = field(default_factory=dict)
     """Answered, by model."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """Seconds of all requests, by model."""
     seconds: dict[str, Sequence[int]] = field(default_factory=dict)
     """Requests that took at most the upper bound of each bucket, by model."""
 
@@ -103,7 +106,7 @@ class Report(BaseModel):
     """Those of a Status except `models`, `models_left_out` and `choices`."""
     models: list[dict[str, Any]]
     """The members of each ModelStatus except percentiles, and `times`: how many requests of the window took at most
-    each of `SECONDS`, and at the end how many there were."""
+    each of `SECONDS`, and at the end how many there were; empty if there were none."""
     choices: dict[str, dict[str, int]]
     """Requests by model and family."""
 
@@ -122,7 +125,8 @@ class StatusReport:
         self._pipeline, self._device = pipeline, device
         self._clock, self._unix_time = clock, unix_time
         self._started = clock()
-        self._snapshots = deque([_Snapshot(self._started)])
+        self._latest = _Snapshot(self._started)
+        self._snapshots = deque([self._latest])
 
     def json(self) -> bytes:
         """A Status as JSON, of at most MAX_BYTES."""
@@ -151,16 +155,23 @@ class StatusReport:
         }
         if pipeline.rollouts:
             members["rollouts"] = [rollout.status() for rollout in pipeline.rollouts.all]
-        return Report(members=members, models=self._models(before, now, seconds), choices=self._choices())
+        # Without validation, which would copy every row.
+        return Report.model_construct(
+            members=members, models=self._models(before, now, seconds), choices=self._choices()
+        )
 
     def _snapshot(self) -> _Snapshot:
-        metrics, now = self._pipeline.metrics, _Snapshot(self._clock())
+        metrics, now, last = self._pipeline.metrics, _Snapshot(self._clock()), self._latest
         for labels, count in metrics.totals("images"):
             # Others have no times, and asking for them would create a series.
             if labels["outcome"] == "ok" and count:
                 name = labels["model"]
                 now.images[name] = int(count)
-                now.seconds[name] = metrics.request_buckets(name)
+                now.sums[name] = total = metrics.request_seconds_sum(name)
+                # Reading the buckets takes ten times as long as their sum, and most models of many are idle.
+                idle = last.sums.get(name) == total
+                now.seconds[name] = last.seconds[name] if idle else metrics.request_buckets(name)
+        self._latest = now
         return now
 
     def _keep(self, now: _Snapshot) -> None:
@@ -179,7 +190,7 @@ class StatusReport:
         for entry in {entry.name: entry for entry in registry.index}.values():
             name, serving = entry.name, ready.get(entry.name, [])
             old, new = before.seconds.get(name, ()), now.seconds.get(name, ())
-            times = [count - (old[at] if old else 0) for at, count in enumerate(new)]
+            times = [] if new is old else list(map(sub, new, old)) if old else new
             images = now.images.get(name, 0)
             rows.append(
                 {
@@ -207,12 +218,12 @@ class StatusReport:
 def written(report: Report) -> bytes:
     """A Status as JSON, of at most MAX_BYTES."""
     rows = sorted(report.models, key=lambda row: (-row["images_per_s"], -row["images"], row["name"]))
-    models = [{name: value for name, value in row.items() if name != "times"} | _percentiles(row) for row in rows]
     room = MAX_BYTES - len(to_json(report.members))
     listed: list[dict[str, Any]] = []
-    found: dict[str, Any] = {"models": listed, "models_left_out": len(models), "choices": {}}
+    found: dict[str, Any] = {"models": listed, "models_left_out": len(rows), "choices": {}}
     room -= len(to_json(found))
-    for row in models:
+    # Percentiles only of what is listed: of a thousand models, some twenty are.
+    for row in map(_model_status, rows):
         choices = report.choices.get(row["name"], {})
         # Names, quotes, colons, commas and brackets.
         room -= len(to_json(row)) + 1 + sum(len(to_json({family: {row["name"]: n}})) for family, n in choices.items())
@@ -225,8 +236,11 @@ def written(report: Report) -> bytes:
     return to_json({**report.members, **found})
 
 
-def _percentiles(row: dict[str, Any]) -> dict[str, float | None]:
-    return {f"p{percent}_ms": _milliseconds(row["times"], percent / 100) for percent in (50, 95, 99)}
+def _model_status(row: dict[str, Any]) -> dict[str, Any]:
+    """A ModelStatus of a row of a Report."""
+    times = row["times"]
+    percentiles = {f"p{percent}_ms": _milliseconds(times, percent / 100) for percent in (50, 95, 99)}
+    return {name: value for name, value in row.items() if name != "times"} | percentiles
 
 
 def _difference(now: dict[str, int], before: dict[str, int]) -> Iterable[int]:

@@ -46,6 +46,8 @@ class Score(BaseModel):
 OPTIONS = tuple(name for name in HfQuery.model_fields if name != "model")
 """All but the model, which the path names."""
 
+_JSON_FORM = 'write {"inputs": "<base64>", "parameters": {"top_k": 5}}, with or without parameters'
+
 _SCORES: dict[Function, Callable[[Output], npt.NDArray[np.float32]]] = {
     "softmax": lambda output: output.probabilities,
     # The logistic function, in a form that does not overflow.
@@ -71,10 +73,10 @@ def router(pipeline: Pipeline) -> APIRouter:
 
         async def read(place: Place) -> Inputs:
             nonlocal image, options
-            sent = await read_sent(request, place, pipeline.limits, pipeline.decoders, OPTIONS)
+            sent = await read_sent(request, place, pipeline.limits, pipeline.decoders, OPTIONS, json_form=_JSON_FORM)
             if len(sent.images) != 1:
                 raise errors.BadRequest(
-                    f"one image a request, got {len(sent.images)}: send one request for each, or all to /v1/classify"
+                    f"one image per request, got {len(sent.images)}: send one request for each, or all to /v1/classify"
                 )
             (image,) = sent.images
             options = exchange.joined(options, sent.options)

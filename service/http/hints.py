@@ -158,7 +158,8 @@ def _about_text(start: bytes, lower: bytes) -> str | None:
     text = shown(start.decode("ascii").splitlines()[0])
     kind, advice = f"text ({text!r})", "with curl write --data-binary @photo.jpg to send a file's bytes"
     if start[:1] in b"{[":
-        kind, advice = "JSON", f"write {JSON_FORM} and send it to /v1/classify by itself"
+        kind = "JSON"
+        advice = f"send an image's bytes, or {JSON_FORM} as the whole body with `Content-Type: application/json`"
     elif lower.startswith(b"data:") or _BASE64.fullmatch(start):
         kind, advice = "an image as base64 text", f"send its bytes, or JSON: {JSON_FORM}"
     elif start.startswith(b"--") and b"content-disposition" in lower:

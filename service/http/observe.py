@@ -44,7 +44,7 @@ class Observe:
         request_id = self._ids.choose(headers.get("x-request-id", ""))
         state.update(request_id=request_id, started=started)
         # Probes and scrapes come every few seconds, and nobody looks for a single one of them.
-        tracing = None if path in PROBES else self._tracing
+        tracing = self._tracing if self._tracing and not _is_probe(path) else None
         span = tracing.begin(scope["method"], headers) if tracing else None
         status = 500
 
@@ -66,23 +66,23 @@ class Observe:
             if key:
                 key.usage.statuses[status] += 1
             # The route's template, so that arbitrary paths add no time series.
-            route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests(route, scope["method"], status).inc()
-            self._metrics.request_seconds(route).observe(seconds)
+            route: str | None = getattr(scope.get("route"), "path", None)
+            counted = route or "other"
+            self._metrics.requests(counted, scope["method"], status).inc()
+            self._metrics.request_seconds(counted).observe(seconds)
             if tracing:
                 tracing.end(
                     span,
-                    name=f"{scope['method']} {route}",
+                    method=scope["method"],
+                    route=route,
                     attributes={
-                        "http.request.method": scope["method"],
                         "url.path": path,
                         "url.scheme": scope["scheme"],
                         "network.protocol.version": scope["http_version"],
-                        "http.route": route,
                         "http.response.status_code": status,
                         "stridevit.model": state.get("model", ""),
                         "stridevit.request_id": request_id,
-                        **({"stridevit.key": key.name} if key else {}),
+                        "stridevit.key": key.name if key else "",
                     },
                     timings_ms=state.get("timings_ms", {}),
                 )
@@ -91,9 +91,13 @@ class Observe:
                     "request",
                     request_id=request_id,
                     method=scope["method"],
-                    route=route,
+                    route=counted,
                     status=status,
                     ms=round(seconds * 1000, 3),
                     model=state.get("model"),
                     key=key and key.name,
                 )
+
+
+def _is_probe(path: str) -> bool:
+    return path in PROBES or (path.startswith("/v2/models/") and path.endswith("/ready"))

@@ -4,6 +4,7 @@ import inspect
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,24 +91,31 @@ def v2_responses(*errors: type[RequestError], success: dict[str, Any] | None = N
     return described
 
 
-def install(app: FastAPI, *, keys_needed: bool) -> None:
-    """Complete what FastAPI generates. Unless `keys_needed`, only loading and unloading need a key."""
+def install(app: FastAPI, *, keys_needed: bool, streamed: Sequence[type[BaseModel]] = ()) -> None:
+    """Complete what FastAPI generates. Unless `keys_needed`, only loading and unloading need a key.
+
+    `streamed`: the parts of streamed answers, whose schemas FastAPI cannot know.
+    """
     generate, completed = app.openapi, None
 
     def openapi() -> dict[str, Any]:
         nonlocal completed
         schema = generate()
         if schema is not completed:
-            _complete(schema, keys_needed=keys_needed)
+            _complete(schema, keys_needed=keys_needed, streamed=streamed)
             completed = schema
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _complete(schema: dict[str, Any], *, keys_needed: bool) -> None:
+def _complete(schema: dict[str, Any], *, keys_needed: bool, streamed: Sequence[type[BaseModel]]) -> None:
     """Give every operation an answer for any other error, and remove those that are never sent."""
     schemas = schema["components"]["schemas"]
+    for part in streamed:
+        described = part.model_json_schema(mode="serialization", ref_template="#/components/schemas/{model}")
+        for name, definition in {**described.pop("$defs"), part.__name__: described}.items():
+            schemas.setdefault(name, definition)
     schemas.update(fixed_part("schemas"))
     for path, operations in schema["paths"].items():
         error = _OIP_ERROR if path.startswith(OF_OTHERS) else _PROBLEM

@@ -46,6 +46,7 @@ class CompareQuery(BaseModel, frozen=True, use_attribute_docstrings=True):
 
 
 _OPTIONS = tuple(CompareQuery.model_fields)
+_JSON_FORM = 'write {"image": "<base64>"}; options such as top_k go in the query'
 
 
 def router(pipeline: Pipeline) -> APIRouter:
@@ -66,7 +67,7 @@ def router(pipeline: Pipeline) -> APIRouter:
 
         async def read(place: Place) -> bytes:
             nonlocal image
-            sent = await read_sent(request, place, pipeline.limits, pipeline.decoders, ())
+            sent = await read_sent(request, place, pipeline.limits, pipeline.decoders, (), json_form=_JSON_FORM)
             if len(sent.images) != 1:
                 raise errors.BadRequest(
                     f"a comparison takes one image, and the body holds {len(sent.images)}: send one at a time, or "
@@ -93,6 +94,8 @@ def router(pipeline: Pipeline) -> APIRouter:
         methods=["POST"],
         name="compare",
         route_class_override=FastRoute,
+        status_code=200,
+        response_class=_Stream,
         responses=openapi.responses(
             *(errors.BadRequest, errors.BadImage, errors.UnsupportedImage, errors.TooManyPixels),
             *(errors.Unauthorized, errors.Forbidden, errors.KeyLimited, errors.ModelFault),

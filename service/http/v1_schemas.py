@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, RootModel
 
+from service.comparison import Agreement
 from service.http.problems import Problem
 from service.manifest import AccuracySummary, Manifest
 from service.models.family import Choice
@@ -36,6 +37,10 @@ class ImageResult(BaseModel):
     error: Problem | None = None
 
 
+Timings = dict[Literal["read", "decode", "queue", "inference", "total"], float]
+"""Milliseconds by stage."""
+
+
 class Classification(BaseModel):
     """The answer to a request; `results` are in the order of its images."""
 
@@ -45,9 +50,53 @@ class Classification(BaseModel):
     results: list[ImageResult]
     choice: Choice | None
     """Null unless a family answered or the request belongs to a canary's share."""
-    timings_ms: dict[Literal["read", "decode", "queue", "inference", "total"], float]
+    timings_ms: Timings
     """With several images, `decode`, `queue` and `inference` are the longest of all images."""
     request_id: str
+
+
+class PictureEvent(BaseModel):
+    """The image as some models see it; it comes before their answers."""
+
+    event: Literal["picture"]
+    models: list[str]
+    width: int
+    height: int
+    png: str
+    """A PNG in base64."""
+
+
+class AnswerEvent(BaseModel):
+    """A model's answer: predictions, best first."""
+
+    event: Literal["answer"]
+    model: str
+    version: int
+    predictions: list[Prediction]
+    timings_ms: Timings
+
+
+class ErrorEvent(BaseModel):
+    """A model that cannot answer; the others go on."""
+
+    event: Literal["error"]
+    model: str
+    problem: Problem
+
+
+class EndEvent(BaseModel):
+    """The last line: without it, the answer was cut."""
+
+    event: Literal["end"]
+    request_id: str
+    agreement: Agreement | None
+    """Null if no model has answered."""
+
+
+class ComparisonEvent(
+    RootModel[Annotated[PictureEvent | AnswerEvent | ErrorEvent | EndEvent, Field(discriminator="event")]]
+):
+    """A line of the answer to a comparison: `event` says which kind."""
 
 
 class ModelSummary(BaseModel):

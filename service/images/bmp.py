@@ -35,6 +35,8 @@ def scan(data: bytes, max_pixels: int) -> Scan:
     work = _WORK * width * height
     if compression in _RUN_LENGTHS:
         if len(data) > _MAX_RUNS_BYTES:
-            raise UnsupportedImage(f"a BMP in run lengths of more than {_MAX_RUNS_BYTES:,} bytes: send it as a PNG")
+            raise UnsupportedImage(
+                f"a BMP whose run lengths take more than {_MAX_RUNS_BYTES:,} bytes: send it as a PNG"
+            )
         work += _WORK_RUN_BYTE * len(data)
     return Scan(ImageHeader("BMP", width, height, work, _BYTES * width * height), (data,), lambda: 1)

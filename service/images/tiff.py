@@ -100,7 +100,7 @@ def _header(
     compression = values.get(_COMPRESSION) or 1
     if compression not in COMPRESSIONS:
         raise UnsupportedImage(
-            f"a TIFF of an unknown compression ({compression}): save it with LZW, Deflate, JPEG or none"
+            f"a TIFF with an unknown compression ({compression}): save it with LZW, Deflate, JPEG or none"
         )
     samples, bits = values.get(_SAMPLES) or 1, values.get(_BITS) or 1
     if samples > _MAX_SAMPLES or bits > _MAX_BITS:

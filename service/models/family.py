@@ -63,8 +63,8 @@ def require_top1(model: Model, min_top1: float) -> None:
     if min_top1 > 0 and model.top1 < min_top1:
         has = f"it has {model.top1:.4f}" if model.top1 >= 0 else "its accuracy is unknown"
         raise NoSuitableModel(
-            f"model {model.name!r} does not reach a top-1 of {min_top1:g}: {has}; name a family, and its most accurate "
-            "model that is in time answers"
+            f"model {model.name!r} does not reach a top-1 of {min_top1:g}: {has}; name a family to get its most "
+            "accurate model that meets the deadline"
         )
 
 

@@ -122,7 +122,7 @@ class Prover:
                         start_new_session=True,
                     )
                 except OSError as error:
-                    raise NotNow(f"the process to prove a model in cannot be started ({error.strerror})") from error
+                    raise NotNow(f"the process for proofs cannot be started ({error.strerror})") from error
             return self._process
 
     def _ask(self, process: "subprocess.Popen[bytes]", request: bytes, folder: Path) -> Result:
@@ -140,7 +140,8 @@ class Prover:
                 if not ready and time.monotonic() >= deadline:
                     process.kill()
                     raise BundleError(
-                        f"{folder}: not proven within {self._seconds:g} s (load_timeout_seconds): it was given up"
+                        f"{folder}: its proof did not finish within {self._seconds:g} s: raise "
+                        "load_timeout_seconds if the model is merely slow"
                     )
                 for key, _ in ready:
                     chunk = os.read(key.fd, 65536)

@@ -324,7 +324,7 @@ class Registry:
         listing = list_repository(self._repository)
         if self._models and not listing.names:
             # A network mount that is gone leaves an empty folder.
-            raise BundleError(f"the model repository {self._repository} is empty: what serves goes on serving")
+            raise BundleError(f"the model repository {self._repository} is empty: the loaded models keep serving")
         return listing
 
     async def _update(self, name: str, *, fresh: bool, only: frozenset[int] | None = None) -> _Scan:

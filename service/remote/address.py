@@ -51,7 +51,7 @@ def parse_address(text: str) -> Address:
     if scheme not in (*SCHEMES, "http"):
         raise ValueError(f"unknown kind of repository {scheme}://: use a folder, s3://, gs:// or https://")
     if parts.query or parts.fragment:
-        raise ValueError("the address of a repository has no ? and no #: name the folder above the models")
+        raise ValueError("the address of a repository must not contain ? or #: name the folder above the models")
     credentials, _, place = parts.netloc.rpartition("@")
     if credentials and scheme in ("s3", "gs"):
         raise ValueError(f"{scheme}:// takes its credentials from the environment, not from the address")
@@ -59,7 +59,7 @@ def parse_address(text: str) -> Address:
     if scheme == "http" and not _is_loopback(host):
         raise ValueError("http:// would let anybody on the way change the models: use https://")
     if port and scheme in ("s3", "gs"):
-        raise ValueError(f"{scheme}://BUCKET/FOLDER has no port: AWS_ENDPOINT_URL names another server for s3://")
+        raise ValueError(f"{scheme}://BUCKET/FOLDER takes no port: AWS_ENDPOINT_URL names another server for s3://")
     path = parts.path.rstrip("/")
     if not _PATH.fullmatch(path):
         raise ValueError("the folder in the address of a repository has an empty part, a dot or an odd character")
@@ -70,7 +70,7 @@ def parse_address(text: str) -> Address:
 def _host_and_port(place: str) -> tuple[str, str]:
     match = re.fullmatch(rf"(?P<host>{_PLACE.pattern})(?::(?P<port>[0-9]{{1,5}}))?", place)
     if match is None:
-        raise ValueError("the address of a repository names no bucket or host: such as s3://bucket/models")
+        raise ValueError("the address of a repository names no bucket or host: write it as s3://bucket/models")
     return match["host"], match["port"] or ""
 
 

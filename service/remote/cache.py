@@ -243,5 +243,5 @@ def default_cache() -> Path:
             f"no folder for the cache: {folder} ({error.strerror}): name one with --repository-cache"
         ) from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise RepositoryError(f"{folder} belongs to others: name a folder of your own with --repository-cache")
+        raise RepositoryError(f"{folder} belongs to another user: choose a folder of your own with --repository-cache")
     return folder

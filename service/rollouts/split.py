@@ -65,7 +65,7 @@ def parse_split(kind: Kind, text: str) -> Split:
     """The split that a flag or a setting describes. Raises ValueError that names the fix."""
     found = _SPLIT.fullmatch(text)
     if found is None:
-        raise ValueError(f"{text!r} is no share of a model: {_FORM}")
+        raise ValueError(f"{text!r} is not a share of a model's traffic: {_FORM}")
     primary, candidate, version, share = found.groups()
     number = None if version is None else int(version)
     if number == 0:
@@ -94,7 +94,7 @@ def _share(text: str, share: str) -> float:
     try:
         value = float(share[:-1]) / 100 if share.endswith("%") else float(share)
     except ValueError:
-        raise ValueError(f"{text!r}: the share {share!r} is no number: {_FORM}") from None
+        raise ValueError(f"{text!r}: the share {share!r} is not a number: {_FORM}") from None
     if not 0 < value <= 1:
         raise ValueError(f"{text!r}: the share must be above 0 and at most 1 (100%)")
     return value

@@ -46,7 +46,9 @@ def require_shape(outputs: object, *, model: str, rows: int, classes: int | None
         for array in arrays
     )
     wanted = f"two of float32 [{rows}, {'classes' if classes is None else classes}]"
-    raise ModelFault(f"{model} gave outputs of a wrong shape ({given}; not {wanted}): use another model", kind="shape")
+    raise ModelFault(
+        f"{model} gave outputs of the wrong shape ({given}; expected {wanted}): use another model", kind="shape"
+    )
 
 
 def finite_rows(outputs: Outputs) -> npt.NDArray[np.bool_] | None:

@@ -44,9 +44,7 @@ class Answers:
         ready = sum(member.ready for member in self._members)
         states.add_metric(["ready"], ready)
         states.add_metric(["not-ready"], len(self._members) - ready)
-        deaths = CounterMetricFamily(
-            "stridevit_worker_deaths", "Times that a worker ended without being asked.", labels=["worker"]
-        )
+        deaths = CounterMetricFamily("stridevit_worker_deaths", "Unexpected ends of a worker.", labels=["worker"])
         for member in self._members:
             deaths.add_metric([str(member.number)], member.deaths)
         yield from (states, deaths)
@@ -57,7 +55,7 @@ class Answers:
         counts = await self._front.counters()
         retries = CounterMetricFamily(
             "stridevit_front_retries",
-            "Requests that the front sent once more to another worker, and of them those that were answered then.",
+            "Requests that the front sent again to another worker (sent), and those answered there (answered).",
             labels=["outcome"],
         )
         retries.add_metric(["sent"], counts.get("upstream_rq_retry", 0))

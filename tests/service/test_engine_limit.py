@@ -74,7 +74,7 @@ def test_the_files_of_a_folder_are_the_images(tmp_path: Path) -> None:
 def test_a_folder_without_images_is_an_error_that_names_the_flag(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match=r"--data .*nowhere: cannot be read"):
         read_images(tmp_path / "nowhere")
-    with pytest.raises(StartupError, match=r"--data .*: there is no image in it"):
+    with pytest.raises(StartupError, match=r"--data .*: no image found there"):
         read_images(tmp_path)
 
 

@@ -185,7 +185,7 @@ def test_a_plan_is_not_counted_and_takes_no_place(client: TestClient, pipeline: 
     ("path", "status", "detail"),
     [
         ("/v1/families/nobody/plan", 404, "families: rungs"),
-        ("/v1/families/slow/plan", 404, "is a model and no family"),
+        ("/v1/families/slow/plan", 404, "is a model, not a family"),
         ("/v1/families/rungs/plan?deadline_ms=0", 422, "deadline_ms"),
         ("/v1/families/rungs/plan?images=0", 422, "images"),
         ("/v1/families/rungs/plan?images=1001", 422, "images"),

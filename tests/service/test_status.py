@@ -9,6 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from service import status as status_module
 from service.app import create_app
 from service.keys import new_key
 from service.metrics import Metrics
@@ -179,6 +180,7 @@ def test_many_who_ask_keep_few_snapshots(pipeline: Pipeline) -> None:
 
 
 def test_it_stays_small_however_many_models_there_are(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = noted(monkeypatch, status_module, "_milliseconds")
     with TestClient(create_app(Settings(repository=repository, threads=1))) as client:
         pipeline = client.app.state.pipeline  # type: ignore[attr-defined]
         index = pipeline.registry._index
@@ -193,6 +195,34 @@ def test_it_stays_small_however_many_models_there_are(repository: Path, monkeypa
     assert len(status.models) + status.models_left_out == 203
     assert [model.images for model in status.models] == list(range(199, 199 - len(status.models), -1))
     assert set(status.choices) == {f"family-of-{model.name}" for model in status.models}
+    # Three of each, and those of the first model for which there was no room.
+    assert len(computed) == 3 * (len(status.models) + 1), "percentiles are computed only of what is listed"
+
+
+def noted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
+    """The first arguments of all later calls of a function."""
+    calls: list[Any] = []
+    real = getattr(owner, name)
+
+    def call(*arguments: Any) -> Any:
+        calls.append(arguments[0])
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, name, call)
+    return calls
+
+
+def test_only_models_with_new_requests_have_their_buckets_read(
+    client: TestClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_traffic(client)
+    first = client.get("/v1/status").json()
+    read = noted(monkeypatch, pipeline.metrics, "request_buckets")
+    assert client.get("/v1/status").json()["models"][0]["images"] == first["models"][0]["images"]
+    assert read == []
+    client.post("/v1/classify?model=identity-b", content=picture(1))
+    client.get("/v1/status")
+    assert read == ["identity-b"]
 
 
 def test_while_the_engine_hangs_it_says_so(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

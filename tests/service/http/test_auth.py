@@ -10,7 +10,7 @@ import structlog
 from fastapi.testclient import TestClient
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from service import app as app_module
+from service import tracing as tracing_module
 from service.app import create_app
 from service.keys import new_key
 from service.settings import Settings
@@ -255,7 +255,7 @@ def test_a_key_s_requests_at_once_are_limited_before_a_body_is_read(tmp_path: Pa
 def test_the_log_and_the_trace_name_the_key_and_never_show_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exporter = InMemorySpanExporter()
     monkeypatch.setattr(
-        app_module, "Tracing", lambda endpoint, *, version: Tracing(endpoint, version=version, exporter=exporter)
+        tracing_module, "Tracing", lambda endpoint, *, version: Tracing(endpoint, version=version, exporter=exporter)
     )
     values = {"log_requests": "all", "otlp_endpoint": "http://127.0.0.1:1/v1/traces"}
     with (

@@ -98,17 +98,33 @@ def test_errors_are_in_the_form_that_clients_show(
     ("body", "status", "said"),
     [
         ({"inputs": "not base64!"}, 400, "not base64"),
-        ({"inputs": ["QQ==", "QQ=="]}, 400, "one image a request, got 2"),
+        ({"inputs": ["QQ==", "QQ=="]}, 400, "one image per request, got 2"),
         ({"inputs": "https://example.com/cat.jpg"}, 415, "the service fetches nothing"),
         (as_json(top_k=0), 422, "top_k"),
         (as_json(function_to_apply="relu"), 422, "function_to_apply"),
-        (as_json(threshold=0.5), 422, "unknown member 'threshold'"),
+        (as_json(threshold=0.5), 422, "JSON: parameters: unknown member 'threshold'; there are: deadline_ms, function"),
+        (
+            {**as_json(), "parameters": {"image": 1}},
+            422,
+            "JSON: parameters: unknown member 'image'; there are: deadline",
+        ),
+        ({**as_json(), "parameters": []}, 400, 'JSON: parameters: not an object: write {"inputs": "<base64>", "para'),
+        ({**as_json(), "model": "a"}, 422, "unknown member 'model'; there are: deadline_ms, function_to_apply, inputs"),
+        ({"status": 1}, 400, 'got none of them: write {"inputs": "<base64>", "parameters": {"top_k": 5}}'),
     ],
 )
 def test_errors_in_json_are_too(body: dict[str, Any], status: int, said: str, client: TestClient) -> None:
     answer = client.post("/hf/identity-a", json=body)
     assert (answer.status_code, list(answer.json())) == (status, ["error"])
     assert said in answer.json()["error"]
+    # What the path and the parameters say is no member.
+    assert "did you mean 'image'" not in answer.json()["error"]
+    assert "such as model" not in answer.json()["error"]
+
+
+def test_null_in_place_of_parameters_is_none_of_them(client: TestClient) -> None:
+    answer = client.post("/hf/identity-a", json={**as_json(), "parameters": None})
+    assert (answer.status_code, len(answer.json())) == (200, 5)
 
 
 def test_the_url_and_the_body_must_not_contradict_each_other(client: TestClient) -> None:

@@ -28,7 +28,7 @@ from tests.service.conftest import PNG, encoded, noise
         (b"data:image/png;base64,iVBORw0KGgo=", "an image as base64 text"),
         (base64.b64encode(PNG), "an image as base64 text"),
         (base64.encodebytes(encoded(noise(), "JPEG")), "an image as base64 text"),
-        (b'{"image": 1}', "JSON"),
+        (b'{"image": 1}', "JSON: send an image's bytes, or"),
         (b"image=abc&top_k=1", "a URL-encoded form"),
         (b'--b\r\nContent-Disposition: form-data; name="image"', "a multipart form without its header"),
         (b"photo.jpg", "text ('photo.jpg'): with curl write --data-binary"),

@@ -53,6 +53,7 @@ def test_every_way_to_write_base64_gives_the_bytes(image: bytes) -> None:
         {"inputs": [B64]},
         {"inputs": {"b64": B64}},
         {"inputs": B64, "parameters": {}},
+        {"inputs": B64, "parameters": None},
         {"image": B64, "model": None},
         [B64],
         B64,
@@ -85,7 +86,9 @@ def test_options_stand_beside_the_image_or_where_hugging_face_has_them() -> None
         ({"image": B64, "images": [B64]}, BadRequest, "exactly one of image, images, instances, inputs"),
         ({"img": B64}, BadRequest, "exactly one of .* got none of them"),
         ({"image": B64, "topk": 1}, InvalidParameter, "unknown member 'topk': did you mean 'top_k'"),
-        ({"image": B64, "parameters": {"k": 1}}, InvalidParameter, "unknown member 'k'"),
+        ({"image": B64, "parameters": {"k": 1}}, InvalidParameter, "JSON: parameters: unknown member 'k'"),
+        ({"image": B64, "parameters": {"image": 1}}, InvalidParameter, r"'image'; there are: min_top1, model, top_k$"),
+        ({"image": B64, "parameters": 3}, BadRequest, "parameters: not an object: write"),
         ({"inputs": [{"name": "image", "datatype": "BYTES"}]}, BadRequest, "Open Inference Protocol"),
         ({"image": {"b64": B64, "more": 1}}, BadRequest, "must hold one image"),
         ({"image": {"b64": {"b64": {"b64": {"b64": B64}}}}}, BadRequest, "not a string in base64"),
@@ -135,6 +138,20 @@ def test_damage_never_escapes_as_another_error(patch: bytes, place: int) -> None
 )
 def test_json_is_told_by_its_beginning(body: bytes, *, expected: bool) -> None:
     assert is_json(body) is expected
+
+
+@pytest.mark.parametrize(
+    ("content_type", "expected"),
+    [
+        ("", True),
+        ("application/json; charset=utf-8", True),
+        ("application/x-www-form-urlencoded", True),
+        ("Application/Octet-Stream", False),
+        ("image/jpeg", False),
+    ],
+)
+def test_what_is_sent_as_a_file_is_not_meant_as_json(content_type: str, *, expected: bool) -> None:
+    assert is_json(b'{"a"', content_type) is expected
 
 
 def test_no_image_file_looks_like_json() -> None:

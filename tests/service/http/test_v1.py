@@ -87,11 +87,41 @@ def test_without_a_model_the_default_answers(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    "content_type", [None, "image/jpeg", "application/x-www-form-urlencoded", "text/plain; charset=x", "nonsense"]
+    "content_type",
+    [
+        None,
+        "image/jpeg",
+        "application/octet-stream",
+        "application/x-www-form-urlencoded",
+        "text/plain; charset=x",
+        "nonsense",
+    ],
 )
 def test_the_content_type_of_a_raw_body_is_ignored(client: TestClient, content_type: str | None) -> None:
     headers = {"Content-Type": content_type} if content_type else {}
     assert client.post("/v1/classify", content=PNG, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("content_type", ["application/octet-stream", "image/jpeg", "IMAGE/PNG; x=y"])
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/compare", "/hf/digits-csra-r2"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_json_file_sent_as_a_picture_is_not_read_as_json(
+    client: TestClient, path: str, content_type: str, pack: Callable[[bytes], bytes]
+) -> None:
+    headers = {"Content-Type": content_type, "Content-Encoding": "identity" if pack is bytes else "gzip"}
+    for text in (b'{"status": "ok"}', json.dumps({"image": B64, "model": "nobody"}).encode(), b' ["a"]', b'"a"'):
+        answer = client.post(path, content=pack(text), headers=headers)
+        said = answer.json().get("detail") or answer.json()["error"]
+        assert (answer.status_code, said[:16]) == (415, "not an image but"), said
+        if text.startswith(b"{"):
+            assert "with `Content-Type: application/json`" in said
+
+
+@pytest.mark.parametrize("content_type", ["", "application/x-www-form-urlencoded", "application/json", "text/plain"])
+def test_json_is_told_by_its_beginning_under_any_other_type(client: TestClient, content_type: str) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    body = json.dumps({"image": B64, "top_k": 1})
+    assert len(results(client.post("/v1/classify", content=body, headers=headers))[1][0]) == 1
 
 
 def test_multipart_answers_every_file_in_order(client: TestClient) -> None:
@@ -573,6 +603,8 @@ def test_metrics_are_compressed_for_those_who_accept_it_and_have_no_series_of_wh
     client.post("/v1/classify", content=PNG)
     packed, plain = (client.get("/metrics", headers={"Accept-Encoding": coding}) for coding in ("br, gzip", "identity"))
     assert (packed.headers["content-encoding"], packed.headers["vary"]) == ("gzip", "Accept-Encoding")
+    refused = client.get("/metrics", headers={"Accept-Encoding": "gzip;q=0, identity"})
+    assert "content-encoding" not in refused.headers
     assert "content-encoding" not in plain.headers
     assert int(packed.headers["content-length"]) < int(plain.headers["content-length"]) / 4
     for text in (packed.text, plain.text):

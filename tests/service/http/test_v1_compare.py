@@ -22,6 +22,7 @@ from service.app import create_app
 from service.bundle import read_bundle
 from service.http.server.connections import ConnectionLimits
 from service.http.server.server import Server
+from service.http.v1_schemas import ComparisonEvent
 from service.images import ImageRules, decode
 from service.pipeline import Pipeline
 from service.scheduling.outputs import Outputs, Pixels
@@ -75,6 +76,9 @@ def pipeline(client: TestClient) -> Pipeline:
 def events(client: TestClient, query: str, body: bytes = PNG, **more: Any) -> list[dict[str, Any]]:
     answer = client.post(f"/v1/compare{query}", content=body, **more)
     assert (answer.status_code, answer.headers["content-type"]) == (200, "application/x-ndjson"), answer.text
+    for line in answer.text.splitlines():
+        # A line has every member of its schema, of the right type, and no other.
+        ComparisonEvent.model_validate_json(line, strict=True, extra="forbid")
     return [json.loads(line) for line in answer.text.splitlines()]
 
 
@@ -119,6 +123,23 @@ def test_every_model_says_what_it_says_alone(client: TestClient, pipeline: Pipel
         "agreement": {"model": "identity-a", "of": 2, "agree": 2},
     }
     assert_idle(pipeline)
+
+
+def test_the_lines_are_described(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    content = document["paths"]["/v1/compare"]["post"]["responses"]["200"]["content"]
+    assert {media: part["schema"] for media, part in content.items()} == {
+        "application/x-ndjson": {
+            "type": "string",
+            "contentSchema": {"$ref": "#/components/schemas/ComparisonEvent"},
+        }
+    }
+    for line in content["application/x-ndjson"]["example"].splitlines():
+        ComparisonEvent.model_validate_json(line, strict=True, extra="forbid")
+    schemas = document["components"]["schemas"]
+    kinds = schemas["ComparisonEvent"]["discriminator"]["mapping"]
+    assert set(kinds) == {"picture", "answer", "error", "end"}
+    assert {reference.rpartition("/")[2] for reference in kinds.values()} <= set(schemas)
 
 
 def test_the_picture_is_what_the_models_see(client: TestClient, models: Path) -> None:
@@ -249,6 +270,7 @@ def test_too_many_models_are_refused_and_without_names_the_best_are_asked(
         ({"files": [("a", ("a.png", PNG)), ("b", ("b.png", PNG))]}, 400, "one image, and the body holds 2"),
         ({"files": [("a", ("a.png", PNG))], "data": {"models": "identity"}}, 400, "the form has more than 0 fields"),
         ({"json": {"image": "AAAA", "models": "identity"}}, 422, "unknown member 'models'"),
+        ({"json": {"picture": "AAAA"}}, 400, 'write {"image": "<base64>"}; options such as top_k go in the query'),
     ],
 )
 def test_a_body_that_is_not_one_image_is_one_problem_and_leaves_nothing_behind(

@@ -33,7 +33,7 @@ def test_a_share_is_read(text: str, primary: str | None, candidate: str, version
         ("=5%", r"write \[PRIMARY:\]CANDIDATE"),
         ("a@x=5%", r"write \[PRIMARY:\]CANDIDATE"),
         ("../a=5%", r"write \[PRIMARY:\]CANDIDATE"),
-        ("a=five", "the share 'five' is no number"),
+        ("a=five", "the share 'five' is not a number"),
         ("a=nan", "above 0 and at most 1"),
         ("a=0", "above 0 and at most 1"),
         ("a=-5%", "above 0 and at most 1"),

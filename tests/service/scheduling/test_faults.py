@@ -97,7 +97,7 @@ def test_outputs_of_a_wrong_shape_are_a_fault_of_the_model_and_free_their_caller
             for outcome in await asyncio.gather(first, *tasks, return_exceptions=True):
                 assert isinstance(outcome, ModelFault)
                 assert outcome.kind == "shape"
-                assert "model 'echo' gave outputs of a wrong shape" in str(outcome)
+                assert "model 'echo' gave outputs of the wrong shape" in str(outcome)
             assert queue.backlog.waiting == 0
             queue.run = right
             assert await answer(scheduler, queue, 3) == 3
