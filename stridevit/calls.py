@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, TypeVar
 
@@ -73,7 +73,7 @@ class Calls:
     """What both clients have in common."""
 
     def __init__(self, url: str, api_key: str | None, timeout: float, retries: int, clock: Callable[[], float]) -> None:
-        form = f"the service's address must be like {DEFAULT_URL}"
+        form = f"the service's address must look like {DEFAULT_URL}"
         try:
             self._url = httpx.URL(url.rstrip("/"))
         except httpx.InvalidURL as error:  # no ValueError
@@ -196,6 +196,13 @@ class Calls:
         )
 
 
+def listed(models: str | Sequence[str] | None) -> str | None:
+    """Names as the query has them: one alone is a name, too, and not a sequence of letters."""
+    if models is None or isinstance(models, str):
+        return models
+    return ",".join(models) or None
+
+
 def pause_as_told(retry_after_ms: float) -> float:
     """Seconds to wait when told to: never none, and a little more by chance, so that not all come back together."""
     return max(_SHORTEST_PAUSE_SECONDS, retry_after_ms / 1000) * random.uniform(1.0, 1.1)  # noqa: S311
@@ -221,6 +228,8 @@ def _answered(response: httpx.Response) -> StrideViTError:
     if problem.retry_after_ms is None:
         problem = problem.model_copy(update={"retry_after_ms": _retry_after_ms(response)})
     problem = problem.model_copy(update={"status": response.status_code})
+    if response.status_code == 401:
+        problem = problem.model_copy(update={"detail": f"{problem.detail}; keys come from {KEY_VARIABLE} or api_key"})
     kinds: dict[int, type[StrideViTError]] = {429: Busy, 503: Busy, 504: DeadlineExceeded}
     return kinds.get(response.status_code, Rejected)(problem)
 

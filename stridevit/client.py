@@ -10,7 +10,7 @@ import anyio.to_thread
 import httpx
 
 from stridevit.answers import Classification, Comparison, Models
-from stridevit.calls import DEFAULT_URL, Calls, Deadline, Steps
+from stridevit.calls import DEFAULT_URL, Calls, Deadline, Steps, listed
 from stridevit.pictures import Image, Images, all_encoded, encoded
 
 T = TypeVar("T")
@@ -99,7 +99,7 @@ class Client:
     ) -> Comparison:
         """Several models' answers to one image: those of all ready models, or of `models`, which may name families."""
         deadline = self._calls.deadline(deadline_ms)
-        query = {"models": ",".join(models) if models else None, "top_k": top_k}
+        query = {"models": listed(models), "top_k": top_k}
         return self._run(self._calls.comparing(encoded(image), deadline, query))
 
     def models(self) -> Models:
@@ -193,7 +193,7 @@ class AsyncClient:
     ) -> Comparison:
         """As `Client.compare`."""
         deadline = self._calls.deadline(deadline_ms)
-        query = {"models": ",".join(models) if models else None, "top_k": top_k}
+        query = {"models": listed(models), "top_k": top_k}
         body = await anyio.to_thread.run_sync(encoded, image)
         return await self._run(self._calls.comparing(body, deadline, query))
 

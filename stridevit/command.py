@@ -67,7 +67,7 @@ _TABLE: Final = {
         (
             "classify",
             "stridevit.classify classify",
-            "Classify images with a service that runs: a few, or a folder into a table.",
+            "Classify images with a running service: single files, or a folder into a table.",
         ),
     ),
     "Train": (

@@ -77,7 +77,7 @@ class KeyGate:
         if not valid:
             if known:
                 raise Unauthorized(f"the key {known[0].name} has expired: ask for a new one")
-            raise Unauthorized(f"an API key is needed: {_HINT}")
+            raise Unauthorized("this API key is not valid" if any(offered(scope)) else f"an API key is needed: {_HINT}")
         if path.startswith(self._pages):
             needed = _READ
         else:

@@ -69,9 +69,9 @@ _SIGNATURES = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it and send each image"),
     (b"Rar!", "a RAR archive", "unpack it and send each image"),
     (b"\x93NUMPY", "a NumPy file", "encode the array as PNG, or send its pixels to /v2/models/NAME/infer"),
-    (b"\x89PNG\n", "a PNG whose line ends were changed on the way", "with curl write --data-binary, not -d"),
-    (b"\x89PNG\r\n\n", "a PNG whose line ends were changed on the way", "with curl write --data-binary, not -d"),
-    (b"\x89PNG\x1a", "a PNG whose line ends were changed on the way", "with curl write --data-binary, not -d"),
+    (b"\x89PNG\n", "a PNG whose line ends were changed on the way", "with curl, use --data-binary, not -d"),
+    (b"\x89PNG\r\n\n", "a PNG whose line ends were changed on the way", "with curl, use --data-binary, not -d"),
+    (b"\x89PNG\x1a", "a PNG whose line ends were changed on the way", "with curl, use --data-binary, not -d"),
     (b"\xef\xbf\xbd", "binary data that was read as text", "read and send the file as bytes"),
     (b"\xc3\xbf\xc3\x98\xc3\xbf", "a JPEG that was encoded as UTF-8 text", "read and send the file as bytes"),
     (b"\xc2\x89PNG", "a PNG that was encoded as UTF-8 text", "read and send the file as bytes"),
@@ -156,7 +156,7 @@ def _about_text(start: bytes, lower: bytes) -> str | None:
     if is_url(lower):
         return f"the body is a URL: {NO_URL}"
     text = shown(start.decode("ascii").splitlines()[0])
-    kind, advice = f"text ({text!r})", "with curl write --data-binary @photo.jpg to send a file's bytes"
+    kind, advice = f"text ({text!r})", "with curl, use --data-binary @photo.jpg to send a file's bytes"
     if start[:1] in b"{[":
         kind = "JSON"
         advice = f"send an image's bytes, or {JSON_FORM} as the whole body with `Content-Type: application/json`"
@@ -166,7 +166,7 @@ def _about_text(start: bytes, lower: bytes) -> str | None:
         kind = "a multipart form without its header"
         advice = "send the header `Content-Type: multipart/form-data; boundary=...`"
     elif re.match(rb"[\w.-]{1,40}=", start):
-        kind, advice = "a URL-encoded form", "with curl write -F image=@photo.jpg or --data-binary @photo.jpg"
+        kind, advice = "a URL-encoded form", "with curl, use -F image=@photo.jpg or --data-binary @photo.jpg"
     return _sentence(kind, advice)
 
 

@@ -59,7 +59,7 @@ _LINES = b"content-type: %b\r\ncontent-length: %d\r\nretry-after: %d\r\nx-reques
     security_headers.API
 )
 _DETAIL = {
-    "lag": b"the service is overloaded, and the deadline too near",
+    "lag": b"the service is overloaded and the deadline is too close",
     "deadline": b"the work ahead takes longer than the deadline leaves",
     "images": b"as many images are pending as are allowed",
 }

@@ -62,9 +62,11 @@ def classify(
         Literal["interactive", "batch"] | None,
         typer.Option(help="`batch` lets other requests go first.", show_default="batch with --out, else interactive"),
     ] = None,
-    at_once: Annotated[int, typer.Option(min=1, max=1000, help="Most requests at once; fewer while it is busy.")] = 64,
+    at_once: Annotated[
+        int, typer.Option(min=1, max=1000, help="Maximum concurrent requests; fewer while the service is busy.")
+    ] = 64,
 ) -> None:
-    """Classify images with a service that runs: a few, or a folder into a table.
+    """Classify images with a running service: single files, or a folder into a table.
 
     `stridevit classify photo.jpg` prints one line for each image. `stridevit classify photos/ --out results.csv` sends
     as many at once as the service takes, and writes each row as it is known. The same command continues where it was
@@ -153,13 +155,13 @@ def _run(
         except BrokenPipeError:  # `| head` has enough; typer ends quietly
             raise
         except OSError as error:
-            fix = "" if lines else ". Once that is mended, the same command goes on from here"
+            fix = "" if lines else ". Once that is fixed, run the same command to resume"
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 fix = ". Raise the limit with ulimit -n, or lower --at-once"
             console.print(f"[red]error:[/] {escape(str(error))}{fix}", highlight=False, soft_wrap=True)
             return FAILED
         except KeyboardInterrupt:
-            _say("interrupted" if lines else "interrupted: the same command goes on from here")
+            _say("interrupted" if lines else "interrupted: run the same command to resume")
             return INTERRUPTED
     return 0
 
@@ -189,7 +191,7 @@ class _Tally:
     @property
     def text(self) -> str:
         """The counts, in words."""
-        left = f", {self.left} not in time" if self.left else ""
+        left = f", {self.left} missed the deadline" if self.left else ""
         before = f", {self.before} from before" if self.before else ""
         failed = f", {self.failed_before} of them with an error" if self.failed_before else ""
         return f"{self.classified} classified, {self.failed} with an error{left}{before}{failed}"

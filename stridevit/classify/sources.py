@@ -34,7 +34,7 @@ def named(arguments: Sequence[str]) -> list[Source]:
         elif path.exists():
             found[_shown(path)] = Source(_shown(path), path)
         else:
-            raise typer.BadParameter(f"there is no {path}")
+            raise typer.BadParameter(f"no such file or folder: {path}")
     return list(found.values())
 
 

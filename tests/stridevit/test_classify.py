@@ -152,7 +152,7 @@ def test_what_is_late_gets_no_row_and_is_sent_again(stub: Stub, tmp_path: Path) 
     stub.replies = [problem(504, "deadline-exceeded"), Reply(body=CLASSIFICATION)]
     ended = run(file, "--url", stub.url, "--out", out)
     assert (ended.exit_code, rows(out)) == (1, [])
-    assert "0 classified, 0 with an error, 1 not in time" in ended.stderr
+    assert "0 classified, 0 with an error, 1 missed the deadline" in ended.stderr
     assert run(file, "--url", stub.url, "--out", out).exit_code == 0
     assert [row["label_1"] for row in rows(out)] == ["cat"]
 
@@ -160,7 +160,7 @@ def test_what_is_late_gets_no_row_and_is_sent_again(stub: Stub, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("reply", "said"),
     [
-        (problem(401, "unauthorized"), "this is unauthorized"),
+        (problem(401, "unauthorized"), "this is unauthorized; keys come from STRIDEVIT_API_KEY"),
         (problem(404, "unknown-model"), "this is unknown-model"),
         (problem(429, "overloaded", retry_after_ms=3_600_000), "this is overloaded"),
     ],
@@ -185,7 +185,7 @@ def test_nobody_there_is_one_line_that_names_the_fix(photos: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["none.png"], "there is no none.png"),
+        (["none.png"], "no such file or folder: none.png"),
         (["."], "no images in ."),
         ([str(ROOT / "README.md"), "--url", "localhost:8000"], "must be like http://127.0.0.1:8000"),
         ([str(ROOT / "README.md"), "--json", "--out", "x.csv"], "leave out --json or --out"),
@@ -247,7 +247,7 @@ def test_ctrl_c_keeps_what_is_there(stub: Stub, photos: Path, tmp_path: Path) ->
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, len(rows(out))) == (130, 5)
-    assert "interrupted: the same command goes on from here" in said
+    assert "interrupted: run the same command to resume" in said
     assert "Traceback" not in said
 
 
@@ -268,7 +268,7 @@ def test_a_deadline_without_a_table_is_an_image_s_own(stub: Stub, tmp_path: Path
     stub.replies = [problem(429, "overloaded", retry_after_ms=3_600_000)]
     ended = run(*files, "--url", stub.url, "--deadline-ms", 400_000)
     assert (ended.exit_code, len(stub.asked)) == (1, 2)
-    assert "0 classified, 0 with an error, 2 not in time" in ended.stderr
+    assert "0 classified, 0 with an error, 2 missed the deadline" in ended.stderr
 
 
 def test_what_was_answered_is_printed_although_the_run_ends(stub: Stub, tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(stub: Stub, photos
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     ended = subprocess.run(limited, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     assert (ended.returncode, "Traceback" in ended.stderr, ended.stderr.count("error: ")) == (1, False, 1)
-    assert f"'{out}'. Once that is mended, the same command goes on from here" in ended.stderr
+    assert f"'{out}'. Once that is fixed, run the same command to resume" in ended.stderr
     written = len(rows(out))
     assert 0 < written < COUNT + 2
     assert f"{written} from before" in run(photos, "--url", stub.url, "--out", out).stderr

@@ -384,6 +384,13 @@ def test_a_comparison_has_every_model_s_answer_or_problem(kind: Kind, stub: Stub
 
 
 @both
+def test_one_name_is_no_sequence_of_letters(kind: Kind, stub: Stub) -> None:
+    stub.replies = [Reply(body=as_lines(EVENTS))]
+    result(kind, stub.url, lambda client: client.compare(IMAGE, models="cifar100"))
+    assert stub.asked[0].query["models"] == "cifar100"
+
+
+@both
 def test_a_comparison_that_breaks_off_is_an_error(kind: Kind, stub: Stub) -> None:
     stub.replies = [Reply(body=as_lines(EVENTS[:-1]))]
     with pytest.raises(Rejected, match="breaks off before its end"):

@@ -120,7 +120,9 @@ def test_either_header_is_enough_if_it_has_a_right_key(tmp_path: Path) -> None:
     with client_of(tmp_path, api_key_hashes=(KEY_HASH,)) as client:
         for headers in ({**bearer("wrong"), "X-API-Key": KEY}, {"X-API-Key": "wrong", **bearer(KEY)}):
             assert client.get("/v1/models", headers=headers).status_code == 200
-        assert client.get("/v1/models", headers={**bearer("wrong"), "X-API-Key": "wrong"}).status_code == 401
+        wrong = client.get("/v1/models", headers={**bearer("wrong"), "X-API-Key": "wrong"})
+        assert (wrong.status_code, wrong.json()["detail"]) == (401, "this API key is not valid")
+        assert "an API key is needed: send it as" in client.get("/v1/models").json()["detail"]
 
 
 ENTRIES = f"""

@@ -31,7 +31,7 @@ from tests.service.conftest import PNG, encoded, noise
         (b'{"image": 1}', "JSON: send an image's bytes, or"),
         (b"image=abc&top_k=1", "a URL-encoded form"),
         (b'--b\r\nContent-Disposition: form-data; name="image"', "a multipart form without its header"),
-        (b"photo.jpg", "text ('photo.jpg'): with curl write --data-binary"),
+        (b"photo.jpg", "text ('photo.jpg'): with curl, use --data-binary"),
         (b" \n", "white space"),
         (PNG.replace(b"\r\n", b"\n", 1), "a PNG whose line ends were changed"),
         (PNG.replace(b"\r", b"").replace(b"\n", b""), "a PNG whose line ends were changed"),

@@ -154,7 +154,7 @@ def test_a_request_fails_only_if_every_image_does(client: TestClient) -> None:
     ("query", "body", "status", "detail"),
     [
         ("", b"", 400, "curl --data-binary"),
-        ("", b"plain text", 415, "text ('plain text'): with curl write --data-binary"),
+        ("", b"plain text", 415, "text ('plain text'): with curl, use --data-binary"),
         ("", bytes(100), 415, "JPEG, PNG, WEBP"),
         ("", PNG[: len(PNG) // 2], 400, "damaged"),
         ("", encoded(Image.new("1", (1001, 1000))), 422, "1001 × 1000"),

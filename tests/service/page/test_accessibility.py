@@ -80,7 +80,7 @@ def chosen(page: "Page") -> None:
 
 def loaded(page: "Page") -> None:
     chosen(page)
-    page.fill("#rate", "20")
+    page.fill("#rate", "80")
     page.click("#load-start")
     expect(page.locator("#load")).to_contain_text("ended after")
     expect(page.locator("#outcome table")).to_be_visible()

@@ -14,8 +14,8 @@ import { Load, MAX_RATE, SECONDS, armAt, summary } from "./load.js";
 /** @import {Chart, Data} from "../parts/chart.js" */
 
 const REDRAW_MS = 150;
-/** More than the most accurate model manages on two cores, so that there is something to choose. */
-const DEFAULT_RATE = 150;
+/** More than the most accurate shipped model manages on two cores that the browser shares: then there is something to choose. */
+const DEFAULT_RATE = 80;
 const LATENCY = { min: 1, max: 5000 };
 
 /** @type {Load | null} */

@@ -105,7 +105,7 @@ function build() {
           h("span", { class: "asked" }, h("label", { for: "deadline" }, "Answer within "), value),
           h("span", { class: "slider" }, slider),
           h("span", { class: "ticks" }, ...TICKS.map((tick) => h("span", { "--at": at(tick) }, tick < 1000 ? tick : `${tick / 1000}\u00a0s`)))),
-        h("span", { role: "columnheader", class: "why" }, "Why", h("small", {}, "compared with the chosen model: top-1, time"))),
+        h("span", { role: "columnheader", class: "why" }, "Why", h("small", {}, "top-1 and time against the chosen"))),
       h("div", { id: "rungs", role: "rowgroup" })),
     h("p", { class: "hint keys" }, h("span", { class: "key inference" }, "decoding and computing"), h("span", { class: "key queue" }, "waiting: other requests, or busy processors"),
       h("span", { class: "key allowed" }, "in time up to here, a margin before the deadline"),

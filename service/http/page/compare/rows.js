@@ -3,12 +3,12 @@
 import { h, fill } from "../parts/dom.js";
 import { kind, label, megabytes, millions, ms, percent, points, signedMs } from "../parts/format.js";
 import { hue, precisionOf, top1 } from "../parts/models.js";
-import { stageBar, work } from "./stages.js";
+import { stageBar } from "./stages.js";
 
-/** @import {AnswerEvent, ErrorEvent, Model, Prediction} from "../types.js" */
+/** @import {AnswerEvent, ErrorEvent, Model, Prediction, Rung} from "../types.js" */
 /** @import {Group} from "../parts/models.js" */
 
-const COLUMNS = 6;
+const COLUMNS = 7;
 
 /** The row of one model, and a second one with its five best answers. */
 export class Row {
@@ -23,7 +23,8 @@ export class Row {
     this.badge = h("span", { class: "badge", hidden: true }, "chosen");
     this.fold = h("span", { class: "fold" });
     this.answerCell = cell("answer", "Answer");
-    this.timeCell = cell("time", "Time");
+    this.timeCell = cell("time", "This request");
+    this.aloneCell = cell("figure", "Alone");
     this.memory = h("small", {});
     this.top1Cell = cell("figure", "Test top-1");
     this.element = h(
@@ -31,9 +32,10 @@ export class Row {
       { role: "row", "data-model": model.name },
       h("th", { role: "rowheader", scope: "row", class: "model" },
         h("span", { class: `dot m${this.hue}${isFolded ? " hollow" : ""}` }),
-        h("span", { class: "names" }, h("span", { class: "kind" }, described, " ", this.badge), h("code", {}, model.name), this.fold)),
+        h("span", { class: "names" }, h("span", { class: "kind" }, described), h("span", {}, h("code", {}, model.name), " ", this.badge), this.fold)),
       this.answerCell,
       this.timeCell,
+      this.aloneCell,
       cell("figure", "K/V tokens", model.kv_tokens ? [String(model.kv_tokens), h("small", {}, `of ${model.tokens}`)] : "–"),
       cell("figure", "Parameters", millions(model.params), this.memory),
       this.top1Cell,
@@ -97,13 +99,16 @@ export class Row {
     this.answerCell.append(h("span", { class: "agreement" }, text));
   }
 
-  /** Show the stages of its time, on the scale of all rows, and its work. @param {number} scaleMs @param {number | null} chosenMs */
-  time(scaleMs, chosenMs) {
+  /** Show the stages of its time, on the scale of all rows. @param {number} scaleMs */
+  time(scaleMs) {
     if (!this.answer) return;
-    const own = work(this.answer.timings_ms);
-    const delta = chosenMs === null || !this.badge.hidden ? null : signedMs(own - chosenMs);
-    fill(this.timeCell, h("div", { class: "timed" }, stageBar(this.answer.timings_ms, scaleMs),
-      h("span", { class: "total" }, ms(own), delta && h("small", {}, delta))));
+    const { total } = this.answer.timings_ms;
+    fill(this.timeCell, h("div", { class: "timed" }, stageBar(this.answer.timings_ms, scaleMs), h("span", { class: "total" }, ms(total))));
+  }
+
+  /** Show what it would take without other requests, and the difference from the chosen model. @param {Rung | undefined} own @param {Rung | undefined} chosen */
+  alone(own, chosen) {
+    fill(this.aloneCell, ms(own?.compute_ms), own && chosen && own !== chosen && h("small", {}, signedMs(own.compute_ms - chosen.compute_ms)));
   }
 
   /** Show the measured top-1, and its difference from the chosen model's. @param {number | null} chosenTop1 */
@@ -161,7 +166,8 @@ export function emptyTable() {
       h("tr", { role: "row" },
         head("model", "Model"),
         head("answer", "Answer", h("small", {}, "open for the top 5")),
-        head("time", "Time without waiting", h("small", { id: "scale" }, "bars on one scale")),
+        head("time", "This request", h("small", { id: "scale" }, "bars on one scale")),
+        head("figure", "Alone", h("small", {}, "predicted")),
         head("figure", "K/V tokens", h("small", {}, "of all patches")),
         head("figure", "Parameters", h("small", {}, "and memory")),
         head("figure", "Test top-1", h("small", {}, "measured")))),

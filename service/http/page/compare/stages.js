@@ -20,11 +20,6 @@ function durations(timings) {
   return { ...stages, rest: Math.max(0, total - sum) };
 }
 
-/** What the answer costs if nothing else is in the way, in milliseconds. @param {Timings} timings */
-export function work(timings) {
-  return timings.read + timings.decode + timings.inference;
-}
-
 /** A bar of all stages; its full width is `scaleMs`. @param {Timings} timings @param {number} scaleMs */
 export function stageBar(timings, scaleMs) {
   const took = durations(timings);

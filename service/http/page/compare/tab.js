@@ -11,7 +11,7 @@ import { SAMPLES, choose, fromCamera, listen, onPicture, picture, remember, samp
 import { Row, emptyTable, groupBody, showMemory } from "./rows.js";
 import { cancel, compare } from "./run.js";
 import { copyButtons } from "./snippets.js";
-import { roundScale, stageKeys, work } from "./stages.js";
+import { roundScale, stageKeys } from "./stages.js";
 
 /** @import {EndEvent, ModelList, Plan} from "../types.js" */
 /** @import {Picture} from "./picture.js" */
@@ -86,7 +86,7 @@ async function list() {
     rows = bodies.flatMap((body) => body.rows);
     const table = emptyTable();
     table.append(...bodies.map(({ body }) => body));
-    fill(byId("table"), table, h("p", { class: "hint keys" }, "Time: ", ...stageKeys()));
+    fill(byId("table"), table, h("p", { class: "hint keys" }, ...stageKeys(), "All models run at once here, so most of them wait; ", h("i", {}, "alone"), " is one request on an idle service."));
     void memory();
   } catch (error) {
     complain(error, () => void showCompare());
@@ -195,7 +195,11 @@ export async function choice() {
     plan = null;
     if (!picture()) complain(error);
   }
-  for (const row of rows) row.choose(row.model.name === plan?.chosen && plan ? title(plan) : null);
+  const rungs = new Map(plan?.rungs.map((rung) => [rung.model, rung]));
+  for (const row of rows) {
+    row.choose(row.model.name === plan?.chosen && plan ? title(plan) : null);
+    row.alone(rungs.get(row.model.name), rungs.get(plan?.chosen ?? ""));
+  }
   scale();
   const line = byId("verdict").querySelector(".choice");
   if (line) line.replaceWith(choiceLine());
@@ -222,7 +226,7 @@ function scale() {
   const chosen = rows.find((row) => !row.badge.hidden);
   if (totals.length) fill(byId("scale"), `bars: 0 to ${ms(scaleMs).replace(".0", "")}`);
   for (const row of rows) {
-    row.time(scaleMs, chosen?.answer ? work(chosen.answer.timings_ms) : null);
+    row.time(scaleMs);
     row.accuracy(chosen ? top1(chosen.model) : null);
   }
 }
