@@ -60,7 +60,8 @@ def check_golden(golden: Golden, manifest: Manifest, engine: Engine, *, path: Pa
         raise BundleError(
             f"{path}: the model's outputs differ from the golden ones by {logit_error:.3g} in a logit "
             f"(allowed {manifest.tolerance.max_abs_logit:g}), {probability_error:.3g} in a probability "
-            f"(allowed {manifest.tolerance.max_abs_probability:g}), and the top-1 class in {flips} of {len(logits)} images; "
+            f"(allowed {manifest.tolerance.max_abs_probability:g}), "
+            f"and the top-1 class in {flips} of {len(logits)} images; "
             f"engine {engine.device}, CPU {cpu_features()}{_hint(manifest)}"
         )
 
