@@ -72,6 +72,7 @@ _SIGNATURES = (
     (b"\x89PNG\n", "a PNG whose line ends were changed on the way", "with curl, use --data-binary, not -d"),
     (b"\x89PNG\r\n\n", "a PNG whose line ends were changed on the way", "with curl, use --data-binary, not -d"),
     (b"\x89PNG\x1a", "a PNG whose line ends were changed on the way", "with curl, use --data-binary, not -d"),
+    (b"\xff\xd8\xff\xe0\x10JFIF", "a JPEG without its zero bytes", "with curl, use --data-binary, not -d"),
     (b"\xef\xbf\xbd", "binary data that was read as text", "read and send the file as bytes"),
     (b"\xc3\xbf\xc3\x98\xc3\xbf", "a JPEG that was encoded as UTF-8 text", "read and send the file as bytes"),
     (b"\xc2\x89PNG", "a PNG that was encoded as UTF-8 text", "read and send the file as bytes"),

@@ -11,7 +11,8 @@ FORMATS: Final[tuple[Format, ...]] = get_args(Format)
 _MAGIC = tuple(
     (name, re.compile(pattern, re.DOTALL))
     for name, pattern in (
-        ("JPEG", rb"\xff\xd8\xff"),
+        # Not one whose zero bytes are gone, such as that before the length of its first segment.
+        ("JPEG", rb"\xff\xd8\xff(?!\xe0\x10JFIF)"),
         ("PNG", rb"\x89PNG\r\n\x1a\n"),
         ("WEBP", rb"RIFF....WEBPVP8[ LX]"),
         ("GIF", rb"GIF8[79]a"),

@@ -35,6 +35,7 @@ from tests.service.conftest import PNG, encoded, noise
         (b" \n", "white space"),
         (PNG.replace(b"\r\n", b"\n", 1), "a PNG whose line ends were changed"),
         (PNG.replace(b"\r", b"").replace(b"\n", b""), "a PNG whose line ends were changed"),
+        (encoded(noise(), "JPEG").replace(b"\0", b""), "a JPEG without its zero bytes"),
         (PNG.decode("utf-8", "replace").encode(), "binary data that was read as text"),
         (encoded(noise(), "JPEG").decode("latin-1").encode(), "a JPEG that was encoded as UTF-8 text"),
         (b"\x93NUMPY\x01", "a NumPy file"),

@@ -147,6 +147,7 @@ const REASONS = {
   images: "image limit reached",
   bytes: "byte limit reached",
   deadline: "deadline could not be met",
+  "client-disconnected": "client hung up",
   "key-rate": "key over its request rate",
   "key-concurrency": "key over its concurrency",
 };
