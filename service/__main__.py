@@ -12,7 +12,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from service import flags
 from service.app import make_loader, make_registry, make_source
@@ -76,7 +76,9 @@ def check(settings: Settings) -> None:
 
 
 def _check(settings: Settings) -> None:
-    table = Table("name", "version", "variant", "precision", "top-1", "state")
+    # In a narrow terminal only the reasons may wrap.
+    short = (Column(name, no_wrap=True) for name in ("name", "version", "variant", "precision", "top-1"))
+    table = Table(*short, Column("state", overflow="fold"))
     good: set[str] = set()
     bad: set[str] = set()
     settings, missing = _copied(settings)

@@ -44,9 +44,9 @@ def damaged(repository: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def run(*arguments: str) -> Result:
+def run(*arguments: str, columns: int = 200) -> Result:
     """Run the command line in this process."""
-    return CliRunner().invoke(command_line.app, arguments, env={"COLUMNS": "200"})
+    return CliRunner().invoke(command_line.app, arguments, env={"COLUMNS": str(columns)})
 
 
 def row(result: Result, name: str) -> list[str]:
@@ -203,6 +203,7 @@ def test_check_of_a_damaged_repository_gives_the_reason_and_ends_with_1(damaged:
     assert result.exit_code == 1
     assert row(result, "digits-csra-r2")[-1] == "good"
     assert "labels.txt: sha256 is" in row(result, "digits-damaged")[-1]
+    assert row(run(*arguments, columns=72), "digits-damaged")[0] == "1", "names stay whole in a narrow terminal"
     # A damaged model that is not served does no harm.
     assert run(*arguments, "--models", "digits-csra-r2").exit_code == 0
 

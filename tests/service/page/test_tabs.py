@@ -124,11 +124,11 @@ def test_the_deadline_is_set_by_keys_and_kept_in_the_address(open_page: Opener) 
         expect(slider).to_have_attribute("aria-valuetext", "2.0 s")
         assert "deadline=2000" in page.url
         slider.press("Home")
-        expect(slider).to_have_attribute("aria-valuetext", "5.0 ms")
+        expect(slider).to_have_attribute("aria-valuetext", "5 ms")
         page.reload()
-        expect(page.get_by_role("slider", name="Deadline")).to_have_attribute("aria-valuetext", "5.0 ms")
+        expect(page.get_by_role("slider", name="Deadline")).to_have_attribute("aria-valuetext", "5 ms")
         page.click("a[href^='#compare']")
-        expect(page.locator(".choice")).to_contain_text("a deadline of 5.0 ms")
+        expect(page.locator(".choice")).to_contain_text("a deadline of 5 ms")
 
 
 def test_a_load_asks_both_and_counts_every_answer(open_page: Opener) -> None:
@@ -147,7 +147,7 @@ def test_a_load_asks_both_and_counts_every_answer(open_page: Opener) -> None:
         )
         for _, due, in_time, late, refused, *_ in rows:
             assert int(due) == 100
-            assert int(in_time) + int(late) + int(refused) == 100
+            assert int(in_time.split()[0]) + int(late) + int(refused) == 100
 
 
 def test_a_load_keeps_few_requests_open_and_what_waits_too_long_is_late(open_page: Opener) -> None:

@@ -128,7 +128,7 @@ async function redraw() {
   }
   const used = new Set(samples.map((one) => one.model));
   fill(legend, ...members.filter((model) => used.has(model.name)).map((model) => h("span", { class: `key model m${hue(model)}` }, kindAndPrecision(model))),
-    samples.some(isLost) && h("span", { class: "key refused" }, "no answer: refused, late or failed"),
+    samples.some(isLost) && h("span", { class: "key refused" }, "refused, or no answer in time"),
     h("span", {}, "Shaded: the fixed model’s seconds. Dashed: the deadline."));
   fill(outcome, samples.length > 0 && table());
 }
@@ -140,7 +140,7 @@ function table() {
   const row = (/** @type {Arm} */ arm, /** @type {string} */ title) => {
     const sum = summary(samples, arm, seconds, top1Of);
     return h("tr", {}, h("th", { scope: "row" }, title),
-      ...[whole(sum.sent), whole(sum.inTime), whole(sum.late), whole(sum.refused), ...(hasFailed ? [whole(sum.failed)] : []), sum.goodput.toFixed(1), ms(sum.medianMs), sum.top1 === null ? "–" : percent(sum.top1)].map((value) => h("td", {}, value)));
+      ...[whole(sum.sent), `${whole(sum.inTime)} (${percent(sum.sent ? sum.inTime / sum.sent : 0, 0)})`, whole(sum.late), whole(sum.refused), ...(hasFailed ? [whole(sum.failed)] : []), sum.goodput.toFixed(1), ms(sum.medianMs), sum.top1 === null ? "–" : percent(sum.top1)].map((value) => h("td", {}, value)));
   };
   const heads = ["due", "in time", "late", "refused", ...(hasFailed ? ["failed"] : []), "in time per s", "median", "mean test top-1"];
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Results of the load" },

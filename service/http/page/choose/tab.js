@@ -108,7 +108,7 @@ function build() {
         h("span", { role: "columnheader", class: "why" }, "Why", h("small", {}, "top-1 and time against the chosen"))),
       h("div", { id: "rungs", role: "rowgroup" })),
     h("p", { class: "hint keys" }, h("span", { class: "key inference" }, "decoding and computing"), h("span", { class: "key queue" }, "waiting: other requests, or busy processors"),
-      h("span", { class: "key allowed" }, "in time up to here, a margin before the deadline"),
+      h("span", { class: "key deadline" }, "deadline"), h("span", { class: "key allowed" }, "in time up to here"),
       "Predicted for a small picture sent now; logarithmic scale."));
 }
 
@@ -165,7 +165,7 @@ function rungRow(rung, chosen, plan) {
     late: `too late: over ${ms(plan.allowed_ms)}`,
     headroom: "in time, but with too little headroom",
     less_accurate: "in time, but less accurate",
-    no_faster: `${rung.in_time ? "" : "late, and "}no faster than a more accurate one`,
+    no_faster: `${rung.in_time ? "" : "too late, and "}about as costly as a more accurate one`,
   }[rung.why];
   const cost = chosen && !rung.chosen ? `${points(rung.top1 - chosen.top1)}, ${signedMs(rung.predicted_ms - chosen.predicted_ms)}` : null;
   const took = `${ms(rung.compute_ms)} to decode and compute, ${ms(rung.queue_ms)} to wait`;

@@ -23,8 +23,8 @@ export class Row {
     this.badge = h("span", { class: "badge", hidden: true }, "chosen");
     this.fold = h("span", { class: "fold" });
     this.answerCell = cell("answer", "Answer");
-    this.timeCell = cell("time", "This request");
-    this.aloneCell = cell("figure", "Alone");
+    this.aloneCell = cell("figure", "Time alone");
+    this.timeCell = cell("time", "Time here");
     this.memory = h("small", {});
     this.top1Cell = cell("figure", "Test top-1");
     this.element = h(
@@ -34,8 +34,8 @@ export class Row {
         h("span", { class: `dot m${this.hue}${isFolded ? " hollow" : ""}` }),
         h("span", { class: "names" }, h("span", { class: "kind" }, described), h("span", {}, h("code", {}, model.name), " ", this.badge), this.fold)),
       this.answerCell,
-      this.timeCell,
       this.aloneCell,
+      this.timeCell,
       cell("figure", "K/V tokens", model.kv_tokens ? [String(model.kv_tokens), h("small", {}, `of ${model.tokens}`)] : "–"),
       cell("figure", "Parameters", millions(model.params), this.memory),
       this.top1Cell,
@@ -95,7 +95,7 @@ export class Row {
     const same = own.index === other.index;
     this.element.classList.toggle("differs", !same);
     this.answerCell.querySelector(".agreement")?.remove();
-    const text = this === reference ? "the most accurate" : same ? "agrees" : "differs";
+    const text = this === reference ? "highest test top-1" : same ? "agrees" : "differs";
     this.answerCell.append(h("span", { class: "agreement" }, text));
   }
 
@@ -165,9 +165,9 @@ export function emptyTable() {
     h("thead", { role: "rowgroup" },
       h("tr", { role: "row" },
         head("model", "Model"),
-        head("answer", "Answer", h("small", {}, "open for the top 5")),
-        head("time", "This request", h("small", { id: "scale" }, "bars on one scale")),
-        head("figure", "Alone", h("small", {}, "predicted")),
+        head("answer", "Answer", h("small", {}, "with its confidence")),
+        head("figure", "Time alone", h("small", {}, "predicted")),
+        head("time", "Time here", h("small", { id: "scale" }, "all at once")),
         head("figure", "K/V tokens", h("small", {}, "of all patches")),
         head("figure", "Parameters", h("small", {}, "and memory")),
         head("figure", "Test top-1", h("small", {}, "measured")))),

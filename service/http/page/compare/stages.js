@@ -10,7 +10,7 @@ export const STAGES = /** @type {const} */ ([
   { name: "decode", title: "decode", hint: "from JPEG, PNG … to pixels, and resizing" },
   { name: "inference", title: "compute", hint: "the model itself" },
   { name: "queue", title: "wait", hint: "until the engine is free: here mostly for the other models" },
-  { name: "rest", title: "rest", hint: "between the stages, and writing the answer" },
+  { name: "rest", title: "other", hint: "between the stages, and writing the answer" },
 ]);
 
 /** How long each stage took; the rest is what the others leave of the total. @param {Timings} timings */

@@ -84,9 +84,11 @@ async function list() {
     family = choosingFamilies(all)[0] ?? null;
     const bodies = groups(newest(all)).map(groupBody);
     rows = bodies.flatMap((body) => body.rows);
+    byId("about-int8").hidden = !rows.some((row) => row.model.precision === "int8");
     const table = emptyTable();
     table.append(...bodies.map(({ body }) => body));
-    fill(byId("table"), table, h("p", { class: "hint keys" }, ...stageKeys(), "All models run at once here, so most of them wait; ", h("i", {}, "alone"), " is one request on an idle service."));
+    fill(byId("table"), table, h("p", { class: "hint keys" }, "Time here: ", ...stageKeys()),
+      h("p", { class: "hint" }, "To compare models, use the time alone: of one request on an idle service. Here all run at once, and wait for each other."));
     void memory();
   } catch (error) {
     complain(error, () => void showCompare());
@@ -213,7 +215,7 @@ function choiceLine() {
   const asked = ["With a deadline of ", h("a", { href: href("choose") }, ms(plan.deadline_ms)), ", the family ", h("code", {}, plan.family)];
   const name = h("strong", {}, kindAndPrecision(chosen.model));
   return plan.in_time
-    ? h("p", { class: "choice" }, ...asked, " chooses ", name, `: ${becauseOf(plan)} (predicted ${ms(rung?.predicted_ms)}, `,
+    ? h("p", { class: "choice" }, ...asked, " chooses ", name, `: ${becauseOf(plan)} (predicted ${ms(rung?.predicted_ms)} now, `,
       `test top-1 ${percent(top1(chosen.model))}).`)
     : h("p", { class: "choice" }, ...asked, " refuses at once: no model is predicted to meet it. The closest is ", name,
       ` (predicted ${ms(rung?.predicted_ms)}).`);
@@ -224,7 +226,7 @@ function scale() {
   const totals = rows.flatMap((row) => (row.answer ? [row.answer.timings_ms.total] : []));
   const scaleMs = roundScale(totals);
   const chosen = rows.find((row) => !row.badge.hidden);
-  if (totals.length) fill(byId("scale"), `bars: 0 to ${ms(scaleMs).replace(".0", "")}`);
+  if (totals.length) fill(byId("scale"), `all at once, 0 to ${ms(scaleMs)}`);
   for (const row of rows) {
     row.time(scaleMs);
     row.accuracy(chosen ? top1(chosen.model) : null);

@@ -2,11 +2,11 @@
 
 /** @import {Model} from "../types.js" */
 
-/** @param {number | null | undefined} value */
+/** A time, with the digits that a difference of two is seen by. @param {number | null | undefined} value */
 export function ms(value) {
   if (value === null || value === undefined) return "–";
-  const digits = value < 10 ? 1 : 0;
-  return value >= 10_000 ? `${(value / 1000).toFixed(0)} s` : value >= 1000 ? `${(value / 1000).toFixed(1)} s` : `${value.toFixed(digits)} ms`;
+  if (value >= 1000) return `${(value / 1000).toFixed(value < 10_000 ? 1 : 0)} s`;
+  return `${value.toFixed(value < 100 && !Number.isInteger(value) ? 1 : 0)} ms`;
 }
 
 /** @param {number} share @param {number} [digits] */
@@ -28,12 +28,12 @@ export function points(share) {
 
 /** A difference of times. @param {number} value */
 export function signedMs(value) {
-  return `${signed(value, Math.abs(value) < 10 ? 1 : 0)} ms`;
+  return `${signed(value, Math.abs(value) < 100 ? 1 : 0)} ms`;
 }
 
 /** @param {number | null | undefined} count */
 export function millions(count) {
-  return count ? `${(count / 1e6).toFixed(count < 1e7 ? 2 : 1)} M` : "–";
+  return count ? `${(count / 1e6).toFixed(count < 1e7 ? 2 : 1)}\u00a0M` : "–";
 }
 
 /** @param {number} count */
