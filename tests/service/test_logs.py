@@ -273,7 +273,7 @@ def test_logging_shutdown_waits_for_the_lines_so_that_a_hard_exit_keeps_them() -
         (["--repository", "no-such-folder"], 1, "no model repository at no-such-folder"),
         (["--port", "many"], 2, "port (from flag --port): Input should be a valid integer"),
         (["--config", "no-such-file"], 2, "cannot read the settings file no-such-file"),
-        (["--host", "192.0.2.1"], 3, "could not bind|cannot assign requested address"),
+        (["--host", "192.0.2.1"], 1, "cannot listen on 192.0.2.1"),
     ],
 )
 def test_an_error_at_start_is_one_log_line(arguments: list[str], code: int, reason: str, small: Path) -> None:
@@ -282,7 +282,7 @@ def test_an_error_at_start_is_one_log_line(arguments: list[str], code: int, reas
     assert ended.returncode == code
     errors = [line for line in map(json.loads, ended.stderr.splitlines()) if line["level"] == "error"]
     (error,) = errors
-    assert any(part in error["event"] for part in reason.split("|"))
+    assert reason in error["event"]
 
 
 def test_a_fault_that_nobody_foresaw_is_one_log_line_with_its_traceback() -> None:

@@ -212,13 +212,6 @@ def test_a_failed_start_ends_with_a_line_that_names_the_fix(
     assert "Traceback" not in ended.stderr
 
 
-def test_a_port_in_use_is_an_error(address: str, repository: Path) -> None:
-    command = [sys.executable, "-m", "service", "--repository", str(repository), "--port", address.rsplit(":", 1)[1]]
-    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
-    assert ended.returncode != 0
-    assert "address already in use" in ended.stderr
-
-
 def test_answers_do_not_name_the_server_software(address: str) -> None:
     assert "server" not in get(address + "/healthz").headers
 

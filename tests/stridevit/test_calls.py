@@ -27,7 +27,7 @@ def raised(reply: httpx.TransportError) -> Unreachable:
 @pytest.mark.parametrize("address", ["http://127.0.0.1:port", "http://[::1", "http://\x00"])
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_an_address_that_cannot_be_taken_apart_is_told_how_to_write_it(address: str, kind: Any) -> None:
-    with pytest.raises(ValueError, match=r"must be like http://127\.0\.0\.1:8000: Invalid"):
+    with pytest.raises(ValueError, match=r"must look like http://127\.0\.0\.1:8000: Invalid"):
         kind(address)
 
 

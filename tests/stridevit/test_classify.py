@@ -187,10 +187,10 @@ def test_nobody_there_is_one_line_that_names_the_fix(photos: Path) -> None:
     [
         (["none.png"], "no such file or folder: none.png"),
         (["."], "no images in ."),
-        ([str(ROOT / "README.md"), "--url", "localhost:8000"], "must be like http://127.0.0.1:8000"),
+        ([str(ROOT / "README.md"), "--url", "localhost:8000"], "must look like http://127.0.0.1:8000"),
         ([str(ROOT / "README.md"), "--json", "--out", "x.csv"], "leave out --json or --out"),
         ([str(ROOT / "README.md"), "--top-k", "0"], "--top-k"),
-        ([str(ROOT / "README.md"), "--url", "http://127.0.0.1:port"], "must be like http://127.0.0.1:8000"),
+        ([str(ROOT / "README.md"), "--url", "http://127.0.0.1:port"], "must look like http://127.0.0.1:8000"),
         ([str(ROOT / "README.md"), "--deadline-ms", "nan"], "--deadline-ms"),
         ([str(ROOT / "README.md"), "--deadline-ms", "inf"], "--deadline-ms"),
         ([str(ROOT / "README.md"), "--out", "nodir/x.csv"], "there is no folder nodir: create it first"),

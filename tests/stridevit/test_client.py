@@ -313,7 +313,7 @@ def test_the_key_comes_from_an_argument_or_the_environment_and_is_shown_nowhere(
 
 @pytest.mark.parametrize("address", ["127.0.0.1:8000", "ftp://127.0.0.1", "", "http://"])
 def test_an_address_that_is_none_is_told_how_to_write_it(address: str) -> None:
-    with pytest.raises(ValueError, match=r"must be like http://127\.0\.0\.1:8000"):
+    with pytest.raises(ValueError, match=r"must look like http://127\.0\.0\.1:8000"):
         Client(address)
 
 

@@ -165,7 +165,7 @@ function rungRow(rung, chosen, plan) {
     late: `too late: over ${ms(plan.allowed_ms)}`,
     headroom: "in time, but with too little headroom",
     less_accurate: "in time, but less accurate",
-    no_faster: `${rung.in_time ? "" : "too late, and "}about as costly as a more accurate one`,
+    no_faster: `${rung.in_time ? "" : "too late, and "}as costly as a more accurate one`,
   }[rung.why];
   const cost = chosen && !rung.chosen ? `${points(rung.top1 - chosen.top1)}, ${signedMs(rung.predicted_ms - chosen.predicted_ms)}` : null;
   const took = `${ms(rung.compute_ms)} to decode and compute, ${ms(rung.queue_ms)} to wait`;

@@ -226,7 +226,7 @@ function scale() {
   const totals = rows.flatMap((row) => (row.answer ? [row.answer.timings_ms.total] : []));
   const scaleMs = roundScale(totals);
   const chosen = rows.find((row) => !row.badge.hidden);
-  if (totals.length) fill(byId("scale"), `all at once, 0 to ${ms(scaleMs)}`);
+  if (totals.length) fill(byId("scale"), `bars: 0 to ${ms(scaleMs)}`);
   for (const row of rows) {
     row.time(scaleMs);
     row.accuracy(chosen ? top1(chosen.model) : null);
