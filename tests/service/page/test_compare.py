@@ -59,7 +59,7 @@ def test_rows_say_what_each_model_costs_beside_the_chosen_one(service: str, open
         expect(page.locator(".choice")).to_contain_text("its most accurate model")
         other = page.locator("tr[data-model=cifar100-mha]")
         assert "64" in other.inner_text()
-        assert "0.81 M" in other.inner_text()
+        assert "0.81\u00a0M" in other.inner_text()
         assert "51.6 %" in other.inner_text()
         assert " pt" in other.inner_text()
         expect(other).to_contain_text("MB", use_inner_text=True)
