@@ -155,6 +155,8 @@ def test_a_load_keeps_few_requests_open_and_what_waits_too_long_is_late(open_pag
         held = hold(page, "**/v1/classify*")
         page.click("#load-start")
         expect(page.locator("#outcome tbody tr").first.locator("td").nth(2)).not_to_have_text("0")
+        while len(held) < 5:
+            page.evaluate("() => new Promise(requestAnimationFrame)")
         deadlines = [float(re.findall(r"deadline_ms=([\d.]+)", route.request.url)[0]) for route in held]
         assert len(held) == 5
         page.click("#load-start")
