@@ -48,21 +48,27 @@ _DROP_SYN: Final = (
 def require_free_address(host: str, port: int) -> None:
     """Raise StartupError if the service could not listen there: better now than after all models are loaded."""
     try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise StartupError(f"--host {host}: {error.strerror}") from error
+    faults: list[OSError] = []
+    for family, kind, protocol, _, address in addresses:
+        try:
             with socket.socket(family, kind, protocol) as trial:
                 trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if family == socket.AF_INET6:
                     trial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 trial.bind(address)
                 trial.listen(1)
-    except socket.gaierror as error:
-        raise StartupError(f"--host {host}: {error.strerror}") from error
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise StartupError(
-                f"port {port} of {host} is in use: end what listens there, or choose another one with --port"
-            ) from error
-        raise StartupError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise StartupError(
+                    f"port {port} of {host} is in use: end what listens there, or choose another one with --port"
+                ) from error
+            faults.append(error)
+    # A name may also have an IPv6 address where the system has no IPv6: one address is enough.
+    if len(faults) == len(addresses):
+        raise StartupError(f"cannot listen on {host}, port {port}: {faults[0].strerror}") from faults[0]
 
 
 def connections_within_file_limit(wanted: int) -> int:

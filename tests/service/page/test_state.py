@@ -63,6 +63,18 @@ def test_links_between_tabs_keep_what_is_shown(open_page: Opener) -> None:
         assert "sample=rocket" in page.url
 
 
+def test_answers_stay_while_another_tab_is_shown(open_page: Opener) -> None:
+    with open_page("#compare?sample=rocket") as page:
+        before = answered(page)
+        # This tab reads the list of models again.
+        page.click("a[href^='#choose']")
+        expect(page.locator("#rungs .rung").first).to_be_visible()
+        page.click("a[href^='#compare']")
+        expect(page.locator("#compare")).to_be_visible()
+        expect(page.locator(".choice")).to_contain_text("cifar100")
+        assert answered(page) == before != {}
+
+
 def test_the_skip_link_stays_on_its_tab(open_page: Opener) -> None:
     with open_page("#live") as page:
         expect(page.locator("#tiles .tile").first).to_be_visible()

@@ -87,7 +87,7 @@ async function start() {
   try {
     const { file, name } = readable() ?? (await sample("raccoon"));
     // Meanwhile another tab may be shown.
-    if (!button.isConnected || !button.checkVisibility()) return;
+    if (!button.checkVisibility()) return;
     samples = [];
     drawnAt = 0;
     deadline = deadlineMs();

@@ -13,13 +13,13 @@ import { cancel, compare } from "./run.js";
 import { copyButtons } from "./snippets.js";
 import { roundScale, stageKeys } from "./stages.js";
 
-/** @import {EndEvent, ModelList, Plan} from "../types.js" */
+/** @import {EndEvent, Plan} from "../types.js" */
 /** @import {Picture} from "./picture.js" */
 
 /** @type {Row[]} */
 let rows = [];
-/** The models that the rows are of. @type {ModelList | null} */
-let listed = null;
+/** The models that the rows are of: names, versions and states. */
+let listed = "";
 /** @type {string | null} */
 let family = null;
 /** @type {Plan | null} */
@@ -79,8 +79,10 @@ export function hideCompare() {
 async function list() {
   try {
     const all = await models();
-    if (rows.length && all === listed) return;
-    listed = all;
+    const now = newest(all).map(({ name, version, state }) => `${name} ${version} ${state}`).join();
+    // Answers stay as long as the models are the same.
+    if (rows.length && now === listed) return;
+    listed = now;
     family = choosingFamilies(all)[0] ?? null;
     const bodies = groups(newest(all)).map(groupBody);
     rows = bodies.flatMap((body) => body.rows);
